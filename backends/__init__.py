@@ -1,0 +1,1 @@
+"""Toolchains behind one interface. This package never imports pqk and could be published alone."""

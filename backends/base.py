@@ -1,0 +1,205 @@
+"""Contracts of the toolchains: what a graph, a quantizer, an engine and a backend are.
+
+A backend must provide: `name`, `availability()`, `quantizers()`, `compile(graph, precision, options)`.
+A quantizer must provide: `name`, `quantize(source, spec, calibration)`.
+An engine must provide: `_infer(feeds)`, `kernels()`, `close()`; everything else is inherited.
+Everything here imports without any vendor package.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+Feeds = dict[str, np.ndarray]
+
+
+class BackendError(Exception):
+    """A toolchain was asked for something that cannot work; the message is one sentence. Exit code 2."""
+
+    exit_code = 2
+
+
+class Unavailable(BackendError):
+    """A toolchain is not usable on this machine; the message names the reason and what mends it. Exit code 3."""
+
+    exit_code = 3
+
+
+class Precision(StrEnum):
+    """The precision asked of an engine. What was executed is read back from `Engine.kernels()`."""
+
+    F32 = "f32"
+    BF16 = "bf16"
+    F16 = "f16"
+    INT8 = "int8"
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Name, static shape and numpy dtype name of one input or output."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A file that a backend can read: ONNX, or OpenVINO IR (`.xml` with `.bin` beside it)."""
+
+    path: Path
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+    sha256: str
+
+    @property
+    def format(self) -> str:
+        """'onnx' or 'openvino'."""
+        return "openvino" if self.path.suffix == ".xml" else "onnx"
+
+    def files(self) -> list[Path]:
+        """The graph's file and the data files that belong to it (IR `.bin`, ONNX external data)."""
+        data = {self.path.with_suffix(".bin"), self.path.with_name(self.path.name + ".data")}
+        return [self.path, *sorted(p for p in data if p.exists())]
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(p.stat().st_size for p in self.files())
+
+
+@dataclass
+class Source:
+    """A torch module with example inputs, and its exported graph: where a quantizer may start."""
+
+    name: str
+    module: torch.nn.Module | None
+    example: Mapping[str, Any]
+    output_names: tuple[str, ...]
+    graph: Graph
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """What a quantizer is asked for. `keep` holds names of keep-list groups or regular expressions of node names."""
+
+    bits_w: int = 8
+    bits_a: int = 8
+    weights: str = "per_channel"
+    activations: str = "per_tensor"
+    symmetric_activations: bool = True
+    smooth_quant_alpha: float | None = 0.95
+    bias_correction: str = "fast"
+    keep: tuple[str, ...] = ("LayerNorm", "Softmax", "AttentionScales")
+    calibration_samples: int = 512
+    output_dir: Path = field(default_factory=Path)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One executed node: its type, the implementation and precision that ran, its time and its work."""
+
+    name: str
+    type: str
+    implementation: str
+    precision: str
+    time_us: float
+    flops: float = 0.0
+
+
+@dataclass(frozen=True)
+class Availability:
+    """Whether a backend can run here: devices and versions, or the reason it cannot and the command that mends it."""
+
+    available: bool
+    devices: tuple[str, ...] = ()
+    versions: Mapping[str, str] = field(default_factory=dict)
+    details: Mapping[str, str] = field(default_factory=dict)
+    reason: str = ""
+    mend: str = ""
+
+
+class Engine(ABC):
+    """A compiled graph: arrays in, arrays out. A context manager that frees its device memory on exit."""
+
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+
+    def infer(self, feeds: Feeds) -> Feeds:
+        """Run once. Raises BackendError when a name, a shape or a dtype is not what the graph declares."""
+        known = {t.name: t for t in self.inputs}
+        if set(feeds) != set(known):
+            raise BackendError(f"inputs must be {sorted(known)}, got {sorted(feeds)}")
+        for name, array in feeds.items():
+            want = known[name]
+            if tuple(array.shape) != want.shape or array.dtype.name != want.dtype:
+                raise BackendError(
+                    f"input {name!r} must be {want.dtype}{list(want.shape)}, got {array.dtype.name}{list(array.shape)}"
+                )
+        return self._infer(feeds)
+
+    @abstractmethod
+    def _infer(self, feeds: Feeds) -> Feeds: ...
+
+    @abstractmethod
+    def kernels(self) -> list[Kernel]: ...
+
+    def close(self) -> None:
+        """Free what the engine holds; it cannot be used afterwards."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+class Quantizer(Protocol):
+    """Lowers the precision of a graph."""
+
+    name: str
+
+    def quantize(self, source: Source, spec: QuantSpec, calibration: Iterable[Feeds]) -> Graph: ...
+
+
+class Backend(Protocol):
+    """A toolchain: quantizes, compiles and runs graphs. Knows nothing of models, cards or logs."""
+
+    name: str
+
+    def availability(self) -> Availability: ...
+
+    def quantizers(self) -> Mapping[str, Quantizer]: ...
+
+    def float_precisions(self) -> Sequence[Precision]: ...
+
+    def compile(self, graph: Graph, precision: Precision, options: Mapping[str, Any] | None = None) -> Engine: ...
+
+
+def sha256_files(paths: Iterable[Path]) -> str:
+    """One sha256 over the bytes of several files, in the order given."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def executed_precision(kernels: Iterable[Kernel]) -> dict[str, float]:
+    """Share of matmul and convolution FLOPs per executed precision; empty when no kernel carries FLOPs."""
+    total: dict[str, float] = {}
+    for kernel in kernels:
+        if kernel.flops > 0:
+            total[kernel.precision] = total.get(kernel.precision, 0.0) + kernel.flops
+    everything = sum(total.values())
+    return {name: value / everything for name, value in sorted(total.items())} if everything else {}

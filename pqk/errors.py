@@ -1,0 +1,35 @@
+"""The one root error of the package; the CLI prints it as a single sentence and exits with its code."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+EXIT_OK = 0
+EXIT_CHECK_FAILED = 1
+EXIT_USAGE = 2
+EXIT_UNAVAILABLE = 3
+
+
+class PqkError(Exception):
+    """Something the user can mend: wrong file, key, value or argument. Exit code 2."""
+
+    exit_code = EXIT_USAGE
+
+
+class CheckFailed(PqkError):
+    """A threshold or a parity check did not hold. Exit code 1."""
+
+    exit_code = EXIT_CHECK_FAILED
+
+
+class NotBuilt(PqkError):
+    """A recipe, method or backend that this version does not offer (yet). Exit code 3."""
+
+    exit_code = EXIT_UNAVAILABLE
+
+
+def nearest(word: str, allowed: Iterable[str]) -> str:
+    """Return ' (did you mean X?)' for the closest allowed word, or '' when none is close."""
+    match = difflib.get_close_matches(str(word), list(allowed), n=1, cutoff=0.5)
+    return f" (did you mean {match[0]!r}?)" if match else ""
