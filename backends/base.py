@@ -8,6 +8,7 @@ Everything here imports without any vendor package.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -107,7 +108,11 @@ class QuantSpec:
 
 @dataclass(frozen=True)
 class Kernel:
-    """One executed node: its type, the implementation and precision that ran, its time and its work."""
+    """One executed node: its type, the implementation and precision that ran, its time and its work.
+
+    `precision` is 'int8', 'bf16', 'f16', 'f32', another numpy-like name, or 'unknown'. `flops` counts two per
+    multiply-add of matmuls and convolutions. `originals` are the names of the graph's nodes that it executes.
+    """
 
     name: str
     type: str
@@ -115,6 +120,7 @@ class Kernel:
     precision: str
     time_us: float
     flops: float = 0.0
+    originals: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -154,7 +160,7 @@ class Engine(ABC):
     @abstractmethod
     def kernels(self) -> list[Kernel]: ...
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027  (an engine without resources needs none)
         """Free what the engine holds; it cannot be used afterwards."""
 
     def __enter__(self) -> Self:
@@ -184,6 +190,28 @@ class Backend(Protocol):
     def float_precisions(self) -> Sequence[Precision]: ...
 
     def compile(self, graph: Graph, precision: Precision, options: Mapping[str, Any] | None = None) -> Engine: ...
+
+
+def nearest(word: str, allowed: Iterable[str]) -> str:
+    """Return ' (did you mean X?)' for the closest allowed word, or '' when none is close."""
+    match = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.5)
+    return f" (did you mean {match[0]!r}?)" if match else ""
+
+
+def known_options(options: Mapping[str, Any] | None, defaults: Mapping[str, Any], backend: str) -> dict[str, Any]:
+    """`defaults` overlaid with `options`. Raises BackendError for a name that the backend does not have."""
+    for name in options or {}:
+        if name not in defaults:
+            raise BackendError(
+                f"backend {backend!r} has no option {name!r}{nearest(name, defaults)}; it has {sorted(defaults)}"
+            )
+    return {**defaults, **(options or {})}
+
+
+def check_threads(threads: Any) -> None:
+    """Raises BackendError unless `threads` is None (all cores) or a positive whole number."""
+    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
+        raise BackendError(f"option 'threads' must be a whole number from 1, or null for all cores, got {threads!r}")
 
 
 def sha256_files(paths: Iterable[Path]) -> str:

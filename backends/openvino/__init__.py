@@ -1,0 +1,1 @@
+"""OpenVINO toolchain. Importing this package imports nothing from Intel."""

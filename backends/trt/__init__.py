@@ -1,0 +1,1 @@
+"""TensorRT toolchain. Importing this package imports nothing from NVIDIA."""

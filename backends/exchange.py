@@ -1,0 +1,240 @@
+"""torch module -> ONNX: the one graph that every toolchain starts from, checked against torch when it is written.
+
+The file holds no path, no stack trace and no time: the same module gives the same bytes. Graphs whose weights
+exceed `EXTERNAL_ABOVE` bytes keep them in one `<name>.data` file, because a protobuf ends at 2 GiB.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from backends.base import BackendError, Graph, TensorInfo, sha256_files
+
+if TYPE_CHECKING:
+    import onnx
+    import torch
+
+EXTERNAL_ABOVE = 1_800_000_000
+EXPORTERS = ("auto", "torchscript", "dynamo")
+
+
+def export(
+    module: torch.nn.Module,
+    example: Mapping[str, torch.Tensor],
+    output_names: Sequence[str],
+    path: Path | str,
+    opset: int = 18,
+    exporter: str = "auto",
+    tolerance: float = 1e-4,
+    external_above: int = EXTERNAL_ABOVE,
+) -> Graph:
+    """Write `module` as ONNX with static shapes, check it against torch, and return its graph.
+
+    `example` maps input names to tensors, in the order of the module's positional arguments; the module returns a
+    tensor or a tuple of tensors, named by `output_names` in that order. `exporter` 'auto' takes the tracing exporter
+    up to `external_above` bytes of weights (one second against nine) and the dynamo exporter beyond (the tracing one
+    writes a file per tensor first). The target appears whole or not at all.
+    Raises BackendError when the export fails or the file differs from torch by more than `tolerance` (see `verify`).
+    """
+    import torch
+
+    if exporter not in EXPORTERS:
+        raise BackendError(f"exporter must be one of {list(EXPORTERS)}, got {exporter!r}")
+    if not example:
+        raise BackendError("cannot export a module without inputs: the example is empty")
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    weights = sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
+    large = weights > external_above
+    if exporter == "auto":
+        exporter = "dynamo" if large else "torchscript"
+    with _eval_mode(module), tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
+        made = Path(folder) / target.name
+        with torch.no_grad(), _quiet():
+            try:
+                torch.onnx.export(
+                    module,
+                    tuple(example.values()),
+                    str(made),
+                    input_names=list(example),
+                    output_names=list(output_names),
+                    opset_version=opset,
+                    dynamo=exporter == "dynamo",
+                    external_data=large,
+                    verbose=False,
+                )
+            except Exception as error:
+                first = str(error).strip().splitlines()
+                raise BackendError(
+                    f"the {exporter} exporter cannot write {target.name}: {first[0] if first else type(error).__name__}"
+                ) from error
+        _rewrite(made, large and exporter == "torchscript")
+        graph = describe_onnx(made)
+        _check_names(graph, list(example), list(output_names), target.name)
+        verify(graph, module, example, tolerance)
+        data = made.with_name(made.name + ".data")
+        old_data = target.with_name(target.name + ".data")
+        if data.exists():
+            data.replace(old_data)
+        else:
+            old_data.unlink(missing_ok=True)
+        made.replace(target)
+    return Graph(target, graph.inputs, graph.outputs, graph.sha256)
+
+
+def verify(
+    graph: Graph, module: torch.nn.Module, example: Mapping[str, torch.Tensor], tolerance: float = 1e-4
+) -> dict[str, float]:
+    """Compare the file in ONNX Runtime (CPU) with torch on `example`; returns the error of each output.
+
+    The error of an output is max|file - torch| / max|torch|. Raises BackendError when one exceeds `tolerance`.
+    """
+    from backends.reference import OnnxRuntimeEngine, TorchEngine
+
+    feeds = {name: tensor.detach().cpu().numpy() for name, tensor in example.items()}
+    with _eval_mode(module):
+        want = TorchEngine(module, graph.inputs, graph.outputs).infer(feeds)
+    with OnnxRuntimeEngine(graph) as engine:
+        got = engine.infer(feeds)
+    errors = {}
+    for name, reference in want.items():
+        largest = float(np.max(np.abs(reference), initial=0.0))
+        difference = float(np.max(np.abs(got[name].astype(np.float64) - reference), initial=0.0))
+        errors[name] = difference / largest if largest else difference
+        if not errors[name] <= tolerance:
+            raise BackendError(
+                f"{graph.path.name}: output {name!r} differs from torch by {errors[name]:.3g} of its largest value "
+                f"{largest:.3g}; {tolerance:.3g} is allowed"
+            )
+    return errors
+
+
+def describe_onnx(path: Path | str) -> Graph:
+    """Read names, static shapes and dtypes of an ONNX file (weights stay on disk).
+
+    Raises BackendError when the file cannot be read, a shape is dynamic, or external data lies anywhere but in
+    `<file name>.data` beside it.
+    """
+    import onnx
+
+    path = Path(path)
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except Exception as error:
+        raise BackendError(f"{path} is not a readable ONNX file: {error}") from error
+    for name in sorted(_external_files(model)):
+        if name != path.name + ".data":
+            raise BackendError(
+                f"{path} keeps weights in {name!r}; all of them must be in one file {path.name + '.data'!r} beside it"
+            )
+        if not path.with_name(name).is_file():
+            raise BackendError(f"{path} needs its weights file {name!r} beside it, which is missing")
+    weights = {tensor.name for tensor in model.graph.initializer}
+    inputs = tuple(_tensor_info(value, path) for value in model.graph.input if value.name not in weights)
+    outputs = tuple(_tensor_info(value, path) for value in model.graph.output)
+    graph = Graph(path, inputs, outputs, "")
+    return Graph(path, inputs, outputs, sha256_files(graph.files()))
+
+
+def _tensor_info(value: onnx.ValueInfoProto, path: Path) -> TensorInfo:
+    import onnx
+
+    shape = []
+    for axis, dim in enumerate(value.type.tensor_type.shape.dim):
+        if not dim.HasField("dim_value"):
+            raise BackendError(
+                f"{path}: axis {axis} of {value.name!r} is dynamic ({dim.dim_param or '?'}); export with fixed shapes"
+            )
+        shape.append(dim.dim_value)
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
+    return TensorInfo(value.name, tuple(shape), np.dtype(dtype).name)
+
+
+def _external_files(model: onnx.ModelProto) -> set[str]:
+    return {
+        entry.value for tensor in model.graph.initializer for entry in tensor.external_data if entry.key == "location"
+    }
+
+
+def _rewrite(path: Path, gather_weights: bool) -> None:
+    """Drop everything that depends on where and when the file was made; optionally put all weights in one file."""
+    import onnx
+
+    model = onnx.load(str(path), load_external_data=gather_weights)
+    model.doc_string, model.producer_name, model.producer_version = "", "", ""
+    graph = model.graph
+    graph.doc_string = ""
+    functions = list(model.functions)
+    for holder in [model, graph, *graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer]:
+        holder.doc_string = ""
+        del holder.metadata_props[:]
+    for function in functions:
+        function.doc_string = ""
+        del function.metadata_props[:]
+        for node in function.node:
+            node.doc_string = ""
+            del node.metadata_props[:]
+    if not gather_weights:
+        onnx.save_model(model, str(path))
+        return
+    keep = path.with_name(f"{path.name}.whole")
+    keep.mkdir()
+    onnx.save_model(
+        model,
+        str(keep / path.name),
+        save_as_external_data=True,
+        all_tensors_to_one_file=True,
+        location=path.name + ".data",
+        size_threshold=1024,
+    )
+    for old in path.parent.iterdir():
+        if old.is_file():
+            old.unlink()
+    for new in keep.iterdir():
+        new.replace(path.parent / new.name)
+    shutil.rmtree(keep)
+
+
+def _check_names(graph: Graph, inputs: list[str], outputs: list[str], name: str) -> None:
+    got_in, got_out = [t.name for t in graph.inputs], [t.name for t in graph.outputs]
+    if got_in != inputs:
+        raise BackendError(f"{name}: the exported inputs are {got_in}, asked were {inputs} (is one of them unused?)")
+    if got_out != outputs:
+        raise BackendError(f"{name}: the exported outputs are {got_out}, asked were {outputs}")
+
+
+@contextlib.contextmanager
+def _eval_mode(module: torch.nn.Module) -> Iterator[None]:
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporters print progress and warn about each traced constant; only errors matter to a caller."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

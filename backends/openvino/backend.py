@@ -1,0 +1,91 @@
+"""OpenVINO: what this machine offers, its quantizers, and compilation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from backends.base import Availability, BackendError, Engine, Graph, Precision, Quantizer, Unavailable
+
+MEND = 'pip install "pqk[openvino]"'
+_FLAGS = [
+    "avx2",
+    "avx_vnni",
+    "avx512f",
+    "avx512_vnni",
+    "avx512_bf16",
+    "avx512_fp16",
+    "amx_tile",
+    "amx_int8",
+    "amx_bf16",
+]
+
+
+class OpenVINOBackend:
+    """ONNX -> NNCF -> OpenVINO on the CPU."""
+
+    name = "openvino"
+
+    def availability(self) -> Availability:
+        """Versions, devices, the CPU's name, its instruction sets and OpenVINO's capabilities; or what to install."""
+        try:
+            import openvino as ov
+
+            versions = {name: metadata.version(name) for name in ("openvino", "nncf")}
+        except (ImportError, metadata.PackageNotFoundError) as error:
+            return Availability(available=False, reason=f"a package is missing: {error}", mend=MEND)
+        core = ov.Core()
+        devices = tuple(core.available_devices)
+        if "CPU" not in devices:
+            return Availability(available=False, reason="OpenVINO finds no CPU device", mend=MEND, versions=versions)
+        details = {
+            "cpu": str(core.get_property("CPU", "FULL_DEVICE_NAME")).strip(),
+            "capabilities": " ".join(sorted(core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"))),
+            "isa": " ".join(instruction_sets()),
+        }
+        return Availability(available=True, devices=devices, versions=versions, details=details)
+
+    def quantizers(self) -> Mapping[str, Quantizer]:
+        """Quantizers by name; importing them is left to their first use."""
+        from backends.openvino.nncf import NNCFQuantizer
+
+        return {"nncf": NNCFQuantizer()}
+
+    def float_precisions(self) -> Sequence[Precision]:
+        """F32, and BF16 where the CPU computes in it; the last is the fastest. Raises Unavailable."""
+        self._require()
+        from backends.openvino.engine import best_float
+
+        return list(dict.fromkeys([Precision.F32, best_float()]))
+
+    def best_float(self) -> Precision:
+        """The float precision that speedups are measured against."""
+        return self.float_precisions()[-1]
+
+    def compile(self, graph: Graph, precision: Precision, options: Mapping[str, Any] | None = None) -> Engine:
+        """Compile an ONNX or IR graph; options are those of `engine.OPTIONS`. Raises Unavailable or BackendError."""
+        self._require()
+        from backends.openvino.engine import OpenVINOEngine
+
+        try:
+            asked = Precision(precision)
+        except ValueError:
+            raise BackendError(f"unknown precision {precision!r}; known are {[str(p) for p in Precision]}") from None
+        return OpenVINOEngine(graph, asked, options)
+
+    def _require(self) -> None:
+        found = self.availability()
+        if not found.available:
+            raise Unavailable(f"backend 'openvino' cannot run: {found.reason}; {found.mend}")
+
+
+def instruction_sets(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str]:
+    """Vector and matrix instruction sets of this CPU that matter for inference; empty where Linux does not tell."""
+    try:
+        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    flags = next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), [])
+    return [flag for flag in _FLAGS if flag in flags]

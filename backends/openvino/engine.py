@@ -1,0 +1,220 @@
+"""OpenVINO engines on the CPU: compile at a stated precision, read back that it was taken, run, report kernels."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from backends.base import (
+    BackendError,
+    Engine,
+    Feeds,
+    Graph,
+    Kernel,
+    Precision,
+    TensorInfo,
+    check_threads,
+    known_options,
+    sha256_files,
+)
+from backends.openvino.flops import executed_kernels
+
+OPTIONS: dict[str, Any] = {
+    "threads": None,  # None: all cores that the process may use
+    "rest": "best",  # float precision of what an int8 graph leaves unquantized: best, bf16 or f32
+    "cache_dir": None,  # folder of compiled models; None: no cache
+    "perf_count": False,  # count times in the engine itself (kernels() compiles its own otherwise)
+    "snippets": True,  # False: no fused subgraphs, should a runtime version compute one wrongly
+}
+_PROFILED_RUNS = 3
+
+
+def describe_ir(path: Path | str) -> Graph:
+    """Names, static shapes and dtypes of an OpenVINO IR (`.xml` with `.bin` beside it)."""
+    path = Path(path)
+    model = read_model(path)
+    inputs, outputs = _ports(model.inputs, path), _ports(model.outputs, path)
+    return Graph(path, inputs, outputs, sha256_files(Graph(path, inputs, outputs, "").files()))
+
+
+def read_model(path: Path) -> Any:
+    """The ov.Model of an ONNX or IR file. Raises BackendError when it cannot be read."""
+    import openvino as ov
+
+    if not path.is_file():
+        raise BackendError(f"there is no graph file {path}")
+    try:
+        return ov.Core().read_model(path)
+    except RuntimeError as error:
+        raise BackendError(f"OpenVINO cannot read {path}: {str(error).strip().splitlines()[-1]}") from error
+
+
+def write_ir(model: Any, target: Path) -> Graph:
+    """Write an ov.Model as IR with its weights as they are (not halved to f16), both files whole or not at all.
+
+    Raises BackendError when the target is not named `.xml`.
+    """
+    import openvino as ov
+
+    if target.suffix != ".xml":
+        raise BackendError(f"an OpenVINO graph is saved as .xml, got {target.name!r}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
+        made = Path(folder) / target.name
+        ov.save_model(model, made, compress_to_fp16=False)
+        made.with_suffix(".bin").replace(target.with_suffix(".bin"))
+        made.replace(target)
+    return describe_ir(target)
+
+
+def best_float() -> Precision:
+    """bf16 where the CPU multiplies in bf16, else f32."""
+    import openvino as ov
+
+    return Precision.BF16 if "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES") else Precision.F32
+
+
+class OpenVINOEngine(Engine):
+    """A compiled model with one stream and one request, tuned for latency.
+
+    The asked precision is always given to the runtime and read back from the compiled model: its default on a bf16
+    machine is bf16, silently. INT8 means: the graph's FakeQuantize nodes run in int8, the rest in `rest`.
+    """
+
+    def __init__(self, graph: Graph, precision: Precision, options: Mapping[str, Any] | None = None) -> None:
+        """Raises BackendError for an unknown option, a precision that graph or CPU lacks, or a failed compile."""
+        self.graph = graph
+        self.precision = precision
+        self.options = known_options(options, OPTIONS, "openvino")
+        check_threads(self.options["threads"])
+        self.inputs = graph.inputs
+        self.outputs = graph.outputs
+        self.rest = self._rest()
+        model = read_model(graph.path)
+        _check_quantized(model, graph, precision)
+        self._compiled: Any = self._compile(model, perf_count=bool(self.options["perf_count"]))
+        self._request: Any = self._compiled.create_infer_request()
+
+    def _rest(self) -> Precision:
+        best = best_float()
+        rest = self.options["rest"]
+        if rest not in ("best", Precision.BF16, Precision.F32):
+            raise BackendError(f"option 'rest' must be 'best', 'bf16' or 'f32', got {rest!r}")
+        asked = best if rest == "best" else Precision(rest)
+        hint = asked if self.precision == Precision.INT8 else self.precision
+        if hint not in (Precision.F32, Precision.BF16):
+            raise BackendError(f"OpenVINO on this CPU runs floats in f32 or bf16, not {hint}")
+        if hint == Precision.BF16 and best != Precision.BF16:
+            raise BackendError("this CPU has no bf16 arithmetic: ask for f32")
+        return hint
+
+    def _settings(self, perf_count: bool) -> dict[str, Any]:
+        settings: dict[str, Any] = {
+            "INFERENCE_PRECISION_HINT": str(self.rest),
+            "EXECUTION_MODE_HINT": "PERFORMANCE",
+            "PERFORMANCE_HINT": "LATENCY",
+            "NUM_STREAMS": 1,
+            "PERF_COUNT": perf_count,
+            # Otherwise weight-only graphs get their activations quantized on the fly.
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
+        }
+        if self.options["threads"]:
+            settings["INFERENCE_NUM_THREADS"] = int(self.options["threads"])
+        if self.options["cache_dir"] and not perf_count:
+            settings["CACHE_DIR"] = str(self.options["cache_dir"])
+        if not self.options["snippets"]:
+            settings["SNIPPETS_MODE"] = "DISABLE"
+        return settings
+
+    def _compile(self, model: Any, perf_count: bool) -> Any:
+        import openvino as ov
+
+        try:
+            compiled = ov.Core().compile_model(model, "CPU", self._settings(perf_count))
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise BackendError(f"OpenVINO cannot compile {self.graph.path.name}: {reason}") from error
+        taken = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+        if taken != self.rest:
+            raise BackendError(f"{self.graph.path.name}: asked OpenVINO for {self.rest}, it compiled {taken}")
+        return compiled
+
+    def _infer(self, feeds: Feeds) -> Feeds:
+        if self._request is None:
+            raise BackendError("this engine is closed")
+        # Inputs are read in place; outputs live in the request, so they are copied out.
+        arrays = {name: np.ascontiguousarray(array) for name, array in feeds.items()}
+        self._request.infer(arrays, share_inputs=True, share_outputs=True)
+        found = {}
+        for index, info in enumerate(self.outputs):
+            array = self._request.get_output_tensor(index).data
+            found[info.name] = np.array(array, dtype=np.float32 if array.dtype.kind == "f" else array.dtype)
+        return found
+
+    @property
+    def loaded_from_cache(self) -> bool:
+        """Whether the compiled model came from `cache_dir`."""
+        return bool(self._compiled.get_property("LOADED_FROM_CACHE"))
+
+    @property
+    def threads(self) -> int:
+        """Threads that the compiled model uses."""
+        return int(self._compiled.get_property("INFERENCE_NUM_THREADS"))
+
+    @property
+    def size_bytes(self) -> int:
+        """Size on disk of the graph and its weights."""
+        return self.graph.size_bytes
+
+    def kernels(self) -> list[Kernel]:
+        """Executed nodes with their precision, mean time of a few runs on zeros (microseconds) and FLOPs.
+
+        Unless the engine was made with `perf_count`, the model is compiled a second time for this, and freed.
+        """
+        import openvino as ov
+
+        if self._request is None:
+            raise BackendError("this engine is closed")
+        source = read_model(self.graph.path)
+        compiled = self._compiled if self.options["perf_count"] else self._compile(source, perf_count=True)
+        request = compiled.create_infer_request()
+        zeros = {t.name: np.zeros(t.shape, t.dtype) for t in self.inputs}
+        for _ in range(_PROFILED_RUNS):
+            request.infer(zeros)
+        executed = {p.node_name for p in request.profiling_info if p.status == ov.ProfilingInfo.Status.EXECUTED}
+        return executed_kernels(compiled.get_runtime_model(), executed, source, str(self.rest))
+
+    def save(self, path: Path | str) -> Graph:
+        """Write the engine's graph as IR at `path` (`.xml`), in full precision; `load` brings it back."""
+        return write_ir(read_model(self.graph.path), Path(path))
+
+    @classmethod
+    def load(cls, path: Path | str, precision: Precision, options: Mapping[str, Any] | None = None) -> Self:
+        """Compile an IR that `save` or a quantizer wrote."""
+        return cls(describe_ir(path), precision, options)
+
+    def close(self) -> None:
+        self._request = None
+        self._compiled = None
+
+
+def _check_quantized(model: Any, graph: Graph, precision: Precision) -> None:
+    quantized = any(op.get_type_name() == "FakeQuantize" for op in model.get_ops())
+    if precision == Precision.INT8 and not quantized:
+        raise BackendError(f"{graph.path.name} holds no quantized operation: quantize it before compiling it as int8")
+    if precision != Precision.INT8 and quantized:
+        raise BackendError(f"{graph.path.name} is quantized and would run in int8: compile it as int8, not {precision}")
+
+
+def _ports(ports: Any, path: Path) -> tuple[TensorInfo, ...]:
+    found = []
+    for port in ports:
+        name = port.get_any_name()
+        if not port.get_partial_shape().is_static:
+            raise BackendError(f"{path}: the shape of {name!r} is dynamic ({port.get_partial_shape()})")
+        found.append(TensorInfo(name, tuple(port.get_shape()), np.dtype(port.get_element_type().to_dtype()).name))
+    return tuple(found)

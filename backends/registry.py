@@ -1,0 +1,58 @@
+"""Which toolchains there are: the built-in ones by name, and those that other packages offer.
+
+Another package adds a backend with the entry-point group `pqk.backends`:
+
+    [project.entry-points."pqk.backends"]
+    mychain = "mypackage.backend:MyBackend"
+
+Nothing is imported until a backend is asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib import metadata
+
+from backends.base import Availability, Backend, BackendError, nearest
+
+GROUP = "pqk.backends"
+BUILT_IN = {
+    "openvino": "backends.openvino.backend:OpenVINOBackend",
+    "trt": "backends.trt.backend:TensorRTBackend",
+    "reference": "backends.reference:ReferenceBackend",
+}
+
+
+def table() -> dict[str, str]:
+    """Backend name -> 'module:object'. A built-in name cannot be replaced by an entry point."""
+    found = {point.name: point.value for point in metadata.entry_points(group=GROUP)}
+    return {**found, **BUILT_IN}
+
+
+def names() -> list[str]:
+    """All known backend names, sorted; a name does not promise that the toolchain is installed."""
+    return sorted(table())
+
+
+def get(name: str) -> Backend:
+    """Import and construct a backend. Raises BackendError for an unknown name or one that cannot be loaded."""
+    known = table()
+    if name not in known:
+        raise BackendError(f"unknown backend {name!r}{nearest(name, known)}; known are {names()}")
+    module, _, attribute = known[name].partition(":")
+    try:
+        backend: Backend = getattr(importlib.import_module(module), attribute)()
+    except (ImportError, AttributeError) as error:
+        raise BackendError(f"backend {name!r} ({known[name]}) cannot be loaded: {error}") from error
+    return backend
+
+
+def availabilities() -> dict[str, Availability]:
+    """What each known backend says of this machine; one that cannot even be loaded is reported, not raised."""
+    found: dict[str, Availability] = {}
+    for name in names():
+        try:
+            found[name] = get(name).availability()
+        except BackendError as error:
+            found[name] = Availability(available=False, reason=str(error), mend="repair or remove that package")
+    return found

@@ -1,0 +1,227 @@
+"""The one training loop: autocast, cosine schedule, EMA, checkpoint and resume, early stop, DDP under torchrun."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pqk.errors import PqkError
+from pqk.files import atomic_path
+
+
+@dataclass
+class Progress:
+    """What the loop reports after each step: counters, the rates of the last step and the validation so far."""
+
+    step: int = 0
+    seconds: float = 0.0
+    share: float = 0.0
+    loss: float = math.nan
+    learning_rate: float = 0.0
+    samples_per_second: float = 0.0
+    best: float = math.inf
+    stale: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When the run ends and how the rate moves. With `minutes` the clock, else the step count, is the measure."""
+
+    steps: int
+    learning_rate: float
+    final_rate: float
+    warmup: float
+    minutes: float | None = None
+
+    def share(self, step: int, seconds: float) -> float:
+        """How much of the run is behind us, in [0, 1]."""
+        done = seconds / (60 * self.minutes) if self.minutes else step / self.steps
+        return min(1.0, done)
+
+    def rate(self, share: float) -> float:
+        """Linear warm-up, then half a cosine down to the final rate (DUSt3R's schedule)."""
+        if share < self.warmup:
+            return self.learning_rate * share / self.warmup
+        fall = (share - self.warmup) / (1 - self.warmup)
+        return self.final_rate + (self.learning_rate - self.final_rate) * 0.5 * (1 + math.cos(math.pi * fall))
+
+
+def world() -> tuple[int, int]:
+    """Rank and number of processes, as torchrun sets them; (0, 1) alone."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Decay matrices and filters, not biases and norms (DUSt3R's recipe)."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+class Trainer:
+    """Trains `model` on `loss_of(model, step, share)` and keeps an exponential moving average of its weights.
+
+    `loss_of` draws its own batch from the step number, so that a resumed run sees what an undisturbed one would.
+    `validate(model)` returns a dict whose 'score' is better when lower. Only rank 0 validates and writes.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        schedule: Schedule,
+        *,
+        device: torch.device,
+        weight_decay: float,
+        clip_norm: float,
+        ema: float,
+        autocast: bool,
+    ) -> None:
+        self.rank, self.world = world()
+        self.device, self.schedule, self.clip_norm, self.decay, self.autocast = device, schedule, clip_norm, ema, autocast
+        self.model = model.to(device)
+        self.ema = {k: v.detach().clone().float() for k, v in self.model.state_dict().items()}
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(self.model, weight_decay),
+            lr=schedule.learning_rate,
+            betas=(0.9, 0.95),
+            fused=device.type == "cuda",
+        )
+        self.progress = Progress()
+
+    def state(self) -> dict[str, Any]:
+        """Everything that a resumed run needs; plain tensors, numbers and lists, so that a safe load can read it."""
+        kept = {k: getattr(self.progress, k) for k in ("step", "seconds", "best", "stale", "history")}
+        return {
+            "model": self.model.state_dict(),
+            "ema": self.ema,
+            "optimizer": self.optimizer.state_dict(),
+            "progress": kept,
+        }
+
+    def save(self, path: Path) -> None:
+        """Write the checkpoint atomically (rank 0 only)."""
+        if self.rank == 0:
+            with atomic_path(path) as temporary:
+                torch.save(self.state(), temporary)
+
+    def resume(self, path: Path) -> None:
+        """Continue from a checkpoint. Raises PqkError when it is damaged or belongs to another model."""
+        try:
+            saved = torch.load(path, map_location=self.device, weights_only=True)
+            self.model.load_state_dict(saved["model"])
+            self.ema = {k: v.to(self.device) for k, v in saved["ema"].items()}
+            self.optimizer.load_state_dict(saved["optimizer"])
+            for key, value in saved["progress"].items():
+                setattr(self.progress, key, value)
+        except Exception as error:
+            raise PqkError(
+                f"{path}: not a checkpoint of this model ({type(error).__name__}); start afresh with --fresh"
+            ) from error
+
+    def averaged(self) -> dict[str, torch.Tensor]:
+        """The averaged weights, float32."""
+        return {k: v.clone() for k, v in self.ema.items()}
+
+    def _average(self) -> None:
+        # a short memory at first, or the random start would linger
+        decay = min(self.decay, (1 + self.progress.step) / (10 + self.progress.step))
+        with torch.no_grad():
+            mine = self.model.state_dict()
+            averaged = [v for k, v in self.ema.items() if mine[k].is_floating_point()]
+            current = [mine[k].float() for k in self.ema if mine[k].is_floating_point()]
+            torch._foreach_lerp_(averaged, current, 1 - decay)
+
+    def _shared(self, value: float) -> float:
+        """Rank 0's value on every rank: processes must agree on when to stop and which stage they are in."""
+        if self.world == 1:
+            return value
+        box = torch.tensor([value], dtype=torch.float64, device=self.device)
+        torch.distributed.broadcast(box, 0)
+        return float(box.item())
+
+    def run(
+        self,
+        loss_of: Callable[[nn.Module, int, float], torch.Tensor],
+        *,
+        wrapped: nn.Module | None = None,
+        validate: Callable[[dict[str, torch.Tensor]], dict[str, float]] | None = None,
+        every: int = 1000,
+        patience: int = 8,
+        checkpoint: Path | None = None,
+        save_every_s: float = 120.0,
+        pause_after_s: float | None = None,
+        report: Callable[[Progress], None] | None = None,
+        batch_of: Callable[[float], int] | None = None,
+    ) -> str:
+        """Train until the schedule ends, the score stops improving, or `pause_after_s` is over.
+
+        Returns 'done', 'early' or 'paused'. The checkpoint is written on the way and at the end.
+        """
+        p = self.progress
+        module: nn.Module = self.model if wrapped is None else wrapped
+        if self.world > 1:
+            module = nn.parallel.DistributedDataParallel(module)
+        module.train()
+        began, before, saved = time.monotonic(), p.seconds, time.monotonic()
+        outcome, last, seen = "done", time.monotonic(), 0
+        skipped = 0
+        while True:
+            p.share = self._shared(self.schedule.share(p.step, p.seconds))
+            if p.share >= 1.0:
+                break
+            p.learning_rate = self.schedule.rate(p.share)
+            for group in self.optimizer.param_groups:
+                group["lr"] = p.learning_rate
+            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast):
+                loss = loss_of(module, p.step, p.share)
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
+            if bool(torch.isfinite(norm)):
+                self.optimizer.step()
+                skipped = 0
+            else:  # one wild batch must not poison the weights; many in a row mean that the run is lost
+                skipped += 1
+                if skipped >= 20:
+                    raise PqkError(f"20 steps in a row without a finite gradient, up to step {p.step}; lower learning_rate")
+            self.optimizer.zero_grad(set_to_none=True)
+            p.step += 1
+            self._average()
+            p.seconds = before + time.monotonic() - began
+            seen += batch_of(p.share) if batch_of else 1
+            if p.step % 20 == 0 or self.device.type == "cpu":
+                p.loss = float(loss.detach())  # reading it waits for the device, so not at every step
+                now = time.monotonic()
+                p.samples_per_second, last, seen = seen / max(now - last, 1e-9), now, 0
+                if report and self.rank == 0:
+                    report(p)
+            if validate and p.step % every == 0:
+                if self.rank == 0:
+                    scores = validate(self.averaged())
+                    p.history.append({"step": p.step, "seconds": p.seconds, **scores})
+                    p.stale = 0 if scores["score"] < p.best else p.stale + 1
+                    p.best = min(p.best, scores["score"])
+                    if report:
+                        report(p)
+                if self._shared(float(p.stale)) >= patience:
+                    outcome = "early"
+                    break
+            if checkpoint and time.monotonic() - saved > save_every_s:
+                self.save(checkpoint)
+                saved = time.monotonic()
+            if pause_after_s and self._shared(time.monotonic() - began) > pause_after_s:
+                outcome = "paused"
+                break
+        if checkpoint:
+            self.save(checkpoint)
+        return outcome

@@ -1,0 +1,196 @@
+"""Scenes and views: images on disk with what is known of their cameras. Nothing is decoded before it is asked for."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from pqk.data.camera import Camera, undistort_image, undistort_nearest
+from pqk.errors import PqkError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """One image with what is known of its camera.
+
+    Pixels follow COLMAP: the top-left corner of the image is (0, 0), the centre of the first pixel (0.5, 0.5).
+    With `distortion` set, the files on disk belong to that distorted camera, and the three `load_*` functions return
+    them resampled to the pinhole camera K of the same size.
+    """
+
+    name: str  # file name relative to the image folder, e.g. "000.jpg"
+    image_path: Path
+    K: np.ndarray | None = None  # (3,3) float64, pinhole
+    world_to_cam: np.ndarray | None = None  # (4,4) float64, metres
+    depth_path: Path | None = None  # raw little-endian float32, row-major H*W, metres along z; 0 or inf = unmeasured
+    mask_path: Path | None = None  # 8-bit image, 0 = ignore (or the reverse, see mask_marks_ignored)
+    distortion: Camera | None = None
+    size: tuple[int, int] | None = None  # (height, width) that the camera file declares
+    mask_marks_ignored: bool = False  # ETH3D: any value but 0 = ignore
+
+    def load_image(self) -> np.ndarray:
+        """(H,W,3) uint8 RGB. Raises PqkError for a missing, damaged or non-8-bit image, or one of the wrong size.
+
+        EXIF orientation is applied, except where a calibration belongs to the pixels as they are stored.
+        """
+        image = _decode(self.image_path)
+        if image.mode[0] in "IF":
+            raise PqkError(f"{self.image_path}: pixels of mode {image.mode} are not 8-bit; convert it to 8-bit RGB")
+        upright = self._upright(image)
+        pixels = np.asarray(upright.convert("RGB"))
+        return pixels if self.distortion is None else undistort_image(pixels, self.distortion)
+
+    def load_depth(self) -> np.ndarray | None:
+        """(H,W) float32, metres along the optical axis, 0 = no measurement; None without a depth file.
+
+        Infinite and non-positive values mean no measurement. Raises PqkError when the file is missing, when its size
+        is not 4*H*W bytes, and when it holds NaN, which no writer of this format uses and so points at a bug.
+        """
+        if self.depth_path is None:
+            return None
+        height, width = self._stored_shape()
+        try:
+            raw = self.depth_path.read_bytes()
+        except OSError as error:
+            raise PqkError(f"{self.depth_path}: cannot read the depth file ({error.strerror})") from error
+        if len(raw) != 4 * height * width:
+            raise PqkError(
+                f"{self.depth_path}: the depth file has {len(raw)} bytes, expected {4 * height * width} "
+                f"({width}x{height} float32 values, the size of {self.image_path.name})"
+            )
+        depth = np.frombuffer(raw, dtype="<f4").reshape(height, width).astype(np.float32)
+        bad = int(np.isnan(depth).sum())
+        if bad:
+            raise PqkError(f"{self.depth_path}: {bad} of {depth.size} depth values are NaN; write 0 or inf instead")
+        depth[~np.isfinite(depth) | (depth <= 0)] = 0
+        return depth if self.distortion is None else undistort_nearest(depth, self.distortion)
+
+    def load_mask(self) -> np.ndarray | None:
+        """(H,W) bool, False = ignore; None when nothing is to be ignored.
+
+        Where the image was undistorted, pixels without a source are ignored too. Raises PqkError for a missing or
+        damaged file and for a size that is not the image's.
+        """
+        if self.mask_path is None and self.distortion is None:
+            return None
+        shape = self._stored_shape()
+        keep = np.ones(shape, dtype=bool)
+        if self.mask_path is not None:
+            values = np.asarray(_decode(self.mask_path).convert("L"))
+            if values.shape != shape:
+                raise PqkError(
+                    f"{self.mask_path}: the mask has {values.shape[1]}x{values.shape[0]} pixels, "
+                    f"the image {self.image_path.name} has {shape[1]}x{shape[0]}"
+                )
+            keep = (values == 0) if self.mask_marks_ignored else (values != 0)
+        return keep if self.distortion is None else undistort_nearest(keep, self.distortion)
+
+    def _upright(self, image: Image.Image) -> Image.Image:
+        """The image in the orientation its calibration was made for; without a calibration, as EXIF says."""
+        turned = ImageOps.exif_transpose(image)
+        if self.K is None:
+            return turned
+        if self.size is None or image.size[::-1] == self.size:
+            return image
+        if turned.size[::-1] == self.size:
+            return turned
+        raise PqkError(
+            f"{self.image_path}: the image has {image.size[0]}x{image.size[1]} pixels, "
+            f"its camera is for {self.size[1]}x{self.size[0]}; give the image the calibration was made with"
+        )
+
+    def _stored_shape(self) -> tuple[int, int]:
+        """(height, width) of the files on disk, from the camera or the image's header."""
+        if self.size is not None:
+            return self.size
+        width, height = self._upright(_decode(self.image_path)).size
+        return height, width
+
+
+@dataclass(frozen=True, eq=False)
+class Scene:
+    """Views of one place, sorted by name. `notes` says in sentences what of the folder could not be used."""
+
+    name: str
+    root: Path
+    views: tuple[View, ...]
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for note in self.notes:
+            log.warning("%s", note)
+
+    @property
+    def has_ground_truth(self) -> bool:
+        """Whether every view has K, pose and depth."""
+        return all(v.K is not None and v.world_to_cam is not None and v.depth_path is not None for v in self.views)
+
+
+def open_scene(path: Path | str) -> Scene:
+    """Open one scene: ETH3D layout, COLMAP project, or a folder of images, in this order of preference.
+
+    Raises PqkError when the folder is missing or holds none of these, and for malformed calibration files.
+    """
+    root = _folder(path)
+    scene = _open(root)
+    if scene is None:
+        raise PqkError(
+            f"{root}: no scene here; expected images, or images/ with a COLMAP model in sparse/0, or the ETH3D layout"
+        )
+    return scene
+
+
+def open_scenes(path: Path | str) -> list[Scene]:
+    """Open a single scene, or every subfolder that is one, sorted by name. PqkError when there is none."""
+    root = _folder(path)
+    scene = _open(root)
+    if scene is not None:
+        return [scene]
+    scenes = []
+    for folder in sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")):
+        scene = _open(folder)
+        if scene is None:
+            log.warning("%s holds no scene, skipped", folder)
+        else:
+            scenes.append(scene)
+    if not scenes:
+        raise PqkError(f"{root}: no scene here, and none in its subfolders")
+    return scenes
+
+
+def _open(root: Path) -> Scene | None:
+    # The readers build Views, so they import this module; importing them here, at use, keeps that one-directional.
+    from pqk.data import eth3d, folder
+
+    return eth3d.read(root) or folder.read_colmap_project(root) or folder.read_images(root)
+
+
+def _folder(path: Path | str) -> Path:
+    root = Path(path)
+    if not root.exists():
+        raise PqkError(f"scene folder {root} does not exist")
+    if not root.is_dir():
+        raise PqkError(f"scene folder {root} is a file; give the folder that holds the scene")
+    return root.resolve()
+
+
+def _decode(path: Path) -> Image.Image:
+    """Read and decode an image file completely."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image
+    except FileNotFoundError as error:
+        raise PqkError(f"{path}: the image does not exist") from error
+    except UnidentifiedImageError as error:
+        raise PqkError(f"{path}: not an image, or in a format that is not supported") from error
+    except Image.DecompressionBombError as error:
+        raise PqkError(f"{path}: the image is too large ({error})") from error
+    except (OSError, ValueError, SyntaxError, EOFError) as error:
+        raise PqkError(f"{path}: the image is damaged ({error})") from error

@@ -1,0 +1,257 @@
+"""Scores of a predicted pair (two point maps in camera 1) against ground truth, or against a teacher's prediction.
+
+A prediction is a dict of numpy arrays: pts3d_1, pts3d_2 (H, W, 3), both in camera 1's frame (x right, y down,
+z forward) and of arbitrary scale, and conf_1, conf_2 (H, W). Scores are in metres when the truth is:
+
+| key | meaning | best |
+| --- | --- | --- |
+| absrel, rmse, delta1 | view 1's z against its depth, after one scale (`geometry.align_scale`) | 0, 0, 1 |
+| chamfer, chamfer_accuracy, chamfer_completeness | points of both views together, after one similarity | 0 |
+| reproj_px | points of each view against their own pixels, after the scale | 0 |
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from pqk.errors import PqkError
+from pqk.measure.geometry import Array, abs_rel, align_scale, chamfer, delta, reprojection_error, rmse, umeyama
+
+Prediction = Mapping[str, Array]
+Scores = dict[str, float | None]
+
+
+class Frame(Protocol):
+    """One posed image with depth. K follows COLMAP: the centre of the first pixel is (0.5, 0.5)."""
+
+    @property
+    def K(self) -> Array: ...  # (3, 3), pixels
+    @property
+    def world_to_cam(self) -> Array: ...  # (4, 4), rigid, metres
+    @property
+    def depth(self) -> Array | None: ...  # (H, W), z in metres, 0 = unknown
+
+
+@dataclass(frozen=True)
+class PairTruth:
+    """Ground truth of an ordered pair; the views may differ in size. Points of invalid pixels are 0."""
+
+    gt1: Array  # (H1, W1, 3) float32, points of view 1 in camera 1
+    gt2: Array  # (H2, W2, 3) float32, points of view 2 in camera 1
+    valid1: Array  # (H1, W1) bool
+    valid2: Array  # (H2, W2) bool
+    K1: Array  # (3, 3)
+    K2: Array  # (3, 3)
+    cam1_to_cam2: Array  # (4, 4)
+
+
+def pair_truth(frame1: Frame, frame2: Frame) -> PairTruth:
+    """Ground truth of the pair (frame1, frame2): both depth maps as points in camera 1.
+
+    X = z K^-1 (u + 0.5, v + 0.5, 1) (Hartley & Zisserman 2004, section 6.1), view 2 moved by the relative pose.
+    Raises PqkError for a frame without depth, or whose K or pose has a wrong shape or no inverse.
+    """
+    for frame in (frame1, frame2):
+        for name, matrix, size in (("K", frame.K, 3), ("world_to_cam", frame.world_to_cam, 4)):
+            if np.shape(matrix) != (size, size) or not np.isfinite(matrix).all() or np.linalg.det(matrix) == 0:
+                raise PqkError(f"a frame's {name} must be a finite, invertible ({size}, {size}) matrix, got {matrix}")
+    cam1_to_world = np.linalg.inv(np.asarray(frame1.world_to_cam, dtype=np.float64))
+    cam1_to_cam2 = np.asarray(frame2.world_to_cam, dtype=np.float64) @ cam1_to_world
+    gt1, valid1 = _unproject(frame1)
+    gt2, valid2 = _unproject(frame2)
+    gt2 = _move(gt2, np.linalg.inv(cam1_to_cam2))
+    gt2[~valid2] = 0.0
+    return PairTruth(
+        gt1.astype(np.float32),
+        gt2.astype(np.float32),
+        valid1,
+        valid2,
+        np.asarray(frame1.K, dtype=np.float64),
+        np.asarray(frame2.K, dtype=np.float64),
+        cam1_to_cam2,
+    )
+
+
+def score_pair(
+    pred: Prediction, truth: PairTruth, align: str = "median", chamfer_points: int = 4096, seed: int = 0
+) -> Scores:
+    """All scores of one predicted pair (see the table at the top of this file).
+
+    Depth: view 1's valid pixels, predicted z times the scale that `align` finds there. Chamfer: valid points of both
+    views, after the similarity fitted on all corresponding pixels (Umeyama), on the same `chamfer_points` pixels of
+    prediction and truth, drawn with `seed` (so a perfect prediction scores 0). Reprojection: mean over the valid
+    pixels of both views, points times the depth scale, view 2's moved into camera 2 by the true relative pose.
+    align="none" compares metric predictions as they are: scale 1 and no similarity.
+
+    Raises PqkError for missing keys, wrong shapes, no valid pixel in view 1, NaN or infinity at a valid pixel, and
+    predictions that no alignment fits (all points equal, depths not positive).
+    """
+    points1, points2 = _points(pred, truth.gt1.shape, truth.gt2.shape)
+    scores, scale = _aligned_scores(
+        (points1, points2), (truth.gt1, truth.gt2), (truth.valid1, truth.valid2), align, chamfer_points, seed
+    )
+    count1, count2 = int(truth.valid1.sum()), int(truth.valid2.sum())
+    total = count1 * reprojection_error(scale * points1, truth.K1, truth.valid1)
+    if count2:
+        total += count2 * reprojection_error(_move(scale * points2, truth.cam1_to_cam2), truth.K2, truth.valid2)
+    scores["reproj_px"] = total / (count1 + count2)
+    return scores
+
+
+def score_against_reference(
+    pred: Prediction,
+    reference: Prediction,
+    align: str = "median",
+    chamfer_points: int = 4096,
+    seed: int = 0,
+    min_conf: float = 1.0,
+) -> Scores:
+    """Scores of a prediction where another prediction (the teacher's, same pair) plays the truth.
+
+    The teacher's pixels with finite points and a finite confidence above `min_conf` count; 1 is the lowest confidence
+    that DUSt3R's activation 1 + e^c can give. Lengths are in the teacher's own unit. No intrinsics: reproj_px is None.
+    Raises PqkError as `score_pair` does.
+    """
+    shapes = {key: np.shape(_get(reference, key, "reference")) for key in ("pts3d_1", "pts3d_2")}
+    truth1, truth2 = _points(reference, shapes["pts3d_1"], shapes["pts3d_2"], "reference")
+    points1, points2 = _points(pred, truth1.shape, truth2.shape)
+    valid = []
+    for points, key in ((truth1, "conf_1"), (truth2, "conf_2")):
+        conf = np.asarray(_get(reference, key, "reference"))
+        if conf.shape != points.shape[:2]:
+            raise PqkError(f"the reference's {key} has shape {conf.shape}, expected {points.shape[:2]}")
+        valid.append(np.isfinite(conf) & (conf > min_conf) & np.isfinite(points).all(axis=2))
+    scores, _ = _aligned_scores((points1, points2), (truth1, truth2), (valid[0], valid[1]), align, chamfer_points, seed)
+    scores["reproj_px"] = None
+    return scores
+
+
+def constant_depth_scores(truth: PairTruth, align: str = "median") -> Scores:
+    """absrel, rmse and delta1 of view 1 for the predictor that answers one depth everywhere (after alignment).
+
+    The floor that any trained model must beat. Raises PqkError when view 1 has no valid pixel.
+    """
+    return _depth_scores(np.ones(truth.valid1.shape), truth.gt1[..., 2], truth.valid1, align)[0]
+
+
+def summarise(scores: Sequence[Mapping[str, float | None]]) -> Scores:
+    """Mean over pairs of each metric, and absrel_p95, the 95th percentile (linear interpolation) of absrel.
+
+    A metric that is None for all pairs stays None. Raises PqkError for an empty list, for metrics that only some of
+    the pairs have (their mean would be over other scenes) and for values that are not finite.
+    """
+    if not scores:
+        raise PqkError("nothing to summarise: no pair was scored")
+    summary: Scores = {}
+    for key in scores[0]:
+        values = [pair.get(key) for pair in scores]
+        present = [value for value in values if value is not None]
+        if len(present) not in (0, len(values)):
+            raise PqkError(f"{key} is missing for {len(values) - len(present)} of {len(values)} pairs")
+        if not all(math.isfinite(value) for value in present):
+            raise PqkError(f"NaN refused: {key} is not finite for every pair")
+        summary[key] = math.fsum(present) / len(present) if present else None
+        if key == "absrel" and present:
+            summary["absrel_p95"] = float(np.percentile(present, 95))
+    extra = sorted(set().union(*scores) - set(scores[0]))
+    if extra:
+        raise PqkError(f"{', '.join(extra)} is missing for the first of {len(scores)} pairs")
+    return summary
+
+
+def quality_drop_pct(value: float, teacher_value: float, higher_is_better: bool = False) -> float:
+    """Relative loss of a metric against the teacher in percent; positive = worse, negative = better.
+
+    100 (value - teacher) / teacher for errors, the negative of it for scores such as delta1; 0 when both are 0.
+    Raises PqkError when only the teacher's value is 0, and for negative or non-finite values.
+    """
+    for name, number in (("value", value), ("teacher's value", teacher_value)):
+        if not (math.isfinite(number) and number >= 0):
+            raise PqkError(f"a quality drop needs finite metrics of 0 or more; the {name} is {number}")
+    if value == teacher_value:
+        return 0.0
+    if teacher_value == 0:
+        raise PqkError(f"the drop is undefined: the teacher's value is 0 and the model's is {value}")
+    change = 100.0 * (value - teacher_value) / teacher_value
+    return -change if higher_is_better else change
+
+
+def _aligned_scores(
+    points: tuple[Array, Array],
+    gts: tuple[Array, Array],
+    valids: tuple[Array, Array],
+    align: str,
+    chamfer_points: int,
+    seed: int,
+) -> tuple[Scores, float]:
+    """Depth and chamfer scores, and the depth scale."""
+    if chamfer_points < 3:
+        raise PqkError(f"chamfer_points must be at least 3, got {chamfer_points}")
+    scores, scale = _depth_scores(points[0][..., 2], gts[0][..., 2], valids[0], align)
+    pred_cloud = np.concatenate([p[v] for p, v in zip(points, valids, strict=True)])
+    gt_cloud = np.concatenate([g[v] for g, v in zip(gts, valids, strict=True)])
+    similarity = None if align == "none" else umeyama(pred_cloud, gt_cloud)
+    if len(gt_cloud) > chamfer_points:
+        chosen = np.random.default_rng(seed).choice(len(gt_cloud), chamfer_points, replace=False)
+        pred_cloud, gt_cloud = pred_cloud[chosen], gt_cloud[chosen]
+    if similarity is not None:
+        pred_cloud = similarity.apply(pred_cloud)
+    distances = chamfer(pred_cloud, gt_cloud)
+    return {
+        "chamfer": distances.mean,
+        "chamfer_accuracy": distances.accuracy,
+        "chamfer_completeness": distances.completeness,
+        **scores,
+    }, scale
+
+
+def _depth_scores(depth: Array, gt_depth: Array, valid: Array, align: str) -> tuple[Scores, float]:
+    scale = align_scale(depth, gt_depth, valid, align)
+    depth = scale * depth
+    return {
+        "absrel": abs_rel(depth, gt_depth, valid),
+        "rmse": rmse(depth, gt_depth, valid),
+        "delta1": delta(depth, gt_depth, valid),
+    }, scale
+
+
+def _unproject(frame: Frame) -> tuple[Array, Array]:
+    """Points (H, W, 3) float64 in the frame's camera, 0 where the depth is unknown, and the validity mask."""
+    if frame.depth is None or np.ndim(frame.depth) != 2:
+        raise PqkError("a frame without a depth map (H, W) has no ground truth to score against")
+    depth = np.asarray(frame.depth, dtype=np.float64)
+    valid = np.isfinite(depth) & (depth > 0)
+    height, width = depth.shape
+    u, v = np.meshgrid(np.arange(width) + 0.5, np.arange(height) + 0.5)
+    rays = np.stack([u, v, np.ones_like(u)], axis=-1) @ np.linalg.inv(np.asarray(frame.K, dtype=np.float64)).T
+    return rays * np.where(valid, depth, 0.0)[..., None], valid
+
+
+def _move(points: Array, transform: Array) -> Array:
+    """Apply a rigid (4, 4) transform to points (..., 3), in the points' own precision."""
+    matrix = transform.astype(points.dtype)
+    with np.errstate(invalid="ignore"):  # pixels that nobody looks at may hold infinities
+        return points @ matrix[:3, :3].T + matrix[:3, 3]
+
+
+def _points(
+    pred: Prediction, shape1: tuple[int, ...], shape2: tuple[int, ...], name: str = "prediction"
+) -> tuple[Array, Array]:
+    found = []
+    for key, shape in (("pts3d_1", shape1), ("pts3d_2", shape2)):
+        points = np.asarray(_get(pred, key, name), dtype=np.float32)
+        if points.shape != shape or points.ndim != 3 or shape[2] != 3:
+            raise PqkError(f"the {name}'s {key} has shape {points.shape}, expected (H, W, 3) as in the truth, {shape}")
+        found.append(points)
+    return found[0], found[1]
+
+
+def _get(pred: Prediction, key: str, name: str) -> Array:
+    if key not in pred:
+        raise PqkError(f"the {name} has no {key}; it has {', '.join(pred) or 'nothing'}")
+    return pred[key]

@@ -1,0 +1,104 @@
+"""Building a model by the name of its family."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pqk.errors import PqkError, nearest
+from pqk.models.layers import initialize
+
+FAMILIES = {"dust3r": "pqk.models.dust3r:Dust3r"}
+"""Family name -> module:class; the class takes a configuration dictionary and keeps it as `.config`."""
+
+_UNUSED = (".refinenet4.resConfUnit1.", "mask_token")
+"""Weights of the official files that no result depends on; a file may lack them."""
+_FOREIGN = ("prediction_head.", "enc_pos_embed", "dec_pos_embed")
+"""Keys of pretraining files that have no place here."""
+
+
+def empty_model(family: str, config: Mapping[str, Any]) -> nn.Module:
+    """A model of the family on the meta device: names and shapes without memory.
+
+    Raises PqkError for an unknown family or an invalid configuration.
+    """
+    if family not in FAMILIES:
+        raise PqkError(f"unknown model family {family!r}{nearest(family, FAMILIES)}; known: {', '.join(FAMILIES)}")
+    module, _, name = FAMILIES[family].partition(":")
+    with torch.device("meta"):
+        return getattr(import_module(module), name)(config)
+
+
+def build_model(
+    family: str,
+    config: Mapping[str, Any],
+    state_dict: Mapping[str, Tensor] | None = None,
+    generator: torch.Generator | None = None,
+) -> Any:
+    """A float32 CPU model of the family ("dust3r"), with the given weights (copied) or fresh random ones.
+
+    config: keys of the official constructor, see `pqk.models.configs`.
+    state_dict: official names; keys of a second decoder may be absent (it then starts as a copy of the first).
+    generator: source of random weights, torch's global one when absent.
+    Raises PqkError for an unknown family, an invalid configuration, or weights that do not fit.
+    """
+    model = empty_model(family, config)
+    if state_dict is None:
+        model.to_empty(device="cpu")
+        initialize(model, generator)
+    else:
+        load_weights(model, state_dict, "state_dict")
+    return model
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor], origin: str) -> None:
+    """Give the model copies of the weights, in float32; `origin` names their source in error messages.
+
+    Both spellings of tied DPT layers are accepted, a missing second decoder is copied from the first, dead and foreign
+    keys may be absent or present. Raises PqkError listing missing, unexpected or wrongly shaped keys.
+    """
+    given = dict(weights)
+    if not any(key.startswith("dec_blocks2") for key in given):
+        for key in [key for key in given if key.startswith("dec_blocks.")]:
+            given[key.replace("dec_blocks.", "dec_blocks2.", 1)] = given[key]
+    expected = model.state_dict()
+    for key in expected:
+        twin = _other_name(key)
+        if key not in given and twin in given:
+            given[key] = given[twin]
+    missing = [key for key in expected if key not in given and not any(part in key for part in _UNUSED)]
+    unexpected = [key for key in given if key not in expected and not key.startswith(_FOREIGN)]
+    if missing or unexpected:
+        found = [f"{what} {_few(keys)}" for what, keys in (("lacks", missing), ("has the unknown", unexpected)) if keys]
+        raise PqkError(f"{origin} does not fit this model: it {' and '.join(found)}")
+    wrong = [key for key in expected if key in given and given[key].shape != expected[key].shape]
+    if wrong:
+        shapes = f"{tuple(given[wrong[0]].shape)} instead of {tuple(expected[wrong[0]].shape)}"
+        raise PqkError(f"{origin} has {len(wrong)} weights of another shape, first {wrong[0]}: {shapes}")
+    complete = {
+        key: given[key].detach().to("cpu", torch.float32, copy=True) if key in given else torch.zeros(empty.shape)
+        for key, empty in expected.items()
+    }
+    model.load_state_dict(complete, strict=True, assign=True)
+
+
+def _other_name(key: str) -> str:
+    """The second spelling of a tied DPT projection (`layer_rn.0` and `layer1_rn`); any other key as it is."""
+    for index in range(4):
+        first, second = f".scratch.layer{index + 1}_rn.", f".scratch.layer_rn.{index}."
+        if first in key:
+            return key.replace(first, second)
+        if second in key:
+            return key.replace(second, first)
+    return key
+
+
+def _few(keys: Iterable[str]) -> str:
+    """'3 keys (a, b, c)', with at most four named."""
+    names = list(keys)
+    more = ", ..." if len(names) > 4 else ""
+    return f"{len(names)} key{'s' if len(names) > 1 else ''} ({', '.join(names[:4])}{more})"

@@ -1,0 +1,269 @@
+"""From logs to tables: order, text and best values of records; summary.csv and summary.json; the terminal table."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pqk.errors import EXIT_OK, PqkError
+from pqk.files import atomic_path, write_json
+from pqk.record.log import read_records
+from pqk.record.schema import Column, columns, load_schema
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from rich.console import Console
+    from rich.table import Table
+
+Record = Mapping[str, Any]
+
+DASH = "–"
+_EXP_WIDTH = 12
+_PRECISIONS = ("f32", "tf32", "bf16", "f16", "int8", "int4")
+_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
+
+
+def load_table(folder: Path | str) -> pd.DataFrame:
+    """The valid records of a folder (or of one file) as a table: columns and row order as in every report.
+
+    Whole numbers are Int64, other numbers float64, true/false is boolean, text, lists and objects stay as they are;
+    null is pandas' missing value, and None in the columns of text, lists and objects.
+    Raises PqkError for an invalid log.
+    """
+    import pandas as pd
+
+    records = ordered(item.record for item in read_records(folder))
+    kinds = {"integer": "Int64", "number": "float64", "boolean": "boolean"}
+    return pd.DataFrame(
+        {
+            column.name: pd.Series([record[column.name] for record in records], dtype=kinds.get(column.kind, "object"))
+            for column in columns()
+        }
+    )
+
+
+def build_reports(
+    logs_folder: Path | str, reports_folder: Path | str, say: Callable[[str], None] | None = None
+) -> list[Path]:
+    """Write summary.csv, summary.json, result_table.xlsx and plots/*.png from all logs; return the files written.
+
+    `say` is told, in one sentence each, which plots were left out and why. The same logs give the same bytes of CSV
+    and JSON. Raises PqkError before anything is written when a log is invalid or there is no record at all.
+    """
+    from pqk.report.plots import draw_plots
+    from pqk.report.workbook import write_workbook
+
+    records = ordered(item.record for item in read_records(logs_folder))
+    if not records:
+        raise PqkError(f"no records in {logs_folder}: run an experiment first")
+    reports = Path(reports_folder)
+    write_csv(reports / "summary.csv", records)
+    write_json(
+        reports / "summary.json", [{column.name: record[column.name] for column in columns()} for record in records]
+    )
+    write_workbook(reports / "result_table.xlsx", records)
+    plots, left_out = draw_plots(records, reports / "plots")
+    for sentence in left_out:
+        if say:
+            say(sentence)
+    return [reports / "summary.csv", reports / "summary.json", reports / "result_table.xlsx", *plots]
+
+
+def ordered(records: Iterable[Record]) -> list[Record]:
+    """Records by experiment (A2 before A10), role (Teacher first), backend, quantizer, precision (f32 first), time."""
+    roles = load_schema()["properties"]["role"]["enum"]
+
+    def key(record: Record) -> tuple[Any, ...]:
+        words = re.split(r"([0-9]+)", record["exp_id"])
+        natural = [(int(word), "") if index % 2 else (-1, word) for index, word in enumerate(words)]
+        precision = record["precision"] or ""
+        rank = _PRECISIONS.index(precision) if precision in _PRECISIONS else len(_PRECISIONS)
+        return (
+            natural,
+            roles.index(record["role"]),
+            record["backend"] or "",
+            record["quantizer"] or "",
+            (rank, precision),
+            record["datetime"],
+            json.dumps(record, sort_keys=True),
+        )
+
+    return sorted(records, key=key)
+
+
+def write_csv(path: Path | str, records: Sequence[Record]) -> None:
+    """One row per record, one column per field; null is empty, lists and objects are JSON, numbers are exact.
+
+    A text that a spreadsheet would take for a formula gets a leading apostrophe (see `safe_text`).
+    """
+    names = [column.name for column in columns()]
+    rows = [names, *([_csv_cell(record[name]) for name in names] for record in records)]
+    with atomic_path(path) as temporary:
+        temporary.write_bytes("".join(",".join(map(_quoted, row)) + "\n" for row in rows).encode())
+
+
+def _quoted(text: str) -> str:
+    """Quote as RFC 4180 does; Python's csv.writer leaves a lone carriage return bare, and readers take it for a row."""
+    return '"' + text.replace('"', '""') + '"' if any(char in text for char in ',"\r\n') else text
+
+
+def _csv_cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return safe_text(value)
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def safe_text(text: str) -> str:
+    """Put an apostrophe before a text that begins like a spreadsheet formula (=, +, -, @, tab, carriage return)."""
+    return f"'{text}" if text.startswith(_FORMULA_STARTS) else text
+
+
+def cell_text(value: Any, column: Column) -> str:
+    """A value for people: numbers in the column's format, shares as 'int8 91 % / bf16 7 %', null as a dash."""
+    if value is None or value == {} or value == []:
+        return DASH
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int | float):
+        return format(int(value) if column.format == "d" else value, column.format)
+    if column.name == "executed_precision":
+        return shares_text(value)
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    if isinstance(value, dict):
+        return json.dumps(value, ensure_ascii=False)
+    return str(value)
+
+
+def shares_text(shares: Mapping[str, float]) -> str:
+    """'int8 91 % / bf16 7 %', the largest first; a share above zero that rounds to it reads '<1 %'."""
+    parts = sorted(shares.items(), key=lambda item: (-item[1], item[0]))
+    return " / ".join(
+        f"{name} {'<1' if share < 0.005 else f'{share:.0%}'[:-1]} %" for name, share in parts if share > 0
+    )
+
+
+def best_rows(records: Sequence[Record]) -> dict[str, set[int]]:
+    """For each column that has a better direction, the indices of the rows with the best value.
+
+    Only runs that ended well compete. A column in which fewer than two rows compete, or in which all are equal, has
+    no best.
+    """
+    best: dict[str, set[int]] = {}
+    for column in columns():
+        if not column.better:
+            continue
+        values = {
+            i: r[column.name] for i, r in enumerate(records) if r["status"] == "ok" and r[column.name] is not None
+        }
+        if len(set(values.values())) > 1:
+            target = (min if column.better == "lower" else max)(values.values())
+            best[column.name] = {index for index, value in values.items() if value == target}
+    return best
+
+
+def tool_text(record: Record) -> str:
+    """'openvino/nncf', 'openvino', or '' when nothing is known."""
+    return "/".join(record[key] for key in ("backend", "quantizer") if record[key])
+
+
+def row_label(record: Record) -> str:
+    """A record in a few words for a plot or a message: 'B1 candidate int8 openvino/nncf'."""
+    words = [record["exp_id"], record["role"], record["precision"], tool_text(record)]
+    return printable(" ".join(word for word in words if word))
+
+
+def printable(text: str) -> str:
+    """Replace control characters: a log must not move the cursor or colour the terminal."""
+    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
+
+
+def print_table(records: Iterable[Record], console: Console) -> None:
+    """Print records for people: one table when the console is wide enough, else quality and speed/size in two.
+
+    Shown are the columns with a heading (`x-short`) in the schema and those named as main metric, if any row has a
+    value there. Best values are bold, null is a dash, a row that was emulated or did not end well says so.
+    """
+    rows = ordered(records)
+    if not rows:
+        console.print("no records")
+        return
+    metrics = {record["main_metric"] for record in rows}
+    shown = [
+        column
+        for column in columns()
+        if column.group != "identity"
+        and (column.short or column.name in metrics)
+        and any(record[column.name] not in (None, {}) for record in rows)
+    ]
+    best = best_rows(rows)
+    judged = [column for column in shown if column.name == "verdict"]
+    measured = [column for column in shown if column.name != "verdict"]
+    whole = _terminal_table(rows, [*measured, *judged], best)
+    if console.measure(whole, options=console.options.update(max_width=10_000)).maximum <= console.width:
+        console.print(whole)
+        return
+    for title, groups in (("quality", ("quality",)), ("speed and size", ("efficiency", "resources", "edge"))):
+        part = [column for column in measured if column.group in groups]
+        if part or title == "quality":
+            console.print()
+            console.print(_terminal_table(rows, [*part, *(judged if title == "quality" else [])], best, title))
+
+
+def _terminal_table(
+    rows: Sequence[Record], shown: Sequence[Column], best: Mapping[str, set[int]], title: str | None = None
+) -> Table:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    # Text objects, not strings: rich would read "[...]" in a string as markup.
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0, title=title, title_justify="left")
+    table.add_column("exp", overflow="fold", max_width=_EXP_WIDTH)
+    table.add_column("row", no_wrap=True)
+    for column in shown:
+        numeric = column.kind in ("number", "integer")
+        heading = Text(printable(column.short or column.name))
+        table.add_column(heading, justify="right" if numeric else "left", no_wrap=True)
+    for index, record in enumerate(rows):
+        lines = [f"{record['role']} {record['precision'] or ''}".rstrip(), tool_text(record)]
+        if record["measured"] == "emulated":
+            lines.append("emulated")
+        if record["status"] != "ok":
+            lines.append(record["status"])
+        cells = [Text(printable(record["exp_id"])), Text("\n".join(printable(line) for line in lines if line))]
+        for column in shown:
+            text = cell_text(record[column.name], column)
+            if column.name == "executed_precision":
+                text = "\n".join(printable(part) for part in text.split(" / "))
+            else:
+                text = printable(text)
+            cells.append(Text(text, style="bold" if index in best.get(column.name, ()) else ""))
+        table.add_row(*cells)
+    return table
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Merge a folder of logs into reports and print the table; returns the exit code."""
+    parser = argparse.ArgumentParser(description="Merge all logs into one table (CSV, JSON, XLSX) and its plots.")
+    parser.add_argument("--logs", type=Path, default=Path("logs"), help="folder of log files")
+    parser.add_argument("--reports", type=Path, default=Path("reports"), help="folder to write to")
+    options = parser.parse_args(arguments)
+    from rich.console import Console
+
+    try:
+        written = build_reports(options.logs, options.reports, say=print)
+        print_table((item.record for item in read_records(options.logs)), Console())
+    except PqkError as error:
+        print(f"error: {printable(str(error))}", file=sys.stderr)
+        return error.exit_code
+    for path in written:
+        print(path)
+    return EXIT_OK

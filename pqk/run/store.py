@@ -1,0 +1,324 @@
+"""The artifact store: results named by the hash of everything that made them; the backbone of resuming a run.
+
+    <root>/<stage>/<first 16 hex digits of the key>/   the files of one artifact, and manifest.json
+    <root>/<stage>/.<16 digits>.<pid>.<random>.tmp/    one that is being made, or that a killed process left behind
+    <root>/.locks/<stage>-<16 digits>.lock             held (flock) while an artifact is made or checked
+
+An artifact is made in a temporary folder and renamed into place when every byte is on disk, so it is whole or absent
+whenever the process is killed. The kernel releases the lock of a killed process; the next one removes its leftovers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from pqk.errors import PqkError
+from pqk.files import clear_write_errors, fsync_folder, sha256_file, sha256_json, write_json
+
+MANIFEST = "manifest.json"
+_STAGE = re.compile(r"[a-z][a-z0-9_-]{0,47}")
+_KEY = re.compile(r"[0-9a-f]{16}")
+_TEMPORARY = re.compile(r"\.([0-9a-f]{16})\..*\.tmp")
+
+OnEvent = Callable[[str, str, str, float], None]
+"""Called as on_event(kind, stage, key, seconds). Kinds: 'wait' (another process is making it), 'damaged' (it will be
+made again), 'make' (begins), 'done' (seconds it took), 'reuse' (seconds that making it took back then)."""
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """One finished artifact: its folder, and the manifest that says what is in it and what made it.
+
+    Manifest keys: stage, key, inputs, files ({relative name: {sha256, bytes}}), seconds, created (ISO 8601, UTC).
+    """
+
+    path: Path
+    key: str
+    stage: str
+    reused: bool
+    manifest: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of a listing. `key` has 16 digits; `created` is None when the manifest is unreadable."""
+
+    path: Path
+    stage: str
+    key: str
+    bytes: int
+    created: str | None
+
+
+class Store:
+    """Artifacts under `root`. Safe for many processes and threads at once on one machine.
+
+    `verify` says how a found artifact is checked before it is reused: 'full' compares the sha256 of every file,
+    'size' only names and sizes.
+    """
+
+    def __init__(self, root: Path, verify: Literal["full", "size"] = "full") -> None:
+        self.root = Path(root)
+        self.verify = verify
+
+    def key(self, stage: str, inputs: Mapping[str, Any]) -> str:
+        """sha256 of the canonical JSON of stage and inputs; the order of keys does not matter, tuples equal lists.
+
+        Raises PqkError for a wrong stage name, TypeError for an input that is not plain data (texts, finite numbers,
+        true/false, null, lists and mappings of them), ValueError for NaN and infinities.
+        """
+        if not _STAGE.fullmatch(stage):
+            raise PqkError(f"stage {stage!r} must be a small letter, then up to 47 small letters, digits, '_' or '-'")
+        return sha256_json({"stage": stage, "inputs": _plain(inputs, stage)})
+
+    def get_or_make(
+        self, stage: str, inputs: Mapping[str, Any], make: Callable[[Path], None], on_event: OnEvent | None = None
+    ) -> Artifact:
+        """The artifact of these inputs: the one that is there when it is intact, else what `make(folder)` writes.
+
+        `make` gets an empty folder. When it raises, nothing is kept and its error goes on. Two callers that ask for
+        the same artifact at once make it once: the other one waits. `make` may ask for other artifacts, but not for
+        its own.
+        Raises PqkError when the disk is full or not writable.
+        """
+        key = self.key(stage, inputs)
+        tell = on_event if on_event is not None else _say_nothing
+        with self._lock(stage, key[:16], waiting=lambda: tell("wait", stage, key, 0.0)):
+            self._sweep(stage, key[:16])
+            target = self.root / stage / key[:16]
+            manifest = _intact(target, stage, key, self.verify)
+            if manifest is not None:
+                tell("reuse", stage, key, float(manifest["seconds"]))
+                return Artifact(target, key, stage, True, manifest)
+            if os.path.lexists(target):
+                tell("damaged", stage, key, 0.0)
+            tell("make", stage, key, 0.0)
+            manifest = self._make(target, stage, key, _plain(inputs, stage), make)
+            tell("done", stage, key, float(manifest["seconds"]))
+            return Artifact(target, key, stage, False, manifest)
+
+    def entries(self) -> list[Entry]:
+        """Every artifact that is there, by stage and key; unfinished ones are not listed."""
+        found = []
+        for stage in sorted(p for p in _folders(self.root) if _STAGE.fullmatch(p.name)):
+            for path in sorted(p for p in _folders(stage) if _KEY.fullmatch(p.name)):
+                size = sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
+                manifest = _read_manifest(path)
+                created = manifest.get("created") if manifest else None
+                found.append(Entry(path, stage.name, path.name, size, created))
+        return found
+
+    def remove(self, stage: str | None = None) -> list[Entry]:
+        """Delete all artifacts (of one stage), with what killed processes left. Returns what was deleted.
+
+        An artifact that a process is making or checking right now is left alone.
+        """
+        removed = []
+        for entry in self.entries():
+            if stage is not None and entry.stage != stage:
+                continue
+            with self._try_lock(entry.stage, entry.key) as free:
+                if free and entry.path.exists():
+                    self._discard(entry.path)
+                    removed.append(entry)
+        for folder in _folders(self.root):
+            if _STAGE.fullmatch(folder.name) and stage in (None, folder.name):
+                self._sweep(folder.name)
+        return removed
+
+    def _make(self, target: Path, stage: str, key: str, inputs: Any, make: Callable[[Path], None]) -> dict[str, Any]:
+        with clear_write_errors(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            temporary = self._temporary(target)
+            temporary.mkdir()
+        try:
+            begin = time.perf_counter()
+            _call(make, temporary)
+            with clear_write_errors(target):
+                manifest = {
+                    "stage": stage,
+                    "key": key,
+                    "inputs": inputs,
+                    "files": _contents(temporary, sync=True),
+                    "seconds": round(time.perf_counter() - begin, 3),
+                    "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+                }
+                write_json(temporary / MANIFEST, manifest | {"sha256": sha256_json(manifest)})
+                if os.path.lexists(target):
+                    self._discard(target)
+                temporary.rename(target)
+                fsync_folder(target.parent)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        return manifest
+
+    @staticmethod
+    def _temporary(target: Path) -> Path:
+        return target.parent / f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
+
+    def _discard(self, target: Path) -> None:
+        """Delete an artifact; renamed first, so that a half-deleted one never stands under its name."""
+        with clear_write_errors(target):
+            doomed = target.rename(self._temporary(target))
+            if doomed.is_dir() and not doomed.is_symlink():
+                shutil.rmtree(doomed)
+            else:
+                doomed.unlink()
+
+    def _sweep(self, stage: str, held: str | None = None) -> None:
+        """Remove the temporary folders of a stage whose maker is gone: their lock is free, or `held` by the caller."""
+        for folder in _folders(self.root / stage):
+            match = _TEMPORARY.fullmatch(folder.name)
+            if match is None:
+                continue
+            if match[1] == held:
+                shutil.rmtree(folder, ignore_errors=True)
+                continue
+            with self._try_lock(stage, match[1]) as free:
+                if free:
+                    shutil.rmtree(folder, ignore_errors=True)
+
+    def _open_lock(self, stage: str, short: str) -> int:
+        path = self.root / ".locks" / f"{stage}-{short}.lock"
+        with clear_write_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # Lock files are never deleted: a process could then lock a file that no one else can see.
+            return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+
+    @contextlib.contextmanager
+    def _lock(self, stage: str, short: str, waiting: Callable[[], None]) -> Iterator[None]:
+        handle = self._open_lock(stage, short)
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                waiting()
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+        finally:
+            _unlock(handle)
+
+    @contextlib.contextmanager
+    def _try_lock(self, stage: str, short: str) -> Iterator[bool]:
+        handle = self._open_lock(stage, short)
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+            else:
+                yield True
+        finally:
+            _unlock(handle)
+
+
+def _unlock(handle: int) -> None:
+    """Release and close. A worker process forked inside `make` would otherwise keep the lock that it inherited."""
+    fcntl.flock(handle, fcntl.LOCK_UN)
+    os.close(handle)
+
+
+def _say_nothing(kind: str, stage: str, key: str, seconds: float) -> None:
+    """The on_event of a caller that gave none."""
+
+
+def _plain(value: Any, where: str) -> Any:
+    """`value` as JSON data; json.dumps alone would let {1: 'a'} and {'1': 'a'} share a key."""
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    if isinstance(value, Mapping):
+        if not all(isinstance(name, str) for name in value):
+            raise TypeError(f"{where}: keys of inputs must be texts, got {list(value)[:5]}")
+        return {name: _plain(item, f"{where}.{name}") for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, f"{where}[{n}]") for n, item in enumerate(value)]
+    raise TypeError(f"{where}: an input must be text, a number, a list or a mapping, got {type(value).__name__}")
+
+
+def _call(make: Callable[[Path], None], folder: Path) -> None:
+    """Run `make`; when writing into the folder fails that becomes one sentence, other errors go on as they are."""
+    try:
+        make(folder)
+    except OSError as error:
+        if error.filename is not None and not Path(str(error.filename)).is_relative_to(folder):
+            raise
+        with clear_write_errors(folder):
+            raise
+
+
+def _folders(parent: Path) -> list[Path]:
+    try:
+        return [p for p in parent.iterdir() if p.is_dir()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def _names(folder: Path) -> list[str]:
+    """Relative names of all files below the folder, sorted. Raises PqkError for links and special files."""
+    names = []
+    for path in folder.rglob("*"):
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            raise PqkError(f"{path}: an artifact holds only plain files and folders")
+        if path.is_file():
+            names.append(path.relative_to(folder).as_posix())
+    return sorted(names)
+
+
+def _contents(folder: Path, sync: bool) -> dict[str, dict[str, Any]]:
+    """{relative name: {sha256, bytes}} of what `make` wrote; with `sync`, it is on disk when this returns."""
+    files = {}
+    for name in _names(folder):
+        if name == MANIFEST:
+            raise PqkError(f"{folder / name}: this name is the store's own; the stage must choose another")
+        path = folder / name
+        if sync:
+            with path.open("rb") as stream:
+                os.fsync(stream.fileno())
+        files[name] = {"sha256": sha256_file(path), "bytes": path.stat().st_size}
+    if sync:
+        for below in (folder, *(p for p in folder.rglob("*") if p.is_dir())):
+            fsync_folder(below)
+    return files
+
+
+def _read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest without its own hash, or None when it is missing, damaged or not a manifest."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        stated = manifest.pop("sha256")
+        return manifest if stated == sha256_json(manifest) else None
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def _intact(folder: Path, stage: str, key: str, verify: str) -> dict[str, Any] | None:
+    """The manifest when the artifact is exactly what it says (no file missing, surplus or changed), else None."""
+    manifest = _read_manifest(folder)
+    if folder.is_symlink() or manifest is None or manifest.get("stage") != stage or manifest.get("key") != key:
+        return None
+    try:
+        names = [name for name in _names(folder) if name != MANIFEST]
+        if names != sorted(manifest["files"]):
+            return None
+        for name in names:
+            path, stated = folder / name, manifest["files"][name]
+            if path.stat().st_size != stated["bytes"]:
+                return None
+            if verify == "full" and sha256_file(path) != stated["sha256"]:
+                return None
+    except (OSError, PqkError):
+        return None
+    return manifest

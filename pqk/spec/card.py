@@ -1,0 +1,193 @@
+"""Task cards: one experiment each, Markdown with YAML front matter, in schedule/TaskCards."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, PrivateAttr, field_validator, model_validator
+
+from pqk import paths
+from pqk.errors import PqkError, nearest
+from pqk.files import sha256_json
+from pqk.spec.evaluation import Evaluation, load_evaluation, loosened
+from pqk.spec.quant import Quant, load_quant
+from pqk.spec.recipe import check_stages, combo_of
+from pqk.spec.workload import Workload, load_workload
+from pqk.spec.yamlfile import Section, Spec, expand, join, parse_yaml, read_text, validate
+
+ID_PATTERN = r"^[A-Za-z][A-Za-z0-9_-]{0,31}$"
+TEMPLATE = "TEMPLATE"
+ABLATION = "Ablation"
+_NOT_CARDS = {TEMPLATE, "README"}
+
+CardId = Annotated[str, Field(pattern=ID_PATTERN)]
+
+
+class Overrides(Section):
+    """Changes to the three configs for this card alone: nested or dotted keys."""
+
+    workload: dict[str, Any] = Field(default_factory=dict)
+    eval: dict[str, Any] = Field(default_factory=dict)
+    quant: dict[str, Any] = Field(default_factory=dict)
+
+
+class Budget(Section):
+    """What the card may cost."""
+
+    gpu_hours: Annotated[float, Field(gt=0, le=10_000)]
+
+
+class Card(Spec):
+    """The front matter of a task card. `thresholds` and `stop_loss` change eval.yaml's sections of the same name.
+
+    A card may tighten a line freely; loosening one needs its reason under `exceptions`, keyed by the dotted name.
+    """
+
+    id: CardId
+    title: Annotated[str, Field(min_length=1, max_length=200)]
+    combo: Annotated[str, Field(min_length=1, max_length=40)]
+    recipe: Annotated[tuple[str, ...], Field(strict=False)]
+    goal: Annotated[str, Field(min_length=1)]
+    requires: Annotated[tuple[CardId, ...], Field(strict=False)] = ()
+    overrides: Overrides = Field(default_factory=Overrides)
+    thresholds: dict[str, float] = Field(default_factory=dict)
+    stop_loss: dict[str, float | int] = Field(default_factory=dict)
+    exceptions: dict[str, Annotated[str, Field(min_length=1)]] = Field(default_factory=dict)
+    budget: Budget
+    status: Literal["planned", "running", "done", "stopped"]
+    _prose: str = PrivateAttr(default="")
+
+    @field_validator("recipe")
+    @classmethod
+    def _known_stages(cls, stages: tuple[str, ...]) -> tuple[str, ...]:
+        return check_stages(stages)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.combo not in (combo_of(self.recipe), ABLATION):
+            raise ValueError(
+                f"combo is {self.combo!r} but must be {combo_of(self.recipe)!r}, as its recipe says, or {ABLATION!r}"
+            )
+        if self.id in self.requires:
+            raise ValueError(f"requires names the card itself, {self.id!r}")
+        return self
+
+    @property
+    def prose(self) -> str:
+        """The Markdown after the front matter."""
+        return self._prose
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A card with the three configs as it sees them."""
+
+    card: Card
+    workload: Workload
+    evaluation: Evaluation
+    quant: Quant
+
+    @property
+    def sha256(self) -> str:
+        """One sha256 over the card and its resolved configs."""
+        parts = {name: getattr(self, name).sha256 for name in ("card", "workload", "evaluation", "quant")}
+        return sha256_json(parts)
+
+
+def list_cards(root: Path | None = None) -> list[str]:
+    """Ids of the cards in schedule/TaskCards, sorted; the template and a README are not among them."""
+    folder = paths.task_cards(root or paths.project_root())
+    stems = (path.stem for path in folder.glob("*.md"))
+    return sorted(stem for stem in stems if re.match(ID_PATTERN, stem) and stem not in _NOT_CARDS)
+
+
+def load_card(name: str | Path, root: Path | None = None) -> Card:
+    """Read a card by its id ('B1'), or by the path of a .md file inside the project's schedule/TaskCards.
+
+    Raises PqkError when there is no such card, it lies elsewhere, or its front matter is wrong.
+    """
+    base = root or paths.project_root()
+    folder = paths.task_cards(base)
+    text = str(name)
+    if text.endswith(".md"):
+        path = Path(text)
+        if not path.is_absolute() and not path.exists() and (base / path).exists():
+            path = base / path
+    elif re.fullmatch(ID_PATTERN, text) and "\n" not in text:
+        path = folder / f"{text}.md"
+    else:
+        raise PqkError(
+            f"card {text!r} is not a card's id: a letter, then up to 31 letters, digits, '_' or '-'"
+            f"{nearest(text, list_cards(base))}"
+        )
+    resolved = path.resolve()
+    if resolved.parent != folder.resolve():
+        raise PqkError(f"card {text!r} lies outside {paths.shown(folder)}; move it there")
+    if path.stem in _NOT_CARDS:
+        raise PqkError(f"{path.stem}.md is not a card; copy {TEMPLATE}.md to a new name and fill it in")
+    if not path.is_file():
+        known = list_cards(base)
+        raise PqkError(
+            f"there is no card {path.stem!r} in {paths.shown(folder)}{nearest(path.stem, known)}; "
+            f"cards: {', '.join(known) or 'none'}"
+        )
+    return read_card(path)
+
+
+def read_card(path: Path) -> Card:
+    """Parse one card file; its id must be the file's name without .md. Raises PqkError."""
+    where = paths.shown(path)
+    lines = read_text(path).splitlines()
+    if not lines or lines[0].rstrip() != "---":
+        raise PqkError(f"{where}:1: a card begins with YAML front matter between two lines '---'")
+    end = next((n for n, line in enumerate(lines[1:], 1) if line.rstrip() == "---"), None)
+    if end is None:
+        raise PqkError(f"{where}: the front matter has no closing line '---'")
+    document = parse_yaml("\n".join(lines[1:end]) + "\n", where, first_line=2)
+    card = validate(Card, document, path)
+    if card.id != path.stem:
+        line = document.lines[("id",)]
+        raise PqkError(f"{where}:{line}: id is {card.id!r} but must be {path.stem!r}, as the file is named")
+    card._prose = "\n".join(lines[end + 1 :]).strip() + "\n"
+    return card
+
+
+def resolve(
+    card: Card,
+    root: Path | None = None,
+    workload: Path | str | None = None,
+    evaluation: Path | str | None = None,
+    quant: Path | str | None = None,
+) -> Experiment:
+    """The three configs (the project's own, or the files given) with the card's overrides laid over them.
+
+    Raises PqkError when an override is wrong, a line is loosened without a noted reason, or the card asks for more
+    calibration images than the workload has.
+    """
+    configs = paths.configs(root or paths.project_root())
+    where = paths.shown(card.source)
+    evaluation_path = evaluation or configs / "eval.yaml"
+    own = {"thresholds": card.thresholds, "stop_loss": card.stop_loss}
+    eval_overrides = join(expand(card.overrides.eval, where), {name: part for name, part in own.items() if part}, where)
+    resolved = Experiment(
+        card,
+        load_workload(workload or configs / "workload.yaml", card.overrides.workload, where),
+        load_evaluation(evaluation_path, eval_overrides, where),
+        load_quant(quant or configs / "quant.yaml", card.overrides.quant, where),
+    )
+    loose = loosened(load_evaluation(evaluation_path), resolved.evaluation)
+    for name in loose:
+        if name not in card.exceptions:
+            raise PqkError(f"{where}: {name} is looser than in eval.yaml; note the reason under exceptions: {name}")
+    for name in card.exceptions:
+        if name not in loose:
+            raise PqkError(
+                f"{where}: exceptions.{name} is noted, but the card does not loosen it{nearest(name, loose)}"
+            )
+    asked, there = resolved.quant.ptq.calibration_images, resolved.workload.calibration.images
+    if asked > there:
+        raise PqkError(f"{where}: quant.ptq.calibration_images is {asked} but workload.calibration.images is {there}")
+    return resolved

@@ -1,0 +1,149 @@
+"""The evaluation: what is measured, the success thresholds and the stop-loss lines. `configs/eval.yaml`, frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, Field, model_validator
+
+from pqk import paths
+from pqk.spec.yamlfile import Section, Spec, load_spec
+
+Metric = Literal["chamfer", "absrel", "rmse", "delta1", "reproj_px"]
+DropPct = Annotated[float, Field(ge=0, le=20)]
+CutPct = Annotated[float, Field(ge=0, le=95)]
+
+
+def _inside(path: str) -> str:
+    parts = PurePosixPath(path).parts
+    if not parts or path.startswith("/") or "\\" in path or "\0" in path or ".." in parts:
+        raise ValueError("must be a relative path inside the project")
+    return path
+
+
+InsidePath = Annotated[str, AfterValidator(_inside)]
+
+
+class Quality(Section):
+    """Which quality metrics are computed, and how predictions are brought to the scale of the ground truth."""
+
+    main_metric: Metric
+    metrics: Annotated[tuple[Metric, ...], Field(strict=False, min_length=1)]
+    scale_alignment: Literal["median", "lstsq", "none"]
+    chamfer_points: Annotated[int, Field(ge=16, le=1_000_000)]
+    min_valid_pixels: Annotated[int, Field(ge=1, le=1_000_000)]
+
+    @model_validator(mode="after")
+    def _main_is_computed(self) -> Self:
+        if len(set(self.metrics)) != len(self.metrics):
+            raise ValueError("lists a metric twice")
+        if self.main_metric not in self.metrics:
+            raise ValueError(f"has main_metric {self.main_metric!r}, which is not among its metrics")
+        return self
+
+
+class Efficiency(Section):
+    """How long each pair timing runs: after `warmup` runs, until `min_pairs` are timed or `max_seconds` are over."""
+
+    warmup: Annotated[int, Field(ge=0, le=1000)]
+    min_pairs: Annotated[int, Field(ge=1, le=1_000_000)]
+    max_seconds: Annotated[float, Field(gt=0, le=86_400)]
+
+
+class Thresholds(Section):
+    """Success lines. Drops are percent of the main metric against the Teacher; see configs/eval.yaml for each."""
+
+    quality_drop_mainline_pct: DropPct
+    quality_drop_q_only_pct: DropPct
+    quality_drop_p_only_pct: DropPct
+    t_pair_p50_reduction_pct: CutPct
+    size_reduction_p_only_pct: CutPct
+    size_ratio_min: Annotated[float, Field(ge=1, le=8)]
+    int8_flops_share_min: Annotated[float, Field(ge=0, le=1)]
+    not_slower_than_best_float_pct: Annotated[float, Field(ge=0, le=5)]
+
+
+class StopLoss(Section):
+    """Lines at which an experiment is given up."""
+
+    no_improve_ckpt: Annotated[int, Field(ge=1, le=100)]
+    drop_stop_k_pct: DropPct
+    drop_stop_q_pct: DropPct
+    drop_stop_p_pct: DropPct
+    gpu_hours_overrun_pct: Annotated[float, Field(ge=100, le=300)]
+    max_epochs: Annotated[int, Field(ge=1, le=1000)]
+
+
+class EarlyStop(Section):
+    """What counts as an improvement between two checkpoints, in percent of the main metric."""
+
+    min_improvement_pct: DropPct
+
+
+class Report(Section):
+    """Where the reports go, relative to the project root."""
+
+    table: InsidePath
+    summary_csv: InsidePath
+    summary_json: InsidePath
+    plots: InsidePath
+
+
+class Evaluation(Spec):
+    """What is measured and what counts as success."""
+
+    version: Annotated[str, Field(pattern=r"^\d+\.\d+$")]
+    quality: Quality
+    efficiency: Efficiency
+    thresholds: Thresholds
+    stop_loss: StopLoss
+    early_stop: EarlyStop
+    report: Report
+
+    @model_validator(mode="after")
+    def _success_before_stop(self) -> Self:
+        lines = {
+            "quality_drop_mainline_pct": "drop_stop_k_pct",
+            "quality_drop_q_only_pct": "drop_stop_q_pct",
+            "quality_drop_p_only_pct": "drop_stop_p_pct",
+        }
+        for success, stop in lines.items():
+            allowed, given_up = getattr(self.thresholds, success), getattr(self.stop_loss, stop)
+            if allowed > given_up:
+                raise ValueError(
+                    f"thresholds.{success} is {allowed:g} but must be at most stop_loss.{stop}, {given_up:g}"
+                )
+        return self
+
+
+_LOOSER_WHEN_LOWER = {
+    "t_pair_p50_reduction_pct",
+    "size_reduction_p_only_pct",
+    "size_ratio_min",
+    "int8_flops_share_min",
+}
+
+
+def loosened(base: Evaluation, changed: Evaluation) -> list[str]:
+    """Dotted names of the thresholds and stop-loss lines that `changed` makes easier to pass than `base`."""
+    found = []
+    for section in ("thresholds", "stop_loss"):
+        before, after = getattr(base, section), getattr(changed, section)
+        for name in type(before).model_fields:
+            old, new = getattr(before, name), getattr(after, name)
+            if new < old if name in _LOOSER_WHEN_LOWER else new > old:
+                found.append(f"{section}.{name}")
+    return found
+
+
+def load_evaluation(
+    path: Path | str | None = None, overrides: Mapping[str, Any] | None = None, origin: str = "overrides"
+) -> Evaluation:
+    """Read configs/eval.yaml (or `path`) and lay `overrides` (nested or dotted keys) over it.
+
+    `origin` names where the overrides come from in messages. Raises PqkError.
+    """
+    file = Path(path) if path is not None else paths.configs(paths.project_root()) / "eval.yaml"
+    return load_spec(Evaluation, file, overrides, origin, "eval")

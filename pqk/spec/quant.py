@@ -1,0 +1,88 @@
+"""How precision is lowered: `configs/quant.yaml` as a frozen object."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator
+
+from pqk import paths
+from pqk.errors import nearest
+from pqk.spec.yamlfile import Section, Spec, load_spec
+
+KEEP_GROUPS = ("LayerNorm", "Softmax", "AttentionScales")
+"""Groups of nodes that a quantizer knows how to keep in float."""
+
+
+class AccuracyControl(Section):
+    """Whether layers go back to float until the drop on the validation scenes is at most `max_drop_pct` percent."""
+
+    enabled: bool
+    max_drop_pct: Annotated[float, Field(ge=0, le=20)]
+
+
+class Ptq(Section):
+    """Post-training quantization."""
+
+    bits_w: Literal[8]
+    bits_a: Literal[8]
+    weights: Literal["per_channel", "per_tensor"]
+    activations: Literal["per_tensor"]
+    symmetric_activations: bool
+    smooth_quant_alpha: Annotated[float | None, Field(ge=0, le=1)]
+    bias_correction: Literal["none", "fast", "full"]
+    accuracy_control: AccuracyControl
+    calibration_images: Annotated[int, Field(ge=2, le=100_000)]
+    keep_list: Annotated[tuple[str, ...], Field(strict=False)]
+
+    @field_validator("keep_list")
+    @classmethod
+    def _groups_or_patterns(cls, entries: tuple[str, ...]) -> tuple[str, ...]:
+        for entry in entries:
+            if entry in KEEP_GROUPS:
+                continue
+            # A bare word that is no group is far more often a misspelt group than a pattern.
+            if not entry or entry.isalpha():
+                raise ValueError(
+                    f"must hold groups ({', '.join(KEEP_GROUPS)}) or regular expressions of node names "
+                    f"such as '.*dec_blocks.0.*', and {entry!r} is neither{nearest(entry, KEEP_GROUPS)}"
+                )
+            try:
+                re.compile(entry)
+            except re.error as error:
+                raise ValueError(f"must hold regular expressions, and {entry!r} is none: {error}") from None
+        if len(set(entries)) != len(entries):
+            raise ValueError("must not hold an entry twice")
+        return entries
+
+
+class Qat(Section):
+    """Quantization-aware training, used when PTQ drops more than thresholds.quality_drop_q_only_pct."""
+
+    epochs: Annotated[int, Field(ge=1, le=100)]
+    lr: Annotated[float, Field(gt=0, le=1)]
+    weight_decay: Annotated[float, Field(ge=0, le=1)]
+    warmup_epochs: Annotated[int, Field(ge=0, le=100)]
+
+
+class Quant(Spec):
+    """How precision is lowered, and what the rest of the model runs in."""
+
+    version: Annotated[str, Field(pattern=r"^\d+\.\d+$")]
+    ptq: Ptq
+    qat: Qat
+    float_rest: Literal["auto", "bf16", "f16", "f32"]
+
+
+def load_quant(
+    path: Path | str | None = None, overrides: Mapping[str, Any] | None = None, origin: str = "overrides"
+) -> Quant:
+    """Read configs/quant.yaml (or `path`) and lay `overrides` (nested or dotted keys) over it.
+
+    `origin` names where the overrides come from in messages. Raises PqkError.
+    """
+    file = Path(path) if path is not None else paths.configs(paths.project_root()) / "quant.yaml"
+    return load_spec(Quant, file, overrides, origin, "quant")

@@ -1,0 +1,55 @@
+"""What a training run is asked: the model, the schedule and the budget (`configs/models/*.yaml`)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field
+
+from pqk.spec.yamlfile import Section, Spec, load_spec
+
+
+class Stage(Section):
+    """A part of the run at one image size; `until` is the share of the run at which the next stage takes over."""
+
+    size: int = Field(ge=32, le=1024, multiple_of=16)
+    batch: int = Field(ge=1, le=4096, description="pairs per step, over all processes")
+    until: float = Field(gt=0, le=1)
+
+
+class Validation(Section):
+    """Held-out pairs, rendered from the validation split, scored every `every` steps at `size`."""
+
+    size: int = Field(default=512, ge=32, le=1024, multiple_of=16)
+    pairs: int = Field(default=64, ge=1, le=4096)
+    every: int = Field(default=1000, ge=1)
+    patience: int = Field(default=8, ge=1, description="validations without a better AbsRel before the run stops early")
+
+
+class TrainSpec(Spec):
+    """A training run. Rates are per step; `ema` is the decay of the averaged weights that are shipped."""
+
+    version: str = "1.0"
+    model: str
+    seed: int = Field(default=0, ge=0, lt=2**24)
+    steps: int = Field(ge=1)
+    stages: list[Stage] = Field(min_length=1)
+    learning_rate: float = Field(default=6e-4, gt=0, le=1)
+    final_rate: float = Field(default=1e-6, ge=0)
+    warmup: float = Field(default=0.02, ge=0, lt=1)
+    weight_decay: float = Field(default=0.05, ge=0)
+    clip_norm: float = Field(default=1.0, gt=0)
+    ema: float = Field(default=0.9995, gt=0, lt=1)
+    alpha: float = Field(default=0.2, ge=0)
+    spread_deg: list[float] = Field(default=[4.0, 26.0], min_length=2, max_length=2)
+    fov_deg: list[float] = Field(default=[55.0, 70.0], min_length=2, max_length=2)
+    min_covisible: float = Field(default=0.25, ge=0, le=1)
+    validation: Validation = Validation()
+
+
+def load_training(path: Path | str, steps: int | None = None) -> TrainSpec:
+    """Read and check a training file, with another number of steps if given.
+
+    Raises PqkError naming file, key, value and what is allowed.
+    """
+    return load_spec(TrainSpec, Path(path), {"steps": steps} if steps is not None else None, "--steps", "train")

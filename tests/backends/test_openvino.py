@@ -1,0 +1,406 @@
+"""OpenVINO: quantization with NNCF, the keep-list proved on executed kernels, caches, IR files."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from backend_toys import Calibration, error, image, linear_graph, toy_flops
+
+import backends
+from backends import registry
+from backends.base import BackendError, Precision, QuantSpec, Source, executed_precision
+
+pytest.importorskip("openvino")
+pytest.importorskip("nncf")
+
+from backends.openvino import flops as work
+from backends.openvino.backend import instruction_sets
+from backends.openvino.engine import OpenVINOEngine, best_float, describe_ir, read_model
+from backends.openvino.nncf import GROUPS, NNCFQuantizer, check_keep, kept_nodes
+
+ITEMS = 6
+SPEC = QuantSpec(calibration_samples=ITEMS)
+
+
+def quantize(source, folder, name="q", items=ITEMS, **changes):
+    quantizer = NNCFQuantizer()
+    spec = dataclasses.replace(SPEC, output_dir=folder, **changes)
+    graph = quantizer.quantize(dataclasses.replace(source, name=name), spec, Calibration(items))
+    return graph, quantizer.report
+
+
+@pytest.fixture(scope="module")
+def kept(source, tmp_path_factory):
+    return quantize(source, tmp_path_factory.mktemp("kept"))
+
+
+@pytest.fixture(scope="module")
+def free(source, tmp_path_factory):
+    return quantize(source, tmp_path_factory.mktemp("free"), keep=())[0]
+
+
+def test_int8_engine_runs_int8_and_stays_near(kept, source):
+    graph, report = kept
+    feeds = {"image": image(99).numpy()}
+    with OpenVINOEngine(source.graph, Precision.F32) as engine:
+        want = engine.infer(feeds)
+    with OpenVINOEngine(graph, Precision.INT8) as engine:
+        assert engine.rest == best_float()
+        got = engine.infer(feeds)
+        kernels = engine.kernels()
+        assert engine.size_bytes == graph.size_bytes
+    share = executed_precision(kernels)
+    assert share["int8"] > 0.5
+    assert sum(k.flops for k in kernels) == pytest.approx(toy_flops(), rel=1e-9)
+    assert "unknown" not in share
+    for name in want:
+        assert 1e-4 < error(got[name], want[name]) < 0.1
+    assert report.items == ITEMS
+    assert report.passes == 2
+
+
+def test_rest_in_f32_leaves_no_bf16_kernel(kept):
+    with OpenVINOEngine(kept[0], Precision.INT8, {"rest": "f32"}) as engine:
+        assert set(executed_precision(engine.kernels())) == {"int8", "f32"}
+
+
+def test_weights_are_stored_as_int8(kept, source):
+    parameters = sum(p.numel() for p in source.module.parameters())
+    stored = kept[0].path.with_suffix(".bin").stat().st_size
+    assert parameters < stored < 1.6 * parameters
+    assert source.graph.size_bytes > 3.9 * parameters
+
+
+def test_keep_list_is_honoured_by_the_executed_kernels(kept):
+    graph, report = kept
+    with OpenVINOEngine(graph, Precision.INT8) as engine:
+        assert check_keep(engine, SPEC.keep) == []
+        precision = {name: k.precision for k in engine.kernels() for name in k.originals}
+    assert any("Softmax" in name for name in report.kept)
+    assert sum(name.startswith("MVN") for name in report.kept) == 5
+    scores = [name for name in report.kept if name.endswith("MatMul")]
+    assert len(scores) == 2
+    assert {precision[name] for name in scores} == {str(best_float())}
+
+
+def test_the_keep_check_can_fail(free):
+    with OpenVINOEngine(free, Precision.INT8) as engine:
+        kernels = engine.kernels()
+        offending = check_keep(engine, ("fc1/MatMul",), kernels)
+        assert len(offending) == 2
+        assert {k.type for k in offending} == {"FullyConnected"}
+        assert check_keep(engine, ("^/out/",), kernels) != []
+
+
+def test_a_kept_pattern_runs_in_float(source, tmp_path):
+    graph, report = quantize(source, tmp_path, keep=("blocks.0/fc1/MatMul",))
+    with OpenVINOEngine(graph, Precision.INT8) as engine:
+        kernels = engine.kernels()
+        assert check_keep(engine, ("blocks.0/fc1/MatMul",), kernels) == []
+        assert len(check_keep(engine, ("blocks.1/fc1/MatMul",), kernels)) == 1
+    assert report.kept == ("/blocks.0/fc1/MatMul",)
+
+
+@pytest.mark.parametrize(
+    ("changes", "passes"),
+    [
+        ({"smooth_quant_alpha": None}, 1),
+        ({"bias_correction": "none"}, 2),
+        ({"weights": "per_tensor", "symmetric_activations": False}, 2),
+    ],
+)
+def test_other_specs_quantize_too(changes, passes, source, tmp_path):
+    graph, report = quantize(source, tmp_path, **changes)
+    assert report.passes == passes
+    feeds = {"image": image(99).numpy()}
+    with OpenVINOEngine(source.graph, Precision.F32) as f32, OpenVINOEngine(graph, Precision.INT8) as engine:
+        assert error(engine.infer(feeds)["map"], f32.infer(feeds)["map"]) < 0.15
+        assert executed_precision(engine.kernels())["int8"] > 0.5
+
+
+def test_full_bias_correction(source, tmp_path):
+    graph, report = quantize(source, tmp_path, bias_correction="full")
+    assert report.passes >= 2
+    assert graph.sha256 != quantize(source, tmp_path / "fast", bias_correction="fast")[0].sha256
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"bits_w": 4}, "not W4A8"),
+        ({"weights": "per_row"}, "'per_channel' or 'per_tensor'"),
+        ({"activations": "per_token"}, "must be 'per_tensor'"),
+        ({"bias_correction": "quick"}, "one of ['none', 'fast', 'full']"),
+        ({"smooth_quant_alpha": 1.5}, "[0, 1]"),
+        ({"calibration_samples": 0}, "at least 1"),
+        ({"keep": ("LayerNrm",)}, "matches no node (did you mean 'LayerNorm'?)"),
+        ({"keep": ("(",)}, "not a valid regular expression"),
+        ({"calibration_samples": 7}, "holds 6 items, calibration_samples asks for 7"),
+    ],
+)
+def test_a_spec_that_cannot_be_followed_writes_nothing(changes, says, source, tmp_path):
+    with pytest.raises(BackendError) as caught:
+        quantize(source, tmp_path, **changes)
+    assert says in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("items", "says"),
+    [
+        ([], "empty calibration set"),
+        (iter([]), "iterable again"),
+        (Calibration(6, names=("picture",)), "calibration item 0: inputs must be ['image'], got ['picture']"),
+        ([{"image": np.zeros((1, 3, 64, 64))}] * 6, "must be float32[1, 3, 64, 64], got float64[1, 3, 64, 64]"),
+    ],
+)
+def test_bad_calibration_sets(items, says, source, tmp_path):
+    with pytest.raises(BackendError) as caught:
+        NNCFQuantizer().quantize(source, dataclasses.replace(SPEC, output_dir=tmp_path), items)
+    assert says in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_name_cannot_leave_its_folder(source, tmp_path):
+    with pytest.raises(BackendError, match="plain file name"):
+        quantize(source, tmp_path / "in", name="../out")
+
+
+def test_calibration_memory_is_bounded_and_only_the_asked_items_are_used(source, tmp_path):
+    calibration = Calibration(40)
+    spec = dataclasses.replace(SPEC, output_dir=tmp_path, calibration_samples=20)
+    quantizer = NNCFQuantizer()
+    quantizer.quantize(source, spec, calibration)
+    assert quantizer.report.items == 20
+    assert calibration.most_alive <= 3
+    assert calibration.made <= quantizer.report.passes * 21
+
+
+def test_quantizing_prints_nothing(source, tmp_path, capfd):
+    quantize(source, tmp_path)
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    assert captured.err == ""
+
+
+AGAIN = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[3])
+from backend_toys import Calibration
+from backends.base import QuantSpec, Source
+from backends.exchange import describe_onnx
+from backends.openvino.engine import read_model
+from backends.openvino.nncf import NNCFQuantizer
+graph = describe_onnx(sys.argv[1])
+for _ in range(int(sys.argv[4])):
+    read_model(graph.path)  # moves the process-wide counter of automatic node names
+source = Source("q", None, {}, ("tokens", "map"), graph)
+spec = QuantSpec(calibration_samples=6, output_dir=Path(sys.argv[2]))
+print(NNCFQuantizer().quantize(source, spec, Calibration(6)).sha256)
+"""
+
+
+def test_the_same_input_gives_the_same_bytes_in_any_process(source, kept, tmp_path):
+    found = {kept[0].sha256}
+    for seed in ("1", "2"):
+        done = subprocess.run(
+            [sys.executable, "-c", AGAIN, source.graph.path, tmp_path / seed, Path(__file__).parent, seed],
+            capture_output=True,
+            text=True,
+            cwd=Path(backends.__file__).parent.parent,
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            check=False,
+            timeout=200,
+        )
+        assert done.returncode == 0, done.stderr
+        found.add(done.stdout.split()[-1])
+    assert len(found) == 1
+    text = kept[0].path.read_text(encoding="utf-8")
+    assert str(source.graph.path.parent) not in text
+
+
+def test_precision_and_graph_must_fit(kept, source):
+    with pytest.raises(BackendError, match="holds no quantized operation"):
+        OpenVINOEngine(source.graph, Precision.INT8)
+    with pytest.raises(BackendError, match="compile it as int8, not bf16"):
+        OpenVINOEngine(kept[0], Precision.BF16)
+    with pytest.raises(BackendError, match="f32 or bf16, not f16"):
+        OpenVINOEngine(source.graph, Precision.F16)
+    with pytest.raises(BackendError, match="'rest' must be 'best', 'bf16' or 'f32', got 'fp32'"):
+        OpenVINOEngine(kept[0], Precision.INT8, {"rest": "fp32"})
+    with pytest.raises(BackendError, match="unknown precision 'int7'"):
+        registry.get("openvino").compile(source.graph, "int7")
+
+
+def test_read_back_catches_a_runtime_that_took_another_precision(source, monkeypatch):
+    settings = OpenVINOEngine._settings
+    monkeypatch.setattr(
+        OpenVINOEngine,
+        "_settings",
+        lambda self, perf_count: {**settings(self, perf_count), "INFERENCE_PRECISION_HINT": "f32"},
+    )
+    if best_float() == Precision.F32:
+        pytest.skip("this CPU has one float precision")
+    with pytest.raises(BackendError, match="asked OpenVINO for bf16, it compiled f32"):
+        OpenVINOEngine(source.graph, Precision.BF16)
+
+
+def test_model_cache_and_threads(source, tmp_path):
+    options = {"cache_dir": tmp_path / "cache", "threads": 1}
+    feeds = {"image": image().numpy()}
+    with OpenVINOEngine(source.graph, Precision.F32, options) as engine:
+        assert not engine.loaded_from_cache
+        assert engine.threads == 1
+        want = engine.infer(feeds)
+    with OpenVINOEngine(source.graph, Precision.F32, options) as engine:
+        assert engine.loaded_from_cache
+        np.testing.assert_array_equal(engine.infer(feeds)["map"], want["map"])
+
+
+def test_counting_in_the_engine_itself_gives_the_same_kernels(source):
+    with OpenVINOEngine(source.graph, Precision.F32, {"perf_count": True, "snippets": False}) as engine:
+        kernels = engine.kernels()
+    assert executed_precision(kernels) == {"f32": 1.0}
+    assert sum(k.flops for k in kernels) == pytest.approx(toy_flops(), rel=1e-9)
+    assert not any(k.type == "Subgraph" and k.flops for k in kernels)
+
+
+def test_save_and_load(source, kept, tmp_path):
+    feeds = {"image": image().numpy()}
+    for graph, precision in ((source.graph, Precision.F32), (kept[0], Precision.INT8)):
+        with OpenVINOEngine(graph, precision) as engine:
+            saved = engine.save(tmp_path / f"{precision}.xml")
+            want = engine.infer(feeds)
+        assert [t.name for t in saved.outputs] == ["tokens", "map"]
+        with OpenVINOEngine.load(saved.path, precision) as engine:
+            np.testing.assert_array_equal(engine.infer(feeds)["map"], want["map"])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["f32.bin", "f32.xml", "int8.bin", "int8.xml"]
+    assert (tmp_path / "f32.bin").stat().st_size >= 4 * sum(p.numel() for p in source.module.parameters())
+    with OpenVINOEngine(source.graph, Precision.F32) as engine, pytest.raises(BackendError, match=r"\.xml"):
+        engine.save(tmp_path / "model.onnx")
+    (tmp_path / "junk.xml").write_text("junk")
+    with pytest.raises(BackendError, match=r"junk\.xml"):
+        describe_ir(tmp_path / "junk.xml")
+    with pytest.raises(BackendError, match="there is no graph file"):
+        describe_ir(tmp_path / "absent.xml")
+
+
+def test_availability_names_the_machine():
+    found = registry.get("openvino").availability()
+    assert found.available
+    assert "CPU" in found.devices
+    assert set(found.versions) == {"openvino", "nncf"}
+    assert found.details["cpu"]
+    assert ("BF16" in found.details["capabilities"]) == (best_float() == Precision.BF16)
+
+
+def test_instruction_sets_are_read_from_cpuinfo(tmp_path):
+    path = tmp_path / "cpuinfo"
+    path.write_text("processor : 0\nflags\t: sse avx2 avx512f amx_tile amx_int8\n")
+    assert instruction_sets(path) == ["avx2", "avx512f", "amx_tile", "amx_int8"]
+    assert instruction_sets(tmp_path / "absent") == []
+
+
+@pytest.mark.parametrize(
+    ("primitive", "runtime", "want"),
+    [
+        ("brgemm_avx512_i8", "i8", "int8"),
+        ("brgemm_avx512_amx_i8", "u8", "int8"),
+        ("brgconv_avx512_I8", "u8", "int8"),
+        ("brgconv_avx512_bf16", "i8", "bf16"),
+        ("brgconv_avx512_amx_1x1_bf16", "bf16", "bf16"),
+        ("jit_avx512_core_amx_fp16", "f16", "f16"),
+        ("gemm_mlas_f32", "f32", "f32"),
+        ("unknown", "u8", "int8"),
+        ("", "", "unknown"),
+    ],
+)
+def test_precision_from_the_executed_primitive(primitive, runtime, want):
+    assert work.executed_precision_of(primitive, runtime) == want
+
+
+def test_attention_flops_of_a_fused_operation():
+    import openvino as ov
+    import openvino.opset13 as ops
+
+    q, k, v = (ops.parameter([2, 4, n, d], name=x) for x, n, d in (("q", 32, 64), ("k", 48, 64), ("v", 48, 16)))
+    attention = ops.scaled_dot_product_attention(q, k, v)
+    model = ov.Model([attention], [q, k, v], "m")
+    (found,) = work.works(model)
+    assert found.flops == 2 * 2 * 4 * 32 * 48 * (64 + 16)
+    kept = kept_nodes(model, ("Softmax",))
+    assert list(kept) == [attention.get_friendly_name()]
+    assert kept_nodes(model, ("AttentionScales",)) == kept
+    compiled = ov.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32", "PERF_COUNT": True})
+    request = compiled.create_infer_request()
+    request.infer({i: np.ones(p.get_shape(), np.float32) for i, p in enumerate((q, k, v))})
+    executed = {p.node_name for p in request.profiling_info}
+    kernels = work.executed_kernels(compiled.get_runtime_model(), executed, model, "f32")
+    assert executed_precision(kernels) == {"f32": 1.0}
+
+
+def test_work_that_no_kernel_claims_is_reported_as_unknown(source):
+    import openvino as ov
+
+    model = read_model(source.graph.path)
+    compiled = ov.Core().compile_model(model, "CPU", {"PERF_COUNT": True, "INFERENCE_PRECISION_HINT": "f32"})
+    request = compiled.create_infer_request()
+    request.infer({"image": image().numpy()})
+    executed = {p.node_name for p in request.profiling_info}
+    convolutions = {name for name in executed if "conv1" in name}
+    kernels = work.executed_kernels(compiled.get_runtime_model(), executed - convolutions, model, "f32")
+    share = executed_precision(kernels)
+    assert share["unknown"] == pytest.approx(2 * 16 * 16 * 64 * 64 * 9 / toy_flops())
+    assert sum(k.flops for k in kernels) == toy_flops()
+
+
+def test_a_convolution_whose_names_were_lost_is_found_by_its_shape(source, monkeypatch):
+    monkeypatch.setattr(work, "_aliases", lambda op: (op.get_friendly_name() + " renamed",))
+    with OpenVINOEngine(source.graph, Precision.F32, {"snippets": False}) as engine:
+        share = executed_precision(engine.kernels())
+    assert share == {"f32": 1.0}
+
+
+class TwoScales(torch.nn.Module):
+    """Attention with an explicit scale, a rotary-like table product that is no scale, and a mask."""
+
+    def forward(self, q, k, table):
+        q, k = q * table, k * table
+        return ((q @ k.transpose(-2, -1)) * 0.125 + table[:, :16].sum()).softmax(-1) @ k
+
+
+def test_attention_scales_are_found_and_tables_are_not(tmp_path):
+    from backends.exchange import export
+
+    example = {"q": torch.randn(2, 16, 64), "k": torch.randn(2, 16, 64), "table": torch.rand(16, 64)}
+    graph = export(TwoScales(), example, ["y"], tmp_path / "a.onnx")
+    kept = kept_nodes(read_model(graph.path), GROUPS)
+    assert sorted(kept.values()) == ["MatMul", "Multiply", "Softmax"]
+
+
+def test_one_linear_layer_agrees_with_exact_integer_arithmetic(tmp_path):
+    module, graph = linear_graph(tmp_path)
+    rng = np.random.default_rng(0)
+    items = [{"x": rng.uniform(-1, 1, (8, 64)).astype(np.float32)} for _ in range(8)]
+    spec = QuantSpec(
+        calibration_samples=8, keep=(), bias_correction="none", smooth_quant_alpha=None, output_dir=tmp_path
+    )
+    made = NNCFQuantizer().quantize(Source("lin", module, {}, ("y",), graph), spec, items)
+    # Symmetric ranges: weights by row, activations by their largest value over the calibration set.
+    weight, bias = module.layer.weight.detach().numpy(), module.layer.bias.detach().numpy()
+    limit = max(float(np.abs(item["x"]).max()) for item in items)
+    x = items[0]["x"]
+    scale_w = np.abs(weight).max(1, keepdims=True) / 127
+    want = (np.round(np.clip(x / limit, -1, 1) * 127) * limit / 127) @ (np.round(weight / scale_w) * scale_w).T + bias
+    with OpenVINOEngine(made, Precision.INT8, {"rest": "f32"}) as engine:
+        got = engine.infer({"x": x})["y"]
+    assert error(got, x @ weight.T + bias) < 0.02
+    assert error(got, want) < 0.01

@@ -1,0 +1,220 @@
+"""Official files, hub folders and our own folders: the same network comes back, and bad files give one sentence."""
+
+import argparse
+import json
+import os
+import pickle
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pqk.errors import PqkError
+from pqk.models import build_model, load_model, save_model
+from pqk.models.checkpoint import parse_constructor
+
+NAMES = {"pts3d_1": "pts3d_1", "conf_1": "conf_1", "pts3d_2": "pts3d_in_other_view_2", "conf_2": "conf_2"}
+
+
+@pytest.fixture
+def case(golden):
+    return golden("dust3r_checkpoint")
+
+
+@pytest.fixture
+def official(case):
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(case.folder / "checkpoint.pth", weights_only=True)
+
+
+def run(model, case):
+    with torch.no_grad():
+        return model(case["in_img1"], case["in_img2"])
+
+
+@pytest.mark.parametrize("name", ["checkpoint.pth", "checkpoint_one_decoder.pth"])
+def test_official_files(case, difference, name):
+    model = load_model(case.folder / name)
+    assert not model.training
+    assert model.config["landscape_only"] is False
+    assert model.config["patch_embed_cls"] == "PatchEmbedDust3R"
+    out = run(model, case)
+    for ours, theirs in NAMES.items():
+        assert difference(out[ours][:, ::3, ::3], case[f"out_{theirs}@{name}"]) < 1e-5
+
+
+def test_hub_folder(case, official, difference, tmp_path):
+    """config.json with bare Infinity, weights of the same network as checkpoint.pth."""
+    shutil.copyfile(case.folder / "hub_config.json", tmp_path / "config.json")
+    save_file(official["model"], tmp_path / "model.safetensors")
+    out = run(load_model(tmp_path), case)
+    for ours, theirs in NAMES.items():
+        assert difference(out[ours][:, ::3, ::3], case[f"out_{theirs}@checkpoint.pth"]) < 1e-5
+
+
+@pytest.mark.parametrize("dropped", [".scratch.layer_rn.", ("layer1_rn", "layer2_rn", "layer3_rn", "layer4_rn")])
+def test_either_spelling_of_tied_weights(small_config, dropped):
+    model = build_model("dust3r", small_config)
+    parts = (dropped,) if isinstance(dropped, str) else dropped
+    kept = {k: v for k, v in model.state_dict().items() if not any(part in k for part in parts)}
+    kept = {k: v for k, v in kept.items() if "refinenet4.resConfUnit1" not in k and k != "mask_token"}
+    again = build_model("dust3r", small_config, kept)
+    image = torch.rand(1, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(model(image, image)["pts3d_1"], again(image, image)["pts3d_1"])
+    scratch = again.downstream_head1.dpt.scratch
+    assert scratch.layer_rn[0].weight is scratch.layer1_rn.weight
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_own_folder_of_a_pruned_network(small_config, tmp_path, dtype):
+    torch.manual_seed(3)
+    config = {
+        **small_config,
+        "conf_mode": ("exp", 1, float("inf")),
+        "enc_head_dim": 8,
+        "enc_blocks": [{"heads": 1, "ffn": 10}, {"heads": 3, "ffn": 3}],
+        "dec_blocks2": [{"heads": 2, "ffn": 2}, {"heads": 1, "ffn": 7}, {"heads": 4, "ffn": 5}],
+    }
+    model = build_model("dust3r", config)
+    folder = save_model(model, tmp_path / "deep" / "net", dtype, card={"note": "pruned"})
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors", "model_card.json"]
+    assert json.loads((folder / "model_card.json").read_text()) == {"note": "pruned"}
+    assert "Infinity" not in (folder / "config.json").read_text()
+    stored = load_file(folder / "model.safetensors")
+    assert {str(value.dtype) for value in stored.values()} == {f"torch.{dtype}"}
+    again = load_model(folder)
+    rounded = {k: v.to(getattr(torch, dtype)).float() for k, v in model.state_dict().items()}
+    assert all(torch.equal(value, rounded[key]) for key, value in again.state_dict().items())
+    assert set(again.state_dict()) == set(rounded)
+    second = load_model(save_model(again, tmp_path / "second"))
+    assert second.config == again.config
+
+
+def test_the_given_weights_are_copied(small_config):
+    source = build_model("dust3r", small_config).state_dict()
+    before = source["enc_norm.weight"].clone()
+    model = build_model("dust3r", small_config, source)
+    with torch.no_grad():
+        model.enc_norm.weight.add_(1)
+    assert torch.equal(source["enc_norm.weight"], before)
+    assert model.enc_norm.weight.requires_grad
+
+
+def test_random_models_are_always_the_same():
+    first = load_model("random:dust3r-tiny")
+    torch.manual_seed(99)
+    second = load_model("random:dust3r-tiny")
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    with pytest.raises(PqkError, match=r"unknown random model 'dust3r-tini'.*did you mean 'dust3r-tiny'"):
+        load_model("random:dust3r-tini")
+
+
+class Harmful:
+    def __reduce__(self):
+        return (os.system, ("exit 1",))
+
+
+def sentence_of(path):
+    with pytest.raises(PqkError) as caught:
+        load_model(path)
+    text = str(caught.value)
+    assert "\n" not in text and len(text) < 400
+    return text
+
+
+@pytest.mark.parametrize("kept", [0, 100, 5000, -10])
+def test_truncated_file(case, tmp_path, kept):
+    path = tmp_path / "cut.pth"
+    path.write_bytes((case.folder / "checkpoint.pth").read_bytes()[:kept])
+    assert f"{path} is damaged or no PyTorch file" in sentence_of(path)
+
+
+def test_foreign_files(tmp_path):
+    text, raw = tmp_path / "text.pth", tmp_path / "raw.pth"
+    text.write_text("hello, these are not weights")
+    raw.write_bytes(pickle.dumps(Harmful(), protocol=2))
+    assert "damaged or no PyTorch file" in sentence_of(text)
+    sentence_of(raw)
+    assert "neither a file nor a folder" in sentence_of(tmp_path / "absent.pth")
+    assert "it has no config.json" in sentence_of(tmp_path)
+
+
+def test_pickles_that_are_not_on_the_list(official, tmp_path):
+    path = tmp_path / "harmful.pth"
+    torch.save({**official, "extra": Harmful()}, path)
+    assert "not safe to read" in sentence_of(path)
+    assert "system" in sentence_of(path)
+
+
+def test_wrong_keys_and_shapes(official, tmp_path):
+    path = tmp_path / "wrong.pth"
+    weights = dict(official["model"])
+    weights["stray"] = weights.pop("dec_norm.bias")
+    torch.save({**official, "model": weights}, path)
+    assert "lacks 1 key (dec_norm.bias) and has the unknown 1 key (stray)" in sentence_of(path)
+    torch.save({**official, "model": {**official["model"], "enc_norm.weight": torch.zeros(7)}}, path)
+    assert "enc_norm.weight: (7,) instead of (24,)" in sentence_of(path)
+    torch.save({"model": official["model"]}, path)
+    assert "has no 'args'" in sentence_of(path)
+    torch.save({**official, "model": {"enc_norm.weight": 3}}, path)
+    assert "is no tensor" in sentence_of(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("__import__('os').system('exit 1')", "must look like"),
+        ("AsymmetricCroCo3DStereo(enc_depth=open('x'))", "no plain value"),
+        ("AsymmetricCroCo3DStereo(enc_depth=1 + 1)", "no plain value"),
+        ("AsymmetricCroCo3DStereo(3)", "must look like"),
+        ("AsymmetricCroCo3DStereo(**x)", "plain keyword"),
+        ("AsymmetricMASt3R(enc_depth=3)", "builds 'AsymmetricMASt3R'"),
+        ("AsymmetricCroCo3DStereo(", "cannot be read"),
+        ("(" * 5000, "cannot be read"),
+        ("AsymmetricCroCo3DStereo(enc_deph=3)", "did you mean 'enc_depth'"),
+    ],
+)
+def test_bad_constructor_text(official, tmp_path, text, sentence):
+    path = tmp_path / "text.pth"
+    torch.save({**official, "args": argparse.Namespace(model=text)}, path)
+    assert sentence in sentence_of(path)
+
+
+def test_constructor_text():
+    text = " AsymmetricCroCo3DStereo(b = ('exp', -inf, inf), a=True, c=-2,d=[1.5], e='x') "
+    assert parse_constructor(text) == {
+        "b": ["exp", float("-inf"), float("inf")],
+        "a": True,
+        "c": -2,
+        "d": [1.5],
+        "e": "x",
+    }
+
+
+def test_damaged_own_folder(small_config, tmp_path):
+    folder = save_model(build_model("dust3r", small_config), tmp_path / "net")
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[:-50])
+    assert "damaged or no safetensors file" in sentence_of(folder)
+    assert "give the folder" in sentence_of(folder / "model.safetensors")
+    (folder / "model.safetensors").write_bytes(whole)
+    (folder / "config.json").write_text('{"enc_depth": ')
+    assert "is not valid JSON" in sentence_of(folder)
+    (folder / "config.json").write_text("[]")
+    assert "one JSON object" in sentence_of(folder)
+
+
+def test_saving_refuses_what_would_be_lost(small_config, tmp_path):
+    model = build_model("dust3r", small_config)
+    with pytest.raises(PqkError, match="float32 or float16, not 'int8'"):
+        save_model(model, tmp_path / "net", "int8")
+    with torch.no_grad():
+        model.enc_norm.weight[0] = 1e6
+    with pytest.raises(PqkError, match=r"enc_norm.weight has values beyond 65504"):
+        save_model(model, tmp_path / "net", "float16")
+    assert not (tmp_path / "net").exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(PqkError, match="a parent of it is a file"):
+        save_model(model, tmp_path / "file" / "net")

@@ -1,0 +1,17 @@
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from pqk.record.schema import empty_record
+
+
+@pytest.fixture
+def make_record() -> Callable[..., dict[str, Any]]:
+    """A valid record with the fewest known fields, and whatever the test adds."""
+
+    def make(**known: Any) -> dict[str, Any]:
+        least = {"exp_id": "B1", "role": "candidate", "status": "ok", "datetime": "2025-10-08T12:00:00Z"}
+        return {**empty_record(), **least, **known}
+
+    return make

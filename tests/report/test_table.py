@@ -1,0 +1,286 @@
+import csv
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+
+from pqk.errors import PqkError
+from pqk.record.log import read_records, write_record, write_records
+from pqk.record.schema import columns, empty_record, load_schema, validate
+from pqk.report.table import (
+    DASH,
+    best_rows,
+    build_reports,
+    load_table,
+    main,
+    ordered,
+    print_table,
+    safe_text,
+    shares_text,
+    write_csv,
+)
+
+ROOT = Path(__file__).parents[2]
+
+
+def values_of(name, rules):
+    """A strategy for the values that the rules of a field allow."""
+    if "const" in rules:
+        return st.just(rules["const"])
+    if "enum" in rules:
+        return st.sampled_from(rules["enum"])
+    if name == "datetime":
+        return st.datetimes().map(lambda moment: f"{moment:%Y-%m-%dT%H:%M:%S}Z".rjust(20, "0"))
+    if name == "executed_precision":
+        shares = st.dictionaries(st.sampled_from(["int8", "bf16", "f32"]), st.floats(0, 0.33))
+        return st.none() | shares
+    kinds = [rules["type"]] if isinstance(rules["type"], str) else rules["type"]
+    return st.one_of([of_kind(kind, rules) for kind in kinds])
+
+
+def of_kind(kind, rules):
+    low = rules.get("minimum", rules.get("exclusiveMinimum"))
+    if kind == "null":
+        return st.none()
+    if kind == "boolean":
+        return st.booleans()
+    if kind == "integer":
+        return st.integers(low, rules.get("maximum", 2**63 - 1))
+    if kind == "number":
+        high = rules.get("maximum")
+        return st.floats(low, high, allow_nan=False, allow_infinity=False, exclude_min="exclusiveMinimum" in rules)
+    if kind == "array":
+        return st.lists(values_of("", rules["items"]), max_size=3)
+    if kind == "object":
+        names = st.from_regex(r"[a-z][a-z0-9_]{0,8}", fullmatch=True)
+        return st.dictionaries(names, values_of("", rules["additionalProperties"]), max_size=3)
+    if "pattern" in rules:
+        return st.from_regex(rules["pattern"], fullmatch=True)
+    return st.text(min_size=rules.get("minLength", 0), max_size=30)
+
+
+@st.composite
+def valid_records(draw):
+    schema = load_schema()
+    record = {name: draw(values_of(name, rules), label=name) for name, rules in schema["properties"].items()}
+    if record["measured"] == "emulated":
+        record |= dict.fromkeys(schema["then"]["properties"])
+    return record
+
+
+@settings(max_examples=40, deadline=None)
+@given(records=st.lists(valid_records(), min_size=1, max_size=4))
+def test_random_records_survive_file_and_table(tmp_path_factory, records):
+    folder = tmp_path_factory.mktemp("logs")
+    for record in records:
+        validate(record)
+    write_records(folder / "log.json", records)
+    read = [item.record for item in read_records(folder)]
+    assert read == records
+
+    rows = ordered(read)
+    table = load_table(folder)
+    assert list(table.columns) == [column.name for column in columns()]
+    for column in columns():
+        for row, value in zip(rows, table[column.name], strict=True):
+            if row[column.name] is None:
+                assert value is None or pd.isna(value)
+            else:
+                assert value == row[column.name]
+
+    write_csv(folder / "table.csv", rows)
+    with (folder / "table.csv").open(encoding="utf-8", newline="") as stream:
+        lines = list(csv.DictReader(stream))
+    assert len(lines) == len(rows)
+    for row, line in zip(rows, lines, strict=True):
+        for column in columns():
+            value, text = row[column.name], line[column.name]
+            if value is None:
+                assert text == ""
+            elif column.kind == "string":
+                assert text == safe_text(value)
+            else:
+                assert json.loads(text) == value
+
+    console = Console(width=120, record=True, file=io.StringIO())
+    print_table(rows, console)
+    shown = console.export_text()
+    assert all(char.isprintable() or char == "\n" for char in shown)
+
+
+def bench(make_record):
+    """The rows of one experiment on one backend, and a failed one."""
+    common = {"backend": "openvino", "main_metric": "absrel", "measured": "engine", "best_float": "bf16"}
+    return [
+        make_record(
+            **common,
+            role="candidate",
+            quantizer="nncf",
+            precision="int8",
+            absrel=0.0615,
+            quality_drop_pct=0.49,
+            t_pair_p50_ms=500.0,
+            t_pair_p95_ms=540.0,
+            speedup_vs_fp32=4.0,
+            speedup_vs_best_float=2.0,
+            executed_precision={"int8": 0.91, "bf16": 0.07, "f32": 0.02},
+            size_MB=600.5,
+            verdict="pass",
+        ),
+        make_record(**common, role="teacher", precision="bf16", absrel=0.0613, t_pair_p50_ms=1000.0, size_MB=2280.0),
+        make_record(**common, role="teacher", precision="f32", absrel=0.0612, t_pair_p50_ms=2000.0, size_MB=2280.0),
+        make_record(exp_id="A10", role="candidate", status="failed", absrel=0.01, t_pair_p50_ms=1.0),
+        make_record(exp_id="A2", role="candidate", precision="int8", measured="emulated", absrel=0.07),
+    ]
+
+
+def lines_of(records, width):
+    console = Console(width=width, record=True, file=io.StringIO())
+    print_table(records, console)
+    return console.export_text().splitlines()
+
+
+def test_order_is_natural_and_stable(make_record):
+    rows = bench(make_record)
+    key = [(r["exp_id"], r["role"], r["precision"]) for r in ordered(rows)]
+    assert key == [
+        ("A2", "candidate", "int8"),
+        ("A10", "candidate", None),
+        ("B1", "teacher", "f32"),
+        ("B1", "teacher", "bf16"),
+        ("B1", "candidate", "int8"),
+    ]
+    assert ordered(reversed(rows)) == ordered(rows)
+
+
+def test_best_values_come_from_runs_that_ended_well(make_record):
+    rows = ordered(bench(make_record))
+    best = best_rows(rows)
+    assert best["t_pair_p50_ms"] == {4} and best["absrel"] == {2} and best["size_MB"] == {4}
+    assert "delta1" not in best and "speedup_vs_fp32" not in best  # nobody, and nobody to compare with
+
+
+def test_table_fits_120_columns(make_record):
+    lines = lines_of(bench(make_record), 120)
+    assert max(map(len, lines)) <= 120
+    text = "\n".join(lines)
+    assert text.count("absrel") == 1 and "quality" not in text
+    row = next(line for line in lines if line.startswith("B1") and "int8" in line)
+    assert " ".join(row.split()) == "B1 candidate int8 0.0615 +0.49 500.00 540.00 4.00 2.00 int8 91 % 600.5 pass"
+    assert any("openvino/nncf" in line and "bf16 7 %" in line for line in lines)
+    failed = lines.index(next(line for line in lines if line.startswith("A10")))
+    assert DASH in lines[failed] and "failed" in lines[failed + 1]
+    assert "emulated" in text
+
+
+def test_table_stacks_at_80_columns(make_record):
+    lines = lines_of(bench(make_record), 80)
+    assert max(map(len, lines)) <= 80
+    text = "\n".join(lines)
+    assert "quality" in text and "speed and size" in text and "…" not in text
+    assert text.index("absrel") < text.index("speed and size") < text.index("p50 ms")
+
+
+def test_best_is_bold(make_record):
+    console = Console(width=120, force_terminal=True, color_system="standard", record=True, file=io.StringIO())
+    print_table(bench(make_record), console)
+    text = console.export_text(styles=True)
+    assert "\x1b[1m 500.00\x1b[0m" in text and "\x1b[1m1000.00" not in text and "\x1b[1m1.00\x1b" not in text
+
+
+def test_text_of_records_is_neither_markup_nor_escape_codes(make_record):
+    record = make_record(exp_id="[red]X[/red]", backend="a\x1b[31mb", precision="int8")
+    text = "\n".join(lines_of([record], 120))
+    assert "[red]X[/red]" in text
+    assert "\x1b" not in text and "a\N{REPLACEMENT CHARACTER}[31mb" in text
+    assert lines_of([], 80) == ["no records"]
+
+
+def test_shares():
+    assert shares_text({"bf16": 0.07, "int8": 0.91, "f32": 0.004, "f16": 0.0}) == "int8 91 % / bf16 7 % / f32 <1 %"
+
+
+@pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t", "\r"])
+def test_formulas_are_defused(tmp_path, make_record, start):
+    bad = start + 'HYPERLINK("http://x","y")'
+    write_csv(tmp_path / "t.csv", [make_record(exp_id=bad, notes=bad, quality_drop_pct=-0.5, keep_list=[bad])])
+    with (tmp_path / "t.csv").open(encoding="utf-8", newline="") as stream:
+        row = next(csv.DictReader(stream))
+    assert row["exp_id"] == row["notes"] == "'" + bad
+    assert row["quality_drop_pct"] == "-0.5"
+    assert json.loads(row["keep_list"]) == [bad]
+    assert not any(row[c.name].startswith(("=", "+", "@", "\t", "\r")) for c in columns())
+
+
+def test_reports_of_two_experiments_merge_and_repeat(tmp_path, make_record):
+    logs, reports = tmp_path / "logs", tmp_path / "reports"
+    for record in bench(make_record):
+        write_record(logs, record)
+    write_records(logs / "D1.json", [make_record(exp_id="D1", absrel=0.05), make_record(exp_id="D1", role="teacher")])
+    told: list[str] = []
+    paths = build_reports(logs, reports, say=told.append)
+    names = [path.relative_to(reports).as_posix() for path in paths]
+    plots = ["plots/tradeoff.png", "plots/latency.png", "plots/precision.png"]
+    assert names == ["summary.csv", "summary.json", "result_table.xlsx", *plots]
+    assert all(path.is_file() for path in paths)
+    assert told == ["ablation.png is left out: no record of an ablation (combo H or Ablation)"]
+    merged = [item.record for item in read_records(reports / "summary.json")]
+    assert [r["exp_id"] for r in merged] == ["A2", "A10", "B1", "B1", "B1", "D1", "D1"]
+    assert len(pd.read_csv(reports / "summary.csv")) == 7
+
+    first = {name: (reports / name).read_bytes() for name in names if not name.endswith("xlsx")}
+    for path in list(logs.iterdir()):  # other file names and another order of files: the same report
+        path.rename(logs / f"{99 - len(path.name)}{path.name}")
+    build_reports(logs, reports)
+    assert first == {name: (reports / name).read_bytes() for name in first}
+
+
+def test_bad_log_leaves_reports_alone(tmp_path, make_record):
+    write_record(tmp_path / "logs", make_record())
+    (tmp_path / "logs" / "bad.json").write_text(json.dumps({**make_record(), "absrell": 1}))
+    with pytest.raises(PqkError, match=r"bad\.json: unknown field \"absrell\" \(did you mean 'absrel'\?\)"):
+        build_reports(tmp_path / "logs", tmp_path / "reports")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(PqkError, match=r"no records in .*empty: run an experiment first"):
+        build_reports(tmp_path / "empty", tmp_path / "reports")
+    assert not (tmp_path / "reports").exists()
+
+
+def test_command(tmp_path, make_record, capsys):
+    assert main(["--logs", str(tmp_path / "none"), "--reports", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"error: no log file or folder at {tmp_path / 'none'}\n"
+    write_record(tmp_path / "logs", make_record(absrel=0.25))
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "aggregate.py"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "0.2500" in done.stdout and "latency.png is left out: no record has t_pair_p50_ms" in done.stdout
+    assert (tmp_path / "reports" / "summary.csv").is_file()
+
+
+def test_import_is_light():
+    code = "import sys, pqk.report.table, pqk.report.plots, pqk.report.workbook, pqk.record.log\n"
+    code += "print({'pandas', 'matplotlib', 'rich', 'openpyxl', 'jsonschema', 'torch'} & set(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.strip() == "set()"
+
+
+def test_empty_record_needs_its_identity():
+    with pytest.raises(PqkError, match=r"^record: datetime must be"):
+        validate(empty_record())
