@@ -1,6 +1,7 @@
 """Contracts of the toolchains: what a graph, a quantizer, an engine and a backend are.
 
-A backend must provide: `name`, `availability()`, `quantizers()`, `compile(graph, precision, options)`.
+A backend must provide: `name`, `availability()`, `quantizers()`, `float_precisions()`,
+`compile(graph, precision, options)`, `kept_in_int8(engine, keep, kernels)`.
 A quantizer must provide: `name`, `quantize(source, spec, calibration)`.
 An engine must provide: `_infer(feeds)`, `kernels()`, `close()`; everything else is inherited.
 Everything here imports without any vendor package.
@@ -190,6 +191,10 @@ class Backend(Protocol):
     def float_precisions(self) -> Sequence[Precision]: ...
 
     def compile(self, graph: Graph, precision: Precision, options: Mapping[str, Any] | None = None) -> Engine: ...
+
+    def kept_in_int8(self, engine: Engine, keep: Sequence[str], kernels: Sequence[Kernel]) -> list[Kernel]:
+        """Kernels of `engine` that ran a node of the keep-list in int8; empty when the list was honoured."""
+        ...
 
 
 def nearest(word: str, allowed: Iterable[str]) -> str:

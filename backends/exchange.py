@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import torch
 
 EXTERNAL_ABOVE = 1_800_000_000
+_SHARED_ABOVE = 1024  # bytes
 EXPORTERS = ("auto", "torchscript", "dynamo")
 
 
@@ -174,6 +175,7 @@ def _rewrite(path: Path, gather_weights: bool) -> None:
     model.doc_string, model.producer_name, model.producer_version = "", "", ""
     graph = model.graph
     graph.doc_string = ""
+    _share_constants(graph)
     functions = list(model.functions)
     for holder in [model, graph, *graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer]:
         holder.doc_string = ""
@@ -203,6 +205,35 @@ def _rewrite(path: Path, gather_weights: bool) -> None:
     for new in keep.iterdir():
         new.replace(path.parent / new.name)
     shutil.rmtree(keep)
+
+
+def _share_constants(graph: onnx.GraphProto) -> None:
+    """Make equal Constant nodes one initializer: the tracing exporter repeats a buffer at each of its uses.
+
+    Small ones stay: they name shapes and axes, and nobody saves space with them.
+    """
+    kept: dict[bytes, str] = {}
+    renamed: dict[str, str] = {}
+    nodes = []
+    for node in graph.node:
+        tensor = node.attribute[0].t if node.op_type == "Constant" and node.attribute[0].name == "value" else None
+        if tensor is None or len(tensor.raw_data) < _SHARED_ABOVE:
+            nodes.append(node)
+            continue
+        tensor.name = ""
+        content = tensor.SerializeToString(deterministic=True)
+        if content not in kept:
+            kept[content] = node.output[0]
+            tensor.name = node.output[0]
+            graph.initializer.append(tensor)
+        renamed[node.output[0]] = kept[content]
+    if not renamed:
+        return
+    for node in nodes:
+        for index, name in enumerate(node.input):
+            node.input[index] = renamed.get(name, name)
+    del graph.node[:]
+    graph.node.extend(nodes)
 
 
 def _check_names(graph: Graph, inputs: list[str], outputs: list[str], name: str) -> None:

@@ -158,6 +158,10 @@ class ReferenceBackend:
             raise BackendError(f"backend 'reference' compiles f32 and int8 files, not {precision}")
         return OnnxRuntimeEngine(graph, options)
 
+    def kept_in_int8(self, engine: Engine, keep: Sequence[str], kernels: Sequence[Kernel]) -> list[Kernel]:
+        """Raises BackendError: the reference quantizes nothing, so it has no keep-list to honour."""
+        raise BackendError("backend 'reference' has no quantizer and therefore no keep-list")
+
 
 def _floats(array: np.ndarray) -> np.ndarray:
     return array.astype(np.float32) if array.dtype.kind == "f" else array

@@ -10,7 +10,96 @@ import typer
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="A bench for compressing feed-forward 3D transformers.")
 train_app = typer.Typer(no_args_is_help=True, help="Train models.")
+data_app = typer.Typer(no_args_is_help=True, help="Make and look at scenes.")
+bench_app = typer.Typer(no_args_is_help=True, help="Long measurements that are no tests.")
 app.add_typer(train_app, name="train")
+app.add_typer(data_app, name="data")
+app.add_typer(bench_app, name="bench")
+
+
+@app.command()
+def run(
+    card: Annotated[str, typer.Argument(help="task card, for example B1 (schedule/TaskCards)")],
+    backend: Annotated[
+        Optional[str], typer.Option(help="openvino or trt; default: trt where it can run, else openvino")
+    ] = None,
+    quantizer: Annotated[Optional[str], typer.Option(help="quantizer of the backend; default: its first")] = None,
+    model: Annotated[
+        Optional[str], typer.Option(help="official .pth, hub folder, our folder, or random:dust3r-512-dpt; default: the shipped one")
+    ] = None,
+    scenes: Annotated[Optional[Path], typer.Option(help="folder of scenes with ground truth (ETH3D or COLMAP layout)")] = None,
+    images: Annotated[Optional[Path], typer.Option(help="folder of photographs; quality is then against the Teacher")] = None,
+    seed: Annotated[Optional[int], typer.Option(min=0, help="train and evaluation seed; default: workload.yaml's")] = None,
+    setting: Annotated[
+        Optional[list[str]], typer.Option("--set", help="override one value, e.g. quant.ptq.calibration_images=64")
+    ] = None,
+    fresh: Annotated[bool, typer.Option(help="make everything anew, reuse nothing")] = False,
+    json_line: Annotated[bool, typer.Option("--json", help="print the candidate's record as the last line")] = False,
+) -> None:
+    """Run a task card: Teacher in every float precision, the recipe, quality, timing, one record each.
+
+    Exit codes: 0 ok, 1 a threshold failed, 2 wrong input, 3 backend or method unavailable.
+    """
+    from pqk.run.command import default_backend, run_card, settings_of
+    from pqk.run.runner import Request
+
+    request = Request(
+        card,
+        backend or default_backend(),
+        quantizer,
+        model,
+        scenes,
+        images,
+        seed,
+        fresh,
+        settings_of(setting or []),
+    )
+    raise typer.Exit(run_card(request, json_line))
+
+
+@app.command()
+def check() -> None:
+    """Dry run: configs, task cards and the log schema, without a model or data. Prints PASS or what is wrong."""
+    from pqk.spec.check import main as dry_run
+
+    raise typer.Exit(dry_run())
+
+
+@app.command()
+def table(
+    logs: Annotated[Optional[Path], typer.Option(help="folder of records; default logs/")] = None,
+    reports: Annotated[Optional[Path], typer.Option(help="where tables and plots go; default reports/")] = None,
+) -> None:
+    """Merge all records into result_table.xlsx, summary.csv, summary.json and plots, and print them."""
+    from pqk import paths
+    from pqk.report.table import main as aggregate
+
+    root = paths.project_root()
+    raise typer.Exit(aggregate(["--logs", str(logs or root / "logs"), "--reports", str(reports or root / "reports")]))
+
+
+@app.command()
+def env(json_line: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False) -> None:
+    """Every backend with versions, devices and instruction sets, or why it is unavailable and what mends it."""
+    from pqk.env import show_environment
+
+    show_environment(json_line)
+
+
+@data_app.command("make")
+def data_make(
+    out: Annotated[Path, typer.Option("-o", "--out", help="folder for the scenes")],
+    split: Annotated[str, typer.Option(help="test, validation, calibration or train")] = "test",
+    count: Annotated[int, typer.Option(min=1, help="number of scenes")] = 8,
+    views: Annotated[int, typer.Option(help="views per scene")] = 6,
+    size: Annotated[int, typer.Option(help="image side in pixels")] = 512,
+    seed: Annotated[int, typer.Option(min=0, help="base seed of the split")] = 0,
+    jobs: Annotated[Optional[int], typer.Option(min=1, help="processes; default: all cores")] = None,
+) -> None:
+    """Render procedural scenes with exact depth in the COLMAP + depth layout that real scenes have."""
+    from pqk.run.command import make_data
+
+    make_data(split, count, views, size, seed, out, jobs)
 
 
 @train_app.command("teacher")
@@ -23,22 +112,34 @@ def train_teacher(
     minutes: Annotated[Optional[float], typer.Option(help="let the clock, not the step count, end the run")] = None,
     pause_after: Annotated[Optional[float], typer.Option(help="stop after this many seconds, to be resumed")] = None,
     steps: Annotated[Optional[int], typer.Option(help="override the number of steps")] = None,
+    autocast: Annotated[Optional[bool], typer.Option(help="bf16 autocast; default: on for CUDA, off for a CPU")] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="use torch.compile")] = False,
     fresh: Annotated[bool, typer.Option(help="ignore an existing checkpoint")] = False,
 ) -> None:
     """Train the embedded teacher on rendered pairs; resumes by itself, and uses DDP under torchrun."""
     from pqk.compress.command import run_train_teacher
 
-    run_train_teacher(config, out, device, minutes, pause_after, steps, compiled, fresh)
+    run_train_teacher(config, out, device, minutes, pause_after, steps, autocast, compiled, fresh)
+
+
+@bench_app.command("scenes")
+def bench_scenes(
+    views: Annotated[int, typer.Option(min=2, help="views to render")] = 512,
+    size: Annotated[int, typer.Option(help="image side in pixels")] = 512,
+) -> None:
+    """Time the scene generator; the last line is JSON."""
+    from pqk.bench.scenes import bench_scenes as measure
+
+    measure(views, size)
 
 
 def main() -> None:
-    """Entry point: user errors become one sentence on stderr and the documented exit code."""
+    """Entry point: a user's error becomes one sentence on stderr and the documented exit code."""
     try:
         app(standalone_mode=True)
     except Exception as error:
         code = getattr(error, "exit_code", None)
-        if code is None or not isinstance(code, int):
+        if not isinstance(code, int):
             raise
         print(f"pqk: {error}", file=sys.stderr)
         sys.exit(code)

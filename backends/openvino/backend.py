@@ -7,7 +7,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from backends.base import Availability, BackendError, Engine, Graph, Precision, Quantizer, Unavailable
+from backends.base import Availability, BackendError, Engine, Graph, Kernel, Precision, Quantizer, Unavailable
 
 MEND = 'pip install "pqk[openvino]"'
 _FLAGS = [
@@ -74,6 +74,15 @@ class OpenVINOBackend:
         except ValueError:
             raise BackendError(f"unknown precision {precision!r}; known are {[str(p) for p in Precision]}") from None
         return OpenVINOEngine(graph, asked, options)
+
+    def kept_in_int8(self, engine: Engine, keep: Sequence[str], kernels: Sequence[Kernel]) -> list[Kernel]:
+        """See `nncf.check_keep`. Raises BackendError for an engine of another backend."""
+        from backends.openvino.engine import OpenVINOEngine
+        from backends.openvino.nncf import check_keep
+
+        if not isinstance(engine, OpenVINOEngine):
+            raise BackendError(f"the keep-list of {type(engine).__name__} cannot be checked by OpenVINO")
+        return check_keep(engine, keep, kernels)
 
     def _require(self) -> None:
         found = self.availability()

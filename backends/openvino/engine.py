@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -66,6 +67,7 @@ def write_ir(model: Any, target: Path) -> Graph:
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
         made = Path(folder) / target.name
         ov.save_model(model, made, compress_to_fp16=False)
+        made.write_bytes(re.sub(rb">\s+<", b"><", made.read_bytes()))  # a third of the file is indentation
         made.with_suffix(".bin").replace(target.with_suffix(".bin"))
         made.replace(target)
     return describe_ir(target)

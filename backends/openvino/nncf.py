@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from backends.base import BackendError, Feeds, Graph, Kernel, QuantSpec, Source, TensorInfo, nearest
 from backends.openvino.engine import OpenVINOEngine, read_model, write_ir
 from backends.openvino.flops import CONVOLUTIONS, MATMULS, live_operations
+from backends.openvino.passes import fold_constants, share_constants, split_tables
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -64,6 +65,7 @@ class NNCFQuantizer:
 
         _check_spec(spec, source)
         model = read_model(source.graph.path)
+        fold_constants(model)
         name_nodes(model)
         kept = kept_nodes(model, spec.keep)
         items = _Items(calibration, source.graph.inputs, spec.calibration_samples)
@@ -82,6 +84,8 @@ class NNCFQuantizer:
             except (nncf.ValidationError, nncf.InternalError, RuntimeError) as error:
                 raise BackendError(f"NNCF cannot quantize {source.graph.path.name}: {error}") from error
         del model
+        split_tables(quantized)
+        share_constants(quantized)
         name_nodes(quantized)
         self.report = Report(items.passes, items.first_pass, tuple(sorted(kept)))
         return write_ir(quantized, spec.output_dir / f"{source.name}.xml")

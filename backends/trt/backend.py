@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from backends.base import Availability, Engine, Graph, Precision, Quantizer, Unavailable
+from backends.base import Availability, Engine, Graph, Kernel, Precision, Quantizer, Unavailable
 
 MEND = 'pip install "pqk[trt]" on a machine with an NVIDIA GPU, or use --backend openvino'
 
@@ -39,3 +39,7 @@ class TensorRTBackend:
         """Always raises Unavailable."""
         found = self.availability()
         raise Unavailable(f"cannot compile {graph.path.name} to {precision} with trt: {found.reason}; {found.mend}")
+
+    def kept_in_int8(self, engine: Engine, keep: Sequence[str], kernels: Sequence[Kernel]) -> list[Kernel]:
+        """Always raises Unavailable: there is no engine to look into."""
+        raise Unavailable("backend 'trt' has no engines in this version; use --backend openvino")

@@ -22,6 +22,7 @@ def run_train_teacher(
     minutes: float | None,
     pause_after: float | None,
     steps: int | None,
+    autocast: bool | None,
     compiled: bool,
     fresh: bool,
 ) -> None:
@@ -43,10 +44,10 @@ def run_train_teacher(
         spoken = [0.0]
 
         def report(p: train.Progress) -> None:
-            eta = p.seconds * (1 - p.share) / max(p.share, 1e-9)
+            eta = f"  ETA {p.seconds * (1 - p.share) / p.share / 60:.1f} min" if p.share else ""
             last = p.history[-1] if p.history else None
             score = f"  val AbsRel {last['absrel']:.4f} δ1 {last['delta1']:.3f}" if last else ""
-            note = f"step {p.step}  loss {p.loss:.4f}  {p.samples_per_second:.1f} pairs/s  ETA {eta / 60:.1f} min{score}"
+            note = f"step {p.step}  loss {p.loss:.4f}  {p.samples_per_second:.1f} pairs/s{eta}{score}"
             bar.update(task, completed=p.share, note=note)
             if not console.is_terminal and time.monotonic() - spoken[0] > 10:  # a log file gets a line now and then
                 spoken[0] = time.monotonic()
@@ -58,6 +59,7 @@ def run_train_teacher(
             device=device,
             minutes=minutes,
             pause_after_s=pause_after,
+            autocast=autocast,
             compiled=compiled,
             fresh=fresh,
             report=report,

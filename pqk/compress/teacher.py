@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,12 +16,12 @@ from torch import nn
 
 from pqk.compress.losses import confidence_loss
 from pqk.compress.train import Progress, Schedule, Trainer, world
-from pqk.data.seeds import split_seed
+from pqk.data.seeds import INDICES, split_seed
 from pqk.data.stream import PairBatch, training_pairs
 from pqk.data.synthetic import texture_bank
 from pqk.errors import PqkError, nearest
-from pqk.files import sha256_file, sha256_json, write_json
-from pqk.models import build_model
+from pqk.files import clear_write_errors, sha256_file, sha256_json, write_json
+from pqk.models import build_model, load_model, save_model
 from pqk.models.configs import NAMED
 from pqk.spec.training import TrainSpec
 
@@ -57,19 +59,28 @@ def validation_scores(model: nn.Module, spec: TrainSpec, device: torch.device, a
     """AbsRel and delta1 of view 1 on the held-out pairs, both orders, and of a constant depth on the same pixels."""
     bank = texture_bank().to(device)
     symmetric = SymmetricPairs(model).eval()
-    wanted, size, totals, count = spec.validation.pairs, spec.validation.size, {}, 0
+    wanted, size, count, samples = spec.validation.pairs, spec.validation.size, 0, 0
+    totals: dict[str, float] = {}
     while count < wanted:
         n = min(8, wanted - count)
         pairs = training_pairs(n, size, split_seed("validation", spec.seed, count), bank, **_scene_options(spec))
         with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
             out = symmetric(pairs.images)
+        count += n
         gt1, _, valid1, _ = pairs.ordered()
+        usable = int(valid1.flatten(1).any(1).sum())  # a pair without overlap has no valid pixel
+        if not usable:
+            continue
         scores = depth_scores(out["pts3d_1"][..., 2], gt1[..., 2], valid1)
         flat = depth_scores(torch.ones_like(gt1[..., 2]), gt1[..., 2], valid1)
         for key, value in {**scores, **{f"constant_{k}": v for k, v in flat.items()}}.items():
-            totals[key] = totals.get(key, 0.0) + value * n
-        count += n
-    means = {k: v / count for k, v in totals.items()}
+            totals[key] = totals.get(key, 0.0) + value * usable
+        samples += usable
+    if not samples:
+        raise PqkError("no validation pair has a valid pixel; lower min_covisible")
+    means = {k: v / samples for k, v in totals.items()}
+    if not math.isfinite(means["absrel"]):
+        raise PqkError("the depth of the model in training is not finite on the validation pairs; lower learning_rate")
     return {"score": means["absrel"], **means}
 
 
@@ -78,13 +89,20 @@ def _scene_options(spec: TrainSpec) -> dict[str, Any]:
 
 
 def pick_device(name: str) -> torch.device:
-    """'auto' is CUDA where there is one. Raises PqkError for a device that is not there."""
+    """'auto' is CUDA where there is one. Raises PqkError for a device that is unknown or not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise PqkError("device 'cuda' was asked for, but torch sees no CUDA device; use --device cpu")
-    if name.startswith("cuda") and "LOCAL_RANK" in os.environ:
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise PqkError(
+            f"unknown device {name!r}{nearest(name, ('auto', 'cpu', 'cuda'))}; allowed are auto, cpu and cuda[:n]"
+        )
+    if name == "cpu":
+        return torch.device(name)
+    if "LOCAL_RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
+    there = torch.cuda.device_count()
+    if int(name.partition(":")[2] or 0) >= there:
+        raise PqkError(f"device {name!r} was asked for, but torch sees {there} CUDA devices; use --device cpu")
     return torch.device(name)
 
 
@@ -103,25 +121,35 @@ def train_teacher(
 ) -> tuple[str, Progress]:
     """Train and write `out`/{config.json, model.safetensors (float16, averaged weights), model_card.json}.
 
-    Resumes from `out`/checkpoint.pt when it belongs to the same spec. bf16 autocast is on for CUDA and off for a CPU,
-    where torch's bf16 backward is several times slower than float32. Returns the outcome and the last progress.
+    Resumes from `out`/checkpoint.pt when it belongs to the same spec. bf16 autocast is on for CUDA. On a CPU it
+    must be asked for: measured with torch 2.13, a step takes half the time with AVX-512 BF16 and several times longer
+    with AMX. Returns the outcome and the last progress.
+    Raises PqkError for an unknown model or device, an impossible budget, a batch that the processes cannot share
+    equally, a folder that cannot be written, and a checkpoint that is damaged or of another spec.
     """
+    if spec.model not in NAMED:
+        raise PqkError(f"unknown model {spec.model!r}{nearest(spec.model, NAMED)}; known: {', '.join(NAMED)}")
+    for name, value in (("minutes", minutes), ("pause_after", pause_after_s)):
+        if value is not None and not 0 < value < math.inf:
+            raise PqkError(f"{name} must be more than 0, got {value}")
     where = pick_device(device)
     rank, processes = world()
-    if processes > 1 and not torch.distributed.is_initialized():
+    for stage in spec.stages:
+        if stage.batch % processes:
+            raise PqkError(f"{processes} processes cannot share a batch of {stage.batch} pairs equally")
+    grouped = processes > 1 and not torch.distributed.is_initialized()
+    if grouped:
         torch.distributed.init_process_group("nccl" if where.type == "cuda" else "gloo")
     if where.type == "cuda":
         torch.cuda.set_device(where)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
     autocast = where.type == "cuda" if autocast is None else autocast
-    if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-    if spec.model not in NAMED:
-        raise PqkError(f"unknown model {spec.model!r}{nearest(spec.model, NAMED)}; known: {', '.join(NAMED)}")
     config = NAMED[spec.model]
     torch.manual_seed(spec.seed)
     model = build_model("dust3r", config)
+    # the tokens reach the heads' convolutions in this layout anyway
+    model = model.to(memory_format=torch.channels_last)
     schedule = Schedule(spec.steps, spec.learning_rate, spec.final_rate, spec.warmup, minutes)
     trainer = Trainer(
         model,
@@ -135,26 +163,27 @@ def train_teacher(
     checkpoint, stamp = out / "checkpoint.pt", out / "spec.json"
     wanted = {"spec": sha256_json(spec.model_dump(mode="json")), "minutes": minutes}
     if checkpoint.exists() and not fresh:
-        if not stamp.exists() or json.loads(stamp.read_text()) != wanted:
-            raise PqkError(f"{checkpoint} was made from another spec or budget; use --fresh to start over or another -o")
+        if _read_json(stamp) != wanted:
+            raise PqkError(f"{checkpoint} is of another spec or budget; use --fresh to start over or another -o")
         trainer.resume(checkpoint)
     elif rank == 0:
+        with clear_write_errors(out):
+            checkpoint.unlink(missing_ok=True)  # or a run killed before its first save would resume the old one
         write_json(stamp, wanted)
     bank = texture_bank().to(where)
     symmetric: nn.Module = SymmetricPairs(trainer.model)
     if compiled:
         symmetric = torch.compile(symmetric, dynamic=False)  # type: ignore[assignment]
-    band = 32 if where.type == "cpu" else None
 
     def stage_of(share: float) -> Any:
         return next((s for s in spec.stages if share < s.until), spec.stages[-1])
 
     def loss_of(module: nn.Module, step: int, share: float) -> torch.Tensor:
         stage = stage_of(share)
-        seed = split_seed("train", spec.seed, (step * processes + rank) % 2**24)
+        seed = split_seed("train", spec.seed, (step * processes + rank) % INDICES)
         with torch.autocast(where.type, enabled=False):
-            mine = max(1, stage.batch // processes)
-            pairs: PairBatch = training_pairs(mine, stage.size, seed, bank, band=band, **_scene_options(spec))
+            mine = stage.batch // processes
+            pairs: PairBatch = training_pairs(mine, stage.size, seed, bank, **_scene_options(spec))
             gt1, gt2, valid1, valid2 = pairs.ordered()
         prediction = module(pairs.images)
         with torch.autocast(where.type, enabled=False):
@@ -178,15 +207,23 @@ def train_teacher(
     )
     if rank == 0:
         weights = trainer.averaged()
-        shipped = build_model("dust3r", model.config, weights).to(where).eval()
+        save_model(build_model("dust3r", model.config, weights), out, dtype="float16")
+        shipped = load_model(out).to(where)  # as a user gets it, rounded to float16
         scores = validation_scores(shipped, spec, where, autocast)
         card = model_card(spec, trainer.progress, scores, where, outcome, minutes, command)
-        from pqk.models import save_model
-
-        save_model(shipped, out, dtype="float16", card=None)
         card["sha256"] = sha256_file(out / "model.safetensors")
         write_json(out / "model_card.json", card)
+    if grouped:
+        torch.distributed.destroy_process_group()
     return outcome, trainer.progress
+
+
+def _read_json(path: Path) -> Any:
+    """The value of a JSON file; None when it is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 def model_card(

@@ -88,7 +88,8 @@ class Trainer:
         autocast: bool,
     ) -> None:
         self.rank, self.world = world()
-        self.device, self.schedule, self.clip_norm, self.decay, self.autocast = device, schedule, clip_norm, ema, autocast
+        self.device, self.schedule, self.autocast = device, schedule, autocast
+        self.clip_norm, self.decay = clip_norm, ema
         self.model = model.to(device)
         self.ema = {k: v.detach().clone().float() for k, v in self.model.state_dict().items()}
         self.optimizer = torch.optim.AdamW(
@@ -171,12 +172,14 @@ class Trainer:
         p = self.progress
         module: nn.Module = self.model if wrapped is None else wrapped
         if self.world > 1:
-            module = nn.parallel.DistributedDataParallel(module)
+            # DUSt3R carries weights that no output depends on (mask_token, parts of the DPT head)
+            module = nn.parallel.DistributedDataParallel(module, find_unused_parameters=True)
         module.train()
         began, before, saved = time.monotonic(), p.seconds, time.monotonic()
-        outcome, last, seen = "done", time.monotonic(), 0
+        # a resumed run may have stopped early already
+        outcome, last, seen = "early" if validate and p.stale >= patience else "done", time.monotonic(), 0
         skipped = 0
-        while True:
+        while outcome == "done":
             p.share = self._shared(self.schedule.share(p.step, p.seconds))
             if p.share >= 1.0:
                 break
@@ -193,7 +196,7 @@ class Trainer:
             else:  # one wild batch must not poison the weights; many in a row mean that the run is lost
                 skipped += 1
                 if skipped >= 20:
-                    raise PqkError(f"20 steps in a row without a finite gradient, up to step {p.step}; lower learning_rate")
+                    raise PqkError(f"no finite gradient in 20 steps in a row, up to step {p.step}; lower learning_rate")
             self.optimizer.zero_grad(set_to_none=True)
             p.step += 1
             self._average()
@@ -215,13 +218,11 @@ class Trainer:
                         report(p)
                 if self._shared(float(p.stale)) >= patience:
                     outcome = "early"
-                    break
             if checkpoint and time.monotonic() - saved > save_every_s:
                 self.save(checkpoint)
                 saved = time.monotonic()
-            if pause_after_s and self._shared(time.monotonic() - began) > pause_after_s:
+            if outcome == "done" and pause_after_s and self._shared(time.monotonic() - began) > pause_after_s:
                 outcome = "paused"
-                break
         if checkpoint:
             self.save(checkpoint)
         return outcome

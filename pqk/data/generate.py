@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
-from multiprocessing import get_context
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from PIL import Image
 
@@ -20,7 +23,7 @@ from pqk.data.colmap import ModelImage, write_text_model
 from pqk.data.covisibility import covisibility
 from pqk.data.pairs import pair_graph
 from pqk.data.raytrace import SceneBatch, trace
-from pqk.data.seeds import SPLITS, split_seed
+from pqk.data.seeds import INDICES, LIMIT, SPLITS, split_seed
 from pqk.data.synthetic import render, sample_scenes, texture_bank
 from pqk.errors import PqkError, nearest
 from pqk.files import clear_write_errors, write_json
@@ -56,20 +59,31 @@ def make_scenes(
 ) -> list[Path]:
     """Render the planned scenes into `out`, several processes side by side; existing scenes are kept.
 
-    Returns the scene folders in the order of the plans. Raises PqkError for an unknown split, fewer than two views, or
-    a folder that cannot be written.
+    Returns the scene folders in the order of the plans. Raises PqkError for a plan with an impossible value, a folder
+    that cannot be written, and a folder that already holds something else under a scene's name.
     """
     plans = list(plans)
     for plan in plans:
         if plan.split not in SPLITS:
-            raise PqkError(f"unknown split {plan.split!r}{nearest(plan.split, SPLITS)}; allowed are {', '.join(SPLITS)}")
+            raise PqkError(
+                f"unknown split {plan.split!r}{nearest(plan.split, SPLITS)}; allowed are {', '.join(SPLITS)}"
+            )
         if plan.views < 2:
             raise PqkError(f"a scene needs at least 2 views, got {plan.views}")
         if plan.size % 16 or not 32 <= plan.size <= 2048:
             raise PqkError(f"image size must be a multiple of 16 from 32 to 2048, got {plan.size}")
+        for name, value, limit in (("seed", plan.seed, LIMIT), ("index", plan.index, INDICES)):
+            if not 0 <= value < limit:
+                raise PqkError(f"the {name} of a scene must be from 0 to {limit - 1}, got {value}")
+    if jobs is not None and jobs < 1:
+        raise PqkError(f"the number of jobs must be at least 1, got {jobs}")
+    if out.exists() and not out.is_dir():
+        raise PqkError(f"cannot write scenes into {out}: it is a file, not a folder")
     with clear_write_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-    missing = [plan for plan in plans if not (out / plan.name / "scene.json").exists()]
+    missing = [plan for plan in plans if not _is_made(out / plan.name, plan)]
+    for plan in missing:
+        _remove_leftovers(out, plan)
     jobs = min(jobs or os.cpu_count() or 1, max(1, len(missing)))
     if jobs == 1:
         for plan in missing:
@@ -78,11 +92,53 @@ def make_scenes(
                 done(plan.name)
     else:
         context = get_context("spawn")  # torch's thread pools do not survive a fork
-        with ProcessPoolExecutor(jobs, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        with ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker) as pool:
             for name in pool.map(_write_one, [(out, plan) for plan in missing]):
                 if done:
                     done(name)
     return [out / plan.name for plan in plans]
+
+
+def _start_worker() -> None:
+    """One thread per process; and a worker whose parent was killed ends too, where the pool would wait for ever."""
+    torch.set_num_threads(1)
+    parent = parent_process()
+
+    def follow() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def _is_made(folder: Path, plan: ScenePlan) -> bool:
+    """Whether the planned scene is there. Raises PqkError when something else has its name."""
+    about = folder / "scene.json"
+    if not about.exists():
+        if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+            raise PqkError(f"{folder} exists and is no generated scene; move it away or choose another folder")
+        return False
+    try:
+        found = json.loads(about.read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise PqkError(f"{about} is damaged; delete its folder to have the scene made again")
+    for key, asked in asdict(plan).items():
+        if found.get(key) != asked:
+            raise PqkError(
+                f"{folder} holds a scene with {key} {found.get(key)}, asked is {asked}; delete it or use another folder"
+            )
+    return True
+
+
+def _remove_leftovers(out: Path, plan: ScenePlan) -> None:
+    """Delete the temporary folders of processes that were killed while they wrote this scene."""
+    for folder in out.glob(f".{plan.name}.*.tmp"):
+        number = folder.name.split(".")[-2]
+        if number.isdigit() and not psutil.pid_exists(int(number)):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _write_one(task: tuple[Path, ScenePlan]) -> str:
@@ -155,11 +211,14 @@ def write_scene(out: Path, plan: ScenePlan) -> Path:
                 np.concatenate(points),
                 np.concatenate(colours),
             )
-            about = {"split": plan.split, "seed": plan.seed, "index": plan.index, "rolling_floor": bool(scene.terrain)}
             rounded = {key: round(value, 4) for key, value in shares.items()}
-            write_json(temporary / "scene.json", {**about, "size": size, "views": plan.views, "covisibility": rounded})
-            shutil.rmtree(target, ignore_errors=True)
-            temporary.rename(target)
+            about = {**asdict(plan), "rolling_floor": bool(scene.terrain), "covisibility": rounded}
+            write_json(temporary / "scene.json", about)
+            try:
+                temporary.rename(target)
+            except OSError:  # another process may have been faster with the same scene
+                if not (target / "scene.json").exists():
+                    raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     return target

@@ -9,10 +9,12 @@ import torch
 from pqk.data.raytrace import pixel_rays
 from pqk.data.synthetic import render, sample_scenes
 
+
 @dataclass
 class PairBatch:
-    """B pairs. images (B,2,3,H,W) in [-1,1]; points: world (B,2,H,W,3) in camera-1 axes of each order;
-    valid (B,2,H,W) bool; covisible (B,) share of view 1 seen by view 2 and back, the smaller of the two.
+    """B pairs. images (B,2,3,H,W) in [-1,1]; own_points (B,2,H,W,3) metres, each view's in its own camera;
+    one_to_two (B,4,4) from camera 1 to camera 2; valid (B,2,H,W) bool; covisible (B,) share of view 1 seen by view 2
+    and back, the smaller of the two.
     """
 
     images: torch.Tensor
@@ -73,14 +75,13 @@ def training_pairs(
     spread: tuple[float, float] = (4.0, 26.0),
     fov: tuple[float, float] = (55.0, 70.0),
     min_covisible: float = 0.25,
-    band: int | None = None,
 ) -> PairBatch:
     """Render `batch` pairs of size x size on the bank's device. Pairs with too little overlap carry no valid pixel."""
     device = bank.device
     generator = torch.Generator(device=device).manual_seed(seed)
     with torch.no_grad():
         scene, pose, angle = sample_scenes(batch, 2, generator, spread=spread, fov=fov)
-        images, depth, focal = render(scene, pose, angle, size, size, bank, generator, band=band)
+        images, depth, focal = render(scene, pose, angle, size, size, bank, generator)
         rays = pixel_rays(focal.reshape(-1), size, size).reshape(batch, 2, size, size, 3)
         points = rays * depth[..., None]
         to_world = pose.reshape(-1, 4, 4)

@@ -1,7 +1,8 @@
 """Random rooms and camera paths for the ray tracer: gravity-aligned, furnished, seen at eye height.
 
 What the scenes look like decides whether a small model learns at all: floor and objects on it, texture scale nearly
-constant in metres, moderate focal lengths, no surface nearer than `NEAREST` to a camera.
+constant in metres, moderate focal lengths, and neither an object nearer than `NEAREST` to a camera nor a wall nearer
+than `MARGIN`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from pqk.data.raytrace import BOX, CYLINDER, ELLIPSOID, SceneBatch, trace
 
 NEAREST = 0.7  # metres between a camera and the nearest object
+MARGIN = 0.45  # metres between a camera and the nearest wall
 N_TEXTURES, TEXTURE_SIZE = 32, 256
 KINDS = (BOX,) * 8 + (ELLIPSOID,) * 3 + (CYLINDER,) * 3
 
@@ -82,11 +84,10 @@ def sample_cameras(
     order = torch.arange(views, device=device, dtype=torch.float32)[None] - (views - 1) / 2
     azimuth = uniform(0, 2 * math.pi, batch, 1) + sign * step * (order + uniform(-0.2, 0.2, batch, views))
     radius = uniform(1.8, 3.6, batch, 1) * uniform(0.94, 1.06, batch, views)
-    margin = 0.45
     x = interest[:, :1] + radius * torch.sin(azimuth)
     z = interest[:, 2:] + radius * torch.cos(azimuth)
-    x = torch.maximum(torch.minimum(x, room[:, :1] - margin), margin - room[:, :1])
-    z = torch.maximum(torch.minimum(z, room[:, 2:] - margin), margin - room[:, 2:])
+    x = torch.maximum(torch.minimum(x, room[:, :1] - MARGIN), MARGIN - room[:, :1])
+    z = torch.maximum(torch.minimum(z, room[:, 2:] - MARGIN), MARGIN - room[:, 2:])
     eye = -(uniform(1.25, 1.7, batch, 1) + uniform(-0.06, 0.06, batch, views))
     position = torch.stack([x, eye, z], -1)
     target = interest[:, None] + uniform(-0.12, 0.12, batch, views, 3)
@@ -126,7 +127,6 @@ def sample_scenes(
     def uniform(low: float, high: float, *shape: int) -> torch.Tensor:
         return low + (high - low) * torch.rand(*shape, generator=generator, device=device)
 
-    # drawn even when unused, so that a batch of one scene is the same scene with and without a rolling floor
     terrain = round(batch * terrain_share) if batch > 1 else int(uniform(0, 1, 1).item() < terrain_share)
     room = torch.stack([uniform(2.4, 4.6, batch), uniform(2.4, 3.4, batch), uniform(2.4, 4.6, batch)], -1)
     pose, fov_angle, interest = sample_cameras(room, views, generator, spread, fov)
@@ -138,7 +138,8 @@ def sample_scenes(
     reach, bearing = 2.4 * uniform(0, 1, batch, objects).sqrt(), uniform(0, 2 * math.pi, batch, objects)
     centre[..., 0] = interest[:, :1] + reach * torch.sin(bearing)
     centre[..., 2] = interest[:, 2:] + reach * torch.cos(bearing)
-    half[:, 0:8] = torch.stack([uniform(0.15, 0.55, batch, 8), uniform(0.15, 0.5, batch, 8), uniform(0.15, 0.55, batch, 8)], -1)
+    sizes = [uniform(0.15, 0.55, batch, 8), uniform(0.15, 0.5, batch, 8), uniform(0.15, 0.55, batch, 8)]
+    half[:, 0:8] = torch.stack(sizes, -1)
     half[:, 8:11] = torch.stack([uniform(0.15, 0.5, batch, 3) for _ in range(3)], -1)
     radius = uniform(0.12, 0.4, batch, 3)
     half[:, 11:14] = torch.stack([radius, uniform(0.2, 0.65, batch, 3), radius], -1)
@@ -170,6 +171,7 @@ def sample_scenes(
         present[:, slot] *= present[:, base]
     gap = (centre[:, None, :, ::2] - pose[:, :, None, :3, 3][..., ::2]).norm(dim=-1).amin(1)
     present *= (gap > half[..., ::2].norm(dim=-1) + NEAREST).float()
+    # drawn even when unused, so that what follows is the same with and without a rolling floor
     waves = torch.zeros(batch, 4, 4, device=device)
     heading, number = uniform(0, 2 * math.pi, batch, 4), uniform(0.8, 3.2, batch, 4)
     waves[..., 0] = uniform(0.015, 0.075, batch, 4)
@@ -178,7 +180,8 @@ def sample_scenes(
     surfaces = 6 + objects
     look = torch.empty(batch, surfaces, 8, device=device)
     look[..., :3] = uniform(0.15, 0.95, batch, surfaces, 3)
-    look[..., 3:6] = (look[..., :3] * uniform(0.15, 0.75, batch, surfaces, 1) + uniform(-0.1, 0.1, batch, surfaces, 3)).clamp(0.02, 1)
+    darker = look[..., :3] * uniform(0.15, 0.75, batch, surfaces, 1)
+    look[..., 3:6] = (darker + uniform(-0.1, 0.1, batch, surfaces, 3)).clamp(0.02, 1)
     look[..., 6] = torch.floor(uniform(0, N_TEXTURES, batch, surfaces)).clamp(max=N_TEXTURES - 1)
     look[..., 7] = uniform(1.0, 2.0, batch, surfaces)
     look[:, 3:6, 6:] = look[:, 2:3, 6:]  # the four walls share their pattern and mostly their colour
@@ -190,9 +193,8 @@ def sample_scenes(
     lights[..., 3:] = uniform(0.25, 0.8, batch, 3, 1) * uniform(0.85, 1.15, batch, 3, 3)
     ambient = uniform(0.25, 0.5, batch)
     exposure = uniform(0.75, 1.3, batch, 1, 1) * uniform(0.92, 1.08, batch, views, 1) * uniform(0.95, 1.05, batch, 1, 3)
-    scene = SceneBatch(
-        KINDS, half, centre, torch.stack([angle.cos(), angle.sin()], -1), present, room, waves, terrain, look, lights, ambient, exposure
-    )
+    turn = torch.stack([angle.cos(), angle.sin()], -1)
+    scene = SceneBatch(KINDS, half, centre, turn, present, room, waves, terrain, look, lights, ambient, exposure)
     return scene, pose, fov_angle
 
 
@@ -223,7 +225,8 @@ def render(
         radiance, depth = trace(scene, pose, focal, height, width, bank)
         assert radiance is not None
     else:
-        pieces = [trace(scene, pose, focal, height, width, bank, (r, min(r + band, height))) for r in range(0, height, band)]
+        bands = [(row, min(row + band, height)) for row in range(0, height, band)]
+        pieces = [trace(scene, pose, focal, height, width, bank, rows) for rows in bands]
         radiance = torch.cat([p[0] for p in pieces if p[0] is not None], 3)
         depth = torch.cat([p[1] for p in pieces], 2)
     return expose(radiance, generator), depth, focal

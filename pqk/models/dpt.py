@@ -117,9 +117,8 @@ class Dpt(nn.Module):
         for tokens, width, reassemble, project in stages:
             maps.append(project(reassemble(tokens.transpose(1, 2).reshape(-1, width, h, w))))
         x = self.scratch.refinenet4(maps[3], None)
-        x = x[
-            :, :, :h, :w
-        ]  # an odd size was rounded up when it was halved, so doubling gives one row or column too many
+        # An odd size was rounded up when it was halved, so doubling gave one row or column too many.
+        x = x[:, :, :h, :w]
         x = self.scratch.refinenet3(x, maps[2])
         x = self.scratch.refinenet2(x, maps[1])
         x = self.scratch.refinenet1(x, maps[0])

@@ -66,12 +66,14 @@ class Store:
     """Artifacts under `root`. Safe for many processes and threads at once on one machine.
 
     `verify` says how a found artifact is checked before it is reused: 'full' compares the sha256 of every file,
-    'size' only names and sizes.
+    'size' only names and sizes. `fresh` makes every artifact anew the first time this store is asked for it.
     """
 
-    def __init__(self, root: Path, verify: Literal["full", "size"] = "full") -> None:
+    def __init__(self, root: Path, verify: Literal["full", "size"] = "full", fresh: bool = False) -> None:
         self.root = Path(root)
         self.verify = verify
+        self.fresh = fresh
+        self._made: set[str] = set()
 
     def key(self, stage: str, inputs: Mapping[str, Any]) -> str:
         """sha256 of the canonical JSON of stage and inputs; the order of keys does not matter, tuples equal lists.
@@ -99,13 +101,14 @@ class Store:
             self._sweep(stage, key[:16])
             target = self.root / stage / key[:16]
             manifest = _intact(target, stage, key, self.verify)
-            if manifest is not None:
+            if manifest is not None and not (self.fresh and key not in self._made):
                 tell("reuse", stage, key, float(manifest["seconds"]))
                 return Artifact(target, key, stage, True, manifest)
-            if os.path.lexists(target):
+            if os.path.lexists(target) and manifest is None:
                 tell("damaged", stage, key, 0.0)
             tell("make", stage, key, 0.0)
             manifest = self._make(target, stage, key, _plain(inputs, stage), make)
+            self._made.add(key)
             tell("done", stage, key, float(manifest["seconds"]))
             return Artifact(target, key, stage, False, manifest)
 

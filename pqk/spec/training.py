@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated, Self
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
+from pqk.data.seeds import LIMIT
 from pqk.spec.yamlfile import Section, Spec, load_spec
 
 
@@ -31,7 +33,7 @@ class TrainSpec(Spec):
 
     version: str = "1.0"
     model: str
-    seed: int = Field(default=0, ge=0, lt=2**24)
+    seed: int = Field(default=0, ge=0, lt=LIMIT)
     steps: int = Field(ge=1)
     stages: list[Stage] = Field(min_length=1)
     learning_rate: float = Field(default=6e-4, gt=0, le=1)
@@ -41,10 +43,31 @@ class TrainSpec(Spec):
     clip_norm: float = Field(default=1.0, gt=0)
     ema: float = Field(default=0.9995, gt=0, lt=1)
     alpha: float = Field(default=0.2, ge=0)
-    spread_deg: list[float] = Field(default=[4.0, 26.0], min_length=2, max_length=2)
-    fov_deg: list[float] = Field(default=[55.0, 70.0], min_length=2, max_length=2)
+    spread_deg: list[Annotated[float, Field(gt=0, lt=180)]] = Field(default=[4.0, 26.0], min_length=2, max_length=2)
+    fov_deg: list[Annotated[float, Field(gt=0, lt=180)]] = Field(default=[55.0, 70.0], min_length=2, max_length=2)
     min_covisible: float = Field(default=0.25, ge=0, le=1)
     validation: Validation = Validation()
+
+    @field_validator("spread_deg", "fov_deg")
+    @classmethod
+    def _from_low_to_high(cls, ends: list[float]) -> list[float]:
+        if ends[0] > ends[1]:
+            raise ValueError("must be [lowest, highest]")
+        return ends
+
+    @field_validator("stages")
+    @classmethod
+    def _to_the_end(cls, stages: list[Stage]) -> list[Stage]:
+        shares = [stage.until for stage in stages]
+        if shares != sorted(set(shares)) or shares[-1] != 1:
+            raise ValueError(f"must have rising values of 'until' that end with 1, and has {shares}")
+        return stages
+
+    @model_validator(mode="after")
+    def _falling_rate(self) -> Self:
+        if self.final_rate > self.learning_rate:
+            raise ValueError(f"final_rate {self.final_rate} must not be above learning_rate {self.learning_rate}")
+        return self
 
 
 def load_training(path: Path | str, steps: int | None = None) -> TrainSpec:

@@ -33,7 +33,7 @@ def export(spec, path, dynamo):
     return onnxruntime.InferenceSession(path)
 
 
-@pytest.mark.parametrize("dynamo", [False, True])
+@pytest.mark.parametrize("dynamo", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_exported_graphs_agree_with_the_model(model, tmp_path, dynamo, difference):
     """An odd token grid (5 x 3), so the crop in the DPT head is part of the test."""

@@ -1,0 +1,91 @@
+"""Small rewrites of OpenVINO models that change no number: they only make the files smaller."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import openvino as ov
+
+_SMALL = 4096  # elements; larger constants are compared by the writer of the `.bin` already
+
+
+def fold_constants(model: ov.Model) -> None:
+    """Evaluate what depends on constants alone, such as the shapes that the ONNX reader spells out.
+
+    Only for float models: folding would turn stored int8 weights back into floats.
+    """
+    from openvino.passes import ConstantFolding, Manager
+
+    manager = Manager()
+    manager.register_pass(ConstantFolding())
+    manager.run_passes(model)
+
+
+def share_constants(model: ov.Model) -> int:
+    """Let equal small constants be one node; returns how many were dropped.
+
+    A quantized graph repeats each range as input and output limits, and each shape, axis and index wherever it is used.
+    """
+    first: dict[tuple[str, tuple[int, ...], bytes], ov.Node] = {}
+    dropped = 0
+    for op in model.get_ordered_ops():
+        if op.get_type_name() != "Constant":
+            continue
+        shape = tuple(op.get_output_shape(0))
+        if int(np.prod(shape, dtype=np.int64)) > _SMALL:
+            continue
+        key = (op.get_element_type().get_type_name(), shape, np.ascontiguousarray(op.get_data()).tobytes())
+        kept = first.setdefault(key, op)
+        if kept is op:
+            continue
+        for target in op.output(0).get_target_inputs():
+            target.replace_source_output(kept.output(0))
+        dropped += 1
+    return dropped
+
+
+def split_tables(model: ov.Model) -> int:
+    """Store tables over a grid (the rotary embedding's) by their rows and columns; returns how many were split.
+
+    A (rows * cols, D) constant whose first D/2 columns depend on the row alone and whose others on the column alone is
+    replaced by two small constants that are spread out again. The runtime folds that back when it compiles.
+    """
+    import openvino.opset13 as ops
+
+    split = 0
+    for op in model.get_ordered_ops():
+        if op.get_type_name() != "Constant" or len(op.get_output_shape(0)) != 2:
+            continue
+        count, width = op.get_output_shape(0)
+        if count * width <= _SMALL or width % 2 or op.get_element_type().get_type_name() != "f32":
+            continue
+        table = op.get_data()
+        found = _row_and_column(table)
+        if found is None:
+            continue
+        by_row, by_col = found
+        grid = [by_row.shape[0], by_col.shape[1], width // 2]
+        parts = [ops.broadcast(ops.constant(part), ops.constant(np.array(grid, np.int64))) for part in found]
+        whole = ops.reshape(ops.concat(parts, -1), ops.constant(np.array([count, width], np.int64)), False)
+        for target in op.output(0).get_target_inputs():
+            target.replace_source_output(whole.output(0))
+        split += 1
+    return split
+
+
+def _row_and_column(table: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    """The (rows,1,D/2) and (1,cols,D/2) parts of a grid table (rows*cols, D); None when it is none."""
+    count, width = table.shape
+    half = table[:, : width // 2]
+    changed = np.flatnonzero((half != half[0]).any(axis=1))  # the first row of the grid ends where its half changes
+    cols = int(changed[0]) if changed.size else count
+    if cols < 2 or cols == count or count % cols:
+        return None
+    grid = table.reshape(count // cols, cols, width)
+    by_row, by_col = grid[:, :1, : width // 2], grid[:1, :, width // 2 :]
+    if not ((grid[..., : width // 2] == by_row).all() and (grid[..., width // 2 :] == by_col).all()):
+        return None
+    return np.ascontiguousarray(by_row), np.ascontiguousarray(by_col)

@@ -1,0 +1,97 @@
+"""What the terminal shows of `pqk run`."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.markup import escape
+
+from pqk import paths
+from pqk.errors import EXIT_CHECK_FAILED, EXIT_OK, PqkError
+from pqk.report.table import print_table
+from pqk.run.runner import Request, run
+
+_DOING = {
+    "scenes": "test scenes",
+    "calibration": "calibration images",
+    "graphs": "ONNX export, checked against torch",
+    "quantized": "quantization",
+    "quality": "quality on the test scenes",
+    "timing": "timing, variants interleaved",
+    "memory": "peak memory",
+}
+
+
+def settings_of(items: list[str]) -> dict[str, Any]:
+    """`--set quant.ptq.calibration_images=64` -> {'quant.ptq.calibration_images': 64}; values are YAML.
+
+    Raises PqkError for an item without '=' or an unreadable value.
+    """
+    found: dict[str, Any] = {}
+    for item in items:
+        name, sign, text = item.partition("=")
+        if not sign or not name:
+            raise PqkError(f"--set {item}: write it as KEY=VALUE, for example quant.ptq.calibration_images=64")
+        try:
+            found[name.strip()] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise PqkError(f"--set {item}: the value is not readable") from None
+    return found
+
+
+def run_card(request: Request, as_json: bool) -> int:
+    """Run, report progress on stderr, print the table; returns the exit code (1 when the verdict is 'fail')."""
+    root = paths.project_root()
+    errors = Console(stderr=True, highlight=False)
+    began = time.monotonic()
+
+    def on_event(kind: str, stage: str, key: str, seconds: float) -> None:
+        what = _DOING.get(stage, stage)
+        if kind == "make":
+            errors.print(f"  [dim]…[/] {what}")
+        elif kind == "done":
+            errors.print(f"  [green]✓[/] {what}  {seconds:.1f} s")
+        elif kind == "reuse":
+            errors.print(f"  [green]✓[/] {what}  [dim]kept from before ({key[:8]})[/]")
+        elif kind == "damaged":
+            errors.print(f"  [yellow]![/] {what}: the kept result {key[:8]} is damaged, making it again")
+        elif kind == "wait":
+            errors.print(f"  [dim]…[/] {what}: another process is making it")
+
+    errors.print(f"[bold]{escape(request.card)}[/] on {escape(request.backend)}")
+    records = run(request, root, on_event, lambda text: errors.print(f"  [green]✓[/] {escape(text)}"))
+    candidate = records[-1]
+    console = Console(stderr=as_json)
+    print_table(records, console)
+    if candidate["verdict_reasons"]:
+        colour = {"pass": "green", "fail": "red"}.get(candidate["verdict"] or "", "yellow")
+        console.print(f"verdict: [bold {colour}]{candidate['verdict'] or 'not judged'}[/]")
+        for reason in candidate["verdict_reasons"]:
+            console.print(f"  {escape(reason)}", highlight=False)
+    errors.print(f"{time.monotonic() - began:.0f} s in all", style="dim")
+    if as_json:
+        print(json.dumps(candidate, allow_nan=False, ensure_ascii=False))
+    return EXIT_CHECK_FAILED if candidate["verdict"] == "fail" else EXIT_OK
+
+
+def default_backend() -> str:
+    """`trt` where it can run, else `openvino`: the primary first, the fallback where there is no NVIDIA GPU."""
+    from backends import registry
+
+    return "trt" if registry.get("trt").availability().available else "openvino"
+
+
+def make_data(split: str, count: int, views: int, size: int, seed: int, out: Path, jobs: int | None) -> None:
+    """`pqk data make`."""
+    from pqk.data.generate import ScenePlan, make_scenes
+
+    began = time.monotonic()
+    errors = Console(stderr=True, highlight=False)
+    plans = [ScenePlan(split, seed, index, views, size) for index in range(count)]
+    folders = make_scenes(out, plans, jobs, lambda name: errors.print(f"  [green]✓[/] {name}"))
+    print(f"{len(folders)} scenes, {len(folders) * views} views in {out} ({time.monotonic() - began:.1f} s)")

@@ -1,0 +1,109 @@
+"""Quality of one variant over the test scenes, and what its engines executed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from backends import registry
+from backends.base import Kernel, executed_precision
+from pqk.data.preprocess import Frame
+from pqk.data.scene import open_scene
+from pqk.errors import CheckFailed, PqkError
+from pqk.measure.quality import pair_truth, score_against_reference, score_pair, summarise
+from pqk.run.inputs import load_frames, scene_pairs
+from pqk.run.variants import Runner, Variant
+from pqk.spec.workload import PairGraph
+
+
+def evaluate(request: dict[str, Any]) -> dict[str, Any]:
+    """Score every pair of every scene.
+
+    Request: variant, reference (a variant whose output plays the truth, or null), scenes (folders), views, shape,
+    pair_graph, min_covisibility, quality (the evaluation's section), seed, keep (keep-list or []). Returns summary (mean per
+    metric), pairs (a row of scores each), executed (share of FLOPs per precision), flops, kernels (rows).
+    Raises PqkError when a score cannot be computed, CheckFailed when a kept node ran in an int8 kernel.
+    """
+    variant = Variant.from_json(request["variant"])
+    reference = Variant.from_json(request["reference"]) if request["reference"] else None
+    rows: list[dict[str, Any]] = []
+    names: list[str] = []
+    graph = PairGraph.model_validate(request["pair_graph"])
+    with Runner(variant) as runner:
+        teacher = Runner(reference) if reference else None
+        for folder in request["scenes"]:
+            scene = open_scene(Path(folder))
+            names.append(scene.name)
+            frames = load_frames(scene, request["shape"][0], request["shape"][1], request["views"])
+            truthful = reference is None
+            pairs = scene_pairs(frames, graph, request["min_covisibility"], truthful)
+            tokens = [runner.encode(f.image[None]) for f in frames]
+            taught = [teacher.encode(f.image[None]) for f in frames] if teacher else []
+            for i, j in pairs:
+                out = runner.decode(tokens[i], tokens[j])
+                if teacher:
+                    scores = _against(out, teacher.decode(taught[i], taught[j]), request)
+                else:
+                    scores = _against_truth(out, frames[i], frames[j], request)
+                rows.append({"scene": scene.name, "first": frames[i].name, "second": frames[j].name, **scores})
+        if not rows:
+            raise PqkError("there is no pair to evaluate")
+        if teacher:
+            teacher.__exit__()
+        kernels = runner.kernels()
+        if request["keep"]:
+            backend = registry.get(variant.backend)
+            for name, engine in (("encoder", runner.encoder), ("decoder", runner.decoder)):
+                broken = backend.kept_in_int8(engine, request["keep"], kernels[name])
+                if broken:
+                    raise CheckFailed(
+                        f"{name}: {len(broken)} kept nodes ran in int8 kernels, the first is {broken[0].name} "
+                        f"({broken[0].implementation})"
+                    )
+    of_a_pair = [*kernels["encoder"], *kernels["encoder"], *kernels["decoder"]]
+    plain = [{k: v for k, v in row.items() if k not in ("scene", "first", "second")} for row in rows]
+    return {
+        "summary": summarise(plain),
+        "pairs": rows,
+        "scenes": names,
+        "executed": executed_precision(of_a_pair),
+        "flops": sum(k.flops for k in of_a_pair),
+        "kernels": {name: [_row(k) for k in listed] for name, listed in kernels.items()},
+    }
+
+
+def _row(kernel: Kernel) -> dict[str, Any]:
+    shown = ("name", "type", "implementation", "precision", "time_us", "flops")
+    return {name: getattr(kernel, name) for name in shown}
+
+
+def _against_truth(out: Mapping[str, np.ndarray], first: Frame, second: Frame, request: dict[str, Any]) -> dict[str, Any]:
+    truth = pair_truth(first, second)
+    wanted = request["quality"]["min_valid_pixels"]
+    if int(truth.valid1.sum()) < wanted:
+        raise PqkError(
+            f"scene {first.scene}: {first.name} has {int(truth.valid1.sum())} valid depth pixels, at least {wanted} are "
+            "needed (quality.min_valid_pixels)"
+        )
+    options = _options(request)
+    return dict(score_pair(out, truth, **options))
+
+
+def _against(out: Mapping[str, np.ndarray], teacher: Mapping[str, np.ndarray], request: dict[str, Any]) -> dict[str, Any]:
+    return dict(score_against_reference(out, teacher, **_options(request)))
+
+
+def _options(request: dict[str, Any]) -> dict[str, Any]:
+    quality = request["quality"]
+    return {"align": quality["scale_alignment"], "chamfer_points": quality["chamfer_points"], "seed": request["seed"]}
+
+
+def write_evaluation(folder: Path, result: dict[str, Any]) -> None:
+    """Keep the result as evidence: scores per pair, and the kernels that ran."""
+    kernels = result.pop("kernels")
+    (folder / "quality.json").write_text(json.dumps(result, indent=1))
+    (folder / "kernels.json").write_text(json.dumps(kernels, indent=0))

@@ -1,0 +1,74 @@
+"""What a run is fed: scenes as frames of the workload's shape, their pairs, and the calibration set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from pqk.data.covisibility import covisibility
+from pqk.data.pairs import image_similarity, pair_graph
+from pqk.data.preprocess import Frame, fit_to_shape
+from pqk.data.scene import Scene, View, open_scenes
+from pqk.errors import PqkError
+from pqk.spec.workload import PairGraph
+
+
+def load_frames(scene: Scene, height: int, width: int, views: int | None = None) -> list[Frame]:
+    """The scene's first `views` images (default: all), resized and cropped to the shape. Raises PqkError."""
+    chosen = scene.views[:views] if views else scene.views
+    if len(chosen) < 2:
+        raise PqkError(f"{scene.root}: a scene needs at least 2 images, found {len(chosen)}")
+    return [fit_to_shape(view, height, width, scene.name) for view in chosen]
+
+
+def scene_pairs(frames: list[Frame], graph: PairGraph, min_covisibility: float, ground_truth: bool) -> list[tuple[int, int]]:
+    """Ordered pairs of the scene. With ground truth, pairs that share too little of their view are left out.
+
+    Raises PqkError when no pair is left.
+    """
+    similarity = image_similarity([f.image for f in frames]) if graph.kind == "topk" else None
+    pairs = pair_graph(len(frames), graph.kind, graph.k, graph.symmetrize, similarity)
+    if not ground_truth:
+        return pairs
+    overlapping = [(i, j) for i, j in pairs if _overlap(frames[i], frames[j]) >= min_covisibility]
+    if not overlapping:
+        raise PqkError(f"scene {frames[0].scene}: no pair shares {min_covisibility:.0%} of its view (min_covisibility)")
+    return overlapping
+
+
+def _overlap(a: Frame, b: Frame) -> float:
+    if a.depth is None or b.depth is None or a.K is None or b.K is None or a.world_to_cam is None or b.world_to_cam is None:
+        raise PqkError(f"scene {a.scene}: {a.name} or {b.name} has no camera or depth")
+    return covisibility(a.depth, a.K, a.world_to_cam, b.depth, b.K, b.world_to_cam, stride=8)
+
+
+class CalibrationImages:
+    """The calibration images, one (1,3,H,W) float32 array at a time; iterating again starts anew.
+
+    Images are taken scene by scene, so that neighbours in the list are neighbours in a scene: images 2k and 2k+1 make
+    pair k of the decoder's calibration. Raises PqkError when there are none, or fewer than asked.
+    """
+
+    def __init__(self, folder: Path, wanted: int, height: int, width: int) -> None:
+        self.views: list[View] = []
+        for scene in open_scenes(folder):
+            even = len(scene.views) - len(scene.views) % 2  # a pair must not straddle two scenes
+            self.views.extend(scene.views[:even])
+        if not self.views:
+            raise PqkError(f"{folder}: empty calibration set")
+        if len(self.views) < wanted:
+            raise PqkError(
+                f"{folder}: the calibration set has {len(self.views)} images (in pairs), {wanted} were asked for "
+                "(quant.ptq.calibration_images)"
+            )
+        self.views = self.views[:wanted]
+        self.shape = (height, width)
+
+    def __len__(self) -> int:
+        return len(self.views)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        for view in self.views:
+            yield fit_to_shape(View(view.name, view.image_path), *self.shape).image[None]

@@ -1,0 +1,92 @@
+"""PTQ of both graphs: the encoder on the calibration images, the decoder on the tokens of their pairs."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from backends import registry
+from backends.base import Feeds, Precision, QuantSpec, Source
+from pqk.errors import PqkError, nearest
+from pqk.measure.footprint import peak_ram_bytes
+from pqk.run.inputs import CalibrationImages
+from pqk.run.variants import graph_from_json, graph_to_json
+
+
+class _Images:
+    """Encoder feeds."""
+
+    def __init__(self, images: CalibrationImages) -> None:
+        self.images = images
+
+    def __iter__(self) -> Iterator[Feeds]:
+        for image in self.images:
+            yield {"image": image}
+
+
+class _Tokens:
+    """Decoder feeds: tokens of images 2k and 2k+1, read from a file on disk so that memory holds one pair."""
+
+    def __init__(self, tokens: np.ndarray) -> None:
+        self.tokens = tokens
+
+    def __iter__(self) -> Iterator[Feeds]:
+        for k in range(0, len(self.tokens) - 1, 2):
+            yield {"tokens_1": np.array(self.tokens[k : k + 1]), "tokens_2": np.array(self.tokens[k + 1 : k + 2])}
+
+
+def quantize_graphs(request: dict[str, Any]) -> dict[str, Any]:
+    """Quantize encoder and decoder into `out`.
+
+    Request: backend, quantizer, encoder, decoder (graphs), calibration (folder of scenes), shape, ptq (the config's section),
+    out. Returns the two graphs, the images and pairs consumed, and the peak memory in bytes.
+    """
+    backend = registry.get(request["backend"])
+    quantizers = backend.quantizers()
+    if request["quantizer"] not in quantizers:
+        raise PqkError(
+            f"backend {backend.name} has no quantizer {request['quantizer']!r}{nearest(request['quantizer'], quantizers)}; "
+            f"it has {', '.join(quantizers) or 'none'}"
+        )
+    quantizer = quantizers[request["quantizer"]]
+    ptq, out = request["ptq"], Path(request["out"])
+    images = CalibrationImages(Path(request["calibration"]), ptq["calibration_images"], *request["shape"])
+    encoder, decoder = graph_from_json(request["encoder"]), graph_from_json(request["decoder"])
+
+    def spec(samples: int) -> QuantSpec:
+        return QuantSpec(
+            bits_w=ptq["bits_w"],
+            bits_a=ptq["bits_a"],
+            weights=ptq["weights"],
+            activations=ptq["activations"],
+            symmetric_activations=ptq["symmetric_activations"],
+            smooth_quant_alpha=ptq["smooth_quant_alpha"],
+            bias_correction=ptq["bias_correction"],
+            keep=tuple(ptq["keep_list"]),
+            calibration_samples=samples,
+            output_dir=out,
+        )
+
+    def source(name: str, graph: Any) -> Source:
+        return Source(name, None, {}, tuple(t.name for t in graph.outputs), graph)
+
+    with tempfile.TemporaryDirectory(prefix="pqk-tokens-", dir=out) as folder:
+        shape = (len(images), *encoder.outputs[0].shape[1:])
+        tokens = np.lib.format.open_memmap(Path(folder) / "tokens.npy", mode="w+", dtype=np.float32, shape=shape)
+        with backend.compile(encoder, Precision.F32, {}) as engine:
+            for k, image in enumerate(images):
+                tokens[k] = engine.infer({"image": image})["tokens"][0]
+        quantized_encoder = quantizer.quantize(source("encoder", encoder), spec(len(images)), _Images(images))
+        quantized_decoder = quantizer.quantize(source("decoder", decoder), spec(len(images) // 2), _Tokens(tokens))
+        del tokens
+    return {
+        "encoder": graph_to_json(quantized_encoder),
+        "decoder": graph_to_json(quantized_decoder),
+        "images": len(images),
+        "pairs": len(images) // 2,
+        "peak_bytes": peak_ram_bytes(),
+    }

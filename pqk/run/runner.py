@@ -1,0 +1,346 @@
+"""`pqk run CARD`: Teacher baselines, the recipe, and one record for each, on one backend."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from backends import registry
+from backends.base import Backend, Precision, Unavailable
+from pqk import __version__, paths
+from pqk.data.scene import open_scene
+from pqk.errors import PqkError, nearest
+from pqk.files import sha256_file, sha256_json
+from pqk.measure.latency import percentile
+from pqk.measure.quality import quality_drop_pct
+from pqk.models.checkpoint import load_model
+from pqk.record.log import write_record
+from pqk.record.schema import empty_record, validate
+from pqk.run import stages
+from pqk.run.inputs import load_frames, scene_pairs
+from pqk.run.stages import ENGINE_VARIANTS, Context, Scenes
+from pqk.run.store import OnEvent, Store
+from pqk.run.variants import Variant
+from pqk.run.verdict import Measured, judge_quantized
+from pqk.spec.card import Experiment, load_card, resolve
+from pqk.spec.recipe import ensure_built
+
+SHIPPED = Path("models") / "dust3r-tiny"
+_HIGHER_IS_BETTER = {"delta1"}
+_PACKAGES = ("torch", "onnx", "onnxruntime", "openvino", "nncf", "numpy", "scipy")
+
+
+@dataclass(frozen=True)
+class Request:
+    """The arguments of `pqk run`."""
+
+    card: str
+    backend: str
+    quantizer: str | None = None
+    model: str | None = None
+    scenes: Path | None = None
+    images: Path | None = None
+    seed: int | None = None
+    fresh: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict)  # dotted names below workload, eval and quant
+    workload: Path | None = None
+    evaluation: Path | None = None
+    quant: Path | None = None
+    recipe: bool = True  # False: only the Teacher's baselines
+
+
+def run(request: Request, root: Path, on_event: OnEvent, say: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Run a card and return its records, Teacher first and the candidate last, each validated and written to logs/.
+
+    Raises PqkError or BackendError for everything that a user can mend.
+    """
+    began = time.monotonic()
+    experiment = _experiment(request, root)
+    card, workload, evaluation = experiment.card, experiment.workload, experiment.evaluation
+    if request.recipe:
+        ensure_built(card.recipe, card.id)
+    backend = _backend(request.backend)
+    quantizer = _quantizer(backend, request.quantizer) if request.recipe else None
+    height, width = workload.input.height, workload.input.width
+    shape = (height, width)
+    machine = {"device": _device(backend), "versions": _versions()}
+    ctx = Context(Store(paths.store(root), fresh=request.fresh), on_event, machine)
+
+    name, model_sha, model = _model(request.model, root)
+    scenes, truthful = _scenes(ctx, request, experiment, root)
+    if name.startswith("random:"):
+        truthful = False  # random weights predict nothing; only their agreement with the float model means something
+    graphs = stages.export_graphs(ctx, model, model_sha, height, width)
+    params = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
+    del model
+
+    cache = paths.store(root).parent / "engines"
+    floats = [Precision(p) for p in backend.float_precisions()]
+    variants = [
+        Variant(ENGINE_VARIANTS[p], backend.name, p, graphs["encoder"], graphs["decoder"], {"cache_dir": str(cache)})
+        for p in floats
+    ]
+    calibration: Scenes | None = None
+    quantized = None
+    if quantizer is not None:
+        calibration = stages.calibration_images(ctx, workload.calibration, workload, root)
+        ptq = experiment.quant.ptq.model_dump(mode="json")
+        quantized = stages.quantize(ctx, backend.name, quantizer, graphs, calibration, ptq, shape)
+        rest = "best" if experiment.quant.float_rest == "auto" else experiment.quant.float_rest
+        variants.append(
+            Variant(
+                "int8",
+                backend.name,
+                Precision.INT8,
+                quantized.graphs["encoder"],
+                quantized.graphs["decoder"],
+                {"cache_dir": str(cache), "rest": rest},
+            )
+        )
+    seed = workload.seeds.eval
+    views = workload.scenes.test.views
+    scored = {
+        v.name: stages.quality(
+            ctx,
+            v,
+            None if truthful else variants[0],
+            scenes,
+            {
+                "views": views,
+                "shape": list(shape),
+                "pair_graph": workload.pair_graph.model_dump(mode="json"),
+                "min_covisibility": workload.min_covisibility,
+                "quality": evaluation.quality.model_dump(mode="json"),
+                "seed": seed,
+                "keep": list(experiment.quant.ptq.keep_list) if v.precision is Precision.INT8 else [],
+            },
+        )
+        for v in variants
+    }
+    frames = load_frames(open_scene(scenes.folders[0]), *shape, views=views)
+    pairs = scene_pairs(frames, workload.pair_graph, workload.min_covisibility, truthful)
+    timed = stages.timing(
+        ctx,
+        variants,
+        scenes.folders[0],
+        scenes.sha256,
+        {
+            "shape": list(shape),
+            "views": views,
+            "pairs": [list(p) for p in pairs],
+            "efficiency": evaluation.efficiency.model_dump(mode="json"),
+        },
+    )
+    memory = {v.name: stages.memory(ctx, v) for v in variants}
+
+    common = {
+        "exp_id": card.id,
+        "combo": card.combo,
+        "model": name,
+        "backend": backend.name,
+        "device": machine["device"],
+        "status": "ok",
+        "seed": seed,
+        "train_seed": workload.seeds.train,
+        "eval_seed": seed,
+        "params": params,
+        "params_M": params / 1e6,
+        "measured": "engine",
+        "main_metric": evaluation.quality.main_metric,
+        "quality_reference": "ground_truth" if truthful else "teacher",
+        "scenes": scored[variants[0].name]["scenes"],
+        "pairs": len(scored[variants[0].name]["pairs"]),
+        "commit": _commit(root),
+        "workload_version": workload.version,
+        "eval_version": evaluation.version,
+        "versions": machine["versions"],
+    }
+    hashes = {
+        "model": model_sha,
+        "workload": workload.sha256,
+        "eval": evaluation.sha256,
+        "quant": experiment.quant.sha256,
+        "card": card.sha256,
+        "scenes": scenes.sha256,
+    }
+    best = min(variants[: len(floats)], key=lambda v: percentile(timed["variants"][v.name]["pair"], 50))
+    records = []
+    for variant in variants:
+        record = empty_record() | common | {"role": "teacher", "precision": str(variant.precision)}
+        record["datetime"] = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        record["hashes"] = hashes | {"engine": sha256_json(variant.hashes)}
+        _fill_quality(record, scored, variant, variants[0], truthful)
+        _fill_timing(record, timed["variants"], variant, variants[0], best)
+        record["ram_GB"] = record["peak_memory_GB"] = memory[variant.name] / 1e9
+        record["size_MB"] = variant.size_bytes / 1e6
+        record["size_ratio"] = variant.size_bytes / variants[0].size_bytes
+        if quantized is not None and calibration is not None and variant.precision is Precision.INT8:
+            ptq_used = experiment.quant.ptq
+            record |= {
+                "role": "candidate",
+                "quantizer": quantizer,
+                "bits_w": ptq_used.bits_w,
+                "bits_a": ptq_used.bits_a,
+                "keep_list": list(ptq_used.keep_list),
+                "images_calibration": quantized.images,
+                "wall_s": round(time.monotonic() - began, 1),
+            }
+            record["hashes"]["calibration"] = calibration.sha256
+            verdict, reasons = judge_quantized(
+                Measured(
+                    record["quality_drop_pct"],
+                    record["speedup_vs_fp32"],
+                    record["speedup_vs_best_float"],
+                    record["size_ratio"],
+                    record["executed_precision"].get("int8", 0.0),
+                ),
+                evaluation.thresholds,
+            )
+            record |= {"verdict": verdict, "verdict_reasons": reasons}
+        validate(record)
+        records.append(record)
+    for record in records:
+        write_record(root / "logs", record)
+    say(f"{len(records)} records in {paths.shown(root / 'logs')}")
+    return records
+
+
+def _experiment(request: Request, root: Path) -> Experiment:
+    """The card with its configs, the command line's settings laid over them."""
+    card = load_card(request.card, root)
+    groups = {"workload": dict(card.overrides.workload), "eval": dict(card.overrides.eval), "quant": dict(card.overrides.quant)}
+    for name, value in request.settings.items():
+        group, _, rest = name.partition(".")
+        if group not in groups or not rest:
+            raise PqkError(f"--set {name}: a setting starts with workload., eval. or quant.{nearest(group, groups)}")
+        groups[group][rest] = value
+    if request.seed is not None:
+        groups["workload"]["seeds.train"] = groups["workload"]["seeds.eval"] = request.seed
+    source = card.source
+    card = card.model_copy(update={"overrides": card.overrides.model_copy(update=groups)})
+    card._source = source
+    return resolve(card, root, request.workload, request.evaluation, request.quant)
+
+
+def _backend(name: str) -> Backend:
+    backend = registry.get(name)
+    found = backend.availability()
+    if not found.available:
+        raise Unavailable(f"backend {name!r} cannot run: {found.reason}; {found.mend}")
+    return backend
+
+
+def _quantizer(backend: Backend, asked: str | None) -> str:
+    known = list(backend.quantizers())
+    if not known:
+        raise PqkError(f"backend {backend.name!r} has no quantizer, so it cannot run stage Q")
+    if asked is None:
+        return known[0]
+    if asked not in known:
+        raise PqkError(f"unknown quantizer {asked!r}{nearest(asked, known)}; backend {backend.name} has {', '.join(known)}")
+    return asked
+
+
+def _model(asked: str | None, root: Path) -> tuple[str, str, Any]:
+    """Name, sha256 and the loaded Teacher."""
+    if asked is None:
+        asked = str(root / SHIPPED)
+        if not Path(asked).is_dir():
+            raise PqkError(f"the shipped model {SHIPPED} is missing; give one with --model")
+    model = load_model(asked)
+    if asked.startswith("random:"):
+        return asked, sha256_json({"random": asked, "code": stages.code_of("pqk.models.checkpoint", "pqk.models.layers")}), model
+    path = Path(asked)
+    files = sorted(p for p in path.glob("*") if p.suffix in (".json", ".safetensors")) if path.is_dir() else [path]
+    kept = [p for p in files if p.name != "model_card.json"]
+    return path.name, sha256_json({p.name: sha256_file(p) for p in kept}), model
+
+
+def _scenes(ctx: Context, request: Request, experiment: Experiment, root: Path) -> tuple[Scenes, bool]:
+    """The scenes to evaluate, and whether they carry ground truth."""
+    if request.scenes and request.images:
+        raise PqkError("--scenes and --images exclude each other: scenes with ground truth, or pictures without")
+    if request.images:
+        return stages.folder_scenes(request.images), False
+    workload = experiment.workload
+    if request.scenes:
+        found = stages.folder_scenes(request.scenes)
+    else:
+        found = stages.test_scenes(ctx, workload.scenes.test, workload, root)
+    truths = {path: open_scene(path).has_ground_truth for path in found.folders}
+    if any(truths.values()) and not all(truths.values()):
+        without = next(path for path, has in truths.items() if not has)
+        raise PqkError(f"{without}: this scene has no ground truth while others have; evaluate them apart")
+    return found, all(truths.values())
+
+
+def _fill_quality(
+    record: dict[str, Any], scored: Mapping[str, Any], variant: Variant, teacher: Variant, truthful: bool
+) -> None:
+    """Quality columns, executed precision and work; the drop against the fp32 Teacher."""
+    mine, summary = scored[variant.name], scored[variant.name]["summary"]
+    for metric in ("chamfer", "chamfer_accuracy", "chamfer_completeness", "absrel", "rmse", "delta1", "reproj_px"):
+        record[metric] = summary.get(metric)
+    record["executed_precision"] = mine["executed"]
+    record["flops_G"] = mine["flops"] / 1e9
+    metric = record["main_metric"]
+    if record[metric] is None:
+        return
+    if truthful:
+        reference = scored[teacher.name]["summary"][metric]
+        record["quality_drop_pct"] = quality_drop_pct(record[metric], reference, metric in _HIGHER_IS_BETTER)
+    else:  # the Teacher is its own truth: its error is 0, so the drop is the error against it
+        error = 1 - record[metric] if metric in _HIGHER_IS_BETTER else record[metric]
+        record["quality_drop_pct"] = 100 * error if metric in ("absrel", "delta1") else None
+
+
+def _fill_timing(
+    record: dict[str, Any], timed: Mapping[str, Any], variant: Variant, teacher: Variant, best: Variant
+) -> None:
+    """Timing columns out of the raw samples, which stay in the record."""
+    mine = timed[variant.name]
+    p50 = percentile(mine["pair"], 50)
+    record |= {
+        "t_pair_p50_ms": p50,
+        "t_pair_p95_ms": percentile(mine["pair"], 95),
+        "t_encoder_p50_ms": percentile(mine["encoder"], 50),
+        "t_decoder_p50_ms": percentile(mine["decoder"], 50),
+        "t_scene_s": percentile(mine["scene_s"], 50) if mine["scene_s"] else None,
+        "pairs_per_sec": 1000 * len(mine["pair"]) / sum(mine["pair"]),
+        "speedup_vs_fp32": percentile(timed[teacher.name]["pair"], 50) / p50,
+        "speedup_vs_best_float": percentile(timed[best.name]["pair"], 50) / p50,
+        "best_float": str(best.precision),
+        "samples": {name: [round(x, 4) for x in mine[name]] for name in ("pair", "encoder", "decoder")},
+    }
+
+
+def _device(backend: Backend) -> str:
+    found = backend.availability()
+    return str(found.details.get("cpu") or platform.processor() or platform.machine())
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "pqk": __version__}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _commit(root: Path) -> str | None:
+    """The git commit of the project, '-dirty' when files differ from it; None outside a repository."""
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
+        state = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=root, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip() + ("-dirty" if state.stdout.strip() else "")

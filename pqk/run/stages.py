@@ -1,0 +1,269 @@
+"""The stages of a run. Each result is an artifact in the store, named by everything that made it."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from backends import exchange
+from backends.base import Graph, Precision
+from pqk.data.generate import ScenePlan, make_scenes
+from pqk.errors import PqkError
+from pqk.files import sha256_file, sha256_json, write_json
+from pqk.run import worker
+from pqk.run.evaluate import write_evaluation
+from pqk.run.store import Artifact, OnEvent, Store
+from pqk.run.variants import Variant, graph_from_json, graph_to_json
+from pqk.spec.workload import SYNTHETIC, Calibration, SceneList, Workload
+
+if TYPE_CHECKING:
+    import torch
+
+ENGINE_VARIANTS = {Precision.F32: "fp32", Precision.BF16: "bf16", Precision.F16: "fp16", Precision.INT8: "int8"}
+
+
+@dataclass
+class Context:
+    """What every stage needs: the store, who is told about progress, and what machine and tools these are."""
+
+    store: Store
+    on_event: OnEvent
+    machine: Mapping[str, Any]  # device name and tool versions: part of the key of everything that an engine computes
+
+    def make(self, stage: str, modules: tuple[str, ...], inputs: Mapping[str, Any], make: Callable[[Path], None]) -> Artifact:
+        """The artifact of `inputs` and of the source of `modules`, the code that makes it."""
+        return self.store.get_or_make(stage, {**inputs, "code": code_of(*modules)}, make, self.on_event)
+
+
+@lru_cache(maxsize=None)
+def code_of(*modules: str) -> str:
+    """sha256 over the source files of modules: a changed stage makes its artifacts anew."""
+    digest = hashlib.sha256()
+    for name in modules:
+        found = importlib.util.find_spec(name)
+        if found is None or found.origin is None:
+            raise PqkError(f"module {name} has no source file")
+        digest.update(Path(found.origin).read_bytes())
+    return digest.hexdigest()
+
+
+_SCENE_CODE = ("pqk.data.generate", "pqk.data.synthetic", "pqk.data.raytrace", "pqk.data.seeds", "pqk.data.colmap")
+_MODEL_CODE = ("pqk.models.dust3r", "pqk.models.layers", "pqk.models.dpt", "backends.exchange")
+_QUANT_CODE = ("pqk.run.quantize", "pqk.run.inputs", "pqk.data.preprocess", "backends.openvino.nncf", "backends.openvino.engine")
+_EVAL_CODE = (
+    "pqk.run.evaluate",
+    "pqk.run.inputs",
+    "pqk.run.variants",
+    "pqk.measure.quality",
+    "pqk.measure.geometry",
+    "pqk.data.preprocess",
+    "backends.openvino.engine",
+    "backends.openvino.flops",
+)
+_TIME_CODE = ("pqk.run.timing", "pqk.run.variants", "backends.openvino.engine")
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """Scene folders in order, and the sha256 of every byte in them."""
+
+    folders: tuple[Path, ...]
+    sha256: str
+    root: Path
+
+
+def synthetic_scenes(ctx: Context, stage: str, split: str, count: int, views: int, seed: int, workload: Workload, depth: bool) -> Scenes:
+    """Generate (or reuse) the scenes of a split."""
+    plan = ScenePlan(
+        split=split,
+        seed=seed,
+        index=0,
+        views=views,
+        size=max(workload.input.height, workload.input.width),
+        k=workload.pair_graph.k,
+        min_covisibility=workload.min_covisibility,
+        depth=depth,
+    )
+    plans = [replace(plan, index=i) for i in range(count)]
+
+    def make(folder: Path) -> None:
+        make_scenes(folder, plans)
+
+    inputs = {name: getattr(plan, name) for name in ("split", "seed", "views", "size", "k", "min_covisibility", "depth")}
+    made = ctx.make(stage, _SCENE_CODE, {**inputs, "count": count}, make)
+    return Scenes(tuple(made.path / p.name for p in plans), sha256_json(made.manifest["files"]), made.path)
+
+
+def test_scenes(ctx: Context, scenes: SceneList, workload: Workload, root: Path) -> Scenes:
+    """The evaluated scenes: generated ones, or those of a folder. Raises PqkError when one is missing."""
+    if scenes.source == SYNTHETIC:
+        return synthetic_scenes(ctx, "scenes", "test", scenes.count or 0, scenes.views or 0, scenes.seed, workload, True)
+    return folder_scenes(_under(root, scenes.source), scenes.names, scenes.count)
+
+
+def folder_scenes(folder: Path, names: tuple[str, ...] | None = None, count: int | None = None) -> Scenes:
+    """Scenes that lie in a folder: all of them by name, or the listed ones in their order."""
+    from pqk.data.scene import open_scene, open_scenes
+
+    if names:
+        found = [open_scene(folder / name) for name in names]
+    else:
+        found = open_scenes(folder)
+    chosen = tuple(scene.root for scene in found[:count])
+    return Scenes(chosen, _hash_folders(chosen), folder)
+
+
+def calibration_images(ctx: Context, calibration: Calibration, workload: Workload, root: Path) -> Scenes:
+    """The folder of calibration scenes; pictures only, as no quantizer looks at depth."""
+    if calibration.source != SYNTHETIC:
+        return folder_scenes(_under(root, calibration.source))
+    count = -(-calibration.images // calibration.views_per_scene)
+    return synthetic_scenes(
+        ctx, "calibration", "calibration", count, calibration.views_per_scene, calibration.seed, workload, False
+    )
+
+
+def _under(root: Path, source: str) -> Path:
+    path = Path(source).expanduser()
+    return path if path.is_absolute() else root / path
+
+
+def _hash_folders(folders: tuple[Path, ...]) -> str:
+    files = {
+        f"{number}/{path.relative_to(folder).as_posix()}": sha256_file(path)
+        for number, folder in enumerate(folders)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    return sha256_json(files)
+
+
+def export_graphs(ctx: Context, model: torch.nn.Module, model_sha: str, height: int, width: int) -> dict[str, Graph]:
+    """The model's encoder and decoder as ONNX, each checked against torch when it was written."""
+
+    def make(folder: Path) -> None:
+        specs = model.graphs(height, width)  # type: ignore[operator]
+        found = {}
+        for name, spec in specs.items():
+            graph = exchange.export(spec.module, spec.inputs, spec.output_names, folder / f"{name}.onnx")
+            found[name] = {**graph_to_json(graph), "path": graph.path.name}
+        write_json(folder / "graphs.json", found)
+
+    versions = {name: ctx.machine["versions"].get(name) for name in ("torch", "onnx")}
+    made = ctx.make("graphs", _MODEL_CODE, {"model": model_sha, "shape": [height, width], "versions": versions}, make)
+    return _read_graphs(made.path)
+
+
+def _read_graphs(folder: Path) -> dict[str, Graph]:
+    data = json.loads((folder / "graphs.json").read_text())
+    return {name: graph_from_json({**entry, "path": str(folder / entry["path"])}) for name, entry in data.items()}
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """Graphs of a quantizer, and what it consumed."""
+
+    graphs: dict[str, Graph]
+    images: int
+    pairs: int
+
+
+def quantize(
+    ctx: Context, backend: str, quantizer: str, graphs: Mapping[str, Graph], calibration: Scenes, ptq: Mapping[str, Any], shape: tuple[int, int]
+) -> Quantized:
+    """Both graphs in INT8, made in a process of their own."""
+
+    def make(folder: Path) -> None:
+        result = worker.call(
+            "quantize",
+            {
+                "backend": backend,
+                "quantizer": quantizer,
+                "encoder": graph_to_json(graphs["encoder"]),
+                "decoder": graph_to_json(graphs["decoder"]),
+                "calibration": str(calibration.root),
+                "shape": list(shape),
+                "ptq": dict(ptq),
+                "out": str(folder),
+            },
+        )
+        for name in ("encoder", "decoder"):
+            result[name]["path"] = Path(result[name]["path"]).name
+        write_json(folder / "graphs.json", {name: result[name] for name in ("encoder", "decoder")})
+        write_json(folder / "about.json", {name: result[name] for name in ("images", "pairs", "peak_bytes", "seconds")})
+
+    inputs = {
+        "backend": backend,
+        "quantizer": quantizer,
+        "graphs": {name: graph.sha256 for name, graph in graphs.items()},
+        "calibration": calibration.sha256,
+        "ptq": dict(ptq),
+        "shape": list(shape),
+        "machine": dict(ctx.machine),
+    }
+    made = ctx.make("quantized", _QUANT_CODE, inputs, make)
+    about = json.loads((made.path / "about.json").read_text())
+    return Quantized(_read_graphs(made.path), about["images"], about["pairs"])
+
+
+def quality(ctx: Context, variant: Variant, reference: Variant | None, scenes: Scenes, request: Mapping[str, Any]) -> dict[str, Any]:
+    """Scores, executed precision and FLOPs of a variant. `request`: views, shape, pair_graph, min_covisibility, quality, seed, keep."""
+
+    def make(folder: Path) -> None:
+        result = worker.call(
+            "quality",
+            {
+                "variant": variant.to_json(),
+                "reference": reference.to_json() if reference else None,
+                "scenes": [str(path) for path in scenes.folders],
+                **request,
+            },
+        )
+        write_evaluation(folder, result)
+
+    made = ctx.make("quality", _EVAL_CODE, {**_identity(ctx, variant, reference), "scenes": scenes.sha256, **request}, make)
+    found: dict[str, Any] = json.loads((made.path / "quality.json").read_text())
+    return found
+
+
+def timing(ctx: Context, variants: list[Variant], scene: Path, scenes_sha: str, request: Mapping[str, Any]) -> dict[str, Any]:
+    """Interleaved samples of all variants. `request`: shape, views, pairs, efficiency."""
+
+    def make(folder: Path) -> None:
+        asked = {"variants": [v.to_json() for v in variants], "scene": str(scene), **request}
+        write_json(folder / "timing.json", worker.call("timing", asked))
+
+    inputs = {"variants": [_identity(ctx, v, None) for v in variants], "scenes": scenes_sha, **request}
+    made = ctx.make("timing", _TIME_CODE, inputs, make)
+    found: dict[str, Any] = json.loads((made.path / "timing.json").read_text())
+    return found
+
+
+def memory(ctx: Context, variant: Variant) -> int:
+    """Peak resident bytes of a fresh process that compiles and runs the variant."""
+
+    def make(folder: Path) -> None:
+        write_json(folder / "memory.json", worker.call("memory", {"variant": variant.to_json()}))
+
+    made = ctx.make("memory", _TIME_CODE, _identity(ctx, variant, None), make)
+    return int(json.loads((made.path / "memory.json").read_text())["peak_bytes"])
+
+
+def _identity(ctx: Context, variant: Variant, reference: Variant | None) -> dict[str, Any]:
+    """What a measurement depends on; the compiled-model cache is a place, not a property."""
+
+    def plain(v: Variant) -> dict[str, Any]:
+        options = {name: value for name, value in v.options.items() if name != "cache_dir"}
+        return {"backend": v.backend, "precision": str(v.precision), "graphs": v.hashes, "options": options}
+
+    return {
+        "variant": plain(variant),
+        "reference": plain(reference) if reference else None,
+        "machine": dict(ctx.machine),
+    }

@@ -1,0 +1,60 @@
+"""Whether a quantized candidate met the evaluation's thresholds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pqk.spec.evaluation import Thresholds
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the thresholds look at; None is what was not measured."""
+
+    drop_pct: float | None
+    speedup_vs_fp32: float | None
+    speedup_vs_best_float: float | None
+    size_ratio: float
+    int8_share: float
+
+
+def judge_quantized(measured: Measured, limits: Thresholds) -> tuple[str | None, list[str]]:
+    """('pass' | 'fail' | None, one sentence per threshold). None when a column that decides was not measured.
+
+    Thresholds of seed task B: drop, median time against fp32 and best float, size, share of FLOPs in int8.
+    """
+    checks: list[tuple[bool | None, str]] = []
+    drop = measured.drop_pct
+    limit = limits.quality_drop_q_only_pct
+    checks.append(
+        (None, f"the quality drop was not measured (limit {limit:g} %)")
+        if drop is None
+        else (drop <= limit, f"quality drop {drop:.2f} % (at most {limit:g} %)")
+    )
+    reduction = limits.t_pair_p50_reduction_pct
+    speedup = measured.speedup_vs_fp32
+    checks.append(
+        (None, "t_pair was not timed")
+        if speedup is None
+        else (
+            1 - 1 / speedup >= reduction / 100,
+            f"t_pair p50 {100 * (1 - 1 / speedup):.0f} % below fp32 (at least {reduction:g} %)",
+        )
+    )
+    slack = limits.not_slower_than_best_float_pct
+    against = measured.speedup_vs_best_float
+    if against is not None:
+        checks.append((1 / against <= 1 + slack / 100, f"{against:.2f}x the speed of the best float precision (not slower)"))
+    factor = 1 / measured.size_ratio
+    checks.append((factor >= limits.size_ratio_min, f"files {factor:.2f}x smaller (at least {limits.size_ratio_min:g}x)"))
+    share = measured.int8_share
+    checks.append(
+        (
+            share >= limits.int8_flops_share_min,
+            f"{100 * share:.1f} % of matmul and convolution FLOPs ran in int8 kernels (at least {100 * limits.int8_flops_share_min:g} %)",
+        )
+    )
+    sentences = [f"{'?' if ok is None else 'ok' if ok else 'FAILED'}: {text}" for ok, text in checks]
+    if any(ok is False for ok, _ in checks):
+        return "fail", sentences
+    return (None if any(ok is None for ok, _ in checks) else "pass"), sentences
