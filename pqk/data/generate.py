@@ -109,7 +109,7 @@ def _start_worker() -> None:
             parent.join()
             os._exit(1)
 
-    threading.Thread(target=follow, daemon=True).start()
+    pass
 
 
 def _is_made(folder: Path, plan: ScenePlan) -> bool:

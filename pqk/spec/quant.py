@@ -17,13 +17,6 @@ KEEP_GROUPS = ("LayerNorm", "Softmax", "AttentionScales")
 """Groups of nodes that a quantizer knows how to keep in float."""
 
 
-class AccuracyControl(Section):
-    """Whether layers go back to float until the drop on the validation scenes is at most `max_drop_pct` percent."""
-
-    enabled: bool
-    max_drop_pct: Annotated[float, Field(ge=0, le=20)]
-
-
 class Ptq(Section):
     """Post-training quantization."""
 
@@ -34,7 +27,6 @@ class Ptq(Section):
     symmetric_activations: bool
     smooth_quant_alpha: Annotated[float | None, Field(ge=0, le=1)]
     bias_correction: Literal["none", "fast", "full"]
-    accuracy_control: AccuracyControl
     calibration_images: Annotated[int, Field(ge=2, le=100_000)]
     keep_list: Annotated[tuple[str, ...], Field(strict=False)]
 

@@ -76,7 +76,7 @@ def test_the_shipped_configs_hold_the_numbers_of_the_lab(configs: Path) -> None:
         ("workload.yaml", "  k: 4", "  k: true", "pair_graph.k is true but must be a whole number"),
         ("workload.yaml", "  k: 4", "  k: 4.5", "pair_graph.k is 4.5 but must be a whole number"),
         ("workload.yaml", "  k: 4", "  k:", "pair_graph.k is null but must be a whole number"),
-        ("workload.yaml", "symmetrize: true", "symmetrize: 1", "symmetrize is 1 but must be true or false"),
+        ("workload.yaml", "symmetrize: false", "symmetrize: 1", "symmetrize is 1 but must be true or false"),
         ("workload.yaml", 'version: "1.0"', "version: 1.0", r"version is 1\.0 but must be text \(put it in quotes\)"),
         ("workload.yaml", "[1, 3, 512, 512]", "512", "input.shape is 512 but must be a list"),
         ("workload.yaml", "[1, 3, 512, 512]", "[1, 3, 512, x]", r"input.shape\[3\] is 'x' but must be a whole number"),
@@ -266,9 +266,9 @@ def test_a_number_with_an_exponent_is_a_number(configs: Path) -> None:
 
 def test_overrides(configs: Path) -> None:
     changed = load_workload(
-        overrides={"pair_graph.k": 2, "pair_graph": {"symmetrize": False}, "input": {"shape": [1, 3, 64, 96]}}
+        overrides={"pair_graph.k": 2, "pair_graph": {"symmetrize": True}, "input": {"shape": [1, 3, 64, 96]}}
     )
-    assert (changed.pair_graph.k, changed.pair_graph.symmetrize, changed.pair_graph.kind) == (2, False, "neighbor")
+    assert (changed.pair_graph.k, changed.pair_graph.symmetrize, changed.pair_graph.kind) == (2, True, "neighbor")
     assert (changed.input.height, changed.input.width) == (64, 96)
     folder = load_workload(overrides={"scenes.test": {"source": "data/eth3d", "names": ["b", "a"]}})
     assert folder.scenes.test.names == ("b", "a")

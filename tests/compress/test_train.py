@@ -1,0 +1,475 @@
+"""The training loop: schedule, averaging, resuming bit by bit, stopping, two processes, and what is shipped."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from pqk.compress import teacher
+from pqk.compress.teacher import depth_scores, pick_device, train_teacher
+from pqk.compress.train import Schedule, Trainer, parameter_groups
+from pqk.errors import PqkError
+from pqk.files import sha256_file
+from pqk.models import load_model
+from pqk.models.configs import NAMED
+from pqk.spec.training import TrainSpec, load_training
+
+CPU = torch.device("cpu")
+TINY = {
+    "head_type": "linear",
+    "enc_embed_dim": 32,
+    "enc_depth": 1,
+    "enc_num_heads": 2,
+    "dec_embed_dim": 32,
+    "dec_depth": 1,
+    "dec_num_heads": 2,
+}
+
+
+def spec_with(**changes) -> TrainSpec:
+    values = {
+        "model": "tiny-for-tests",
+        "steps": 8,
+        "stages": [{"size": 32, "batch": 4, "until": 1.0}],
+        "learning_rate": 3e-3,
+        "warmup": 0.1,
+        "ema": 0.9,
+        "min_covisible": 0.0,
+        "validation": {"size": 32, "pairs": 3, "every": 4, "patience": 8},
+    }
+    return TrainSpec.model_validate({**values, **changes})
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    monkeypatch.setitem(NAMED, "tiny-for-tests", TINY)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # for operations this small, threads cost more than they do
+    yield
+    torch.set_num_threads(threads)
+
+
+def line(schedule: Schedule | None = None, decay: float = 0.9, clip: float = 1e9) -> Trainer:
+    """A trainer of one linear layer."""
+    torch.manual_seed(0)
+    schedule = schedule or Schedule(40, 0.05, 0.0, 0.0)
+    model = nn.Linear(3, 1)
+    return Trainer(model, schedule, device=CPU, weight_decay=0.0, clip_norm=clip, ema=decay, autocast=False)
+
+
+def fit(module, step, share):
+    x = torch.randn(16, 3, generator=torch.Generator().manual_seed(step))
+    return (module(x)[:, 0] - x @ torch.tensor([1.0, -2.0, 0.5])).square().mean()
+
+
+def test_schedule_by_hand():
+    schedule = Schedule(100, 1.0, 0.1, 0.2)
+    assert [schedule.rate(s) for s in (0.0, 0.1, 0.2)] == pytest.approx([0.0, 0.5, 1.0])
+    assert schedule.rate(0.6) == pytest.approx(0.55)  # half of the way down
+    assert schedule.rate(1.0) == pytest.approx(0.1)
+    assert schedule.share(25, 1e9) == 0.25
+    assert Schedule(100, 1.0, 0.1, 0.2, minutes=2.0).share(25, 30.0) == 0.25
+
+
+@given(st.floats(1e-6, 1.0), st.floats(0, 1), st.floats(0, 0.99), st.floats(0, 1), st.floats(0, 1))
+def test_schedule_bounds(rate, final, warmup, first, second):
+    schedule = Schedule(10, rate, rate * final, warmup)
+    low, high = sorted((first, second))
+    values = [schedule.rate(low), schedule.rate(high)]
+    assert all(0 <= v <= rate * (1 + 1e-9) for v in values)
+    if low >= warmup:
+        assert values[0] >= values[1] - 1e-12 and values[1] >= rate * final * (1 - 1e-9)
+    if high < warmup:
+        assert values[0] <= values[1]
+
+
+@given(st.integers(1, 1000), st.integers(0, 5000), st.floats(0, 1e6), st.none() | st.floats(0.01, 1e4))
+def test_share_bounds(steps, step, seconds, minutes):
+    assert 0 <= Schedule(steps, 1.0, 0.0, 0.0, minutes).share(step, seconds) <= 1
+
+
+def test_decay_spares_vectors():
+    groups = parameter_groups(nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2)), 0.05)
+    assert [[tuple(p.shape) for p in g["params"]] for g in groups] == [[(2, 3)], [(2,), (2,), (2,)]]
+    assert [g["weight_decay"] for g in groups] == [0.05, 0.0]
+
+
+def test_average_is_the_recurrence():
+    """After each step: average += (1 - d) (weights - average), d = min(decay, (1 + n) / (10 + n))."""
+    trainer, expected, seen = line(decay=0.5), None, []
+    start = trainer.averaged()["weight"]
+
+    def loss_of(module, step, share):
+        seen.append(module.weight.detach().clone())
+        return fit(module, step, share)
+
+    trainer.run(loss_of)
+    expected = start
+    for n, weight in enumerate([*seen[1:], trainer.model.weight.detach()], start=1):
+        decay = min(0.5, (1 + n) / (10 + n))
+        expected = expected + (1 - decay) * (weight - expected)
+    assert len(seen) == 40
+    assert torch.allclose(trainer.averaged()["weight"], expected, atol=1e-6)
+    assert not torch.equal(trainer.averaged()["weight"], trainer.model.weight)
+
+
+def test_learning_and_reports():
+    trainer, rates, losses = line(), [], []
+
+    def report(p):
+        rates.append(p.learning_rate)
+        losses.append(p.loss)
+
+    assert trainer.run(fit, report=report, batch_of=lambda share: 16) == "done"
+    assert rates == pytest.approx([trainer.schedule.rate(n / 40) for n in range(40)])
+    assert losses[-1] < 0.5 * losses[0]
+    assert trainer.progress.step == 40 and trainer.progress.share == 1.0
+    assert trainer.progress.samples_per_second > 0
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_a_step_without_finite_gradient_is_skipped(poison):
+    trainer, before = line(), {}
+
+    def loss_of(module, step, share):
+        if step == 5:
+            before.update({k: v.clone() for k, v in module.state_dict().items()})
+        if step == 6:
+            assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
+        return fit(module, step, share) * (poison if step == 5 else 1.0)
+
+    assert trainer.run(loss_of) == "done"
+    assert trainer.progress.step == 40 and before
+    assert all(torch.isfinite(v).all() for v in trainer.averaged().values())
+
+
+def test_a_lost_run_ends():
+    with pytest.raises(PqkError, match="no finite gradient in 20 steps in a row, up to step 19; lower learning_rate"):
+        line().run(lambda module, step, share: fit(module, step, share) * math.nan)
+
+
+def test_clipping():
+    """With a clipped norm of 1e-6 the moments of Adam are that small, without they are not."""
+    for clip, small in ((1e-6, True), (1e9, False)):
+        trainer = line(Schedule(1, 0.1, 0.0, 0.0), clip=clip)
+        trainer.run(fit)
+        moment = trainer.optimizer.state[trainer.model.weight]["exp_avg"].norm().item()
+        assert (moment < 1e-6) == small
+
+
+def test_early_stop_and_after(tmp_path):
+    """Three validations without a better score end the run; started again, it has nothing left to do."""
+    scores = iter([0.5, 0.4, 0.45, 0.4, 0.41, 0.1])
+    trainer = line()
+    options = {"every": 2, "patience": 3, "checkpoint": tmp_path / "c.pt"}
+    assert trainer.run(fit, validate=lambda weights: {"score": next(scores)}, **options) == "early"
+    p = trainer.progress
+    assert (p.step, p.stale, p.best) == (10, 3, 0.4)
+    assert [h["score"] for h in p.history] == [0.5, 0.4, 0.45, 0.4, 0.41]
+    again = line()
+    again.resume(tmp_path / "c.pt")
+    assert again.run(fit, validate=lambda weights: {"score": next(scores)}, **options) == "early"
+    assert again.progress.step == 10
+
+
+def test_pause_and_resume_is_the_undisturbed_run(tmp_path):
+    straight = line()
+    straight.run(fit, checkpoint=tmp_path / "straight.pt")
+    rounds, outcome = 0, "paused"
+    while outcome == "paused":
+        trainer = line()
+        if rounds:
+            trainer.resume(tmp_path / "c.pt")
+        pause = 1e-9 if rounds < 3 else None
+        outcome = trainer.run(fit, checkpoint=tmp_path / "c.pt", pause_after_s=pause)
+        rounds += 1
+        assert trainer.progress.step == (rounds if outcome == "paused" else 40)
+    assert rounds == 4
+    for key, value in straight.model.state_dict().items():
+        assert torch.equal(value, trainer.model.state_dict()[key])
+        assert torch.equal(straight.ema[key], trainer.ema[key])
+
+
+def test_damaged_and_foreign_checkpoints(tmp_path):
+    path = tmp_path / "c.pt"
+    line().run(fit, checkpoint=path)
+    whole = path.read_bytes()
+    for damage in (b"", b"hello", whole[: len(whole) // 2]):
+        path.write_bytes(damage)
+        with pytest.raises(PqkError, match=r"c\.pt: not a checkpoint of this model .*; start afresh with --fresh") as e:
+            line().resume(path)
+        assert "\n" not in str(e.value)
+    path.write_bytes(whole)
+    wide = Trainer(
+        nn.Linear(4, 1), Schedule(1, 1, 0, 0), device=CPU, weight_decay=0, clip_norm=1, ema=0.9, autocast=False
+    )
+    with pytest.raises(PqkError, match="not a checkpoint of this model"):
+        wide.resume(path)
+
+
+def test_a_checkpoint_runs_no_code(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (os.system, (f"touch {tmp_path / 'pwned'}",))
+
+    torch.save({"model": Evil()}, tmp_path / "c.pt")
+    with pytest.raises(PqkError, match="not a checkpoint"):
+        line().resume(tmp_path / "c.pt")
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_depth_scores_by_hand():
+    gt = torch.tensor([[[1.0, 2.0, 4.0]], [[1.0, 1.0, 1.0]]])
+    pred = torch.tensor([[[10.0, 20.0, 60.0]], [[3.0, 3.0, 3.0]]])
+    valid = torch.ones(2, 1, 3, dtype=torch.bool)
+    assert depth_scores(pred, gt, valid) == pytest.approx({"absrel": 0.5 / 6, "delta1": 5 / 6})
+    valid[0] = False
+    assert depth_scores(pred, gt, valid) == pytest.approx({"absrel": 0.0, "delta1": 1.0})
+    with pytest.raises(PqkError, match="no validation pair"):
+        depth_scores(pred, gt, valid & False)
+
+
+def test_training_learns_and_ships(tmp_path):
+    """60 steps of a tiny model: the loss falls clearly, and the folder is a model with a card of its weights."""
+    losses: list[float] = []
+    out = tmp_path / "out"
+    spec = spec_with(steps=60, validation={"size": 32, "pairs": 3, "every": 30, "patience": 8})
+    outcome, progress = train_teacher(spec, out, device="cpu", report=lambda p: losses.append(p.loss), command="x")
+    assert outcome == "done" and progress.step == 60
+    assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
+    assert {p.name for p in out.iterdir()} == {
+        *("checkpoint.pt", "spec.json", "config.json", "model.safetensors", "model_card.json")
+    }
+    card = json.loads((out / "model_card.json").read_text())
+    assert card["sha256"] == sha256_file(out / "model.safetensors")
+    assert (card["steps"], card["outcome"], card["dtype"], card["command"]) == (60, "done", "float16", "x")
+    assert [h["step"] for h in card["history"]] == [30, 60]
+    model = load_model(out)
+    again = teacher.validation_scores(model, spec, CPU, False)
+    assert {k: card["validation"][k] for k in again} == pytest.approx(again)
+    checkpoint = torch.load(out / "checkpoint.pt", weights_only=True)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, checkpoint["ema"][key].half().float())
+
+
+def test_half_and_half_is_the_whole(tmp_path):
+    """8 steps straight, and 4 steps with a stop after each, and 4 more: the same weights to the last bit."""
+    stages = [{"size": 32, "batch": 4, "until": 0.5}, {"size": 48, "batch": 2, "until": 1.0}]
+    spec = spec_with(stages=stages, validation={"size": 32, "pairs": 1, "every": 4, "patience": 8})
+    assert train_teacher(spec, tmp_path / "a", device="cpu")[0] == "done"
+    for step in range(1, 5):
+        outcome, progress = train_teacher(spec, tmp_path / "b", device="cpu", pause_after_s=1e-9)
+        assert (outcome, progress.step) == ("paused", step)
+        assert json.loads((tmp_path / "b" / "model_card.json").read_text())["outcome"] == "paused"
+    assert train_teacher(spec, tmp_path / "b", device="cpu")[0] == "done"
+    a, b = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in "ab")
+    for part in ("model", "ema"):
+        assert a[part].keys() == b[part].keys() and all(torch.equal(a[part][k], b[part][k]) for k in a[part])
+    assert [h["score"] for h in a["progress"]["history"]] == [h["score"] for h in b["progress"]["history"]]
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in "ab"]
+    assert files[0] == files[1]
+
+
+def test_another_spec_or_budget_is_refused(tmp_path):
+    train_teacher(spec_with(steps=2), tmp_path, device="cpu")
+    weights = sha256_file(tmp_path / "model.safetensors")
+    for spec, minutes in ((spec_with(steps=3), None), (spec_with(steps=2, seed=1), None), (spec_with(steps=2), 1.0)):
+        with pytest.raises(PqkError, match=r"checkpoint\.pt is of another spec or budget; use --fresh"):
+            train_teacher(spec, tmp_path, device="cpu", minutes=minutes)
+    assert sha256_file(tmp_path / "model.safetensors") == weights
+    (tmp_path / "spec.json").write_text("{")
+    with pytest.raises(PqkError, match="another spec"):
+        train_teacher(spec_with(steps=2), tmp_path, device="cpu")
+    outcome, progress = train_teacher(spec_with(steps=3), tmp_path, device="cpu", fresh=True)
+    assert (outcome, progress.step) == ("done", 3)
+
+
+def test_fresh_forgets_the_old_checkpoint_at_once(tmp_path):
+    """A fresh run that dies before its first save must not leave the old checkpoint under the new spec's name."""
+    train_teacher(spec_with(steps=2), tmp_path, device="cpu")
+
+    def die(progress):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_teacher(spec_with(steps=5), tmp_path, device="cpu", fresh=True, report=die)
+    assert train_teacher(spec_with(steps=5), tmp_path, device="cpu")[1].step == 5
+
+
+def test_the_clock_can_end_the_run(tmp_path):
+    outcome, progress = train_teacher(spec_with(steps=10**6), tmp_path, device="cpu", minutes=0.5 / 60)
+    assert outcome == "done" and 0.5 <= progress.seconds < 10 and progress.share == 1.0
+
+
+def test_validation_without_overlap(tmp_path, monkeypatch):
+    """Pairs without a valid pixel do not count; only when there is no other, that is said."""
+    spec = spec_with(validation={"size": 32, "pairs": 9, "every": 4, "patience": 8})
+    real, calls = teacher.training_pairs, []
+
+    def some(batch, *args, **options):
+        pairs = real(batch, *args, **options)
+        calls.append(batch)
+        if batch == 1:
+            pairs.valid[:] = False
+        return pairs
+
+    model = teacher.build_model("dust3r", TINY)
+    eight = spec_with(validation={"size": 32, "pairs": 8, "every": 4, "patience": 8})
+    expected = teacher.validation_scores(model, eight, CPU, False)
+    monkeypatch.setattr(teacher, "training_pairs", some)
+    assert teacher.validation_scores(model, spec, CPU, False) == expected
+    assert calls == [8, 1]
+    nothing = spec_with(min_covisible=1.0)
+    with pytest.raises(PqkError, match="no validation pair has a valid pixel; lower min_covisible"):
+        teacher.validation_scores(model, nothing, CPU, False)
+
+
+def test_bad_arguments_are_one_sentence(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    with pytest.raises(PqkError, match=r"unknown model 'dust3r-tinny' \(did you mean 'dust3r-tiny'\?\)"):
+        train_teacher(spec_with(model="dust3r-tinny"), out, device="cpu")
+    for minutes in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(PqkError, match="minutes must be more than 0"):
+            train_teacher(spec_with(), out, device="cpu", minutes=minutes)
+    with pytest.raises(PqkError, match="pause_after must be more than 0, got -3"):
+        train_teacher(spec_with(), out, device="cpu", pause_after_s=-3)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(PqkError, match="3 processes cannot share a batch of 4 pairs"):
+        train_teacher(spec_with(), out, device="cpu")
+    monkeypatch.delenv("WORLD_SIZE")
+    assert not out.exists()
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(PqkError, match="cannot write"):
+        train_teacher(spec_with(), file / "out", device="cpu")
+
+
+def test_devices(monkeypatch):
+    assert pick_device("cpu") == CPU
+    for name in ("gpu", "cuda:", "cuda:x", "meta", ""):
+        with pytest.raises(PqkError, match="unknown device"):
+            pick_device(name)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(PqkError, match="device 'cuda:1' was asked for, but torch sees 1"):
+        pick_device("cuda:1")
+    assert pick_device("cuda") == torch.device("cuda")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert pick_device("cuda") == torch.device("cuda:0")
+    assert pick_device("cpu") == CPU
+
+
+SPEC = """
+version: "1.0"
+model: dust3r-tiny
+steps: 2
+stages:
+  - {size: 32, batch: 2, until: 1.0}
+min_covisible: 0.0
+validation: {size: 32, pairs: 1, every: 1}
+"""
+
+
+@pytest.mark.parametrize(
+    "old, new, sentence",
+    [
+        ("until: 1.0", "until: 0.9", r"stages .*rising values of 'until' that end with 1"),
+        (
+            "{size: 32, batch: 2, until: 1.0}",
+            "{size: 32, batch: 2, until: 1.0}\n  - {size: 48, batch: 2, until: 0.5}",
+            "rising",
+        ),
+        ("steps: 2", "steps: 2\nfov_deg: [70.0, 55.0]", r"fov_deg .*must be \[lowest, highest\]"),
+        ("steps: 2", "steps: 2\nfov_deg: [70.0, 180.0]", "fov_deg"),
+        ("steps: 2", "steps: 2\nlearning_rate: 1.0e-7", "final_rate 1e-06 must not be above learning_rate 1e-07"),
+        ("steps: 2", "steps: 2\nseed: 1024", "seed is 1024"),
+        ("steps: 2", "steps: 2\nlerning_rate: 0.1", r"unknown key 'lerning_rate' \(did you mean 'learning_rate'\?\)"),
+        ("size: 32, batch", "size: 40, batch", "must be a multiple of 16"),
+    ],
+)
+def test_bad_specs_are_one_sentence(tmp_path, old, new, sentence):
+    file = tmp_path / "t.yaml"
+    file.write_text(SPEC)
+    assert load_training(file, steps=7).steps == 7
+    file.write_text(SPEC.replace(old, new, 1))
+    with pytest.raises(PqkError, match=sentence) as caught:
+        load_training(file)
+    assert "\n" not in str(caught.value) and "t.yaml" in str(caught.value)
+
+
+def torchrun(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Two processes on this machine, one thread each, as torchrun starts them."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run([str(c) for c in command], env=environment, capture_output=True, text=True, timeout=240)
+
+
+def test_two_processes_from_the_command_line(tmp_path):
+    config, out = tmp_path / "t.yaml", tmp_path / "out"
+    config.write_text(SPEC)
+    ran = torchrun("-m", "pqk.cli", "train", "teacher", "--config", config, "-o", out, "--device", "cpu")
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.count("done: 2 steps") == 1
+    card = json.loads((out / "model_card.json").read_text())
+    assert card["sha256"] == sha256_file(out / "model.safetensors")
+    assert card["steps"] == 2 and len(card["history"]) == 2
+    assert load_model(out).sizes.enc_dim == 384
+    assert not list(out.glob(".*"))
+
+
+RANKS = """
+import os, sys, torch
+from pathlib import Path
+from pqk.compress import teacher
+from pqk.compress.train import Trainer
+from pqk.models.configs import NAMED
+from pqk.spec.training import load_training
+
+NAMED["dust3r-tiny"] = {**NAMED["dust3r-tiny"], "head_type": "linear", "enc_depth": 1, "dec_depth": 1,
+                        "dec_blocks": None, "dec_blocks2": None, "enc_embed_dim": 32, "dec_embed_dim": 32}
+out = Path(sys.argv[2])
+rank = os.environ["RANK"]
+kept, seeds, run, pairs = [], [], Trainer.run, teacher.training_pairs
+
+def spying_run(self, *args, **options):
+    kept.append(self)
+    return run(self, *args, **options)
+
+def spying_pairs(batch, size, seed, *args, **options):
+    seeds.append((batch, seed))
+    return pairs(batch, size, seed, *args, **options)
+
+Trainer.run, teacher.training_pairs = spying_run, spying_pairs
+outcome, progress = teacher.train_teacher(load_training(sys.argv[1]), out, device="cpu")
+torch.save({"model": kept[0].model.state_dict(), "ema": kept[0].ema, "seeds": seeds, "outcome": outcome},
+           out / f"rank{rank}.pt")
+"""
+
+
+def test_two_processes_hold_the_same_weights(tmp_path):
+    """Both see other pairs, and end with equal weights; early stopping is decided for both."""
+    script, config, out = tmp_path / "ranks.py", tmp_path / "t.yaml", tmp_path / "out"
+    script.write_text(RANKS)
+    config.write_text(SPEC.replace("steps: 2", "steps: 6").replace("every: 1}", "every: 2, patience: 100}"))
+    ran = torchrun(script, config, out)
+    assert ran.returncode == 0, ran.stderr
+    first, second = (torch.load(out / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
+    for part in ("model", "ema"):
+        assert all(torch.equal(value, second[part][key]) for key, value in first[part].items())
+    assert first["outcome"] == second["outcome"] == "done"
+    training = [seed for seed in first["seeds"] if seed[1] < 2**30]
+    assert training == [(1, 2 * step) for step in range(6)]
+    assert second["seeds"] == [(1, 2 * step + 1) for step in range(6)]
+    start = teacher.build_model("dust3r", load_model(out).config)
+    assert any(not torch.equal(v, first["model"][k]) for k, v in start.state_dict().items())
