@@ -210,14 +210,18 @@ def _rewrite(path: Path, gather_weights: bool) -> None:
 def _share_constants(graph: onnx.GraphProto) -> None:
     """Make equal Constant nodes one initializer: the tracing exporter repeats a buffer at each of its uses.
 
-    Small ones stay: they name shapes and axes, and nobody saves space with them.
+    Small ones stay: they name shapes and axes, and nobody saves space with them. So do graph outputs, whose names are
+    part of the contract, and everything in a graph with branches or loops, which may name constants of the outer one.
     """
+    if any(attribute.HasField("g") or attribute.graphs for node in graph.node for attribute in node.attribute):
+        return
+    named = {value.name for value in graph.output}
     kept: dict[bytes, str] = {}
     renamed: dict[str, str] = {}
     nodes = []
     for node in graph.node:
         tensor = node.attribute[0].t if node.op_type == "Constant" and node.attribute[0].name == "value" else None
-        if tensor is None or len(tensor.raw_data) < _SHARED_ABOVE:
+        if tensor is None or len(tensor.raw_data) < _SHARED_ABOVE or node.output[0] in named:
             nodes.append(node)
             continue
         tensor.name = ""

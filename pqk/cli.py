@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="A bench for compressing feed-forward 3D transformers.")
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, help="A bench for compressing feed-forward 3D transformers."
+)
 train_app = typer.Typer(no_args_is_help=True, help="Train models.")
 data_app = typer.Typer(no_args_is_help=True, help="Make and look at scenes.")
 bench_app = typer.Typer(no_args_is_help=True, help="Long measurements that are no tests.")
@@ -21,17 +23,24 @@ app.add_typer(bench_app, name="bench")
 def run(
     card: Annotated[str, typer.Argument(help="task card, for example B1 (schedule/TaskCards)")],
     backend: Annotated[
-        Optional[str], typer.Option(help="openvino or trt; default: trt where it can run, else openvino")
+        str | None, typer.Option(help="openvino or trt; default: trt where it can run, else openvino")
     ] = None,
-    quantizer: Annotated[Optional[str], typer.Option(help="quantizer of the backend; default: its first")] = None,
+    quantizer: Annotated[str | None, typer.Option(help="quantizer of the backend; default: its first")] = None,
     model: Annotated[
-        Optional[str], typer.Option(help="official .pth, hub folder, our folder, or random:dust3r-512-dpt; default: the shipped one")
+        str | None,
+        typer.Option(help="official .pth, hub folder, our folder, or random:dust3r-512-dpt; default: the shipped one"),
     ] = None,
-    scenes: Annotated[Optional[Path], typer.Option(help="folder of scenes with ground truth (ETH3D or COLMAP layout)")] = None,
-    images: Annotated[Optional[Path], typer.Option(help="folder of photographs; quality is then against the Teacher")] = None,
-    seed: Annotated[Optional[int], typer.Option(min=0, help="train and evaluation seed; default: workload.yaml's")] = None,
+    scenes: Annotated[
+        Path | None, typer.Option(help="folder of scenes with ground truth (ETH3D or COLMAP layout)")
+    ] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="folder of photographs; quality is then against the Teacher")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="train and evaluation seed; default: workload.yaml's")
+    ] = None,
     setting: Annotated[
-        Optional[list[str]], typer.Option("--set", help="override one value, e.g. quant.ptq.calibration_images=64")
+        list[str] | None, typer.Option("--set", help="override one value, e.g. quant.ptq.calibration_images=64")
     ] = None,
     fresh: Annotated[bool, typer.Option(help="make everything anew, reuse nothing")] = False,
     json_line: Annotated[bool, typer.Option("--json", help="print the candidate's record as the last line")] = False,
@@ -67,8 +76,8 @@ def check() -> None:
 
 @app.command()
 def table(
-    logs: Annotated[Optional[Path], typer.Option(help="folder of records; default logs/")] = None,
-    reports: Annotated[Optional[Path], typer.Option(help="where tables and plots go; default reports/")] = None,
+    logs: Annotated[Path | None, typer.Option(help="folder of records; default logs/")] = None,
+    reports: Annotated[Path | None, typer.Option(help="where tables and plots go; default reports/")] = None,
 ) -> None:
     """Merge all records into result_table.xlsx, summary.csv, summary.json and plots, and print them."""
     from pqk import paths
@@ -94,7 +103,7 @@ def data_make(
     views: Annotated[int, typer.Option(help="views per scene")] = 6,
     size: Annotated[int, typer.Option(help="image side in pixels")] = 512,
     seed: Annotated[int, typer.Option(min=0, help="base seed of the split")] = 0,
-    jobs: Annotated[Optional[int], typer.Option(min=1, help="processes; default: all cores")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="processes; default: all cores")] = None,
 ) -> None:
     """Render procedural scenes with exact depth in the COLMAP + depth layout that real scenes have."""
     from pqk.run.command import make_data
@@ -104,15 +113,17 @@ def data_make(
 
 @train_app.command("teacher")
 def train_teacher(
-    config: Annotated[Optional[Path], typer.Option(help="training file; default configs/models/dust3r-tiny.yaml")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="training file; default configs/models/dust3r-tiny.yaml")
+    ] = None,
     out: Annotated[Path, typer.Option("-o", "--out", help="folder of the checkpoint and the shipped weights")] = Path(
         "outputs/teacher"
     ),
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
-    minutes: Annotated[Optional[float], typer.Option(help="let the clock, not the step count, end the run")] = None,
-    pause_after: Annotated[Optional[float], typer.Option(help="stop after this many seconds, to be resumed")] = None,
-    steps: Annotated[Optional[int], typer.Option(help="override the number of steps")] = None,
-    autocast: Annotated[Optional[bool], typer.Option(help="bf16 autocast; default: on for CUDA, off for a CPU")] = None,
+    minutes: Annotated[float | None, typer.Option(help="let the clock, not the step count, end the run")] = None,
+    pause_after: Annotated[float | None, typer.Option(help="stop after this many seconds, to be resumed")] = None,
+    steps: Annotated[int | None, typer.Option(help="override the number of steps")] = None,
+    autocast: Annotated[bool | None, typer.Option(help="bf16 autocast; default: on for CUDA, off for a CPU")] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="use torch.compile")] = False,
     fresh: Annotated[bool, typer.Option(help="ignore an existing checkpoint")] = False,
 ) -> None:
@@ -131,6 +142,17 @@ def bench_scenes(
     from pqk.bench.scenes import bench_scenes as measure
 
     measure(views, size)
+
+
+@bench_app.command("teacher")
+def bench_teacher(
+    model: Annotated[str, typer.Option(help="folder, .pth or named model")] = "models/dust3r-tiny",
+    write: Annotated[bool, typer.Option(help="put the figures into the folder's model_card.json")] = False,
+) -> None:
+    """Score a Teacher on the held-out test scenes, beside a constant depth; the last line is JSON."""
+    from pqk.bench.teacher import bench_teacher as measure
+
+    measure(model, write, "pqk " + " ".join(sys.argv[1:]))
 
 
 def main() -> None:

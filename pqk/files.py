@@ -62,6 +62,13 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def check_writable(folder: Path) -> None:
+    """Make the folder if need be, and write and remove an empty file in it. Raises PqkError when that fails."""
+    with clear_write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+
+
 def fsync_folder(folder: Path) -> None:
     """Make a rename inside `folder` durable."""
     handle = os.open(folder, os.O_RDONLY)

@@ -109,7 +109,7 @@ def _start_worker() -> None:
             parent.join()
             os._exit(1)
 
-    pass
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def _is_made(folder: Path, plan: ScenePlan) -> bool:

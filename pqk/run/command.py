@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.markup import escape
 
@@ -15,6 +14,7 @@ from pqk import paths
 from pqk.errors import EXIT_CHECK_FAILED, EXIT_OK, PqkError
 from pqk.report.table import print_table
 from pqk.run.runner import Request, run
+from pqk.spec.yamlfile import parse_yaml
 
 _DOING = {
     "scenes": "test scenes",
@@ -38,9 +38,11 @@ def settings_of(items: list[str]) -> dict[str, Any]:
         if not sign or not name:
             raise PqkError(f"--set {item}: write it as KEY=VALUE, for example quant.ptq.calibration_images=64")
         try:
-            found[name.strip()] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise PqkError(f"--set {item}: the value is not readable") from None
+            found[name.strip()] = parse_yaml(f"value: {text}", "--set").values["value"]
+        except PqkError:
+            raise PqkError(
+                f"--set {item}: the value is not plain YAML (a number, a text, true, null, a list ...)"
+            ) from None
     return found
 
 

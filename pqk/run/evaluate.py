@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +25,20 @@ def evaluate(request: dict[str, Any]) -> dict[str, Any]:
     """Score every pair of every scene.
 
     Request: variant, reference (a variant whose output plays the truth, or null), scenes (folders), views, shape,
-    pair_graph, min_covisibility, quality (the evaluation's section), seed, keep (keep-list or []). Returns summary (mean per
-    metric), pairs (a row of scores each), executed (share of FLOPs per precision), flops, kernels (rows).
-    Raises PqkError when a score cannot be computed, CheckFailed when a kept node ran in an int8 kernel.
+    pair_graph, min_covisibility, quality (the evaluation's section), seed, keep (keep-list or []). Returns summary
+    (mean per metric), pairs (a row of scores each), executed (share of FLOPs per precision), flops, kernels (rows).
+    Pairs whose first view has fewer than quality.min_valid_pixels of ground truth are not scored.
+    Raises PqkError when a score cannot be computed or no pair is left, CheckFailed when a kept node ran in an int8
+    kernel.
     """
     variant = Variant.from_json(request["variant"])
     reference = Variant.from_json(request["reference"]) if request["reference"] else None
     rows: list[dict[str, Any]] = []
     names: list[str] = []
     graph = PairGraph.model_validate(request["pair_graph"])
-    with Runner(variant) as runner:
-        teacher = Runner(reference) if reference else None
+    with ExitStack() as engines:
+        runner = engines.enter_context(Runner(variant))
+        teacher = engines.enter_context(Runner(reference)) if reference else None
         for folder in request["scenes"]:
             scene = open_scene(Path(folder))
             names.append(scene.name)
@@ -45,15 +49,23 @@ def evaluate(request: dict[str, Any]) -> dict[str, Any]:
             taught = [teacher.encode(f.image[None]) for f in frames] if teacher else []
             for i, j in pairs:
                 out = runner.decode(tokens[i], tokens[j])
-                if teacher:
-                    scores = _against(out, teacher.decode(taught[i], taught[j]), request)
-                else:
-                    scores = _against_truth(out, frames[i], frames[j], request)
-                rows.append({"scene": scene.name, "first": frames[i].name, "second": frames[j].name, **scores})
+                scores: dict[str, Any] | None
+                try:
+                    if teacher:
+                        scores = _against(out, teacher.decode(taught[i], taught[j]), request)
+                    else:
+                        scores = _against_truth(out, frames[i], frames[j], request)
+                except PqkError as error:
+                    pair = f"{frames[i].name} and {frames[j].name}"
+                    raise PqkError(f"{variant.name} on scene {scene.name}, {pair}: {error}") from error
+                if scores is not None:
+                    rows.append({"scene": scene.name, "first": frames[i].name, "second": frames[j].name, **scores})
         if not rows:
-            raise PqkError("there is no pair to evaluate")
-        if teacher:
-            teacher.__exit__()
+            wanted = request["quality"]["min_valid_pixels"]
+            raise PqkError(
+                f"there is no pair to evaluate: none of {', '.join(names)} has a view with {wanted} valid depth pixels "
+                "(quality.min_valid_pixels)"
+            )
         kernels = runner.kernels()
         if request["keep"]:
             backend = registry.get(variant.backend)
@@ -81,19 +93,19 @@ def _row(kernel: Kernel) -> dict[str, Any]:
     return {name: getattr(kernel, name) for name in shown}
 
 
-def _against_truth(out: Mapping[str, np.ndarray], first: Frame, second: Frame, request: dict[str, Any]) -> dict[str, Any]:
+def _against_truth(
+    out: Mapping[str, np.ndarray], first: Frame, second: Frame, request: dict[str, Any]
+) -> dict[str, Any] | None:
+    """Scores of a pair, or None when it has too little ground truth to be scored."""
     truth = pair_truth(first, second)
-    wanted = request["quality"]["min_valid_pixels"]
-    if int(truth.valid1.sum()) < wanted:
-        raise PqkError(
-            f"scene {first.scene}: {first.name} has {int(truth.valid1.sum())} valid depth pixels, at least {wanted} are "
-            "needed (quality.min_valid_pixels)"
-        )
-    options = _options(request)
-    return dict(score_pair(out, truth, **options))
+    if int(truth.valid1.sum()) < request["quality"]["min_valid_pixels"]:
+        return None
+    return dict(score_pair(out, truth, **_options(request)))
 
 
-def _against(out: Mapping[str, np.ndarray], teacher: Mapping[str, np.ndarray], request: dict[str, Any]) -> dict[str, Any]:
+def _against(
+    out: Mapping[str, np.ndarray], teacher: Mapping[str, np.ndarray], request: dict[str, Any]
+) -> dict[str, Any]:
     return dict(score_against_reference(out, teacher, **_options(request)))
 
 

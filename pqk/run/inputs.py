@@ -23,15 +23,22 @@ def load_frames(scene: Scene, height: int, width: int, views: int | None = None)
     return [fit_to_shape(view, height, width, scene.name) for view in chosen]
 
 
-def scene_pairs(frames: list[Frame], graph: PairGraph, min_covisibility: float, ground_truth: bool) -> list[tuple[int, int]]:
+def scene_pairs(
+    frames: list[Frame], graph: PairGraph, min_covisibility: float, ground_truth: bool
+) -> list[tuple[int, int]]:
     """Ordered pairs of the scene. With ground truth, pairs that share too little of their view are left out.
 
-    Raises PqkError when no pair is left.
+    Raises PqkError when no pair is left, and for a view with ground truth that has no valid depth pixel at all.
     """
     similarity = image_similarity([f.image for f in frames]) if graph.kind == "topk" else None
     pairs = pair_graph(len(frames), graph.kind, graph.k, graph.symmetrize, similarity)
     if not ground_truth:
         return pairs
+    for frame in frames:
+        if frame.depth is not None and not (frame.depth > 0).any():
+            raise PqkError(
+                f"scene {frame.scene}: the depth map of {frame.name} has no valid pixel (0 = no measurement)"
+            )
     overlapping = [(i, j) for i, j in pairs if _overlap(frames[i], frames[j]) >= min_covisibility]
     if not overlapping:
         raise PqkError(f"scene {frames[0].scene}: no pair shares {min_covisibility:.0%} of its view (min_covisibility)")
@@ -39,7 +46,14 @@ def scene_pairs(frames: list[Frame], graph: PairGraph, min_covisibility: float, 
 
 
 def _overlap(a: Frame, b: Frame) -> float:
-    if a.depth is None or b.depth is None or a.K is None or b.K is None or a.world_to_cam is None or b.world_to_cam is None:
+    if (
+        a.depth is None
+        or b.depth is None
+        or a.K is None
+        or b.K is None
+        or a.world_to_cam is None
+        or b.world_to_cam is None
+    ):
         raise PqkError(f"scene {a.scene}: {a.name} or {b.name} has no camera or depth")
     return covisibility(a.depth, a.K, a.world_to_cam, b.depth, b.K, b.world_to_cam, stride=8)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 from backends import registry
 from backends.base import Feeds, Precision, QuantSpec, Source
 from pqk.errors import PqkError, nearest
+from pqk.files import clear_write_errors
 from pqk.measure.footprint import peak_ram_bytes
 from pqk.run.inputs import CalibrationImages
 from pqk.run.variants import graph_from_json, graph_to_json
@@ -39,18 +41,28 @@ class _Tokens:
             yield {"tokens_1": np.array(self.tokens[k : k + 1]), "tokens_2": np.array(self.tokens[k + 1 : k + 2])}
 
 
+def _reserve(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """A float32 array in a file whose blocks are taken at once: a full disk is a sentence here, later a SIGBUS."""
+    with clear_write_errors(path):
+        array = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+        if hasattr(os, "posix_fallocate"):
+            with path.open("r+b") as stream:
+                os.posix_fallocate(stream.fileno(), 0, path.stat().st_size)
+    return array
+
+
 def quantize_graphs(request: dict[str, Any]) -> dict[str, Any]:
     """Quantize encoder and decoder into `out`.
 
-    Request: backend, quantizer, encoder, decoder (graphs), calibration (folder of scenes), shape, ptq (the config's section),
-    out. Returns the two graphs, the images and pairs consumed, and the peak memory in bytes.
+    Request: backend, quantizer, encoder, decoder (graphs), calibration (folder of scenes), shape, ptq (the config's
+    section), out. Returns the two graphs, the images and pairs consumed, and the peak memory in bytes.
     """
     backend = registry.get(request["backend"])
     quantizers = backend.quantizers()
     if request["quantizer"] not in quantizers:
         raise PqkError(
-            f"backend {backend.name} has no quantizer {request['quantizer']!r}{nearest(request['quantizer'], quantizers)}; "
-            f"it has {', '.join(quantizers) or 'none'}"
+            f"backend {backend.name} has no quantizer {request['quantizer']!r}"
+            f"{nearest(request['quantizer'], quantizers)}; it has {', '.join(quantizers) or 'none'}"
         )
     quantizer = quantizers[request["quantizer"]]
     ptq, out = request["ptq"], Path(request["out"])
@@ -76,7 +88,7 @@ def quantize_graphs(request: dict[str, Any]) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory(prefix="pqk-tokens-", dir=out) as folder:
         shape = (len(images), *encoder.outputs[0].shape[1:])
-        tokens = np.lib.format.open_memmap(Path(folder) / "tokens.npy", mode="w+", dtype=np.float32, shape=shape)
+        tokens = _reserve(Path(folder) / "tokens.npy", shape)
         with backend.compile(encoder, Precision.F32, {}) as engine:
             for k, image in enumerate(images):
                 tokens[k] = engine.infer({"image": image})["tokens"][0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import time
@@ -17,7 +18,7 @@ from backends.base import Backend, Precision, Unavailable
 from pqk import __version__, paths
 from pqk.data.scene import open_scene
 from pqk.errors import PqkError, nearest
-from pqk.files import sha256_file, sha256_json
+from pqk.files import check_writable, sha256_file, sha256_json
 from pqk.measure.latency import percentile
 from pqk.measure.quality import quality_drop_pct
 from pqk.models.checkpoint import load_model
@@ -34,6 +35,7 @@ from pqk.spec.recipe import ensure_built
 
 SHIPPED = Path("models") / "dust3r-tiny"
 _HIGHER_IS_BETTER = {"delta1"}
+_RANDOM_CODE = ("pqk.models.checkpoint", "pqk.models.registry", "pqk.models.configs", "pqk.models.layers")
 _PACKAGES = ("torch", "onnx", "onnxruntime", "openvino", "nncf", "numpy", "scipy")
 
 
@@ -64,20 +66,24 @@ def run(request: Request, root: Path, on_event: OnEvent, say: Callable[[str], No
     began = time.monotonic()
     experiment = _experiment(request, root)
     card, workload, evaluation = experiment.card, experiment.workload, experiment.evaluation
-    if request.recipe:
-        ensure_built(card.recipe, card.id)
+    check_writable(root / "logs")
     backend = _backend(request.backend)
     quantizer = _quantizer(backend, request.quantizer) if request.recipe else None
     height, width = workload.input.height, workload.input.width
     shape = (height, width)
     machine = {"device": _device(backend), "versions": _versions()}
-    ctx = Context(Store(paths.store(root), fresh=request.fresh), on_event, machine)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    ctx = Context(Store(paths.store(root), fresh=request.fresh), on_event, {**machine, "cores": cores})
 
     name, model_sha, model = _model(request.model, root)
     scenes, truthful = _scenes(ctx, request, experiment, root)
     if name.startswith("random:"):
         truthful = False  # random weights predict nothing; only their agreement with the float model means something
     graphs = stages.export_graphs(ctx, model, model_sha, height, width)
+    if request.scenes or request.images:  # a user's pictures are looked at before the long stages, not after
+        for folder in scenes.folders:
+            frames = load_frames(open_scene(folder), *shape, views=workload.scenes.test.views)
+            scene_pairs(frames, workload.pair_graph, workload.min_covisibility, truthful)
     params = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
     del model
 
@@ -213,20 +219,17 @@ def run(request: Request, root: Path, on_event: OnEvent, say: Callable[[str], No
 
 
 def _experiment(request: Request, root: Path) -> Experiment:
-    """The card with its configs, the command line's settings laid over them."""
-    card = load_card(request.card, root)
-    groups = {"workload": dict(card.overrides.workload), "eval": dict(card.overrides.eval), "quant": dict(card.overrides.quant)}
-    for name, value in request.settings.items():
-        group, _, rest = name.partition(".")
-        if group not in groups or not rest:
-            raise PqkError(f"--set {name}: a setting starts with workload., eval. or quant.{nearest(group, groups)}")
-        groups[group][rest] = value
+    """The card with its configs, the command line's settings laid over them. Raises PqkError, NotBuilt."""
+    settings = dict(request.settings)
     if request.seed is not None:
-        groups["workload"]["seeds.train"] = groups["workload"]["seeds.eval"] = request.seed
-    source = card.source
-    card = card.model_copy(update={"overrides": card.overrides.model_copy(update=groups)})
-    card._source = source
-    return resolve(card, root, request.workload, request.evaluation, request.quant)
+        settings |= {"workload.seeds.train": request.seed, "workload.seeds.eval": request.seed}
+    card = load_card(request.card, root)
+    experiment = resolve(
+        card, root, request.workload, request.evaluation, request.quant, settings, origin="command line"
+    )
+    if request.recipe:
+        ensure_built(card.recipe, card.id)
+    return experiment
 
 
 def _backend(name: str) -> Backend:
@@ -244,7 +247,9 @@ def _quantizer(backend: Backend, asked: str | None) -> str:
     if asked is None:
         return known[0]
     if asked not in known:
-        raise PqkError(f"unknown quantizer {asked!r}{nearest(asked, known)}; backend {backend.name} has {', '.join(known)}")
+        raise PqkError(
+            f"unknown quantizer {asked!r}{nearest(asked, known)}; backend {backend.name} has {', '.join(known)}"
+        )
     return asked
 
 
@@ -256,11 +261,15 @@ def _model(asked: str | None, root: Path) -> tuple[str, str, Any]:
             raise PqkError(f"the shipped model {SHIPPED} is missing; give one with --model")
     model = load_model(asked)
     if asked.startswith("random:"):
-        return asked, sha256_json({"random": asked, "code": stages.code_of("pqk.models.checkpoint", "pqk.models.layers")}), model
+        return (
+            asked,
+            sha256_json({"random": asked, "code": stages.code_of(*_RANDOM_CODE)}),
+            model,
+        )
     path = Path(asked)
     files = sorted(p for p in path.glob("*") if p.suffix in (".json", ".safetensors")) if path.is_dir() else [path]
     kept = [p for p in files if p.name != "model_card.json"]
-    return path.name, sha256_json({p.name: sha256_file(p) for p in kept}), model
+    return path.resolve().name, sha256_json({p.name: sha256_file(p) for p in kept}), model
 
 
 def _scenes(ctx: Context, request: Request, experiment: Experiment, root: Path) -> tuple[Scenes, bool]:
@@ -340,7 +349,9 @@ def _commit(root: Path) -> str | None:
     """The git commit of the project, '-dirty' when files differ from it; None outside a repository."""
     try:
         head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
-        state = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=root, capture_output=True, text=True, check=True)
+        state = subprocess.run(
+            ["git", "status", "--porcelain", "-uno"], cwd=root, capture_output=True, text=True, check=True
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
     return head.stdout.strip() + ("-dirty" if state.stdout.strip() else "")

@@ -7,7 +7,7 @@ import importlib.util
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,12 +36,14 @@ class Context:
     on_event: OnEvent
     machine: Mapping[str, Any]  # device name and tool versions: part of the key of everything that an engine computes
 
-    def make(self, stage: str, modules: tuple[str, ...], inputs: Mapping[str, Any], make: Callable[[Path], None]) -> Artifact:
+    def make(
+        self, stage: str, modules: tuple[str, ...], inputs: Mapping[str, Any], make: Callable[[Path], None]
+    ) -> Artifact:
         """The artifact of `inputs` and of the source of `modules`, the code that makes it."""
         return self.store.get_or_make(stage, {**inputs, "code": code_of(*modules)}, make, self.on_event)
 
 
-@lru_cache(maxsize=None)
+@cache
 def code_of(*modules: str) -> str:
     """sha256 over the source files of modules: a changed stage makes its artifacts anew."""
     digest = hashlib.sha256()
@@ -54,15 +56,24 @@ def code_of(*modules: str) -> str:
 
 
 _SCENE_CODE = ("pqk.data.generate", "pqk.data.synthetic", "pqk.data.raytrace", "pqk.data.seeds", "pqk.data.colmap")
-_MODEL_CODE = ("pqk.models.dust3r", "pqk.models.layers", "pqk.models.dpt", "backends.exchange")
-_QUANT_CODE = ("pqk.run.quantize", "pqk.run.inputs", "pqk.data.preprocess", "backends.openvino.nncf", "backends.openvino.engine")
+_MODEL_CODE = ("pqk.models.dust3r", "pqk.models.layers", "pqk.models.dpt", "pqk.models.configs", "backends.exchange")
+_READ_CODE = ("pqk.run.inputs", "pqk.data.preprocess", "pqk.data.scene", "pqk.data.colmap", "pqk.data.camera")
+_QUANT_CODE = (
+    *_READ_CODE,
+    "pqk.run.quantize",
+    "backends.openvino.nncf",
+    "backends.openvino.passes",
+    "backends.openvino.flops",
+    "backends.openvino.engine",
+)
 _EVAL_CODE = (
+    *_READ_CODE,
+    "pqk.data.pairs",
+    "pqk.data.covisibility",
     "pqk.run.evaluate",
-    "pqk.run.inputs",
     "pqk.run.variants",
     "pqk.measure.quality",
     "pqk.measure.geometry",
-    "pqk.data.preprocess",
     "backends.openvino.engine",
     "backends.openvino.flops",
 )
@@ -78,7 +89,9 @@ class Scenes:
     root: Path
 
 
-def synthetic_scenes(ctx: Context, stage: str, split: str, count: int, views: int, seed: int, workload: Workload, depth: bool) -> Scenes:
+def synthetic_scenes(
+    ctx: Context, stage: str, split: str, count: int, views: int, seed: int, workload: Workload, depth: bool
+) -> Scenes:
     """Generate (or reuse) the scenes of a split."""
     plan = ScenePlan(
         split=split,
@@ -95,7 +108,9 @@ def synthetic_scenes(ctx: Context, stage: str, split: str, count: int, views: in
     def make(folder: Path) -> None:
         make_scenes(folder, plans)
 
-    inputs = {name: getattr(plan, name) for name in ("split", "seed", "views", "size", "k", "min_covisibility", "depth")}
+    inputs = {
+        name: getattr(plan, name) for name in ("split", "seed", "views", "size", "k", "min_covisibility", "depth")
+    }
     made = ctx.make(stage, _SCENE_CODE, {**inputs, "count": count}, make)
     return Scenes(tuple(made.path / p.name for p in plans), sha256_json(made.manifest["files"]), made.path)
 
@@ -103,7 +118,9 @@ def synthetic_scenes(ctx: Context, stage: str, split: str, count: int, views: in
 def test_scenes(ctx: Context, scenes: SceneList, workload: Workload, root: Path) -> Scenes:
     """The evaluated scenes: generated ones, or those of a folder. Raises PqkError when one is missing."""
     if scenes.source == SYNTHETIC:
-        return synthetic_scenes(ctx, "scenes", "test", scenes.count or 0, scenes.views or 0, scenes.seed, workload, True)
+        return synthetic_scenes(
+            ctx, "scenes", "test", scenes.count or 0, scenes.views or 0, scenes.seed, workload, True
+        )
     return folder_scenes(_under(root, scenes.source), scenes.names, scenes.count)
 
 
@@ -111,19 +128,25 @@ def folder_scenes(folder: Path, names: tuple[str, ...] | None = None, count: int
     """Scenes that lie in a folder: all of them by name, or the listed ones in their order."""
     from pqk.data.scene import open_scene, open_scenes
 
-    if names:
-        found = [open_scene(folder / name) for name in names]
-    else:
-        found = open_scenes(folder)
+    found = [open_scene(folder / name) for name in names] if names else open_scenes(folder)
     chosen = tuple(scene.root for scene in found[:count])
     return Scenes(chosen, _hash_folders(chosen), folder)
 
 
 def calibration_images(ctx: Context, calibration: Calibration, workload: Workload, root: Path) -> Scenes:
-    """The folder of calibration scenes; pictures only, as no quantizer looks at depth."""
+    """The folder of calibration scenes; pictures only, as no quantizer looks at depth.
+
+    Raises PqkError when a folder given as source is missing or holds no scene.
+    """
     if calibration.source != SYNTHETIC:
-        return folder_scenes(_under(root, calibration.source))
-    count = -(-calibration.images // calibration.views_per_scene)
+        try:
+            return folder_scenes(_under(root, calibration.source))
+        except PqkError as error:
+            raise PqkError(
+                f"the calibration set (workload.calibration.source) is empty or unreadable: {error}"
+            ) from error
+    in_pairs = calibration.views_per_scene - calibration.views_per_scene % 2  # the odd one has no partner
+    count = -(-calibration.images // in_pairs)
     return synthetic_scenes(
         ctx, "calibration", "calibration", count, calibration.views_per_scene, calibration.seed, workload, False
     )
@@ -175,7 +198,13 @@ class Quantized:
 
 
 def quantize(
-    ctx: Context, backend: str, quantizer: str, graphs: Mapping[str, Graph], calibration: Scenes, ptq: Mapping[str, Any], shape: tuple[int, int]
+    ctx: Context,
+    backend: str,
+    quantizer: str,
+    graphs: Mapping[str, Graph],
+    calibration: Scenes,
+    ptq: Mapping[str, Any],
+    shape: tuple[int, int],
 ) -> Quantized:
     """Both graphs in INT8, made in a process of their own."""
 
@@ -212,8 +241,10 @@ def quantize(
     return Quantized(_read_graphs(made.path), about["images"], about["pairs"])
 
 
-def quality(ctx: Context, variant: Variant, reference: Variant | None, scenes: Scenes, request: Mapping[str, Any]) -> dict[str, Any]:
-    """Scores, executed precision and FLOPs of a variant. `request`: views, shape, pair_graph, min_covisibility, quality, seed, keep."""
+def quality(
+    ctx: Context, variant: Variant, reference: Variant | None, scenes: Scenes, request: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Scores, executed precision and FLOPs of a variant. `request`: see `pqk.run.evaluate`."""
 
     def make(folder: Path) -> None:
         result = worker.call(
@@ -227,12 +258,16 @@ def quality(ctx: Context, variant: Variant, reference: Variant | None, scenes: S
         )
         write_evaluation(folder, result)
 
-    made = ctx.make("quality", _EVAL_CODE, {**_identity(ctx, variant, reference), "scenes": scenes.sha256, **request}, make)
+    made = ctx.make(
+        "quality", _EVAL_CODE, {**_identity(ctx, variant, reference), "scenes": scenes.sha256, **request}, make
+    )
     found: dict[str, Any] = json.loads((made.path / "quality.json").read_text())
     return found
 
 
-def timing(ctx: Context, variants: list[Variant], scene: Path, scenes_sha: str, request: Mapping[str, Any]) -> dict[str, Any]:
+def timing(
+    ctx: Context, variants: list[Variant], scene: Path, scenes_sha: str, request: Mapping[str, Any]
+) -> dict[str, Any]:
     """Interleaved samples of all variants. `request`: shape, views, pairs, efficiency."""
 
     def make(folder: Path) -> None:

@@ -98,8 +98,12 @@ class Runner:
         self.variant = variant
         self._stack = ExitStack()
         try:
-            self.encoder = self._stack.enter_context(backend.compile(variant.encoder, variant.precision, variant.options))
-            self.decoder = self._stack.enter_context(backend.compile(variant.decoder, variant.precision, variant.options))
+            self.encoder = self._stack.enter_context(
+                backend.compile(variant.encoder, variant.precision, variant.options)
+            )
+            self.decoder = self._stack.enter_context(
+                backend.compile(variant.decoder, variant.precision, variant.options)
+            )
         except BaseException:
             self._stack.close()
             raise

@@ -43,15 +43,22 @@ def judge_quantized(measured: Measured, limits: Thresholds) -> tuple[str | None,
     )
     slack = limits.not_slower_than_best_float_pct
     against = measured.speedup_vs_best_float
-    if against is not None:
-        checks.append((1 / against <= 1 + slack / 100, f"{against:.2f}x the speed of the best float precision (not slower)"))
+    allowed = f"at most {slack:g} % slower" if slack else "not slower"
+    checks.append(
+        (None, "the best float precision was not timed")
+        if against is None
+        else (1 / against <= 1 + slack / 100, f"{against:.2f}x the speed of the best float precision ({allowed})")
+    )
     factor = 1 / measured.size_ratio
-    checks.append((factor >= limits.size_ratio_min, f"files {factor:.2f}x smaller (at least {limits.size_ratio_min:g}x)"))
+    checks.append(
+        (factor >= limits.size_ratio_min, f"files {factor:.2f}x smaller (at least {limits.size_ratio_min:g}x)")
+    )
     share = measured.int8_share
     checks.append(
         (
             share >= limits.int8_flops_share_min,
-            f"{100 * share:.1f} % of matmul and convolution FLOPs ran in int8 kernels (at least {100 * limits.int8_flops_share_min:g} %)",
+            f"{100 * share:.1f} % of matmul and convolution FLOPs ran in int8 kernels "
+            f"(at least {100 * limits.int8_flops_share_min:g} %)",
         )
     )
     sentences = [f"{'?' if ok is None else 'ok' if ok else 'FAILED'}: {text}" for ok, text in checks]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -16,7 +17,7 @@ from pqk.spec.evaluation import Evaluation, load_evaluation, loosened
 from pqk.spec.quant import Quant, load_quant
 from pqk.spec.recipe import check_stages, combo_of
 from pqk.spec.workload import Workload, load_workload
-from pqk.spec.yamlfile import Section, Spec, expand, join, parse_yaml, read_text, validate
+from pqk.spec.yamlfile import Section, Spec, expand, join, merge, parse_yaml, read_text, validate
 
 ID_PATTERN = r"^[A-Za-z][A-Za-z0-9_-]{0,31}$"
 TEMPLATE = "TEMPLATE"
@@ -161,29 +162,40 @@ def resolve(
     workload: Path | str | None = None,
     evaluation: Path | str | None = None,
     quant: Path | str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    origin: str = "settings",
 ) -> Experiment:
     """The three configs (the project's own, or the files given) with the card's overrides laid over them.
 
-    Raises PqkError when an override is wrong, a line is loosened without a noted reason, or the card asks for more
-    calibration images than the workload has.
+    `settings` are laid over those in turn: dotted keys below workload, eval and quant, such as
+    {"quant.ptq.calibration_images": 64}; `origin` names where they come from in messages.
+    Raises PqkError when an override or a setting is wrong, a line is loosened without a noted reason, or more
+    calibration images are asked for than the workload has.
     """
+    if settings:
+        resolve(card, root, workload, evaluation, quant)  # what is wrong in the card is not blamed on the settings
     configs = paths.configs(root or paths.project_root())
-    where = paths.shown(card.source)
+    where = origin if settings else paths.shown(card.source)
+    extra = _by_group(settings or {}, origin)
     evaluation_path = evaluation or configs / "eval.yaml"
     own = {"thresholds": card.thresholds, "stop_loss": card.stop_loss}
     eval_overrides = join(expand(card.overrides.eval, where), {name: part for name, part in own.items() if part}, where)
+    workload_overrides, quant_overrides = (
+        expand(part, where) for part in (card.overrides.workload, card.overrides.quant)
+    )
     resolved = Experiment(
         card,
-        load_workload(workload or configs / "workload.yaml", card.overrides.workload, where),
-        load_evaluation(evaluation_path, eval_overrides, where),
-        load_quant(quant or configs / "quant.yaml", card.overrides.quant, where),
+        load_workload(workload or configs / "workload.yaml", merge(workload_overrides, extra["workload"]), where),
+        load_evaluation(evaluation_path, merge(eval_overrides, extra["eval"]), where),
+        load_quant(quant or configs / "quant.yaml", merge(quant_overrides, extra["quant"]), where),
     )
     loose = loosened(load_evaluation(evaluation_path), resolved.evaluation)
     for name in loose:
         if name not in card.exceptions:
-            raise PqkError(f"{where}: {name} is looser than in eval.yaml; note the reason under exceptions: {name}")
+            at = "note the reason under exceptions" if not settings else "only a task card may do that, with its reason"
+            raise PqkError(f"{where}: {name} is looser than in eval.yaml; {at}: {name}")
     for name in card.exceptions:
-        if name not in loose:
+        if name not in loose and not settings:
             raise PqkError(
                 f"{where}: exceptions.{name} is noted, but the card does not loosen it{nearest(name, loose)}"
             )
@@ -191,3 +203,16 @@ def resolve(
     if asked > there:
         raise PqkError(f"{where}: quant.ptq.calibration_images is {asked} but workload.calibration.images is {there}")
     return resolved
+
+
+def _by_group(settings: Mapping[str, Any], origin: str) -> dict[str, dict[str, Any]]:
+    """Settings as nested mappings below 'workload', 'eval' and 'quant'. Raises PqkError for any other beginning."""
+    groups: dict[str, dict[str, Any]] = {"workload": {}, "eval": {}, "quant": {}}
+    for name, value in settings.items():
+        group, _, rest = name.partition(".")
+        if group not in groups or not rest:
+            raise PqkError(
+                f"{origin}: {name} must start with workload., eval. or quant. and name a value{nearest(group, groups)}"
+            )
+        groups[group] = join(groups[group], expand({rest: value}, origin), origin)
+    return groups

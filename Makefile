@@ -1,0 +1,47 @@
+# Two commands for a fresh machine: `make run` shows the bench at work, `make test` checks everything.
+# Both make a virtual environment in .venv first; another Python: make run PYTHON=python3.12
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+# Pinned and installed first: a bare `pip install torch` takes the newest build, which may bring CUDA packages of
+# several GB that a machine without an NVIDIA GPU has no use for.
+TORCH := torch==2.13.0
+
+.DEFAULT_GOAL := help
+.PHONY: help run test lint install clean
+
+help:
+	@echo "make run      install, then: pqk run B1 --backend openvino"
+	@echo "make test     install, then: lint and the whole test suite"
+	@echo "make lint     install, then: ruff and mypy"
+	@echo "make install  make $(VENV) and install pqk with openvino and the development tools"
+	@echo "make clean    delete $(VENV) and caches; results in logs/, outputs/ and reports/ stay"
+
+# Exit code 1 means that a threshold failed: a result, shown in the table, and not a reason for make to fail.
+run: $(STAMP)
+	@$(BIN)/pqk run B1 --backend openvino || { code=$$?; \
+	  if [ $$code -eq 1 ]; then echo "a threshold failed, see the verdict above"; else exit $$code; fi; }
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+install: $(STAMP)
+
+$(STAMP): setup.cfg pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"pqk needs Python 3.11 or newer, {sys.executable} is {sys.version.split()[0]}; give another with PYTHON=")'
+	@echo "installing into $(VENV): a few minutes the first time"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q $(TORCH)
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[openvino,dev]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find pqk backends tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +
