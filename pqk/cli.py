@@ -36,9 +36,7 @@ def run(
     images: Annotated[
         Path | None, typer.Option(help="folder of photographs; quality is then against the Teacher")
     ] = None,
-    seed: Annotated[
-        int | None, typer.Option(min=0, help="train and evaluation seed; default: workload.yaml's")
-    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="train and evaluation seed; default: workload.yaml's")] = None,
     setting: Annotated[
         list[str] | None, typer.Option("--set", help="override one value, e.g. quant.ptq.calibration_images=64")
     ] = None,
@@ -113,9 +111,7 @@ def data_make(
 
 @train_app.command("teacher")
 def train_teacher(
-    config: Annotated[
-        Path | None, typer.Option(help="training file; default configs/models/dust3r-tiny.yaml")
-    ] = None,
+    config: Annotated[Path | None, typer.Option(help="training file; default configs/models/dust3r-tiny.yaml")] = None,
     out: Annotated[Path, typer.Option("-o", "--out", help="folder of the checkpoint and the shipped weights")] = Path(
         "outputs/teacher"
     ),
@@ -126,11 +122,12 @@ def train_teacher(
     autocast: Annotated[bool | None, typer.Option(help="bf16 autocast; default: on for CUDA, off for a CPU")] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="use torch.compile")] = False,
     fresh: Annotated[bool, typer.Option(help="ignore an existing checkpoint")] = False,
+    init: Annotated[str | None, typer.Option(help="start from these weights, e.g. models/dust3r-tiny")] = None,
 ) -> None:
     """Train the embedded teacher on rendered pairs; resumes by itself, and uses DDP under torchrun."""
     from pqk.compress.command import run_train_teacher
 
-    run_train_teacher(config, out, device, minutes, pause_after, steps, autocast, compiled, fresh)
+    run_train_teacher(config, out, device, minutes, pause_after, steps, autocast, compiled, fresh, init)
 
 
 @bench_app.command("scenes")
@@ -157,14 +154,9 @@ def bench_teacher(
 
 def main() -> None:
     """Entry point: a user's error becomes one sentence on stderr and the documented exit code."""
-    try:
-        app(standalone_mode=True)
-    except Exception as error:
-        code = getattr(error, "exit_code", None)
-        if not isinstance(code, int):
-            raise
-        print(f"pqk: {error}", file=sys.stderr)
-        sys.exit(code)
+    from pqk.errors import told
+
+    sys.exit(told(lambda: app(standalone_mode=True)))
 
 
 if __name__ == "__main__":

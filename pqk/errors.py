@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import sys
+import traceback
+from collections.abc import Callable, Iterable
 
 EXIT_OK = 0
 EXIT_CHECK_FAILED = 1
 EXIT_USAGE = 2
 EXIT_UNAVAILABLE = 3
+EXIT_CRASH = 70  # a defect of pqk itself: never to be mistaken for a failed threshold
 
 
 class PqkError(Exception):
@@ -27,6 +30,23 @@ class NotBuilt(PqkError):
     """A recipe, method or backend that this version does not offer (yet). Exit code 3."""
 
     exit_code = EXIT_UNAVAILABLE
+
+
+def told(work: Callable[[], int]) -> int:
+    """Run `work` and return its exit code; a user's error becomes one sentence on stderr and its own exit code.
+
+    A user's error is any exception with an `exit_code`, so that `backends` needs no import from here. Any other is a
+    defect: its traceback is printed and the code is 70.
+    """
+    try:
+        return work()
+    except Exception as error:
+        code = getattr(error, "exit_code", None)
+        if not isinstance(code, int):
+            traceback.print_exc()
+            return EXIT_CRASH
+        print(f"pqk: {' '.join(str(error).split())}", file=sys.stderr)
+        return code
 
 
 def nearest(word: str, allowed: Iterable[str]) -> str:

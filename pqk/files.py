@@ -22,6 +22,8 @@ _SENTENCES = {
     errno.EPERM: "no permission to write",
     errno.ENOTDIR: "a parent of it is a file, not a folder",
     errno.EISDIR: "it is a folder",
+    errno.EEXIST: "something else is there under this name",
+    errno.EFBIG: "the file is larger than this system allows",
 }
 
 

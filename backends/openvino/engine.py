@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -57,7 +58,7 @@ def read_model(path: Path) -> Any:
 def write_ir(model: Any, target: Path) -> Graph:
     """Write an ov.Model as IR with its weights as they are (not halved to f16), both files whole or not at all.
 
-    Raises BackendError when the target is not named `.xml`.
+    Raises BackendError when the target is not named `.xml`, or cannot be written.
     """
     import openvino as ov
 
@@ -66,7 +67,12 @@ def write_ir(model: Any, target: Path) -> Graph:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
         made = Path(folder) / target.name
-        ov.save_model(model, made, compress_to_fp16=False)
+        try:
+            ov.save_model(model, made, compress_to_fp16=False)
+        except RuntimeError as error:  # an iostream error: the runtime keeps the reason to itself
+            full = shutil.disk_usage(folder).free < 1_000_000
+            reason = "the disk is full" if full else str(error).strip().splitlines()[-1]
+            raise BackendError(f"cannot write {target}: {reason}") from error
         made.write_bytes(re.sub(rb">\s+<", b"><", made.read_bytes()))  # a third of the file is indentation
         made.with_suffix(".bin").replace(target.with_suffix(".bin"))
         made.replace(target)

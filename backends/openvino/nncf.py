@@ -206,7 +206,9 @@ def name_nodes(model: ov.Model) -> None:
     taken = {op.get_friendly_name() for op in model.get_ops()}
     for index, op in enumerate(model.get_ordered_ops()):
         name, kind = op.get_friendly_name(), op.get_type_name()
-        if re.fullmatch(rf"{re.escape(kind)}_\d+", name) and kind not in ("Parameter", "Result"):
+        # A folded constant keeps the name of the operation it replaces.
+        automatic = r"[A-Za-z0-9]+_\d+" if kind == "Constant" else rf"{re.escape(kind)}_\d+"
+        if re.fullmatch(automatic, name) and kind not in ("Parameter", "Result"):
             new = f"{kind}.{index}"
             while new in taken:
                 new += "+"

@@ -10,7 +10,7 @@ from typing import Any
 
 from backends.base import Availability, Engine, Graph, Kernel, Precision, Quantizer, Unavailable
 
-MEND = 'pip install "pqk[trt]" on a machine with an NVIDIA GPU, or use --backend openvino'
+MEND = "use --backend openvino"
 
 
 class TensorRTBackend:
@@ -26,8 +26,7 @@ class TensorRTBackend:
         if not any(importlib.util.find_spec(name) for name in ("tensorrt_rtx_bindings", "tensorrt")):
             missing.append("no TensorRT Python package is installed")
         missing.append("this version of pqk cannot build TensorRT engines yet")
-        mend = MEND if len(missing) > 1 else "use --backend openvino"
-        return Availability(available=False, reason=", and ".join(missing), mend=mend)
+        return Availability(available=False, reason=", and ".join(missing), mend=MEND)
 
     def quantizers(self) -> Mapping[str, Quantizer]:
         return {}

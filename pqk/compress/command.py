@@ -25,6 +25,7 @@ def run_train_teacher(
     autocast: bool | None,
     compiled: bool,
     fresh: bool,
+    init: str | None,
 ) -> None:
     """`pqk train teacher`: read the file, train with a progress line, say what came out."""
     from pqk.compress.teacher import train_teacher
@@ -62,6 +63,7 @@ def run_train_teacher(
             autocast=autocast,
             compiled=compiled,
             fresh=fresh,
+            init=init,
             report=report,
             command=command,
         )

@@ -58,7 +58,12 @@ def pair_truth(frame1: Frame, frame2: Frame) -> PairTruth:
     """
     for frame in (frame1, frame2):
         for name, matrix, size in (("K", frame.K, 3), ("world_to_cam", frame.world_to_cam, 4)):
-            if matrix is None or np.shape(matrix) != (size, size) or not np.isfinite(matrix).all() or np.linalg.det(matrix) == 0:
+            if (
+                matrix is None
+                or np.shape(matrix) != (size, size)
+                or not np.isfinite(matrix).all()
+                or np.linalg.det(matrix) == 0
+            ):
                 raise PqkError(f"a frame's {name} must be a finite, invertible ({size}, {size}) matrix, got {matrix}")
     cam1_to_world = np.linalg.inv(np.asarray(frame1.world_to_cam, dtype=np.float64))
     cam1_to_cam2 = np.asarray(frame2.world_to_cam, dtype=np.float64) @ cam1_to_world

@@ -16,6 +16,7 @@ from pqk.record.schema import SCHEMA_FILE, load_schema, schema_version, validate
 
 # Two records that agree in all of these are the same measurement made again; the newer one may replace the older.
 IDENTITY = ("exp_id", "role", "model", "backend", "quantizer", "device", "precision", "seed")
+MADE_FROM = ("model", "workload", "eval", "quant", "scenes")  # and in these of their hashes
 _NAME_LENGTH = 120
 
 
@@ -34,8 +35,7 @@ def record_filename(record: dict[str, Any]) -> str:
     """
     parts = [str(record[key]) for key in ("exp_id", "role", "backend", "quantizer", "precision") if record.get(key)]
     readable = re.sub(r"[^A-Za-z0-9._-]", "_", "-".join(parts))[:_NAME_LENGTH].lstrip(".-") or "record"
-    identity = json.dumps([record.get(key) for key in IDENTITY], ensure_ascii=True)
-    return f"{readable}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}.json"
+    return f"{readable}-{hashlib.sha256(_identity(record).encode()).hexdigest()[:8]}.json"
 
 
 def write_record(path: Path | str, record: dict[str, Any]) -> Path:
@@ -106,7 +106,9 @@ def _refuse_to_lose(target: Path, new: set[str]) -> None:
 
 
 def _identity(record: dict[str, Any]) -> str:
-    return json.dumps([record.get(key) for key in IDENTITY], sort_keys=True)
+    hashes = record.get("hashes")
+    evidence = [hashes.get(key) for key in MADE_FROM] if isinstance(hashes, dict) else []
+    return json.dumps([record.get(key) for key in IDENTITY] + evidence, sort_keys=True, ensure_ascii=True)
 
 
 def _files(sources: Iterable[Path]) -> list[Path]:

@@ -75,7 +75,10 @@ def build_reports(
 
 
 def ordered(records: Iterable[Record]) -> list[Record]:
-    """Records by experiment (A2 before A10), role (Teacher first), backend, quantizer, precision (f32 first), time."""
+    """Records by experiment (A2 before A10), role (Teacher first), backend, quantizer, precision (f32 first), time.
+
+    A record that lies in two logs, equal in every field, counts once.
+    """
     roles = load_schema()["properties"]["role"]["enum"]
 
     def key(record: Record) -> tuple[Any, ...]:
@@ -93,7 +96,8 @@ def ordered(records: Iterable[Record]) -> list[Record]:
             json.dumps(record, sort_keys=True),
         )
 
-    return sorted(records, key=key)
+    unique = {json.dumps(record, sort_keys=True): record for record in records}
+    return sorted(unique.values(), key=key)
 
 
 def write_csv(path: Path | str, records: Sequence[Record]) -> None:
@@ -262,7 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         written = build_reports(options.logs, options.reports, say=print)
         print_table((item.record for item in read_records(options.logs)), Console())
     except PqkError as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
+        print(f"pqk: {printable(str(error))}", file=sys.stderr)
         return error.exit_code
     for path in written:
         print(path)

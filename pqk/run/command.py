@@ -12,6 +12,8 @@ from rich.markup import escape
 
 from pqk import paths
 from pqk.errors import EXIT_CHECK_FAILED, EXIT_OK, PqkError
+from pqk.files import check_writable
+from pqk.record.log import write_record, write_records
 from pqk.report.table import print_table
 from pqk.run.runner import Request, run
 from pqk.spec.yamlfile import parse_yaml
@@ -46,14 +48,23 @@ def settings_of(items: list[str]) -> dict[str, Any]:
     return found
 
 
-def run_card(request: Request, as_json: bool) -> int:
-    """Run, report progress on stderr, print the table; returns the exit code (1 when the verdict is 'fail')."""
+def run_card(request: Request, as_json: bool, log: Path | None = None) -> int:
+    """Run, report progress on stderr, print the table; returns the exit code (1 when the verdict is 'fail').
+
+    `log`: a .json file that gets the candidate's record too, or without a recipe the list of the float records.
+    Raises PqkError, before anything runs, when that file cannot be written.
+    """
     root = paths.project_root()
+    if log is not None:
+        if log.suffix != ".json":
+            raise PqkError(f"--log {log}: the name of a log ends in .json")
+        check_writable(log.parent)
     errors = Console(stderr=True, highlight=False)
     began = time.monotonic()
 
     def on_event(kind: str, stage: str, key: str, seconds: float) -> None:
-        what = _DOING.get(stage, stage)
+        name, _, variant = stage.partition(" ")
+        what = f"{_DOING.get(name, name)} {variant}".strip()
         if kind == "make":
             errors.print(f"  [dim]…[/] {what}")
         elif kind == "done":
@@ -68,6 +79,10 @@ def run_card(request: Request, as_json: bool) -> int:
     errors.print(f"[bold]{escape(request.card)}[/] on {escape(request.backend)}")
     records = run(request, root, on_event, lambda text: errors.print(f"  [green]✓[/] {escape(text)}"))
     candidate = records[-1]
+    if log is not None and request.recipe:
+        write_record(log, candidate)
+    elif log is not None:
+        write_records(log, records)
     console = Console(stderr=as_json)
     print_table(records, console)
     if candidate["verdict_reasons"]:

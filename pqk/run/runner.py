@@ -55,7 +55,8 @@ class Request:
     workload: Path | None = None
     evaluation: Path | None = None
     quant: Path | None = None
-    recipe: bool = True  # False: only the Teacher's baselines
+    recipe: bool = True  # False: only the float baselines
+    role: str = "teacher"  # of the float rows: 'baseline' when the model is not the Teacher
 
 
 def run(request: Request, root: Path, on_event: OnEvent, say: Callable[[str], None]) -> list[dict[str, Any]]:
@@ -79,11 +80,11 @@ def run(request: Request, root: Path, on_event: OnEvent, say: Callable[[str], No
     scenes, truthful = _scenes(ctx, request, experiment, root)
     if name.startswith("random:"):
         truthful = False  # random weights predict nothing; only their agreement with the float model means something
-    graphs = stages.export_graphs(ctx, model, model_sha, height, width)
     if request.scenes or request.images:  # a user's pictures are looked at before the long stages, not after
         for folder in scenes.folders:
-            frames = load_frames(open_scene(folder), *shape, views=workload.scenes.test.views)
+            frames = load_frames(open_scene(folder), *shape)
             scene_pairs(frames, workload.pair_graph, workload.min_covisibility, truthful)
+    graphs = stages.export_graphs(ctx, model, model_sha, height, width)
     params = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
     del model
 
@@ -111,7 +112,7 @@ def run(request: Request, root: Path, on_event: OnEvent, say: Callable[[str], No
             )
         )
     seed = workload.seeds.eval
-    views = workload.scenes.test.views
+    views = None if request.scenes or request.images else workload.scenes.test.views
     scored = {
         v.name: stages.quality(
             ctx,
@@ -179,7 +180,7 @@ def run(request: Request, root: Path, on_event: OnEvent, say: Callable[[str], No
     best = min(variants[: len(floats)], key=lambda v: percentile(timed["variants"][v.name]["pair"], 50))
     records = []
     for variant in variants:
-        record = empty_record() | common | {"role": "teacher", "precision": str(variant.precision)}
+        record = empty_record() | common | {"role": request.role, "precision": str(variant.precision)}
         record["datetime"] = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         record["hashes"] = hashes | {"engine": sha256_json(variant.hashes)}
         _fill_quality(record, scored, variant, variants[0], truthful)

@@ -37,10 +37,22 @@ class Context:
     machine: Mapping[str, Any]  # device name and tool versions: part of the key of everything that an engine computes
 
     def make(
-        self, stage: str, modules: tuple[str, ...], inputs: Mapping[str, Any], make: Callable[[Path], None]
+        self,
+        stage: str,
+        modules: tuple[str, ...],
+        inputs: Mapping[str, Any],
+        make: Callable[[Path], None],
+        label: str = "",
     ) -> Artifact:
-        """The artifact of `inputs` and of the source of `modules`, the code that makes it."""
-        return self.store.get_or_make(stage, {**inputs, "code": code_of(*modules)}, make, self.on_event)
+        """The artifact of `inputs` and of the source of `modules`, the code that makes it.
+
+        Events name the stage with `label` behind it, such as 'quality int8'.
+        """
+
+        def tell(kind: str, name: str, key: str, seconds: float) -> None:
+            self.on_event(kind, f"{name} {label}".strip(), key, seconds)
+
+        return self.store.get_or_make(stage, {**inputs, "code": code_of(*modules)}, make, tell)
 
 
 @cache
@@ -258,9 +270,8 @@ def quality(
         )
         write_evaluation(folder, result)
 
-    made = ctx.make(
-        "quality", _EVAL_CODE, {**_identity(ctx, variant, reference), "scenes": scenes.sha256, **request}, make
-    )
+    inputs = {**_identity(ctx, variant, reference), "scenes": scenes.sha256, **request}
+    made = ctx.make("quality", _EVAL_CODE, inputs, make, variant.name)
     found: dict[str, Any] = json.loads((made.path / "quality.json").read_text())
     return found
 
@@ -286,7 +297,7 @@ def memory(ctx: Context, variant: Variant) -> int:
     def make(folder: Path) -> None:
         write_json(folder / "memory.json", worker.call("memory", {"variant": variant.to_json()}))
 
-    made = ctx.make("memory", _TIME_CODE, _identity(ctx, variant, None), make)
+    made = ctx.make("memory", _TIME_CODE, _identity(ctx, variant, None), make, variant.name)
     return int(json.loads((made.path / "memory.json").read_text())["peak_bytes"])
 
 

@@ -29,7 +29,7 @@ def judge_quantized(measured: Measured, limits: Thresholds) -> tuple[str | None,
     checks.append(
         (None, f"the quality drop was not measured (limit {limit:g} %)")
         if drop is None
-        else (drop <= limit, f"quality drop {drop:.2f} % (at most {limit:g} %)")
+        else (drop <= limit, f"quality drop {drop:.4g} % (at most {limit:g} %)")
     )
     reduction = limits.t_pair_p50_reduction_pct
     speedup = measured.speedup_vs_fp32
@@ -38,7 +38,7 @@ def judge_quantized(measured: Measured, limits: Thresholds) -> tuple[str | None,
         if speedup is None
         else (
             1 - 1 / speedup >= reduction / 100,
-            f"t_pair p50 {100 * (1 - 1 / speedup):.0f} % below fp32 (at least {reduction:g} %)",
+            f"t_pair p50 {_against(100 * (1 - 1 / speedup))} fp32 (at least {reduction:g} % below)",
         )
     )
     slack = limits.not_slower_than_best_float_pct
@@ -65,3 +65,8 @@ def judge_quantized(measured: Measured, limits: Thresholds) -> tuple[str | None,
     if any(ok is False for ok, _ in checks):
         return "fail", sentences
     return (None if any(ok is None for ok, _ in checks) else "pass"), sentences
+
+
+def _against(reduction_pct: float) -> str:
+    """'57.1 % below' or '33.0 % above'."""
+    return f"{abs(reduction_pct):.1f} % {'below' if reduction_pct >= 0 else 'above'}"

@@ -172,12 +172,26 @@ def resolve(
     Raises PqkError when an override or a setting is wrong, a line is loosened without a noted reason, or more
     calibration images are asked for than the workload has.
     """
-    if settings:
-        resolve(card, root, workload, evaluation, quant)  # what is wrong in the card is not blamed on the settings
     configs = paths.configs(root or paths.project_root())
+    files = (
+        workload or configs / "workload.yaml",
+        evaluation or configs / "eval.yaml",
+        quant or configs / "quant.yaml",
+    )
+    try:
+        return _laid_over(card, files, settings or {}, origin)
+    except PqkError:
+        if settings:
+            _laid_over(card, files, {}, origin)  # what is wrong in the card is not blamed on the settings
+        raise
+
+
+def _laid_over(
+    card: Card, files: tuple[Path | str, Path | str, Path | str], settings: Mapping[str, Any], origin: str
+) -> Experiment:
+    workload_path, evaluation_path, quant_path = files
     where = origin if settings else paths.shown(card.source)
-    extra = _by_group(settings or {}, origin)
-    evaluation_path = evaluation or configs / "eval.yaml"
+    extra = _by_group(settings, origin)
     own = {"thresholds": card.thresholds, "stop_loss": card.stop_loss}
     eval_overrides = join(expand(card.overrides.eval, where), {name: part for name, part in own.items() if part}, where)
     workload_overrides, quant_overrides = (
@@ -185,9 +199,9 @@ def resolve(
     )
     resolved = Experiment(
         card,
-        load_workload(workload or configs / "workload.yaml", merge(workload_overrides, extra["workload"]), where),
+        load_workload(workload_path, merge(workload_overrides, extra["workload"]), where),
         load_evaluation(evaluation_path, merge(eval_overrides, extra["eval"]), where),
-        load_quant(quant or configs / "quant.yaml", merge(quant_overrides, extra["quant"]), where),
+        load_quant(quant_path, merge(quant_overrides, extra["quant"]), where),
     )
     loose = loosened(load_evaluation(evaluation_path), resolved.evaluation)
     for name in loose:

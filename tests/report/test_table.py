@@ -256,7 +256,7 @@ def test_bad_log_leaves_reports_alone(tmp_path, make_record):
 
 def test_command(tmp_path, make_record, capsys):
     assert main(["--logs", str(tmp_path / "none"), "--reports", str(tmp_path)]) == 2
-    assert capsys.readouterr().err == f"error: no log file or folder at {tmp_path / 'none'}\n"
+    assert capsys.readouterr().err == f"pqk: no log file or folder at {tmp_path / 'none'}\n"
     write_record(tmp_path / "logs", make_record(absrel=0.25))
     done = subprocess.run(
         [sys.executable, ROOT / "scripts" / "aggregate.py"],

@@ -1,0 +1,55 @@
+"""The commands that the lab's documents name, with their arguments: run_quant.py, run_eval.py, baseline_eval.py.
+
+Each is a way to call the same runner as `pqk run`; records go to logs/ and also to the file of --log.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pqk.errors import told
+from pqk.run.command import run_card
+from pqk.run.runner import Request
+
+
+def quantize(argv: Sequence[str] | None = None) -> int:
+    """scripts/run_quant.py: the recipe of a quantization card; --log gets the candidate's record.
+
+    Returns the exit code of `pqk run`.
+    """
+    return _run("run_quant.py", "Quantize a checkpoint and evaluate it beside its float baselines.", argv)
+
+
+def evaluate(argv: Sequence[str] | None = None) -> int:
+    """scripts/run_eval.py: a checkpoint in every float precision, as role baseline; --log gets the list of records."""
+    return _run("run_eval.py", "Evaluate a checkpoint in float, without a recipe.", argv, recipe=False, role="baseline")
+
+
+def baseline(argv: Sequence[str] | None = None) -> int:
+    """scripts/baseline_eval.py: the Teacher in every float precision; --log gets the list of records."""
+    return _run("baseline_eval.py", "Evaluate the Teacher in float: the reference of every drop.", argv, recipe=False)
+
+
+def _run(name: str, what: str, argv: Sequence[str] | None, **fields: Any) -> int:
+    parser = argparse.ArgumentParser(name, description=what)
+    parser.add_argument("--workload", type=Path, help="default: configs/workload.yaml")
+    parser.add_argument("--eval", type=Path, help="default: configs/eval.yaml")
+    parser.add_argument("--cfg", type=Path, help="how precision is lowered; default: configs/quant.yaml")
+    parser.add_argument("--ckpt", help="official .pth, hub folder or our folder; default: the shipped model")
+    parser.add_argument("--log", type=Path, help="a .json file for the record, besides the one in logs/")
+    parser.add_argument("--backend", default="openvino", help="default: openvino")
+    parser.add_argument("--card", default="B1", help="task card; default: B1")
+    asked = parser.parse_args(argv)
+    request = Request(
+        asked.card,
+        asked.backend,
+        model=asked.ckpt,
+        workload=asked.workload,
+        evaluation=asked.eval,
+        quant=asked.cfg,
+        **fields,
+    )
+    return told(lambda: run_card(request, as_json=False, log=asked.log))

@@ -1,0 +1,114 @@
+"""A small project and a tiny model, so that a whole `pqk run` takes seconds; and the command line as a process."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+# Widths are multiples of 64, and a head is 32 wide: what int8 kernels of a CPU want.
+TINY: dict[str, Any] = {
+    "head_type": "linear",
+    "img_size": [64, 64],
+    "landscape_only": False,
+    "enc_embed_dim": 64,
+    "enc_depth": 2,
+    "enc_num_heads": 2,
+    "enc_blocks": [{"heads": 2, "ffn": 256}, {"heads": 1, "ffn": 128}],
+    "enc_head_dim": 32,
+    "dec_embed_dim": 64,
+    "dec_depth": 1,
+    "dec_num_heads": 2,
+}
+SMALLER = {
+    "workload.yaml": {
+        r"shape: \[1, 3, 512, 512\]": "shape: [1, 3, 64, 64]",
+        r"  test: \{source: synthetic, count: 8, views: 6": "  test: {source: synthetic, count: 2, views: 3",
+        r"images: 512(?=, views_per_scene: 8)": "images: 8",
+    },
+    "eval.yaml": {r"min_pairs: 30": "min_pairs: 4", r"warmup: 3": "warmup: 1", r"max_seconds: 20": "max_seconds: 5"},
+    "quant.yaml": {r"calibration_images: 512": "calibration_images: 8"},
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The JSON object on the last line of stdout."""
+        found: dict[str, Any] = json.loads(self.out.splitlines()[-1])
+        return found
+
+    @property
+    def sentence(self) -> str:
+        """The one line with which a user's error ends; asserts that there is exactly one, and no traceback."""
+        assert "Traceback" not in self.err, self.err
+        lines = [line for line in self.err.splitlines() if line.startswith("pqk: ")]
+        assert len(lines) == 1, self.err
+        assert self.err.splitlines()[-1] == lines[0], self.err
+        return lines[0].removeprefix("pqk: ")
+
+
+def environment() -> dict[str, str]:
+    """The tests' environment, wide enough a terminal that no message is wrapped."""
+    return {**os.environ, "COLUMNS": "500", "PYTHONPATH": str(REPOSITORY), "NO_COLOR": "1"}
+
+
+def start(arguments: Sequence[str | Path], root: Path) -> subprocess.Popen[str]:
+    """`pqk ...` as a process in `root`."""
+    command = [sys.executable, "-m", "pqk.cli", *map(str, arguments)]
+    return subprocess.Popen(
+        command, cwd=root, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def pqk(root: Path, *arguments: str | Path) -> Outcome:
+    """Run `pqk ...` in `root` to its end."""
+    process = start(arguments, root)
+    out, err = process.communicate(timeout=240)
+    return Outcome(process.returncode, out, err)
+
+
+def make_project(root: Path) -> Path:
+    """A project whose workload is tiny: 2 test scenes of 3 views of 64x64, 8 calibration images, 4 timed pairs."""
+    shutil.copytree(REPOSITORY / "configs", root / "configs")
+    shutil.copytree(REPOSITORY / "schedule", root / "schedule")
+    (root / "logs").mkdir()
+    shutil.copy(REPOSITORY / "logs" / "unified_log_schema.json", root / "logs")
+    for name, edits in SMALLER.items():
+        path = root / "configs" / name
+        text = path.read_text(encoding="utf-8")
+        for old, new in edits.items():
+            text, count = re.subn(old, new, text)
+            assert count == 1, (name, old)
+        path.write_text(text, encoding="utf-8")
+    return root
+
+
+def make_model(folder: Path) -> Path:
+    """A DUSt3R of a few hundred thousand random weights, whose points lie in front of the camera."""
+    import torch
+
+    from pqk.models import build_model, save_model
+
+    model = build_model("dust3r", TINY, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        for head in (model.downstream_head1, model.downstream_head2):
+            z = head.proj.bias.view(4, -1)[2]
+            z += 1.5
+    return save_model(model, folder)

@@ -1,0 +1,233 @@
+"""`pqk run` from end to end in real processes, on a tiny workload and a tiny model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from run_toys import REPOSITORY, Outcome, environment, pqk
+
+from pqk.data.scene import open_scene
+from pqk.files import sha256_json
+from pqk.record.log import read_records
+from pqk.record.schema import validate
+
+Finished = tuple[Path, Outcome]
+Copy = Callable[[], Path]
+RUN = ("run", "B1", "--backend", "openvino", "--json")
+
+
+def stage_folder(root: Path, stage: str) -> Path:
+    """The only artifact of a stage."""
+    (found,) = (p for p in (root / "outputs" / "store" / stage).iterdir() if not p.name.startswith("."))
+    return found
+
+
+def written(root: Path) -> list[dict[str, Any]]:
+    return [item.record for item in read_records(root / "logs")]
+
+
+def same(a: dict[str, Any], b: dict[str, Any], *but: str) -> None:
+    left, right = ({k: v for k, v in record.items() if k not in but} for record in (a, b))
+    assert left == right
+
+
+def kept(outcome: Outcome) -> int:
+    return outcome.err.count("kept from before")
+
+
+def test_the_last_line_is_the_candidates_record(finished: Finished) -> None:
+    root, outcome = finished
+    record = outcome.record
+    validate(record)
+    assert (record["role"], record["precision"], record["quantizer"]) == ("candidate", "int8", "nncf")
+    assert record["quality_reference"] == "ground_truth"
+    assert record["scenes"] == ["test-0-0000", "test-0-0001"]
+    assert record["images_calibration"] == 8
+    assert outcome.code == (1 if record["verdict"] == "fail" else 0)
+    assert len(record["verdict_reasons"]) == 5
+    assert record["executed_precision"]["int8"] > 0.5
+    assert sum(record["executed_precision"].values()) == pytest.approx(1)
+    # The columns follow from the raw samples and the files that the record was made from.
+    pairs = sorted(record["samples"]["pair"])
+    assert record["t_pair_p50_ms"] == pytest.approx((pairs[1] + pairs[2]) / 2, abs=1e-3)
+    assert len(record["samples"]["pair"]) == 4
+    assert len(record["samples"]["encoder"]) == 8
+    size = sum(p.stat().st_size for p in stage_folder(root, "quantized").iterdir() if p.suffix in (".xml", ".bin"))
+    assert record["size_MB"] == size / 1e6
+    assert record["params"] == record["params_M"] * 1e6 > 1e5
+    for line in outcome.out.splitlines():  # nothing but the record goes to stdout
+        assert line == outcome.out.splitlines()[-1]
+
+
+def test_three_records_teacher_first(finished: Finished) -> None:
+    root, outcome = finished
+    records = {record["precision"]: record for record in written(root)}
+    float_rows = [p for p in records if p != "int8"]
+    assert records["int8"] == outcome.record
+    assert "f32" in float_rows
+    for precision in float_rows:
+        assert records[precision]["role"] == "teacher"
+        assert records[precision]["quantizer"] is records[precision]["verdict"] is None
+        assert records[precision]["executed_precision"] == pytest.approx({precision: 1.0})
+    teacher = records["f32"]
+    assert (teacher["quality_drop_pct"], teacher["speedup_vs_fp32"], teacher["size_ratio"]) == (0, 1, 1)
+    candidate = records["int8"]
+    assert candidate["size_ratio"] == pytest.approx(candidate["size_MB"] / teacher["size_MB"])
+    assert candidate["size_ratio"] < 0.6
+    expected = 100 * (candidate["absrel"] - teacher["absrel"]) / teacher["absrel"]
+    assert candidate["quality_drop_pct"] == pytest.approx(expected)
+    assert candidate["speedup_vs_fp32"] == pytest.approx(teacher["t_pair_p50_ms"] / candidate["t_pair_p50_ms"])
+    fastest = min((records[p] for p in float_rows), key=lambda r: r["t_pair_p50_ms"])
+    assert candidate["best_float"] == fastest["precision"]
+    assert candidate["speedup_vs_best_float"] == pytest.approx(fastest["t_pair_p50_ms"] / candidate["t_pair_p50_ms"])
+    assert candidate["flops_G"] == pytest.approx(teacher["flops_G"], rel=0.05)
+
+
+def test_again_reuses_every_stage(finished: Finished, copy_of: Copy, tiny_model: Path) -> None:
+    root = copy_of()
+    began = time.monotonic()
+    again = pqk(root, *RUN, "--model", tiny_model)
+    seconds = time.monotonic() - began
+    assert again.code == finished[1].code
+    assert kept(again) == again.err.count("✓") - 1  # the last one says where the records are
+    assert "…" not in again.err
+    same(again.record, finished[1].record, "datetime", "wall_s")
+    assert again.record["wall_s"] < 0.5 * finished[1].record["wall_s"], seconds
+
+
+@pytest.mark.slow
+def test_fresh_makes_everything_anew(finished: Finished, copy_of: Copy, tiny_model: Path) -> None:
+    root = copy_of()
+    before = {p: p.stat().st_mtime_ns for p in (root / "outputs" / "store").glob("*/*/manifest.json")}
+    outcome = pqk(root, *RUN, "--model", tiny_model, "--fresh")
+    assert kept(outcome) == 0
+    after = {p: p.stat().st_mtime_ns for p in (root / "outputs" / "store").glob("*/*/manifest.json")}
+    assert after.keys() == before.keys()
+    assert all(after[p] > before[p] for p in before)
+    same_quality(outcome.record, finished[1].record)
+    assert outcome.record["hashes"] == finished[1].record["hashes"]
+
+
+def same_quality(a: dict[str, Any], b: dict[str, Any]) -> None:
+    columns = ("chamfer", "absrel", "rmse", "delta1", "reproj_px", "quality_drop_pct", "executed_precision")
+    assert {c: a[c] for c in columns} == {c: b[c] for c in columns}
+
+
+def test_a_folder_of_scenes(finished: Finished, copy_of: Copy, tiny_model: Path, tmp_path: Path) -> None:
+    """The generator's own output, read as a user's folder, scores exactly as the generated scenes do."""
+    root = copy_of()
+    folder = tmp_path / "scenes"
+    for scene in stage_folder(root, "scenes").iterdir():
+        if scene.is_dir():
+            shutil.copytree(scene, folder / scene.name)
+    (folder / "test-0-0001" / "notes.txt").write_text("a file that belongs to no scene")
+    outcome = pqk(root, *RUN, "--model", tiny_model, "--scenes", folder)
+    assert outcome.code in (0, 1)
+    same_quality(outcome.record, finished[1].record)
+    assert outcome.record["hashes"]["scenes"] != finished[1].record["hashes"]["scenes"]
+    assert (
+        kept(outcome) == outcome.err.count("✓") - 1 - outcome.err.count("… quality") - 1
+    )  # only quality and timing are new
+    assert "calibration images  kept from before" in outcome.err
+
+
+def test_a_folder_of_photographs(copy_of: Copy, tiny_model: Path, tmp_path: Path) -> None:
+    """Pictures without cameras, in several sizes and formats: quality is the agreement with the Teacher."""
+    root = copy_of()
+    scene = open_scene(stage_folder(root, "scenes") / "test-0-0000")
+    photos = tmp_path / "holiday"
+    photos.mkdir()
+    for number, (view, name) in enumerate(zip(scene.views, ("a.jpg", "b.png", "c.webp"), strict=True)):
+        picture = Image.fromarray(view.load_image()).resize((90 + 20 * number, 80))
+        picture.save(photos / name)
+    outcome = pqk(root, *RUN, "--model", tiny_model, "--images", photos)
+    assert outcome.code in (0, 1)
+    record = outcome.record
+    assert record["quality_reference"] == "teacher"
+    assert record["scenes"] == ["holiday"]
+    assert record["pairs"] == 3
+    assert record["reproj_px"] is None
+    assert record["quality_drop_pct"] == pytest.approx(100 * record["absrel"])
+    assert 0 < record["quality_drop_pct"] < 50
+    (teacher,) = (r for r in written(root) if r["precision"] == "f32" and r["quality_reference"] == "teacher")
+    assert (teacher["absrel"], teacher["quality_drop_pct"], teacher["delta1"]) == (0, 0, 1)
+
+
+def test_seed_and_settings_reach_the_record(copy_of: Copy, tiny_model: Path) -> None:
+    root = copy_of()
+    outcome = pqk(
+        root, *RUN, "--model", tiny_model, "--seed", "7",
+        "--set", "eval.quality.chamfer_points=64", "--set", "eval.efficiency={min_pairs: 3, warmup: 0}",
+    )  # fmt: skip
+    assert outcome.code in (0, 1), outcome.err
+    record = outcome.record
+    assert (record["seed"], record["train_seed"], record["eval_seed"]) == (7, 7, 7)
+    assert len(record["samples"]["pair"]) == 3
+    plain = next(r for r in written(root) if r["seed"] == 0 and r["precision"] == "int8")
+    assert record["absrel"] == plain["absrel"]  # the depth metrics draw no random numbers
+    assert record["chamfer"] != plain["chamfer"]
+    assert record["hashes"]["card"] == plain["hashes"]["card"]
+    assert record["hashes"]["eval"] != plain["hashes"]["eval"]
+    assert len(written(root)) == 6
+
+
+def test_a_setting_replaces_a_cards_override(copy_of: Copy, tiny_model: Path) -> None:
+    """H1 overrides quant.ptq.calibration_images itself; the command line has the last word."""
+    root = copy_of()
+    command = ("run", "H1", "--backend", "openvino", "--model", tiny_model, "--json")
+    outcome = pqk(root, *command, "--set", "quant.ptq.calibration_images=8")
+    assert outcome.code in (0, 1), outcome.err
+    assert (outcome.record["exp_id"], outcome.record["images_calibration"]) == ("H1", 8)
+    assert kept(outcome) == outcome.err.count("✓") - 1  # the same work as B1
+
+
+@pytest.mark.parametrize("script", ["run_quant", "run_eval", "baseline_eval"])
+def test_the_doors_of_the_lab(script: str, finished: Finished, copy_of: Copy, tiny_model: Path) -> None:
+    root = copy_of()
+    for old in (root / "logs").glob("B1-*.json"):
+        old.unlink()
+    log = root / "logs" / "B1_log.json"
+    configs = ("--workload", "configs/workload.yaml", "--eval", "configs/eval.yaml", "--cfg", "configs/quant.yaml")
+    command = [sys.executable, REPOSITORY / "scripts" / f"{script}.py", *configs, "--ckpt", tiny_model, "--log", log]
+    done = subprocess.run(command, cwd=root, env=environment(), capture_output=True, text=True, check=False)
+    content = json.loads(log.read_text())
+    if script == "run_quant":
+        assert done.returncode == finished[1].code, done.stderr
+        same(content, finished[1].record, "datetime", "wall_s")
+    else:
+        assert done.returncode == 0, done.stderr
+        assert content[0]["precision"] == "f32"
+        assert {r["role"] for r in content} == {"teacher" if script == "baseline_eval" else "baseline"}
+        assert all(r["quantizer"] is None for r in content)
+    from pqk.report.table import load_table
+
+    # The same record in two logs is one row.
+    assert len(load_table(root / "logs")) == (3 if script == "run_quant" else len(content))
+
+
+def test_a_door_refuses_before_it_works(project: Path, tiny_model: Path) -> None:
+    command = [sys.executable, REPOSITORY / "scripts" / "run_quant.py", "--ckpt", tiny_model, "--log", "logs/B1.txt"]
+    done = subprocess.run(command, cwd=project, env=environment(), capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (2, "pqk: --log logs/B1.txt: the name of a log ends in .json\n")
+    assert not (project / "outputs").exists()
+
+
+def test_large_card(project: Path) -> None:
+    """B1-large asks for little work and loosens nothing."""
+    from pqk.spec.card import load_card, resolve
+
+    large, plain = (resolve(load_card(name, project), project) for name in ("B1-large", "B1"))
+    assert (large.workload.scenes.test.count, large.workload.scenes.test.views) == (1, 2)
+    assert large.quant.ptq.calibration_images == large.workload.calibration.images == 8
+    assert large.workload.pair_graph.kind == "complete"
+    assert large.evaluation.thresholds == plain.evaluation.thresholds
+    assert sha256_json(large.quant.model_dump(mode="json")) == large.quant.sha256

@@ -1,0 +1,102 @@
+"""The verdict: each threshold alone decides, on the right side of its limit, and nothing passes unmeasured."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pqk.run.verdict import Measured, judge_quantized
+from pqk.spec.evaluation import Thresholds, load_evaluation
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+LIMITS = load_evaluation(REPOSITORY / "configs" / "eval.yaml").thresholds
+GOOD = Measured(drop_pct=0.4, speedup_vs_fp32=2.6, speedup_vs_best_float=1.3, size_ratio=0.26, int8_share=0.91)
+ORDER = [field.name for field in fields(Measured)]
+
+# name: (just good enough, just not)
+EDGES = {
+    "drop_pct": (1.0, 1.0001),
+    "speedup_vs_fp32": (2.0, 1.9999),
+    "speedup_vs_best_float": (1.0, 0.9999),
+    "size_ratio": (1 / 3.5, 1 / 3.4999),
+    "int8_share": (0.80, 0.7999),
+}
+
+
+def test_all_good() -> None:
+    verdict, sentences = judge_quantized(GOOD, LIMITS)
+    assert verdict == "pass"
+    assert len(sentences) == 5
+    assert all(sentence.startswith("ok: ") for sentence in sentences)
+    assert sentences[1] == "ok: t_pair p50 62.5 % below fp32 (at least 50 % below)"
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_each_threshold_flips_alone(name: str) -> None:
+    enough, not_enough = EDGES[name]
+    assert judge_quantized(replace(GOOD, **{name: enough}), LIMITS)[0] == "pass"
+    verdict, sentences = judge_quantized(replace(GOOD, **{name: not_enough}), LIMITS)
+    assert verdict == "fail"
+    assert [s.startswith("FAILED: ") for s in sentences] == [field == name for field in ORDER]
+
+
+@pytest.mark.parametrize("name", ["drop_pct", "speedup_vs_fp32", "speedup_vs_best_float"])
+def test_what_was_not_measured_neither_passes_nor_hides_a_failure(name: str) -> None:
+    verdict, sentences = judge_quantized(replace(GOOD, **{name: None}), LIMITS)
+    assert verdict is None
+    assert [s.startswith("?: ") for s in sentences] == [field == name for field in ORDER]
+    assert judge_quantized(replace(GOOD, **{name: None}, int8_share=0.1), LIMITS)[0] == "fail"
+
+
+def test_the_slack_against_the_best_float_is_said() -> None:
+    slack = LIMITS.model_copy(update={"not_slower_than_best_float_pct": 5.0})
+    slower = replace(GOOD, speedup_vs_best_float=0.96)
+    assert judge_quantized(slower, LIMITS)[0] == "fail"
+    verdict, sentences = judge_quantized(slower, slack)
+    assert verdict == "pass"
+    assert "(at most 5 % slower)" in sentences[2]
+
+
+measured = st.builds(
+    Measured,
+    drop_pct=st.none() | st.floats(-100, 100),
+    speedup_vs_fp32=st.none() | st.floats(0.01, 100),
+    speedup_vs_best_float=st.none() | st.floats(0.01, 100),
+    size_ratio=st.floats(0.01, 2),
+    int8_share=st.floats(0, 1),
+)
+
+
+@given(measured, st.floats(0, 20), st.floats(0, 95), st.floats(1, 10), st.floats(0, 1))
+def test_the_verdict_is_the_conjunction(m: Measured, drop: float, cut: float, ratio: float, share: float) -> None:
+    limits: Thresholds = LIMITS.model_copy(
+        update={
+            "quality_drop_q_only_pct": drop,
+            "t_pair_p50_reduction_pct": cut,
+            "size_ratio_min": ratio,
+            "int8_flops_share_min": share,
+        }
+    )
+    verdict, sentences = judge_quantized(m, limits)
+    marks = [sentence.split(":")[0] for sentence in sentences]
+    assert set(marks) <= {"ok", "FAILED", "?"}
+    assert (verdict == "fail") == ("FAILED" in marks)
+    assert (verdict == "pass") == (set(marks) == {"ok"})
+    assert marks.count("?") == [m.drop_pct, m.speedup_vs_fp32, m.speedup_vs_best_float].count(None)
+    if m.drop_pct is not None:
+        assert (marks[0] == "ok") == (m.drop_pct <= drop)
+    assert (marks[4] == "ok") == (m.int8_share >= share)
+
+
+@given(measured, st.floats(0, 50), st.floats(1, 4))
+def test_a_better_measurement_never_fails_where_a_worse_one_passed(m: Measured, less: float, faster: float) -> None:
+    if judge_quantized(m, LIMITS)[0] != "pass":
+        return
+    assert m.drop_pct is not None
+    assert m.speedup_vs_fp32 is not None
+    better = replace(m, drop_pct=m.drop_pct - less, speedup_vs_fp32=m.speedup_vs_fp32 * faster)
+    assert judge_quantized(better, LIMITS)[0] == "pass"

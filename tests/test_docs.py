@@ -1,0 +1,208 @@
+"""What a newcomer reads must be true: commands parse, links lead somewhere, both READMEs say the same."""
+
+from __future__ import annotations
+
+import configparser
+import importlib.util
+import re
+import shlex
+import subprocess
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import typer
+
+from pqk.cli import app
+from pqk.spec.card import list_cards
+from pqk.spec.workload import load_workload
+
+ROOT = Path(__file__).resolve().parents[1]
+READMES = [ROOT / "README.md", ROOT / "README.zh-CN.md"]
+OURS = [*READMES, *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*OURS, *sorted((ROOT / "schedule" / "TaskCards").glob("*.md"))]
+PAGES += [ROOT / folder / "README.md" for folder in ("logs", "reports", "outputs")]
+TABLE = "<!-- table: pqk run B1 --backend openvino -->"
+MADE = ("logs/", "reports/", "outputs/")  # results: they exist after a run, not in a checkout
+
+
+def commands(page: str) -> list[str]:
+    """Every `pqk ...` command line of a page's shell blocks and inline code, without the `pqk`.
+
+    A verb that is only mentioned in a sentence (`pqk run`) gets --help, as it lacks what it needs to run.
+    """
+    blocks = re.findall(r"```bash\n(.*?)```", page, flags=re.DOTALL)
+    lines = [line.split(" #")[0].strip() for block in blocks for line in block.splitlines()]
+    prose = re.sub(r"```.*?```", "", page, flags=re.DOTALL)
+    for code in re.findall(r"`([^`]+)`", prose):
+        line = " ".join(code.split())
+        lines.append(f"{line} --help" if re.fullmatch(r"pqk( [a-z]+)+", line) else line)
+    matches = [re.match(r"(?:torchrun .* -m pqk\.cli|pqk) (\S.*)", line) for line in lines]
+    return [match[1] for match in matches if match]
+
+
+def parse(arguments: list[str]) -> tuple[str, dict[str, Any]]:
+    """Resolve the verb and parse its options without running it; typer raises for what it does not know."""
+    command: Any = typer.main.get_command(app)
+    context = command.make_context("pqk", list(arguments))
+    while hasattr(command, "resolve_command"):
+        name, command, rest = command.resolve_command(context, [*context._protected_args, *context.args])
+        if rest == ["--help"]:
+            return str(name), {}
+        context = command.make_context(name, rest, parent=context)
+    return str(command.name), context.params
+
+
+def cases() -> list[tuple[str, str]]:
+    return [(str(page.relative_to(ROOT)), line) for page in PAGES for line in commands(page.read_text("utf-8"))]
+
+
+@pytest.mark.parametrize(("page", "line"), cases())
+def test_every_command_parses(page: str, line: str) -> None:
+    verb, parameters = parse(shlex.split(line))
+    if verb == "run" and parameters:
+        assert parameters["card"] in list_cards(ROOT), f"{page} names a card that is not there"
+        for item in parameters["setting"] or ():
+            key, sign, _ = item.partition("=")
+            assert sign and key.split(".")[0] in ("workload", "eval", "quant")
+
+
+def test_a_wrong_command_is_noticed() -> None:
+    assert commands("`pqk run B1 --bogus 1` and\n```bash\npqk runs B1  # why\n```\n") == ["runs B1", "run B1 --bogus 1"]
+    assert commands("`pqk run` and `pqk train teachers`") == ["run --help", "train teachers --help"]
+    for line in ("runs B1", "run B1 --bogus 1", "train teachers --help", "run"):
+        with pytest.raises(Exception, match=r"(?i)no such|missing"):
+            parse(shlex.split(line))
+
+
+def test_the_commands_of_the_guides_are_found() -> None:
+    assert len(cases()) > 25
+    verbs = {line.split()[0] for _, line in cases()}
+    assert {"run", "check", "table", "env", "data", "train", "bench"} <= verbs
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_and_named_files_exist(page: Path) -> None:
+    text = page.read_text("utf-8")
+    for link in re.findall(r"\]\(([^)]+)\)", text):
+        if "://" not in link:
+            assert (page.parent / link.split("#")[0]).exists(), f"{page.name} links to {link}"
+    folders = "|".join(sorted(p.name for p in ROOT.iterdir() if p.is_dir() and not p.name.startswith(".")))
+    for name in re.findall(rf"`((?:{folders})/[\w./-]+)`", text):
+        if not name.startswith(MADE) or name.endswith(("README.md", "schema.json")):
+            assert (ROOT / name).exists(), f"{page.name} names {name}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_path_of_one_machine(page: Path) -> None:
+    assert not re.findall(r"(?<![\w.~:/])/(?:root|home|work|tmp|Users|opt|mnt)\b", page.read_text("utf-8"))
+
+
+def test_both_readmes_say_the_same() -> None:
+    english, chinese = (page.read_text("utf-8") for page in READMES)
+    assert commands(english) == commands(chinese)
+    for pattern in (r"```bash\n", r"^## ", r"^\| ", r"\]\((?!README)([^)]+)\)"):
+        found = [re.findall(pattern, text, flags=re.MULTILINE) for text in (english, chinese)]
+        assert found[0] == found[1], pattern
+
+
+@pytest.mark.parametrize("page", READMES, ids=lambda path: path.name)
+def test_readme_is_short_and_has_a_place_for_the_table(page: Path) -> None:
+    text = page.read_text("utf-8")
+    assert len(text.splitlines()) < 180
+    assert re.search(rf"^{re.escape(TABLE)}\n```text\n(?:.*\n)*?```\n<!-- end of table -->$", text, re.MULTILINE)
+
+
+def normal(name: str) -> str:
+    """A requirement's name as package indexes compare it (PEP 503)."""
+    return re.sub(r"[-_.]+", "-", re.split(r"[\s<>=!~;\[]", name.strip())[0]).lower()
+
+
+def test_constraints_pin_every_requirement() -> None:
+    lines = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
+    pins = [line for line in lines if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", pin) for pin in pins)
+    pinned = {normal(pin.split("==")[0]) for pin in pins}
+    assert len(pinned) == len(pins)
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    extras = setup["options.extras_require"]
+    asked = setup["options"]["install_requires"] + "".join(extras[name] for name in extras if name != "trt")
+    assert {normal(line) for line in asked.splitlines() if line.strip()} <= pinned
+    torch = next(pin for pin in pins if pin.startswith("torch=="))
+    assert f"TORCH := {torch}\n" in (ROOT / "Makefile").read_text("utf-8")
+
+
+def test_no_host_of_a_package_index() -> None:
+    for name in ("Makefile", "constraints.txt", ".ci/run", "setup.cfg"):
+        assert not re.search(r"https?://|--(extra-)?index-url|--find-links", (ROOT / name).read_text("utf-8")), name
+
+
+def test_ci_runs_the_tests() -> None:
+    script = ROOT / ".ci" / "run"
+    assert script.stat().st_mode & 0o111 == 0o111
+    assert script.read_text("utf-8").startswith("#!/usr/bin/env bash\n")
+    dry = ["make", "-n", "-C", str(ROOT), "PYTHON=python3", "test"]
+    planned = subprocess.run(dry, capture_output=True, text=True, check=True).stdout
+    for step in ("ruff check", "ruff format --check", "mypy", "pytest"):
+        assert step in planned
+
+
+def test_make_run_fails_only_for_other_codes_than_a_threshold(tmp_path: Path) -> None:
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    for name in ("Makefile", "setup.cfg", "pyproject.toml", "constraints.txt"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    (tmp_path / ".venv" / "installed").touch()
+    program = tmp_path / ".venv" / "bin" / "pqk"
+    for code, ends_well in ((0, True), (1, True), (2, False), (3, False)):
+        program.write_text(f"#!/bin/sh\necho asked: $@\nexit {code}\n")
+        program.chmod(0o755)
+        done = subprocess.run(["make", "-C", str(tmp_path), "run"], capture_output=True, text=True, check=False)
+        assert (done.returncode == 0) == ends_well, code
+        assert "asked: run B1 --backend openvino" in done.stdout
+        assert ("a threshold failed" in done.stdout) == (code == 1)
+
+
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("describe_record", ROOT / "scripts" / "describe_record.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_table_of_fields_is_up_to_date(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    describe = script()
+    page: str = describe.PAGE.read_text("utf-8")
+    assert describe.renewed(page) == page, "run python scripts/describe_record.py"
+    old = tmp_path / "page.md"
+    old.write_text(page.replace("`absrel`", "`abs_rel`"), "utf-8")
+    monkeypatch.setattr("sys.argv", ["describe_record.py", "--page", str(old), "--check"])
+    assert describe.main() == 1
+    monkeypatch.setattr("sys.argv", ["describe_record.py", "--page", str(old)])
+    assert describe.main() == 0
+    assert old.read_text("utf-8").count("| `absrel` | number |") == 1
+    old.write_text("no marks", "utf-8")
+    assert describe.main() == 2
+
+
+def test_examples_that_change_the_config_hold(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "howto-train-teacher.md").read_text("utf-8")
+    from pqk.spec.training import load_training
+
+    blocks = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
+    assert len(blocks) == 1
+    (tmp_path / "mini.yaml").write_text(blocks[0], "utf-8")
+    assert load_training(tmp_path / "mini.yaml").steps == 3
+    assert load_workload(ROOT / "configs" / "workload.yaml").scenes.test.views == 6  # as howto-own-scenes.md says
+
+
+def test_the_example_card_is_a_card(tmp_path: Path) -> None:
+    from pqk.spec.card import read_card, resolve
+
+    page = (ROOT / "docs" / "howto-add-a-task-card.md").read_text("utf-8")
+    (block,) = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
+    path = tmp_path / "H2.md"
+    path.write_text(f"---\n{block}---\n# H2\n", "utf-8")
+    assert resolve(read_card(path), ROOT).workload.pair_graph.k == 2
