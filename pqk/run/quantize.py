@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from backends import registry
-from backends.base import Feeds, Precision, QuantSpec, Source
+from backends.base import Feeds, QuantSpec, Source
 from pqk.errors import PqkError, nearest
 from pqk.files import clear_write_errors
 from pqk.measure.footprint import peak_ram_bytes
@@ -89,7 +89,8 @@ def quantize_graphs(request: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="pqk-tokens-", dir=out) as folder:
         shape = (len(images), *encoder.outputs[0].shape[1:])
         tokens = _reserve(Path(folder) / "tokens.npy", shape)
-        with backend.compile(encoder, Precision.F32, {}) as engine:
+        best_float = backend.float_precisions()[-1]  # exact enough for ranges, and faster than f32
+        with backend.compile(encoder, best_float, {}) as engine:
             for k, image in enumerate(images):
                 tokens[k] = engine.infer({"image": image})["tokens"][0]
         quantized_encoder = quantizer.quantize(source("encoder", encoder), spec(len(images)), _Images(images))

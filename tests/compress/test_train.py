@@ -473,3 +473,19 @@ def test_two_processes_hold_the_same_weights(tmp_path):
     assert second["seeds"] == [(1, 2 * step + 1) for step in range(6)]
     start = teacher.build_model("dust3r", load_model(out).config)
     assert any(not torch.equal(v, first["model"][k]) for k, v in start.state_dict().items())
+
+
+def test_init_starts_from_given_weights(tmp_path, monkeypatch):
+    train_teacher(spec_with(steps=2), tmp_path / "first", device="cpu")
+    first = load_model(tmp_path / "first")
+    # a rate so small that the weights cannot leave their start
+    still = spec_with(steps=1, learning_rate=1e-12, final_rate=0.0, warmup=0.0, weight_decay=0.0)
+    train_teacher(still, tmp_path / "more", device="cpu", init=str(tmp_path / "first"))
+    more = load_model(tmp_path / "more")
+    for name, weight in first.state_dict().items():
+        torch.testing.assert_close(more.state_dict()[name], weight, rtol=0, atol=1e-6)
+    card = json.loads((tmp_path / "more" / "model_card.json").read_text())
+    assert card["init"]["card"]["sha256"] == sha256_file(tmp_path / "first" / "model.safetensors")
+    monkeypatch.setitem(NAMED, "tiny-for-tests", {**TINY, "enc_depth": 2})
+    with pytest.raises(PqkError, match="has another configuration than tiny-for-tests"):
+        train_teacher(still, tmp_path / "other", device="cpu", init=str(tmp_path / "first"))
