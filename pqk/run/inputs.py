@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import copy
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +83,13 @@ class CalibrationImages:
 
     def __len__(self) -> int:
         return len(self.views)
+
+    def every_second_pair(self) -> CalibrationImages:
+        """The images of pairs 0, 2, 4, ...; of a set with a single pair, that pair."""
+        half = copy(self)
+        half.views = [view for k, view in enumerate(self.views) if k % 4 < 2]
+        half.views = half.views[: len(half.views) - len(half.views) % 2]
+        return half
 
     def __iter__(self) -> Iterator[np.ndarray]:
         for view in self.views:
