@@ -62,8 +62,8 @@ def _overlap(a: Frame, b: Frame) -> float:
 class CalibrationImages:
     """The calibration images, one (1,3,H,W) float32 array at a time; iterating again starts anew.
 
-    Images are taken scene by scene, so that neighbours in the list are neighbours in a scene: images 2k and 2k+1 make
-    pair k of the decoder's calibration. Raises PqkError when there are none, or fewer than asked.
+    Images are taken scene by scene, so that images 2k and 2k+1 of the list are neighbours in a scene.
+    Raises PqkError when there are none, or fewer than asked.
     """
 
     def __init__(self, folder: Path, wanted: int, height: int, width: int) -> None:

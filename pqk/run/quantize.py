@@ -87,7 +87,7 @@ def quantize_graphs(request: dict[str, Any]) -> dict[str, Any]:
         return Source(name, None, {}, tuple(t.name for t in graph.outputs), graph)
 
     with tempfile.TemporaryDirectory(prefix="pqk-tokens-", dir=out) as folder:
-        # every second pair of images: a pair passes through both decoders and both heads, so it tells them twice as much
+        # every second pair: it passes through both decoders and both heads, so a pair tells twice as much as an image
         chosen = images.every_second_pair()
         shape = (len(chosen), *encoder.outputs[0].shape[1:])
         tokens = _reserve(Path(folder) / "tokens.npy", shape)

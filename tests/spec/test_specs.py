@@ -108,7 +108,7 @@ def test_the_shipped_configs_hold_the_numbers_of_the_lab(configs: Path) -> None:
             "max_seconds is 0 but must be more than 0 and at most 86400",
         ),
         ("eval.yaml", "gpu_hours_overrun_pct: 120", "gpu_hours_overrun_pct: 20", "must be from 100 to 300"),
-        ("quant.yaml", "smooth_quant_alpha: 0.95", "smooth_quant_alpha: 1.5", "must be from 0 to 1"),
+        ("quant.yaml", "smooth_quant_alpha: null", "smooth_quant_alpha: 1.5", "must be from 0 to 1"),
         ("quant.yaml", "calibration_images: 512", "calibration_images: 0", "must be from 2 to 100000"),
         # Choices.
         (
@@ -273,7 +273,7 @@ def test_overrides(configs: Path) -> None:
     folder = load_workload(overrides={"scenes.test": {"source": "data/eth3d", "names": ["b", "a"]}})
     assert folder.scenes.test.names == ("b", "a")
     assert folder.scene_seeds("test") == []
-    assert load_quant(overrides={"ptq.smooth_quant_alpha": None}).ptq.smooth_quant_alpha is None
+    assert load_quant(overrides={"ptq.smooth_quant_alpha": 0.95}).ptq.smooth_quant_alpha == 0.95
 
 
 @pytest.mark.parametrize(
