@@ -305,15 +305,19 @@ class _Items:
 
 @contextlib.contextmanager
 def _quiet(progress: bool) -> Iterator[None]:
-    """NNCF logs and draws progress bars on stdout, where a command prints its result."""
-    import nncf
+    """NNCF logs and draws progress bars on stdout, where a command prints its result.
+
+    Its own `set_log_level` would change the handlers of the whole process, so the level of its logger is set here.
+    """
+    import nncf  # noqa: F401  (it sets up its logger when it is imported)
     import rich
 
-    console = rich.get_console()
-    before = console.quiet
-    nncf.set_log_level(logging.ERROR)
+    console, logger = rich.get_console(), logging.getLogger("nncf")
+    before = console.quiet, logger.level
     console.quiet = not progress
+    logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        console.quiet = before
+        console.quiet = before[0]
+        logger.setLevel(before[1])
