@@ -102,6 +102,7 @@ class QuantSpec:
     symmetric_activations: bool = True
     smooth_quant_alpha: float | None = 0.95
     bias_correction: str = "fast"
+    weight_range: str = "auto"  # full, half (7 of the 8 bits), or auto: half where this CPU's int8 sums saturate
     keep: tuple[str, ...] = ("LayerNorm", "Softmax", "AttentionScales")
     calibration_samples: int = 512
     output_dir: Path = field(default_factory=Path)
@@ -177,6 +178,10 @@ class Quantizer(Protocol):
     name: str
 
     def quantize(self, source: Source, spec: QuantSpec, calibration: Iterable[Feeds]) -> Graph: ...
+
+    def notes(self) -> Sequence[str]:
+        """Sentences on the last `quantize` that belong beside its results; empty when there is nothing to tell."""
+        ...
 
 
 class Backend(Protocol):

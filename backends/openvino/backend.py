@@ -4,23 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 from backends.base import Availability, BackendError, Engine, Graph, Kernel, Precision, Quantizer, Unavailable
+from backends.openvino.cpu import instruction_sets
 
 MEND = 'pip install "pqk[openvino]"'
-_FLAGS = [
-    "avx2",
-    "avx_vnni",
-    "avx512f",
-    "avx512_vnni",
-    "avx512_bf16",
-    "avx512_fp16",
-    "amx_tile",
-    "amx_int8",
-    "amx_bf16",
-]
 
 
 class OpenVINOBackend:
@@ -88,13 +77,3 @@ class OpenVINOBackend:
         found = self.availability()
         if not found.available:
             raise Unavailable(f"backend 'openvino' cannot run: {found.reason}; {found.mend}")
-
-
-def instruction_sets(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str]:
-    """Vector and matrix instruction sets of this CPU that matter for inference; empty where Linux does not tell."""
-    try:
-        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
-    flags = next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), [])
-    return [flag for flag in _FLAGS if flag in flags]

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from backends.base import BackendError, Feeds, Graph, Kernel, QuantSpec, Source, TensorInfo, nearest
+from backends.openvino.cpu import saturates
 from backends.openvino.engine import OpenVINOEngine, read_model, write_ir
 from backends.openvino.flops import CONVOLUTIONS, MATMULS, live_operations
 from backends.openvino.passes import fold_constants, share_constants, split_tables
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 GROUPS = ("LayerNorm", "Softmax", "AttentionScales")
 BIAS_CORRECTIONS = ("none", "fast", "full")
+WEIGHT_RANGES = ("auto", "full", "half")
 _NORMS = {"MVN", "ReduceMean", "SquaredDifference", "Power", "Sqrt"}
 _SOFTMAX = {"Softmax", "LogSoftmax", "ScaledDotProductAttention"}
 _SCALES = {"Multiply", "Divide"}
@@ -35,11 +37,13 @@ _BETWEEN = _SCALES | {"Add", "Subtract", "Transpose", "Reshape", "FakeQuantize",
 
 @dataclass
 class Report:
-    """What the last `quantize` did: passes over the calibration set, items of the first pass, kept nodes."""
+    """What the last `quantize` did: passes over the calibration set, items of the first pass, kept nodes, and whether
+    the weights were held to half their range."""
 
     passes: int = 0
     items: int = 0
     kept: tuple[str, ...] = ()
+    half_range: bool = False
 
 
 class NNCFQuantizer:
@@ -51,6 +55,13 @@ class NNCFQuantizer:
         """`progress`: show NNCF's progress bars."""
         self.progress = progress
         self.report = Report()
+
+    def notes(self) -> list[str]:
+        """Sentences on the last `quantize` that belong beside its results."""
+        if not self.report.half_range:
+            return []
+        why = ": int8 sums saturate on this CPU (no VNNI)" if saturates() else ""
+        return [f"weights use 7 of their 8 bits{why}"]
 
     def quantize(self, source: Source, spec: QuantSpec, calibration: Iterable[Feeds]) -> Graph:
         """Write `<spec.output_dir>/<source.name>.xml` and `.bin` (int8 weights) and return that graph.
@@ -87,7 +98,7 @@ class NNCFQuantizer:
         split_tables(quantized)
         share_constants(quantized)
         name_nodes(quantized)
-        self.report = Report(items.passes, items.first_pass, tuple(sorted(kept)))
+        self.report = Report(items.passes, items.first_pass, tuple(sorted(kept)), _half_range(spec))
         return write_ir(quantized, spec.output_dir / f"{source.name}.xml")
 
 
@@ -228,6 +239,9 @@ def _check_spec(spec: QuantSpec, source: Source) -> None:
         raise BackendError(
             f"bias_correction must be one of {list(BIAS_CORRECTIONS)}, got {spec.bias_correction!r}{hint}"
         )
+    if spec.weight_range not in WEIGHT_RANGES:
+        hint = nearest(spec.weight_range, WEIGHT_RANGES)
+        raise BackendError(f"weight_range must be one of {list(WEIGHT_RANGES)}, got {spec.weight_range!r}{hint}")
     alpha = spec.smooth_quant_alpha
     if alpha is not None and not 0 <= alpha <= 1:
         raise BackendError(f"smooth_quant_alpha must lie in [0, 1] or be null, got {alpha}")
@@ -244,16 +258,27 @@ def _preset(spec: QuantSpec) -> Any:
     return presets.PERFORMANCE if spec.symmetric_activations else presets.MIXED
 
 
+def _half_range(spec: QuantSpec) -> bool:
+    """Whether weights keep to 7 of their 8 bits.
+
+    An x86 CPU without VNNI multiplies int8 with an instruction (vpmaddubsw) whose sums of two products saturate at 16
+    bits; weights of half the range cannot reach that (Intel's oneDNN documentation, "Nuances of int8 computations").
+    """
+    return saturates() if spec.weight_range == "auto" else spec.weight_range == "half"
+
+
 def _advanced(spec: QuantSpec) -> Any:
     from nncf.quantization.advanced_parameters import (
         AdvancedQuantizationParameters,
         AdvancedSmoothQuantParameters,
+        OverflowFix,
         QuantizationParameters,
     )
 
     # A negative alpha is NNCF's way to say: off.
     alpha = -1.0 if spec.smooth_quant_alpha is None else spec.smooth_quant_alpha
     return AdvancedQuantizationParameters(
+        overflow_fix=OverflowFix.ENABLE if _half_range(spec) else OverflowFix.DISABLE,
         disable_bias_correction=spec.bias_correction == "none",
         smooth_quant_alphas=AdvancedSmoothQuantParameters(matmul=alpha, convolution=-1.0),
         weights_quantization_params=QuantizationParameters(per_channel=spec.weights == "per_channel"),

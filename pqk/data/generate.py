@@ -33,7 +33,7 @@ JPEG_QUALITY = 95
 ATTEMPTS = 24
 LOW = 128  # side in pixels of the depth maps on which overlap is checked
 CLOSEST = 0.5  # metres; nearer surfaces ruin relative depth errors
-BAND = 32
+BAND = 64
 
 
 @dataclass(frozen=True)

@@ -46,12 +46,23 @@ class SceneBatch:
         moved = {k: v.to(device) for k, v in values.items() if isinstance(v, torch.Tensor)}
         return SceneBatch(**{**values, **moved})
 
+    def one(self, scene: int, view: int) -> SceneBatch:
+        """The batch that holds a single scene, seen by a single camera."""
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        chosen = {k: v[scene : scene + 1] for k, v in values.items() if isinstance(v, torch.Tensor)}
+        chosen["exposure"] = chosen["exposure"][:, view : view + 1]
+        return SceneBatch(**{**values, **chosen, "terrain": int(scene < self.terrain)})
 
-def pixel_rays(focal: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Camera-frame ray directions with z = 1 through pixel centres (+0.5); focal in pixels (N,) -> (N, H*W, 3)."""
+
+def pixel_rays(focal: torch.Tensor, height: int, width: int, rows: tuple[int, int] | None = None) -> torch.Tensor:
+    """Camera-frame ray directions with z = 1 through pixel centres (+0.5); focal in pixels (N,) -> (N, h*W, 3).
+
+    `rows` gives the rays of that band of image rows only.
+    """
     device = focal.device
+    first, last = rows or (0, height)
     v, u = torch.meshgrid(
-        torch.arange(height, device=device) + 0.5, torch.arange(width, device=device) + 0.5, indexing="ij"
+        torch.arange(first, last, device=device) + 0.5, torch.arange(width, device=device) + 0.5, indexing="ij"
     )
     x = (u.reshape(1, -1) - width / 2) / focal[:, None]
     y = (v.reshape(1, -1) - height / 2) / focal[:, None]
@@ -71,11 +82,10 @@ def _turned(vector: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
     return torch.stack([cos * x - sin * z, y, sin * x + cos * z], -1)
 
 
-def _bump(waves: torch.Tensor, x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+def _bump(sines: list[list[torch.Tensor]], x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
     """Height of the rolling floor above y = 0 (non-negative): sum of a*(1 + sin(kx x + kz z + phase))."""
     height = torch.zeros_like(x)
-    for i in range(waves.shape[1]):
-        a, kx, kz, phase = (waves[:, i, j, None] for j in range(4))
+    for a, kx, kz, phase in sines:
         height = height + a * (1 + torch.sin(kx * x + kz * z + phase))
     return height
 
@@ -92,9 +102,18 @@ def _hit_floor(
     start = ((-top - oy) / safe).clamp(min=0.0)
     stop = torch.minimum((-oy / safe).clamp(min=0.0), limit)
     start = torch.minimum(start, stop)
+    if _lone_on_cpu(direction):  # most rays never come near the floor
+        near = (down & (start < stop))[0]
+        if not bool(near.all()):
+            found = torch.full_like(stop, FAR)
+            if bool(near.any()):
+                found[:, near] = _hit_floor(origin, direction[:, near], waves, limit[:, near], steps)
+            return found
+
+    sines = [[wave[:, j, None] for j in range(4)] for wave in waves.unbind(1)]
 
     def below(t: torch.Tensor) -> torch.Tensor:
-        return oy + t * dy + _bump(waves, ox + t * dx, oz + t * dz)
+        return oy + t * dy + _bump(sines, ox + t * dx, oz + t * dz)
 
     low, high = start, stop
     found = torch.zeros_like(down)
@@ -111,12 +130,92 @@ def _hit_floor(
     return torch.where(down & found, high, torch.full_like(high, FAR))
 
 
+def _lone_on_cpu(rays: torch.Tensor) -> bool:
+    """Whether (N,P,3) rays leave a single camera on a CPU: rays that need no work may be left out there.
+
+    On a GPU such a choice costs more than it saves: it waits for the device.
+    """
+    return len(rays) == 1 and rays.device.type == "cpu"
+
+
+Window = tuple[int, int, int, int]  # first and last (exclusive) row, then column
+
+
+def _windows(
+    scene: SceneBatch, cam_to_world: torch.Tensor, focal: float, height: int, width: int, rows: tuple[int, int]
+) -> list[Window]:
+    """Per object the part of a band of rows that it can cover in the image of the one camera, rows from the band's top.
+
+    The corners of an object's box span its outline. An object that is absent or behind the camera has an empty window;
+    one that reaches behind the camera has the whole band.
+    """
+    corners = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 3)
+    cos, sin = scene.turn[0].unbind(-1)
+    local = scene.half[0][:, None] * corners
+    world = _turned(local, cos[:, None], -sin[:, None]) + scene.centre[0][:, None]
+    seen = (world - cam_to_world[:3, 3]) @ cam_to_world[:3, :3]  # (O,8,3) in the camera
+    z = seen[..., 2]
+    ahead = z.clamp(min=1e-3)
+    u, v = (focal * seen[..., axis] / ahead for axis in (0, 1))
+    edges = torch.stack([v.amin(1) + height / 2, v.amax(1) + height / 2, u.amin(1) + width / 2, u.amax(1) + width / 2])
+    found = []
+    for k, (top, bottom, left, right) in enumerate(edges.T.tolist()):
+        if scene.present[0, k] <= 0 or z[k].max() <= 0:
+            found.append((0, 0, 0, 0))
+        elif z[k].min() < 0.05:
+            found.append((0, rows[1] - rows[0], 0, width))
+        else:  # a pixel of slack on each side: rounding must never cut an outline
+            r0, r1 = max(int(top) - 1, rows[0]), min(int(bottom) + 2, rows[1])
+            c0, c1 = max(int(left) - 1, 0), min(int(right) + 2, width)
+            found.append((r0 - rows[0], r1 - rows[0], c0, c1) if r0 < r1 and c0 < c1 else (0, 0, 0, 0))
+    return found
+
+
+def _hit_object(
+    scene: SceneBatch, index: torch.Tensor, k: int, origin: torch.Tensor, direction: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where rays (N,P,3) enter object k, and whether they do (it is present, hit, and ahead), both (N,P)."""
+    kind = scene.kinds[k]
+    cos, sin = scene.turn[index, k, 0], scene.turn[index, k, 1]
+    size = scene.half[index, k]
+    o = _turned(origin - scene.centre[index, k], cos, sin)
+    d = _turned(direction, cos[:, None], sin[:, None])
+    if kind == BOX:
+        near, far = _slab(o[:, None], d, size[:, None])
+        hit = (near <= far) & (near > 0)
+    elif kind == ELLIPSOID:
+        oo, dd = (o / size)[:, None], d / size[:, None]
+        a, b, c = (dd * dd).sum(-1), (oo * dd).sum(-1), (oo * oo).sum(-1) - 1
+        disc = b * b - a * c
+        near = (-b - disc.clamp(min=0).sqrt()) / a
+        hit = (disc > 0) & (near > 0)
+    else:
+        radius, tall = size[:, 0, None], size[:, 1, None]
+        dx, dy, dz = d.unbind(-1)
+        ox, oy, oz = (o[:, i, None] for i in range(3))
+        a = dx * dx + dz * dz
+        b = ox * dx + oz * dz
+        disc = b * b - a * (ox * ox + oz * oz - radius * radius)
+        root = disc.clamp(min=0).sqrt()
+        y1, y2 = (-tall - oy) / dy, (tall - oy) / dy
+        near = torch.maximum((-b - root) / a, torch.minimum(y1, y2))
+        far = torch.minimum((-b + root) / a, torch.maximum(y1, y2))
+        hit = (disc > 0) & (near <= far) & (near > 0)
+    return near, hit & (scene.present[index, k, None] > 0)
+
+
 def _nearest(
-    scene: SceneBatch, index: torch.Tensor, origin: torch.Tensor, direction: torch.Tensor
+    scene: SceneBatch,
+    index: torch.Tensor,
+    origin: torch.Tensor,
+    direction: torch.Tensor,
+    windows: list[Window] | None = None,
+    width: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Nearest hit of every ray: parameter t and surface number, both (N,P).
 
-    Surfaces: 0 floor, 1 ceiling, 2-5 walls, 6+ objects.
+    Surfaces: 0 floor, 1 ceiling, 2-5 walls, 6+ objects. With `windows` (see `_windows`; one camera, P = rows * width)
+    each object is looked for only there.
     """
     room = scene.room[index]
     centre = torch.stack([torch.zeros_like(room[:, 0]), -room[:, 1] / 2, torch.zeros_like(room[:, 0])], -1)
@@ -139,35 +238,23 @@ def _nearest(
             t = _hit_floor(origin[:count], direction[:count], scene.waves[index[:count]], best[:count])
             surface[:count] = torch.where(t < best[:count], torch.zeros_like(surface[:count]), surface[:count])
             best[:count] = torch.minimum(best[:count], t)
-    for k, kind in enumerate(scene.kinds):
-        cos, sin = scene.turn[index, k, 0], scene.turn[index, k, 1]
-        size = scene.half[index, k]
-        o = _turned(origin - scene.centre[index, k], cos, sin)
-        d = _turned(safe, cos[:, None], sin[:, None])
-        if kind == BOX:
-            near, far = _slab(o[:, None], d, size[:, None])
-            hit = (near <= far) & (near > 0)
-        elif kind == ELLIPSOID:
-            oo, dd = (o / size)[:, None], d / size[:, None]
-            a, b, c = (dd * dd).sum(-1), (oo * dd).sum(-1), (oo * oo).sum(-1) - 1
-            disc = b * b - a * c
-            near = (-b - disc.clamp(min=0).sqrt()) / a
-            hit = (disc > 0) & (near > 0)
-        else:
-            radius, tall = size[:, 0, None], size[:, 1, None]
-            dx, dy, dz = d.unbind(-1)
-            ox, oy, oz = (o[:, i, None] for i in range(3))
-            a = dx * dx + dz * dz
-            b = ox * dx + oz * dz
-            disc = b * b - a * (ox * ox + oz * oz - radius * radius)
-            root = disc.clamp(min=0).sqrt()
-            y1, y2 = (-tall - oy) / dy, (tall - oy) / dy
-            near = torch.maximum((-b - root) / a, torch.minimum(y1, y2))
-            far = torch.minimum((-b + root) / a, torch.maximum(y1, y2))
-            hit = (disc > 0) & (near <= far) & (near > 0)
-        hit = hit & (scene.present[index, k, None] > 0) & (near < best)
-        best = torch.where(hit, near, best)
-        surface = torch.where(hit, torch.full_like(surface, 6 + k), surface)
+    if windows is None:
+        for k in range(len(scene.kinds)):
+            near, hit = _hit_object(scene, index, k, origin, safe)
+            hit = hit & (near < best)
+            best = torch.where(hit, near, best)
+            surface = torch.where(hit, torch.full_like(surface, 6 + k), surface)
+        return best, surface
+    rays, bests, surfaces = safe.view(-1, width, 3), best.view(-1, width), surface.view(-1, width)
+    for k, (r0, r1, c0, c1) in enumerate(windows):
+        if r0 == r1:
+            continue
+        near, hit = _hit_object(scene, index, k, origin, rays[r0:r1, c0:c1].reshape(1, -1, 3))
+        near, hit = near.view(r1 - r0, c1 - c0), hit.view(r1 - r0, c1 - c0)
+        so_far = bests[r0:r1, c0:c1]
+        hit = hit & (near < so_far)
+        so_far.copy_(torch.where(hit, near, so_far))
+        surfaces[r0:r1, c0:c1].masked_fill_(hit, 6 + k)
     return best, surface
 
 
@@ -251,15 +338,17 @@ def trace(
     batch, views = focal.shape
     index = torch.arange(batch, device=focal.device).repeat_interleave(views)
     pose = cam_to_world.reshape(-1, 4, 4)
-    rays = pixel_rays(focal.reshape(-1), height, width)
+    rays = pixel_rays(focal.reshape(-1), height, width, rows)
+    windows = None
+    if _lone_on_cpu(rays):
+        windows = _windows(scene, pose[0], float(focal.reshape(-1)[0]), height, width, rows or (0, height))
     if rows is not None:
-        rays = rays[:, rows[0] * width : rows[1] * width]
         height = rows[1] - rows[0]
     # no matmul: TF32 and autocast would round the rays
     right, down, ahead = (rays[..., j, None] * pose[:, None, :3, j] for j in range(3))
     direction = right + down + ahead
     origin = pose[:, :3, 3]
-    t, surface = _nearest(scene, index, origin, direction)
+    t, surface = _nearest(scene, index, origin, direction, windows, width)
     depth = t.reshape(batch, views, height, width)  # rays have z = 1, so the parameter is the depth
     if bank is None:
         return None, depth

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from pqk.run.inputs import load_frames, scene_pairs
 from pqk.run.variants import Runner, Variant
 from pqk.spec.workload import PairGraph
 
+_AHEAD = 4  # pairs that may wait for their scores
+
 
 def evaluate(request: dict[str, Any]) -> dict[str, Any]:
     """Score every pair of every scene.
@@ -33,10 +36,12 @@ def evaluate(request: dict[str, Any]) -> dict[str, Any]:
     """
     variant = Variant.from_json(request["variant"])
     reference = Variant.from_json(request["reference"]) if request["reference"] else None
-    rows: list[dict[str, Any]] = []
+    waiting: list[tuple[dict[str, str], Future[dict[str, Any] | None]]] = []
     names: list[str] = []
     graph = PairGraph.model_validate(request["pair_graph"])
     with ExitStack() as engines:
+        # Scores are computed beside the engines: most of scoring is one thread in numpy, which frees the interpreter.
+        scorer = engines.enter_context(ThreadPoolExecutor(1, "score"))
         runner = engines.enter_context(Runner(variant))
         teacher = engines.enter_context(Runner(reference)) if reference else None
         for folder in request["scenes"]:
@@ -49,17 +54,15 @@ def evaluate(request: dict[str, Any]) -> dict[str, Any]:
             taught = [teacher.encode(f.image[None]) for f in frames] if teacher else []
             for i, j in pairs:
                 out = runner.decode(tokens[i], tokens[j])
-                scores: dict[str, Any] | None
-                try:
-                    if teacher:
-                        scores = _against(out, teacher.decode(taught[i], taught[j]), request)
-                    else:
-                        scores = _against_truth(out, frames[i], frames[j], request)
-                except PqkError as error:
-                    pair = f"{frames[i].name} and {frames[j].name}"
-                    raise PqkError(f"{variant.name} on scene {scene.name}, {pair}: {error}") from error
-                if scores is not None:
-                    rows.append({"scene": scene.name, "first": frames[i].name, "second": frames[j].name, **scores})
+                if teacher:
+                    job = scorer.submit(_against, out, teacher.decode(taught[i], taught[j]), request)
+                else:
+                    job = scorer.submit(_against_truth, out, frames[i], frames[j], request)
+                pair = {"scene": scene.name, "first": frames[i].name, "second": frames[j].name}
+                waiting.append((pair, job))
+                if len(waiting) > _AHEAD:  # bounds the predictions in memory, and stops soon after a failure
+                    _scores(variant, *waiting[-_AHEAD - 1])
+        rows = [{**pair, **scores} for pair, job in waiting if (scores := _scores(variant, pair, job)) is not None]
         if not rows:
             wanted = request["quality"]["min_valid_pixels"]
             raise PqkError(
@@ -88,6 +91,15 @@ def evaluate(request: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _scores(variant: Variant, pair: Mapping[str, str], job: Future[dict[str, Any] | None]) -> dict[str, Any] | None:
+    """Wait for a pair's scores. Raises PqkError that names the pair."""
+    try:
+        return job.result()
+    except PqkError as error:
+        where = f"{pair['first']} and {pair['second']}"
+        raise PqkError(f"{variant.name} on scene {pair['scene']}, {where}: {error}") from error
+
+
 def _row(kernel: Kernel) -> dict[str, Any]:
     shown = ("name", "type", "implementation", "precision", "time_us", "flops")
     return {name: getattr(kernel, name) for name in shown}
@@ -105,7 +117,7 @@ def _against_truth(
 
 def _against(
     out: Mapping[str, np.ndarray], teacher: Mapping[str, np.ndarray], request: dict[str, Any]
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     return dict(score_against_reference(out, teacher, **_options(request)))
 
 

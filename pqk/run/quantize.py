@@ -55,7 +55,8 @@ def quantize_graphs(request: dict[str, Any]) -> dict[str, Any]:
     """Quantize encoder and decoder into `out`.
 
     Request: backend, quantizer, encoder, decoder (graphs), calibration (folder of scenes), shape, ptq (the config's
-    section), out. Returns the two graphs, the images and pairs consumed, and the peak memory in bytes.
+    section), out. Returns the two graphs, the images and pairs consumed, the quantizer's notes, and the peak memory in
+    bytes.
     """
     backend = registry.get(request["backend"])
     quantizers = backend.quantizers()
@@ -78,6 +79,7 @@ def quantize_graphs(request: dict[str, Any]) -> dict[str, Any]:
             symmetric_activations=ptq["symmetric_activations"],
             smooth_quant_alpha=ptq["smooth_quant_alpha"],
             bias_correction=ptq["bias_correction"],
+            weight_range=ptq["weight_range"],
             keep=tuple(ptq["keep_list"]),
             calibration_samples=samples,
             output_dir=out,
@@ -103,5 +105,6 @@ def quantize_graphs(request: dict[str, Any]) -> dict[str, Any]:
         "decoder": graph_to_json(quantized_decoder),
         "images": len(images),
         "pairs": len(chosen) // 2,
+        "notes": list(quantizer.notes()),
         "peak_bytes": peak_ram_bytes(),
     }

@@ -72,9 +72,12 @@ def run(request: Request, root: Path, on_event: OnEvent, say: Callable[[str], No
     quantizer = _quantizer(backend, request.quantizer) if request.recipe else None
     height, width = workload.input.height, workload.input.width
     shape = (height, width)
-    machine = {"device": _device(backend), "versions": _versions()}
+    details = backend.availability().details
+    machine = {"device": _device(details), "versions": _versions()}
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    ctx = Context(Store(paths.store(root), fresh=request.fresh), on_event, {**machine, "cores": cores})
+    ctx = Context(
+        Store(paths.store(root), fresh=request.fresh), on_event, {**machine, "isa": details.get("isa"), "cores": cores}
+    )
 
     name, model_sha, model = _model(request.model, root)
     scenes, truthful = _scenes(ctx, request, experiment, root)
@@ -197,6 +200,7 @@ def run(request: Request, root: Path, on_event: OnEvent, say: Callable[[str], No
                 "bits_a": ptq_used.bits_a,
                 "keep_list": list(ptq_used.keep_list),
                 "images_calibration": quantized.images,
+                "notes": quantized.notes,
                 "wall_s": round(time.monotonic() - began, 1),
             }
             record["hashes"]["calibration"] = calibration.sha256
@@ -331,9 +335,8 @@ def _fill_timing(
     }
 
 
-def _device(backend: Backend) -> str:
-    found = backend.availability()
-    return str(found.details.get("cpu") or platform.processor() or platform.machine())
+def _device(details: Mapping[str, str]) -> str:
+    return str(details.get("cpu") or platform.processor() or platform.machine())
 
 
 def _versions() -> dict[str, str]:

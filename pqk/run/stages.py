@@ -74,6 +74,7 @@ _QUANT_CODE = (
     *_READ_CODE,
     "pqk.run.quantize",
     "backends.openvino.nncf",
+    "backends.openvino.cpu",
     "backends.openvino.passes",
     "backends.openvino.flops",
     "backends.openvino.engine",
@@ -207,6 +208,7 @@ class Quantized:
     graphs: dict[str, Graph]
     images: int
     pairs: int
+    notes: str | None  # what the record should tell of how it was made
 
 
 def quantize(
@@ -237,7 +239,10 @@ def quantize(
         for name in ("encoder", "decoder"):
             result[name]["path"] = Path(result[name]["path"]).name
         write_json(folder / "graphs.json", {name: result[name] for name in ("encoder", "decoder")})
-        write_json(folder / "about.json", {name: result[name] for name in ("images", "pairs", "peak_bytes", "seconds")})
+        write_json(
+            folder / "about.json",
+            {name: result[name] for name in ("images", "pairs", "notes", "peak_bytes", "seconds")},
+        )
 
     inputs = {
         "backend": backend,
@@ -250,7 +255,7 @@ def quantize(
     }
     made = ctx.make("quantized", _QUANT_CODE, inputs, make)
     about = json.loads((made.path / "about.json").read_text())
-    return Quantized(_read_graphs(made.path), about["images"], about["pairs"])
+    return Quantized(_read_graphs(made.path), about["images"], about["pairs"], "; ".join(about["notes"]) or None)
 
 
 def quality(

@@ -27,6 +27,7 @@ class Ptq(Section):
     symmetric_activations: bool
     smooth_quant_alpha: Annotated[float | None, Field(ge=0, le=1)]
     bias_correction: Literal["none", "fast", "full"]
+    weight_range: Literal["auto", "full", "half"]
     calibration_images: Annotated[int, Field(ge=2, le=100_000)]
     keep_list: Annotated[tuple[str, ...], Field(strict=False)]
 

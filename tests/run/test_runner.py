@@ -177,7 +177,8 @@ def test_seed_and_settings_reach_the_record(copy_of: Copy, tiny_model: Path) -> 
     assert record["chamfer"] != plain["chamfer"]
     assert record["hashes"]["card"] == plain["hashes"]["card"]
     assert record["hashes"]["eval"] != plain["hashes"]["eval"]
-    assert len(written(root)) == 6
+    precisions = [r["precision"] for r in written(root)]
+    assert precisions.count("int8") == precisions.count("f32") == 2  # both runs keep their records
 
 
 def test_a_setting_replaces_a_cards_override(copy_of: Copy, tiny_model: Path) -> None:
