@@ -63,7 +63,7 @@ def edit(project: Path) -> Callable[[str, str, str], None]:
 
 
 def test_unknown_key_in_yaml(project: Path, refused: Refused, edit: Callable[..., None]) -> None:
-    edit("quant.yaml", "  bias_correction: fast", "  bias_corection: fast")
+    edit("quant.yaml", "  bias_correction: none", "  bias_corection: none")
     sentence = refused(project)
     assert re.match(
         r"configs/quant\.yaml:\d+: unknown key 'ptq\.bias_corection' \(did you mean 'bias_correction'\?\)", sentence

@@ -93,7 +93,7 @@ def test_killed_at_every_stage(project: Path, finished: Finished, tiny_model: Pa
     assert last.code in (0, 1), last.err
     assert last.err.count("kept from before") >= 5
     assert lasting(last.record) == lasting(finished[1].record)
-    assert len(read_records(project / "logs")) == 3
+    assert len(read_records(project / "logs")) == len(read_records(finished[0] / "logs"))
     assert not list((project / "outputs" / "store").glob("*/.*.tmp"))
 
 
