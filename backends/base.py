@@ -138,8 +138,13 @@ class Availability:
 
 
 class Engine(ABC):
-    """A compiled graph: arrays in, arrays out. A context manager that frees its device memory on exit."""
+    """A compiled graph: arrays in, arrays out. A context manager that frees its device memory on exit.
 
+    `measured` is 'engine', or 'emulated' when another runtime computes in its place: then its time means nothing.
+    """
+
+    measured: str = "engine"
+    graph: Graph
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
 
@@ -162,6 +167,11 @@ class Engine(ABC):
     @abstractmethod
     def kernels(self) -> list[Kernel]: ...
 
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the files that ship: those of the graph, unless the toolchain ships another file."""
+        return self.graph.size_bytes
+
     def close(self) -> None:  # noqa: B027  (an engine without resources needs none)
         """Free what the engine holds; it cannot be used afterwards."""
 
@@ -173,9 +183,15 @@ class Engine(ABC):
 
 
 class Quantizer(Protocol):
-    """Lowers the precision of a graph."""
+    """Lowers the precision of a graph.
+
+    `starts_from` is 'graph' or 'module': what of the `Source` it reads. `sources` names the Python modules whose code
+    decides its result, for caches.
+    """
 
     name: str
+    starts_from: str
+    sources: tuple[str, ...]
 
     def quantize(self, source: Source, spec: QuantSpec, calibration: Iterable[Feeds]) -> Graph: ...
 
@@ -185,9 +201,13 @@ class Quantizer(Protocol):
 
 
 class Backend(Protocol):
-    """A toolchain: quantizes, compiles and runs graphs. Knows nothing of models, cards or logs."""
+    """A toolchain: quantizes, compiles and runs graphs. Knows nothing of models, cards or logs.
+
+    `sources` names the Python modules whose code decides what its engines compute and report, for caches.
+    """
 
     name: str
+    sources: tuple[str, ...]
 
     def availability(self) -> Availability: ...
 

@@ -133,6 +133,7 @@ class ReferenceBackend:
     """ONNX Runtime behind the same contract as the toolchains; float32 only, quantizes nothing."""
 
     name = "reference"
+    sources: tuple[str, ...] = ("backends.reference",)
 
     def availability(self) -> Availability:
         try:

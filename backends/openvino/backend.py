@@ -16,6 +16,7 @@ class OpenVINOBackend:
     """ONNX -> NNCF -> OpenVINO on the CPU."""
 
     name = "openvino"
+    sources: tuple[str, ...] = ("backends.openvino.engine", "backends.openvino.flops", "backends.openvino.cpu")
 
     def availability(self) -> Availability:
         """Versions, devices, the CPU's name, its instruction sets and OpenVINO's capabilities; or what to install."""

@@ -173,11 +173,6 @@ class OpenVINOEngine(Engine):
         """Threads that the compiled model uses."""
         return int(self._compiled.get_property("INFERENCE_NUM_THREADS"))
 
-    @property
-    def size_bytes(self) -> int:
-        """Size on disk of the graph and its weights."""
-        return self.graph.size_bytes
-
     def kernels(self) -> list[Kernel]:
         """Executed nodes with their precision, mean time of a few runs on zeros (microseconds) and FLOPs.
 

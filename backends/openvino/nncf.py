@@ -50,6 +50,13 @@ class NNCFQuantizer:
     """NNCF post-training quantization for OpenVINO. `report` tells what the last call consumed and kept."""
 
     name = "nncf"
+    starts_from = "graph"
+    sources = (
+        "backends.openvino.nncf",
+        "backends.openvino.passes",
+        "backends.openvino.engine",
+        "backends.openvino.cpu",
+    )
 
     def __init__(self, progress: bool = False) -> None:
         """`progress`: show NNCF's progress bars."""

@@ -17,6 +17,7 @@ class TensorRTBackend:
     """The place of the TensorRT toolchain; every request that needs an engine raises Unavailable."""
 
     name = "trt"
+    sources: tuple[str, ...] = ("backends.trt.backend",)
 
     def availability(self) -> Availability:
         """Never available in this version; the reason names what the machine lacks, then what this version lacks."""
