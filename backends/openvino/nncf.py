@@ -51,7 +51,7 @@ class NNCFQuantizer:
 
     name = "nncf"
     starts_from = "graph"
-    sources = (
+    sources: tuple[str, ...] = (
         "backends.openvino.nncf",
         "backends.openvino.passes",
         "backends.openvino.engine",
