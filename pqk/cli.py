@@ -23,7 +23,8 @@ app.add_typer(bench_app, name="bench")
 def run(
     card: Annotated[str, typer.Argument(help="task card, for example B1 (schedule/TaskCards)")],
     backend: Annotated[
-        str | None, typer.Option(help="openvino or trt; default: trt where it can run, else openvino")
+        str | None,
+        typer.Option(help="openvino, trt or auto (the default): trt where it finds a CUDA device"),
     ] = None,
     quantizer: Annotated[str | None, typer.Option(help="quantizer of the backend; default: its first")] = None,
     model: Annotated[
@@ -47,12 +48,12 @@ def run(
 
     Exit codes: 0 ok, 1 a threshold failed, 2 wrong input, 3 backend or method unavailable.
     """
-    from pqk.run.command import default_backend, run_card, settings_of
+    from pqk.run.command import choose_backend, run_card, settings_of
     from pqk.run.runner import Request
 
     request = Request(
         card,
-        backend or default_backend(),
+        choose_backend(backend),
         quantizer,
         model,
         scenes,
@@ -62,6 +63,33 @@ def run(
         settings_of(setting or []),
     )
     raise typer.Exit(run_card(request, json_line))
+
+
+@app.command()
+def parity(
+    card: Annotated[str, typer.Argument(help="task card, for example B1 (schedule/TaskCards)")],
+    backends: Annotated[str, typer.Option(help="toolchains to compare, separated by commas")] = "trt,openvino",
+    quantizers: Annotated[str | None, typer.Option(help="e.g. nncf,inc,modelopt; default: all of each backend")] = None,
+    model: Annotated[str | None, typer.Option(help="as in `pqk run`; default: the shipped one")] = None,
+    scenes: Annotated[Path | None, typer.Option(help="folder of scenes with ground truth")] = None,
+    images: Annotated[Path | None, typer.Option(help="folder of photographs")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="train and evaluation seed")] = None,
+    setting: Annotated[list[str] | None, typer.Option("--set", help="override one value, as in `pqk run`")] = None,
+    fresh: Annotated[bool, typer.Option(help="make everything anew, reuse nothing")] = False,
+    json_line: Annotated[bool, typer.Option("--json", help="print everything as one JSON object, last line")] = False,
+) -> None:
+    """One recipe on every toolchain: quality, speed and how far the outputs are apart, with a verdict per level.
+
+    Exit codes: 0 all compared levels agree, 1 one differs, 2 wrong input, 3 nothing could be run.
+    """
+    from pqk.run.command import run_parity, settings_of
+    from pqk.run.runner import Request
+
+    names, tools = (
+        [w.strip() for w in text.split(",") if w.strip()] if text else None for text in (backends, quantizers)
+    )
+    request = Request(card, "", None, model, scenes, images, seed, fresh, settings_of(setting or []))
+    raise typer.Exit(run_parity(request, names or [], tools, json_line))
 
 
 @app.command()

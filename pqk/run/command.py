@@ -16,6 +16,7 @@ from pqk.files import check_writable
 from pqk.record.log import write_record, write_records
 from pqk.report.table import print_table
 from pqk.run.runner import Request, run
+from pqk.run.store import OnEvent
 from pqk.spec.yamlfile import parse_yaml
 
 _DOING = {
@@ -26,6 +27,7 @@ _DOING = {
     "quality": "quality on the test scenes",
     "timing": "timing, variants interleaved",
     "memory": "peak memory",
+    "agreement": "agreement of",
 }
 
 
@@ -62,22 +64,8 @@ def run_card(request: Request, as_json: bool, log: Path | None = None) -> int:
     errors = Console(stderr=True, highlight=False)
     began = time.monotonic()
 
-    def on_event(kind: str, stage: str, key: str, seconds: float) -> None:
-        name, _, variant = stage.partition(" ")
-        what = f"{_DOING.get(name, name)} {variant}".strip()
-        if kind == "make":
-            errors.print(f"  [dim]…[/] {what}")
-        elif kind == "done":
-            errors.print(f"  [green]✓[/] {what}  {seconds:.1f} s")
-        elif kind == "reuse":
-            errors.print(f"  [green]✓[/] {what}  [dim]kept from before ({key[:8]})[/]")
-        elif kind == "damaged":
-            errors.print(f"  [yellow]![/] {what}: the kept result {key[:8]} is damaged, making it again")
-        elif kind == "wait":
-            errors.print(f"  [dim]…[/] {what}: another process is making it")
-
     errors.print(f"[bold]{escape(request.card)}[/] on {escape(request.backend)}")
-    records = run(request, root, on_event, lambda text: errors.print(f"  [green]✓[/] {escape(text)}"))
+    records = run(request, root, _progress(errors), lambda text: errors.print(f"  [green]✓[/] {escape(text)}")).records
     candidate = records[-1]
     if log is not None and request.recipe:
         write_record(log, candidate)
@@ -96,11 +84,66 @@ def run_card(request: Request, as_json: bool, log: Path | None = None) -> int:
     return EXIT_CHECK_FAILED if candidate["verdict"] == "fail" else EXIT_OK
 
 
-def default_backend() -> str:
-    """`trt` where it can run, else `openvino`: the primary first, the fallback where there is no NVIDIA GPU."""
+def _progress(errors: Console) -> OnEvent:
+    """Prints what the store does, a line each."""
+
+    def on_event(kind: str, stage: str, key: str, seconds: float) -> None:
+        name, _, variant = stage.partition(" ")
+        what = f"{_DOING.get(name, name)} {variant}".strip()
+        if kind == "make":
+            errors.print(f"  [dim]…[/] {what}")
+        elif kind == "done":
+            errors.print(f"  [green]✓[/] {what}  {seconds:.1f} s")
+        elif kind == "reuse":
+            errors.print(f"  [green]✓[/] {what}  [dim]kept from before ({key[:8]})[/]")
+        elif kind == "damaged":
+            errors.print(f"  [yellow]![/] {what}: the kept result {key[:8]} is damaged, making it again")
+        elif kind == "wait":
+            errors.print(f"  [dim]…[/] {what}: another process is making it")
+
+    return on_event
+
+
+def run_parity(request: Request, backends: list[str], quantizers: list[str] | None, as_json: bool) -> int:
+    """`pqk parity`: run, print the table and the verdicts, write reports/parity/CARD.*; 1 when a level differs."""
+    from pqk.report.parity import as_data, print_parity, write_parity
+    from pqk.run.parity import parity
+
+    root = paths.project_root()
+    folder = root / "reports" / "parity"
+    check_writable(folder)
+    errors = Console(stderr=True, highlight=False)
+    began = time.monotonic()
+    result = parity(
+        request,
+        backends,
+        quantizers,
+        root,
+        _progress(errors),
+        lambda text: errors.print(f"  [bold]·[/] {escape(text)}"),
+    )
+    print_parity(result, Console(stderr=as_json))
+    for path in write_parity(result, folder):
+        errors.print(f"  [green]✓[/] {escape(str(paths.shown(path)))}")
+    errors.print(f"{time.monotonic() - began:.0f} s in all", style="dim")
+    if as_json:
+        print(json.dumps(as_data(result), allow_nan=False, ensure_ascii=False))
+    return EXIT_CHECK_FAILED if any(v.verdict == "differ" for v in result.verdicts) else EXIT_OK
+
+
+def choose_backend(asked: str | None) -> str:
+    """The asked backend; for None or 'auto' `trt` where it finds a CUDA device, else `openvino`, said in one line."""
     from backends import registry
 
-    return "trt" if registry.get("trt").availability().available else "openvino"
+    if asked not in (None, "auto"):
+        return str(asked)
+    trt = registry.get("trt").availability()
+    if trt.available and any(device.upper().startswith("CUDA") for device in trt.devices):
+        chosen, why = "trt", f"it has {', '.join(trt.devices)}"
+    else:
+        chosen, why = "openvino", "trt has no CUDA device here"
+    Console(stderr=True, highlight=False).print(f"backend auto: {chosen} ({escape(why)})")
+    return chosen
 
 
 def make_data(split: str, count: int, views: int, size: int, seed: int, out: Path, jobs: int | None) -> None:

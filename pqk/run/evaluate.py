@@ -29,7 +29,8 @@ def evaluate(request: dict[str, Any]) -> dict[str, Any]:
 
     Request: variant, reference (a variant whose output plays the truth, or null), scenes (folders), views, shape,
     pair_graph, min_covisibility, quality (the evaluation's section), seed, keep (keep-list or []). Returns summary
-    (mean per metric), pairs (a row of scores each), executed (share of FLOPs per precision), flops, kernels (rows).
+    (mean per metric), pairs (a row of scores each), measured (engine or emulated), size_bytes (files that ship),
+    executed (share of FLOPs per precision), flops, kernels (rows).
     Pairs whose first view has fewer than quality.min_valid_pixels of ground truth are not scored.
     Raises PqkError when a score cannot be computed or no pair is left, CheckFailed when a kept node ran in an int8
     kernel.
@@ -43,7 +44,9 @@ def evaluate(request: dict[str, Any]) -> dict[str, Any]:
         # Scores are computed beside the engines: most of scoring is one thread in numpy, which frees the interpreter.
         scorer = engines.enter_context(ThreadPoolExecutor(1, "score"))
         runner = engines.enter_context(Runner(variant))
-        teacher = engines.enter_context(Runner(reference)) if reference else None
+        teacher: Runner | None = None
+        if reference is not None:  # the Teacher against itself needs no second copy in memory
+            teacher = runner if reference == variant else engines.enter_context(Runner(reference))
         for folder in request["scenes"]:
             scene = open_scene(Path(folder))
             names.append(scene.name)
@@ -69,7 +72,9 @@ def evaluate(request: dict[str, Any]) -> dict[str, Any]:
                 f"there is no pair to evaluate: none of {', '.join(names)} has a view with {wanted} valid depth pixels "
                 "(quality.min_valid_pixels)"
             )
-        kernels = runner.kernels()
+        if teacher is not None and teacher is not runner:
+            teacher.close()  # profiling may compile once more, and a large model leaves no room for three
+        kernels, measured, size = runner.kernels(), runner.measured, runner.size_bytes
         if request["keep"]:
             backend = registry.get(variant.backend)
             for name, engine in (("encoder", runner.encoder), ("decoder", runner.decoder)):
@@ -85,6 +90,8 @@ def evaluate(request: dict[str, Any]) -> dict[str, Any]:
         "summary": summarise(plain),
         "pairs": rows,
         "scenes": names,
+        "measured": measured,
+        "size_bytes": size,
         "executed": executed_precision(of_a_pair),
         "flops": sum(k.flops for k in of_a_pair),
         "kernels": {name: [_row(k) for k in listed] for name, listed in kernels.items()},

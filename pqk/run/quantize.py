@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 
 from backends import registry
-from backends.base import Feeds, QuantSpec, Source
+from backends.base import Feeds, Graph, QuantSpec, Source
 from pqk.errors import PqkError, nearest
 from pqk.files import clear_write_errors
 from pqk.measure.footprint import peak_ram_bytes
+from pqk.models.checkpoint import load_model
 from pqk.run.inputs import CalibrationImages
 from pqk.run.variants import graph_from_json, graph_to_json
 
@@ -54,9 +55,9 @@ def _reserve(path: Path, shape: tuple[int, ...]) -> np.ndarray:
 def quantize_graphs(request: dict[str, Any]) -> dict[str, Any]:
     """Quantize encoder and decoder into `out`.
 
-    Request: backend, quantizer, encoder, decoder (graphs), calibration (folder of scenes), shape, ptq (the config's
-    section), out. Returns the two graphs, the images and pairs consumed, the quantizer's notes, and the peak memory in
-    bytes.
+    Request: backend, quantizer, model (for a quantizer that starts from modules), encoder, decoder (graphs),
+    calibration (folder of scenes), shape, ptq (the config's section), out. Returns the two graphs, the images and pairs
+    consumed, the quantizer's notes, and the peak memory in bytes.
     """
     backend = registry.get(request["backend"])
     quantizers = backend.quantizers()
@@ -85,8 +86,17 @@ def quantize_graphs(request: dict[str, Any]) -> dict[str, Any]:
             output_dir=out,
         )
 
-    def source(name: str, graph: Any) -> Source:
-        return Source(name, None, {}, tuple(t.name for t in graph.outputs), graph)
+    modules = load_model(request["model"]).graphs(*request["shape"]) if quantizer.starts_from == "module" else {}
+
+    def source(name: str, graph: Graph) -> Source:
+        module = modules.get(name)
+        return Source(
+            name,
+            module.module if module else None,
+            module.inputs if module else {},
+            tuple(t.name for t in graph.outputs),
+            graph,
+        )
 
     with tempfile.TemporaryDirectory(prefix="pqk-tokens-", dir=out) as folder:
         # every second pair: it passes through both decoders and both heads, so a pair tells twice as much as an image

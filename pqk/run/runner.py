@@ -6,7 +6,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
@@ -59,9 +59,30 @@ class Request:
     role: str = "teacher"  # of the float rows: 'baseline' when the model is not the Teacher
 
 
-def run(request: Request, root: Path, on_event: OnEvent, say: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Run a card and return its records, Teacher first and the candidate last, each validated and written to logs/.
+@dataclass(frozen=True)
+class Outcome:
+    """A finished run: its records (Teacher first, candidate last), and what they were measured on."""
 
+    records: list[dict[str, Any]]
+    variants: list[Variant]
+    scenes: Scenes
+    experiment: Experiment
+    truthful: bool  # the scenes carry ground truth, and the model is one that can be held against it
+    ctx: Context
+    model: str  # what `load_model` takes
+    onnx_float: Variant  # the exported float graphs on ONNX Runtime
+    scoring: Mapping[str, Any]  # what every variant is scored on and how; see `pqk.run.evaluate`
+
+    def score(self, variant: Variant, keep: Sequence[str]) -> dict[str, Any]:
+        """Quality of any variant on the scenes of this run; without ground truth against this run's Teacher in f32."""
+        reference = None if self.truthful else self.variants[0]
+        return stages.quality(self.ctx, variant, reference, self.scenes, {**self.scoring, "keep": list(keep)})
+
+
+def run(request: Request, root: Path, on_event: OnEvent, say: Callable[[str], None]) -> Outcome:
+    """Run a card. Its records are validated and written to logs/.
+
+    Where the engines are emulated nothing is timed: those columns are null.
     Raises PqkError or BackendError for everything that a user can mend.
     """
     began = time.monotonic()
@@ -79,7 +100,7 @@ def run(request: Request, root: Path, on_event: OnEvent, say: Callable[[str], No
         Store(paths.store(root), fresh=request.fresh), on_event, {**machine, "isa": details.get("isa"), "cores": cores}
     )
 
-    name, model_sha, model = _model(request.model, root)
+    asked, name, model_sha, model = _model(request.model, root)
     scenes, truthful = _scenes(ctx, request, experiment, root)
     if name.startswith("random:"):
         truthful = False  # random weights predict nothing; only their agreement with the float model means something
@@ -102,7 +123,7 @@ def run(request: Request, root: Path, on_event: OnEvent, say: Callable[[str], No
     if quantizer is not None:
         calibration = stages.calibration_images(ctx, workload.calibration, workload, root)
         ptq = experiment.quant.ptq.model_dump(mode="json")
-        quantized = stages.quantize(ctx, backend.name, quantizer, graphs, calibration, ptq, shape)
+        quantized = stages.quantize(ctx, backend.name, quantizer, asked, graphs, calibration, ptq, shape)
         rest = "best" if experiment.quant.float_rest == "auto" else experiment.quant.float_rest
         variants.append(
             Variant(
@@ -116,39 +137,33 @@ def run(request: Request, root: Path, on_event: OnEvent, say: Callable[[str], No
         )
     seed = workload.seeds.eval
     views = None if request.scenes or request.images else workload.scenes.test.views
-    scored = {
-        v.name: stages.quality(
-            ctx,
-            v,
-            None if truthful else variants[0],
-            scenes,
-            {
-                "views": views,
-                "shape": list(shape),
-                "pair_graph": workload.pair_graph.model_dump(mode="json"),
-                "min_covisibility": workload.min_covisibility,
-                "quality": evaluation.quality.model_dump(mode="json"),
-                "seed": seed,
-                "keep": list(experiment.quant.ptq.keep_list) if v.precision is Precision.INT8 else [],
-            },
-        )
-        for v in variants
+    scoring = {
+        "views": views,
+        "shape": list(shape),
+        "pair_graph": workload.pair_graph.model_dump(mode="json"),
+        "min_covisibility": workload.min_covisibility,
+        "quality": evaluation.quality.model_dump(mode="json"),
+        "seed": seed,
     }
-    frames = load_frames(open_scene(scenes.folders[0]), *shape, views=views)
-    pairs = scene_pairs(frames, workload.pair_graph, workload.min_covisibility, truthful)
-    timed = stages.timing(
-        ctx,
-        variants,
-        scenes.folders[0],
-        scenes.sha256,
-        {
+    onnx_float = Variant("fp32", "reference", Precision.F32, graphs["encoder"], graphs["decoder"])
+    outcome = Outcome([], variants, scenes, experiment, truthful, ctx, asked, onnx_float, scoring)
+    kept = experiment.quant.ptq.keep_list
+    scored = {v.name: outcome.score(v, kept if v.precision is Precision.INT8 else ()) for v in variants}
+    emulated = any(scores["measured"] == "emulated" for scores in scored.values())
+    timed: dict[str, Any] | None = None
+    if emulated:
+        say("no device of this backend here: compiled and scored by emulation, not timed")
+    else:
+        frames = load_frames(open_scene(scenes.folders[0]), *shape, views=views)
+        pairs = scene_pairs(frames, workload.pair_graph, workload.min_covisibility, truthful)
+        asked_timing = {
             "shape": list(shape),
             "views": views,
             "pairs": [list(p) for p in pairs],
             "efficiency": evaluation.efficiency.model_dump(mode="json"),
-        },
-    )
-    memory = {v.name: stages.memory(ctx, v) for v in variants}
+        }
+        timed = stages.timing(ctx, variants, scenes.folders[0], scenes.sha256, asked_timing)["variants"]
+    memory = {} if emulated else {v.name: stages.memory(ctx, v) for v in variants}
 
     common = {
         "exp_id": card.id,
@@ -162,7 +177,6 @@ def run(request: Request, root: Path, on_event: OnEvent, say: Callable[[str], No
         "eval_seed": seed,
         "params": params,
         "params_M": params / 1e6,
-        "measured": "engine",
         "main_metric": evaluation.quality.main_metric,
         "quality_reference": "ground_truth" if truthful else "teacher",
         "scenes": scored[variants[0].name]["scenes"],
@@ -180,17 +194,19 @@ def run(request: Request, root: Path, on_event: OnEvent, say: Callable[[str], No
         "card": card.sha256,
         "scenes": scenes.sha256,
     }
-    best = min(variants[: len(floats)], key=lambda v: percentile(timed["variants"][v.name]["pair"], 50))
-    records = []
+    sizes = {v.name: scored[v.name]["size_bytes"] for v in variants}
+    records = outcome.records
     for variant in variants:
         record = empty_record() | common | {"role": request.role, "precision": str(variant.precision)}
         record["datetime"] = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         record["hashes"] = hashes | {"engine": sha256_json(variant.hashes)}
         _fill_quality(record, scored, variant, variants[0], truthful)
-        _fill_timing(record, timed["variants"], variant, variants[0], best)
-        record["ram_GB"] = record["peak_memory_GB"] = memory[variant.name] / 1e9
-        record["size_MB"] = variant.size_bytes / 1e6
-        record["size_ratio"] = variant.size_bytes / variants[0].size_bytes
+        record["measured"] = scored[variant.name]["measured"]
+        if timed is not None:
+            _fill_timing(record, timed, variant, variants[: len(floats)])
+            record["ram_GB"] = record["peak_memory_GB"] = memory[variant.name] / 1e9
+        record["size_MB"] = sizes[variant.name] / 1e6
+        record["size_ratio"] = sizes[variant.name] / sizes[variants[0].name]
         if quantized is not None and calibration is not None and variant.precision is Precision.INT8:
             ptq_used = experiment.quant.ptq
             record |= {
@@ -220,7 +236,7 @@ def run(request: Request, root: Path, on_event: OnEvent, say: Callable[[str], No
     for record in records:
         write_record(root / "logs", record)
     say(f"{len(records)} records in {paths.shown(root / 'logs')}")
-    return records
+    return outcome
 
 
 def _experiment(request: Request, root: Path) -> Experiment:
@@ -258,23 +274,19 @@ def _quantizer(backend: Backend, asked: str | None) -> str:
     return asked
 
 
-def _model(asked: str | None, root: Path) -> tuple[str, str, Any]:
-    """Name, sha256 and the loaded Teacher."""
+def _model(asked: str | None, root: Path) -> tuple[str, str, str, Any]:
+    """Where the Teacher is loaded from, its name, its sha256, and the Teacher itself."""
     if asked is None:
         asked = str(root / SHIPPED)
         if not Path(asked).is_dir():
             raise PqkError(f"the shipped model {SHIPPED} is missing; give one with --model")
     model = load_model(asked)
     if asked.startswith("random:"):
-        return (
-            asked,
-            sha256_json({"random": asked, "code": stages.code_of(*_RANDOM_CODE)}),
-            model,
-        )
+        return asked, asked, sha256_json({"random": asked, "code": stages.code_of(*_RANDOM_CODE)}), model
     path = Path(asked)
     files = sorted(p for p in path.glob("*") if p.suffix in (".json", ".safetensors")) if path.is_dir() else [path]
     kept = [p for p in files if p.name != "model_card.json"]
-    return path.resolve().name, sha256_json({p.name: sha256_file(p) for p in kept}), model
+    return str(path.resolve()), path.resolve().name, sha256_json({p.name: sha256_file(p) for p in kept}), model
 
 
 def _scenes(ctx: Context, request: Request, experiment: Experiment, root: Path) -> tuple[Scenes, bool]:
@@ -315,11 +327,10 @@ def _fill_quality(
         record["quality_drop_pct"] = 100 * error if metric in ("absrel", "delta1") else None
 
 
-def _fill_timing(
-    record: dict[str, Any], timed: Mapping[str, Any], variant: Variant, teacher: Variant, best: Variant
-) -> None:
-    """Timing columns out of the raw samples, which stay in the record."""
-    mine = timed[variant.name]
+def _fill_timing(record: dict[str, Any], timed: Mapping[str, Any], variant: Variant, floats: list[Variant]) -> None:
+    """Timing columns out of the raw samples, which stay in the record. `floats`: the Teacher in f32 comes first."""
+    mine, teacher = timed[variant.name], floats[0]
+    best = min(floats, key=lambda v: percentile(timed[v.name]["pair"], 50))
     p50 = percentile(mine["pair"], 50)
     record |= {
         "t_pair_p50_ms": p50,

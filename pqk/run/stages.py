@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from backends import exchange
+from backends import exchange, registry
 from backends.base import Graph, Precision
 from pqk.data.generate import ScenePlan, make_scenes
 from pqk.errors import PqkError
@@ -68,17 +68,9 @@ def code_of(*modules: str) -> str:
 
 
 _SCENE_CODE = ("pqk.data.generate", "pqk.data.synthetic", "pqk.data.raytrace", "pqk.data.seeds", "pqk.data.colmap")
-_MODEL_CODE = ("pqk.models.dust3r", "pqk.models.layers", "pqk.models.dpt", "pqk.models.configs", "backends.exchange")
+MODEL_CODE = ("pqk.models.dust3r", "pqk.models.layers", "pqk.models.dpt", "pqk.models.configs", "backends.exchange")
 _READ_CODE = ("pqk.run.inputs", "pqk.data.preprocess", "pqk.data.scene", "pqk.data.colmap", "pqk.data.camera")
-_QUANT_CODE = (
-    *_READ_CODE,
-    "pqk.run.quantize",
-    "backends.openvino.nncf",
-    "backends.openvino.cpu",
-    "backends.openvino.passes",
-    "backends.openvino.flops",
-    "backends.openvino.engine",
-)
+_QUANT_CODE = (*_READ_CODE, "pqk.run.quantize")
 _EVAL_CODE = (
     *_READ_CODE,
     "pqk.data.pairs",
@@ -87,10 +79,8 @@ _EVAL_CODE = (
     "pqk.run.variants",
     "pqk.measure.quality",
     "pqk.measure.geometry",
-    "backends.openvino.engine",
-    "backends.openvino.flops",
 )
-_TIME_CODE = ("pqk.run.timing", "pqk.run.variants", "backends.openvino.engine")
+_TIME_CODE = ("pqk.run.timing", "pqk.run.variants")
 
 
 @dataclass(frozen=True)
@@ -192,7 +182,7 @@ def export_graphs(ctx: Context, model: torch.nn.Module, model_sha: str, height: 
         write_json(folder / "graphs.json", found)
 
     versions = {name: ctx.machine["versions"].get(name) for name in ("torch", "onnx")}
-    made = ctx.make("graphs", _MODEL_CODE, {"model": model_sha, "shape": [height, width], "versions": versions}, make)
+    made = ctx.make("graphs", MODEL_CODE, {"model": model_sha, "shape": [height, width], "versions": versions}, make)
     return _read_graphs(made.path)
 
 
@@ -215,12 +205,15 @@ def quantize(
     ctx: Context,
     backend: str,
     quantizer: str,
+    model: str,
     graphs: Mapping[str, Graph],
     calibration: Scenes,
     ptq: Mapping[str, Any],
     shape: tuple[int, int],
 ) -> Quantized:
-    """Both graphs in INT8, made in a process of their own."""
+    """Both graphs in INT8, made in a process of their own. `model` is where a quantizer of modules loads them from."""
+
+    tool = registry.get(backend).quantizers()[quantizer]
 
     def make(folder: Path) -> None:
         result = worker.call(
@@ -228,6 +221,7 @@ def quantize(
             {
                 "backend": backend,
                 "quantizer": quantizer,
+                "model": model,
                 "encoder": graph_to_json(graphs["encoder"]),
                 "decoder": graph_to_json(graphs["decoder"]),
                 "calibration": str(calibration.root),
@@ -253,7 +247,7 @@ def quantize(
         "shape": list(shape),
         "machine": dict(ctx.machine),
     }
-    made = ctx.make("quantized", _QUANT_CODE, inputs, make)
+    made = ctx.make("quantized", (*_QUANT_CODE, *tool.sources), inputs, make)
     about = json.loads((made.path / "about.json").read_text())
     return Quantized(_read_graphs(made.path), about["images"], about["pairs"], "; ".join(about["notes"]) or None)
 
@@ -275,8 +269,8 @@ def quality(
         )
         write_evaluation(folder, result)
 
-    inputs = {**_identity(ctx, variant, reference), "scenes": scenes.sha256, **request}
-    made = ctx.make("quality", _EVAL_CODE, inputs, make, variant.name)
+    inputs = {**identity(ctx, variant, reference), "scenes": scenes.sha256, **request}
+    made = ctx.make("quality", (*_EVAL_CODE, *sources_of(variant, reference)), inputs, make, variant.name)
     found: dict[str, Any] = json.loads((made.path / "quality.json").read_text())
     return found
 
@@ -290,8 +284,8 @@ def timing(
         asked = {"variants": [v.to_json() for v in variants], "scene": str(scene), **request}
         write_json(folder / "timing.json", worker.call("timing", asked))
 
-    inputs = {"variants": [_identity(ctx, v, None) for v in variants], "scenes": scenes_sha, **request}
-    made = ctx.make("timing", _TIME_CODE, inputs, make)
+    inputs = {"variants": [identity(ctx, v, None) for v in variants], "scenes": scenes_sha, **request}
+    made = ctx.make("timing", (*_TIME_CODE, *sources_of(*variants)), inputs, make)
     found: dict[str, Any] = json.loads((made.path / "timing.json").read_text())
     return found
 
@@ -302,12 +296,18 @@ def memory(ctx: Context, variant: Variant) -> int:
     def make(folder: Path) -> None:
         write_json(folder / "memory.json", worker.call("memory", {"variant": variant.to_json()}))
 
-    made = ctx.make("memory", _TIME_CODE, _identity(ctx, variant, None), make, variant.name)
+    made = ctx.make("memory", (*_TIME_CODE, *sources_of(variant)), identity(ctx, variant, None), make, variant.name)
     return int(json.loads((made.path / "memory.json").read_text())["peak_bytes"])
 
 
-def _identity(ctx: Context, variant: Variant, reference: Variant | None) -> dict[str, Any]:
-    """What a measurement depends on; the compiled-model cache is a place, not a property."""
+def sources_of(*variants: Variant | None) -> tuple[str, ...]:
+    """Modules of the backends that run the variants."""
+    found = dict.fromkeys(v.backend for v in variants if v)
+    return tuple(module for name in found for module in registry.get(name).sources)
+
+
+def identity(ctx: Context, variant: Variant, reference: Variant | None) -> dict[str, Any]:
+    """What a measurement of a variant depends on; the compiled-model cache is a place, not a property."""
 
     def plain(v: Variant) -> dict[str, Any]:
         options = {name: value for name, value in v.options.items() if name != "cache_dir"}

@@ -28,11 +28,6 @@ class Variant:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def size_bytes(self) -> int:
-        """Bytes of the files that are shipped."""
-        return self.encoder.size_bytes + self.decoder.size_bytes
-
-    @property
     def hashes(self) -> dict[str, str]:
         return {"encoder": self.encoder.sha256, "decoder": self.decoder.sha256}
 
@@ -108,10 +103,25 @@ class Runner:
             self._stack.close()
             raise
 
+    @property
+    def measured(self) -> str:
+        """'engine', or 'emulated' when another runtime computes in place of one of the engines."""
+        emulated = "emulated" in (self.encoder.measured, self.decoder.measured)
+        return "emulated" if emulated else "engine"
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the files that ship."""
+        return self.encoder.size_bytes + self.decoder.size_bytes
+
     def __enter__(self) -> Runner:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free both engines."""
         self._stack.close()
 
     def encode(self, image: np.ndarray) -> np.ndarray:

@@ -34,7 +34,7 @@ def judge_quantized(measured: Measured, limits: Thresholds) -> tuple[str | None,
     reduction = limits.t_pair_p50_reduction_pct
     speedup = measured.speedup_vs_fp32
     checks.append(
-        (None, "t_pair was not timed")
+        (None, "compiled, not timed: there is no t_pair to judge")
         if speedup is None
         else (
             1 - 1 / speedup >= reduction / 100,
@@ -45,7 +45,7 @@ def judge_quantized(measured: Measured, limits: Thresholds) -> tuple[str | None,
     against = measured.speedup_vs_best_float
     allowed = f"at most {slack:g} % slower" if slack else "not slower"
     checks.append(
-        (None, "the best float precision was not timed")
+        (None, "compiled, not timed: there is no float precision to compare with")
         if against is None
         else (1 / against <= 1 + slack / 100, f"{against:.2f}x the speed of the best float precision ({allowed})")
     )

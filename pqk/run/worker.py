@@ -84,11 +84,19 @@ def quantize(request: dict[str, Any]) -> Result:
     return quantize_graphs(request)
 
 
+def agreement(request: dict[str, Any]) -> Result:
+    """How far two sides are apart on the same pairs; see `pqk.run.agreement`."""
+    from pqk.run.agreement import compare
+
+    return compare(request)
+
+
 TASKS: dict[str, Callable[[dict[str, Any]], Result]] = {
     "quality": quality,
     "timing": timing,
     "memory": memory,
     "quantize": quantize,
+    "agreement": agreement,
 }
 
 

@@ -82,6 +82,16 @@ class EarlyStop(Section):
     min_improvement_pct: DropPct
 
 
+class Parity(Section):
+    """When two toolchains agree; see configs/eval.yaml for each line."""
+
+    pairs: Annotated[int, Field(ge=1, le=10_000)]
+    float_relative: Annotated[float, Field(gt=0, le=1)]
+    shared_metric_pct: DropPct
+    shared_error_pct: Annotated[float, Field(ge=0, le=100)]
+    recipe_metric_pct: DropPct
+
+
 class Report(Section):
     """Where the reports go, relative to the project root."""
 
@@ -100,6 +110,7 @@ class Evaluation(Spec):
     thresholds: Thresholds
     stop_loss: StopLoss
     early_stop: EarlyStop
+    parity: Parity
     report: Report
 
     @model_validator(mode="after")

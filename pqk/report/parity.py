@@ -1,0 +1,199 @@
+"""The parity table: in the terminal, and as csv, xlsx, json and markdown."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pqk.files import atomic_path, write_json
+from pqk.report.table import DASH, safe_text
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from pqk.run.parity import Result, Row
+
+RECORD_COLUMNS = (
+    "status",
+    "measured",
+    "size_MB",
+    "t_pair_p50_ms",
+    "t_pair_p95_ms",
+    "speedup_vs_fp32",
+    "speedup_vs_best_float",
+    "chamfer",
+    "absrel",
+    "rmse",
+    "delta1",
+    "reproj_px",
+)
+_COLOURS = {"agree": "green", "differ": "red"}
+
+
+def as_data(result: Result) -> dict[str, Any]:
+    """Plain data: the verdicts, and the rows with a column per number (`pts3d_1.relative` and so on)."""
+    return {
+        "card": result.card,
+        "metric": result.metric,
+        "verdicts": [{"level": v.level, "verdict": v.verdict, "sentences": v.sentences} for v in result.verdicts],
+        "rows": [_flat(row) for row in result.rows],
+    }
+
+
+def _flat(row: Row) -> dict[str, Any]:
+    record = row.record or {}
+    flat: dict[str, Any] = {"level": row.level, "side": row.side, "against": row.against}
+    flat |= {name: record.get(name) for name in RECORD_COLUMNS}
+    shares = record.get("executed_precision") or {}
+    flat["executed"] = ", ".join(f"{name} {100 * share:.1f} %" for name, share in shares.items()) or None
+    flat |= {"metric": row.metric, "metric_drop_pct": row.metric_drop_pct}
+    for head, values in (row.heads or {}).items():
+        flat |= {f"{head}.{name}": value for name, value in values.items()}
+    flat["note"] = row.note
+    return flat
+
+
+def _columns(rows: list[dict[str, Any]]) -> list[str]:
+    """All columns, in the order of the row that has most."""
+    fullest = max(rows, key=len)
+    return list(fullest)
+
+
+def write_parity(result: Result, folder: Path) -> list[Path]:
+    """Write CARD.json, .csv, .xlsx and .md; null cells are empty, text cannot start a formula."""
+    from openpyxl import Workbook
+    from openpyxl.styles import Font
+    from openpyxl.utils import get_column_letter
+
+    data = as_data(result)
+    rows: list[dict[str, Any]] = data["rows"]
+    columns = _columns(rows)
+    cells = [[_cell(row.get(name)) for name in columns] for row in rows]
+    made = [folder / f"{result.card}.{ending}" for ending in ("json", "csv", "xlsx", "md")]
+    write_json(made[0], data)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerows([columns, *cells])
+    with atomic_path(made[1]) as temporary:
+        temporary.write_text(text.getvalue(), encoding="utf-8")
+    book = Workbook()
+    sheet = book.worksheets[0]
+    sheet.title = "parity"
+    for line in [columns, *cells]:
+        sheet.append(line)
+    for index, name in enumerate(columns, start=1):
+        sheet.cell(1, index).font = Font(bold=True)
+        sheet.column_dimensions[get_column_letter(index)].width = max(12, min(40, len(name) + 2))
+    sheet.freeze_panes = "D2"
+    verdicts = book.create_sheet("verdicts")
+    verdicts.append(["level", "verdict", "why"])
+    for v in result.verdicts:
+        for sentence in v.sentences or [""]:
+            verdicts.append([v.level, v.verdict, safe_text(sentence)])
+    with atomic_path(made[2]) as temporary:
+        book.save(temporary)
+    with atomic_path(made[3]) as temporary:
+        temporary.write_text(_markdown(result), encoding="utf-8")
+    return made
+
+
+def _cell(value: Any) -> Any:
+    return safe_text(value) if isinstance(value, str) else value
+
+
+_SHOWN = (
+    "side",
+    "against",
+    "measured",
+    "executed",
+    "MB",
+    "p50 ms",
+    "x f32",
+    "x float",
+    "metric",
+    "drop %",
+    "points",
+    "conf",
+    "moved",
+)
+
+
+def _shown(row: Row, metric: str) -> list[str]:
+    """The cells of the short table (terminal and markdown): points and conf are the worse of the two views."""
+    flat = _flat(row)
+    heads = row.heads or {}
+
+    def worst(names: tuple[str, str], value: str) -> float | None:
+        found = [heads[name][value] for name in names if name in heads]
+        return max((x for x in found if x is not None), default=None)
+
+    points, conf = (worst((f"{kind}_1", f"{kind}_2"), "relative") for kind in ("pts3d", "conf"))
+    moved = worst(("pts3d_1", "pts3d_2"), "moved")
+    return [
+        row.side,
+        row.against or DASH,
+        flat["measured"] or DASH,
+        flat["executed"] or DASH,
+        _number(flat["size_MB"], ".1f"),
+        _number(flat["t_pair_p50_ms"], ".1f"),
+        _number(flat["speedup_vs_fp32"], ".2f"),
+        _number(flat["speedup_vs_best_float"], ".2f"),
+        _number(row.metric, ".4f"),
+        _number(row.metric_drop_pct, "+.2f"),
+        _number(points, ".1e"),
+        _number(conf, ".1e"),
+        _number(None if moved is None else 100 * moved, ".2f"),
+    ]
+
+
+def _headings(metric: str) -> list[str]:
+    names = {"metric": metric, "points": "points rel", "conf": "conf rel", "moved": "moved %"}
+    return [names.get(name, name) for name in _SHOWN]
+
+
+def _number(value: float | None, form: str) -> str:
+    return DASH if value is None else format(value, form)
+
+
+def print_parity(result: Result, console: Console) -> None:
+    """One table per level with its verdict below."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    for v in result.verdicts:
+        rows = [row for row in result.rows if row.level == v.level]
+        table = Table(title=v.level, title_justify="left", title_style="bold", box=None, pad_edge=False)
+        for index, name in enumerate(_headings(result.metric)):
+            table.add_column(name, justify="left" if index < 4 else "right", overflow="fold")
+        for row in rows:
+            table.add_row(*(escape(cell) for cell in _shown(row, result.metric)))
+        console.print()
+        console.print(table)
+        for row in rows:
+            if row.note:
+                console.print(f"  {escape(row.side)}: {escape(row.note)}", style="dim", highlight=False)
+        console.print(f"{v.level}: [bold {_COLOURS.get(v.verdict, 'yellow')}]{v.verdict}[/]")
+        for sentence in v.sentences:
+            console.print(f"  {escape(sentence)}", highlight=False)
+
+
+def _markdown(result: Result) -> str:
+    def line(cells: list[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+    headings = _headings(result.metric)
+    parts = [f"# Parity of {result.card}\n"]
+    for v in result.verdicts:
+        rows = [row for row in result.rows if row.level == v.level]
+        parts.append(f"## {v.level}: {v.verdict}\n")
+        parts += [f"- {sentence}" for sentence in v.sentences]
+        parts += ["", line(headings), line(["---"] * len(headings))]
+        parts += [line(_shown(row, result.metric)) for row in rows]
+        parts += [""] + [f"- {row.side}: {row.note}" for row in rows if row.note] + [""]
+    parts.append(
+        "points rel, conf rel: mean |a - b| / mean |a| of the worse view; moved: pixels whose point moved by more than "
+        "1 % of the pair's median depth.\n"
+    )
+    return "\n".join(parts)

@@ -1,0 +1,105 @@
+"""`pqk parity` from end to end in real processes, on a tiny workload and a tiny model."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from openpyxl import load_workbook
+from run_toys import Outcome, pqk
+
+from pqk.run.parity import Verdict
+
+Copy = Callable[[], Path]
+PARITY = ("parity", "B1", "--backends", "openvino", "--quantizers", "nncf", "--json")
+
+
+def data(outcome: Outcome) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(outcome.out.splitlines()[-1])
+    return found
+
+
+def verdicts(outcome: Outcome) -> dict[str, str]:
+    return {v["level"]: v["verdict"] for v in data(outcome)["verdicts"]}
+
+
+@pytest.fixture(scope="module")
+def compared(finished: tuple[Path, Outcome], tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    import shutil
+
+    root = shutil.copytree(finished[0], tmp_path_factory.mktemp("parity") / "project", symlinks=True)
+    return root, pqk(root, *PARITY, "--model", tiny_model)
+
+
+def test_the_float_graph_agrees_with_torch_on_every_runtime(compared: tuple[Path, Outcome]) -> None:
+    _, outcome = compared
+    assert outcome.code == 0, outcome.err
+    found = data(outcome)
+    sides = {row["side"]: row for row in found["rows"] if row["level"] == "float"}
+    assert {"torch f32", "reference fp32", "openvino fp32"} <= set(sides)
+    for name in ("reference fp32", "openvino fp32"):
+        for head in ("pts3d_1", "pts3d_2", "conf_1", "conf_2"):
+            assert 0 < sides[name][f"{head}.relative"] < 1e-4, (name, head)
+            assert sides[name][f"{head}.cosine"] == pytest.approx(1, abs=1e-6)
+    assert verdicts(outcome)["float"] == "agree"
+    # ONNX Runtime plays no part in the recipe: it has no record, so no size and no time
+    assert sides["reference fp32"]["t_pair_p50_ms"] is None
+    assert sides["openvino fp32"]["t_pair_p50_ms"] > 0
+
+
+def test_the_finished_run_is_reused(compared: tuple[Path, Outcome]) -> None:
+    assert compared[1].err.count("… quantization") == 0
+
+
+def test_what_cannot_be_compared_says_why(compared: tuple[Path, Outcome]) -> None:
+    found = {v["level"]: v for v in data(compared[1])["verdicts"]}
+    assert found["recipe"]["verdict"] == "not compared"
+    assert found["recipe"]["sentences"] == ["only one quantizer ran"]
+    assert found["shared"]["verdict"] == "not compared"
+    assert "Q/DQ" in found["shared"]["sentences"][0]
+
+
+def test_the_files_hold_the_same_rows(compared: tuple[Path, Outcome]) -> None:
+    root, outcome = compared
+    folder = root / "reports" / "parity"
+    found = json.loads((folder / "B1.json").read_text())
+    assert found == data(outcome)
+    rows = list(csv.DictReader((folder / "B1.csv").open(newline="")))
+    assert [row["side"] for row in rows] == [row["side"] for row in found["rows"]]
+    openvino = next(row for row in rows if row["side"] == "openvino fp32")
+    want = next(row for row in found["rows"] if row["side"] == "openvino fp32")
+    assert float(openvino["pts3d_1.relative"]) == want["pts3d_1.relative"]
+    sheet = load_workbook(folder / "B1.xlsx")["parity"]
+    assert [cell.value for cell in sheet["B"]][1:] == [row["side"] for row in found["rows"]]
+    assert "| openvino fp32 | torch f32 |" in (folder / "B1.md").read_text()
+
+
+def test_a_stricter_tolerance_differs_with_exit_code_1(compared: tuple[Path, Outcome], tiny_model: Path) -> None:
+    root, _ = compared
+    outcome = pqk(root, *PARITY, "--model", tiny_model, "--set", "eval.parity.float_relative=1.0e-12")
+    assert outcome.code == 1, outcome.err
+    assert verdicts(outcome)["float"] == "differ"
+    assert any(s.startswith("DIFFERS: openvino fp32") for s in data(outcome)["verdicts"][0]["sentences"])
+
+
+def test_unknown_names(copy_of: Copy) -> None:
+    root = copy_of()
+    outcome = pqk(root, "parity", "B1", "--backends", "openvno")
+    assert (outcome.code, "did you mean 'openvino'" in outcome.sentence) == (2, True)
+    outcome = pqk(root, "parity", "B1", "--backends", "openvino", "--quantizers", "nncv")
+    assert (outcome.code, "did you mean 'nncf'" in outcome.sentence) == (2, True)
+
+
+def test_one_failed_comparison_decides_a_level() -> None:
+    verdict = Verdict("float")
+    assert verdict.verdict == "not compared"
+    verdict.judge(True, "a")
+    assert verdict.verdict == "agree"
+    verdict.judge(False, "b")
+    verdict.judge(True, "c")
+    assert verdict.verdict == "differ"
+    assert verdict.sentences == ["ok: a", "DIFFERS: b", "ok: c"]
