@@ -84,12 +84,12 @@ class CalibrationImages:
     def __len__(self) -> int:
         return len(self.views)
 
-    def every_second_pair(self) -> CalibrationImages:
-        """The images of pairs 0, 2, 4, ...; of a set with a single pair, that pair."""
-        half = copy(self)
-        half.views = [view for k, view in enumerate(self.views) if k % 4 < 2]
-        half.views = half.views[: len(half.views) - len(half.views) % 2]
-        return half
+    def every_fourth_pair(self) -> CalibrationImages:
+        """The images of pairs 0, 4, 8, ...; of a set with fewer than four pairs, its first pair."""
+        chosen = copy(self)
+        chosen.views = [view for k, view in enumerate(self.views) if k % 8 < 2]
+        chosen.views = chosen.views[: len(chosen.views) - len(chosen.views) % 2]
+        return chosen
 
     def __iter__(self) -> Iterator[np.ndarray]:
         for view in self.views:
