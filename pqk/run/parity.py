@@ -21,7 +21,7 @@ from backends.base import BackendError, Precision
 from pqk.errors import PqkError, nearest
 from pqk.files import write_json
 from pqk.run import stages, worker
-from pqk.run.runner import Outcome, Request, run
+from pqk.run.runner import Outcome, Request, asked_experiment, run
 from pqk.run.store import OnEvent
 from pqk.run.variants import Variant
 from pqk.spec.evaluation import Parity
@@ -83,7 +83,7 @@ def parity(
     """Run (or reuse) the card on each backend with each of its quantizers, and compare.
 
     `request.backend` and `request.quantizer` are not used. A backend that cannot run, or a quantizer that fails, is a
-    row that says why. Raises PqkError for unknown names, and when not a single side could be run.
+    row that says why. Raises PqkError for unknown names, a faulty card, and when not a single side could be run.
     """
     known = registry.names()
     for name in backends:
@@ -96,6 +96,7 @@ def parity(
             raise PqkError(
                 f"unknown quantizer {name!r}{nearest(name, every)}; {', '.join(backends)} have {', '.join(every)}"
             )
+    asked_experiment(request, root)  # a mistake in card or configs is told once, not once per side
     outcomes: dict[tuple[str, str], Outcome] = {}
     missing: list[Row] = []
     for backend in backends:
@@ -107,7 +108,7 @@ def parity(
             say(f"{request.card} on {backend} with {quantizer}")
             try:
                 outcome = run(replace(request, backend=backend, quantizer=quantizer), root, on_event, say)
-            except BackendError as error:
+            except (BackendError, PqkError) as error:
                 missing.append(Row("recipe", f"{backend}/{quantizer}", note=f"failed: {error}"))
                 continue
             outcomes[backend, quantizer] = outcome

@@ -86,7 +86,7 @@ def run(request: Request, root: Path, on_event: OnEvent, say: Callable[[str], No
     Raises PqkError or BackendError for everything that a user can mend.
     """
     began = time.monotonic()
-    experiment = _experiment(request, root)
+    experiment = asked_experiment(request, root)
     card, workload, evaluation = experiment.card, experiment.workload, experiment.evaluation
     check_writable(root / "logs")
     backend = _backend(request.backend)
@@ -239,7 +239,7 @@ def run(request: Request, root: Path, on_event: OnEvent, say: Callable[[str], No
     return outcome
 
 
-def _experiment(request: Request, root: Path) -> Experiment:
+def asked_experiment(request: Request, root: Path) -> Experiment:
     """The card with its configs, the command line's settings laid over them. Raises PqkError, NotBuilt."""
     settings = dict(request.settings)
     if request.seed is not None:
