@@ -30,7 +30,7 @@ from backends.base import (
 if TYPE_CHECKING:
     import torch
 
-OPTIONS: dict[str, Any] = {"threads": None, "optimize": True}
+OPTIONS: dict[str, Any] = {"threads": None, "optimize": True, "fuse_qdq": True}
 _MEND = 'pip install "pqk[core]"'
 
 
@@ -73,7 +73,11 @@ class TorchEngine(Engine):
 
 
 class OnnxRuntimeEngine(Engine):
-    """An ONNX file in ONNX Runtime's CPU provider. Options: `threads` (None: all cores), `optimize` (graph level)."""
+    """An ONNX file in ONNX Runtime's CPU provider.
+
+    Options: `threads` (None: all cores), `optimize` (graph level), `fuse_qdq`: False computes what Q/DQ nodes enclose in
+    floats, as the nodes are defined, and not with this CPU's int8 kernels, whose sums may saturate.
+    """
 
     def __init__(self, graph: Graph, options: Mapping[str, Any] | None = None) -> None:
         """Raises BackendError when the graph is not ONNX or the runtime refuses it."""
@@ -99,6 +103,8 @@ class OnnxRuntimeEngine(Engine):
         )
         # Otherwise weight-only graphs get their activations quantized on the fly.
         settings.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+        if not self.options["fuse_qdq"]:
+            settings.add_session_config_entry("session.disable_quant_qdq", "1")
         if profile_prefix is not None:
             settings.enable_profiling = True
             settings.profile_file_prefix = str(profile_prefix)
@@ -151,7 +157,7 @@ class ReferenceBackend:
         return [Precision.F32]
 
     def compile(self, graph: Graph, precision: Precision, options: Mapping[str, Any] | None = None) -> Engine:
-        """Options: `threads`, `optimize`. INT8 is accepted: the file's own Q/DQ nodes say what is quantized."""
+        """Options: `threads`, `optimize`, `fuse_qdq`. INT8 is accepted: the file's own Q/DQ nodes say what is quantized."""
         found = self.availability()
         if not found.available:
             raise Unavailable(f"backend 'reference' cannot run: {found.reason}; {found.mend}")

@@ -1,45 +1,129 @@
-"""TensorRT: says honestly what is missing. This version has no TensorRT engine, only the answer why not."""
+"""TensorRT: what this machine offers, its quantizers, and compilation. With a CUDA device it runs, else it emulates."""
 
 from __future__ import annotations
 
 import importlib.util
-import shutil
 from collections.abc import Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from backends.base import Availability, Engine, Graph, Kernel, Precision, Quantizer, Unavailable
+from backends.base import Availability, BackendError, Engine, Graph, Kernel, Precision, Quantizer, Unavailable
 
-MEND = "use --backend openvino"
+MEND = 'pip install "pqk[trt]"'
+AHEAD_OF_TIME = "builds engines ahead of time; no CUDA device: quality is emulated by ONNX Runtime, nothing is timed"
+NO_PROVIDER = "neither torch with CUDA nor pycuda: quality is emulated by ONNX Runtime, nothing is timed"
+_NEEDED = {
+    "modelopt": "nvidia-modelopt",
+    "onnx_graphsurgeon": "onnx-graphsurgeon",
+    "onnxslim": "onnxslim",
+    "onnxconverter_common": "onnxconverter-common",
+    "huggingface_hub": "huggingface_hub",
+    "onnxruntime": "onnxruntime",
+}
+_RTX_WHEELS = ("tensorrt-rtx-cu13-bindings", "tensorrt-rtx-cu12-bindings", "tensorrt-rtx")
 
 
 class TensorRTBackend:
-    """The place of the TensorRT toolchain; every request that needs an engine raises Unavailable."""
+    """ONNX -> ModelOpt -> TensorRT or TensorRT-RTX."""
 
     name = "trt"
-    sources: tuple[str, ...] = ("backends.trt.backend",)
+    sources: tuple[str, ...] = (
+        "backends.trt.engine",
+        "backends.trt.builder",
+        "backends.trt.onnx_graph",
+        "backends.trt.cuda",
+        "backends.reference",
+    )
 
     def availability(self) -> Availability:
-        """Never available in this version; the reason names what the machine lacks, then what this version lacks."""
-        missing = []
-        if not (Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi")):
-            missing.append("there is no NVIDIA GPU on this machine")
-        if not any(importlib.util.find_spec(name) for name in ("tensorrt_rtx_bindings", "tensorrt")):
-            missing.append("no TensorRT Python package is installed")
-        missing.append("this version of pqk cannot build TensorRT engines yet")
-        return Availability(available=False, reason=", and ".join(missing), mend=MEND)
+        """Versions, devices and what this machine can do; or what is missing and what installs it.
+
+        `details` holds `gpu` (name and compute capability) where there is one, else `cpu`; `isa` of the CPU; `can`.
+        """
+        from backends.trt import builder, cuda
+
+        missing = [package for module, package in _NEEDED.items() if not importlib.util.find_spec(module)]
+        package = builder.package()
+        here = cuda.devices()
+        if package is None:
+            if importlib.util.find_spec("tensorrt"):
+                missing.insert(0, "tensorrt-rtx-cu13-libs (plain TensorRT builds only where there is a CUDA device)")
+            else:
+                missing.insert(0, "tensorrt-rtx-cu13-libs or tensorrt")
+        if missing:
+            return Availability(available=False, reason=f"packages are missing: {', '.join(missing)}", mend=MEND)
+        from backends.openvino.cpu import instruction_sets
+
+        details = {"isa": " ".join(instruction_sets())}
+        if here:
+            details["gpu"] = ", ".join(f"{d.name} ({d.capability})" for d in here)
+            details["can"] = "builds and runs engines" if cuda.provider() else NO_PROVIDER
+        else:
+            details["cpu"] = _cpu_name()
+            details["can"] = AHEAD_OF_TIME
+        devices = tuple(d.name for d in here) or ("CPU (emulated)",)
+        return Availability(available=True, devices=devices, versions=_versions(package), details=details)
 
     def quantizers(self) -> Mapping[str, Quantizer]:
-        return {}
+        """`modelopt` (int8, or int4 weights when the spec says W4A16) and `modelopt-fp8`."""
+        from backends.trt.modelopt import ModelOptQuantizer
+
+        return {"modelopt": ModelOptQuantizer("int8"), "modelopt-fp8": ModelOptQuantizer("fp8")}
 
     def float_precisions(self) -> Sequence[Precision]:
-        return []
+        """F32 and F16; without a device both are emulated. Raises Unavailable."""
+        self._require()
+        return [Precision.F32, Precision.F16]
 
     def compile(self, graph: Graph, precision: Precision, options: Mapping[str, Any] | None = None) -> Engine:
-        """Always raises Unavailable."""
-        found = self.availability()
-        raise Unavailable(f"cannot compile {graph.path.name} to {precision} with trt: {found.reason}; {found.mend}")
+        """Build an ONNX graph; options are those of `engine.OPTIONS`. Raises Unavailable or BackendError."""
+        self._require()
+        from backends.trt.engine import make_engine
+
+        try:
+            asked = Precision(precision)
+        except ValueError:
+            raise BackendError(f"unknown precision {precision!r}; known are {[str(p) for p in Precision]}") from None
+        return make_engine(graph, asked, options)
 
     def kept_in_int8(self, engine: Engine, keep: Sequence[str], kernels: Sequence[Kernel]) -> list[Kernel]:
-        """Always raises Unavailable: there is no engine to look into."""
-        raise Unavailable("backend 'trt' has no engines in this version; use --backend openvino")
+        """Kernels that ran a kept node in int8 or fp8. Elementwise nodes fused into a matmul's kernel are computed in
+        float there, so of a kernel with several nodes only kept matmuls and convolutions count."""
+        from backends.trt.engine import EmulatedEngine, TensorRTEngine
+        from backends.trt.onnx_graph import CONVOLUTIONS, MATMULS, OnnxGraph, kept_nodes
+
+        if not isinstance(engine, EmulatedEngine | TensorRTEngine):
+            raise BackendError(f"the keep-list of {type(engine).__name__} cannot be checked by TensorRT")
+        kept = kept_nodes(OnnxGraph(engine.graph.path), keep)
+        heavy = {name for name, kind in kept.items() if kind in MATMULS | CONVOLUTIONS}
+        offending = []
+        for kernel in kernels:
+            names = heavy if len(kernel.originals) > 1 else kept.keys()
+            if kernel.precision in ("int8", "fp8") and not names.isdisjoint(kernel.originals):
+                offending.append(kernel)
+        return offending
+
+    def _require(self) -> None:
+        found = self.availability()
+        if not found.available:
+            raise Unavailable(f"backend 'trt' cannot run: {found.reason}; {found.mend}")
+
+
+def _versions(package: str) -> dict[str, str]:
+    found = {}
+    wheels = ("tensorrt",) if package == "tensorrt" else _RTX_WHEELS
+    for name in (*wheels, "nvidia-modelopt", "onnxruntime"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    try:
+        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return "unknown"
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")

@@ -1,0 +1,361 @@
+"""Post-training quantization with ModelOpt: a float ONNX graph and calibration feeds -> an ONNX graph with Q/DQ nodes.
+
+ModelOpt runs the float graph in ONNX Runtime on the CPU, reduces every activation to its largest magnitude inside the
+graph and keeps one item in memory. Its file is finished here: kept nodes read the float tensors again (a tensor that
+feeds a quantized and a kept node reaches both through Q/DQ otherwise), and int8 weights are stored as int8.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import re
+import tempfile
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from backends.base import BackendError, Feeds, Graph, QuantSpec, Source, TensorInfo, nearest
+from backends.openvino.cpu import saturates
+from backends.trt.cuda import devices
+from backends.trt.onnx_graph import CONVOLUTIONS, MATMULS, OnnxGraph, kept_nodes, name_nodes
+
+if TYPE_CHECKING:
+    import onnx
+
+FORMATS = ("int8", "fp8", "int4")
+_BITS = {"int8": (8, 8), "fp8": (8, 8), "int4": (4, 16)}
+_HALF = 64  # the largest weight of 7 bits
+_OPSET = {"int8": 19, "fp8": 19, "int4": 21}
+_EXTERNAL_ABOVE = 1_800_000_000
+
+
+@dataclass
+class Report:
+    """What the last `quantize` did: calibration items, kept nodes, quantized nodes, weights held to half range."""
+
+    items: int = 0
+    kept: tuple[str, ...] = ()
+    quantized: tuple[str, ...] = ()
+    half_range: bool = False
+    notes: tuple[str, ...] = ()
+
+
+class ModelOptQuantizer:
+    """ModelOpt's ONNX mode. `number_format` is int8, fp8 (E4M3) or int4 (weights only); `report` tells of the last call.
+
+    QuantSpec.bits_w = 4 with bits_a = 16 asks the int8 quantizer for int4 weights.
+    """
+
+    starts_from = "graph"
+    sources: tuple[str, ...] = (
+        "backends.trt.modelopt",
+        "backends.trt.onnx_graph",
+        "backends.openvino.cpu",
+        "backends.exchange",
+    )
+
+    def __init__(self, number_format: str = "int8") -> None:
+        if number_format not in FORMATS:
+            raise BackendError(f"ModelOpt quantizes to {list(FORMATS)}, not {number_format!r}")
+        self.number_format = number_format
+        self.name = "modelopt" if number_format == "int8" else f"modelopt-{number_format}"
+        self.report = Report()
+
+    def notes(self) -> list[str]:
+        """Sentences on the last `quantize` that belong beside its results."""
+        return list(self.report.notes)
+
+    def quantize(self, source: Source, spec: QuantSpec, calibration: Iterable[Feeds]) -> Graph:
+        """Write `<spec.output_dir>/<source.name>.onnx` (and `.onnx.data` for large graphs) and return that graph.
+
+        `calibration` must be iterable again; items are made, used and dropped one by one, and only the first
+        `spec.calibration_samples` are used. The same input gives the same bytes. Raises BackendError for a spec that
+        ModelOpt cannot follow, a keep pattern without a match, a graph that is quantized already, an empty or too small
+        calibration set, and an item that does not fit the graph; nothing is written then.
+        """
+        number_format = self._check(source, spec)
+        original = OnnxGraph(source.graph.path)
+        if original.has_qdq():
+            raise BackendError(f"{source.graph.path.name} is quantized already")
+        kept = kept_nodes(original, spec.keep)
+        del original
+        items = _Items(calibration, source.graph.inputs, spec.calibration_samples)
+        half = number_format == "int8" and _half_range(spec)
+        spec.output_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{source.name}.", dir=spec.output_dir) as folder:
+            made = _modelopt(source.graph, number_format, items, sorted(kept), Path(folder))
+            import onnx
+
+            model = onnx.load(str(made))
+            free_kept(model, set(kept))
+            if number_format == "int8":
+                store_weights(model, half)
+            graph = _write(model, source.name, Path(folder), spec.output_dir)
+            del model
+        found = OnnxGraph(graph.path)
+        touched = {n.name for n in found.work() if found.precision(n) in ("int8", "fp8")}
+        wrong = sorted(touched & set(kept))
+        if wrong:
+            raise BackendError(f"ModelOpt quantized kept nodes: {wrong[:3]}")
+        notes = []
+        if half:
+            why = ": int8 sums saturate on this CPU, where other runtimes read the same graph" if saturates() else ""
+            notes.append(f"weights use 7 of their 8 bits{why}")
+        if spec.bias_correction != "none":
+            notes.append("ModelOpt corrects no biases")
+        heavy = tuple(n.name for n in found.work() if n.op_type in MATMULS | CONVOLUTIONS and n.name in touched)
+        self.report = Report(items.first_pass, tuple(sorted(kept)), heavy, half, tuple(notes))
+        return graph
+
+    def _check(self, source: Source, spec: QuantSpec) -> str:
+        bits = (spec.bits_w, spec.bits_a)
+        number_format = "int4" if self.number_format == "int8" and bits == (4, 16) else self.number_format
+        if bits != _BITS[number_format]:
+            known = ", ".join(f"{name} W{w}A{a}" for name, (w, a) in _BITS.items())
+            raise BackendError(f"ModelOpt quantizes to {known}; {self.name} cannot do W{bits[0]}A{bits[1]}")
+        if spec.weights != "per_channel":
+            raise BackendError(f"ModelOpt's ONNX mode quantizes weights 'per_channel' only, got {spec.weights!r}")
+        if spec.activations != "per_tensor" or not spec.symmetric_activations:
+            raise BackendError("TensorRT takes activations 'per_tensor' and symmetric only")
+        if spec.weight_range not in ("auto", "full", "half"):
+            hint = nearest(spec.weight_range, ("auto", "full", "half"))
+            raise BackendError(f"weight_range must be 'auto', 'full' or 'half', got {spec.weight_range!r}{hint}")
+        if spec.smooth_quant_alpha is not None:
+            raise BackendError(
+                "ModelOpt has no SmoothQuant for ONNX graphs: set smooth_quant_alpha to null for the quantizer "
+                f"{self.name!r}"
+            )
+        if spec.calibration_samples < 1:
+            raise BackendError(f"calibration_samples must be at least 1, got {spec.calibration_samples}")
+        if not source.name or Path(source.name).name != source.name:
+            raise BackendError(f"a graph's name must be a plain file name, got {source.name!r}")
+        return number_format
+
+
+def _half_range(spec: QuantSpec) -> bool:
+    """Whether int8 weights keep to 7 bits. A GPU sums int8 in 32 bits; only a CPU that reads the graph may saturate."""
+    return (saturates() and not devices()) if spec.weight_range == "auto" else spec.weight_range == "half"
+
+
+def _modelopt(graph: Graph, number_format: str, items: _Items, kept: list[str], folder: Path) -> Path:
+    """Run ModelOpt on a copy with named nodes; returns the file that it wrote into `folder`."""
+    import onnx
+
+    if next(iter(items), None) is None:
+        raise BackendError("empty calibration set")
+    external = graph.path.with_name(graph.path.name + ".data").exists()
+    given, made = folder / "given.onnx", folder / "made.onnx"
+    model = onnx.load(str(graph.path), load_external_data=False)
+    name_nodes(model.graph.node)
+    for file in graph.files()[1:]:
+        (folder / file.name).symlink_to(file.resolve())
+    onnx.save(model, str(given))
+    del model
+    names = [f"^{re.escape(name)}$" for name in kept]  # ModelOpt reads them as regular expressions
+    with quiet():
+        from modelopt.onnx.quantization import quantize
+
+        try:
+            quantize(
+                str(given),
+                quantize_mode=number_format,
+                calibration_data_reader=items.reader(),
+                calibration_method="max" if number_format != "int4" else "rtn_dq",
+                calibration_eps=["cpu"],
+                high_precision_dtype="fp32",
+                nodes_to_exclude=names,
+                use_external_data_format=external,
+                output_path=str(made),
+                opset=_OPSET[number_format],
+                log_level="CRITICAL",
+                **({"block_size": 32} if number_format == "int4" else {}),
+            )
+        except BackendError:
+            raise
+        except Exception as error:
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise BackendError(f"ModelOpt cannot quantize {graph.path.name}: {reason[0]}") from error
+    if number_format != "int4":  # rounding weights needs no data
+        items.finish()
+    return made
+
+
+def free_kept(model: onnx.ModelProto, kept: set[str]) -> None:
+    """Let every kept node read the float tensors again, and drop Q/DQ pairs that nobody reads any more."""
+    nodes = model.graph.node
+    maker = {name: node for node in nodes for name in node.output}
+    for node in nodes:
+        if node.name not in kept:
+            continue
+        for index, name in enumerate(node.input):
+            dequantize = maker.get(name)
+            if dequantize is None or dequantize.op_type != "DequantizeLinear":
+                continue
+            quantize = maker.get(dequantize.input[0])
+            if quantize is not None and quantize.op_type == "QuantizeLinear":
+                node.input[index] = quantize.input[0]
+    for kind in ("DequantizeLinear", "QuantizeLinear"):
+        read = {name for node in nodes for name in node.input} | {value.name for value in model.graph.output}
+        for node in [n for n in nodes if n.op_type == kind and n.output[0] not in read]:
+            nodes.remove(node)
+
+
+def store_weights(model: onnx.ModelProto, half: bool) -> None:
+    """Replace every QuantizeLinear of a constant weight by its int8 values: a quarter of the file, the same numbers.
+
+    `half`: weights of 7 bits: scales grow by 127/64 and values stay within 64, so sums of two products fit 16 bits.
+    """
+    from onnx import numpy_helper
+
+    graph = model.graph
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    scaled: set[str] = set()
+    for node in [n for n in graph.node if n.op_type == "QuantizeLinear" and n.input[0] in constants]:
+        zero = constants.get(node.input[2]) if len(node.input) > 2 else None
+        if node.input[1] not in constants or zero is None or numpy_helper.to_array(zero).dtype != np.int8:
+            continue
+        weight = numpy_helper.to_array(constants[node.input[0]])
+        scale = numpy_helper.to_array(constants[node.input[1]])
+        if half and node.input[1] not in scaled:
+            scaled.add(node.input[1])
+            scale = (scale * np.float32(127 / _HALF)).astype(scale.dtype)
+            constants[node.input[1]].CopyFrom(numpy_helper.from_array(scale, node.input[1]))
+        axis = next((a.i for a in node.attribute if a.name == "axis"), 1)
+        shape = [1] * weight.ndim
+        if scale.ndim:
+            shape[axis] = -1
+        limit = _HALF if half else 127
+        values = np.clip(np.rint(weight / scale.reshape(shape)), -limit, limit).astype(np.int8)
+        graph.initializer.append(numpy_helper.from_array(values, node.output[0]))
+        graph.node.remove(node)
+    read = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
+    unread = [tensor for tensor in graph.initializer if tensor.name not in read]
+    for tensor in unread:
+        graph.initializer.remove(tensor)
+
+
+def _write(model: onnx.ModelProto, name: str, folder: Path, target: Path) -> Graph:
+    """Write the finished graph, its data file first, and describe it. The same model gives the same bytes."""
+    import onnx
+
+    from backends.exchange import describe_onnx
+
+    model.producer_name = model.producer_version = model.doc_string = ""
+    del model.metadata_props[:]
+    del model.graph.value_info[:]
+    out = folder / "out"
+    out.mkdir()
+    size = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
+    if size > _EXTERNAL_ABOVE:
+        onnx.save_model(
+            model,
+            str(out / f"{name}.onnx"),
+            save_as_external_data=True,
+            all_tensors_to_one_file=True,
+            location=f"{name}.onnx.data",
+            size_threshold=1024,
+        )
+    else:
+        (out / f"{name}.onnx").write_bytes(model.SerializeToString(deterministic=True))
+    data = out / f"{name}.onnx.data"
+    if data.exists():
+        data.replace(target / data.name)
+    else:
+        (target / data.name).unlink(missing_ok=True)
+    (out / f"{name}.onnx").replace(target / f"{name}.onnx")
+    return describe_onnx(target / f"{name}.onnx")
+
+
+class _Items:
+    """The calibration set as ModelOpt sees it: at most `wanted` items, each checked, counted and dropped."""
+
+    def __init__(self, source: Iterable[Feeds], inputs: tuple[TensorInfo, ...], wanted: int) -> None:
+        if isinstance(source, Iterator):
+            raise BackendError(
+                "the calibration set must be iterable again: pass a list or an object with __iter__, not an iterator"
+            )
+        self.source = source
+        self.inputs = {t.name: t for t in inputs}
+        self.wanted = wanted
+        self.first_pass = 0
+        self._iterator: Iterator[Feeds] | None = None
+
+    def __iter__(self) -> Iterator[Feeds]:
+        for index, item in enumerate(self.source):
+            if index == self.wanted:
+                return
+            self._check(item, index)
+            self.first_pass = max(self.first_pass, index + 1)
+            yield item
+
+    def next(self) -> Feeds | None:
+        if self._iterator is None:
+            self._iterator = iter(self)
+        return next(self._iterator, None)
+
+    def rewind(self) -> None:
+        self._iterator = None
+
+    def reader(self) -> Any:
+        """This set as ONNX Runtime's CalibrationDataReader, with the two calls that ModelOpt adds to it."""
+        from onnxruntime.quantization.calibrate import CalibrationDataReader
+
+        items = self
+
+        class Reader(CalibrationDataReader):
+            def get_next(self) -> Feeds | None:
+                return items.next()
+
+            def get_first(self) -> Feeds:
+                return next(iter(items))
+
+            def rewind(self) -> None:
+                items.rewind()
+
+            def __iter__(self) -> Iterator[Feeds]:
+                return iter(items)
+
+        return Reader()
+
+    def finish(self) -> None:
+        """Raises BackendError when the set was too small."""
+        if self.first_pass < self.wanted:
+            raise BackendError(
+                f"the calibration set holds {self.first_pass} items, calibration_samples asks for {self.wanted}"
+            )
+
+    def _check(self, item: Feeds, index: int) -> None:
+        if set(item) != set(self.inputs):
+            raise BackendError(f"calibration item {index}: inputs must be {sorted(self.inputs)}, got {sorted(item)}")
+        for name, array in item.items():
+            want = self.inputs[name]
+            if tuple(array.shape) != want.shape or array.dtype.name != want.dtype:
+                raise BackendError(
+                    f"calibration item {index}: {name!r} must be {want.dtype}{list(want.shape)}, "
+                    f"got {array.dtype.name}{list(array.shape)}"
+                )
+            if not np.isfinite(array).all():
+                raise BackendError(f"calibration item {index}: {name!r} holds a value that is not finite")
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """ModelOpt prints progress and complains about every tool of a GPU that is missing; only exceptions matter."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)

@@ -1,0 +1,216 @@
+"""What an ONNX graph computes: its work in FLOPs, which nodes are quantized, which ones a keep-list protects.
+
+An operand counts as quantized when it comes from a DequantizeLinear, through nodes that only move values. A matmul or a
+convolution is quantized when both of its operands are; any other node when an operand of its own comes straight from
+a DequantizeLinear that follows a QuantizeLinear.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from backends.base import BackendError, nearest
+
+if TYPE_CHECKING:
+    import onnx
+
+GROUPS = ("LayerNorm", "Softmax", "AttentionScales")
+MATMULS = {"MatMul", "Gemm"}
+CONVOLUTIONS = {"Conv", "ConvTranspose"}
+_NORMS = {"LayerNormalization", "InstanceNormalization", "GroupNormalization", "SimplifiedLayerNormalization"}
+_SCALES = {"Mul", "Div"}
+_MOVES = {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Split", "Slice", "Gather", "Concat", "Flatten", "Expand"}
+_QDQ = {"QuantizeLinear", "DequantizeLinear"}
+# Between queries and scores, and between scores and Softmax, stand only these: scale, mask, moves, rounding, casts.
+_BETWEEN = _SCALES | _QDQ | {"Add", "Sub", "Where", "Cast", "Transpose", "Reshape", "Squeeze", "Unsqueeze"}
+_SMALL = 1024  # elements of a constant that may name a shape
+
+
+class OnnxGraph:
+    """An ONNX file without its large weights: nodes in order, who makes and who reads a tensor, shapes and types."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises BackendError when the file cannot be read. Large weights are never loaded."""
+        import onnx
+
+        try:
+            model = onnx.load(str(path), load_external_data=False)
+        except Exception as error:
+            raise BackendError(f"{path} is not a readable ONNX file: {type(error).__name__}") from error
+        self.path = path
+        self.nodes = list(model.graph.node)
+        name_nodes(self.nodes)
+        self.maker = {name: node for node in self.nodes for name in node.output if name}
+        self.weights = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
+        self._types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+        self.inputs = {value.name for value in model.graph.input if value.name not in self.weights}
+        self.live = self._live()
+        self.shapes: dict[str, tuple[int, ...]] = dict(self.weights)
+        self._infer_shapes(model)
+
+    def _live(self) -> set[str]:
+        """Tensors whose values depend on the values of the inputs."""
+        live = set(self.inputs)
+        for node in self.nodes:
+            if node.op_type not in ("Shape", "Size") and not live.isdisjoint(node.input):
+                live.update(node.output)
+        return live
+
+    def _infer_shapes(self, model: onnx.ModelProto) -> None:
+        import onnx
+
+        large = [t for t in model.graph.initializer if math.prod(t.dims) > _SMALL]
+        names = {tensor.name for tensor in large}
+        listed = {value.name for value in model.graph.input}
+        for tensor in large:  # the shape is all that inference needs
+            if tensor.name not in listed:
+                model.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+        kept = [t for t in model.graph.initializer if t.name not in names]
+        del model.graph.initializer[:]
+        model.graph.initializer.extend(kept)
+        inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+        for value in [*inferred.input, *inferred.value_info, *inferred.output]:
+            kind = value.type.tensor_type
+            self._types.setdefault(value.name, kind.elem_type)
+            if all(dim.HasField("dim_value") for dim in kind.shape.dim):
+                self.shapes.setdefault(value.name, tuple(dim.dim_value for dim in kind.shape.dim))
+
+    def work(self) -> list[onnx.NodeProto]:
+        """Nodes that compute with the inputs' values, in order; quantizing and dequantizing nodes are none of them."""
+        return [n for n in self.nodes if n.op_type not in _QDQ and n.output and n.output[0] in self.live]
+
+    def flops(self, node: onnx.NodeProto) -> float:
+        """Two per multiply-add of a matmul or convolution, else 0. Raises BackendError when its shape is not known."""
+        if node.op_type not in MATMULS | CONVOLUTIONS:
+            return 0.0
+        try:
+            out, first, second = (self.shapes[name] for name in (node.output[0], node.input[0], node.input[1]))
+        except KeyError as error:
+            raise BackendError(
+                f"{self.path.name}: the shape of {error.args[0]!r} at node {node.name!r} is unknown"
+            ) from error
+        if node.op_type == "MatMul":
+            return 2.0 * math.prod(out) * first[-1]
+        if node.op_type == "Gemm":
+            turned = any(a.name == "transA" and a.i for a in node.attribute)
+            return 2.0 * math.prod(out) * first[0 if turned else 1]
+        return 2.0 * math.prod(first if node.op_type == "ConvTranspose" else out) * math.prod(second[1:])
+
+    def precision(self, node: onnx.NodeProto) -> str:
+        """'int8' or 'fp8' for a quantized node (see the module), else the float type that it computes in."""
+        if node.op_type in _MOVES:
+            return self._float(node.output[0])
+        heavy = node.op_type in MATMULS | CONVOLUTIONS
+        if heavy:
+            kinds = [self._quantized(name) for name in node.input[:2]]
+            found = kinds[0] if kinds[0] == kinds[1] else ""
+        else:
+            found = next((kind for kind in map(self._direct, node.input) if kind), "")
+        # An integer weight alone is turned back into floats before the product (weight-only quantization).
+        return found if found in ("int8", "fp8") else self._float(node.input[0] if heavy else node.output[0])
+
+    def _quantized(self, name: str) -> str:
+        node = self.maker.get(name)
+        while node is not None and node.op_type in _MOVES:
+            name = node.input[0]
+            node = self.maker.get(name)
+        return self._stored(node) if node is not None and node.op_type == "DequantizeLinear" else ""
+
+    def _direct(self, name: str) -> str:
+        node = self.maker.get(name)
+        live = name in self.live and node is not None and node.op_type == "DequantizeLinear"
+        return self._stored(node) if live and node is not None else ""
+
+    def _stored(self, node: onnx.NodeProto) -> str:
+        import onnx
+
+        kinds = onnx.TensorProto
+        known = {kinds.INT8: "int8", kinds.UINT8: "int8", kinds.FLOAT8E4M3FN: "fp8", kinds.INT4: "int4"}
+        return known.get(self._types.get(node.input[0], 0), "other")
+
+    def _float(self, name: str) -> str:
+        import onnx
+
+        kinds = onnx.TensorProto
+        known = {kinds.FLOAT: "f32", kinds.FLOAT16: "f16", kinds.BFLOAT16: "bf16", kinds.INT64: "int64"}
+        return known.get(self._types.get(name, 0), "unknown")
+
+    def has_qdq(self) -> bool:
+        return any(node.op_type in _QDQ for node in self.nodes)
+
+
+def name_nodes(nodes: Sequence[onnx.NodeProto]) -> None:
+    """Give every node without a name `<type>.<position>`; some tools and every keep-list go by names."""
+    for index, node in enumerate(nodes):
+        if not node.name:
+            node.name = f"{node.op_type}.{index}"
+
+
+def kept_nodes(graph: OnnxGraph, keep: Sequence[str]) -> dict[str, str]:
+    """Names and types of the nodes that a keep-list protects. An entry is a group or a regex searched in node names.
+
+    Groups: LayerNorm (normalisation nodes), Softmax, AttentionScales (the score matmul QK^T and the scaling around
+    it). A group may be absent from a graph. Raises BackendError for a regex that is invalid or matches no node.
+    """
+    nodes = graph.work()
+    found: dict[str, str] = {}
+    for entry in keep:
+        if entry == "LayerNorm":
+            chosen = [n for n in nodes if n.op_type in _NORMS]
+        elif entry == "Softmax":
+            chosen = [n for n in nodes if n.op_type in ("Softmax", "LogSoftmax")]
+        elif entry == "AttentionScales":
+            chosen = _scores(graph, nodes)
+        else:
+            chosen = _matching(entry, nodes)
+        found.update((n.name, n.op_type) for n in chosen)
+    return found
+
+
+def _matching(entry: str, nodes: list[onnx.NodeProto]) -> list[onnx.NodeProto]:
+    try:
+        pattern = re.compile(entry)
+    except re.error as error:
+        raise BackendError(f"keep entry {entry!r} is not a valid regular expression: {error}") from error
+    chosen = [n for n in nodes if pattern.search(n.name)]
+    if not chosen:
+        hint = nearest(entry, [*GROUPS, *(n.name for n in nodes)])
+        raise BackendError(f"keep entry {entry!r} matches no node{hint}; groups are {list(GROUPS)}")
+    return chosen
+
+
+def _scores(graph: OnnxGraph, nodes: list[onnx.NodeProto]) -> list[onnx.NodeProto]:
+    found = []
+    for softmax in [n for n in nodes if n.op_type in ("Softmax", "LogSoftmax")]:
+        above = _walk_up(graph, softmax.input[0])
+        for score in [n for n in above if n.op_type == "MatMul"]:
+            if all(name in graph.live for name in score.input[:2]):
+                found.append(score)
+                for name in score.input[:2]:
+                    above += _walk_up(graph, name)
+        found += [n for n in above if n.op_type in _SCALES]
+    return found
+
+
+def _walk_up(graph: OnnxGraph, name: str) -> list[onnx.NodeProto]:
+    """The makers of a tensor, through scales, masks and moves; the first other node ends the walk.
+
+    A Mul or Div counts only as a scale, by one number: rotary embeddings multiply by tables.
+    """
+    found: list[onnx.NodeProto] = []
+    while name in graph.live and name in graph.maker:
+        node = graph.maker[name]
+        alive = [i for i in node.input if i in graph.live]
+        if node.op_type in _SCALES:
+            others = [i for i in node.input if i not in graph.live]
+            if len(alive) != 1 or any(math.prod(graph.shapes.get(i, (1,))) != 1 for i in others):
+                break
+        found.append(node)
+        if node.op_type not in _BETWEEN or not alive:
+            break
+        name = alive[0]
+    return found
