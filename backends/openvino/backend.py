@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any
@@ -10,10 +11,11 @@ from backends.base import Availability, BackendError, Engine, Graph, Kernel, Pre
 from backends.openvino.cpu import instruction_sets
 
 MEND = 'pip install "pqk[openvino]"'
+INC = "neural-compressor-pt"
 
 
 class OpenVINOBackend:
-    """ONNX -> NNCF -> OpenVINO on the CPU."""
+    """ONNX -> NNCF, or torch -> Intel Neural Compressor -> OpenVINO on the CPU."""
 
     name = "openvino"
     sources: tuple[str, ...] = ("backends.openvino.engine", "backends.openvino.flops", "backends.openvino.cpu")
@@ -26,6 +28,8 @@ class OpenVINOBackend:
             versions = {name: metadata.version(name) for name in ("openvino", "nncf")}
         except (ImportError, metadata.PackageNotFoundError) as error:
             return Availability(available=False, reason=f"a package is missing: {error}", mend=MEND)
+        with contextlib.suppress(metadata.PackageNotFoundError):  # only the quantizer `inc` needs it
+            versions[INC] = metadata.version(INC)
         core = ov.Core()
         devices = tuple(core.available_devices)
         if "CPU" not in devices:
@@ -39,9 +43,10 @@ class OpenVINOBackend:
 
     def quantizers(self) -> Mapping[str, Quantizer]:
         """Quantizers by name; importing them is left to their first use."""
+        from backends.openvino.inc import INCQuantizer
         from backends.openvino.nncf import NNCFQuantizer
 
-        return {"nncf": NNCFQuantizer()}
+        return {"nncf": NNCFQuantizer(), "inc": INCQuantizer()}
 
     def float_precisions(self) -> Sequence[Precision]:
         """F32, and BF16 where the CPU computes in it; the last is the fastest. Raises Unavailable."""

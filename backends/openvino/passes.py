@@ -47,6 +47,34 @@ def share_constants(model: ov.Model) -> int:
     return dropped
 
 
+def flatten_tables(model: ov.Model) -> int:
+    """Write float (1, ..., N, D) factors as (N, D), so that `split_tables` finds them; returns how many there were.
+
+    Products spread out the leading axes themselves. Exported torch programs spell them out, the ONNX reader does not.
+    """
+    import openvino.opset13 as ops
+
+    flattened = 0
+    for op in model.get_ordered_ops():
+        shape = tuple(op.get_output_shape(0)) if op.get_type_name() == "Constant" else ()
+        if len(shape) <= 2 or int(np.prod(shape)) != shape[-2] * shape[-1] or int(np.prod(shape)) <= _SMALL:
+            continue
+        targets = op.output(0).get_target_inputs()
+        products = all(port.get_node().get_type_name() == "Multiply" for port in targets)
+        if op.get_element_type().get_type_name() != "f32" or not products:
+            continue
+        others = [
+            v for port in targets for v in port.get_node().input_values() if v.get_node().get_name() != op.get_name()
+        ]
+        if not others or any(v.get_partial_shape().rank.get_length() < len(shape) for v in others):
+            continue  # the product would lose axes
+        flat = ops.constant(op.get_data().reshape(shape[-2:]))
+        for port in targets:
+            port.replace_source_output(flat.output(0))
+        flattened += 1
+    return flattened
+
+
 def split_tables(model: ov.Model) -> int:
     """Store tables over a grid (the rotary embedding's) by their rows and columns; returns how many were split.
 

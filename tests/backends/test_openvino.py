@@ -297,7 +297,7 @@ def test_availability_names_the_machine():
     found = registry.get("openvino").availability()
     assert found.available
     assert "CPU" in found.devices
-    assert set(found.versions) == {"openvino", "nncf"}
+    assert {"openvino", "nncf"} <= set(found.versions) <= {"openvino", "nncf", "neural-compressor-pt"}
     assert found.details["cpu"]
     assert ("BF16" in found.details["capabilities"]) == (best_float() == Precision.BF16)
 

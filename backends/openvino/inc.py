@@ -1,0 +1,378 @@
+"""Post-training quantization with Intel Neural Compressor: torch module and calibration feeds -> IR with int8 weights.
+
+The road is INC's static quantization of exported programs (PT2E): export, observe, convert, export again, read into
+OpenVINO. Where its defaults cost quality or speed, the observers are changed between `prepare` and `convert`, the one
+place where each of them can be reached by name:
+
+- Only linear layers and convolutions keep observers. INC also quantizes the residual beside a convolution and products
+  of two tensors, which run in float here all the same and only lose digits.
+- Ranges are the mean over the calibration items of each item's least and largest value. INC's observer averages with
+  weight 0.01 instead, so that the first item decides.
+- Values that are never negative get the unsigned range 0..255 with zero point 0, as OpenVINO's kernels take it.
+- Weights take -127..127, or -63..63 where int8 sums saturate (`weight_range`). INC has no setting for that.
+
+Attention and transposed convolutions stay in float: INC does not quantize them. Calibration runs in torch at f32, once
+over the set; an observer holds two numbers, so memory holds one item at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from backends.base import BackendError, Feeds, Graph, QuantSpec, Source, TensorInfo, Unavailable, nearest
+from backends.openvino.cpu import saturates
+from backends.openvino.engine import write_ir
+from backends.openvino.flops import CONVOLUTIONS, MATMULS, is_quantized
+from backends.openvino.nncf import GROUPS, WEIGHT_RANGES, _half_range, _Items, kept_nodes, name_nodes
+from backends.openvino.passes import flatten_tables, share_constants, split_tables
+
+if TYPE_CHECKING:
+    import openvino as ov
+    import torch
+
+MEND = 'pip install "pqk[openvino,inc]"'
+_LARGEST = {False: 127, True: 63}  # by whether weights keep to half their range
+
+# Operations that a keep-list can name: ATen name -> its name once OpenVINO's reader has decomposed the program, and the
+# name of the node, which is that of an ONNX export, so that one keep-list fits every quantizer.
+_NAMED = {
+    "linear": ("linear", "MatMul"),
+    "conv1d": ("convolution", "Conv"),
+    "conv2d": ("convolution", "Conv"),
+    "conv3d": ("convolution", "Conv"),
+    "conv_transpose1d": ("convolution", "ConvTranspose"),
+    "conv_transpose2d": ("convolution", "ConvTranspose"),
+    "conv_transpose3d": ("convolution", "ConvTranspose"),
+    "layer_norm": ("native_layer_norm", "LayerNormalization"),
+    "gelu": ("gelu", "Gelu"),
+    "scaled_dot_product_attention": ("scaled_dot_product_attention", "Attention"),
+}
+_QUANTIZED = ("linear", "conv1d", "conv2d")
+
+
+@dataclass
+class Report:
+    """What the last `quantize` did: items of the one calibration pass, kept nodes, and whether the weights were held
+    to half their range."""
+
+    items: int = 0
+    kept: tuple[str, ...] = ()
+    half_range: bool = False
+
+
+class INCQuantizer:
+    """Intel Neural Compressor post-training quantization for OpenVINO. `report` tells what the last call did."""
+
+    name = "inc"
+    starts_from = "module"
+    sources: tuple[str, ...] = (
+        "backends.openvino.inc",
+        "backends.openvino.nncf",
+        "backends.openvino.passes",
+        "backends.openvino.engine",
+        "backends.openvino.cpu",
+    )
+
+    def __init__(self) -> None:
+        self.report = Report()
+
+    def notes(self) -> list[str]:
+        """Sentences on the last `quantize` that belong beside its results."""
+        if not self.report.half_range:
+            return []
+        why = ": int8 sums saturate on this CPU (no VNNI)" if saturates() else ""
+        return [f"weights use 7 of their 8 bits{why}"]
+
+    def quantize(self, source: Source, spec: QuantSpec, calibration: Iterable[Feeds]) -> Graph:
+        """Write `<spec.output_dir>/<source.name>.xml` and `.bin` (int8 weights) and return that graph.
+
+        `source.module` is quantized; its inputs, outputs and their names are those of `source.graph`. `calibration` is
+        iterated once, items are used and dropped one by one, and only the first `spec.calibration_samples` of them.
+        The module is left as it was. The same input gives the same bytes.
+        Raises Unavailable without INC, and BackendError for a spec that it cannot follow, a keep pattern without a
+        match, a module that cannot be exported, and a calibration set that is empty, too small or does not fit the
+        inputs; nothing is written then.
+        """
+        import torch
+
+        _check_spec(spec, source)
+        items = _Items(calibration, source.graph.inputs, spec.calibration_samples)
+        half = _half_range(spec)
+        module, names = source.module, list(source.example)
+        assert module is not None
+        example = tuple(torch.as_tensor(value) for value in source.example.values())
+        modes = [(part, part.training) for part in module.modules()]
+        try:
+            with _quiet(), torch.no_grad():
+                prepared = _prepare(module, example, spec)
+                named = _named(prepared)
+                kept = _kept(named, spec.keep)
+                _strip(prepared, {node for node, name in named.items() if name in kept})
+                _observe(prepared, names, items)
+                _set_ranges(prepared, _LARGEST[half], spec.symmetric_activations)
+                model = _convert(prepared, example, list(named.items()))
+        finally:
+            for part, training in modes:
+                part.training = training
+        model.set_friendly_name(source.name)
+        _fit(model, names, source)
+        flatten_tables(model)
+        split_tables(model)
+        share_constants(model)
+        name_nodes(model)
+        _check_kept(model, spec.keep)
+        self.report = Report(items.first_pass, tuple(sorted(kept)), half)
+        return write_ir(model, spec.output_dir / f"{source.name}.xml")
+
+
+def _check_spec(spec: QuantSpec, source: Source) -> None:
+    if source.module is None or not source.example:
+        raise BackendError("Intel Neural Compressor starts from a torch module and example inputs: give both")
+    if list(source.example) != [t.name for t in source.graph.inputs]:
+        have, want = list(source.example), [t.name for t in source.graph.inputs]
+        raise BackendError(f"the example's inputs {have} are not those of the graph, {want}")
+    if (spec.bits_w, spec.bits_a) != (8, 8):
+        raise BackendError(
+            f"Intel Neural Compressor quantizes to 8-bit weights and activations here, not W{spec.bits_w}A{spec.bits_a}"
+        )
+    if spec.weights not in ("per_channel", "per_tensor"):
+        raise BackendError(f"weights must be 'per_channel' or 'per_tensor', got {spec.weights!r}")
+    if spec.activations != "per_tensor":
+        raise BackendError(f"activations must be 'per_tensor' for OpenVINO, got {spec.activations!r}")
+    if spec.weight_range not in WEIGHT_RANGES:
+        hint = nearest(spec.weight_range, WEIGHT_RANGES)
+        raise BackendError(f"weight_range must be one of {list(WEIGHT_RANGES)}, got {spec.weight_range!r}{hint}")
+    if spec.bias_correction != "none":
+        raise BackendError(
+            f"Intel Neural Compressor has no bias correction: set bias_correction to 'none', not "
+            f"{spec.bias_correction!r}, or take the quantizer nncf"
+        )
+    if spec.smooth_quant_alpha is not None:
+        raise BackendError(
+            "SmoothQuant of Intel Neural Compressor needs Intel Extension for PyTorch, which is no longer made: set "
+            "smooth_quant_alpha to null, or take the quantizer nncf"
+        )
+    if spec.calibration_samples < 1:
+        raise BackendError(f"calibration_samples must be at least 1, got {spec.calibration_samples}")
+    if not source.name or Path(source.name).name != source.name:
+        raise BackendError(f"a graph's name must be a plain file name, got {source.name!r}")
+
+
+def _prepare(module: torch.nn.Module, example: tuple[torch.Tensor, ...], spec: QuantSpec) -> torch.fx.GraphModule:
+    """The module as an fx graph with INC's observers. Raises Unavailable or BackendError."""
+    try:
+        import torchao  # noqa: F401  (INC asks for it too late to say so clearly)
+        from neural_compressor.torch.export import export
+        from neural_compressor.torch.quantization import StaticQuantConfig, prepare
+    except ImportError as error:
+        raise Unavailable(f"quantizer 'inc' cannot run: {error}; {MEND}") from error
+    config = StaticQuantConfig(
+        w_granularity=spec.weights,
+        act_sym=spec.symmetric_activations,
+        act_dtype="int8" if spec.symmetric_activations else "uint8",
+    )
+    try:
+        return prepare(export(module, example), config)
+    except Exception as error:
+        raise BackendError(f"Intel Neural Compressor cannot export {type(module).__name__}: {_first(error)}") from error
+
+
+def _first(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _aten(node: torch.fx.Node) -> str:
+    """'linear' for a call of `aten.linear.default`; '' for nodes that call no ATen operation."""
+    parts = str(node.target).split(".")
+    return parts[1] if node.op == "call_function" and parts[0] == "aten" else ""
+
+
+def _named(prepared: torch.fx.GraphModule) -> dict[torch.fx.Node, str]:
+    """Names like those of an ONNX export (`/blocks.0/fc1/MatMul`) of the nodes that a keep-list can name, in order."""
+    found: dict[torch.fx.Node, str] = {}
+    for node in prepared.graph.nodes:
+        if _aten(node) not in _NAMED:
+            continue
+        scope, last = "", ""
+        for path, _ in node.meta.get("nn_module_stack", {}).values():
+            if path:
+                scope += "/" + path.removeprefix(last + ".")
+                last = path
+        name = first = f"{scope}/{_NAMED[_aten(node)][1]}"
+        count = 0
+        while name in found.values():  # a module that is called again
+            count += 1
+            name = f"{first}_{count}"
+        found[node] = name
+    return found
+
+
+def _kept(named: dict[torch.fx.Node, str], keep: Iterable[str]) -> set[str]:
+    """Names that the keep-list protects by pattern; INC quantizes nothing of the groups. Raises BackendError."""
+    found: set[str] = set()
+    for entry in keep:
+        if entry in GROUPS:
+            continue
+        try:
+            pattern = re.compile(entry)
+        except re.error as error:
+            raise BackendError(f"keep entry {entry!r} is not a valid regular expression: {error}") from error
+        chosen = {name for name in named.values() if pattern.search(name)}
+        if not chosen:
+            hint = nearest(entry, [*GROUPS, *named.values()])
+            raise BackendError(f"keep entry {entry!r} matches no node{hint}; groups are {list(GROUPS)}")
+        found |= chosen
+    return found
+
+
+def _is_observer(node: torch.fx.Node) -> bool:
+    return node.op == "call_module" and str(node.target).startswith("activation_post_process")
+
+
+def _strip(prepared: torch.fx.GraphModule, kept: set[torch.fx.Node]) -> None:
+    """Take out every observer that does not feed a linear layer or a convolution outside the keep-list."""
+    for node in prepared.graph.nodes:
+        if _aten(node) in _QUANTIZED and node not in kept:
+            continue
+        for feeding in node.all_input_nodes:
+            if _is_observer(feeding):
+                node.replace_input_with(feeding, feeding.args[0])
+    for node in reversed(prepared.graph.nodes):
+        if _is_observer(node) and not node.users:
+            prepared.graph.erase_node(node)
+    prepared.recompile()
+
+
+def _observers(prepared: torch.fx.GraphModule) -> Iterator[tuple[Any, bool]]:
+    """Every observer once, and whether it looks at a weight."""
+    seen: dict[str, bool] = {}
+    for node in prepared.graph.nodes:
+        if _is_observer(node):
+            seen.setdefault(str(node.target), node.args[0].op == "get_attr")
+    for target, of_weight in seen.items():
+        yield prepared.get_submodule(target), of_weight
+
+
+def _observe(prepared: torch.fx.GraphModule, names: list[str], items: _Items) -> None:
+    """Run the calibration set. With weight 1/k for item k, the observers' moving average is the mean."""
+    import torch
+
+    observers = [observer for observer, _ in _observers(prepared) if hasattr(observer, "averaging_constant")]
+    for count, feeds in enumerate(items, 1):
+        for observer in observers:
+            observer.averaging_constant = 1 / count
+        prepared(*(torch.from_numpy(feeds[name]) for name in names))
+
+
+def _set_ranges(prepared: torch.fx.GraphModule, largest: int, symmetric: bool) -> None:
+    """Weights to -largest..largest; symmetric activations that are never negative to 0..255 with zero point 0."""
+    import torch
+
+    for observer, of_weight in _observers(prepared):
+        if of_weight:
+            observer.quant_min, observer.quant_max = -largest, largest
+        elif symmetric and observer.min_val >= 0:
+            observer.dtype, observer.qscheme = torch.uint8, torch.per_tensor_affine
+            observer.quant_min, observer.quant_max = 0, 255
+
+
+def _convert(
+    prepared: torch.fx.GraphModule, example: tuple[torch.Tensor, ...], named: list[tuple[torch.fx.Node, str]]
+) -> ov.Model:
+    """The calibrated graph as an OpenVINO model with int8 weights, its nodes named by `named`."""
+    import openvino as ov
+    import torch
+    from neural_compressor.torch.quantization import convert
+    from openvino.frontend.pytorch.fx_decoder import TorchFXPythonDecoder
+
+    wanted: dict[str, list[str]] = {}
+    for node, name in named:
+        wanted.setdefault(_NAMED[_aten(node)][0], []).append(name)
+    try:
+        program = torch.export.export(convert(prepared), example)
+        decoder = TorchFXPythonDecoder.from_exported_program(program, dynamic_shapes=False)
+        model = ov.convert_model(decoder)
+    except Exception as error:
+        raise BackendError(f"the graph of Intel Neural Compressor cannot be converted: {_first(error)}") from error
+    # Both graphs hold the same operations in the same order; module names are lost in the second.
+    found: dict[str, list[str]] = {}
+    for node in decoder.pt_module.graph.nodes:
+        found.setdefault(_aten(node), []).append(node.name)
+    renamed: dict[str, str] = {}
+    for kind, new in wanted.items():
+        if len(found.get(kind, [])) == len(new):
+            renamed.update(zip(found[kind], new, strict=True))
+    _rename(model, renamed)
+    return model
+
+
+def _rename(model: ov.Model, renamed: dict[str, str]) -> None:
+    """`linear_3/aten.linear.default/MatMul` becomes the name of its linear layer, others of `linear_3` follow it."""
+    main = MATMULS | CONVOLUTIONS | {"MVN", "Gelu"}
+    for op in model.get_ordered_ops():
+        origin, _, rest = op.get_friendly_name().partition("/")
+        kind = rest.rpartition("/")[2]
+        if origin in renamed:
+            name = renamed[origin]
+            op.set_friendly_name(name if op.get_type_name() in main else f"{name.rpartition('/')[0]}/{kind}")
+        elif rest:
+            op.set_friendly_name(f"{origin}/{kind}")
+        for port in op.outputs():
+            port.get_tensor().set_names(set())  # no one asks for tensors inside
+
+
+def _fit(model: ov.Model, names: list[str], source: Source) -> None:
+    """Name the inputs and outputs. Raises BackendError when shapes or types are not those of the source's graph."""
+    outputs = {t.name: t for t in source.graph.outputs}
+    inputs = {t.name: t for t in source.graph.inputs}
+    for ports, infos in (
+        (model.inputs, [inputs[name] for name in names]),
+        (model.outputs, [outputs[name] for name in source.output_names]),
+    ):
+        if len(ports) != len(infos):
+            raise BackendError(f"{source.name}: the module has {len(ports)} outputs or inputs, its graph {len(infos)}")
+        for port, info in zip(ports, infos, strict=True):
+            _fit_port(port, info, source.name)
+    for node, name in zip(model.get_parameters(), names, strict=True):
+        node.set_friendly_name(name)
+
+
+def _fit_port(port: Any, info: TensorInfo, graph: str) -> None:
+    import numpy as np
+
+    shape, dtype = str(port.get_partial_shape()), np.dtype(port.get_element_type().to_dtype()).name
+    if port.get_partial_shape().is_dynamic or tuple(port.get_shape()) != info.shape or dtype != info.dtype:
+        raise BackendError(
+            f"{graph}: {info.name!r} is {dtype}{shape} in the module, {info.dtype}{list(info.shape)} in its graph"
+        )
+    port.get_tensor().set_names({info.name})
+
+
+def _check_kept(model: ov.Model, keep: tuple[str, ...]) -> None:
+    """Raises BackendError when a kept matmul or convolution has quantized operands: the keep-list is a promise."""
+    kept = kept_nodes(model, keep)
+    for op in model.get_ops():
+        heavy = op.get_type_name() in MATMULS | CONVOLUTIONS
+        if heavy and op.get_friendly_name() in kept and is_quantized(op):
+            raise BackendError(f"Intel Neural Compressor quantized the kept node {op.get_friendly_name()!r}")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """INC logs each step, and the packages it imports warn about what they lack; failures arrive as exceptions."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
