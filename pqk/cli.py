@@ -65,6 +65,32 @@ def run(
 
 
 @app.command()
+def export(
+    card: Annotated[str, typer.Argument(help="task card, for example B1")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="folder to write; an earlier export in it is replaced")],
+    backend: Annotated[str | None, typer.Option(help="as in `pqk run`")] = None,
+    quantizer: Annotated[str | None, typer.Option(help="quantizer of the backend; default: its first")] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(help="int8, f32, bf16 ...; default: int8 when the recipe quantizes, else best float"),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="as in `pqk run`; default: the shipped one")] = None,
+    setting: Annotated[list[str] | None, typer.Option("--set", help="override one value, as in `pqk run`")] = None,
+    fresh: Annotated[bool, typer.Option(help="make everything anew, reuse nothing")] = False,
+) -> None:
+    """Write a card's engines as a folder that runs without pqk: graphs or plans, manifest.json, sample.py.
+
+    Exit codes: 0 ok, 2 wrong input, 3 backend or method unavailable.
+    """
+    from pqk.run.command import default_backend, export_card, settings_of
+    from pqk.run.runner import Request
+
+    chosen = backend or default_backend()
+    request = Request(card, chosen, quantizer, model, fresh=fresh, settings=settings_of(setting or []))
+    raise typer.Exit(export_card(request, precision, out))
+
+
+@app.command()
 def check() -> None:
     """Dry run: configs, task cards and the log schema, without a model or data. Prints PASS or what is wrong."""
     from pqk.spec.check import main as dry_run

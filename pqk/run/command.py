@@ -16,6 +16,7 @@ from pqk.files import check_writable
 from pqk.record.log import write_record, write_records
 from pqk.report.table import print_table
 from pqk.run.runner import Request, run
+from pqk.run.store import OnEvent
 from pqk.spec.yamlfile import parse_yaml
 
 _DOING = {
@@ -62,22 +63,8 @@ def run_card(request: Request, as_json: bool, log: Path | None = None) -> int:
     errors = Console(stderr=True, highlight=False)
     began = time.monotonic()
 
-    def on_event(kind: str, stage: str, key: str, seconds: float) -> None:
-        name, _, variant = stage.partition(" ")
-        what = f"{_DOING.get(name, name)} {variant}".strip()
-        if kind == "make":
-            errors.print(f"  [dim]…[/] {what}")
-        elif kind == "done":
-            errors.print(f"  [green]✓[/] {what}  {seconds:.1f} s")
-        elif kind == "reuse":
-            errors.print(f"  [green]✓[/] {what}  [dim]kept from before ({key[:8]})[/]")
-        elif kind == "damaged":
-            errors.print(f"  [yellow]![/] {what}: the kept result {key[:8]} is damaged, making it again")
-        elif kind == "wait":
-            errors.print(f"  [dim]…[/] {what}: another process is making it")
-
     errors.print(f"[bold]{escape(request.card)}[/] on {escape(request.backend)}")
-    records = run(request, root, on_event, lambda text: errors.print(f"  [green]✓[/] {escape(text)}"))
+    records = run(request, root, _progress(errors), lambda text: errors.print(f"  [green]✓[/] {escape(text)}"))
     candidate = records[-1]
     if log is not None and request.recipe:
         write_record(log, candidate)
@@ -94,6 +81,40 @@ def run_card(request: Request, as_json: bool, log: Path | None = None) -> int:
     if as_json:
         print(json.dumps(candidate, allow_nan=False, ensure_ascii=False))
     return EXIT_CHECK_FAILED if candidate["verdict"] == "fail" else EXIT_OK
+
+
+def _progress(errors: Console) -> OnEvent:
+    """Prints what the store does, a line each."""
+
+    def on_event(kind: str, stage: str, key: str, seconds: float) -> None:
+        name, _, variant = stage.partition(" ")
+        what = f"{_DOING.get(name, name)} {variant}".strip()
+        if kind == "make":
+            errors.print(f"  [dim]…[/] {what}")
+        elif kind == "done":
+            errors.print(f"  [green]✓[/] {what}  {seconds:.1f} s")
+        elif kind == "reuse":
+            errors.print(f"  [green]✓[/] {what}  [dim]kept from before ({key[:8]})[/]")
+        elif kind == "damaged":
+            errors.print(f"  [yellow]![/] {what}: the kept result {key[:8]} is damaged, making it again")
+        elif kind == "wait":
+            errors.print(f"  [dim]…[/] {what}: another process is making it")
+
+    return on_event
+
+
+def export_card(request: Request, precision: str | None, out: Path) -> int:
+    """`pqk export`: progress on stderr, the folder on stdout; returns the exit code."""
+    from pqk.run.export import export
+
+    root = paths.project_root()
+    errors = Console(stderr=True, highlight=False)
+    errors.print(f"[bold]{escape(request.card)}[/] on {escape(request.backend)}, export")
+    found = export(
+        request, precision, out, root, _progress(errors), lambda t: errors.print(f"  [green]✓[/] {escape(t)}")
+    )
+    print(paths.shown(found))
+    return EXIT_OK
 
 
 def default_backend() -> str:
