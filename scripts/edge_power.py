@@ -143,7 +143,7 @@ class PowerMeter:
             self._process.terminate()
             self._process.wait(timeout=10)
         if self.command or self.rapl:
-            self._thread.join(timeout=10)
+            self._thread.join(timeout=2)
         self.count_after = throttle_count()
 
     def _read_lines(self) -> None:

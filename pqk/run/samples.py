@@ -15,6 +15,8 @@ from PIL import Image, ImageOps
 here = Path(__file__).resolve().parent
 about = json.loads((here / "manifest.json").read_text(encoding="utf-8"))
 how = about["preprocessing"]
+if len(sys.argv) != 3:
+    sys.exit(__doc__)
 
 
 def load(path):
