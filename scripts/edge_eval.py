@@ -29,6 +29,7 @@ from pathlib import Path
 import numpy as np
 from edge_power import PowerMeter
 
+FORMAT = 1  # of the manifest
 PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 
 
@@ -89,6 +90,8 @@ class OnnxRuntime:
     def __init__(self, about: dict) -> None:
         import onnxruntime
 
+        if about["float_precision"] not in ("best", "f32"):  # the graph is f32, and would run as such
+            raise EdgeError(f"ONNX Runtime on a CPU runs floats in f32, the export asks for {about['float_precision']}")
         self.runtime = onnxruntime
         self.device = cpu_name()
         self.versions = {"onnxruntime": onnxruntime.__version__}
@@ -124,7 +127,7 @@ class TensorRTRuntime:
             "cuda_driver": str(self.cuda.get_driver_version()),
             "compute_capability": ".".join(map(str, device.compute_capability())),
         }
-        self.told = ""
+        self.told, self.plan_bytes = "", 0
         self.precision = about["precision"]
         self.logger = self.trt.Logger(self.trt.Logger.ERROR)
         self.runtime = self.trt.Runtime(self.logger)
@@ -158,30 +161,43 @@ class TensorRTRuntime:
     def _engine(self, folder: Path, graph: dict):
         """The plan of the export; else one built here, kept beside the graph under a name that says of what."""
         path = folder / graph["file"]
-        mark = hashlib.sha256(path.read_bytes() + f"{self.trt.__version__} {self.device}".encode()).hexdigest()[:12]
+        mark = hashlib.sha256(f"{graph['sha256']} {self.trt.__version__} {self.device}".encode()).hexdigest()[:12]
         here = path.with_name(f"{path.stem}.{mark}.plan")
-        for plan in [folder / graph["plan"]] * bool(graph.get("plan")) + [here] * here.exists():
-            engine = self.runtime.deserialize_cuda_engine(plan.read_bytes())
+        plans = [folder / graph["plan"]] if graph.get("plan") else []
+        for plan in [*plans, *([here] if here.exists() else [])]:
+            content = plan.read_bytes()
+            engine = self.runtime.deserialize_cuda_engine(content)
             if engine is not None:
-                self.told = f"plan {plan.name}"
-                return engine
+                return self._taken(engine, plan, len(content))
         if self.precision not in ("f32", "int8"):  # the graph beside it is f32, and would run as such
-            raise EdgeError(
-                f"the {self.precision} plan of {path.name} was built for another device or TensorRT: export it here"
-            )
+            raise EdgeError(f"no {self.precision} plan of {path.name} loads with this TensorRT on this device")
         print(f"building an engine of {path.name} for this device ...", file=sys.stderr)
-        trt = self.trt
-        builder = trt.Builder(self.logger)
-        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-        parser = trt.OnnxParser(network, self.logger)
-        if not parser.parse_from_file(str(path)):
-            raise EdgeError(f"TensorRT refuses {path.name}: {parser.get_error(0).desc()}")
-        built = builder.build_serialized_network(network, builder.create_builder_config())
-        if built is None:
-            raise EdgeError(f"TensorRT could not build an engine of {path.name}")
-        write_atomically(here, bytes(built))
-        self.told = "plans built on this device"
-        return self.runtime.deserialize_cuda_engine(bytes(built))
+        content = build_plan(self.trt, self.logger, path)
+        write_atomically(here, content)
+        engine = self.runtime.deserialize_cuda_engine(content)
+        if engine is None:
+            raise EdgeError(f"TensorRT cannot load the plan that it built of {path.name}")
+        return self._taken(engine, here, len(content))
+
+    def _taken(self, engine, plan: Path, size: int):
+        self.told = f"{self.told}, {plan.name}" if self.told else f"plans {plan.name}"
+        self.plan_bytes += size
+        return engine
+
+
+def build_plan(trt, logger, path: Path) -> bytes:
+    """A serialized engine of an ONNX file: strongly typed, so that Q/DQ nodes alone decide what runs in int8."""
+    builder = trt.Builder(logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse_from_file(str(path)):
+        raise EdgeError(f"TensorRT refuses {path.name}: {parser.get_error(0).desc()}")
+    config = builder.create_builder_config()
+    config.clear_flag(trt.BuilderFlag.TF32)  # on by default, and no f32
+    built = builder.build_serialized_network(network, config)
+    if built is None:
+        raise EdgeError(f"TensorRT could not build an engine of {path.name}")
+    return bytes(built)
 
 
 RUNTIMES = {"tensorrt": TensorRTRuntime, "openvino": OpenVINORuntime, "onnxruntime": OnnxRuntime}
@@ -224,6 +240,8 @@ def read_export(folder: Path) -> dict:
         raise EdgeError(f"{folder} is no export of pqk: cannot read manifest.json ({error.strerror})") from None
     except (ValueError, KeyError, TypeError) as error:
         raise EdgeError(f"{folder / 'manifest.json'} is no manifest of an export: {error!r}") from None
+    if about.get("format") != FORMAT:
+        raise EdgeError(f"{folder / 'manifest.json'} has format {about.get('format')}, this script reads {FORMAT}")
     for name, entry in files.items():
         digest = hashlib.sha256()
         try:
@@ -335,7 +353,7 @@ def evaluate(asked: argparse.Namespace) -> dict:
     with PowerMeter(runtime.on_gpu, getattr(runtime, "gpu", "0")) as meter:
         found = measure(encode, decode, images, asked.pairs, asked.seconds, about.get("pair_graph", {}))
     power, samples = meter.result(), found["samples"]
-    shipped = "plan" if runtime.on_gpu and all(g.get("plan") for g in about["graphs"].values()) else "weights"
+    weights = sum(entry["bytes"] for entry in about["files"].values() if entry["kind"] == "weights")
     ram = peak_ram_bytes()
     notes = [f"edge_eval.py on {fed}", runtime.told, f"power: {power['source']}"]
     if found["scene_pairs"]:
@@ -354,7 +372,7 @@ def evaluate(asked: argparse.Namespace) -> dict:
         "t_scene_s": found["scene_s"],
         "pairs_per_sec": 1000 * len(samples["pair"]) / sum(samples["pair"]),
         "samples": {name: [round(x, 4) for x in values] for name, values in samples.items()},
-        "size_MB": sum(f["bytes"] for f in about["files"].values() if f["kind"] == shipped) / 1e6,
+        "size_MB": getattr(runtime, "plan_bytes", weights) / 1e6,
         "ram_GB": ram / 1e9 if ram else None,
         "peak_memory_GB": ram / 1e9 if ram and not runtime.on_gpu else None,
         "power_avg_W": power["power_avg_W"],

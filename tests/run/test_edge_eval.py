@@ -153,12 +153,21 @@ def test_wrong_input_is_one_sentence(exported: Path, pictures: Path, tmp_path: P
     (damaged / "decoder.bin").write_bytes(data)
     partly = shutil.copytree(int8, tmp_path / "partly")
     (partly / "encoder.bin").unlink()
+    halves = shutil.copytree(exported / "onnx", tmp_path / "halves")
+    about = json.loads((halves / "manifest.json").read_text())
+    (halves / "manifest.json").write_text(json.dumps({**about, "float_precision": "f16", "precision": "f16"}))
+    later = tmp_path / "later"
+    later.mkdir()
+    (later / "manifest.json").write_text(json.dumps({**about, "format": 2}))
     (tmp_path / "note.json").write_text('["mine"]')
     (tmp_path / "empty").mkdir()
     cases = [
         (("--export", tmp_path / "nowhere", "--out", out), 2, "is no export of pqk"),
         (("--export", damaged, "--out", out), 2, "decoder.bin is damaged"),
         (("--export", partly, "--out", out), 2, "copy the whole folder"),
+        (("--export", later, "--out", out), 2, "has format 2, this script reads 1"),
+        (("--export", halves, "--out", out, "--runtime", "openvino"), 2, "the export asks for f16"),
+        (("--export", halves, "--out", out, "--runtime", "onnxruntime"), 2, "the export asks for f16"),
         (("--export", int8, "--out", tmp_path / "note.json"), 2, "is no record"),
         (("--export", int8, "--out", tmp_path / "r.txt"), 2, ".json file"),
         (("--export", int8, "--out", out, "--pairs", "0"), 2, "--pairs must be at least 1"),
