@@ -49,7 +49,7 @@ def run(
     Exit codes: 0 ok, 1 a threshold failed, 2 wrong input, 3 backend or method unavailable.
     """
     from pqk.run.command import choose_backend, run_card, settings_of
-    from pqk.run.runner import Request
+    from pqk.run.prepare import Request
 
     request = Request(
         card,
@@ -83,13 +83,39 @@ def parity(
     Exit codes: 0 all compared levels agree, 1 one differs, 2 wrong input, 3 nothing could be run.
     """
     from pqk.run.command import run_parity, settings_of
-    from pqk.run.runner import Request
+    from pqk.run.prepare import Request
 
     names, tools = (
         [w.strip() for w in text.split(",") if w.strip()] if text else None for text in (backends, quantizers)
     )
     request = Request(card, "", None, model, scenes, images, seed, fresh, settings_of(setting or []))
     raise typer.Exit(run_parity(request, names or [], tools, json_line))
+
+
+@app.command()
+def export(
+    card: Annotated[str, typer.Argument(help="task card, for example B1")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="folder to write; an earlier export in it is replaced")],
+    backend: Annotated[str | None, typer.Option(help="as in `pqk run`")] = None,
+    quantizer: Annotated[str | None, typer.Option(help="quantizer of the backend; default: its first")] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(help="int8, f32, bf16 ...; default: int8 when the recipe quantizes, else best float"),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="as in `pqk run`; default: the shipped one")] = None,
+    setting: Annotated[list[str] | None, typer.Option("--set", help="override one value, as in `pqk run`")] = None,
+    fresh: Annotated[bool, typer.Option(help="make everything anew, reuse nothing")] = False,
+) -> None:
+    """Write a card's engines as a folder that runs without pqk: graphs or plans, manifest.json, sample.py.
+
+    Exit codes: 0 ok, 2 wrong input, 3 backend or method unavailable.
+    """
+    from pqk.run.command import choose_backend, export_card, settings_of
+    from pqk.run.prepare import Request
+
+    chosen = choose_backend(backend)
+    request = Request(card, chosen, quantizer, model, fresh=fresh, settings=settings_of(setting or []))
+    raise typer.Exit(export_card(request, precision, out))
 
 
 @app.command()

@@ -15,7 +15,8 @@ from pqk.errors import EXIT_CHECK_FAILED, EXIT_OK, PqkError
 from pqk.files import check_writable
 from pqk.record.log import write_record, write_records
 from pqk.report.table import print_table
-from pqk.run.runner import Request, run
+from pqk.run.prepare import Request
+from pqk.run.runner import run
 from pqk.run.store import OnEvent
 from pqk.spec.yamlfile import parse_yaml
 
@@ -131,6 +132,20 @@ def run_parity(request: Request, backends: list[str], quantizers: list[str] | No
     return EXIT_CHECK_FAILED if any(v.verdict == "differ" for v in result.verdicts) else EXIT_OK
 
 
+def export_card(request: Request, precision: str | None, out: Path) -> int:
+    """`pqk export`: progress on stderr, the folder on stdout; returns the exit code."""
+    from pqk.run.export import export
+
+    root = paths.project_root()
+    errors = Console(stderr=True, highlight=False)
+    errors.print(f"[bold]{escape(request.card)}[/] on {escape(request.backend)}, export")
+    found = export(
+        request, precision, out, root, _progress(errors), lambda t: errors.print(f"  [green]✓[/] {escape(t)}")
+    )
+    print(paths.shown(found))
+    return EXIT_OK
+
+
 def choose_backend(asked: str | None) -> str:
     """The asked backend; for None or 'auto' `trt` where it finds a CUDA device, else `openvino`, said in one line."""
     from backends import registry
@@ -138,8 +153,8 @@ def choose_backend(asked: str | None) -> str:
     if asked not in (None, "auto"):
         return str(asked)
     trt = registry.get("trt").availability()
-    if trt.available and any(device.upper().startswith("CUDA") for device in trt.devices):
-        chosen, why = "trt", f"it has {', '.join(trt.devices)}"
+    if trt.available and trt.details.get("gpu"):
+        chosen, why = "trt", f"it has {trt.details['gpu']}"
     else:
         chosen, why = "openvino", "trt has no CUDA device here"
     Console(stderr=True, highlight=False).print(f"backend auto: {chosen} ({escape(why)})")

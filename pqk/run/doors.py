@@ -1,6 +1,7 @@
-"""The commands that the lab's documents name, with their arguments: run_quant.py, run_eval.py, baseline_eval.py.
+"""The commands that the lab's documents name, with their arguments: run_quant.py, run_eval.py, baseline_eval.py,
+export_onnx_trt.py.
 
-Each is a way to call the same runner as `pqk run`; records go to logs/ and also to the file of --log.
+Each is a way to call the same work as `pqk run` and `pqk export`; records go to logs/ and also to the file of --log.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from pqk.errors import told
-from pqk.run.command import run_card
-from pqk.run.runner import Request
+from pqk.run.command import export_card, run_card
+from pqk.run.prepare import Request
 
 
 def quantize(argv: Sequence[str] | None = None) -> int:
@@ -33,17 +34,38 @@ def baseline(argv: Sequence[str] | None = None) -> int:
     return _run("baseline_eval.py", "Evaluate the Teacher in float: the reference of every drop.", argv, recipe=False)
 
 
+def export(argv: Sequence[str] | None = None) -> int:
+    """scripts/export_onnx_trt.py: `pqk export` for TensorRT: ONNX and the plan, at the workload's input shape.
+
+    Returns the exit code of `pqk export`.
+    """
+    parser = _parser("export_onnx_trt.py", "Export a checkpoint as ONNX and TensorRT engine.", "trt")
+    parser.add_argument("--out", type=Path, default=Path("outputs") / "export" / "trt", help="default: %(default)s")
+    parser.add_argument("--precision", help="int8, f32, f16 ...; default: int8 when the recipe quantizes")
+    asked = parser.parse_args(argv)
+    return told(lambda: export_card(_request(asked), asked.precision, asked.out))
+
+
 def _run(name: str, what: str, argv: Sequence[str] | None, **fields: Any) -> int:
+    parser = _parser(name, what, "openvino")
+    parser.add_argument("--log", type=Path, help="a .json file for the record, besides the one in logs/")
+    asked = parser.parse_args(argv)
+    return told(lambda: run_card(_request(asked, **fields), as_json=False, log=asked.log))
+
+
+def _parser(name: str, what: str, backend: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(name, description=what)
     parser.add_argument("--workload", type=Path, help="default: configs/workload.yaml")
     parser.add_argument("--eval", type=Path, help="default: configs/eval.yaml")
     parser.add_argument("--cfg", type=Path, help="how precision is lowered; default: configs/quant.yaml")
     parser.add_argument("--ckpt", help="official .pth, hub folder or our folder; default: the shipped model")
-    parser.add_argument("--log", type=Path, help="a .json file for the record, besides the one in logs/")
-    parser.add_argument("--backend", default="openvino", help="default: openvino")
-    parser.add_argument("--card", default="B1", help="task card; default: B1")
-    asked = parser.parse_args(argv)
-    request = Request(
+    parser.add_argument("--backend", default=backend, help="default: %(default)s")
+    parser.add_argument("--card", default="B1", help="task card; default: %(default)s")
+    return parser
+
+
+def _request(asked: argparse.Namespace, **fields: Any) -> Request:
+    return Request(
         asked.card,
         asked.backend,
         model=asked.ckpt,
@@ -52,4 +74,3 @@ def _run(name: str, what: str, argv: Sequence[str] | None, **fields: Any) -> int
         quant=asked.cfg,
         **fields,
     )
-    return told(lambda: run_card(request, as_json=False, log=asked.log))

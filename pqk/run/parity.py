@@ -21,7 +21,8 @@ from backends.base import BackendError, Precision
 from pqk.errors import PqkError, nearest
 from pqk.files import write_json
 from pqk.run import stages, worker
-from pqk.run.runner import Outcome, Request, asked_experiment, run
+from pqk.run.prepare import Request, asked_experiment
+from pqk.run.runner import Outcome, run
 from pqk.run.store import OnEvent
 from pqk.run.variants import Variant
 from pqk.spec.evaluation import Parity

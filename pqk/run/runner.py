@@ -2,61 +2,40 @@
 
 from __future__ import annotations
 
-import os
-import platform
-import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from backends import registry
-from backends.base import Backend, Precision, Unavailable
-from pqk import __version__, paths
+from backends.base import Precision
+from pqk import paths
 from pqk.data.scene import open_scene
-from pqk.errors import PqkError, nearest
-from pqk.files import check_writable, sha256_file, sha256_json
+from pqk.errors import PqkError
+from pqk.files import check_writable, sha256_json
 from pqk.measure.latency import percentile
 from pqk.measure.quality import quality_drop_pct
-from pqk.models.checkpoint import load_model
 from pqk.record.log import write_record
 from pqk.record.schema import empty_record, validate
 from pqk.run import stages
 from pqk.run.inputs import load_frames, scene_pairs
+from pqk.run.prepare import (
+    Request,
+    asked_experiment,
+    chosen_quantizer,
+    commit_of,
+    context,
+    load_teacher,
+    usable_backend,
+)
 from pqk.run.stages import ENGINE_VARIANTS, Context, Scenes
-from pqk.run.store import OnEvent, Store
+from pqk.run.store import OnEvent
 from pqk.run.variants import Variant
 from pqk.run.verdict import Measured, judge_quantized
-from pqk.spec.card import Experiment, load_card, resolve
-from pqk.spec.recipe import ensure_built
+from pqk.spec.card import Experiment
 
-SHIPPED = Path("models") / "dust3r-tiny"
 _HIGHER_IS_BETTER = {"delta1"}
-_RANDOM_CODE = ("pqk.models.checkpoint", "pqk.models.registry", "pqk.models.configs", "pqk.models.layers")
-_PACKAGES = ("torch", "onnx", "onnxruntime", "openvino", "nncf", "numpy", "scipy")
-
-
-@dataclass(frozen=True)
-class Request:
-    """The arguments of `pqk run`."""
-
-    card: str
-    backend: str
-    quantizer: str | None = None
-    model: str | None = None
-    scenes: Path | None = None
-    images: Path | None = None
-    seed: int | None = None
-    fresh: bool = False
-    settings: Mapping[str, Any] = field(default_factory=dict)  # dotted names below workload, eval and quant
-    workload: Path | None = None
-    evaluation: Path | None = None
-    quant: Path | None = None
-    recipe: bool = True  # False: only the float baselines
-    role: str = "teacher"  # of the float rows: 'baseline' when the model is not the Teacher
 
 
 @dataclass(frozen=True)
@@ -89,18 +68,14 @@ def run(request: Request, root: Path, on_event: OnEvent, say: Callable[[str], No
     experiment = asked_experiment(request, root)
     card, workload, evaluation = experiment.card, experiment.workload, experiment.evaluation
     check_writable(root / "logs")
-    backend = _backend(request.backend)
-    quantizer = _quantizer(backend, request.quantizer) if request.recipe else None
+    backend = usable_backend(request.backend)
+    quantizer = chosen_quantizer(backend, request.quantizer) if request.recipe else None
     height, width = workload.input.height, workload.input.width
     shape = (height, width)
-    details = backend.availability().details
-    machine = {"device": _device(details), "versions": _versions()}
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    ctx = Context(
-        Store(paths.store(root), fresh=request.fresh), on_event, {**machine, "isa": details.get("isa"), "cores": cores}
-    )
+    ctx = context(request, backend, root, on_event)
+    machine = ctx.machine
 
-    asked, name, model_sha, model = _model(request.model, root)
+    asked, name, model_sha, model = load_teacher(request.model, root)
     scenes, truthful = _scenes(ctx, request, experiment, root)
     if name.startswith("random:"):
         truthful = False  # random weights predict nothing; only their agreement with the float model means something
@@ -181,7 +156,7 @@ def run(request: Request, root: Path, on_event: OnEvent, say: Callable[[str], No
         "quality_reference": "ground_truth" if truthful else "teacher",
         "scenes": scored[variants[0].name]["scenes"],
         "pairs": len(scored[variants[0].name]["pairs"]),
-        "commit": _commit(root),
+        "commit": commit_of(root),
         "workload_version": workload.version,
         "eval_version": evaluation.version,
         "versions": machine["versions"],
@@ -239,56 +214,6 @@ def run(request: Request, root: Path, on_event: OnEvent, say: Callable[[str], No
     return outcome
 
 
-def asked_experiment(request: Request, root: Path) -> Experiment:
-    """The card with its configs, the command line's settings laid over them. Raises PqkError, NotBuilt."""
-    settings = dict(request.settings)
-    if request.seed is not None:
-        settings |= {"workload.seeds.train": request.seed, "workload.seeds.eval": request.seed}
-    card = load_card(request.card, root)
-    experiment = resolve(
-        card, root, request.workload, request.evaluation, request.quant, settings, origin="command line"
-    )
-    if request.recipe:
-        ensure_built(card.recipe, card.id)
-    return experiment
-
-
-def _backend(name: str) -> Backend:
-    backend = registry.get(name)
-    found = backend.availability()
-    if not found.available:
-        raise Unavailable(f"backend {name!r} cannot run: {found.reason}; {found.mend}")
-    return backend
-
-
-def _quantizer(backend: Backend, asked: str | None) -> str:
-    known = list(backend.quantizers())
-    if not known:
-        raise PqkError(f"backend {backend.name!r} has no quantizer, so it cannot run stage Q")
-    if asked is None:
-        return known[0]
-    if asked not in known:
-        raise PqkError(
-            f"unknown quantizer {asked!r}{nearest(asked, known)}; backend {backend.name} has {', '.join(known)}"
-        )
-    return asked
-
-
-def _model(asked: str | None, root: Path) -> tuple[str, str, str, Any]:
-    """Where the Teacher is loaded from, its name, its sha256, and the Teacher itself."""
-    if asked is None:
-        asked = str(root / SHIPPED)
-        if not Path(asked).is_dir():
-            raise PqkError(f"the shipped model {SHIPPED} is missing; give one with --model")
-    model = load_model(asked)
-    if asked.startswith("random:"):
-        return asked, asked, sha256_json({"random": asked, "code": stages.code_of(*_RANDOM_CODE)}), model
-    path = Path(asked)
-    files = sorted(p for p in path.glob("*") if p.suffix in (".json", ".safetensors")) if path.is_dir() else [path]
-    kept = [p for p in files if p.name != "model_card.json"]
-    return str(path.resolve()), path.resolve().name, sha256_json({p.name: sha256_file(p) for p in kept}), model
-
-
 def _scenes(ctx: Context, request: Request, experiment: Experiment, root: Path) -> tuple[Scenes, bool]:
     """The scenes to evaluate, and whether they carry ground truth."""
     if request.scenes and request.images:
@@ -344,29 +269,3 @@ def _fill_timing(record: dict[str, Any], timed: Mapping[str, Any], variant: Vari
         "best_float": str(best.precision),
         "samples": {name: [round(x, 4) for x in mine[name]] for name in ("pair", "encoder", "decoder")},
     }
-
-
-def _device(details: Mapping[str, str]) -> str:
-    return str(details.get("cpu") or platform.processor() or platform.machine())
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "pqk": __version__}
-    for name in _PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def _commit(root: Path) -> str | None:
-    """The git commit of the project, '-dirty' when files differ from it; None outside a repository."""
-    try:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
-        state = subprocess.run(
-            ["git", "status", "--porcelain", "-uno"], cwd=root, capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return head.stdout.strip() + ("-dirty" if state.stdout.strip() else "")

@@ -44,3 +44,32 @@ def copy_of(finished: tuple[Path, Outcome], tmp_path: Path) -> Callable[[], Path
         return shutil.copytree(finished[0], tmp_path / f"copy{next(count)}", symlinks=True)
 
     return copy
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """A small project with B1's int8 engines exported to `int8` and the float graphs to `onnx`. Read-only for tests."""
+    pytest.importorskip("openvino")
+    root = make_project(tmp_path_factory.mktemp("exported") / "project")
+    made = pqk(root, "export", "B1", "--backend", "openvino", "--model", tiny_model, "-o", "int8")
+    assert (made.code, made.out) == (0, "int8\n"), made.err
+    made = pqk(
+        root, "export", "B1", "--backend", "reference", "--precision", "f32", "--model", tiny_model, "-o", "onnx"
+    )
+    assert (made.code, made.out) == (0, "onnx\n"), made.err
+    assert "kept from before" in made.err  # the float graphs are those that were quantized
+    return root
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four pictures of other sizes than the input: to be shrunk, to be enlarged, upright and wide."""
+    import numpy as np
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("pictures")
+    random = np.random.default_rng(3)
+    for name, shape in {"a": (90, 131), "b": (140, 75), "c": (40, 51), "d": (64, 64)}.items():
+        coarse = Image.fromarray(random.integers(0, 256, (6, 8, 3), dtype=np.uint8))
+        coarse.resize(shape[::-1], Image.Resampling.BICUBIC).save(folder / f"{name}.png")
+    return folder

@@ -1,0 +1,273 @@
+"""`pqk export`: the compiled artifact of a card as a folder that runs without pqk.
+
+encoder.*, decoder.*   ONNX (float, or with Q/DQ nodes), or OpenVINO IR (int8 of openvino)
+encoder.plan ...       what the backend compiled, where its engine is a file of its own (TensorRT)
+manifest.json          what it is, of what it was made, how to feed it, sha256 of every file
+sample.py              feeds two pictures; numpy, Pillow and the runtime only
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from backends.base import Backend, Graph, Precision
+from pqk import paths
+from pqk.errors import PqkError, nearest
+from pqk.files import check_writable, clear_write_errors, fsync_folder, sha256_file, sha256_json, write_json
+from pqk.record.schema import empty_record
+from pqk.run import stages
+from pqk.run.prepare import (
+    Request,
+    asked_experiment,
+    chosen_quantizer,
+    commit_of,
+    context,
+    load_teacher,
+    usable_backend,
+)
+from pqk.run.samples import sample_source
+from pqk.run.store import OnEvent
+from pqk.run.variants import Runner, Variant
+from pqk.spec.card import Experiment
+
+MANIFEST = "manifest.json"
+FORMAT = 1  # of the manifest; a reader refuses another
+_MEAN = _STD = [0.5, 0.5, 0.5]  # DUSt3R: pixels of [0,1] become [-1,1]
+
+
+def export(
+    request: Request, precision: str | None, out: Path, root: Path, on_event: OnEvent, say: Callable[[str], None]
+) -> Path:
+    """Run or reuse the card's stages up to the engines, and write the folder `out`, whole or not at all.
+
+    `precision`: int8 or a float precision of the backend; None: int8 when the recipe quantizes, else the backend's
+    best float. Raises PqkError or BackendError when `out` holds anything but an earlier export, for a precision that
+    cannot be had, and for what the stages raise.
+    """
+    out = out.absolute()
+    _check_target(out)
+    experiment = asked_experiment(request, root)
+    backend = usable_backend(request.backend)
+    asked = _precision(precision, experiment, backend)
+    quantizer = chosen_quantizer(backend, request.quantizer) if asked is Precision.INT8 else None
+    if request.quantizer and quantizer is None:
+        raise PqkError(f"--quantizer {request.quantizer}: a {asked} export is not quantized")
+    check_writable(out.parent)
+    ctx = context(request, backend, root, on_event)
+    workload = experiment.workload
+    shape = (workload.input.height, workload.input.width)
+
+    asked_model, name, model_sha, model = load_teacher(request.model, root)
+    params = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
+    graphs = stages.export_graphs(ctx, model, model_sha, *shape)
+    del model
+    hashes = {
+        "model": model_sha,
+        "workload": workload.sha256,
+        "eval": experiment.evaluation.sha256,
+        "quant": experiment.quant.sha256,
+        "card": experiment.card.sha256,
+    }
+    method: dict[str, Any] = {}
+    options: dict[str, Any] = {}
+    if quantizer is not None:
+        ptq = experiment.quant.ptq
+        calibration = stages.calibration_images(ctx, workload.calibration, workload, root)
+        made = stages.quantize(
+            ctx, backend.name, quantizer, asked_model, graphs, calibration, ptq.model_dump(mode="json"), shape
+        )
+        graphs = made.graphs
+        hashes["calibration"] = calibration.sha256
+        method = {
+            "bits_w": ptq.bits_w,
+            "bits_a": ptq.bits_a,
+            "keep_list": list(ptq.keep_list),
+            "images_calibration": made.images,
+        }
+        if experiment.quant.float_rest != "auto":
+            options["rest"] = experiment.quant.float_rest
+    hashes["engine"] = sha256_json({part: graph.sha256 for part, graph in graphs.items()})
+
+    with _folder(out) as folder:
+        copies = {part: _copy(graph, folder) for part, graph in graphs.items()}
+        variant = Variant(
+            stages.ENGINE_VARIANTS[asked], backend.name, asked, copies["encoder"], copies["decoder"], options
+        )
+        plans, measured = _compile(variant, shape, folder)
+        runtime = "openvino" if backend.name == "openvino" else "onnxruntime"
+        (folder / "sample.py").write_text(sample_source(runtime), encoding="utf-8")
+        identity = {
+            "exp_id": experiment.card.id,
+            "combo": experiment.card.combo,
+            "role": "teacher" if quantizer is None else "candidate",
+            "model": name,
+            "backend": backend.name,
+            "quantizer": quantizer,
+            "precision": str(asked),
+        }
+        evidence = {
+            "commit": commit_of(root),
+            "workload_version": workload.version,
+            "eval_version": experiment.evaluation.version,
+            "hashes": hashes,
+        }
+        seeds = {
+            "seed": workload.seeds.eval,
+            "train_seed": workload.seeds.train,
+            "eval_seed": workload.seeds.eval,
+        }
+        size = {"params": params, "params_M": params / 1e6}
+        manifest = {
+            "format": FORMAT,
+            "card": experiment.card.id,
+            "recipe": list(experiment.card.recipe),
+            **identity,
+            **method,
+            "float_precision": _float_precision(asked, options),
+            "measured": measured,
+            "device": ctx.machine["device"],
+            "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            "versions": ctx.machine["versions"],
+            **evidence,
+            "preprocessing": {
+                "size": list(shape),
+                "channels": "RGB",
+                "layout": "NCHW",
+                "resize": "scale until the picture covers the size (Lanczos to shrink, else bicubic), crop the centre",
+                "divide_by": 255,
+                "mean": _MEAN,
+                "std": _STD,
+            },
+            "pair_graph": workload.pair_graph.model_dump(mode="json"),
+            "graphs": {part: _describe(graph, plans.get(part)) for part, graph in copies.items()},
+            "files": _files(folder, set(plans.values())),
+            # What edge_eval.py starts its record from: every field of the log's schema.
+            "record": {**empty_record(), **identity, **method, **seeds, **size, **evidence},
+        }
+        write_json(folder / MANIFEST, manifest)
+    say(f"{len(manifest['files'])} files and {MANIFEST} in {paths.shown(out)}")
+    return out
+
+
+def _precision(asked: str | None, experiment: Experiment, backend: Backend) -> Precision:
+    floats = [Precision(p) for p in backend.float_precisions()]
+    quantizes = any("Q" in stage for stage in experiment.card.recipe)
+    if asked is None:
+        return Precision.INT8 if quantizes else floats[-1]
+    allowed = [*floats, Precision.INT8]
+    if asked not in allowed:
+        raise PqkError(
+            f"--precision {asked}: backend {backend.name} here has {', '.join(allowed)}{nearest(asked, allowed)}"
+        )
+    if asked == Precision.INT8 and not quantizes:
+        raise PqkError(f"--precision int8: the recipe of card {experiment.card.id} has no stage Q")
+    return Precision(asked)
+
+
+def _float_precision(asked: Precision, options: dict[str, Any]) -> str:
+    """In what the engine computes floats: 'best' (of the device), or a precision."""
+    return str(options.get("rest", "best")) if asked is Precision.INT8 else str(asked)
+
+
+def _copy(graph: Graph, folder: Path) -> Graph:
+    """The graph's files in `folder`, under their names: an ONNX file names its data file."""
+    for path in graph.files():
+        shutil.copyfile(path, folder / path.name)
+    return replace(graph, path=folder / graph.path.name)
+
+
+def _compile(variant: Variant, shape: tuple[int, int], folder: Path) -> tuple[dict[str, str], str]:
+    """Compile the copies and run one pair of noise: what is shipped works.
+
+    Returns the plan file of each graph that has one, and 'engine' or 'emulated'. Raises PqkError for NaN or infinity.
+    """
+    plans = {}
+    image = np.random.default_rng(0).uniform(-1, 1, (1, 3, *shape)).astype(np.float32)
+    with Runner(variant) as engines:
+        tokens = engines.encode(image)
+        for name, array in engines.decode(tokens, tokens).items():
+            if not np.isfinite(array).all():
+                raise PqkError(f"the exported {variant.precision} model computes NaN or infinity in {name}")
+        for part, engine in (("encoder", engines.encoder), ("decoder", engines.decoder)):
+            plan = getattr(engine, "plan_path", None)
+            if plan is not None:
+                plans[part] = f"{part}{Path(plan).suffix}"
+                shutil.copyfile(plan, folder / plans[part])
+        emulated = "emulated" in (engines.encoder.measured, engines.decoder.measured)
+    return plans, "emulated" if emulated else "engine"
+
+
+def _describe(graph: Graph, plan: str | None) -> dict[str, Any]:
+    return {
+        "file": graph.path.name,
+        "format": graph.format,
+        "plan": plan,
+        "sha256": graph.sha256,
+        "inputs": [asdict(port) for port in graph.inputs],
+        "outputs": [asdict(port) for port in graph.outputs],
+    }
+
+
+def _files(folder: Path, plans: set[str]) -> dict[str, dict[str, Any]]:
+    """Name -> sha256, bytes and kind: weights (graphs and their data), plan, or sample."""
+    return {
+        path.name: {
+            "sha256": sha256_file(path),
+            "bytes": path.stat().st_size,
+            "kind": "plan" if path.name in plans else "sample" if path.suffix == ".py" else "weights",
+        }
+        for path in sorted(folder.iterdir())
+    }
+
+
+def _check_target(out: Path) -> None:
+    """Raise PqkError when `out` exists and is neither an empty folder nor an earlier export."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise PqkError(f"-o {out}: it is a file, not a folder")
+    if not any(out.iterdir()):
+        return
+    try:
+        found = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
+        known = set(found["files"]) | {MANIFEST}
+    except (OSError, ValueError, TypeError, KeyError):
+        raise PqkError(f"-o {out}: the folder is not empty and holds no earlier export; choose another") from None
+    # A plan of another name was built on the device by edge_eval.py, out of a graph that is here.
+    strange = sorted(path.name for path in out.iterdir() if path.name not in known and path.suffix != ".plan")
+    if strange:
+        raise PqkError(f"-o {out}: beside an earlier export it holds {strange[0]!r}, which would be lost")
+
+
+@contextmanager
+def _folder(out: Path) -> Iterator[Path]:
+    """A temporary folder beside `out` that takes its place when everything in it is on disk."""
+    with clear_write_errors(out):
+        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
+        try:
+            yield folder
+            for path in folder.iterdir():
+                with path.open("rb") as stream:
+                    os.fsync(stream.fileno())
+            fsync_folder(folder)
+            folder.chmod(0o755)
+            _check_target(out)  # another process may have come first
+            old = folder.with_suffix(".old")
+            if out.exists():
+                out.replace(old)
+            folder.replace(out)
+            fsync_folder(out.parent)
+            shutil.rmtree(old, ignore_errors=True)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,144 @@
+"""What stands before the stages: the asked experiment, the backend, the Teacher, and what machine this is."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from backends import registry
+from backends.base import Backend, Unavailable
+from pqk import __version__, paths
+from pqk.errors import PqkError, nearest
+from pqk.files import sha256_file, sha256_json
+from pqk.models.checkpoint import load_model
+from pqk.run import stages
+from pqk.run.stages import Context
+from pqk.run.store import OnEvent, Store
+from pqk.spec.card import Experiment, load_card, resolve
+from pqk.spec.recipe import ensure_built
+
+SHIPPED = Path("models") / "dust3r-tiny"
+_RANDOM_CODE = ("pqk.models.checkpoint", "pqk.models.registry", "pqk.models.configs", "pqk.models.layers")
+_PACKAGES = (
+    "torch",
+    "onnx",
+    "onnxruntime",
+    "openvino",
+    "nncf",
+    "neural-compressor-pt",
+    "nvidia-modelopt",
+    "tensorrt",
+    "tensorrt-rtx-cu13-bindings",
+    "numpy",
+    "scipy",
+)
+
+
+@dataclass(frozen=True)
+class Request:
+    """The arguments of `pqk run`."""
+
+    card: str
+    backend: str
+    quantizer: str | None = None
+    model: str | None = None
+    scenes: Path | None = None
+    images: Path | None = None
+    seed: int | None = None
+    fresh: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict)  # dotted names below workload, eval and quant
+    workload: Path | None = None
+    evaluation: Path | None = None
+    quant: Path | None = None
+    recipe: bool = True  # False: only the float baselines
+    role: str = "teacher"  # of the float rows: 'baseline' when the model is not the Teacher
+
+
+def asked_experiment(request: Request, root: Path) -> Experiment:
+    """The card with its configs, the command line's settings laid over them. Raises PqkError, NotBuilt."""
+    settings = dict(request.settings)
+    if request.seed is not None:
+        settings |= {"workload.seeds.train": request.seed, "workload.seeds.eval": request.seed}
+    card = load_card(request.card, root)
+    experiment = resolve(
+        card, root, request.workload, request.evaluation, request.quant, settings, origin="command line"
+    )
+    if request.recipe:
+        ensure_built(card.recipe, card.id)
+    return experiment
+
+
+def usable_backend(name: str) -> Backend:
+    backend = registry.get(name)
+    found = backend.availability()
+    if not found.available:
+        raise Unavailable(f"backend {name!r} cannot run: {found.reason}; {found.mend}")
+    return backend
+
+
+def chosen_quantizer(backend: Backend, asked: str | None) -> str:
+    known = list(backend.quantizers())
+    if not known:
+        raise PqkError(f"backend {backend.name!r} has no quantizer, so it cannot run stage Q")
+    if asked is None:
+        return known[0]
+    if asked not in known:
+        raise PqkError(
+            f"unknown quantizer {asked!r}{nearest(asked, known)}; backend {backend.name} has {', '.join(known)}"
+        )
+    return asked
+
+
+def load_teacher(asked: str | None, root: Path) -> tuple[str, str, str, Any]:
+    """Where the Teacher is loaded from, its name, its sha256, and the Teacher itself."""
+    if asked is None:
+        asked = str(root / SHIPPED)
+        if not Path(asked).is_dir():
+            raise PqkError(f"the shipped model {SHIPPED} is missing; give one with --model")
+    model = load_model(asked)
+    if asked.startswith("random:"):
+        return asked, asked, sha256_json({"random": asked, "code": stages.code_of(*_RANDOM_CODE)}), model
+    path = Path(asked)
+    files = sorted(p for p in path.glob("*") if p.suffix in (".json", ".safetensors")) if path.is_dir() else [path]
+    kept = [p for p in files if p.name != "model_card.json"]
+    return str(path.resolve()), path.resolve().name, sha256_json({p.name: sha256_file(p) for p in kept}), model
+
+
+def context(request: Request, backend: Backend, root: Path, on_event: OnEvent) -> Context:
+    """The store, and the machine: device, instruction sets, cores and versions are part of every measurement's key."""
+    details = backend.availability().details
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    machine = {"device": _device(details), "versions": _versions(), "isa": details.get("isa"), "cores": cores}
+    return Context(Store(paths.store(root), fresh=request.fresh), on_event, machine)
+
+
+def _device(details: Mapping[str, str]) -> str:
+    return str(details.get("cpu") or platform.processor() or platform.machine())
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "pqk": __version__}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def commit_of(root: Path) -> str | None:
+    """The git commit of the project, '-dirty' when files differ from it; None outside a repository."""
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
+        state = subprocess.run(
+            ["git", "status", "--porcelain", "-uno"], cwd=root, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip() + ("-dirty" if state.stdout.strip() else "")

@@ -1,0 +1,200 @@
+"""scripts/edge_eval.py on real exports, in a process that cannot import pqk; its record in pqk's table."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from run_toys import REPOSITORY, Outcome, pqk
+
+from pqk.data.pairs import pair_graph
+from pqk.data.preprocess import fit_to_shape
+from pqk.data.scene import View
+from pqk.record.schema import empty_record, validate
+from pqk.report.table import load_table
+
+sys.path.insert(0, str(REPOSITORY / "scripts"))
+
+import edge_eval
+from edge_power import read_rapl
+
+SCRIPT = REPOSITORY / "scripts" / "edge_eval.py"
+WITHOUT_PQK = (
+    "import runpy, sys; sys.modules['pqk'] = sys.modules['backends'] = None; sys.path.insert(0, sys.argv[1]); "
+    "sys.argv = sys.argv[2:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+)
+QUICK = ("--seconds", "0", "--pairs", "5", "--warmup", "1")
+
+
+def edge(*arguments: str | Path) -> Outcome:
+    command = [sys.executable, "-I", "-c", WITHOUT_PQK, SCRIPT.parent, SCRIPT, *arguments]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, timeout=120)
+    return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+def sentence(outcome: Outcome) -> str:
+    """The one line of a user's error."""
+    (line,) = outcome.err.splitlines()
+    return line.removeprefix("edge_eval: ")
+
+
+def test_a_record_that_the_table_shows(exported: Path, tmp_path: Path) -> None:
+    root = shutil.copytree(exported, tmp_path / "project", symlinks=True)
+    log = root / "logs" / "B1-edge.json"
+    done = edge("--export", exported / "int8", "--out", log, "--seconds", "0.2")
+    assert done.code == 0, done.err
+    record: dict[str, Any] = json.loads(log.read_text())
+    validate(record)
+    assert list(record) == list(empty_record())
+    assert (record["exp_id"], record["role"], record["status"], record["measured"]) == (
+        "B1",
+        "candidate",
+        "ok",
+        "engine",
+    )
+    assert (record["backend"], record["quantizer"], record["precision"]) == ("openvino", "nncf", "int8")
+    pairs = record["samples"]["pair"]
+    assert len(pairs) >= 30
+    assert sum(pairs) > 150  # ms: --seconds counts too, less what lies between the pairs
+    assert len(record["samples"]["encoder"]) == 2 * len(record["samples"]["decoder"]) == 2 * len(pairs)
+    assert record["t_pair_p50_ms"] == pytest.approx(np.percentile(pairs, 50), abs=1e-3)
+    assert record["t_pair_p95_ms"] == pytest.approx(np.percentile(pairs, 95), abs=1e-3)
+    assert record["pairs_per_sec"] == pytest.approx(1000 / np.mean(pairs), rel=1e-3)
+    assert record["t_scene_s"] is None  # two images of noise are no scene
+    weights = sum(p.stat().st_size for p in (exported / "int8").iterdir() if p.suffix in (".xml", ".bin"))
+    assert record["size_MB"] == weights / 1e6
+    assert record["device"] and record["ram_GB"] == record["peak_memory_GB"] > 0.02
+    has_power = shutil.which("tegrastats") or read_rapl()
+    assert (record["power_avg_W"] is None) == (not has_power)
+    assert "two images of noise" in record["notes"]
+    assert (
+        record["hashes"]["engine"] == json.loads((exported / "int8" / "manifest.json").read_text())["hashes"]["engine"]
+    )
+    assert json.loads(done.out.splitlines()[-1])["t_pair_p50_ms"] == record["t_pair_p50_ms"]
+
+    table = load_table(root / "logs")
+    assert table["t_pair_p50_ms"].tolist() == [record["t_pair_p50_ms"]]
+    shown = pqk(root, "table")
+    assert shown.code == 0, shown.err
+    assert "candidate int8" in shown.out and f"{record['t_pair_p50_ms']:.2f}" in shown.out
+    summary = json.loads((root / "reports" / "summary.json").read_text())
+    assert summary[0]["pairs_per_sec"] == record["pairs_per_sec"]
+
+
+def test_pictures_make_a_scene(exported: Path, pictures: Path, tmp_path: Path) -> None:
+    done = edge("--engine", exported / "int8", "--images", pictures, "--log", tmp_path / "r.json", *QUICK)
+    assert done.code == 0, done.err
+    record = json.loads((tmp_path / "r.json").read_text())
+    validate(record)
+    assert record["t_scene_s"] > 0
+    assert len(record["samples"]["pair"]) == 5
+    expected = len(pair_graph(4, "neighbor", k=4, symmetrize=False))
+    assert f"scene of 4 images, {expected} pairs" in record["notes"]
+
+
+def test_onnx_on_either_runtime(exported: Path, tmp_path: Path) -> None:
+    for runtime in ("openvino", "onnxruntime"):
+        out = tmp_path / f"{runtime}.json"
+        done = edge("--export", exported / "onnx", "--out", out, "--runtime", runtime, *QUICK)
+        assert done.code == 0, done.err
+        record = json.loads(out.read_text())
+        validate(record)
+        assert (record["backend"], record["role"], record["precision"]) == (runtime, "teacher", "f32")
+        assert runtime in record["versions"]
+    assert len(load_table(tmp_path)) == 2
+
+
+def test_pictures_are_fed_as_pqk_feeds_them(exported: Path, pictures: Path) -> None:
+    how = edge_eval.read_export(exported / "int8")["preprocessing"]
+    images, _ = edge_eval.load_images(pictures, how)
+    files = sorted(pictures.iterdir())
+    assert len(images) == len(files) == 4
+    for image, file in zip(images, files, strict=True):
+        np.testing.assert_array_equal(image[0], fit_to_shape(View(file.name, file), 64, 64).image)
+
+
+def test_both_runtimes_compute_what_torch_exported(exported: Path) -> None:
+    """The functions that are timed give the same numbers on the same ONNX."""
+    folder = exported / "onnx"
+    about = edge_eval.read_export(folder)
+    images, _ = edge_eval.load_images(None, about["preprocessing"])
+    found = []
+    for name in ("openvino", "onnxruntime"):
+        runtime = edge_eval.choose_runtime(name, about)
+        encode, decode = (runtime.load(folder, about["graphs"][part]) for part in ("encoder", "decoder"))
+        a, b = (encode({"image": image})["tokens"] for image in images)
+        assert not np.array_equal(a, b)  # the second run must not overwrite the first one's result
+        found.append(decode({"tokens_1": a, "tokens_2": b}))
+    for name in found[0]:
+        np.testing.assert_allclose(found[0][name], found[1][name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["neighbor", "complete"])
+@pytest.mark.parametrize("symmetrize", [False, True])
+def test_pairs_of_a_scene_are_those_of_pqk(kind: str, symmetrize: bool) -> None:
+    for n in range(2, 8):
+        for k in range(1, 6):
+            found = edge_eval.scene_pairs(n, {"kind": kind, "k": k, "symmetrize": symmetrize})
+            known = kind == "neighbor" and n > 2
+            assert found == (pair_graph(n, kind, k=k, symmetrize=symmetrize) if known else [])
+
+
+def test_wrong_input_is_one_sentence(exported: Path, pictures: Path, tmp_path: Path) -> None:
+    int8, out = exported / "int8", tmp_path / "r.json"
+    damaged = shutil.copytree(int8, tmp_path / "damaged")
+    data = bytearray((damaged / "decoder.bin").read_bytes())
+    data[100] ^= 1
+    (damaged / "decoder.bin").write_bytes(data)
+    partly = shutil.copytree(int8, tmp_path / "partly")
+    (partly / "encoder.bin").unlink()
+    halves = shutil.copytree(exported / "onnx", tmp_path / "halves")
+    about = json.loads((halves / "manifest.json").read_text())
+    (halves / "manifest.json").write_text(json.dumps({**about, "float_precision": "f16", "precision": "f16"}))
+    later = tmp_path / "later"
+    later.mkdir()
+    (later / "manifest.json").write_text(json.dumps({**about, "format": 2}))
+    (tmp_path / "note.json").write_text('["mine"]')
+    (tmp_path / "empty").mkdir()
+    cases = [
+        (("--export", tmp_path / "nowhere", "--out", out), 2, "is no export of pqk"),
+        (("--export", damaged, "--out", out), 2, "decoder.bin is damaged"),
+        (("--export", partly, "--out", out), 2, "copy the whole folder"),
+        (("--export", later, "--out", out), 2, "has format 2, this script reads 1"),
+        (("--export", halves, "--out", out, "--runtime", "openvino"), 2, "the export asks for f16"),
+        (("--export", halves, "--out", out, "--runtime", "onnxruntime"), 2, "the export asks for f16"),
+        (("--export", int8, "--out", tmp_path / "note.json"), 2, "is no record"),
+        (("--export", int8, "--out", tmp_path / "r.txt"), 2, ".json file"),
+        (("--export", int8, "--out", out, "--pairs", "0"), 2, "--pairs must be at least 1"),
+        (("--export", int8, "--out", out, "--images", tmp_path / "empty"), 2, "a pair needs 2"),
+        (("--export", int8, "--out", out, "--runtime", "onnxruntime"), 2, "use --runtime openvino"),
+        (("--export", int8, "--out", out, "--runtime", "tensorrt"), 2, "made for OpenVINO"),
+    ]
+    for arguments, code, reason in cases:
+        done = edge(*arguments)
+        assert (done.code, reason in sentence(done)) == (code, True), (arguments, done.err)
+    assert (tmp_path / "note.json").read_text() == '["mine"]'
+    assert not out.exists()
+
+
+def test_without_tensorrt_there_is_a_reason(exported: Path, tmp_path: Path) -> None:
+    try:
+        import pycuda.autoinit  # noqa: F401
+    except Exception:  # no package, no driver, no device
+        done = edge("--export", exported / "onnx", "--out", tmp_path / "r.json", "--runtime", "tensorrt")
+        assert done.code == 3
+        assert "no runtime can run this export here (tensorrt: " in sentence(done)
+    else:
+        pytest.skip("a CUDA device and pycuda are here")
+
+
+def test_a_record_is_replaced_by_a_newer_one(exported: Path, tmp_path: Path) -> None:
+    out = tmp_path / "r.json"
+    for _ in range(2):
+        assert edge("--export", exported / "int8", "--out", out, *QUICK).code == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["r.json"]
