@@ -1,0 +1,472 @@
+"""Where two executions of (nearly) the same ONNX graph part: the first node whose inputs agree and whose output not.
+
+Intermediate tensors become outputs of temporary cuts of the graph: a coarse grid over the nodes in topological order,
+then a finer one among the nodes that lead to the first tensor that differs, until a single node is left. Tensors are
+matched by name, so the two files may differ in weights, attributes and single nodes.
+
+Two things to know when reading the result. A tensor that is made visible cannot be fused away, so a cut graph may run
+other kernels than the whole one: a fault of a fused kernel can vanish when one looks inside. Then the nodes between
+the last tensors that agree and the first that differs are reported together, as `fused`. And errors can build up over
+many nodes until one crosses the tolerance. So what was found is run again alone, on the same inputs on both sides:
+`Difference.alone` tells whether it is the culprit or only the last drop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from backends.base import BackendError, Engine, Feeds, Graph, TensorInfo, sha256_files
+
+if TYPE_CHECKING:
+    import onnx
+
+Run = Callable[[Graph], Engine]
+_GRID = 16  # tensors made visible in one round
+_FLOATS = {"float32", "float16", "float64"}
+_SHAPES = {"Shape", "Size"}  # their values do not depend on the values of what they look at
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The place where two executions part. Errors are mean|a - b| / mean|a| over all feeds (inf: NaN or other shape).
+
+    `nodes` are the names of all nodes between `inputs` and `output`: normally `node` alone; more when tensors between
+    exist in one graph only, or when the difference vanished with the inner tensors visible (`fused`). `node` is what
+    stands in one graph only, if anything does, else the node that computes `output`.
+    `constants` holds the errors of weights and tables of these nodes that differ between the two files.
+    `alone` is the error of `output` when both sides get the inputs of side a.
+    """
+
+    node: str
+    op_type: str
+    output: str
+    output_error: float
+    inputs: dict[str, float]
+    constants: dict[str, float]
+    nodes: tuple[str, ...]
+    fused: bool
+    alone: float
+    tolerance: float
+
+    @property
+    def proven(self) -> bool:
+        """Whether the nodes differ by more than the tolerance on equal inputs, so that no earlier error is to blame."""
+        return self.alone > self.tolerance
+
+    def sentence(self) -> str:
+        """The finding in words."""
+        what = f"{self.op_type} {self.node!r}"
+        if len(self.nodes) > 1:
+            what += f" (with {len(self.nodes) - 1} more nodes{', fused' if self.fused else ''})"
+        worst = max(self.inputs.values(), default=0.0)
+        text = f"the executions part at {what}: its inputs agree within {worst:.2g}, its output differs by "
+        text += f"{self.output_error:.2g}; alone, on equal inputs, by {self.alone:.2g}"
+        if not self.proven:
+            text += f", which is within {self.tolerance:.2g}: the error builds up over the nodes before it"
+        if self.constants:
+            text += f"; its constants differ: {', '.join(self.constants)}"
+        return text
+
+
+def first_difference(
+    graph_a: Graph,
+    run_a: Run,
+    graph_b: Graph,
+    run_b: Run,
+    feeds: Sequence[Feeds],
+    tolerance: float,
+    max_bytes: int = 1 << 30,
+    folder: Path | None = None,
+) -> Difference | None:
+    """The first node at which side b parts from side a by more than `tolerance`; None when all outputs agree.
+
+    A side is an ONNX graph and a function that compiles such a graph into an Engine; one engine is open at a time.
+    `max_bytes` bounds the activations that are held at once, over all `feeds`; a single tensor may exceed it.
+    `folder`: where temporary graphs are written; by default beside graph a if its weights lie in a file of their own
+    (which is linked, never copied: so it must be the same file system), else the system's temporary folder.
+    Raises BackendError when a graph is not ONNX, there are no feeds, or the two graphs share no output.
+    """
+    if not feeds:
+        raise BackendError("there is nothing to compare: no feeds")
+    if folder is None and any(len(g.files()) > 1 for g in (graph_a, graph_b)):
+        folder = graph_a.path.parent
+    with tempfile.TemporaryDirectory(prefix=".bisect-", dir=folder) as made:
+        a = _Side(graph_a, run_a, Path(made) / "a")
+        b = _Side(graph_b, run_b, Path(made) / "b")
+        return _Search(a, b, feeds, tolerance, max_bytes).find()
+
+
+class _Side:
+    """One graph: who makes and who reads which tensor, and engines of parts of it."""
+
+    def __init__(self, graph: Graph, run: Run, folder: Path) -> None:
+        import onnx
+
+        if graph.format != "onnx":
+            raise BackendError(f"{graph.path.name} is no ONNX graph: only those can be bisected")
+        self.graph, self.run, self.folder = graph, run, folder
+        folder.mkdir()
+        self.model = onnx.load(str(graph.path), load_external_data=False)
+        self.constants = {t.name: t for t in self.model.graph.initializer}
+        self.nodes = list(self.model.graph.node)
+        self.maker = {name: index for index, node in enumerate(self.nodes) for name in node.output if name}
+        self.fed = {t.name: t for t in graph.inputs}
+        self.infos = self._infos()
+        self.live = self._live()
+        for data in graph.files()[1:]:
+            os.link(data.resolve(), folder / data.name)
+
+    def _infos(self) -> dict[str, TensorInfo]:
+        """Shape and dtype of every tensor whose shape is known."""
+        import onnx
+
+        inferred = onnx.shape_inference.infer_shapes(_without_weights(self.model), data_prop=True)
+        found = {}
+        for value in (*inferred.graph.input, *inferred.graph.output, *inferred.graph.value_info):
+            kind = value.type.tensor_type
+            if not kind.HasField("shape") or not all(dim.HasField("dim_value") for dim in kind.shape.dim):
+                continue
+            try:
+                dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)).name
+            except (KeyError, TypeError):
+                continue
+            found[value.name] = TensorInfo(value.name, tuple(dim.dim_value for dim in kind.shape.dim), dtype)
+        return found
+
+    def _live(self) -> set[str]:
+        """Tensors whose values depend on those of the inputs."""
+        live = set(self.fed)
+        for node in self.nodes:
+            if node.op_type not in _SHAPES and any(name in live for name in _reads(node)):
+                live.update(name for name in node.output if name)
+        return live
+
+    def between(self, outputs: Iterable[str], stops: Iterable[str] = ()) -> tuple[list[int], list[str]]:
+        """Indices of the nodes that make `outputs` out of `stops` and graph inputs, and which of these they read."""
+        stop, todo = set(stops), list(outputs)
+        nodes: set[int] = set()
+        reached: dict[str, None] = {}
+        first = set(todo)
+        while todo:
+            name = todo.pop()
+            if (name in stop and name not in first) or name in self.fed:
+                reached[name] = None
+            elif name in self.maker and self.maker[name] not in nodes:
+                nodes.add(self.maker[name])
+                todo += _reads(self.nodes[self.maker[name]])
+        return sorted(nodes), sorted(reached)
+
+    def cut(self, outputs: Sequence[str], stops: Iterable[str] = ()) -> Graph:
+        """A temporary graph that computes `outputs` out of `stops` and the graph's inputs."""
+        import onnx
+
+        chosen, reached = self.between(outputs, stops)
+        part = onnx.ModelProto()
+        part.CopyFrom(_without_weights(self.model, keep_nodes=False))
+        part.graph.node.extend(self.nodes[index] for index in chosen)
+        read = {name for index in chosen for name in _reads(self.nodes[index])}
+        part.graph.initializer.extend(t for name, t in self.constants.items() if name in read and name not in reached)
+        infos_in = tuple(self._info(name) for name in reached)
+        infos_out = tuple(self._info(name) for name in outputs)
+        part.graph.input.extend(_value(info) for info in infos_in)
+        part.graph.output.extend(_value(info) for info in infos_out)
+        path = self.folder / self.graph.path.name  # the external data is named after the file
+        onnx.save_model(part, str(path))
+        return Graph(path, infos_in, infos_out, sha256_files([path]) + self.graph.sha256)
+
+    def _info(self, name: str) -> TensorInfo:
+        if name not in self.infos:
+            raise BackendError(f"{self.graph.path.name}: the shape of {name!r} is not known")
+        return self.infos[name]
+
+    @contextlib.contextmanager
+    def engine(self, outputs: Sequence[str], stops: Iterable[str] = ()) -> Iterator[Engine]:
+        graph = self.cut(outputs, stops)
+        with self.run(graph) as engine:
+            yield engine
+
+    def constant(self, name: str) -> np.ndarray | None:
+        """The value of an initializer; None when there is none of this name."""
+        import onnx
+
+        tensor = self.constants.get(name)
+        if tensor is None:
+            node = self.nodes[self.maker[name]] if name in self.maker else None
+            if node is None or node.op_type != "Constant" or node.attribute[0].name != "value":
+                return None
+            tensor = node.attribute[0].t
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            return onnx.numpy_helper.to_array(tensor)
+        place = {entry.key: entry.value for entry in tensor.external_data}
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+        count = math.prod(tensor.dims)
+        data = self.graph.path.parent / place["location"]
+        return np.fromfile(data, dtype, count, offset=int(place.get("offset", 0))).reshape(tensor.dims)
+
+
+class _Search:
+    """The bisection. `errors` holds what was measured of each tensor in the latest round that showed it."""
+
+    def __init__(self, a: _Side, b: _Side, feeds: Sequence[Feeds], tolerance: float, max_bytes: int) -> None:
+        self.a, self.b, self.feeds, self.tolerance, self.max_bytes = a, b, feeds, tolerance, max_bytes
+        self.errors: dict[str, float] = {}
+        order = [name for node in a.nodes for name in node.output]
+        self.common = [name for name in order if self._comparable(name)]
+        self.position = {name: index for index, name in enumerate(self.common)}
+
+    def _comparable(self, name: str) -> bool:
+        known = name in self.a.infos and name in self.b.infos
+        return known and name in self.a.live and name in self.b.maker and self.a.infos[name].dtype in _FLOATS
+
+    def find(self) -> Difference | None:
+        outputs = [t.name for t in self.a.graph.outputs if t.name in self.position]
+        if not outputs:
+            raise BackendError(
+                f"{self.a.graph.path.name} and {self.b.graph.path.name} have no float output of the same name"
+            )
+        self._measure(outputs)
+        differing = [name for name in outputs if self._differs(name)]
+        if not differing:
+            return None
+        suspect = min(differing, key=self._place)
+        candidates = self._ancestors(differing)
+        agreed: set[str] = set()
+        while candidates := [name for name in candidates if self.position[name] < self.position[suspect]]:
+            shown = _spread(candidates, _GRID)
+            self._measure([*shown, suspect])
+            found = next((name for name in [*shown, suspect] if self._differs(name)), None)
+            if found is None:
+                return self._narrow(suspect, agreed)
+            # What agrees, and all that leads to it, is taken to be right until an input of the found node says no.
+            agreed |= {name for name in shown if not self._differs(name)}
+            suspect = found
+            candidates = self._open(suspect, agreed)
+            if not candidates:  # one node is left: look at its inputs themselves
+                inputs = self._frontier(suspect)
+                self._measure([*inputs, suspect])
+                wrong = [name for name in inputs if self._differs(name)]
+                if wrong:
+                    suspect = min(wrong, key=self._place)
+                    agreed -= set(self._ancestors([suspect]))
+                    candidates = self._open(suspect, agreed)
+                elif not self._differs(suspect):
+                    return self._narrow(suspect, agreed)
+        return self._report(suspect, set(self._frontier(suspect)), fused=False)
+
+    def _narrow(self, suspect: str, agreed: set[str]) -> Difference:
+        """Find the shortest stretch before `suspect` that must stay whole for the difference to show.
+
+        One tensor at a time is shown beside it. If both agree, the tensor lies inside the stretch.
+        """
+        candidates = self._open(suspect, agreed)
+        low, high = 0, len(candidates)
+        while low < high:
+            middle = (low + high) // 2
+            name = candidates[middle]
+            self._measure([name, suspect])
+            if self._differs(name):
+                suspect = name
+                candidates = self._open(suspect, agreed)
+                low, high = 0, len(candidates)
+            elif self._differs(suspect):
+                agreed = agreed | {name}
+                low = middle + 1
+            else:
+                high = middle
+        self._measure([suspect])
+        return self._report(suspect, set(self._ancestors(sorted(agreed))) if agreed else set(), fused=True)
+
+    def _place(self, name: str) -> int:
+        return self.position[name]
+
+    def _differs(self, name: str) -> bool:
+        return not self.errors[name] <= self.tolerance
+
+    def _ancestors(self, names: Sequence[str]) -> list[str]:
+        """Comparable tensors on the way to `names`, with themselves, in topological order."""
+        chosen, _ = self.a.between(names)
+        made = {name for index in chosen for name in self.a.nodes[index].output}
+        return [name for name in self.common if name in made]
+
+    def _open(self, suspect: str, agreed: set[str]) -> list[str]:
+        """What leads to `suspect` and to nothing that agreed."""
+        right = set(self._ancestors(sorted(agreed))) if agreed else set()
+        return [name for name in self._ancestors([suspect]) if name not in right and name != suspect]
+
+    def _frontier(self, name: str) -> list[str]:
+        """The nearest comparable tensors above `name`."""
+        _, reached = self.a.between([name], self.position)
+        return sorted((n for n in reached if n in self.position), key=self._place)
+
+    def _measure(self, names: Sequence[str]) -> None:
+        """Fill `errors` of `names`, in parts that keep within `max_bytes`."""
+        for part in _parts(names, [self._bytes(name) for name in names], self.max_bytes):
+            sums = dict.fromkeys(part, (0.0, 0.0))
+            with self.a.engine(part) as engine:
+                held = [engine.infer(_fitting(engine, feed)) for feed in self.feeds]
+            with self.b.engine(part) as engine:
+                for feed, want in zip(self.feeds, held, strict=True):
+                    _add(sums, want, engine.infer(_fitting(engine, feed)))
+            self.errors |= {name: _ratio(*both) for name, both in sums.items()}
+
+    def _bytes(self, name: str) -> int:
+        """What comparing the tensor holds: side a of all feeds, side b of one, and the difference."""
+        return 4 * math.prod(self.a.infos[name].shape) * (len(self.feeds) + 2)
+
+    def _alone(self, output: str, stops: set[str]) -> tuple[float, dict[str, float]]:
+        """Error of `output` when both sides get side a's values of `stops`, and the errors of the inputs."""
+        _, inputs = self.a.between([output], stops)
+        values = [name for name in inputs if name not in self.a.fed]
+        sums = {output: (0.0, 0.0)}
+        for feed in self.feeds:
+            given = dict(feed)
+            if values:
+                with self.a.engine(values) as engine:
+                    given |= engine.infer(_fitting(engine, feed))
+                given = {name: array.astype(self.a.infos[name].dtype, copy=False) for name, array in given.items()}
+            with self.a.engine([output], stops) as engine:
+                want = engine.infer(_fitting(engine, given))
+            with self.b.engine([output], stops) as engine:
+                _add(sums, want, engine.infer(_fitting(engine, given)))
+        return _ratio(*sums[output]), {name: self.errors.get(name, 0.0) for name in inputs}
+
+    def _report(self, output: str, stops: set[str], fused: bool) -> Difference:
+        chosen_a = [self.a.nodes[i] for i in self.a.between([output], stops)[0]]
+        chosen_b = [self.b.nodes[i] for i in self.b.between([output], stops)[0]]
+        chosen_a, chosen_b = self._working(chosen_a, self.a), self._working(chosen_b, self.b)
+        named_a, named_b = {_name(n): n for n in chosen_a}, {_name(n): n for n in chosen_b}
+        single = [n for n in chosen_a if _name(n) not in named_b] + [n for n in chosen_b if _name(n) not in named_a]
+        culprit = single[0] if single else next(n for n in chosen_a if output in n.output)
+        alone, inputs = self._alone(output, stops)
+        constants = {}
+        for name in {name: None for node in chosen_a for name in _reads(node)}:
+            ours, theirs = self.a.constant(name), self.b.constant(name)
+            if ours is not None and theirs is not None and ours.dtype.kind == "f":
+                sums = {name: (0.0, 0.0)}
+                _add(sums, {name: ours}, {name: theirs})
+                if (error := _ratio(*sums[name])) > 0:
+                    constants[name] = error
+        return Difference(
+            node=_name(culprit),
+            op_type=culprit.op_type,
+            output=output,
+            output_error=self.errors[output],
+            inputs=inputs,
+            constants=constants,
+            nodes=tuple({**named_a, **named_b}),
+            fused=fused,
+            alone=alone,
+            tolerance=self.tolerance,
+        )
+
+    @staticmethod
+    def _working(nodes: list[onnx.NodeProto], side: _Side) -> list[onnx.NodeProto]:
+        """Without the nodes that only prepare constants and shapes."""
+        return [node for node in nodes if any(name in side.live for name in node.output)]
+
+
+def _without_weights(model: onnx.ModelProto, keep_nodes: bool = True) -> onnx.ModelProto:
+    """A copy without large weights, as inputs of the same shape, for shape inference; or only the frame of the model.
+
+    Small constants stay: they hold shapes.
+    """
+    import onnx
+
+    made = onnx.ModelProto()
+    made.ir_version, made.producer_name = model.ir_version, model.producer_name
+    made.opset_import.extend(model.opset_import)
+    made.functions.extend(model.functions)
+    made.graph.name = model.graph.name
+    if not keep_nodes:
+        return made
+    made.graph.node.extend(model.graph.node)
+    made.graph.output.extend(model.graph.output)
+    made.graph.input.extend(model.graph.input)
+    made.graph.value_info.extend(model.graph.value_info)
+    inputs = {value.name for value in model.graph.input}
+    for tensor in model.graph.initializer:
+        if tensor.data_location != onnx.TensorProto.EXTERNAL and math.prod(tensor.dims) <= 64:
+            made.graph.initializer.append(tensor)
+        elif tensor.name not in inputs:
+            made.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+    return made
+
+
+def _reads(node: onnx.NodeProto) -> list[str]:
+    """Names that a node reads, with those that the bodies of its branches and loops may take from outside."""
+    names = [name for name in node.input if name]
+    for attribute in node.attribute:
+        for body in (*([attribute.g] if attribute.HasField("g") else ()), *attribute.graphs):
+            names += [name for inner in body.node for name in _reads(inner)]
+            names += [value.name for value in body.output]
+    return names
+
+
+def _name(node: onnx.NodeProto) -> str:
+    return node.name or node.output[0]
+
+
+def _value(info: TensorInfo) -> Any:
+    import onnx
+
+    return onnx.helper.make_tensor_value_info(
+        info.name, onnx.helper.np_dtype_to_tensor_dtype(np.dtype(info.dtype)), info.shape
+    )
+
+
+def _fitting(engine: Engine, feeds: Feeds) -> Feeds:
+    """Of `feeds` what the engine takes."""
+    return {info.name: feeds[info.name] for info in engine.inputs}
+
+
+def _spread(items: Sequence[str], count: int) -> list[str]:
+    """At most `count` items at equal distances; the last but no first, as a difference shows downstream."""
+    if len(items) <= count:
+        return list(items)
+    return [items[(step + 1) * len(items) // count - 1] for step in range(count)]
+
+
+def _parts(names: Sequence[str], sizes: Sequence[int], limit: int) -> Iterator[list[str]]:
+    part: list[str] = []
+    total = 0
+    for name, size in zip(names, sizes, strict=True):
+        if part and total + size > limit:
+            yield part
+            part, total = [], 0
+        part.append(name)
+        total += size
+    if part:
+        yield part
+
+
+def _add(sums: dict[str, tuple[float, float]], want: Feeds, got: Feeds) -> None:
+    """Add mean|want - got| and mean|want| of one feed; equal infinities and NaNs are no difference."""
+    for name, (difference, scale) in sums.items():
+        a, b = np.asarray(want[name]), np.asarray(got[name])
+        if a.shape != b.shape:
+            sums[name] = (math.inf, scale)
+            continue
+        with np.errstate(invalid="ignore", over="ignore"):
+            apart = np.abs(a - b)
+            odd = ~np.isfinite(apart)
+            if odd.any():
+                same = odd & ((a == b) | (np.isnan(a) & np.isnan(b)))
+                apart = np.where(same, 0.0, np.where(odd, np.inf, apart))
+            size = np.where(np.isfinite(a), np.abs(a), 0.0)
+        mean = float(np.mean(apart, dtype=np.float64)) if a.size else 0.0
+        sums[name] = (difference + mean, scale + (float(np.mean(size, dtype=np.float64)) if a.size else 0.0))
+
+
+def _ratio(difference: float, scale: float) -> float:
+    if difference == 0:
+        return 0.0
+    return difference / scale if scale else math.inf
