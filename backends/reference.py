@@ -75,8 +75,8 @@ class TorchEngine(Engine):
 class OnnxRuntimeEngine(Engine):
     """An ONNX file in ONNX Runtime's CPU provider.
 
-    Options: `threads` (None: all cores), `optimize` (graph level), `fuse_qdq`: False computes what Q/DQ nodes enclose
-    in floats, as the nodes are defined, and not with this CPU's int8 kernels, whose sums may saturate.
+    Options: `threads` (None: all cores), `optimize` (graph level), `fuse_qdq`: False computes what Q/DQ nodes
+    enclose in floats, as the nodes are defined, and not with this CPU's int8 kernels, whose sums may saturate.
     """
 
     def __init__(self, graph: Graph, options: Mapping[str, Any] | None = None) -> None:
@@ -157,7 +157,7 @@ class ReferenceBackend:
         return [Precision.F32]
 
     def compile(self, graph: Graph, precision: Precision, options: Mapping[str, Any] | None = None) -> Engine:
-        """Options: those of the engine. INT8 is accepted: the file's own Q/DQ nodes say what is quantized."""
+        """Options: `threads`, `optimize`, `fuse_qdq`. INT8 is accepted: the file's own Q/DQ nodes say what it is."""
         found = self.availability()
         if not found.available:
             raise Unavailable(f"backend 'reference' cannot run: {found.reason}; {found.mend}")

@@ -17,8 +17,7 @@ _NEEDED = {
     "modelopt": "nvidia-modelopt",
     "onnx_graphsurgeon": "onnx-graphsurgeon",
     "onnxslim": "onnxslim",
-    "onnxconverter_common": "onnxconverter-common",
-    "huggingface_hub": "huggingface_hub",
+    "lief": "lief",
     "onnxruntime": "onnxruntime",
 }
 _RTX_WHEELS = ("tensorrt-rtx-cu13-bindings", "tensorrt-rtx-cu12-bindings", "tensorrt-rtx")
@@ -51,7 +50,7 @@ class TensorRTBackend:
                 missing.insert(0, "tensorrt-rtx-cu13-libs (plain TensorRT builds only where there is a CUDA device)")
             else:
                 missing.insert(0, "tensorrt-rtx-cu13-libs or tensorrt")
-        if missing:
+        if missing or package is None:
             return Availability(available=False, reason=f"packages are missing: {', '.join(missing)}", mend=MEND)
         from backends.openvino.cpu import instruction_sets
 

@@ -70,7 +70,7 @@ def flavour(module: Any) -> str:
 def make_logger(module: Any) -> Any:
     """A TensorRT logger that prints nothing; `errors` holds the error messages of the current call, in order."""
 
-    class Logger(module.ILogger):  # type: ignore[misc]
+    class Logger(module.ILogger):
         def __init__(self) -> None:
             module.ILogger.__init__(self)
             self.errors: list[str] = []
@@ -203,12 +203,13 @@ def _target(module: Any, asked: str | None) -> str:
 def _serialize(module: Any, graph: Graph, made_of: Mapping[str, Any], timing: Path | None) -> Any:
     logger = make_logger(module)
     title = f"{made_of['tensorrt']} {made_of['version']}"
-    builder = module.Builder(logger)
-    if builder is None:
-        raise BackendError(f"{title} cannot start: {_last(logger.errors)}")
-    # TensorRT 10 needs the flag; 11 and RTX know no other kind of network.
-    flag = module.NetworkDefinitionCreationFlag.STRONGLY_TYPED
-    network = builder.create_network(1 << int(flag))
+    try:
+        builder = module.Builder(logger)
+    except TypeError as error:  # the binding's way to say that there is no builder
+        raise BackendError(f"{title} cannot start: {_last(logger.errors)}") from error
+    # TensorRT 10 needs the flag; 11 and RTX build no other kind of network, with it or without.
+    flag = getattr(module.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    network = builder.create_network(0 if flag is None else 1 << int(flag))
     parser = module.OnnxParser(network, logger)
     if not parser.parse_from_file(str(graph.path)):
         raise BackendError(_refused(title, graph, parser, logger.errors))
@@ -242,7 +243,8 @@ def _refused(title: str, graph: Graph, parser: Any, errors: list[str]) -> str:
     reason = next((s for s in lines if s and not _NO_DRIVER.search(s) and not s.startswith("Invalid Node")), lines[0])
     if not found.node_name() and not found.node_operator():
         return f"{title} cannot read {graph.path}: {reason}"
-    return f"{title} refuses node {found.node_name()!r} ({found.node_operator()}) of {graph.path.name}: {reason}; {_SUPPORTED}"
+    node = f"node {found.node_name()!r} ({found.node_operator()})"
+    return f"{title} refuses {node} of {graph.path.name}: {reason}; {_SUPPORTED}"
 
 
 def _last(errors: list[str]) -> str:

@@ -73,7 +73,12 @@ def make_engine(graph: Graph, precision: Precision, options: Mapping[str, Any] |
         kind = provider()
         if kind is None or plan is None:
             return EmulatedEngine(graph, built_from, plan, precision, chosen, Path(own))
-        return TensorRTEngine(graph, plan, precision, chosen, kind(), Path(own))
+        cuda = kind()
+        try:
+            return TensorRTEngine(graph, plan, precision, chosen, cuda, Path(own))
+        except BaseException:
+            cuda.close()
+            raise
     except BaseException:
         shutil.rmtree(own, ignore_errors=True)
         raise
@@ -226,7 +231,7 @@ class TensorRTEngine(_PlanEngine):
     def _layer_times(self) -> dict[str, float]:
         times: dict[str, float] = {}
 
-        class Profiler(self._module.IProfiler):  # type: ignore[misc, name-defined]
+        class Profiler(self._module.IProfiler):  # type: ignore[name-defined]
             def __init__(self, base: Any) -> None:
                 base.__init__(self)
 
