@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from backend_toys import Calibration, error, image, linear_graph, toy, toy_flops, toy_source
+from backend_toys import Calibration, error, image, linear_graph, toy, toy_flops
 from torch import nn
 
 import backends
@@ -97,8 +97,8 @@ def test_only_matmuls_and_convolutions_are_quantized(made):
     assert found == 4 * 2 + 4
 
 
-def test_the_module_is_left_as_it_was(inc, tmp_path):
-    source = toy_source(tmp_path)
+def test_the_module_is_left_as_it_was(inc, source, tmp_path):
+    source = dataclasses.replace(source, module=toy())
     source.module.blocks[0].train()
     before = {name: value.clone() for name, value in source.module.state_dict().items()}
     quantize(source, tmp_path)
@@ -118,6 +118,13 @@ def test_a_kept_pattern_runs_in_float(inc, source, tmp_path):
         assert len(check_keep(engine, ("blocks.1/fc1/MatMul",), kernels)) == 1
         assert len(check_keep(engine, ("^/conv2/Conv",), kernels)) == 1
     assert quantizer.report.kept == ("/blocks.0/fc1/MatMul", "/conv1/Conv")
+
+
+def test_a_keep_list_that_was_not_honoured_is_refused(inc, source, tmp_path, monkeypatch):
+    monkeypatch.setattr("backends.openvino.inc._strip", lambda prepared, kept: None)
+    with pytest.raises(BackendError, match=r"quantized '/blocks\.0/fc1/MatMul', which the keep-list protects"):
+        quantize(source, tmp_path, keep=("blocks.0/fc1/MatMul",))
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

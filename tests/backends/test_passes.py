@@ -13,7 +13,7 @@ ov = pytest.importorskip("openvino")
 import openvino.opset13 as ops  # noqa: E402
 
 from backends.openvino.engine import write_ir  # noqa: E402
-from backends.openvino.passes import fold_constants, share_constants, split_tables  # noqa: E402
+from backends.openvino.passes import flatten_tables, fold_constants, share_constants, split_tables  # noqa: E402
 
 ROWS, COLS, WIDTH = 12, 16, 64
 
@@ -137,3 +137,17 @@ def test_fold_constants_evaluates_shapes_and_changes_no_number() -> None:
     assert kinds(model)["Concat"] == 0
     assert kinds(model)["FakeQuantize"] == 2
     assert np.array_equal(run(model, x), before)
+
+
+@pytest.mark.parametrize(("shape", "flattened"), [([1, 3, 96, 64], 1), ([96, 64], 0)])
+def test_tables_with_leading_axes_become_two_dimensional_where_the_product_keeps_its_axes(shape, flattened):
+    table = np.random.default_rng(0).standard_normal((1, 1, 96, 64)).astype(np.float32)
+    x = ops.parameter(shape, name="x")
+    model = ov.Model([ops.multiply(x, ops.constant(table))], [x], "m")
+    before = list(model.outputs[0].get_shape())
+    assert flatten_tables(model) == flattened
+    model.validate_nodes_and_infer_types()
+    assert list(model.outputs[0].get_shape()) == before
+    feed = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
+    compiled = ov.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    np.testing.assert_array_equal(compiled([feed])[0], feed * table)

@@ -108,7 +108,7 @@ def test_unknown_card_backend_quantizer(project: Path, refused: Refused) -> None
     assert re.match("there is no card 'B2' in schedule/TaskCards.* cards: A1, B1", refused(project, card="B2"))
     assert "unknown backend 'openvin' (did you mean 'openvino'?)" in refused(project, backend="openvin")
     sentence = refused(project, "--quantizer", "nncff")
-    assert sentence == "unknown quantizer 'nncff' (did you mean 'nncf'?); backend openvino has nncf"
+    assert sentence == "unknown quantizer 'nncff' (did you mean 'nncf'?); backend openvino has nncf, inc"
 
 
 def test_what_this_version_or_machine_lacks(project: Path, refused: Refused) -> None:
