@@ -89,7 +89,8 @@ def first_difference(
 ) -> Difference | None:
     """The first node at which side b parts from side a by more than `tolerance`; None when all outputs agree.
 
-    A side is an ONNX graph and a function that compiles such a graph into an Engine; one engine is open at a time.
+    A side is an ONNX graph and a function that compiles such a graph into an Engine; one engine is open at a time. The
+    function gets parts of the graph too: of a Q/DQ graph some hold no quantized node, and must compile all the same.
     `max_bytes` bounds the activations that are held at once, over all `feeds`; a single tensor may exceed it.
     `folder`: where temporary graphs are written; by default beside graph a if its weights lie in a file of their own
     (which is linked, never copied: so it must be the same file system), else the system's temporary folder.
@@ -238,29 +239,23 @@ class _Search:
         if not differing:
             return None
         suspect = min(differing, key=self._place)
-        candidates = self._ancestors(differing)
+        candidates = [name for name in self._ancestors(differing) if self.position[name] < self.position[suspect]]
         agreed: set[str] = set()
-        while candidates := [name for name in candidates if self.position[name] < self.position[suspect]]:
-            shown = _spread(candidates, _GRID)
+        while True:
+            # Without candidates one node is left: look at its own inputs.
+            shown = _spread(candidates, _GRID) if candidates else self._frontier(suspect)
             self._measure([*shown, suspect])
             found = next((name for name in [*shown, suspect] if self._differs(name)), None)
             if found is None:
                 return self._narrow(suspect, agreed)
+            if not candidates:
+                if found == suspect:
+                    return self._report(suspect, set(shown), fused=False)
+                agreed -= set(self._ancestors([found]))
             # What agrees, and all that leads to it, is taken to be right until an input of the found node says no.
             agreed |= {name for name in shown if not self._differs(name)}
             suspect = found
             candidates = self._open(suspect, agreed)
-            if not candidates:  # one node is left: look at its inputs themselves
-                inputs = self._frontier(suspect)
-                self._measure([*inputs, suspect])
-                wrong = [name for name in inputs if self._differs(name)]
-                if wrong:
-                    suspect = min(wrong, key=self._place)
-                    agreed -= set(self._ancestors([suspect]))
-                    candidates = self._open(suspect, agreed)
-                elif not self._differs(suspect):
-                    return self._narrow(suspect, agreed)
-        return self._report(suspect, set(self._frontier(suspect)), fused=False)
 
     def _narrow(self, suspect: str, agreed: set[str]) -> Difference:
         """Find the shortest stretch before `suspect` that must stay whole for the difference to show.
@@ -340,19 +335,19 @@ class _Search:
         return _ratio(*sums[output]), {name: self.errors.get(name, 0.0) for name in inputs}
 
     def _report(self, output: str, stops: set[str], fused: bool) -> Difference:
-        chosen_a = [self.a.nodes[i] for i in self.a.between([output], stops)[0]]
-        chosen_b = [self.b.nodes[i] for i in self.b.between([output], stops)[0]]
-        chosen_a, chosen_b = self._working(chosen_a, self.a), self._working(chosen_b, self.b)
-        named_a, named_b = {_name(n): n for n in chosen_a}, {_name(n): n for n in chosen_b}
-        single = [n for n in chosen_a if _name(n) not in named_b] + [n for n in chosen_b if _name(n) not in named_a]
+        parts = [self.a.nodes[i] for i in self.a.between([output], stops)[0]]
+        chosen_a = _working(parts, self.a)
+        chosen_b = _working([self.b.nodes[i] for i in self.b.between([output], stops)[0]], self.b)
+        outputs = [{name for node in chosen for name in node.output} for chosen in (chosen_a, chosen_b)]
+        single = [n for n in (*chosen_a, *chosen_b) if (outputs[0] & outputs[1]).isdisjoint(n.output)]
         culprit = single[0] if single else next(n for n in chosen_a if output in n.output)
         alone, inputs = self._alone(output, stops)
         constants = {}
-        for name in {name: None for node in chosen_a for name in _reads(node)}:
+        for name in {name: None for node in parts for name in _reads(node)}:
             ours, theirs = self.a.constant(name), self.b.constant(name)
-            if ours is not None and theirs is not None and ours.dtype.kind == "f":
+            if ours is not None and theirs is not None:
                 sums = {name: (0.0, 0.0)}
-                _add(sums, {name: ours}, {name: theirs})
+                _add(sums, {name: _real(ours)}, {name: _real(theirs)})
                 if (error := _ratio(*sums[name])) > 0:
                     constants[name] = error
         return Difference(
@@ -362,16 +357,20 @@ class _Search:
             output_error=self.errors[output],
             inputs=inputs,
             constants=constants,
-            nodes=tuple({**named_a, **named_b}),
+            nodes=tuple(dict.fromkeys(_name(node) for node in (*chosen_a, *chosen_b))),
             fused=fused,
             alone=alone,
             tolerance=self.tolerance,
         )
 
-    @staticmethod
-    def _working(nodes: list[onnx.NodeProto], side: _Side) -> list[onnx.NodeProto]:
-        """Without the nodes that only prepare constants and shapes."""
-        return [node for node in nodes if any(name in side.live for name in node.output)]
+
+def _working(nodes: list[onnx.NodeProto], side: _Side) -> list[onnx.NodeProto]:
+    """Without the nodes that only prepare constants and shapes."""
+    return [node for node in nodes if any(name in side.live for name in node.output)]
+
+
+def _real(array: np.ndarray) -> np.ndarray:
+    return array if array.dtype.kind == "f" else array.astype(np.float64)
 
 
 def _without_weights(model: onnx.ModelProto, keep_nodes: bool = True) -> onnx.ModelProto:

@@ -312,3 +312,30 @@ def test_what_cannot_be_compared(graphs, tmp_path):
         compare(graphs["encoder"], ir)
     with pytest.raises(BackendError, match="no float output of the same name"):
         first_difference(graphs["encoder"], OnnxRuntimeEngine, graphs["decoder"], OnnxRuntimeEngine, [{}], 1e-4, LIMIT)
+
+
+def test_a_fault_that_is_hidden_on_one_way_is_found_on_the_other(tmp_path):
+    """The second factor takes the first one's fault back, 40 nodes follow; but the sum reads the faulty tensor too."""
+
+    def build(path, first, second):
+        make = onnx.helper.make_node
+        nodes = [make("Mul", ["x", "first"], ["t"], "fault"), make("Mul", ["t", "second"], ["u0"], "cure")]
+        nodes += [make("Add", [f"u{k}", "one"], [f"u{k + 1}"], f"add{k}") for k in range(40)]
+        nodes += [make("Add", ["u40", "t"], ["y"], "sum")]
+        value = onnx.helper.make_tensor_value_info
+        constants = {"first": first, "second": second, "one": 1.0}
+        graph = onnx.helper.make_graph(
+            nodes,
+            "toy",
+            [value("x", onnx.TensorProto.FLOAT, [4])],
+            [value("y", onnx.TensorProto.FLOAT, [4])],
+            [onnx.numpy_helper.from_array(np.float32(v), name) for name, v in constants.items()],
+        )
+        model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10)
+        onnx.save_model(model, str(path))
+        return describe_onnx(path)
+
+    found = compare(build(tmp_path / "a.onnx", 2.0, 3.0), build(tmp_path / "b.onnx", 4.0, 1.5))
+    check_culprit(found)
+    assert found.node == "fault"
+    assert found.constants == {"first": pytest.approx(1.0)}
