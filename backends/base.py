@@ -100,8 +100,8 @@ class QuantSpec:
     weights: str = "per_channel"
     activations: str = "per_tensor"
     symmetric_activations: bool = True
-    smooth_quant_alpha: float | None = 0.95
-    bias_correction: str = "fast"
+    smooth_quant_alpha: float | None = None
+    bias_correction: str = "none"
     weight_range: str = "auto"  # full, half (7 of the 8 bits), or auto: half where this CPU's int8 sums saturate
     keep: tuple[str, ...] = ("LayerNorm", "Softmax", "AttentionScales")
     calibration_samples: int = 512

@@ -10,7 +10,7 @@ from typing import Any
 from backends.base import Availability, BackendError, Engine, Graph, Kernel, Precision, Quantizer, Unavailable
 from backends.openvino.cpu import instruction_sets
 
-MEND = 'pip install "pqk[openvino]"'
+MEND = 'pip install -e ".[openvino]"'
 INC = "neural-compressor-pt"
 
 

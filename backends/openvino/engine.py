@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import shutil
 import tempfile
 from collections.abc import Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Self
 
@@ -133,7 +136,9 @@ class OpenVINOEngine(Engine):
         if self.options["threads"]:
             settings["INFERENCE_NUM_THREADS"] = int(self.options["threads"])
         if self.options["cache_dir"] and not perf_count:
-            settings["CACHE_DIR"] = str(self.options["cache_dir"])
+            # A folder per model, so that what lies in it can be told from what another model left.
+            key = sha256(f"{self.graph.sha256} {sorted(settings.items())}".encode()).hexdigest()[:16]
+            settings["CACHE_DIR"] = str(Path(self.options["cache_dir"]) / key)
         if not self.options["snippets"]:
             settings["SNIPPETS_MODE"] = "DISABLE"
         return settings
@@ -141,8 +146,14 @@ class OpenVINOEngine(Engine):
     def _compile(self, model: Any, perf_count: bool) -> Any:
         import openvino as ov
 
+        settings = self._settings(perf_count)
+        cache = Path(settings["CACHE_DIR"]) if "CACHE_DIR" in settings else None
+        if cache:
+            _drop_untrusted(cache)
         try:
-            compiled = ov.Core().compile_model(model, "CPU", self._settings(perf_count))
+            compiled = ov.Core().compile_model(model, "CPU", settings)
+            if cache:
+                _seal(cache)
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[-1]
             raise BackendError(f"OpenVINO cannot compile {self.graph.path.name}: {reason}") from error
@@ -203,6 +214,39 @@ class OpenVINOEngine(Engine):
     def close(self) -> None:
         self._request = None
         self._compiled = None
+
+
+_SEAL = "sha256.json"
+
+
+def _drop_untrusted(folder: Path) -> None:
+    """Empty a folder of compiled models unless every file is what `_seal` wrote down.
+
+    The runtime does not look whether a compiled model is damaged: with a flipped byte it loads, and computes nonsense.
+    """
+    try:
+        sealed = json.loads((folder / _SEAL).read_text(encoding="utf-8"))
+        whole = sealed == _blobs(folder)
+    except (OSError, ValueError):
+        whole = False
+    if not whole:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _seal(folder: Path) -> None:
+    """Write down the sha256 of the compiled models in a folder. A cache that cannot be sealed is dropped next time."""
+    try:
+        if (folder / _SEAL).exists():
+            return
+        temporary = folder / f".{_SEAL}.{os.getpid()}"
+        temporary.write_text(json.dumps(_blobs(folder)), encoding="utf-8")
+        temporary.replace(folder / _SEAL)
+    except OSError:
+        pass
+
+
+def _blobs(folder: Path) -> dict[str, str]:
+    return {path.name: sha256_files([path]) for path in sorted(folder.glob("*.blob"))}
 
 
 def _check_quantized(model: Any, graph: Graph, precision: Precision) -> None:

@@ -24,15 +24,16 @@ MOVED = 0.01  # a point that moved by more than this part of the scene's depth c
 class HeadAgreement:
     """One output of two predictions, over all pairs. `a` is the reference.
 
-    max_abs, mean_abs: of |a - b| over all numbers. relative: mean |a - b| / mean |a|. cosine: of both as one vector,
-    1 at best. psnr_db: 10 log10(range(a)^2 / mean (a - b)^2), infinite when equal (then None). p50, p99, max:
-    quantiles over pixels of the distance between the two values there (Euclidean for points), in the model's unit.
+    max_abs, mean_abs: of |a - b| over all numbers. relative: mean |a - b| / mean |a|, None when a is 0 everywhere and b
+    is not. cosine: of both as one vector, 1 at best. psnr_db: 10 log10(range(a)^2 / mean (a - b)^2), None when equal
+    (infinite). p50, p99, max: quantiles over pixels of the distance between the two values there (Euclidean for
+    points), in the model's unit.
     moved: share of pixels whose point moved by more than 1 % of the pair's median depth; None for confidences.
     """
 
     max_abs: float
     mean_abs: float
-    relative: float
+    relative: float | None
     cosine: float
     psnr_db: float | None
     p50: float
@@ -99,7 +100,7 @@ class Agreement:
             found[head] = HeadAgreement(
                 max_abs=s.largest,
                 mean_abs=s.absolute / s.count,
-                relative=s.absolute / s.reference if s.reference else (0.0 if s.absolute == 0 else math.inf),
+                relative=s.absolute / s.reference if s.reference else (0.0 if s.absolute == 0 else None),
                 cosine=min(1.0, s.dot / norms) if norms else float(s.norm_a == s.norm_b),
                 psnr_db=10 * math.log10(span * span / mse) if mse > 0 and span > 0 else None,
                 p50=p50,

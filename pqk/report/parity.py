@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pqk.files import atomic_path, write_json
 from pqk.report.table import DASH, safe_text
+from pqk.report.workbook import put
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -81,8 +83,10 @@ def write_parity(result: Result, folder: Path) -> list[Path]:
     book = Workbook()
     sheet = book.worksheets[0]
     sheet.title = "parity"
-    for line in [columns, *cells]:
-        sheet.append(line)
+    lines: list[list[Any]] = [list(columns), *([row.get(name) for name in columns] for row in rows)]
+    for number, line in enumerate(lines, start=1):
+        for index, value in enumerate(line, start=1):
+            put(sheet.cell(number, index), value)
     for index, name in enumerate(columns, start=1):
         sheet.cell(1, index).font = Font(bold=True)
         sheet.column_dimensions[get_column_letter(index)].width = max(12, min(40, len(name) + 2))
@@ -91,7 +95,8 @@ def write_parity(result: Result, folder: Path) -> list[Path]:
     verdicts.append(["level", "verdict", "why"])
     for v in result.verdicts:
         for sentence in v.sentences or [""]:
-            verdicts.append([v.level, v.verdict, safe_text(sentence)])
+            verdicts.append([v.level, v.verdict])
+            put(verdicts.cell(verdicts.max_row, 3), sentence)
     with atomic_path(made[2]) as temporary:
         book.save(temporary)
     with atomic_path(made[3]) as temporary:
@@ -179,19 +184,24 @@ def print_parity(result: Result, console: Console) -> None:
             console.print(f"  {escape(sentence)}", highlight=False)
 
 
+def _flat_text(text: str) -> str:
+    """One line that markdown does not take for its own markup."""
+    return " ".join(re.sub(r"([\\`*<>#\[\]])", r"\\\1", text).split())
+
+
 def _markdown(result: Result) -> str:
     def line(cells: list[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+        return "| " + " | ".join(_flat_text(cell).replace("|", "\\|") for cell in cells) + " |"
 
     headings = _headings(result.metric)
     parts = [f"# Parity of {result.card}\n"]
     for v in result.verdicts:
         rows = [row for row in result.rows if row.level == v.level]
         parts.append(f"## {v.level}: {v.verdict}\n")
-        parts += [f"- {sentence}" for sentence in v.sentences]
+        parts += [f"- {_flat_text(sentence)}" for sentence in v.sentences]
         parts += ["", line(headings), line(["---"] * len(headings))]
         parts += [line(_shown(row, result.metric)) for row in rows]
-        parts += [""] + [f"- {row.side}: {row.note}" for row in rows if row.note] + [""]
+        parts += [""] + [f"- {row.side}: {_flat_text(row.note)}" for row in rows if row.note] + [""]
     parts.append(
         "points rel, conf rel: mean |a - b| / mean |a| of the worse view; moved: pixels whose point moved by more than "
         "1 % of the pair's median depth.\n"

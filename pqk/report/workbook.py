@@ -66,7 +66,7 @@ def _fill(sheet: Worksheet, shown: Sequence[Column], records: Sequence[Record], 
     for index, record in enumerate(records):
         for position, column in enumerate(shown, start=1):
             cell = sheet.cell(row=index + HEADER_ROWS + 1, column=position)
-            _put(cell, _cell_value(record[column.name], column))
+            put(cell, _cell_value(record[column.name], column))
             cell.alignment = Alignment(vertical="top")
             if isinstance(cell.value, int | float) and not isinstance(cell.value, bool):
                 cell.number_format = number_format(column.format)
@@ -84,7 +84,7 @@ def _style_header(sheet: Worksheet, *rows: Sequence[str]) -> None:
     for number, row in enumerate(rows, start=1):
         for position, text in enumerate(row, start=1):
             cell = sheet.cell(row=number, column=position)
-            _put(cell, text or None)
+            put(cell, text or None)
             cell.font = Font(bold=number == 1, italic=number == 2, color="FFFFFF")
             cell.fill = PatternFill("solid", start_color="1F3A5F")
 
@@ -97,7 +97,7 @@ def _cell_value(value: Any, column: Column) -> str | int | float | bool | None:
     return cell_text(value, column) if value not in ({}, []) else None
 
 
-def _put(cell: Any, value: str | int | float | bool | None) -> None:
+def put(cell: Any, value: str | int | float | bool | None) -> None:
     """Set a cell; text stays text (no formula, no control characters, not longer than a cell can hold)."""
     from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
 
@@ -118,9 +118,9 @@ def _explain(book: Workbook, every: Sequence[Column]) -> None:
         sheets = [name for name in (column.group, column.also) if name in SHEETS]
         texts = [column.name, column.unit, ", ".join(sheets) or "all", column.better, column.description]
         for position, text in enumerate(texts, start=1):
-            _put(sheet.cell(row=number, column=position), text or None)
+            put(sheet.cell(row=number, column=position), text or None)
         sheet.cell(row=number, column=5).alignment = Alignment(wrap_text=True, vertical="top")
-    _put(sheet.cell(row=len(every) + 3, column=1), f"schema {schema_version()}; bold is the best value of its column")
+    put(sheet.cell(row=len(every) + 3, column=1), f"schema {schema_version()}; bold is the best value of its column")
     for letter, width in zip("ABCDE", (24, 14, 14, 10, 90), strict=True):
         sheet.column_dimensions[letter].width = width
     sheet.freeze_panes = "A2"

@@ -1,4 +1,4 @@
-"""The commands that the lab's documents name, with their arguments: run_quant.py, run_eval.py, baseline_eval.py,
+"""The scripts under their long-standing names and arguments: run_quant.py, run_eval.py, baseline_eval.py,
 export_onnx_trt.py.
 
 Each is a way to call the same work as `pqk run` and `pqk export`; records go to logs/ and also to the file of --log.

@@ -11,6 +11,7 @@ Three levels, from what must be equal to what may differ most:
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,7 +29,7 @@ from pqk.run.variants import Variant
 from pqk.spec.evaluation import Parity
 
 LEVELS = ("float", "shared", "recipe")
-_CODE = ("pqk.run.agreement", "pqk.measure.similarity", "pqk.run.inputs", "pqk.run.variants")
+_CODE = ("pqk.run.agreement",)
 RUNTIME = "reference"  # ONNX Runtime: reads every ONNX graph, and belongs to no toolchain
 
 
@@ -97,7 +98,7 @@ def parity(
             raise PqkError(
                 f"unknown quantizer {name!r}{nearest(name, every)}; {', '.join(backends)} have {', '.join(every)}"
             )
-    asked_experiment(request, root)  # a mistake in card or configs is told once, not once per side
+    card = asked_experiment(request, root).card  # a mistake in card or configs is told once, not once per side
     outcomes: dict[tuple[str, str], Outcome] = {}
     missing: list[Row] = []
     for backend in backends:
@@ -121,7 +122,7 @@ def parity(
         made, verdict = level(outcomes, compare)
         rows += made
         verdicts.append(verdict)
-    return Result(request.card, rows + missing, verdicts, compare.metric)
+    return Result(card.id, rows + missing, verdicts, compare.metric)
 
 
 class _Comparer:
@@ -218,7 +219,7 @@ def _shared_level(outcomes: Mapping[tuple[str, str], Outcome], compare: _Compare
     errors, metrics, rows = {}, {}, []
     for name, variant in sides.items():
         heads = compare.heads(float_side, variant)
-        errors[name] = sum(heads[head]["relative"] or 0.0 for head in heads) / len(heads)
+        errors[name] = sum(_relative(head) for head in heads.values()) / len(heads)
         metrics[name] = compare.score(variant)
         note = f"graph of {owner}/{tool}"
         rows.append(Row("shared", f"{name} int8", f"{RUNTIME} fp32", None, heads, metrics[name], None, note))
@@ -274,11 +275,16 @@ def _quality(record: Mapping[str, Any] | None, metric: str) -> tuple[float | Non
 
 
 def _worst(heads: Mapping[str, Mapping[str, float | None]]) -> tuple[str, float]:
-    found = {head: values["relative"] or 0.0 for head, values in heads.items()}
-    worst = max(found, key=lambda head: found[head])
-    return worst, found[worst]
+    worst = max(heads, key=lambda head: _relative(heads[head]))
+    return worst, _relative(heads[worst])
+
+
+def _relative(head: Mapping[str, float | None]) -> float:
+    """Relative error of a head; None stands for an error against nothing."""
+    value = head["relative"]
+    return math.inf if value is None else value
 
 
 def _gap_pct(a: float, b: float) -> float:
     """Difference in percent of the first; 0 when both are 0."""
-    return 100 * abs(b - a) / abs(a) if a else (0.0 if b == a else float("inf"))
+    return 100 * abs(b - a) / abs(a) if a else (0.0 if b == a else math.inf)

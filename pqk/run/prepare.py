@@ -24,11 +24,12 @@ from pqk.spec.card import Experiment, load_card, resolve
 from pqk.spec.recipe import ensure_built
 
 SHIPPED = Path("models") / "dust3r-tiny"
-_RANDOM_CODE = ("pqk.models.checkpoint", "pqk.models.registry", "pqk.models.configs", "pqk.models.layers")
+_RANDOM_CODE = ("pqk.models.checkpoint",)
 _PACKAGES = (
     "torch",
     "onnx",
     "onnxruntime",
+    "onnxscript",
     "openvino",
     "nncf",
     "neural-compressor-pt",
@@ -37,6 +38,7 @@ _PACKAGES = (
     "tensorrt-rtx-cu13-bindings",
     "numpy",
     "scipy",
+    "pillow",
 )
 
 

@@ -87,10 +87,10 @@ def run(request: Request, root: Path, on_event: OnEvent, say: Callable[[str], No
     params = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
     del model
 
-    cache = paths.store(root).parent / "engines"
+    compiled = {} if request.fresh else {"cache_dir": str(paths.store(root).parent / "engines")}
     floats = [Precision(p) for p in backend.float_precisions()]
     variants = [
-        Variant(ENGINE_VARIANTS[p], backend.name, p, graphs["encoder"], graphs["decoder"], {"cache_dir": str(cache)})
+        Variant(ENGINE_VARIANTS[p], backend.name, p, graphs["encoder"], graphs["decoder"], dict(compiled))
         for p in floats
     ]
     calibration: Scenes | None = None
@@ -107,7 +107,7 @@ def run(request: Request, root: Path, on_event: OnEvent, say: Callable[[str], No
                 Precision.INT8,
                 quantized.graphs["encoder"],
                 quantized.graphs["decoder"],
-                {"cache_dir": str(cache), "rest": rest},
+                {**compiled, "rest": rest},
             )
         )
     seed = workload.seeds.eval

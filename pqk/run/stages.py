@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib.util
 import json
@@ -57,30 +58,54 @@ class Context:
 
 @cache
 def code_of(*modules: str) -> str:
-    """sha256 over the source files of modules: a changed stage makes its artifacts anew."""
-    digest = hashlib.sha256()
-    for name in modules:
-        found = importlib.util.find_spec(name)
-        if found is None or found.origin is None:
+    """sha256 over the sources of modules and of everything of pqk and backends that they import, wherever they do it.
+
+    A changed stage makes its artifacts anew. What is loaded by a name in a string is not seen: backends and quantizers
+    list their own modules in `sources`.
+    """
+    found: dict[str, bytes] = {}
+    waiting = list(modules)
+    while waiting:
+        name = waiting.pop()
+        if name in found:
+            continue
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.origin is None:
             raise PqkError(f"module {name} has no source file")
-        digest.update(Path(found.origin).read_bytes())
+        found[name] = Path(spec.origin).read_bytes()
+        waiting += _imported(found[name])
+    digest = hashlib.sha256()
+    for name in sorted(found):
+        digest.update(hashlib.sha256(found[name]).digest())
     return digest.hexdigest()
 
 
-_SCENE_CODE = ("pqk.data.generate", "pqk.data.synthetic", "pqk.data.raytrace", "pqk.data.seeds", "pqk.data.colmap")
-MODEL_CODE = ("pqk.models.dust3r", "pqk.models.layers", "pqk.models.dpt", "pqk.models.configs", "backends.exchange")
-_READ_CODE = ("pqk.run.inputs", "pqk.data.preprocess", "pqk.data.scene", "pqk.data.colmap", "pqk.data.camera")
-_QUANT_CODE = (*_READ_CODE, "pqk.run.quantize")
-_EVAL_CODE = (
-    *_READ_CODE,
-    "pqk.data.pairs",
-    "pqk.data.covisibility",
-    "pqk.run.evaluate",
-    "pqk.run.variants",
-    "pqk.measure.quality",
-    "pqk.measure.geometry",
-)
-_TIME_CODE = ("pqk.run.timing", "pqk.run.variants")
+@cache
+def _imported(source: bytes) -> list[str]:
+    """The modules of pqk and backends that a file imports; those only for the type checker count too."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.update((node.module, *(f"{node.module}.{alias.name}" for alias in node.names)))
+    return sorted(name for name in names if name.split(".")[0] in ("pqk", "backends") and _is_module(name))
+
+
+@cache
+def _is_module(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # an object of a module, not a module of a package
+        return False
+
+
+_SCENE_CODE = ("pqk.data.generate",)
+MODEL_CODE = ("pqk.models.dust3r", "backends.exchange")
+_QUANT_CODE = ("pqk.run.quantize",)
+_EVAL_CODE = ("pqk.run.evaluate",)
+_TIME_CODE = ("pqk.run.timing",)
+_MEMORY_CODE = ("pqk.run.variants", "pqk.measure.footprint")
 
 
 @dataclass(frozen=True)
@@ -114,7 +139,8 @@ def synthetic_scenes(
     inputs = {
         name: getattr(plan, name) for name in ("split", "seed", "views", "size", "k", "min_covisibility", "depth")
     }
-    made = ctx.make(stage, _SCENE_CODE, {**inputs, "count": count}, make)
+    versions = {name: ctx.machine["versions"].get(name) for name in ("torch", "numpy", "pillow")}
+    made = ctx.make(stage, _SCENE_CODE, {**inputs, "count": count, "versions": versions}, make)
     return Scenes(tuple(made.path / p.name for p in plans), sha256_json(made.manifest["files"]), made.path)
 
 
@@ -181,7 +207,7 @@ def export_graphs(ctx: Context, model: torch.nn.Module, model_sha: str, height: 
             found[name] = {**graph_to_json(graph), "path": graph.path.name}
         write_json(folder / "graphs.json", found)
 
-    versions = {name: ctx.machine["versions"].get(name) for name in ("torch", "onnx")}
+    versions = {name: ctx.machine["versions"].get(name) for name in ("torch", "onnx", "onnxscript")}
     made = ctx.make("graphs", MODEL_CODE, {"model": model_sha, "shape": [height, width], "versions": versions}, make)
     return _read_graphs(made.path)
 
@@ -198,7 +224,7 @@ class Quantized:
     graphs: dict[str, Graph]
     images: int
     pairs: int
-    notes: str | None  # what the record should tell of how it was made
+    notes: str  # what the record should tell of how it was made
 
 
 def quantize(
@@ -249,7 +275,12 @@ def quantize(
     }
     made = ctx.make("quantized", (*_QUANT_CODE, *tool.sources), inputs, make)
     about = json.loads((made.path / "about.json").read_text())
-    return Quantized(_read_graphs(made.path), about["images"], about["pairs"], "; ".join(about["notes"]) or None)
+    notes = [
+        *about["notes"],
+        f"encoder calibrated on {about['images']} images, decoder on {about['pairs']} pairs of them",
+        f"quantization took at most {about['peak_bytes'] / 1e9:.1f} GB",
+    ]
+    return Quantized(_read_graphs(made.path), about["images"], about["pairs"], "; ".join(notes))
 
 
 def quality(
@@ -296,7 +327,7 @@ def memory(ctx: Context, variant: Variant) -> int:
     def make(folder: Path) -> None:
         write_json(folder / "memory.json", worker.call("memory", {"variant": variant.to_json()}))
 
-    made = ctx.make("memory", (*_TIME_CODE, *sources_of(variant)), identity(ctx, variant, None), make, variant.name)
+    made = ctx.make("memory", (*_MEMORY_CODE, *sources_of(variant)), identity(ctx, variant, None), make, variant.name)
     return int(json.loads((made.path / "memory.json").read_text())["peak_bytes"])
 
 

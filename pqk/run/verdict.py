@@ -21,7 +21,7 @@ class Measured:
 def judge_quantized(measured: Measured, limits: Thresholds) -> tuple[str | None, list[str]]:
     """('pass' | 'fail' | None, one sentence per threshold). None when a column that decides was not measured.
 
-    Thresholds of seed task B: drop, median time against fp32 and best float, size, share of FLOPs in int8.
+    Success of quantization: drop, median time against fp32 and best float, size, share of FLOPs in int8.
     """
     checks: list[tuple[bool | None, str]] = []
     drop = measured.drop_pct

@@ -265,6 +265,22 @@ def test_model_cache_and_threads(source, tmp_path):
         np.testing.assert_array_equal(engine.infer(feeds)["map"], want["map"])
 
 
+def test_a_damaged_compiled_model_is_made_again(source, tmp_path):
+    """The runtime loads a blob with flipped bytes and computes nonsense with it."""
+    options = {"cache_dir": tmp_path / "cache"}
+    feeds = {"image": image().numpy()}
+    with OpenVINOEngine(source.graph, Precision.F32, options) as engine:
+        want = engine.infer(feeds)
+    (blob,) = (tmp_path / "cache").glob("*/*.blob")
+    data = bytearray(blob.read_bytes())
+    for position in range(len(data) // 2, len(data) // 2 + 64):
+        data[position] ^= 0xFF
+    blob.write_bytes(data)
+    with OpenVINOEngine(source.graph, Precision.F32, options) as engine:
+        assert not engine.loaded_from_cache
+        np.testing.assert_array_equal(engine.infer(feeds)["map"], want["map"])
+
+
 def test_counting_in_the_engine_itself_gives_the_same_kernels(source):
     with OpenVINOEngine(source.graph, Precision.F32, {"perf_count": True, "snippets": False}) as engine:
         kernels = engine.kernels()
