@@ -198,7 +198,7 @@ def test_without_openvino_the_message_says_what_to_install():
     )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert lines[0] == "a package is missing: No module named 'openvino' | pip install \"pqk[openvino]\""
+    assert lines[0] == "a package is missing: No module named 'openvino' | pip install -e \".[openvino]\""
     assert lines[1].startswith("Unavailable: backend 'openvino' cannot run")
 
 

@@ -26,7 +26,7 @@ from backends.openvino.engine import OpenVINOEngine, best_float, describe_ir, re
 from backends.openvino.nncf import GROUPS, NNCFQuantizer, check_keep, kept_nodes
 
 ITEMS = 6
-SPEC = QuantSpec(calibration_samples=ITEMS)
+SPEC = QuantSpec(calibration_samples=ITEMS, smooth_quant_alpha=0.95, bias_correction="fast")
 
 
 def quantize(source, folder, name="q", items=ITEMS, **changes):
