@@ -99,7 +99,7 @@ def run(request: Request, root: Path, on_event: OnEvent, say: Callable[[str], No
         calibration = stages.calibration_images(ctx, workload.calibration, workload, root)
         ptq = experiment.quant.ptq.model_dump(mode="json")
         quantized = stages.quantize(ctx, backend.name, quantizer, asked, graphs, calibration, ptq, shape)
-        rest = "best" if experiment.quant.float_rest == "auto" else experiment.quant.float_rest
+        rest = {} if experiment.quant.float_rest == "auto" else {"rest": experiment.quant.float_rest}
         variants.append(
             Variant(
                 "int8",
@@ -107,7 +107,7 @@ def run(request: Request, root: Path, on_event: OnEvent, say: Callable[[str], No
                 Precision.INT8,
                 quantized.graphs["encoder"],
                 quantized.graphs["decoder"],
-                {**compiled, "rest": rest},
+                {**compiled, **rest},
             )
         )
     seed = workload.seeds.eval

@@ -203,7 +203,9 @@ graph = describe_onnx(sys.argv[1])
 for _ in range(int(sys.argv[4])):
     read_model(graph.path)  # moves the process-wide counter of automatic node names
 source = Source("q", None, {}, ("tokens", "map"), graph)
-spec = QuantSpec(calibration_samples=6, output_dir=Path(sys.argv[2]))
+spec = QuantSpec(
+    calibration_samples=6, smooth_quant_alpha=0.95, bias_correction="fast", output_dir=Path(sys.argv[2])
+)
 print(NNCFQuantizer().quantize(source, spec, Calibration(6)).sha256)
 """
 
