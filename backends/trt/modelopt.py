@@ -8,6 +8,7 @@ feeds a quantized and a kept node reaches both through Q/DQ otherwise), and int8
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import logging
 import re
@@ -22,7 +23,6 @@ import numpy as np
 
 from backends.base import BackendError, Feeds, Graph, QuantSpec, Source, TensorInfo, nearest
 from backends.openvino.cpu import saturates
-from backends.trt.cuda import devices
 from backends.trt.onnx_graph import CONVOLUTIONS, MATMULS, OnnxGraph, kept_nodes, name_nodes
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ FORMATS = ("int8", "fp8", "int4")
 _BITS = {"int8": (8, 8), "fp8": (8, 8), "int4": (4, 16)}
 _HALF = 64  # the largest weight of 7 bits
 _OPSET = {"int8": 19, "fp8": 19, "int4": 21}
+_SHARED_ABOVE = 1024  # bytes
 _EXTERNAL_ABOVE = 1_800_000_000
 
 
@@ -89,7 +90,8 @@ class ModelOptQuantizer:
         floats = {*kept, *convolutions}
         del original
         items = _Items(calibration, source.graph.inputs, spec.calibration_samples)
-        half = number_format == "int8" and _half_range(spec)
+        # A GPU sums int8 in 32 bits and the emulation computes in floats: only a CPU's own int8 kernels may need it.
+        half = number_format == "int8" and spec.weight_range == "half"
         spec.output_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{source.name}.", dir=spec.output_dir) as folder:
             made = _modelopt(source.graph, number_format, items, sorted(floats), Path(folder))
@@ -99,6 +101,7 @@ class ModelOptQuantizer:
             free_kept(model, floats)
             if number_format == "int8":
                 store_weights(model, half)
+            tidy(model)
             graph = _write(model, source.name, Path(folder), spec.output_dir)
             del model
         found = OnnxGraph(graph.path)
@@ -108,8 +111,11 @@ class ModelOptQuantizer:
             raise BackendError(f"ModelOpt quantized kept nodes: {wrong[:3]}")
         notes = []
         if half:
-            why = ": int8 sums saturate on this CPU, where other runtimes read the same graph" if saturates() else ""
-            notes.append(f"weights use 7 of their 8 bits{why}")
+            notes.append("weights use 7 of their 8 bits")
+        elif number_format == "int8" and saturates():
+            notes.append(
+                "weights use all 8 bits: right for a GPU and emulated exactly; this CPU's int8 kernels saturate"
+            )
         if convolutions:
             notes.append("convolutions stay in float: ModelOpt's fp8 ones are inaccurate")
         if spec.bias_correction != "none":
@@ -141,11 +147,6 @@ class ModelOptQuantizer:
         if not source.name or Path(source.name).name != source.name:
             raise BackendError(f"a graph's name must be a plain file name, got {source.name!r}")
         return number_format
-
-
-def _half_range(spec: QuantSpec) -> bool:
-    """Whether int8 weights keep to 7 bits. A GPU sums int8 in 32 bits; only a CPU that reads the graph may saturate."""
-    return (saturates() and not devices()) if spec.weight_range == "auto" else spec.weight_range == "half"
 
 
 def _modelopt(graph: Graph, number_format: str, items: _Items, kept: list[str], folder: Path) -> Path:
@@ -220,17 +221,21 @@ def store_weights(model: onnx.ModelProto, half: bool) -> None:
 
     graph = model.graph
     constants = {tensor.name: tensor for tensor in graph.initializer}
+    for node in graph.node:  # exporters give a weight that several layers share a second name
+        if node.op_type == "Identity" and node.input[0] in constants:
+            constants[node.output[0]] = constants[node.input[0]]
     scaled: set[str] = set()
     for node in [n for n in graph.node if n.op_type == "QuantizeLinear" and n.input[0] in constants]:
         zero = constants.get(node.input[2]) if len(node.input) > 2 else None
         if node.input[1] not in constants or zero is None or numpy_helper.to_array(zero).dtype != np.int8:
             continue
         weight = numpy_helper.to_array(constants[node.input[0]])
-        scale = numpy_helper.to_array(constants[node.input[1]])
-        if half and node.input[1] not in scaled:
-            scaled.add(node.input[1])
+        stored = constants[node.input[1]]
+        scale = numpy_helper.to_array(stored)
+        if half and stored.name not in scaled:
+            scaled.add(stored.name)
             scale = (scale * np.float32(127 / _HALF)).astype(scale.dtype)
-            constants[node.input[1]].CopyFrom(numpy_helper.from_array(scale, node.input[1]))
+            stored.CopyFrom(numpy_helper.from_array(scale, stored.name))
         axis = next((a.i for a in node.attribute if a.name == "axis"), 1)
         shape = [1] * weight.ndim
         if scale.ndim:
@@ -239,10 +244,34 @@ def store_weights(model: onnx.ModelProto, half: bool) -> None:
         values = np.clip(np.rint(weight / scale.reshape(shape)), -limit, limit).astype(np.int8)
         graph.initializer.append(numpy_helper.from_array(values, node.output[0]))
         graph.node.remove(node)
-    read = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
-    unread = [tensor for tensor in graph.initializer if tensor.name not in read]
-    for tensor in unread:
-        graph.initializer.remove(tensor)
+
+
+def tidy(model: onnx.ModelProto) -> None:
+    """Drop constants that nobody reads, and store equal ones once: ModelOpt gives every reader of a table a copy."""
+    graph = model.graph
+    outputs = {value.name for value in graph.output}
+    read = {name for node in graph.node for name in node.input} | outputs
+    for node in [n for n in graph.node if n.op_type == "Identity" and n.output[0] not in read]:
+        graph.node.remove(node)
+    read = {name for node in graph.node for name in node.input} | outputs
+    first: dict[bytes, str] = {}
+    renamed: dict[str, str] = {}
+    kept = []
+    for tensor in graph.initializer:
+        if tensor.name not in read:
+            continue
+        content = hashlib.sha256(tensor.raw_data).digest() + str((tensor.data_type, list(tensor.dims))).encode()
+        if len(tensor.raw_data) < _SHARED_ABOVE or content not in first or tensor.name in outputs:
+            first.setdefault(content, tensor.name)
+            kept.append(tensor)
+        else:
+            renamed[tensor.name] = first[content]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
+    for node in graph.node:
+        for index, name in enumerate(node.input):
+            if name in renamed:
+                node.input[index] = renamed[name]
 
 
 def _write(model: onnx.ModelProto, name: str, folder: Path, target: Path) -> Graph:

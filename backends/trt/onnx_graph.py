@@ -70,6 +70,9 @@ class OnnxGraph:
             if tensor.name not in listed:
                 model.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
         kept = [t for t in model.graph.initializer if t.name not in names]
+        for tensor in kept:  # a small one may be a shape, whose values inference needs
+            if tensor.data_location == onnx.TensorProto.EXTERNAL:
+                onnx.external_data_helper.load_external_data_for_tensor(tensor, str(self.path.parent))
         del model.graph.initializer[:]
         model.graph.initializer.extend(kept)
         inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
