@@ -90,7 +90,7 @@ def first_difference(
     """The first node at which side b parts from side a by more than `tolerance`; None when all outputs agree.
 
     A side is an ONNX graph and a function that compiles such a graph into an Engine; one engine is open at a time. The
-    function gets parts of the graph too: of a Q/DQ graph some hold no quantized node, and must compile all the same.
+    function gets parts of the graph too; those of a Q/DQ graph that hold no quantized node (see `quantizes`) as well.
     `max_bytes` bounds the activations that are held at once, over all `feeds`; a single tensor may exceed it.
     `folder`: where temporary graphs are written; by default beside graph a if its weights lie in a file of their own
     (which is linked, never copied: so it must be the same file system), else the system's temporary folder.
@@ -104,6 +104,14 @@ def first_difference(
         a = _Side(graph_a, run_a, Path(made) / "a")
         b = _Side(graph_b, run_b, Path(made) / "b")
         return _Search(a, b, feeds, tolerance, max_bytes).find()
+
+
+def quantizes(graph: Graph) -> bool:
+    """Whether an ONNX graph holds a QuantizeLinear node: some engines must be asked for int8 then, and only then."""
+    import onnx
+
+    model = onnx.load(str(graph.path), load_external_data=False)
+    return any(node.op_type == "QuantizeLinear" for node in model.graph.node)
 
 
 class _Side:

@@ -188,9 +188,9 @@ def draw_pareto(result: TuneResult, path: Path | str) -> Path:
             [p.drop_pct for p in drawn],
             "o",
             color=PALETTE[0],
-            label="measured; the number of nodes in float",
+            label="measured; beside it the number of nodes in float",
         )
-        for point in drawn:
+        for point in (p for p in drawn if p in result.front):
             axes.annotate(
                 str(len(point.names)),
                 (point.t_pair_p50_ms, point.drop_pct),

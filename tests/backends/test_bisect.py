@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from backends.base import BackendError, Engine, Precision
-from backends.bisect import Difference, first_difference
+from backends.bisect import Difference, first_difference, quantizes
 from backends.exchange import describe_onnx, export
 from backends.reference import OnnxRuntimeEngine
 from pqk.models import build_model
@@ -201,6 +201,46 @@ def test_another_runtime_finds_the_same_node(graphs, tmp_path):
     found = compare(graphs["encoder"], broken, run_b=lambda graph: OpenVINOEngine(graph, Precision.F32))
     check_culprit(found)
     assert found.node == "/enc_blocks.1/attn/proj/MatMul"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_wrong_weight_of_a_quantized_graph(graphs, tmp_path):
+    """A Q/DQ graph on two runtimes; some of its parts hold no quantized node and run in f32."""
+    pytest.importorskip("openvino")
+    from onnxruntime import quantization
+
+    from backends.openvino.engine import OpenVINOEngine
+
+    class Reader(quantization.CalibrationDataReader):
+        items = iter(feeds_of(graphs["encoder"], 2))
+
+        def get_next(self):
+            return next(self.items, None)
+
+    path = tmp_path / "q.onnx"
+    settings = {"op_types_to_quantize": ["MatMul", "Conv"], "per_channel": True, "reduce_range": True}
+    quantization.quantize_static(str(graphs["encoder"].path), str(path), Reader(), **settings)
+    whole = describe_onnx(path)
+    name = "/enc_blocks.1/mlp/fc2/MatMul"
+
+    def spoil(graph):
+        makers = {output: node for node in graph.node for output in node.output}
+        tensor = weight_of(graph, makers[node_of(graph, name).input[1]].input[0])
+        array = onnx.numpy_helper.to_array(tensor)
+        assert array.dtype == np.int8
+        replace(tensor, -array)
+
+    precisions = set()
+
+    def openvino(graph):
+        precisions.add(precision := Precision.INT8 if quantizes(graph) else Precision.F32)
+        return OpenVINOEngine(graph, precision, {"rest": "f32"} if precision is Precision.INT8 else None)
+
+    found = compare(whole, changed(whole, tmp_path / "broken.onnx", spoil), tolerance=0.1, run_b=openvino)
+    check_culprit(found)
+    assert found.node == name
+    assert len(found.constants) == 1
+    assert precisions == {Precision.INT8, Precision.F32}
 
 
 class Faulty(Engine):
