@@ -76,6 +76,7 @@ def parity(
     seed: Annotated[int | None, typer.Option(min=0, help="train and evaluation seed")] = None,
     setting: Annotated[list[str] | None, typer.Option("--set", help="override one value, as in `pqk run`")] = None,
     fresh: Annotated[bool, typer.Option(help="make everything anew, reuse nothing")] = False,
+    explain: Annotated[bool, typer.Option("--explain", help="rank the nodes of openvino/nncf by their error")] = False,
     json_line: Annotated[bool, typer.Option("--json", help="print everything as one JSON object, last line")] = False,
 ) -> None:
     """One recipe on every toolchain: quality, speed and how far the outputs are apart, with a verdict per level.
@@ -89,7 +90,7 @@ def parity(
         [w.strip() for w in text.split(",") if w.strip()] if text else None for text in (backends, quantizers)
     )
     request = Request(card, "", None, model, scenes, images, seed, fresh, settings_of(setting or []))
-    raise typer.Exit(run_parity(request, names or [], tools, json_line))
+    raise typer.Exit(run_parity(request, names or [], tools, explain, json_line))
 
 
 @app.command()

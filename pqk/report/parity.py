@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,7 @@ def as_data(result: Result) -> dict[str, Any]:
         "metric": result.metric,
         "verdicts": [{"level": v.level, "verdict": v.verdict, "sentences": v.sentences} for v in result.verdicts],
         "rows": [_flat(row) for row in result.rows],
+        "explanation": result.explanation,
     }
 
 
@@ -182,6 +184,25 @@ def print_parity(result: Result, console: Console) -> None:
         console.print(f"{v.level}: [bold {_COLOURS.get(v.verdict, 'yellow')}]{v.verdict}[/]")
         for sentence in v.sentences:
             console.print(f"  {escape(sentence)}", highlight=False)
+    if result.explanation is not None:
+        console.print("\n[bold]explained[/]")
+        for line in _explained(result.explanation):
+            console.print(f"  {escape(line)}", highlight=False)
+
+
+SHOWN_NODES = 5
+
+
+def _explained(explanation: Mapping[str, Any]) -> list[str]:
+    """The findings of --explain in lines: where runtimes part, the worst parts and nodes, and the proof."""
+    lines = []
+    for graph, sentence in explanation["parted"].items():
+        lines.append(f"{graph}, float: {sentence or 'ONNX Runtime and OpenVINO agree at every output'}")
+    for kind, title in (("groups", "parts of the model"), ("nodes", "single nodes of the worst parts")):
+        lines.append(f"int8, {title} and their part of the final error (about 1 % is rounding noise):")
+        for row in explanation[kind][:SHOWN_NODES]:
+            lines.append(f"  {100 * row['of_all']:5.1f} %  {row['graph']} {row['name']}")
+    return [*lines, explanation["sentence"]]
 
 
 def _flat_text(text: str) -> str:
@@ -202,6 +223,8 @@ def _markdown(result: Result) -> str:
         parts += ["", line(headings), line(["---"] * len(headings))]
         parts += [line(_shown(row, result.metric)) for row in rows]
         parts += [""] + [f"- {row.side}: {_flat_text(row.note)}" for row in rows if row.note] + [""]
+    if result.explanation is not None:
+        parts += ["## Explained\n", *(f"- {_flat_text(text)}" for text in _explained(result.explanation)), ""]
     parts.append(
         "points rel, conf rel: mean |a - b| / mean |a| of the worse view; moved: pixels whose point moved by more than "
         "1 % of the pair's median depth.\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ _DOING = {
     "timing": "timing, variants interleaved",
     "memory": "peak memory",
     "agreement": "agreement of",
+    "explain": "ranking the nodes",
 }
 
 
@@ -105,11 +107,16 @@ def _progress(errors: Console) -> OnEvent:
     return on_event
 
 
-def run_parity(request: Request, backends: list[str], quantizers: list[str] | None, as_json: bool) -> int:
+def run_parity(
+    request: Request, backends: list[str], quantizers: list[str] | None, explained: bool, as_json: bool
+) -> int:
     """`pqk parity`: run, print the table and the verdicts, write reports/parity/CARD.*; 1 when a level differs."""
     from pqk.report.parity import as_data, print_parity, write_parity
+    from pqk.run.explain import explain
     from pqk.run.parity import parity
 
+    if explained and ("openvino" not in backends or "nncf" not in (quantizers or ["nncf"])):
+        raise PqkError("--explain ranks the nodes of OpenVINO graphs: let openvino with nncf take part")
     root = paths.project_root()
     folder = root / "reports" / "parity"
     check_writable(folder)
@@ -123,6 +130,10 @@ def run_parity(request: Request, backends: list[str], quantizers: list[str] | No
         _progress(errors),
         lambda text: errors.print(f"  [bold]·[/] {escape(text)}"),
     )
+    if explained:
+        if ("openvino", "nncf") not in result.outcomes:
+            raise PqkError("--explain: openvino with nncf did not run; see `pqk run` for why")
+        result = replace(result, explanation=explain(result.outcomes["openvino", "nncf"]))
     print_parity(result, Console(stderr=as_json))
     for path in write_parity(result, folder):
         errors.print(f"  [green]✓[/] {escape(str(paths.shown(path)))}")

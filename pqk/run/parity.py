@@ -72,6 +72,8 @@ class Result:
     rows: list[Row]
     verdicts: list[Verdict]
     metric: str
+    outcomes: Mapping[tuple[str, str], Outcome] = field(default_factory=dict)  # (backend, quantizer) -> its run
+    explanation: Mapping[str, Any] | None = None  # see `pqk.run.explain`
 
 
 def parity(
@@ -122,7 +124,7 @@ def parity(
         made, verdict = level(outcomes, compare)
         rows += made
         verdicts.append(verdict)
-    return Result(card.id, rows + missing, verdicts, compare.metric)
+    return Result(card.id, rows + missing, verdicts, compare.metric, outcomes)
 
 
 class _Comparer:

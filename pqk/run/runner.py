@@ -57,6 +57,11 @@ class Outcome:
         reference = None if self.truthful else self.variants[0]
         return stages.quality(self.ctx, variant, reference, self.scenes, {**self.scoring, "keep": list(keep)})
 
+    def drop_pct(self, scores: Mapping[str, Any]) -> float | None:
+        """Drop of the main metric of what `score` returned, against this run's Teacher in f32."""
+        metric = self.experiment.evaluation.quality.main_metric
+        return _drop_pct(metric, scores["summary"][metric], self.records[0][metric], self.truthful)
+
 
 def run(request: Request, root: Path, on_event: OnEvent, say: Callable[[str], None]) -> Outcome:
     """Run a card. Its records are validated and written to logs/.
@@ -242,14 +247,18 @@ def _fill_quality(
     record["executed_precision"] = mine["executed"]
     record["flops_G"] = mine["flops"] / 1e9
     metric = record["main_metric"]
-    if record[metric] is None:
-        return
+    record["quality_drop_pct"] = _drop_pct(metric, record[metric], scored[teacher.name]["summary"][metric], truthful)
+
+
+def _drop_pct(metric: str, value: float | None, teacher: float | None, truthful: bool) -> float | None:
+    """Loss against the Teacher in percent; None when the metric does not tell it."""
+    if value is None or teacher is None:
+        return None
     if truthful:
-        reference = scored[teacher.name]["summary"][metric]
-        record["quality_drop_pct"] = quality_drop_pct(record[metric], reference, metric in _HIGHER_IS_BETTER)
-    else:  # the Teacher is its own truth: its error is 0, so the drop is the error against it
-        error = 1 - record[metric] if metric in _HIGHER_IS_BETTER else record[metric]
-        record["quality_drop_pct"] = 100 * error if metric in ("absrel", "delta1") else None
+        return quality_drop_pct(value, teacher, metric in _HIGHER_IS_BETTER)
+    # the Teacher is its own truth: its error is 0, so the drop is the error against it
+    error = 1 - value if metric in _HIGHER_IS_BETTER else value
+    return 100 * error if metric in ("absrel", "delta1") else None
 
 
 def _fill_timing(record: dict[str, Any], timed: Mapping[str, Any], variant: Variant, floats: list[Variant]) -> None:

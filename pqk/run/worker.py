@@ -91,12 +91,20 @@ def agreement(request: dict[str, Any]) -> Result:
     return compare(request)
 
 
+def explain(request: dict[str, Any]) -> Result:
+    """Where runtimes part, and which nodes cause the int8 error; see `pqk.run.explain`."""
+    from pqk.run.explain import explain_graphs
+
+    return explain_graphs(request)
+
+
 TASKS: dict[str, Callable[[dict[str, Any]], Result]] = {
     "quality": quality,
     "timing": timing,
     "memory": memory,
     "quantize": quantize,
     "agreement": agreement,
+    "explain": explain,
 }
 
 

@@ -86,6 +86,33 @@ def test_a_stricter_tolerance_differs_with_exit_code_1(compared: tuple[Path, Out
     assert any(s.startswith("DIFFERS: openvino fp32") for s in data(outcome)["verdicts"][0]["sentences"])
 
 
+def test_explain_ranks_the_parts_and_proves_the_worst(compared: tuple[Path, Outcome], tiny_model: Path) -> None:
+    root, _ = compared
+    outcome = pqk(root, *PARITY, "--explain", "--model", tiny_model)
+    assert outcome.code == 0, outcome.err
+    found = data(outcome)["explanation"]
+    assert found["parted"] == {"encoder": None, "decoder": None}
+    parts = {(row["graph"], row["name"]) for row in found["groups"]}
+    assert ("encoder", "enc_blocks.0") in parts
+    assert len(parts) == len(found["groups"]) > 3
+    assert found["worst"] == found["groups"][0]
+    shares = [row["of_all"] for row in found["groups"]]
+    assert shares == sorted(shares, reverse=True)
+    assert 0 < shares[0] <= 1
+    proof = found["proof"]
+    assert all(value is not None and value > 0 for name, value in proof.items() if name.startswith("t_pair"))
+    assert proof["drop_after_pct"] != proof["drop_before_pct"]
+    assert found["worst"]["name"] in found["sentence"]
+    assert "explained" in outcome.err  # the table goes to stderr beside --json
+    assert found["sentence"] in (root / "reports" / "parity" / "B1.md").read_text()
+
+
+def test_explain_needs_openvino_with_nncf(copy_of: Copy) -> None:
+    outcome = pqk(copy_of(), "parity", "B1", "--backends", "trt", "--explain")
+    assert outcome.code == 2
+    assert "let openvino with nncf take part" in outcome.sentence
+
+
 def test_unknown_names(copy_of: Copy) -> None:
     root = copy_of()
     outcome = pqk(root, "parity", "B1", "--backends", "openvno")
