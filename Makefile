@@ -16,7 +16,7 @@ help:
 	@echo "make run      install, then: pqk run B1 --backend openvino"
 	@echo "make test     install, then: lint and the whole test suite"
 	@echo "make lint     install, then: ruff and mypy"
-	@echo "make install  make $(VENV) and install pqk with openvino and the development tools"
+	@echo "make install  make $(VENV) and install pqk with both toolchains and the development tools"
 	@echo "make clean    delete $(VENV) and caches; results in logs/, outputs/ and reports/ stay"
 
 # Exit code 1 means that a threshold failed: a result, shown in the table, and not a reason for make to fail.
@@ -39,7 +39,7 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 	@echo "installing into $(VENV): a few minutes the first time"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q $(TORCH)
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[openvino,dev]"
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[openvino,inc,trt,dev]"
 	@touch $@
 
 clean:
