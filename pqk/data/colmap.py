@@ -88,7 +88,15 @@ def safe_name(name: str, source: str) -> str:
     inside = path.parts and not path.is_absolute() and ".." not in path.parts and ":" not in path.parts[0]
     if not inside or "\0" in name or "\\" in name:
         raise PqkError(f"{source}: image name {name!r} must be a relative path that stays inside the image folder")
+    check_utf8(name, source)
     return name
+
+
+def check_utf8(name: str, source: str) -> None:
+    """Raises PqkError naming `source` when `name` holds bytes that are not UTF-8 (as surrogates, from the system)."""
+    if any("\ud800" <= character <= "\udfff" for character in name):
+        place = source.encode("utf-8", "backslashreplace").decode()
+        raise PqkError(f"{place}: the name {name!a} is not UTF-8; rename it")
 
 
 def has_model(folder: Path) -> bool:
