@@ -156,7 +156,7 @@ def data_make(
     views: Annotated[int, typer.Option(help="views per scene")] = 6,
     size: Annotated[int, typer.Option(help="image side in pixels")] = 512,
     seed: Annotated[int, typer.Option(min=0, help="base seed of the split")] = 0,
-    jobs: Annotated[int | None, typer.Option(min=1, help="processes; default: all cores")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="processes; default: one per allowed core")] = None,
 ) -> None:
     """Render procedural scenes with exact depth in the COLMAP + depth layout that real scenes have."""
     from pqk.run.command import make_data

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 
 from rich.console import Console
@@ -12,6 +11,7 @@ from rich.table import Table
 
 from backends import registry
 from pqk import __version__
+from pqk.cores import allowed_cores
 
 
 def show_environment(as_json: bool) -> None:
@@ -21,7 +21,7 @@ def show_environment(as_json: bool) -> None:
         "pqk": __version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()}",
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": allowed_cores(),
     }
     if as_json:
         backends = {

@@ -5,6 +5,7 @@ Keypoint observations and tracks are skipped when reading: the bench needs camer
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ import numpy as np
 from pqk.data.camera import CAMERA_MODELS, MODEL_NAMES, Camera
 from pqk.errors import PqkError
 from pqk.files import write_text
+
+UNIT = (0.9, 1.1)  # accepted lengths of a quaternion: rounded digits pass, columns in another order do not
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,15 @@ def safe_name(name: str, source: str) -> str:
     inside = path.parts and not path.is_absolute() and ".." not in path.parts and ":" not in path.parts[0]
     if not inside or "\0" in name or "\\" in name:
         raise PqkError(f"{source}: image name {name!r} must be a relative path that stays inside the image folder")
+    check_utf8(name, source)
     return name
+
+
+def check_utf8(name: str, source: str) -> None:
+    """Raises PqkError naming `source` when `name` holds bytes that are not UTF-8 (as surrogates, from the system)."""
+    if any("\ud800" <= character <= "\udfff" for character in name):
+        place = source.encode("utf-8", "backslashreplace").decode()
+        raise PqkError(f"{place}: the name {name!a} is not UTF-8; rename it")
 
 
 def has_model(folder: Path) -> bool:
@@ -100,7 +111,8 @@ def read_model(folder: Path | str) -> Model:
     """Read cameras and images; text is preferred when both formats are there.
 
     Raises PqkError that names the file and the line (text) or the byte (binary) for anything malformed, for an image
-    whose camera is missing, and for image names that leave the image folder.
+    whose camera is missing, for quaternions whose length is not about 1, and for image names that leave the image
+    folder or are not UTF-8.
     """
     folder = Path(folder)
     if (folder / "cameras.txt").is_file() and (folder / "images.txt").is_file():
@@ -229,8 +241,9 @@ def _images_from_text(path: Path) -> Iterator[ModelImage]:
 def _image(image_id: int, pose: list[float], camera_id: int, name: str, where: str) -> ModelImage:
     if not np.isfinite(pose).all():
         raise PqkError(f"{where}: the pose of {name!r} must be finite numbers, found {pose}")
-    if np.linalg.norm(pose[:4]) < 1e-6:
-        raise PqkError(f"{where}: the quaternion of {name!r} is zero")
+    length = math.hypot(*pose[:4])
+    if not UNIT[0] <= length <= UNIT[1]:
+        raise PqkError(f"{where}: the quaternion of {name!r} has length {length:.3g}, a rotation's is 1")
     w, x, y, z, tx, ty, tz = pose
     return ModelImage(image_id, (w, x, y, z), (tx, ty, tz), camera_id, safe_name(name, where))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from pqk.data.colmap import Model, has_model, read_model
+from pqk.data.colmap import Model, check_utf8, has_model, read_model
 from pqk.data.scene import Scene, View
 from pqk.errors import PqkError
 
@@ -39,11 +39,17 @@ def read_colmap_project(root: Path) -> Scene | None:
 
 
 def image_files(folder: Path) -> list[Path]:
-    """Image files directly in a folder, sorted by name; [] when the folder is missing. Hidden files are left out."""
+    """Image files directly in a folder, sorted by name; [] when the folder is missing. Hidden files are left out.
+
+    Raises PqkError for a name that is not UTF-8: neither a record nor a table could hold it.
+    """
     if not folder.is_dir():
         return []
     files = (file for file in folder.iterdir() if file.suffix.lower() in EXTENSIONS and not file.name.startswith("."))
-    return sorted((file for file in files if file.is_file()), key=lambda file: file.name)
+    found = sorted((file for file in files if file.is_file()), key=lambda file: file.name)
+    for file in found:
+        check_utf8(file.name, str(folder))
+    return found
 
 
 def existing(path: Path) -> Path | None:

@@ -9,6 +9,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -18,6 +19,7 @@ import psutil
 import torch
 from PIL import Image
 
+from pqk.cores import allowed_cores
 from pqk.data.camera import Camera
 from pqk.data.colmap import ModelImage, write_text_model
 from pqk.data.covisibility import covisibility
@@ -59,8 +61,9 @@ def make_scenes(
 ) -> list[Path]:
     """Render the planned scenes into `out`, several processes side by side; existing scenes are kept.
 
-    Returns the scene folders in the order of the plans. Raises PqkError for a plan with an impossible value, a folder
-    that cannot be written, and a folder that already holds something else under a scene's name.
+    `jobs`: how many, by default as many as this process may use cores. Returns the scene folders in the order of the
+    plans. Raises PqkError for a plan with an impossible value, a folder that cannot be written, a folder that already
+    holds something else under a scene's name, and a process that was killed.
     """
     plans = list(plans)
     for plan in plans:
@@ -84,7 +87,7 @@ def make_scenes(
     missing = [plan for plan in plans if not _is_made(out / plan.name, plan)]
     for plan in missing:
         _remove_leftovers(out, plan)
-    jobs = min(jobs or os.cpu_count() or 1, max(1, len(missing)))
+    jobs = min(jobs or allowed_cores(), max(1, len(missing)))
     if jobs == 1:
         for plan in missing:
             write_scene(out, plan)
@@ -92,10 +95,16 @@ def make_scenes(
                 done(plan.name)
     else:
         context = get_context("spawn")  # torch's thread pools do not survive a fork
-        with ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker) as pool:
-            for name in pool.map(_write_one, [(out, plan) for plan in missing]):
-                if done:
-                    done(name)
+        try:
+            with ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker) as pool:
+                for name in pool.map(_write_one, [(out, plan) for plan in missing]):
+                    if done:
+                        done(name)
+        except BrokenProcessPool:
+            raise PqkError(
+                f"one of the {jobs} processes that render scenes was killed, probably for want of memory; "
+                "fewer at once need less (pqk data make --jobs 1)"
+            ) from None
     return [out / plan.name for plan in plans]
 
 

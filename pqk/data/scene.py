@@ -166,8 +166,9 @@ def open_scenes(path: Path | str) -> list[Scene]:
 
 def _open(root: Path) -> Scene | None:
     # The readers build Views, so they import this module; importing them here, at use, keeps that one-directional.
-    from pqk.data import eth3d, folder
+    from pqk.data import colmap, eth3d, folder
 
+    colmap.check_utf8(root.name, str(root.parent))
     return eth3d.read(root) or folder.read_colmap_project(root) or folder.read_images(root)
 
 

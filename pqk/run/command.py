@@ -37,19 +37,25 @@ _DOING = {
 def settings_of(items: list[str]) -> dict[str, Any]:
     """`--set quant.ptq.calibration_images=64` -> {'quant.ptq.calibration_images': 64}; values are YAML.
 
-    Raises PqkError for an item without '=' or an unreadable value.
+    Raises PqkError for an item without '=', an unreadable value, and a key that is given twice.
     """
     found: dict[str, Any] = {}
     for item in items:
         name, sign, text = item.partition("=")
+        name = name.strip()
         if not sign or not name:
             raise PqkError(f"--set {item}: write it as KEY=VALUE, for example quant.ptq.calibration_images=64")
+        if name in found:
+            raise PqkError(f"--set {name} is given twice")
         try:
-            found[name.strip()] = parse_yaml(f"value: {text}", "--set").values["value"]
+            values = parse_yaml(f"value: {text}", "--set").values
         except PqkError:
             raise PqkError(
                 f"--set {item}: the value is not plain YAML (a number, a text, true, null, a list ...)"
             ) from None
+        if list(values) != ["value"]:  # a line break, and another key behind it
+            raise PqkError(f"--set {item}: give one key at a time, each with its own --set")
+        found[name] = values["value"]
     return found
 
 

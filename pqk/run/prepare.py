@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import subprocess
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from typing import Any
 from backends import registry
 from backends.base import Backend, Unavailable
 from pqk import __version__, paths
+from pqk.cores import allowed_cores
 from pqk.errors import PqkError, nearest
 from pqk.files import sha256_file, sha256_json
 from pqk.models.checkpoint import load_model
@@ -115,8 +115,12 @@ def load_teacher(asked: str | None, root: Path) -> tuple[str, str, str, Any]:
 def context(request: Request, backend: Backend, root: Path, on_event: OnEvent) -> Context:
     """The store, and the machine: device, instruction sets, cores and versions are part of every measurement's key."""
     details = backend.availability().details
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    machine = {"device": _device(details), "versions": _versions(), "isa": details.get("isa"), "cores": cores}
+    machine = {
+        "device": _device(details),
+        "versions": _versions(),
+        "isa": details.get("isa"),
+        "cores": allowed_cores(),
+    }
     return Context(Store(paths.store(root), fresh=request.fresh), on_event, machine)
 
 

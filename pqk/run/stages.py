@@ -6,6 +6,7 @@ import ast
 import hashlib
 import importlib.util
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -188,7 +189,8 @@ def _under(root: Path, source: str) -> Path:
 
 def _hash_folders(folders: tuple[Path, ...]) -> str:
     files = {
-        f"{number}/{path.relative_to(folder).as_posix()}": sha256_file(path)
+        # Names of files that no reader looks at need not be UTF-8.
+        f"{number}/{os.fsencode(path.relative_to(folder)).decode('utf-8', 'backslashreplace')}": sha256_file(path)
         for number, folder in enumerate(folders)
         for path in sorted(folder.rglob("*"))
         if path.is_file()

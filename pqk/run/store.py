@@ -11,12 +11,14 @@ whenever the process is killed. The kernel releases the lock of a killed process
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import json
 import os
 import re
 import secrets
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -30,6 +32,7 @@ from pqk.files import clear_write_errors, fsync_folder, sha256_file, sha256_json
 MANIFEST = "manifest.json"
 _STAGE = re.compile(r"[a-z][a-z0-9_-]{0,47}")
 _KEY = re.compile(r"[0-9a-f]{16}")
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of <fcntl.h> and <linux/fs.h>
 _TEMPORARY = re.compile(r"\.([0-9a-f]{16})\..*\.tmp")
 
 OnEvent = Callable[[str, str, str, float], None]
@@ -159,14 +162,29 @@ class Store:
                     "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
                 }
                 write_json(temporary / MANIFEST, manifest | {"sha256": sha256_json(manifest)})
-                if os.path.lexists(target):
-                    self._discard(target)
-                temporary.rename(target)
+                old = self._put(temporary, target)
                 fsync_folder(target.parent)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+        if old is not None:
+            with contextlib.suppress(OSError):  # the new one stands; the next sweep takes what is left of the old one
+                _delete(old)
         return manifest
+
+    def _put(self, new: Path, target: Path) -> Path | None:
+        """Bring `new` under the name `target`; returns where the old one lies now, None when there was none.
+
+        A reader finds the old or the new one at every moment, where the file system can exchange two names.
+        """
+        if not os.path.lexists(target):
+            new.rename(target)
+            return None
+        if _exchange(new, target):
+            return new
+        old = target.rename(self._temporary(target))
+        new.rename(target)
+        return old
 
     @staticmethod
     def _temporary(target: Path) -> Path:
@@ -175,11 +193,7 @@ class Store:
     def _discard(self, target: Path) -> None:
         """Delete an artifact; renamed first, so that a half-deleted one never stands under its name."""
         with clear_write_errors(target):
-            doomed = target.rename(self._temporary(target))
-            if doomed.is_dir() and not doomed.is_symlink():
-                shutil.rmtree(doomed)
-            else:
-                doomed.unlink()
+            _delete(target.rename(self._temporary(target)))
 
     def _sweep(self, stage: str, held: str | None = None) -> None:
         """Remove the temporary folders of a stage whose maker is gone: their lock is free, or `held` by the caller."""
@@ -226,6 +240,21 @@ class Store:
                 yield True
         finally:
             _unlock(handle)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two names in one step (renameat2 of Linux); False where the system or the file system cannot."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
+    if rename is None:
+        return False
+    return rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _unlock(handle: int) -> None:

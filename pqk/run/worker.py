@@ -6,7 +6,9 @@ dies with its parent, so that a killed run leaves nothing behind that would dist
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import errno
 import gc
 import json
 import os
@@ -15,36 +17,78 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from pqk.errors import CheckFailed, NotBuilt, PqkError
+from pqk.files import clear_write_errors
 
 Result = dict[str, Any]
 _PR_SET_PDEATHSIG = 1
+_ONLY_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)  # the user's disk, and no defect
+_CANNOT_WRITE = 73  # exit code (EX_CANTCREAT) of a worker that could not write its answer; its last line says why
+
+
+class WorkerCrashed(Exception):
+    """A worker that ended without an answer: a defect, hence no PqkError. Its text holds what the worker said."""
 
 
 def call(task: str, request: dict[str, Any]) -> Result:
     """Run a task in a fresh process and return its result.
 
-    A PqkError or BackendError of the worker is raised here with its sentence; a crash is a PqkError that names the
-    signal or exit code and the last line of stderr.
+    A PqkError or BackendError of the worker is raised here with its sentence. Raises PqkError when the worker was
+    killed (SIGKILL) or the disk of the temporary files is full, WorkerCrashed when it ended in any other way.
     """
-    with tempfile.TemporaryDirectory(prefix="pqk-worker-") as folder:
-        asked, answered = Path(folder) / "request.json", Path(folder) / "result.json"
-        asked.write_text(json.dumps(request))
-        command = [sys.executable, "-m", "pqk.run.worker", task, str(asked), str(answered), str(os.getpid())]
-        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
+    with _temporary_folder() as folder:
+        asked, answered = folder / "request.json", folder / "result.json"
+        with clear_write_errors(asked):
+            asked.write_text(json.dumps(request))
+        # -P: the folder that the user stands in may hold a random.py of his own.
+        command = [sys.executable, "-P", "-m", "pqk.run.worker", task, str(asked), str(answered), str(os.getpid())]
+        done = subprocess.run(
+            command,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+            env=_environment(),
+            check=False,
+        )
         if not answered.exists():
-            lines = [line for line in done.stderr.strip().splitlines() if line.strip()]
-            how = signal.Signals(-done.returncode).name if done.returncode < 0 else f"exit code {done.returncode}"
-            raise PqkError(f"the {task} process ended with {how}: {lines[-1] if lines else 'no message'}")
+            raise _no_answer(task, done.returncode, done.stderr.strip())
         result: Result = json.loads(answered.read_text())
     if "error" in result:
         kinds: dict[int, type[PqkError]] = {CheckFailed.exit_code: CheckFailed, NotBuilt.exit_code: NotBuilt}
         raise kinds.get(result["exit_code"], PqkError)(result["error"])
     return result
+
+
+@contextlib.contextmanager
+def _temporary_folder() -> Iterator[Path]:
+    with contextlib.ExitStack() as stack:
+        with clear_write_errors(tempfile.gettempdir()):
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="pqk-worker-"))
+        yield Path(folder)
+
+
+def _environment() -> dict[str, str]:
+    """The parent's, with the folder of this pqk first: under -P a checkout is not found by standing in it."""
+    here = str(Path(__file__).resolve().parents[2])
+    # An empty entry would mean the current folder.
+    others = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([here, *others])}
+
+
+def _no_answer(task: str, code: int, said: str) -> Exception:
+    """What to raise for a worker that left no result."""
+    if code == -signal.SIGKILL:
+        return PqkError(f"the {task} process was killed, probably for want of memory")
+    if code == _CANNOT_WRITE:
+        return PqkError(said.splitlines()[-1] if said else f"the {task} process cannot write its result")
+    how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    return WorkerCrashed(f"the {task} process ended with {how}:\n{said or 'it said nothing'}")
 
 
 def quality(request: dict[str, Any]) -> Result:
@@ -124,13 +168,21 @@ def main() -> None:
         result = TASKS[task](json.loads(Path(asked).read_text()))
         result["seconds"] = time.monotonic() - began
     except Exception as error:
-        code = getattr(error, "exit_code", None)
+        code, said = getattr(error, "exit_code", None), str(error)
+        if isinstance(error, OSError) and error.errno in _ONLY_WRITING:
+            code, said = PqkError.exit_code, f"cannot write {error.filename or 'a file'}: {error.strerror}"
         if not isinstance(code, int):
             raise
-        result = {"error": str(error), "exit_code": code}
+        result = {"error": said, "exit_code": code}
     temporary = Path(answered + ".tmp")
-    temporary.write_text(json.dumps(result, allow_nan=False))
-    temporary.replace(answered)
+    text = json.dumps(result, allow_nan=False)
+    try:
+        with clear_write_errors(answered):
+            temporary.write_text(text)
+            temporary.replace(answered)
+    except PqkError as error:
+        print(error, file=sys.stderr, flush=True)
+        os._exit(_CANNOT_WRITE)
     gc.disable()
     os._exit(0)  # engines and thread pools need no tidying; some runtimes crash while unloading
 

@@ -87,7 +87,18 @@ class Document:
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that also reads 1e-5 as a number, as YAML 1.2 and every other language do."""
+    """SafeLoader that also reads 1e-5 as a number, as YAML 1.2 and every other language do, and notes written tags."""
+
+    tag: str | None = None  # the first that is written out, such as '!!int'
+    tag_line = 0  # its line, from 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        event = self.peek_event()  # type: ignore[no-untyped-call,unused-ignore]
+        tag = getattr(event, "tag", None)
+        if self.tag is None and tag is not None:
+            self.tag, self.tag_line = str(tag).replace("tag:yaml.org,2002:", "!!"), event.start_mark.line
+        found: yaml.Node | None = super().compose_node(parent, index)  # type: ignore[no-untyped-call,unused-ignore]
+        return found
 
 
 _Loader.add_implicit_resolver(  # type: ignore[no-untyped-call,unused-ignore]
@@ -132,6 +143,9 @@ def parse_yaml(text: str, where: str, first_line: int = 1) -> Document:
                 raise PqkError(f"{where}:{line}: must be a mapping of keys to values at the top")
             lines: dict[Key, int] = {}
             _walk(node, (), lines, set(), where, first_line)
+            if loader.tag is not None:  # a constructor trusts a written tag, and fails on '!!int ""' in its own ways
+                line = loader.tag_line + first_line
+                raise PqkError(f"{where}:{line}: tags ({loader.tag}) are not used in these files; leave it out")
             values = loader.construct_document(node)
         finally:
             loader.dispose()

@@ -28,7 +28,7 @@ IMAGES = (
     "# IMAGE_ID, QW, QX, QY, QZ, TX, TY, TZ, CAMERA_ID, NAME\n"
     "3 1 0 0 0 0.5 -1 2 7 b/second image.jpg\n"
     "10.5 20.5 -1 30 40 12\n"
-    "1 0 2 0 0 0 0 0 1 a.jpg\n"
+    "1 0 1 0 0 0 0 0 1 a.jpg\n"
     "\n"
 )
 finite = st.floats(-1e6, 1e6)
@@ -78,6 +78,7 @@ def test_pose_round_trip(translation, vector):
 )
 def test_text_round_trip_is_exact(tmp_path_factory, model, numbers, pose, points):
     folder = tmp_path_factory.mktemp("model")
+    pose[:4] = [value / np.linalg.norm(pose[:4]) for value in pose[:4]]
     camera = Camera(4, model, 640, 480, tuple(numbers[: len(CAMERA_MODELS[model][1].split())]))
     images = (
         ModelImage(9, tuple(pose[:4]), tuple(pose[4:]), 4, "f/a b.jpg"),
@@ -98,6 +99,11 @@ def test_reads_text(tmp_path):
     assert model.cameras[7].K.tolist() == [[50, 0, 32], [0, 50, 24], [0, 0, 1]]
     np.testing.assert_array_equal(model.images[0].world_to_cam[:3, 3], [0.5, -1, 2])
     np.testing.assert_allclose(model.images[1].world_to_cam[:3, :3], np.diag([1, -1, -1]), atol=1e-15)
+
+
+def test_rounded_quaternions_are_read(tmp_path):
+    model = read_model(write(tmp_path, images="1 0.95 0 0 0 0 0 0 7 a.jpg\n\n"))
+    np.testing.assert_allclose(model.images[0].world_to_cam, np.eye(4), atol=1e-15)
 
 
 def test_reads_binary(tmp_path):
@@ -150,7 +156,10 @@ def test_malformed_cameras(tmp_path, cameras, message):
     "images, message",
     [
         ("1 1 0 0 0 0 0 0 1\n", "images.txt line 1: expected IMAGE_ID"),
-        ("1 0 0 0 0 0 0 0 1 a.jpg\n\n", "quaternion of 'a.jpg' is zero"),
+        ("1 0 0 0 0 0 0 0 1 a.jpg\n\n", "quaternion of 'a.jpg' has length 0, a rotation's is 1"),
+        ("1 0.5 0.7 0 0 0 0 0 1 a.jpg\n\n", "line 1: the quaternion of 'a.jpg' has length 0.86"),
+        ("1 1 0.5 0 0 0 0 0 1 a.jpg\n\n", "quaternion of 'a.jpg' has length 1.12"),
+        ("1 1e200 0 0 0 0 0 0 1 a.jpg\n\n", "quaternion of 'a.jpg' has length 1e\\+200"),
         ("1 1 0 0 0 0 inf 0 1 a.jpg\n\n", "pose of 'a.jpg' must be finite"),
         ("1 1 0 0 0 0 0 0 1 a.jpg\n\n2 1 0 0 0 0 0 0 1 a.jpg\n\n", "'a.jpg' appears twice"),
         ("1 1 0 0 0 0 0 0 1 a.jpg\n2 1 0 0 0 0 0 0 1 b.jpg\n", "line 2: expected keypoints as triples"),

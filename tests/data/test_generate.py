@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
 
@@ -215,6 +216,56 @@ def test_full_disk_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(PqkError, match="the disk is full"):
         make_scenes(tmp_path, [replace(PLAN, views=2)], jobs=1)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_as_many_processes_as_allowed_cores(tmp_path, monkeypatch):
+    """Not as many as the machine has: a container may be allowed two of 200."""
+    from pqk.data import generate
+
+    asked = []
+
+    class Pool:
+        def __init__(self, jobs, **options):
+            asked.append(jobs)
+            raise BrokenProcessPool
+
+    monkeypatch.setattr(generate, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(os, "cpu_count", lambda: 200)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 5, 7}, raising=False)
+    plans = [replace(PLAN, index=index) for index in range(10)]
+    with pytest.raises(PqkError, match=r"one of the 3 processes .* memory; .*--jobs 1"):
+        make_scenes(tmp_path, plans)
+    assert asked == [3]
+
+
+def test_a_killed_process_of_the_pool(tmp_path):
+    """A real pool whose process is killed, as the kernel does when memory runs out."""
+    script = tmp_path / "killed.py"
+    script.write_text(
+        "import os, sys\n"
+        "from dataclasses import replace\n"
+        "from pathlib import Path\n"
+        "from pqk.data import generate\n"
+        "from pqk.errors import told\n"
+        "def die(task):\n"
+        "    os.kill(os.getpid(), 9)\n"
+        "if __name__ == '__main__':\n"
+        "    generate._write_one = die\n"
+        "    plan = generate.ScenePlan('test', 3, 0, views=2, size=64)\n"
+        "    plans = [plan, replace(plan, index=1)]\n"
+        "    sys.exit(told(lambda: len(generate.make_scenes(Path(sys.argv[1]), plans, jobs=2))))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, script, tmp_path / "out"],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        text=True,
+        capture_output=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "pqk: one of the 2 processes that render scenes was killed" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_the_number_of_threads_does_not_show():

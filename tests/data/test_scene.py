@@ -247,3 +247,27 @@ def test_mask_of_the_wrong_size(tmp_path):
     Image.fromarray(np.zeros((10, 20), np.uint8)).save(tmp_path / "m.png")
     with pytest.raises(PqkError, match=r"the mask has 20x10 pixels, the image a\.png has 48x32"):
         View("a.png", tmp_path / "a.png", mask_path=tmp_path / "m.png").load_mask()
+
+
+def test_names_that_are_not_utf8(tmp_path):
+    """Refused where a picture or a scene has such a name; other files only count for the hash of the folder."""
+    import os
+
+    from pqk.run.stages import folder_scenes
+
+    folder = tmp_path / "room"
+    folder.mkdir()
+    Image.new("RGB", (32, 32)).save(folder / "a.png")
+    before = folder_scenes(folder).sha256
+    (folder / os.fsdecode(b"note\xff.txt")).write_text("x")
+    assert folder_scenes(folder).sha256 != before
+    strange = folder / os.fsdecode(b"caf\xe9.png")
+    Image.new("RGB", (32, 32)).save(tmp_path / "b.png")
+    (tmp_path / "b.png").rename(strange)
+    with pytest.raises(PqkError, match=r"room: the name 'caf\\udce9\.png' is not UTF-8; rename it") as caught:
+        open_scene(folder)
+    str(caught.value).encode()
+    strange.unlink()
+    folder.rename(tmp_path / os.fsdecode(b"r\xe9"))
+    with pytest.raises(PqkError, match=r"the name 'r\\udce9' is not UTF-8"):
+        open_scenes(tmp_path)

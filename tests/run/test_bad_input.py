@@ -16,7 +16,9 @@ from run_toys import Outcome, environment, pqk
 
 from backends import registry
 from pqk.cli import main
+from pqk.errors import PqkError
 from pqk.run import stages
+from pqk.run.command import settings_of
 from pqk.run.inputs import CalibrationImages
 from pqk.run.store import Store
 from pqk.spec.workload import load_workload
@@ -96,6 +98,27 @@ def test_shape_that_is_no_multiple_of_16(project: Path, refused: Refused, edit: 
 )  # fmt: skip
 def test_settings(setting: str, words: str, project: Path, refused: Refused) -> None:
     assert re.search(words, refused(project, "--set", setting))
+
+
+@pytest.mark.parametrize(
+    ("items", "words"),
+    [
+        (["a.b=1\nother: 2"], "give one key at a time"),
+        (["a.b={c: 1}\nother: 2\nthird: 3"], "give one key at a time"),
+        (["a.b=1", "a.c=2", "a.b=3"], "--set a.b is given twice"),
+        (["a.b=1", " a.b =1"], "--set a.b is given twice"),
+        ([" =1"], "write it as KEY=VALUE"),
+        (["a.b=!!bool x"], "not plain YAML"),
+        (['a.b=!!int ""'], "not plain YAML"),
+    ],
+)
+def test_settings_that_would_be_dropped(items: list[str], words: str) -> None:
+    with pytest.raises(PqkError, match=words):
+        settings_of(items)
+
+
+def test_several_settings() -> None:
+    assert settings_of(["a.b=1", "a.c=[x, y]", "a.d=null"]) == {"a.b": 1, "a.c": ["x", "y"], "a.d": None}
 
 
 def test_a_card_is_blamed_for_its_own_mistake(project: Path, refused: Refused) -> None:

@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pqk.errors import PqkError
+from pqk.run import store
 from pqk.run.store import MANIFEST, Store
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -317,6 +318,56 @@ def test_the_waiting_one_takes_over_when_the_maker_is_killed(tmp_path: Path) -> 
     maker.wait()
     assert events == ["wait", "make", "done"]
     assert 0.3 < time.monotonic() - begin < 20
+
+
+@pytest.mark.parametrize("harm", ["fresh", "damaged"])
+def test_a_reader_never_misses_what_is_replaced(tmp_path: Path, harm: str) -> None:
+    """Another run that was given the path reads on while the artifact is made anew."""
+    path = Store(tmp_path).get_or_make("export", {}, write_content).path
+    if not store._exchange(path, path):
+        pytest.skip("this file system cannot exchange two names")
+    reader = start(
+        """
+        path, stop = map(Path, sys.argv[1:3])
+        print("ready", flush=True)
+        while not stop.exists():
+            (path / "deep" / "b.txt").stat()
+        """,
+        path,
+        tmp_path / "stop",
+    )
+    assert reader.stdout is not None
+    assert reader.stdout.readline() == "ready\n"
+    for _ in range(60):
+        if harm == "damaged":
+            (path / "a.bin").write_bytes(b"damaged")
+        assert not Store(tmp_path, fresh=harm == "fresh").get_or_make("export", {}, write_content).reused
+    (tmp_path / "stop").touch()
+    _, err = reader.communicate(timeout=60)
+    assert reader.returncode == 0, err
+    assert files_of(path) == CONTENT
+    assert not leftovers(tmp_path)
+
+
+def test_replacing_where_names_cannot_be_exchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two renames, one right after the other: the old one is deleted when the new one stands."""
+    path = Store(tmp_path).get_or_make("export", {}, write_content).path
+    monkeypatch.setattr(store, "_exchange", lambda one, other: False)
+    delete = store._delete
+
+    def deleting(old: Path) -> None:
+        assert files_of(path) == CONTENT | {"new": b""}
+        assert files_of(old) == CONTENT
+        delete(old)
+
+    def make(folder: Path) -> None:
+        write_content(folder)
+        (folder / "new").touch()
+
+    monkeypatch.setattr(store, "_delete", deleting)
+    Store(tmp_path, fresh=True).get_or_make("export", {}, make)
+    assert files_of(path) == CONTENT | {"new": b""}
+    assert not leftovers(tmp_path)
 
 
 def test_a_worker_forked_while_making_does_not_keep_the_lock(tmp_path: Path) -> None:
