@@ -16,7 +16,7 @@ from pqk.record.schema import SCHEMA_FILE, load_schema, schema_version, validate
 
 # Two records that agree in all of these are the same measurement made again; the newer one may replace the older.
 IDENTITY = ("exp_id", "role", "model", "backend", "quantizer", "device", "precision", "seed")
-MADE_FROM = ("model", "workload", "eval", "quant", "scenes")  # and in these of their hashes
+MADE_FROM = ("model", "workload", "eval", "quant", "scenes")  # and in these of their hashes (quant: see _identity)
 _NAME_LENGTH = 120
 
 
@@ -107,7 +107,9 @@ def _refuse_to_lose(target: Path, new: set[str]) -> None:
 
 def _identity(record: dict[str, Any]) -> str:
     hashes = record.get("hashes")
-    evidence = [hashes.get(key) for key in MADE_FROM] if isinstance(hashes, dict) else []
+    # how to quantize has no part in what was not quantized
+    made_from = [key for key in MADE_FROM if key != "quant" or record.get("quantizer") is not None]
+    evidence = [hashes.get(key) for key in made_from] if isinstance(hashes, dict) else []
     return json.dumps([record.get(key) for key in IDENTITY] + evidence, sort_keys=True, ensure_ascii=True)
 
 
