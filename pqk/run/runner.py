@@ -16,6 +16,7 @@ from pqk.errors import PqkError
 from pqk.files import check_writable, sha256_json
 from pqk.measure.latency import percentile
 from pqk.measure.quality import quality_drop_pct
+from pqk.models.configs import lowest_confidence
 from pqk.record.log import write_record
 from pqk.record.schema import empty_record, validate
 from pqk.run import stages
@@ -85,6 +86,7 @@ def run(request: Request, root: Path, on_event: OnEvent, say: Callable[[str], No
             scene_pairs(frames, workload.pair_graph, workload.min_covisibility, truthful)
     graphs = stages.export_graphs(ctx, model, model_sha, height, width)
     params = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
+    min_conf = lowest_confidence(model.config)
     del model
 
     cache = paths.store(root).parent / "engines"
@@ -119,6 +121,7 @@ def run(request: Request, root: Path, on_event: OnEvent, say: Callable[[str], No
         "min_covisibility": workload.min_covisibility,
         "quality": evaluation.quality.model_dump(mode="json"),
         "seed": seed,
+        "min_conf": min_conf,
     }
     onnx_float = Variant("fp32", "reference", Precision.F32, graphs["encoder"], graphs["decoder"])
     outcome = Outcome([], variants, scenes, experiment, truthful, ctx, asked, onnx_float, scoring)
@@ -226,10 +229,23 @@ def _scenes(ctx: Context, request: Request, experiment: Experiment, root: Path) 
     else:
         found = stages.test_scenes(ctx, workload.scenes.test, workload, root)
     truths = {path: open_scene(path).has_ground_truth for path in found.folders}
+    for path in found.folders if request.scenes else ():
+        refuse_partial_truth(path)
     if any(truths.values()) and not all(truths.values()):
         without = next(path for path, has in truths.items() if not has)
         raise PqkError(f"{without}: this scene has no ground truth while others have; evaluate them apart")
     return found, all(truths.values())
+
+
+def refuse_partial_truth(folder: Path) -> None:
+    """Raise PqkError for a scene of which some views have depth and others have not."""
+    scene = open_scene(folder)
+    lacking = [view.name for view in scene.views if view.depth_path is None]
+    if 0 < len(lacking) < len(scene.views):
+        raise PqkError(
+            f"{folder}: view {lacking[0]!r} has no depth ({len(lacking)} of the {len(scene.views)} views have none); "
+            "add it, or take these views or all depth out of the scene"
+        )
 
 
 def _fill_quality(
