@@ -85,13 +85,18 @@ def _write(path: Path | str, records: Sequence[dict[str, Any]], content: Any) ->
     target = Path(path)
     if target.is_dir() or target.suffix != ".json":
         target = target / record_filename(records[0])
-    _refuse_to_lose(target, {_identity(record) for record in records})
+    refuse_to_lose(target, records)
     write_json(target, content)
     return target
 
 
-def _refuse_to_lose(target: Path, new: set[str]) -> None:
-    """Raise PqkError when writing `target` would lose a record that is not among the new ones."""
+def refuse_to_lose(target: Path, records: Sequence[dict[str, Any]]) -> None:
+    """Raise PqkError when writing these records to the file `target` would lose one that is not among them.
+
+    Of the records only what tells them apart is read (IDENTITY and the hashes of MADE_FROM), so this can be asked
+    before they are measured.
+    """
+    new = {_identity(record) for record in records}
     if target.is_dir():
         raise PqkError(f"cannot write {target}: it is a folder")
     if not target.exists():
