@@ -24,8 +24,9 @@ from pqk.spec.workload import load_workload
 def bench_teacher(model: str, write: bool, command: str) -> dict[str, Any]:
     """Score `model` on the workload's test scenes; prints and returns the figures.
 
-    `write` puts them under 'test' into the model_card.json beside the weights. Raises PqkError when the scenes have no
-    ground truth, or there is no card to write to.
+    Pairs whose first view has fewer than quality.min_valid_pixels of ground truth are not scored. `write` puts the
+    figures under 'test' into the model_card.json beside the weights. Raises PqkError when the scenes have no ground
+    truth, no pair is left, or there is no card to write to.
     """
     from pqk.data.scene import open_scene
 
@@ -53,8 +54,13 @@ def bench_teacher(model: str, write: bool, command: str) -> dict[str, Any]:
             for i, j in scene_pairs(frames, workload.pair_graph, workload.min_covisibility, True):
                 out = network.decode(tokens[i], tokens[j], (height, width), (height, width))
                 truth = pair_truth(frames[i], frames[j])
+                if int(truth.valid1.sum()) < evaluation.quality.min_valid_pixels:
+                    continue  # as `pqk run` does
                 rows.append(score_pair({k: v[0].numpy() for k, v in out.items()}, truth, **options))
                 flat.append(constant_depth_scores(truth, options["align"]))
+    if not rows:
+        wanted = evaluation.quality.min_valid_pixels
+        raise PqkError(f"no pair's first view has {wanted} valid depth pixels (quality.min_valid_pixels)")
     shown = ("absrel", "delta1", "rmse", "chamfer", "reproj_px")
     scores, constant = summarise(rows), summarise(flat)
     result = {

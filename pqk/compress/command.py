@@ -69,4 +69,6 @@ def run_train_teacher(
         )
     best = "no validation yet" if math.isinf(progress.best) else f"best validation AbsRel {progress.best:.4f}"
     if train.world()[0] == 0:
-        print(f"{outcome}: {progress.step} steps in {progress.seconds / 60:.1f} min, {best}; weights and card in {out}")
+        paused = "no weights written yet, the same command goes on"
+        left = paused if outcome == "paused" else f"weights and card in {out}"
+        print(f"{outcome}: {progress.step} steps in {progress.seconds / 60:.1f} min, {best}; {left}")

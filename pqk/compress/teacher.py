@@ -8,6 +8,7 @@ import math
 import os
 import platform
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,9 @@ from pqk.data.seeds import INDICES, split_seed
 from pqk.data.stream import PairBatch, training_pairs
 from pqk.data.synthetic import texture_bank
 from pqk.errors import PqkError, nearest
-from pqk.files import clear_write_errors, sha256_file, sha256_json, write_json
+from pqk.files import clear_write_errors, fsync_folder, sha256_file, sha256_json, write_json
 from pqk.models import build_model, load_model, save_model
+from pqk.models.checkpoint import CARD, CONFIG, WEIGHTS
 from pqk.models.configs import NAMED, read_config
 from pqk.spec.training import TrainSpec
 
@@ -121,8 +123,9 @@ def train_teacher(
     report: Callable[[Progress], None] | None = None,
     command: str = "pqk train teacher",
 ) -> tuple[str, Progress]:
-    """Train and write `out`/{config.json, model.safetensors (float16, averaged weights), model_card.json}.
+    """Train and write `out`/{config.json, model.safetensors (float16), model_card.json}: the best averaged weights.
 
+    They are written once the training has ended ('done' or 'early'); a paused one leaves what was there as it is.
     Resumes from `out`/checkpoint.pt when it belongs to the same spec; otherwise starts from the weights of `init` (what
     `load_model` reads, of the same configuration), or from random ones. bf16 autocast is on for CUDA. On a CPU it
     must be asked for: measured with torch 2.13, a step takes half the time with AVX-512 BF16 and several times longer
@@ -216,19 +219,44 @@ def train_teacher(
         report=report,
         batch_of=lambda share: stage_of(share).batch,
     )
-    if rank == 0:
-        weights = trainer.averaged()
-        save_model(build_model("dust3r", model.config, weights), out, dtype="float16")
-        shipped = load_model(out).to(where)  # as a user gets it, rounded to float16
-        scores = validation_scores(shipped, spec, where, autocast)
-        card = model_card(spec, trainer.progress, scores, where, outcome, minutes, command)
-        if init is not None:
-            card["init"] = {"weights": start, "card": _read_json(Path(init) / "model_card.json")}
-        card["sha256"] = sha256_file(out / "model.safetensors")
-        write_json(out / "model_card.json", card)
+    if rank == 0 and outcome != "paused":
+        best = build_model("dust3r", model.config, trainer.best_averaged())
+
+        def card_of(shipped: nn.Module) -> dict[str, Any]:
+            scores = validation_scores(shipped.to(where), spec, where, autocast)
+            card = model_card(spec, trainer.progress, scores, where, outcome, minutes, command)
+            if init is not None:
+                card["init"] = {"weights": start, "card": _read_json(Path(init) / "model_card.json")}
+            return card
+
+        ship(best, out, card_of)
     if grouped:
         torch.distributed.destroy_process_group()
     return outcome, trainer.progress
+
+
+def ship(model: nn.Module, out: Path, card_of: Callable[[nn.Module], dict[str, Any]]) -> None:
+    """Replace the model in `out` by this one, in float16, with the card that `card_of` gives and the weights' sha256.
+
+    `card_of` gets the model as a user will load it. Nothing in `out` changes before it has returned, and the old card
+    goes first, the new one comes last: whenever this is killed, no card stands beside weights that are not its own.
+    """
+    new = out / ".new"
+    with clear_write_errors(out):
+        if new.exists():  # of a run that was killed here
+            shutil.rmtree(new)
+        try:
+            save_model(model, new, dtype="float16")
+            card = card_of(load_model(new))
+            card["sha256"] = sha256_file(new / WEIGHTS)
+            write_json(new / CARD, card)
+            (out / CARD).unlink(missing_ok=True)
+            fsync_folder(out)
+            for name in (WEIGHTS, CONFIG, CARD):
+                (new / name).replace(out / name)
+                fsync_folder(out)
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
 
 
 def sha256_state(state: dict[str, torch.Tensor]) -> str:

@@ -73,7 +73,8 @@ class Trainer:
     """Trains `model` on `loss_of(model, step, share)` and keeps an exponential moving average of its weights.
 
     `loss_of` draws its own batch from the step number, so that a resumed run sees what an undisturbed one would.
-    `validate(model)` returns a dict whose 'score' is better when lower. Only rank 0 validates and writes.
+    `validate(model)` returns a dict whose 'score' is better when lower; the averaged weights with the best score are
+    kept. Only rank 0 validates and writes.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class Trainer:
         self.clip_norm, self.decay = clip_norm, ema
         self.model = model.to(device)
         self.ema = {k: v.detach().clone().float() for k, v in self.model.state_dict().items()}
+        self.best: dict[str, torch.Tensor] | None = None  # the average of the best validation, on the CPU
         self.optimizer = torch.optim.AdamW(
             parameter_groups(self.model, weight_decay),
             lr=schedule.learning_rate,
@@ -106,6 +108,7 @@ class Trainer:
         return {
             "model": self.model.state_dict(),
             "ema": self.ema,
+            "best": self.best,
             "optimizer": self.optimizer.state_dict(),
             "progress": kept,
         }
@@ -125,6 +128,12 @@ class Trainer:
             self.optimizer.load_state_dict(saved["optimizer"])
             for key, value in saved["progress"].items():
                 setattr(self.progress, key, value)
+            if "best" in saved:
+                kept = saved["best"]
+            else:  # written before the best average was kept: the present one, with the last score there is, stands in
+                kept, history = saved["ema"], self.progress.history
+                self.progress.best = history[-1]["score"] if history else math.inf
+            self.best = None if kept is None else {k: v.to("cpu") for k, v in kept.items()}
         except Exception as error:
             raise PqkError(
                 f"{path}: not a checkpoint of this model ({type(error).__name__}); start afresh with --fresh"
@@ -133,6 +142,21 @@ class Trainer:
     def averaged(self) -> dict[str, torch.Tensor]:
         """The averaged weights, float32."""
         return {k: v.clone() for k, v in self.ema.items()}
+
+    def best_averaged(self) -> dict[str, torch.Tensor]:
+        """The averaged weights of the best validation, float32; the present ones where nothing was validated."""
+        return self.averaged() if self.best is None else {k: v.clone() for k, v in self.best.items()}
+
+    def _judge(self, validate: Callable[[dict[str, torch.Tensor]], dict[str, float]]) -> None:
+        """Validate the averaged weights, and keep them when they are the best so far."""
+        p = self.progress
+        scores = validate(self.averaged())
+        p.history.append({"step": p.step, "seconds": p.seconds, **scores})
+        if scores["score"] < p.best:
+            p.best, p.stale = scores["score"], 0
+            self.best = {k: v.detach().to("cpu", copy=True) for k, v in self.ema.items()}
+        else:
+            p.stale += 1
 
     def _average(self) -> None:
         # a short memory at first, or the random start would linger
@@ -167,7 +191,8 @@ class Trainer:
     ) -> str:
         """Train until the schedule ends, the score stops improving, or `pause_after_s` is over.
 
-        Returns 'done', 'early' or 'paused'. The checkpoint is written on the way and at the end.
+        Returns 'done', 'early' or 'paused'. The checkpoint is written on the way and at the end. When the schedule has
+        ended, the last weights are validated too.
         """
         p = self.progress
         module: nn.Module = self.model if wrapped is None else wrapped
@@ -210,10 +235,7 @@ class Trainer:
                     report(p)
             if validate and p.step % every == 0:
                 if self.rank == 0:
-                    scores = validate(self.averaged())
-                    p.history.append({"step": p.step, "seconds": p.seconds, **scores})
-                    p.stale = 0 if scores["score"] < p.best else p.stale + 1
-                    p.best = min(p.best, scores["score"])
+                    self._judge(validate)
                     if report:
                         report(p)
                 if self._shared(float(p.stale)) >= patience:
@@ -225,4 +247,8 @@ class Trainer:
                 outcome = "paused"
         if checkpoint:
             self.save(checkpoint)
+        if outcome == "done" and validate and self.rank == 0 and (not p.history or p.history[-1]["step"] != p.step):
+            self._judge(validate)
+            if checkpoint:
+                self.save(checkpoint)
         return outcome

@@ -118,8 +118,9 @@ def score_against_reference(
 ) -> Scores:
     """Scores of a prediction where another prediction (the teacher's, same pair) plays the truth.
 
-    The teacher's pixels with finite points and a finite confidence above `min_conf` count; 1 is the lowest confidence
-    that DUSt3R's activation 1 + e^c can give. Lengths are in the teacher's own unit. No intrinsics: reproj_px is None.
+    The teacher's pixels with finite points and a finite confidence above `min_conf` count: the bound of its activation,
+    1 for DUSt3R's 1 + e^c, 0 for a plain sigmoid (`pqk.models.configs.lowest_confidence`). Lengths are in the
+    teacher's own unit. No intrinsics: reproj_px is None.
     Raises PqkError as `score_pair` does.
     """
     shapes = {key: np.shape(_get(reference, key, "reference")) for key in ("pts3d_1", "pts3d_2")}

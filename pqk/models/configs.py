@@ -285,6 +285,12 @@ def _mode(values: Mapping[str, Any], key: str, names: Sequence[str]) -> Mode:
     return Mode(name, low, high)
 
 
+def lowest_confidence(config: Mapping[str, Any]) -> float:
+    """The bound that confidences of this configuration lie above: 1 for the official 1 + e^c, 0 for a plain sigmoid."""
+    low = read_config(config).conf_mode.low
+    return low if math.isfinite(low) else 1.0  # with an infinite one no confidence is finite
+
+
 def _rope_base(text: Any) -> float:
     match = re.fullmatch(r"RoPE(\d+(?:\.\d+)?)", str(text))
     if match is None or float(match[1]) <= 0:

@@ -16,7 +16,7 @@ from pqk.record.schema import SCHEMA_FILE, load_schema, schema_version, validate
 
 # Two records that agree in all of these are the same measurement made again; the newer one may replace the older.
 IDENTITY = ("exp_id", "role", "model", "backend", "quantizer", "device", "precision", "seed")
-MADE_FROM = ("model", "workload", "eval", "quant", "scenes")  # and in these of their hashes
+MADE_FROM = ("model", "workload", "eval", "quant", "scenes")  # and in these of their hashes (quant: see _identity)
 _NAME_LENGTH = 120
 
 
@@ -85,13 +85,18 @@ def _write(path: Path | str, records: Sequence[dict[str, Any]], content: Any) ->
     target = Path(path)
     if target.is_dir() or target.suffix != ".json":
         target = target / record_filename(records[0])
-    _refuse_to_lose(target, {_identity(record) for record in records})
+    refuse_to_lose(target, records)
     write_json(target, content)
     return target
 
 
-def _refuse_to_lose(target: Path, new: set[str]) -> None:
-    """Raise PqkError when writing `target` would lose a record that is not among the new ones."""
+def refuse_to_lose(target: Path, records: Sequence[dict[str, Any]]) -> None:
+    """Raise PqkError when writing these records to the file `target` would lose one that is not among them.
+
+    Of the records only what tells them apart is read (IDENTITY and the hashes of MADE_FROM), so this can be asked
+    before they are measured.
+    """
+    new = {_identity(record) for record in records}
     if target.is_dir():
         raise PqkError(f"cannot write {target}: it is a folder")
     if not target.exists():
@@ -107,7 +112,9 @@ def _refuse_to_lose(target: Path, new: set[str]) -> None:
 
 def _identity(record: dict[str, Any]) -> str:
     hashes = record.get("hashes")
-    evidence = [hashes.get(key) for key in MADE_FROM] if isinstance(hashes, dict) else []
+    # how to quantize has no part in what was not quantized
+    made_from = [key for key in MADE_FROM if key != "quant" or record.get("quantizer") is not None]
+    evidence = [hashes.get(key) for key in made_from] if isinstance(hashes, dict) else []
     return json.dumps([record.get(key) for key in IDENTITY] + evidence, sort_keys=True, ensure_ascii=True)
 
 

@@ -157,20 +157,53 @@ def shares_text(shares: Mapping[str, float]) -> str:
 def best_rows(records: Sequence[Record]) -> dict[str, set[int]]:
     """For each column that has a better direction, the indices of the rows with the best value.
 
-    Only runs that ended well compete. A column in which fewer than two rows compete, or in which all are equal, has
-    no best.
+    Only runs that ended well compete, and only with those on the same scenes, evaluated in the same way. A column in
+    which fewer than two rows compete, or in which all are equal, has no best.
     """
+    fields: dict[str, list[int]] = {}
+    for index, record in enumerate(records):
+        if record["status"] == "ok":
+            fields.setdefault(_judged_on(record), []).append(index)
     best: dict[str, set[int]] = {}
     for column in columns():
         if not column.better:
             continue
-        values = {
-            i: r[column.name] for i, r in enumerate(records) if r["status"] == "ok" and r[column.name] is not None
-        }
-        if len(set(values.values())) > 1:
-            target = (min if column.better == "lower" else max)(values.values())
-            best[column.name] = {index for index, value in values.items() if value == target}
+        for indices in fields.values():
+            values = {i: records[i][column.name] for i in indices if records[i][column.name] is not None}
+            if len(set(values.values())) > 1:
+                target = (min if column.better == "lower" else max)(values.values())
+                best.setdefault(column.name, set()).update(i for i, value in values.items() if value == target)
     return best
+
+
+def _hash(record: Record, name: str) -> str:
+    return str((record["hashes"] or {}).get(name, ""))
+
+
+def _judged_on(record: Record) -> str:
+    """What two records must share for their figures to be comparable."""
+    reference = record["quality_reference"]
+    truth = [reference, record["model"], _hash(record, "model")] if reference == "teacher" else [reference]
+    return json.dumps([record["scenes"], _hash(record, "scenes"), _hash(record, "eval"), *truth])
+
+
+def told_apart(records: Sequence[Record], name: str) -> list[str] | None:
+    """Each record's 'model' or 'scenes' in a few words, or None when they share it.
+
+    Different ones of one name get the first digits of their sha256: 'dust3r-tiny 1f3a90'.
+    """
+    found = []
+    for record in records:
+        value = record[name]
+        if isinstance(value, list):
+            value = value[0] + (f" +{len(value) - 1}" if len(value) > 1 else "") if value else None
+        found.append((json.dumps(record[name]), value or DASH, _hash(record, name)))
+    if len({(whole, digest) for whole, _, digest in found}) < 2:
+        return None
+    kinds: dict[str, set[tuple[str, str]]] = {}
+    for whole, text, digest in found:
+        kinds.setdefault(text, set()).add((whole, digest))
+    return [f"{text} {digest[:6]}".strip() if len(kinds[text]) > 1 else text for _, text, digest in found]
 
 
 def tool_text(record: Record) -> str:
@@ -193,7 +226,8 @@ def print_table(records: Iterable[Record], console: Console) -> None:
     """Print records for people: one table when the console is wide enough, else quality and speed/size in two.
 
     Shown are the columns with a heading (`x-short`) in the schema and those named as main metric, if any row has a
-    value there. Best values are bold, null is a dash, a row that was emulated or did not end well says so.
+    value there, and model and scenes where the rows differ in them. Best values are bold, null is a dash, a row that
+    was emulated or did not end well says so.
     """
     rows = ordered(records)
     if not rows:
@@ -232,6 +266,9 @@ def _terminal_table(
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0, title=title, title_justify="left")
     table.add_column("exp", overflow="fold", max_width=_EXP_WIDTH)
     table.add_column("row", no_wrap=True)
+    differing = [(name, texts) for name in ("model", "scenes") if (texts := told_apart(rows, name))]
+    for name, _ in differing:
+        table.add_column(name, overflow="fold", max_width=_EXP_WIDTH)
     for column in shown:
         numeric = column.kind in ("number", "integer")
         heading = Text(printable(column.short or column.name))
@@ -243,6 +280,7 @@ def _terminal_table(
         if record["status"] != "ok":
             lines.append(record["status"])
         cells = [Text(printable(record["exp_id"])), Text("\n".join(printable(line) for line in lines if line))]
+        cells += [Text(printable(texts[index])) for _, texts in differing]
         for column in shown:
             text = cell_text(record[column.name], column)
             if column.name == "executed_precision":

@@ -63,7 +63,7 @@ def run_card(request: Request, as_json: bool, log: Path | None = None) -> int:
     """Run, report progress on stderr, print the table; returns the exit code (1 when the verdict is 'fail').
 
     `log`: a .json file that gets the candidate's record too, or without a recipe the list of the float records.
-    Raises PqkError, before anything runs, when that file cannot be written.
+    Raises PqkError, before anything long runs, when that file cannot be written or holds another record.
     """
     root = paths.project_root()
     if log is not None:
@@ -74,7 +74,8 @@ def run_card(request: Request, as_json: bool, log: Path | None = None) -> int:
     began = time.monotonic()
 
     errors.print(f"[bold]{escape(request.card)}[/] on {escape(request.backend)}")
-    records = run(request, root, _progress(errors), lambda text: errors.print(f"  [green]✓[/] {escape(text)}")).records
+    outcome = run(request, root, _progress(errors), lambda text: errors.print(f"  [green]✓[/] {escape(text)}"), log)
+    records = outcome.records
     candidate = records[-1]
     if log is not None and request.recipe:
         write_record(log, candidate)

@@ -28,7 +28,8 @@ def evaluate(request: dict[str, Any]) -> dict[str, Any]:
     """Score every pair of every scene.
 
     Request: variant, reference (a variant whose output plays the truth, or null), scenes (folders), views, shape,
-    pair_graph, min_covisibility, quality (the evaluation's section), seed, keep (keep-list or []). Returns summary
+    pair_graph, min_covisibility, quality (the evaluation's section), seed, keep (keep-list or []), and, needed only
+    with a reference, min_conf (the bound above which its activation gives confidences). Returns summary
     (mean per metric), pairs (a row of scores each), measured (engine or emulated), size_bytes (files that ship),
     executed (share of FLOPs per precision), flops, kernels (rows).
     Pairs whose first view has fewer than quality.min_valid_pixels of ground truth are not scored.
@@ -125,7 +126,7 @@ def _against_truth(
 def _against(
     out: Mapping[str, np.ndarray], teacher: Mapping[str, np.ndarray], request: dict[str, Any]
 ) -> dict[str, Any] | None:
-    return dict(score_against_reference(out, teacher, **_options(request)))
+    return dict(score_against_reference(out, teacher, **_options(request), min_conf=request["min_conf"]))
 
 
 def _options(request: dict[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from pqk.errors import PqkError
 from pqk.files import check_writable, sha256_json
 from pqk.measure.latency import percentile
 from pqk.measure.quality import quality_drop_pct
-from pqk.record.log import write_record
+from pqk.models.configs import lowest_confidence
+from pqk.record.log import refuse_to_lose, write_record
 from pqk.record.schema import empty_record, validate
 from pqk.run import stages
 from pqk.run.inputs import load_frames, scene_pairs
@@ -63,8 +64,13 @@ class Outcome:
         return _drop_pct(metric, scores["summary"][metric], self.records[0][metric], self.truthful)
 
 
-def run(request: Request, root: Path, on_event: OnEvent, say: Callable[[str], None]) -> Outcome:
+def run(
+    request: Request, root: Path, on_event: OnEvent, say: Callable[[str], None], log: Path | None = None
+) -> Outcome:
     """Run a card. Its records are validated and written to logs/.
+
+    `log`: a file that the caller will write the candidate's record to, or without a recipe all of them; refused before
+    the long stages when it holds another one.
 
     Where the engines are emulated nothing is timed: those columns are null.
     Raises PqkError or BackendError for everything that a user can mend.
@@ -75,6 +81,10 @@ def run(request: Request, root: Path, on_event: OnEvent, say: Callable[[str], No
     check_writable(root / "logs")
     backend = usable_backend(request.backend)
     quantizer = chosen_quantizer(backend, request.quantizer) if request.recipe else None
+    floats = [Precision(p) for p in backend.float_precisions()]
+    float_rest = experiment.quant.float_rest
+    if quantizer is not None:
+        check_float_rest(float_rest, backend.name, floats)
     height, width = workload.input.height, workload.input.width
     shape = (height, width)
     ctx = context(request, backend, root, on_event)
@@ -88,12 +98,33 @@ def run(request: Request, root: Path, on_event: OnEvent, say: Callable[[str], No
         for folder in scenes.folders:
             frames = load_frames(open_scene(folder), *shape)
             scene_pairs(frames, workload.pair_graph, workload.min_covisibility, truthful)
+    seed = workload.seeds.eval
+    told_apart = {
+        "exp_id": card.id,
+        "model": name,
+        "backend": backend.name,
+        "device": machine["device"],
+        "seed": seed,
+    }
+    hashes = {
+        "model": model_sha,
+        "workload": workload.sha256,
+        "eval": evaluation.sha256,
+        "quant": experiment.quant.sha256,
+        "card": card.sha256,
+        "scenes": scenes.sha256,
+    }
+    if log is not None:
+        common = told_apart | {"hashes": hashes}
+        planned = [common | {"role": request.role, "precision": str(p), "quantizer": None} for p in floats]
+        int8 = common | {"role": "candidate", "precision": str(Precision.INT8), "quantizer": quantizer}
+        refuse_to_lose(log, [int8] if quantizer is not None else planned)
     graphs = stages.export_graphs(ctx, model, model_sha, height, width)
     params = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
+    min_conf = lowest_confidence(model.config)
     del model
 
     compiled = {} if request.fresh else {"cache_dir": str(paths.store(root).parent / "engines")}
-    floats = [Precision(p) for p in backend.float_precisions()]
     variants = [
         Variant(ENGINE_VARIANTS[p], backend.name, p, graphs["encoder"], graphs["decoder"], dict(compiled))
         for p in floats
@@ -104,7 +135,7 @@ def run(request: Request, root: Path, on_event: OnEvent, say: Callable[[str], No
         calibration = stages.calibration_images(ctx, workload.calibration, workload, root)
         ptq = experiment.quant.ptq.model_dump(mode="json")
         quantized = stages.quantize(ctx, backend.name, quantizer, asked, graphs, calibration, ptq, shape)
-        rest = {} if experiment.quant.float_rest == "auto" else {"rest": experiment.quant.float_rest}
+        rest = {} if float_rest == "auto" else {"rest": float_rest}  # the backend's own choice is its best
         variants.append(
             Variant(
                 "int8",
@@ -115,7 +146,6 @@ def run(request: Request, root: Path, on_event: OnEvent, say: Callable[[str], No
                 {**compiled, **rest},
             )
         )
-    seed = workload.seeds.eval
     views = None if request.scenes or request.images else workload.scenes.test.views
     scoring = {
         "views": views,
@@ -124,6 +154,7 @@ def run(request: Request, root: Path, on_event: OnEvent, say: Callable[[str], No
         "min_covisibility": workload.min_covisibility,
         "quality": evaluation.quality.model_dump(mode="json"),
         "seed": seed,
+        "min_conf": min_conf,
     }
     onnx_float = Variant("fp32", "reference", Precision.F32, graphs["encoder"], graphs["decoder"])
     outcome = Outcome([], variants, scenes, experiment, truthful, ctx, asked, onnx_float, scoring)
@@ -145,14 +176,9 @@ def run(request: Request, root: Path, on_event: OnEvent, say: Callable[[str], No
         timed = stages.timing(ctx, variants, scenes.folders[0], scenes.sha256, asked_timing)["variants"]
     memory = {} if emulated else {v.name: stages.memory(ctx, v) for v in variants}
 
-    common = {
-        "exp_id": card.id,
+    common = told_apart | {
         "combo": card.combo,
-        "model": name,
-        "backend": backend.name,
-        "device": machine["device"],
         "status": "ok",
-        "seed": seed,
         "train_seed": workload.seeds.train,
         "eval_seed": seed,
         "params": params,
@@ -165,14 +191,6 @@ def run(request: Request, root: Path, on_event: OnEvent, say: Callable[[str], No
         "workload_version": workload.version,
         "eval_version": evaluation.version,
         "versions": machine["versions"],
-    }
-    hashes = {
-        "model": model_sha,
-        "workload": workload.sha256,
-        "eval": evaluation.sha256,
-        "quant": experiment.quant.sha256,
-        "card": card.sha256,
-        "scenes": scenes.sha256,
     }
     sizes = {v.name: scored[v.name]["size_bytes"] for v in variants}
     records = outcome.records
@@ -231,10 +249,30 @@ def _scenes(ctx: Context, request: Request, experiment: Experiment, root: Path) 
     else:
         found = stages.test_scenes(ctx, workload.scenes.test, workload, root)
     truths = {path: open_scene(path).has_ground_truth for path in found.folders}
+    for path in found.folders if request.scenes else ():
+        refuse_partial_truth(path)
     if any(truths.values()) and not all(truths.values()):
         without = next(path for path, has in truths.items() if not has)
         raise PqkError(f"{without}: this scene has no ground truth while others have; evaluate them apart")
     return found, all(truths.values())
+
+
+def check_float_rest(asked: str, backend: str, floats: Sequence[Precision]) -> None:
+    """Raise PqkError for a quant.float_rest that the backend does not compute in on this machine."""
+    allowed = ["auto", *map(str, floats)]
+    if asked not in allowed:
+        raise PqkError(f"quant.float_rest is {asked}; backend {backend} has here {', '.join(allowed)}")
+
+
+def refuse_partial_truth(folder: Path) -> None:
+    """Raise PqkError for a scene of which some views have depth and others have not."""
+    scene = open_scene(folder)
+    lacking = [view.name for view in scene.views if view.depth_path is None]
+    if 0 < len(lacking) < len(scene.views):
+        raise PqkError(
+            f"{folder}: view {lacking[0]!r} has no depth ({len(lacking)} of the {len(scene.views)} views have none); "
+            "add it, or take these views or all depth out of the scene"
+        )
 
 
 def _fill_quality(

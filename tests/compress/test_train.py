@@ -184,6 +184,48 @@ def test_early_stop_and_after(tmp_path):
     assert again.progress.step == 10
 
 
+def test_the_best_average_is_kept(tmp_path):
+    """Best at step 4 of 10: those weights are kept, over a pause too, and not the last ones."""
+    scores, seen = iter([0.5, 0.4, 0.45, 0.41, 0.6]), []
+
+    def validate(weights):
+        seen.append(weights)
+        return {"score": next(scores)}
+
+    options = {"every": 2, "patience": 3, "checkpoint": tmp_path / "c.pt", "validate": validate}
+    outcome, trainer = "paused", line()
+    while outcome == "paused":
+        outcome = trainer.run(fit, pause_after_s=1e-9, **options)
+        if outcome == "paused":
+            trainer = line()
+            trainer.resume(tmp_path / "c.pt")
+    assert (outcome, trainer.progress.step, len(seen)) == ("early", 10, 5)
+    assert all(torch.equal(v, seen[1][k]) for k, v in trainer.best_averaged().items())
+    assert not torch.equal(trainer.averaged()["weight"], seen[1]["weight"])
+
+
+def test_the_last_weights_are_validated_once():
+    """A schedule that ends between two validations: its end counts too, and once."""
+    trainer, steps = line(Schedule(5, 0.05, 0.0, 0.0)), []
+    assert trainer.run(fit, validate=lambda weights: {"score": 1.0 / len(steps or [1])}, every=2) == "done"
+    steps += [h["step"] for h in trainer.progress.history]
+    assert trainer.run(fit, validate=lambda weights: {"score": 0.0}, every=2) == "done"
+    assert steps == [h["step"] for h in trainer.progress.history] == [2, 4, 5]
+
+
+def test_a_checkpoint_without_a_best(tmp_path):
+    """One written before the best was kept: its average is the best so far, with its last score."""
+    trainer, scores = line(Schedule(4, 0.05, 0.0, 0.0)), iter([0.1, 0.3])
+    trainer.run(fit, validate=lambda weights: {"score": next(scores)}, every=2, checkpoint=tmp_path / "c.pt")
+    old = torch.load(tmp_path / "c.pt", weights_only=True)
+    assert not torch.equal(old.pop("best")["weight"], old["ema"]["weight"])
+    torch.save(old, tmp_path / "c.pt")
+    again = line()
+    again.resume(tmp_path / "c.pt")
+    assert again.progress.best == 0.3
+    assert all(torch.equal(v, old["ema"][k]) for k, v in again.best_averaged().items())
+
+
 def test_pause_and_resume_is_the_undisturbed_run(tmp_path):
     straight = line()
     straight.run(fit, checkpoint=tmp_path / "straight.pt")
@@ -261,7 +303,7 @@ def test_training_learns_and_ships(tmp_path):
     assert {k: card["validation"][k] for k in again} == pytest.approx(again)
     checkpoint = torch.load(out / "checkpoint.pt", weights_only=True)
     for key, value in model.state_dict().items():
-        assert torch.equal(value, checkpoint["ema"][key].half().float())
+        assert torch.equal(value, checkpoint["best"][key].half().float())
 
 
 def test_half_and_half_is_the_whole(tmp_path):
@@ -272,14 +314,58 @@ def test_half_and_half_is_the_whole(tmp_path):
     for step in range(1, 5):
         outcome, progress = train_teacher(spec, tmp_path / "b", device="cpu", pause_after_s=1e-9)
         assert (outcome, progress.step) == ("paused", step)
-        assert json.loads((tmp_path / "b" / "model_card.json").read_text())["outcome"] == "paused"
+        assert {p.name for p in (tmp_path / "b").iterdir()} == {"checkpoint.pt", "spec.json"}
     assert train_teacher(spec, tmp_path / "b", device="cpu")[0] == "done"
     a, b = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in "ab")
-    for part in ("model", "ema"):
+    for part in ("model", "ema", "best"):
         assert a[part].keys() == b[part].keys() and all(torch.equal(a[part][k], b[part][k]) for k in a[part])
     assert [h["score"] for h in a["progress"]["history"]] == [h["score"] for h in b["progress"]["history"]]
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in "ab"]
     assert files[0] == files[1]
+
+
+def test_a_paused_training_leaves_the_shipped_model(tmp_path):
+    """Paused in the folder of a finished model: weights, configuration and card stay; the end replaces all three."""
+    train_teacher(spec_with(steps=2), tmp_path, device="cpu")
+    names = ("config.json", "model.safetensors", "model_card.json")
+    before = {name: (tmp_path / name).read_bytes() for name in names}
+    outcome, _ = train_teacher(spec_with(steps=3), tmp_path, device="cpu", pause_after_s=1e-9, fresh=True)
+    assert outcome == "paused"
+    assert {name: (tmp_path / name).read_bytes() for name in names} == before
+    assert train_teacher(spec_with(steps=3), tmp_path, device="cpu")[0] == "done"
+    assert (tmp_path / "model.safetensors").read_bytes() != before["model.safetensors"]
+
+
+def test_a_death_while_shipping_leaves_no_card_of_other_weights(tmp_path, monkeypatch):
+    """Killed in validation: nothing changed. Killed after any file: no card, or the card of the weights beside it."""
+    old, new = (teacher.build_model("dust3r", TINY, generator=torch.Generator().manual_seed(n)) for n in (1, 2))
+    teacher.ship(old, tmp_path, lambda model: {"which": "old"})
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    assert before.keys() == {"config.json", "model.safetensors", "model_card.json"}
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        teacher.ship(new, tmp_path, die)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    sync = teacher.fsync_folder
+    for deadly in range(4):
+        calls = []
+
+        def count(folder, calls=calls, deadly=deadly):
+            sync(folder)
+            calls.append(folder)
+            if len(calls) > deadly:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(teacher, "fsync_folder", count)
+        with pytest.raises(KeyboardInterrupt):
+            teacher.ship(new, tmp_path, lambda model: {"which": "new"})
+        card = tmp_path / "model_card.json"
+        assert card.exists() == (deadly == 3)
+        load_model(tmp_path)
+    assert json.loads(card.read_text()) == {"which": "new", "sha256": sha256_file(tmp_path / "model.safetensors")}
 
 
 def test_another_spec_or_budget_is_refused(tmp_path):

@@ -22,6 +22,8 @@ from pqk.measure.quality import (
     score_pair,
     summarise,
 )
+from pqk.models.configs import NAMED, lowest_confidence
+from pqk.run.evaluate import _against
 
 KEYS = {"chamfer", "chamfer_accuracy", "chamfer_completeness", "absrel", "rmse", "delta1", "reproj_px"}
 ZERO_AT_BEST = KEYS - {"delta1"}
@@ -269,3 +271,18 @@ def test_quality_drop_has_no_unit(value, teacher, unit):
     assert drop >= -100
     assert (drop > 0) == (value > teacher)
     assert quality_drop_pct(unit * value, unit * teacher) == pytest.approx(drop, rel=1e-6, abs=1e-6)
+
+
+def test_confidences_of_a_sigmoid_count():
+    """Below 1 is what a sigmoid gives: its own bound is 0, that of the official activation stays 1."""
+    official = {**NAMED["dust3r-tiny"], "conf_mode": ["exp", 1, "inf"]}
+    low = lowest_confidence({**official, "conf_mode": ["sigmoid", 0, 1]})
+    assert (lowest_confidence(official), low) == (1.0, 0.0)
+    points = np.random.default_rng(0).uniform(1, 2, (2, 8, 8, 3)).astype(np.float32)
+    conf = np.full((8, 8), 0.5, np.float32)
+    reference = {"pts3d_1": points[0], "pts3d_2": points[1], "conf_1": conf, "conf_2": conf}
+    assert score_against_reference(reference, reference, min_conf=low)["absrel"] == pytest.approx(0, abs=1e-6)
+    with pytest.raises(PqkError):
+        score_against_reference(reference, reference, min_conf=lowest_confidence(official))
+    request = {"quality": {"scale_alignment": "median", "chamfer_points": 16}, "seed": 0, "min_conf": low}
+    assert _against(reference, reference, request)["delta1"] == 1

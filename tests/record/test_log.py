@@ -168,3 +168,13 @@ def test_versions(tmp_path, monkeypatch, make_record):
     path.write_text(json.dumps({**old, "schema_version": "latest"}))
     with pytest.raises(PqkError, match=r'schema_version must be "1\.1\.0", got "latest"'):
         read_records(path)
+
+
+def test_how_to_quantize_is_no_part_of_a_float_row(make_record):
+    """Another quant setting is another candidate, but the same Teacher."""
+    sha = {"a": "a" * 64, "b": "b" * 64}
+    teachers = [record_filename(make_record(role="teacher", hashes={"quant": sha[k]})) for k in "ab"]
+    candidates = [record_filename(make_record(quantizer="nncf", hashes={"quant": sha[k]})) for k in "ab"]
+    assert teachers[0] == teachers[1] and candidates[0] != candidates[1]
+    evals = [record_filename(make_record(role="teacher", hashes={"eval": sha[k]})) for k in "ab"]
+    assert evals[0] != evals[1]

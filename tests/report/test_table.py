@@ -25,6 +25,7 @@ from pqk.report.table import (
     print_table,
     safe_text,
     shares_text,
+    told_apart,
     write_csv,
 )
 
@@ -194,6 +195,43 @@ def test_best_is_bold(make_record):
     print_table(bench(make_record), console)
     text = console.export_text(styles=True)
     assert "\x1b[1m 500.00\x1b[0m" in text and "\x1b[1m1000.00" not in text and "\x1b[1m1.00\x1b" not in text
+
+
+def of_two(make_record, **second):
+    """Two pairs of rows that differ in `second` only."""
+    sha = {"scenes": "1" * 64, "eval": "2" * 64, "model": "3" * 64}
+    first = {"model": "small", "scenes": ["a", "b"], "hashes": sha}
+    second = {**first, **second, "hashes": {**sha, **second.get("hashes", {})}}
+    return [
+        make_record(**kind, seed=i, absrel=value)
+        for i, (kind, value) in enumerate(zip((first, first, second, second), (0.1, 0.2, 0.3, 0.4), strict=True))
+    ]
+
+
+def test_models_and_scenes_are_shown_where_they_differ(make_record):
+    same = "\n".join(lines_of(of_two(make_record), 120))
+    assert "small" not in same and "a +1" not in same
+    models = "\n".join(lines_of(of_two(make_record, model="large", hashes={"model": "4" * 64}), 120))
+    assert models.count("small") == models.count("large") == 2 and "a +1" not in models
+    scenes = "\n".join(lines_of(of_two(make_record, scenes=["c"], hashes={"scenes": "4" * 64}), 120))
+    assert "small" not in scenes and scenes.count("a +1") == 2
+    renewed = of_two(make_record, hashes={"model": "4" * 64})
+    assert told_apart(renewed, "model") == ["small 333333"] * 2 + ["small 444444"] * 2
+    assert told_apart(renewed, "scenes") is None
+
+
+@pytest.mark.parametrize(
+    "second, best",
+    [
+        ({}, {0}),
+        ({"model": "large", "hashes": {"model": "4" * 64}}, {0}),  # on the same scenes two models may be compared
+        ({"scenes": ["c"], "hashes": {"scenes": "4" * 64}}, {0, 2}),
+        ({"hashes": {"eval": "4" * 64}}, {0, 2}),
+        ({"quality_reference": "teacher"}, {0, 2}),
+    ],
+)
+def test_best_is_among_what_is_comparable(make_record, second, best):
+    assert best_rows(of_two(make_record, **second))["absrel"] == best
 
 
 def test_text_of_records_is_neither_markup_nor_escape_codes(make_record):

@@ -1,0 +1,33 @@
+"""What a worker process does with its request."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from backends.base import Graph, Precision, TensorInfo
+from pqk.run import variants, worker
+
+
+def test_peak_memory_is_that_of_a_fresh_compilation(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    """No compiled model from a cache, whatever the variant says; its other options stay."""
+    seen: list[dict[str, Any]] = []
+
+    class Engines:
+        def __init__(self, variant: variants.Variant) -> None:
+            seen.append(dict(variant.options))
+
+        def __enter__(self) -> Any:
+            return SimpleNamespace(timed_pair=lambda first, second: None)
+
+        def __exit__(self, *_: object) -> None: ...
+
+    monkeypatch.setattr(variants, "Runner", Engines)
+    image = TensorInfo("image", (1, 3, 32, 32), "float32")
+    graph = Graph(tmp_path / "a.onnx", (image,), (), "0" * 64)
+    options = {"cache_dir": str(tmp_path), "rest": "f32"}
+    asked = variants.Variant("int8", "openvino", Precision.INT8, graph, graph, options)
+    assert worker.memory({"variant": asked.to_json()})["peak_bytes"] > 0
+    assert seen == [{"rest": "f32"}]

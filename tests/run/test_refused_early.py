@@ -1,0 +1,79 @@
+"""Mistakes that are refused before anything long runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from backends.base import Precision
+from pqk.data.generate import ScenePlan, make_scenes
+from pqk.errors import PqkError
+from pqk.record.schema import empty_record
+from pqk.run import stages
+from pqk.run.command import run_card
+from pqk.run.prepare import Request
+from pqk.run.runner import check_float_rest, refuse_partial_truth
+
+
+@pytest.fixture
+def no_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first of the long stages must not be reached."""
+
+    def reached(*_: Any) -> None:
+        raise AssertionError("the graphs were exported")
+
+    monkeypatch.setattr(stages, "export_graphs", reached)
+
+
+def test_a_scene_with_depth_for_some_views(tmp_path: Path) -> None:
+    """Depth for all or for none is fine; for some, the first view without is named."""
+    folder = make_scenes(tmp_path, [ScenePlan("test", 0, 0, 3, 64)], jobs=1)[0]
+    refuse_partial_truth(folder)
+    depths = sorted((folder / "ground_truth_depth").rglob("*.jpg"))
+    assert len(depths) == 3
+    depths[1].unlink()
+    with pytest.raises(PqkError, match=rf"view '{depths[1].name}' has no depth \(1 of the 3 views") as refused:
+        refuse_partial_truth(folder)
+    assert folder.name in str(refused.value) and "\n" not in str(refused.value)
+    depths[0].unlink()
+    depths[2].unlink()
+    refuse_partial_truth(folder)
+
+
+def test_a_float_rest_that_the_backend_lacks() -> None:
+    for asked in ("auto", "f32", "bf16"):
+        check_float_rest(asked, "openvino", [Precision.F32, Precision.BF16])
+    with pytest.raises(PqkError, match=r"quant\.float_rest is bf16; backend openvino has here auto, f32$"):
+        check_float_rest("bf16", "openvino", [Precision.F32])
+
+
+def test_a_float_rest_is_refused_before_the_stages(
+    project: Path, tiny_model: Path, no_stage: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("openvino")
+    monkeypatch.chdir(project)
+    request = Request("B1", "openvino", model=str(tiny_model), settings={"quant.float_rest": "f16"})
+    with pytest.raises(PqkError, match=r"quant\.float_rest is f16; backend openvino has here auto, f32"):
+        run_card(request, False)
+
+
+@pytest.mark.parametrize("recipe", [True, False])
+def test_a_log_of_another_record_is_refused_before_the_stages(
+    recipe: bool, project: Path, tiny_model: Path, no_stage: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file stays as it is; a new file would have let the run go on to its first stage."""
+    pytest.importorskip("openvino")
+    monkeypatch.chdir(project)
+    log = project / "mine.json"
+    least = {"exp_id": "B9", "role": "candidate", "status": "ok", "datetime": "2025-10-08T12:00:00Z"}
+    log.write_text(json.dumps({**empty_record(), **least}))
+    before = log.read_bytes()
+    request = Request("B1", "openvino", model=str(tiny_model), recipe=recipe)
+    with pytest.raises(PqkError, match=r"mine\.json already holds another record \(exp_id B9"):
+        run_card(request, False, log)
+    assert log.read_bytes() == before
+    with pytest.raises(AssertionError, match="exported"):
+        run_card(request, False, project / "new.json")
