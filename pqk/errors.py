@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import sys
 import traceback
 from collections.abc import Callable, Iterable
@@ -35,13 +36,17 @@ class NotBuilt(PqkError):
 def told(work: Callable[[], int]) -> int:
     """Run `work` and return its exit code; a user's error becomes one sentence on stderr and its own exit code.
 
-    A user's error is any exception with an `exit_code`, so that `backends` needs no import from here. Any other is a
-    defect: its traceback is printed and the code is 70.
+    A user's error is any exception with an `exit_code`, so that `backends` needs no import from here; and the system's
+    word that a name is too long, which any look at a given path may raise. Any other is a defect: its traceback is
+    printed and the code is 70.
     """
     try:
         return work()
     except Exception as error:
         code = getattr(error, "exit_code", None)
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            print(f"pqk: {error.filename}: the name is too long", file=sys.stderr)
+            return EXIT_USAGE
         if not isinstance(code, int):
             traceback.print_exc()
             return EXIT_CRASH

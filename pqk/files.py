@@ -23,6 +23,7 @@ _SENTENCES = {
     errno.ENOTDIR: "a parent of it is a file, not a folder",
     errno.EISDIR: "it is a folder",
     errno.EEXIST: "something else is there under this name",
+    errno.ENAMETOOLONG: "the name is too long",
     errno.EFBIG: "the file is larger than this system allows",
 }
 

@@ -11,6 +11,7 @@ from pqk.data.scene import View
 from pqk.errors import PqkError
 
 PATCH = 16  # both sides of a network input are multiples of the patch size
+LONGEST = 20  # long side over short side; a strip would be enlarged to gigabytes before its centre is cropped
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,12 +58,18 @@ def fit_to_shape(view: View, height: int, width: int, scene: str = "") -> Frame:
     The image is resampled as in `official_preprocess` (an image smaller than the shape is enlarged, bicubic), depth
     and mask by nearest neighbour. K follows exactly: with pixel corners at whole numbers a resize is a pure scaling,
     fx' = sx fx, cx' = sx cx with sx = new width / old width, and a crop a pure shift, cx' = cx - left.
-    Raises PqkError when height or width is not a multiple of 16, and for what the view's files raise.
+    Raises PqkError when height or width is not a multiple of 16, when the image is more than 20 times as long as it is
+    wide (or the other way round), and for what the view's files raise.
     """
     if height < PATCH or width < PATCH or height % PATCH or width % PATCH:
         raise PqkError(f"workload shape {height}x{width}: height and width must be positive multiples of {PATCH}")
     image = view.load_image()
     old_height, old_width = image.shape[:2]
+    if max(old_height, old_width) > LONGEST * min(old_height, old_width):
+        raise PqkError(
+            f"{view.image_path}: the image has {old_width}x{old_height} pixels; "
+            f"its long side may be at most {LONGEST} times the short one"
+        )
     scale = max(height / old_height, width / old_width)
     new_width, new_height = max(width, round(old_width * scale)), max(height, round(old_height * scale))
     left, top = (new_width - width) // 2, (new_height - height) // 2

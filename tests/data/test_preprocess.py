@@ -74,6 +74,17 @@ def test_shape_must_be_multiple_of_16(tmp_path, shape):
         fit_to_shape(view_with(tmp_path, noise(64, 64)), *shape)
 
 
+@pytest.mark.parametrize("shape", [(1, 4000), (4000, 1), (10, 201), (201, 10)])
+def test_a_strip_is_refused(tmp_path, shape):
+    with pytest.raises(PqkError, match=rf"a\.png: the image has {shape[1]}x{shape[0]} pixels; .* at most 20 times"):
+        fit_to_shape(view_with(tmp_path, noise(*shape)), 512, 512)
+
+
+@pytest.mark.parametrize("shape", [(10, 200), (200, 10)])
+def test_a_long_picture_is_taken(tmp_path, shape):
+    assert fit_to_shape(view_with(tmp_path, noise(*shape)), 32, 32).image.shape == (3, 32, 32)
+
+
 def test_pure_crop_is_exact(tmp_path):
     image = noise(64, 103)
     depth = np.random.default_rng(1).uniform(1, 9, (64, 103)).astype(np.float32)

@@ -17,6 +17,7 @@ from run_toys import Outcome, environment, pqk
 from backends import registry
 from pqk.cli import main
 from pqk.errors import PqkError
+from pqk.files import write_text
 from pqk.run import stages
 from pqk.run.command import settings_of
 from pqk.run.inputs import CalibrationImages
@@ -329,6 +330,17 @@ def test_keep_pattern_without_a_match(copy_of: Copy, refused: Refused, tiny_mode
 
 
 # ---------------------------------------------------------------- folders and disks
+
+
+def test_names_that_are_too_long(project: Path, refused: Refused, tmp_path: Path, tiny_model: Path) -> None:
+    """Of a card, scenes, a model, and a file to be written."""
+    long = "n" * 300
+    assert refused(project, card=f"{long}.md").endswith(f"{long}.md: the name is too long")
+    assert refused(project, card=f"{'d/' * 2500}B1.md").endswith("B1.md: the name is too long")
+    assert refused(project, "--model", long).endswith("n: the name is too long")
+    assert refused(project, "--model", tiny_model, "--images", long).endswith("n: the name is too long")
+    with pytest.raises(PqkError, match=r"^cannot write .*n: the name is too long$"):
+        write_text(tmp_path / long, "text")
 
 
 def mount(folder: Path, *arguments: str) -> None:
