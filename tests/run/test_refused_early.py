@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from run_toys import Outcome
 
 from backends.base import Precision
 from pqk.data.generate import ScenePlan, make_scenes
@@ -77,3 +79,17 @@ def test_a_log_of_another_record_is_refused_before_the_stages(
     assert log.read_bytes() == before
     with pytest.raises(AssertionError, match="exported"):
         run_card(request, False, project / "new.json")
+
+
+def test_a_log_of_the_same_measurement_is_replaced(
+    finished: tuple[Path, Outcome], copy_of: Callable[[], Path], tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is expected before the run is what the run then writes."""
+    root = copy_of()
+    monkeypatch.chdir(root)
+    log = root / "again.json"
+    log.write_text(json.dumps(finished[1].record))
+    assert run_card(Request("B1", "openvino", model=str(tiny_model)), False, log) == finished[1].code
+    written = json.loads(log.read_text())
+    assert written["hashes"] == finished[1].record["hashes"]
+    assert written["datetime"] > finished[1].record["datetime"]
