@@ -116,8 +116,10 @@ def parity(
             say(f"{request.card} on {backend} with {quantizer}")
             try:
                 outcome = run(replace(request, backend=backend, quantizer=quantizer), root, on_event, say)
-            except (BackendError, PqkError) as error:
-                missing.append(Row("recipe", f"{backend}/{quantizer}", note=f"failed: {error}"))
+            except (BackendError, PqkError, worker.WorkerCrashed) as error:
+                missing.append(
+                    Row("recipe", f"{backend}/{quantizer}", note=f"failed: {str(error).strip().splitlines()[-1]}")
+                )
                 continue
             outcomes[backend, quantizer] = outcome
     if not outcomes:
