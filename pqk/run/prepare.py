@@ -107,9 +107,8 @@ def load_teacher(asked: str | None, root: Path) -> tuple[str, str, str, Any]:
     if asked.startswith("random:"):
         return asked, asked, sha256_json({"random": asked, "code": stages.code_of(*_RANDOM_CODE)}), model
     path = Path(asked)
-    files = sorted(p for p in path.glob("*") if p.suffix in (".json", ".safetensors")) if path.is_dir() else [path]
-    kept = [p for p in files if p.name != "model_card.json"]
-    return str(path.resolve()), path.resolve().name, sha256_json({p.name: sha256_file(p) for p in kept}), model
+    files = [path / "config.json", *sorted(path.glob("*.safetensors"))] if path.is_dir() else [path]
+    return str(path.resolve()), path.resolve().name, sha256_json({p.name: sha256_file(p) for p in files}), model
 
 
 def context(request: Request, backend: Backend, root: Path, on_event: OnEvent) -> Context:

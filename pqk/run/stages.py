@@ -140,7 +140,7 @@ def synthetic_scenes(
     inputs = {
         name: getattr(plan, name) for name in ("split", "seed", "views", "size", "k", "min_covisibility", "depth")
     }
-    versions = {name: ctx.machine["versions"].get(name) for name in ("torch", "numpy", "pillow")}
+    versions = {name: ctx.machine.get("versions", {}).get(name) for name in ("torch", "numpy", "pillow")}
     made = ctx.make(stage, _SCENE_CODE, {**inputs, "count": count, "versions": versions}, make)
     return Scenes(tuple(made.path / p.name for p in plans), sha256_json(made.manifest["files"]), made.path)
 
