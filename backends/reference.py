@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import torch
 
 OPTIONS: dict[str, Any] = {"threads": None, "optimize": True, "fuse_qdq": True}
-_MEND = 'pip install "pqk[core]"'
+_MEND = 'pip install -e "."'
 
 
 class TorchEngine(Engine):

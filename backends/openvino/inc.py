@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     import openvino as ov
     import torch
 
-MEND = 'pip install "pqk[openvino,inc]"'
+MEND = 'pip install -e ".[openvino,inc]"'
 _LARGEST = {False: 127, True: 63}  # by whether weights keep to half their range
 
 # Operations that a keep-list can name: ATen name -> its name once OpenVINO's reader has decomposed the program, and the

@@ -10,7 +10,7 @@ from typing import Any
 
 from backends.base import Availability, BackendError, Engine, Graph, Kernel, Precision, Quantizer, Unavailable
 
-MEND = 'pip install "pqk[trt]", or use --backend openvino'
+MEND = 'pip install -e ".[trt]", or use --backend openvino'
 AHEAD_OF_TIME = "builds engines ahead of time; no CUDA device: quality is emulated by ONNX Runtime, nothing is timed"
 NO_PROVIDER = "neither torch with CUDA nor pycuda: quality is emulated by ONNX Runtime, nothing is timed"
 _NEEDED = {

@@ -214,7 +214,7 @@ def run(
                 "bits_a": ptq_used.bits_a,
                 "keep_list": list(ptq_used.keep_list),
                 "images_calibration": quantized.images,
-                "notes": quantized.notes,
+                "notes": quantized.notes + (_planned(scored[variant.name]["executed"]) if emulated else ""),
                 "wall_s": round(time.monotonic() - began, 1),
             }
             record["hashes"]["calibration"] = calibration.sha256
@@ -224,7 +224,7 @@ def run(
                     record["speedup_vs_fp32"],
                     record["speedup_vs_best_float"],
                     record["size_ratio"],
-                    record["executed_precision"].get("int8", 0.0),
+                    None if emulated else record["executed_precision"].get("int8", 0.0),
                 ),
                 evaluation.thresholds,
             )
@@ -282,7 +282,8 @@ def _fill_quality(
     mine, summary = scored[variant.name], scored[variant.name]["summary"]
     for metric in ("chamfer", "chamfer_accuracy", "chamfer_completeness", "absrel", "rmse", "delta1", "reproj_px"):
         record[metric] = summary.get(metric)
-    record["executed_precision"] = mine["executed"]
+    # What an emulation reports is the graph's plan, and no kernel that ran.
+    record["executed_precision"] = mine["executed"] if mine["measured"] == "engine" else None
     record["flops_G"] = mine["flops"] / 1e9
     metric = record["main_metric"]
     record["quality_drop_pct"] = _drop_pct(metric, record[metric], scored[teacher.name]["summary"][metric], truthful)
@@ -297,6 +298,12 @@ def _drop_pct(metric: str, value: float | None, teacher: float | None, truthful:
     # the Teacher is its own truth: its error is 0, so the drop is the error against it
     error = 1 - value if metric in _HIGHER_IS_BETTER else value
     return 100 * error if metric in ("absrel", "delta1") else None
+
+
+def _planned(shares: Mapping[str, float]) -> str:
+    return (
+        f"; planned, not seen: {', '.join(f'{100 * share:.1f} % of FLOPs in {name}' for name, share in shares.items())}"
+    )
 
 
 def _fill_timing(record: dict[str, Any], timed: Mapping[str, Any], variant: Variant, floats: list[Variant]) -> None:

@@ -15,7 +15,7 @@ class Measured:
     speedup_vs_fp32: float | None
     speedup_vs_best_float: float | None
     size_ratio: float
-    int8_share: float
+    int8_share: float | None
 
 
 def judge_quantized(measured: Measured, limits: Thresholds) -> tuple[str | None, list[str]]:
@@ -55,7 +55,9 @@ def judge_quantized(measured: Measured, limits: Thresholds) -> tuple[str | None,
     )
     share = measured.int8_share
     checks.append(
-        (
+        (None, "no kernel ran, so none was seen to be int8")
+        if share is None
+        else (
             share >= limits.int8_flops_share_min,
             f"{100 * share:.1f} % of matmul and convolution FLOPs ran in int8 kernels "
             f"(at least {100 * limits.int8_flops_share_min:g} %)",

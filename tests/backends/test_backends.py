@@ -168,7 +168,7 @@ def test_without_tensorrt_the_message_says_what_to_install():
     )
     lines = done.stdout.splitlines()
     assert lines[0].startswith("False | packages are missing: tensorrt-rtx")
-    assert '| pip install "pqk[trt]"' in lines[0]
+    assert '| pip install -e ".[trt]"' in lines[0]
     assert lines[1].startswith("3 backend 'trt' cannot run")
 
 

@@ -325,7 +325,7 @@ def test_listed_but_unavailable_without_the_package(source, tmp_path, monkeypatc
     listed = registry.get("openvino").quantizers()
     assert list(listed) == ["nncf", "inc"]
     spec = dataclasses.replace(SPEC, output_dir=tmp_path)
-    with pytest.raises(Unavailable, match=r'pip install "pqk\[openvino,inc\]"'):
+    with pytest.raises(Unavailable, match=r'pip install -e "\.\[openvino,inc\]"'):
         listed["inc"].quantize(source, spec, Calibration(ITEMS))
     assert list(tmp_path.iterdir()) == []
 
