@@ -23,8 +23,9 @@ from pqk.cores import allowed_cores
 from pqk.data.camera import Camera
 from pqk.data.colmap import ModelImage, write_text_model
 from pqk.data.covisibility import covisibility
+from pqk.data.intersect import SceneBatch
 from pqk.data.pairs import pair_graph
-from pqk.data.raytrace import SceneBatch, trace
+from pqk.data.raytrace import trace
 from pqk.data.seeds import INDICES, LIMIT, SPLITS, split_seed
 from pqk.data.synthetic import render, sample_scenes, texture_bank
 from pqk.errors import PqkError, nearest

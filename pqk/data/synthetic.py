@@ -12,7 +12,8 @@ import math
 import numpy as np
 import torch
 
-from pqk.data.raytrace import BOX, CYLINDER, ELLIPSOID, SceneBatch, trace
+from pqk.data.intersect import BOX, CYLINDER, ELLIPSOID, SceneBatch
+from pqk.data.raytrace import trace
 
 NEAREST = 0.7  # metres between a camera and the nearest object
 MARGIN = 0.45  # metres between a camera and the nearest wall

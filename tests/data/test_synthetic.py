@@ -12,8 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pqk.data.raytrace import BOX, CYLINDER, ELLIPSOID, SceneBatch, pixel_rays, trace
+from pqk.data.intersect import BOX, CYLINDER, ELLIPSOID, SceneBatch, nearest_hit
+from pqk.data.raytrace import pixel_rays, trace
 from pqk.data.seeds import INDICES, LIMIT, SPLITS, split_seed
+from pqk.data.shade import normal_and_uv
 from pqk.data.stream import covisible_share, invert_rigid, training_pairs
 from pqk.data.synthetic import MARGIN, NEAREST, expose, render, sample_scenes, texture_bank
 
@@ -188,16 +190,15 @@ def test_colour_is_lambert_on_the_floor(bank):
 @pytest.mark.parametrize("kind", [BOX, ELLIPSOID, CYLINDER])
 def test_normals_agree_with_the_depth(kind):
     """The normal from neighbouring depths and the shading normal are the same where the surface is smooth."""
-    from pqk.data.raytrace import _nearest, _normal_and_uv
-
     scene = room_with(kind, (0.8, 0.7, 0.8), (0.0, -0.9, 2.6), 0.5)
     pose, size, focal = camera(tilt=0.2), 96, 160.0
     origin, rays = world_rays(pose, focal, size)
     index = torch.zeros(1, dtype=torch.long)
     start, direction = torch.from_numpy(origin)[None].float(), torch.from_numpy(rays)[None].float()
-    t, surface = _nearest(scene, index, start, direction)
+    t, surface = nearest_hit(scene, index, start, direction.unbind(-1))
     points = start[:, None] + t[..., None] * direction
-    normals = _normal_and_uv(scene, index, points, surface)[0].reshape(size, size, 3).numpy()
+    normals = torch.stack(normal_and_uv(scene, index, points.unbind(-1), surface)[0], -1)
+    normals = normals.reshape(size, size, 3).numpy()
     assert np.abs(np.linalg.norm(normals, axis=-1) - 1).max() < 1e-5
     xyz = points.reshape(size, size, 3).double().numpy()
     across, down = xyz[1:-1, 2:] - xyz[1:-1, :-2], xyz[2:, 1:-1] - xyz[:-2, 1:-1]
