@@ -36,7 +36,7 @@ JPEG_QUALITY = 95
 ATTEMPTS = 24
 LOW = 128  # side in pixels of the depth maps on which overlap is checked
 CLOSEST = 0.5  # metres; nearer surfaces ruin relative depth errors
-BAND = 64
+BAND = 128
 
 
 @dataclass(frozen=True)
