@@ -16,7 +16,6 @@ from pqk.record.log import read_records
 from pqk.record.schema import Column, columns, load_schema
 
 if TYPE_CHECKING:
-    import pandas as pd
     from rich.console import Console
     from rich.table import Table
 
@@ -26,25 +25,6 @@ DASH = "–"
 _EXP_WIDTH = 12
 _PRECISIONS = ("f32", "tf32", "bf16", "f16", "int8", "int4")
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
-
-
-def load_table(folder: Path | str) -> pd.DataFrame:
-    """The valid records of a folder (or of one file) as a table: columns and row order as in every report.
-
-    Whole numbers are Int64, other numbers float64, true/false is boolean, text, lists and objects stay as they are;
-    null is pandas' missing value, and None in the columns of text, lists and objects.
-    Raises PqkError for an invalid log.
-    """
-    import pandas as pd
-
-    records = ordered(item.record for item in read_records(folder))
-    kinds = {"integer": "Int64", "number": "float64", "boolean": "boolean"}
-    return pd.DataFrame(
-        {
-            column.name: pd.Series([record[column.name] for record in records], dtype=kinds.get(column.kind, "object"))
-            for column in columns()
-        }
-    )
 
 
 def build_reports(

@@ -31,7 +31,6 @@ from pqk.files import clear_write_errors, fsync_folder, sha256_file, sha256_json
 
 MANIFEST = "manifest.json"
 _STAGE = re.compile(r"[a-z][a-z0-9_-]{0,47}")
-_KEY = re.compile(r"[0-9a-f]{16}")
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of <fcntl.h> and <linux/fs.h>
 _TEMPORARY = re.compile(r"\.([0-9a-f]{16})\..*\.tmp")
 
@@ -52,17 +51,6 @@ class Artifact:
     stage: str
     reused: bool
     manifest: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One line of a listing. `key` has 16 digits; `created` is None when the manifest is unreadable."""
-
-    path: Path
-    stage: str
-    key: str
-    bytes: int
-    created: str | None
 
 
 class Store:
@@ -115,35 +103,6 @@ class Store:
             tell("done", stage, key, float(manifest["seconds"]))
             return Artifact(target, key, stage, False, manifest)
 
-    def entries(self) -> list[Entry]:
-        """Every artifact that is there, by stage and key; unfinished ones are not listed."""
-        found = []
-        for stage in sorted(p for p in _folders(self.root) if _STAGE.fullmatch(p.name)):
-            for path in sorted(p for p in _folders(stage) if _KEY.fullmatch(p.name)):
-                size = sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
-                manifest = _read_manifest(path)
-                created = manifest.get("created") if manifest else None
-                found.append(Entry(path, stage.name, path.name, size, created))
-        return found
-
-    def remove(self, stage: str | None = None) -> list[Entry]:
-        """Delete all artifacts (of one stage), with what killed processes left. Returns what was deleted.
-
-        An artifact that a process is making or checking right now is left alone.
-        """
-        removed = []
-        for entry in self.entries():
-            if stage is not None and entry.stage != stage:
-                continue
-            with self._try_lock(entry.stage, entry.key) as free:
-                if free and entry.path.exists():
-                    self._discard(entry.path)
-                    removed.append(entry)
-        for folder in _folders(self.root):
-            if _STAGE.fullmatch(folder.name) and stage in (None, folder.name):
-                self._sweep(folder.name)
-        return removed
-
     def _make(self, target: Path, stage: str, key: str, inputs: Any, make: Callable[[Path], None]) -> dict[str, Any]:
         with clear_write_errors(target):
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -189,11 +148,6 @@ class Store:
     @staticmethod
     def _temporary(target: Path) -> Path:
         return target.parent / f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
-
-    def _discard(self, target: Path) -> None:
-        """Delete an artifact; renamed first, so that a half-deleted one never stands under its name."""
-        with clear_write_errors(target):
-            _delete(target.rename(self._temporary(target)))
 
     def _sweep(self, stage: str, held: str | None = None) -> None:
         """Remove the temporary folders of a stage whose maker is gone: their lock is free, or `held` by the caller."""
