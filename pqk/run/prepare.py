@@ -13,7 +13,7 @@ from typing import Any
 from backends import registry
 from backends.base import Backend, Unavailable
 from pqk import __version__, paths
-from pqk.cores import allowed_cores
+from pqk.cores import allowed_cores, cpu_name
 from pqk.errors import PqkError, nearest
 from pqk.files import sha256_file, sha256_json
 from pqk.models.checkpoint import load_model
@@ -124,7 +124,7 @@ def context(request: Request, backend: Backend, root: Path, on_event: OnEvent) -
 
 
 def _device(details: Mapping[str, str]) -> str:
-    return str(details.get("cpu") or platform.processor() or platform.machine())
+    return str(details.get("cpu") or cpu_name())
 
 
 def _versions() -> dict[str, str]:

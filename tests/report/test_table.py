@@ -2,6 +2,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -269,6 +270,28 @@ def test_reports_of_two_experiments_merge_and_repeat(tmp_path, make_record):
         path.rename(logs / f"{99 - len(path.name)}{path.name}")
     build_reports(logs, reports)
     assert first == {name: (reports / name).read_bytes() for name in first}
+
+
+def test_reports_go_where_the_project_says(tmp_path, make_record, capsys):
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    text = (tmp_path / "configs" / "eval.yaml").read_text()
+    places = {"reports/result_table.xlsx": "out/all.xlsx", "reports/summary.csv": "out/s.csv"}
+    places |= {"reports/summary.json": "json/s.json", "reports/plots": "figures"}
+    for old, new in places.items():
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    (tmp_path / "configs" / "eval.yaml").write_text(text)
+    for record in bench(make_record):
+        write_record(tmp_path / "logs", record)
+    assert main([], tmp_path) == 0
+    assert not (tmp_path / "reports").exists()
+    for place in ("out/all.xlsx", "out/s.csv", "json/s.json", "figures/latency.png"):
+        assert (tmp_path / place).is_file(), place
+    assert main(["--reports", str(tmp_path / "mine")], tmp_path) == 0
+    assert (tmp_path / "mine" / "summary.csv").read_bytes() == (tmp_path / "out" / "s.csv").read_bytes()
+    (tmp_path / "configs" / "eval.yaml").write_text("report: {}")
+    assert main([], tmp_path) == 2
+    assert "eval.yaml" in capsys.readouterr().err
 
 
 def test_bad_log_leaves_reports_alone(tmp_path, make_record):
