@@ -158,11 +158,11 @@ def test_two_engines_at_once_do_not_disturb_each_other(side: Side, graph_of: Any
     """Two of one graph, each in its own thread, with inputs of its own."""
     inputs = [small().inputs(seed) for seed in (1, 2)]
     with side.open(graph_of(side), small()) as one, side.open(graph_of(side), small()) as two:
-        want = [run(one, x) for x in inputs]
+        want = [run(one, x).copy() for x in inputs]
         found: list[list[np.ndarray]] = [[], []]
 
         def work(index: int) -> None:
-            found[index] = [run((one, two)[index], inputs[index]) for _ in range(50)]
+            found[index] = [run((one, two)[index], inputs[index]).copy() for _ in range(50)]
 
         threads = [threading.Thread(target=work, args=(index,)) for index in (0, 1)]
         for thread in threads:
