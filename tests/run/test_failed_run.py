@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_toys import Outcome
+from run_toys import Outcome, written
 
 from backends.base import BackendError
 from pqk.errors import PqkError
-from pqk.record.log import read_records
 from pqk.record.schema import columns
 from pqk.report.table import main as aggregate
 from pqk.run import stages
@@ -31,10 +30,6 @@ def failing(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
         raise error
 
     monkeypatch.setattr(stages, "export_graphs", fail)
-
-
-def written(root: Path) -> list[dict[str, Any]]:
-    return [item.record for item in read_records(root / "logs")]
 
 
 def test_a_failure_is_a_row_of_the_table(
