@@ -12,7 +12,7 @@ from typing import Any
 from backends.base import BackendError, Precision
 from pqk import paths
 from pqk.data.scene import open_scene
-from pqk.errors import PqkError
+from pqk.errors import EXIT_UNAVAILABLE, PqkError
 from pqk.files import check_writable, sha256_json
 from pqk.measure.latency import percentile
 from pqk.measure.quality import quality_drop_pct
@@ -78,7 +78,7 @@ def run(
 
     Where the engines are emulated nothing is timed: those columns are null.
     Raises PqkError or BackendError for everything that a user can mend, and WorkerCrashed for a defect. When that comes
-    out of the stages, after all that was asked was looked at, it leaves a record with status 'failed' in logs/.
+    out of the stages, after all that was asked was looked at, it leaves a record of the failure in logs/.
     """
     known: dict[str, Any] = {}
     try:
@@ -263,17 +263,18 @@ def _run(
 
 
 def _write_failure(logs: Path, known: dict[str, Any], error: Exception) -> bool:
-    """Write a record with status 'failed', everything measured null and the reason in its notes.
+    """Write a record with status 'failed' or 'unavailable', everything measured null and the reason in its notes.
 
     A record of the same measurement that ended well is worth more, and stays. Returns whether one was written.
     """
     lines = str(error).strip().splitlines() or [type(error).__name__]
     reason = " ... ".join(dict.fromkeys((lines[0], lines[-1])))  # of a traceback: what it was, and where it ended
     now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    record = empty_record() | known | {"status": "failed", "datetime": now, "notes": f"failed: {reason}"}
+    status = "unavailable" if getattr(error, "exit_code", None) == EXIT_UNAVAILABLE else "failed"
+    record = empty_record() | known | {"status": status, "datetime": now, "notes": f"{status}: {reason}"}
     target = logs / record_filename(record)
     try:
-        if target.exists() and any(old.record["status"] != "failed" for old in read_records(target)):
+        if target.exists() and any(old.record["status"] == "ok" for old in read_records(target)):
             return False
         write_record(target, record)
     except PqkError:  # a full disk, say: the failure itself is what must be told

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from run_toys import Outcome, written
 
-from backends.base import BackendError
+from backends.base import BackendError, Unavailable
 from pqk.errors import PqkError
 from pqk.record.schema import columns
 from pqk.report.table import main as aggregate
@@ -56,6 +56,16 @@ def test_a_failure_is_a_row_of_the_table(
     # parity has no side left to compare, and says why in the words of the failure
     with pytest.raises(PqkError, match=r"openvino/nncf: failed: .*last words"):
         parity(Request("B1", "", model=str(tiny_model)), ["openvino"], ["nncf"], project, lambda *_: None, print)
+
+
+def test_a_missing_package_is_unavailable(project: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(project)
+    failing(monkeypatch, Unavailable("inc is not installed"))
+    with pytest.raises(Unavailable):
+        run_card(Request("B1", "openvino", model=str(tiny_model)), False)
+    assert [(r["status"], r["notes"]) for r in written(project)] == [
+        ("unavailable", "unavailable: inc is not installed")
+    ]
 
 
 def test_what_ended_well_is_not_replaced_but_replaces(
