@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pqk.errors import PqkError
 from pqk.files import clear_write_errors, fsync_folder, sha256_file, sha256_json, write_json
@@ -56,13 +56,12 @@ class Artifact:
 class Store:
     """Artifacts under `root`. Safe for many processes and threads at once on one machine.
 
-    `verify` says how a found artifact is checked before it is reused: 'full' compares the sha256 of every file,
-    'size' only names and sizes. `fresh` makes every artifact anew the first time this store is asked for it.
+    A found artifact is reused when the sha256 of every file is the stated one. `fresh` makes every artifact anew the
+    first time this store is asked for it.
     """
 
-    def __init__(self, root: Path, verify: Literal["full", "size"] = "full", fresh: bool = False) -> None:
+    def __init__(self, root: Path, fresh: bool = False) -> None:
         self.root = Path(root)
-        self.verify = verify
         self.fresh = fresh
         self._made: set[str] = set()
 
@@ -91,7 +90,7 @@ class Store:
         with self._lock(stage, key[:16], waiting=lambda: tell("wait", stage, key, 0.0)):
             self._sweep(stage, key[:16])
             target = self.root / stage / key[:16]
-            manifest = _intact(target, stage, key, self.verify)
+            manifest = _intact(target, stage, key)
             if manifest is not None and not (self.fresh and key not in self._made):
                 tell("reuse", stage, key, float(manifest["seconds"]))
                 return Artifact(target, key, stage, True, manifest)
@@ -290,7 +289,7 @@ def _read_manifest(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def _intact(folder: Path, stage: str, key: str, verify: str) -> dict[str, Any] | None:
+def _intact(folder: Path, stage: str, key: str) -> dict[str, Any] | None:
     """The manifest when the artifact is exactly what it says (no file missing, surplus or changed), else None."""
     manifest = _read_manifest(folder)
     if folder.is_symlink() or manifest is None or manifest.get("stage") != stage or manifest.get("key") != key:
@@ -303,7 +302,7 @@ def _intact(folder: Path, stage: str, key: str, verify: str) -> dict[str, Any] |
             path, stated = folder / name, manifest["files"][name]
             if path.stat().st_size != stated["bytes"]:
                 return None
-            if verify == "full" and sha256_file(path) != stated["sha256"]:
+            if sha256_file(path) != stated["sha256"]:
                 return None
     except (OSError, PqkError):
         return None

@@ -125,15 +125,6 @@ def test_damage_is_rebuilt(tmp_path: Path, harm: Any) -> None:
     assert store.get_or_make("export", {"x": 1}, write_content).reused
 
 
-def test_size_check_trusts_bytes_but_not_sizes(tmp_path: Path) -> None:
-    store = Store(tmp_path, verify="size")
-    path = store.get_or_make("export", {}, write_content).path
-    (path / "a.bin").write_bytes(bytes(len(CONTENT["a.bin"])))
-    assert store.get_or_make("export", {}, write_content).reused
-    (path / "a.bin").write_bytes(b"short")
-    assert not store.get_or_make("export", {}, write_content).reused
-
-
 def test_a_manifest_of_another_key_is_not_believed(tmp_path: Path) -> None:
     store, events = Store(tmp_path), Events()
     one = store.get_or_make("export", {"x": 1}, write_content).path
