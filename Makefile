@@ -5,8 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
-# Pinned and installed first: a bare `pip install torch` takes the newest build, which may bring CUDA packages of
-# several GB that a machine without an NVIDIA GPU has no use for.
+# Pinned and installed first, because the newest torch may bring CUDA packages of several GB.
 TORCH := torch==2.13.0
 
 .DEFAULT_GOAL := help

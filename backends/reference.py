@@ -50,7 +50,7 @@ class TorchEngine(Engine):
         """`inputs` in the order of the module's positional arguments, `outputs` in the order of what it returns."""
         if precision not in (Precision.F32, Precision.BF16):
             raise BackendError(f"torch eager runs in f32 or bf16, not {precision}")
-        self.module = module
+        self.module: torch.nn.Module | None = module
         self.precision = precision
         self.inputs = tuple(inputs)
         self.outputs = tuple(outputs)
@@ -58,6 +58,8 @@ class TorchEngine(Engine):
     def _infer(self, feeds: Feeds) -> Feeds:
         import torch
 
+        if self.module is None:
+            raise BackendError("this engine is closed")
         device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
         tensors = [torch.from_numpy(np.ascontiguousarray(feeds[t.name])).to(device) for t in self.inputs]
         bf16 = self.precision == Precision.BF16
@@ -70,6 +72,9 @@ class TorchEngine(Engine):
 
     def kernels(self) -> list[Kernel]:
         return []
+
+    def close(self) -> None:
+        self.module = None
 
 
 class OnnxRuntimeEngine(Engine):

@@ -130,14 +130,17 @@ def check() -> None:
 @app.command()
 def table(
     logs: Annotated[Path | None, typer.Option(help="folder of records; default logs/")] = None,
-    reports: Annotated[Path | None, typer.Option(help="where tables and plots go; default reports/")] = None,
+    reports: Annotated[
+        Path | None, typer.Option(help="folder for tables and plots; default: the places in configs/eval.yaml")
+    ] = None,
 ) -> None:
     """Merge all records into result_table.xlsx, summary.csv, summary.json and plots, and print them."""
     from pqk import paths
     from pqk.report.table import main as aggregate
 
-    root = paths.project_root()
-    raise typer.Exit(aggregate(["--logs", str(logs or root / "logs"), "--reports", str(reports or root / "reports")]))
+    given = {"--logs": logs, "--reports": reports}
+    arguments = [word for name, path in given.items() if path for word in (name, str(path))]
+    raise typer.Exit(aggregate(arguments, paths.project_root()))
 
 
 @app.command()

@@ -55,10 +55,6 @@ class OpenVINOBackend:
 
         return list(dict.fromkeys([Precision.F32, best_float()]))
 
-    def best_float(self) -> Precision:
-        """The float precision that speedups are measured against."""
-        return self.float_precisions()[-1]
-
     def compile(self, graph: Graph, precision: Precision, options: Mapping[str, Any] | None = None) -> Engine:
         """Compile an ONNX or IR graph; options are those of `engine.OPTIONS`. Raises Unavailable or BackendError."""
         self._require()

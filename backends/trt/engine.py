@@ -133,7 +133,7 @@ class EmulatedEngine(_PlanEngine):
         own: Path,
     ) -> None:
         super().__init__(graph, plan, precision, own)
-        self._built_from = OnnxGraph(built_from.path)
+        self._built_from = built_from
         self._emulation = OnnxRuntimeEngine(built_from, {"threads": options["threads"], "fuse_qdq": False})
 
     def _infer(self, feeds: Feeds) -> Feeds:
@@ -145,7 +145,7 @@ class EmulatedEngine(_PlanEngine):
         A strongly typed network must compute in these precisions, but which nodes become one kernel is decided when
         the plan meets a device. `implementation` says so: 'graph'.
         """
-        graph = self._built_from
+        graph = OnnxGraph(self._built_from.path)
         return [
             Kernel(n.name, n.op_type, "graph", graph.precision(n), 0.0, graph.flops(n), (n.name,)) for n in graph.work()
         ]

@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import os
-import platform
 import re
 import shutil
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from torch import nn
 
 from pqk.compress.losses import confidence_loss
 from pqk.compress.train import Progress, Schedule, Trainer, world
+from pqk.cores import allowed_cores, cpu_name
 from pqk.data.seeds import INDICES, split_seed
 from pqk.data.stream import PairBatch, training_pairs
 from pqk.data.synthetic import texture_bank
@@ -286,7 +286,9 @@ def model_card(
     command: str,
 ) -> dict[str, Any]:
     """What a reader must know of shipped weights: data, seed, budget, device, metrics, command."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    name = f"{cpu_name()}, {allowed_cores()} cores, {torch.backends.cpu.get_cpu_capability()}"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
     return {
         "name": spec.model,
         "data": "pairs of procedural rooms rendered on the fly (pqk.data.synthetic), split 'train'",

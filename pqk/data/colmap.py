@@ -136,24 +136,6 @@ def read_model(folder: Path | str) -> Model:
     return Model(by_id, tuple(images))
 
 
-def read_points(path: Path | str) -> tuple[np.ndarray, np.ndarray]:
-    """points3D.txt -> world points (N,3) float64 and colours (N,3) uint8. Raises PqkError naming file and line."""
-    points: list[list[float]] = []
-    colours: list[list[int]] = []
-    for number, line in _lines(Path(path)):
-        words = line.split()
-        try:
-            if len(words) < 8:
-                raise ValueError("expected POINT3D_ID X Y Z R G B ERROR TRACK[]")
-            points.append([float(word) for word in words[1:4]])
-            colours.append([int(word) for word in words[4:7]])
-            if not np.isfinite(points[-1]).all() or not all(0 <= value <= 255 for value in colours[-1]):
-                raise ValueError("coordinates must be finite and colours 0 to 255")
-        except ValueError as error:
-            raise PqkError(f"{path} line {number}: {error}") from error
-    return np.array(points, dtype=np.float64).reshape(-1, 3), np.array(colours, dtype=np.uint8).reshape(-1, 3)
-
-
 def write_text_model(
     folder: Path | str,
     cameras: Iterable[Camera],

@@ -99,19 +99,6 @@ def unproject(depth: np.ndarray, K: np.ndarray) -> np.ndarray:
     return rays * depth[..., None].astype(np.float64)
 
 
-def world_points(frame: Frame) -> np.ndarray:
-    """(H,W,3) float64 world coordinates of every pixel of a frame, NaN where it has no depth.
-
-    Raises PqkError when the frame lacks K, pose or depth.
-    """
-    if frame.K is None or frame.world_to_cam is None or frame.depth is None:
-        raise PqkError(f"view {frame.name!r} has no ground truth (K, pose and depth are needed)")
-    rotation, translation = frame.world_to_cam[:3, :3], frame.world_to_cam[:3, 3]
-    points = (unproject(frame.depth, frame.K) - translation) @ rotation  # R^T (p - t), for rows
-    points[frame.depth <= 0] = np.nan
-    return points
-
-
 def _official_resize(width: int, height: int, size: int) -> tuple[int, int]:
     long_side = max(width, height)
     target = round(size * max(width / height, height / width)) if size == 224 else size

@@ -19,6 +19,7 @@ from typing import Protocol
 
 import numpy as np
 
+from pqk.data.preprocess import unproject
 from pqk.errors import PqkError
 from pqk.measure.geometry import Array, abs_rel, align_scale, chamfer, delta, reprojection_error, rmse, umeyama
 
@@ -67,8 +68,8 @@ def pair_truth(frame1: Frame, frame2: Frame) -> PairTruth:
                 raise PqkError(f"a frame's {name} must be a finite, invertible ({size}, {size}) matrix, got {matrix}")
     cam1_to_world = np.linalg.inv(np.asarray(frame1.world_to_cam, dtype=np.float64))
     cam1_to_cam2 = np.asarray(frame2.world_to_cam, dtype=np.float64) @ cam1_to_world
-    gt1, valid1 = _unproject(frame1)
-    gt2, valid2 = _unproject(frame2)
+    gt1, valid1 = _points_in_camera(frame1)
+    gt2, valid2 = _points_in_camera(frame2)
     gt2 = _move(gt2, np.linalg.inv(cam1_to_cam2))
     gt2[~valid2] = 0.0
     return PairTruth(
@@ -226,16 +227,13 @@ def _depth_scores(depth: Array, gt_depth: Array, valid: Array, align: str) -> tu
     }, scale
 
 
-def _unproject(frame: Frame) -> tuple[Array, Array]:
+def _points_in_camera(frame: Frame) -> tuple[Array, Array]:
     """Points (H, W, 3) float64 in the frame's camera, 0 where the depth is unknown, and the validity mask."""
     if frame.depth is None or np.ndim(frame.depth) != 2:
         raise PqkError("a frame without a depth map (H, W) has no ground truth to score against")
     depth = np.asarray(frame.depth, dtype=np.float64)
     valid = np.isfinite(depth) & (depth > 0)
-    height, width = depth.shape
-    u, v = np.meshgrid(np.arange(width) + 0.5, np.arange(height) + 0.5)
-    rays = np.stack([u, v, np.ones_like(u)], axis=-1) @ np.linalg.inv(np.asarray(frame.K, dtype=np.float64)).T
-    return rays * np.where(valid, depth, 0.0)[..., None], valid
+    return unproject(np.where(valid, depth, 0.0), np.asarray(frame.K, dtype=np.float64)), valid
 
 
 def _move(points: Array, transform: Array) -> Array:

@@ -17,6 +17,9 @@ from pqk.errors import PqkError, nearest
 PATCH_EMBEDS = ("PatchEmbedDust3R", "ManyAR_PatchEmbed")
 DPT_WIDTHS: dict[str, Any] = {"feature_dim": 256, "last_dim": 128, "layer_dims": [96, 192, 384, 768]}
 
+LARGEST, DEEPEST = 2**18, 1024
+"""Upper bounds of a width or head count, and of the blocks of a stack: far above every known network."""
+
 _DEFAULTS: dict[str, Any] = {
     "output_mode": "pts3d",
     "head_type": "linear",
@@ -198,14 +201,14 @@ def dpt_hooks(depth: int) -> tuple[int, int, int, int]:
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= LARGEST
 
 
 def _count(values: Mapping[str, Any], key: str) -> int:
     if values.get(key) is None:
         raise PqkError(f"dust3r configuration: {key} is missing")
     if not _is_count(values[key]):
-        raise PqkError(f"dust3r configuration: {key} must be a positive whole number, got {values[key]!r}")
+        raise PqkError(f"dust3r configuration: {key} must be a whole number from 1 to {LARGEST}, got {values[key]!r}")
     return values[key]
 
 
@@ -228,12 +231,18 @@ def _blocks(values: Mapping[str, Any], part: str, dim: int, listed: Any, name: s
         )
     if listed is None:
         ratio = values["mlp_ratio"]
-        if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 1 <= dim * ratio < math.inf:
-            raise PqkError(f"dust3r configuration: mlp_ratio must be a positive number, got {ratio!r}")
+        if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 1 <= dim * ratio <= LARGEST:
+            raise PqkError(
+                f"dust3r configuration: mlp_ratio must make the MLP 1 to {LARGEST} wide, got {ratio!r} times {dim}"
+            )
         size = BlockSize(_count(values, heads_key), head_dim, int(dim * ratio))
-        return (size,) * _count(values, f"{part}_depth")
-    if not isinstance(listed, Sequence) or isinstance(listed, str) or not listed:
-        raise PqkError(f"dust3r configuration: {name} must be a list of blocks, got {listed!r}")
+        depth = _count(values, f"{part}_depth")
+        if depth > DEEPEST:
+            raise PqkError(f"dust3r configuration: {part}_depth must be at most {DEEPEST}, got {depth}")
+        return (size,) * depth
+    if not isinstance(listed, Sequence) or isinstance(listed, str) or not 1 <= len(listed) <= DEEPEST:
+        shown = f"{len(listed)} entries" if isinstance(listed, Sequence) and len(listed) > DEEPEST else repr(listed)
+        raise PqkError(f"dust3r configuration: {name} must be a list of 1 to {DEEPEST} blocks, got {shown}")
     sizes = []
     for index, block in enumerate(listed):
         if (
@@ -242,7 +251,7 @@ def _blocks(values: Mapping[str, Any], part: str, dim: int, listed: Any, name: s
             or not all(_is_count(value) for value in block.values())
         ):
             raise PqkError(
-                f"dust3r configuration: {name}[{index}] must be {{heads: ..., ffn: ...}} with positive whole numbers, "
+                f"dust3r configuration: {name}[{index}] must be {{heads: ..., ffn: ...}} with numbers to {LARGEST}, "
                 f"got {block!r}"
             )
         sizes.append(BlockSize(block["heads"], head_dim, block["ffn"]))
@@ -258,14 +267,16 @@ def _dpt(given: Any) -> DptSize:
     widths = {**DPT_WIDTHS, **given}
     layers = widths["layer_dims"]
     if not isinstance(layers, list | tuple) or len(layers) != 4 or not all(_is_count(width) for width in layers):
-        raise PqkError(f"dust3r configuration: dpt.layer_dims must be four positive whole numbers, got {layers!r}")
+        raise PqkError(
+            f"dust3r configuration: dpt.layer_dims must be four whole numbers from 1 to {LARGEST}, got {layers!r}"
+        )
     if not _is_count(widths["feature_dim"]) or widths["feature_dim"] % 2:
         raise PqkError(
-            f"dust3r configuration: dpt.feature_dim must be a positive even number, got {widths['feature_dim']!r}"
+            f"dust3r configuration: dpt.feature_dim must be an even number to {LARGEST}, got {widths['feature_dim']!r}"
         )
     if not _is_count(widths["last_dim"]):
         raise PqkError(
-            f"dust3r configuration: dpt.last_dim must be a positive whole number, got {widths['last_dim']!r}"
+            f"dust3r configuration: dpt.last_dim must be a whole number from 1 to {LARGEST}, got {widths['last_dim']!r}"
         )
     return DptSize(widths["feature_dim"], widths["last_dim"], (layers[0], layers[1], layers[2], layers[3]))
 

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from pqk.errors import PqkError, nearest
 from pqk.models.layers import initialize
 
+MOST_PARAMETERS = 10**10
+"""Of a model that is built: 40 GB in float32."""
 FAMILIES = {"dust3r": "pqk.models.dust3r:Dust3r"}
 """Family name -> module:class; the class takes a configuration dictionary and keeps it as `.config`."""
 
@@ -24,13 +26,17 @@ _FOREIGN = ("prediction_head.", "enc_pos_embed", "dec_pos_embed")
 def empty_model(family: str, config: Mapping[str, Any]) -> nn.Module:
     """A model of the family on the meta device: names and shapes without memory.
 
-    Raises PqkError for an unknown family or an invalid configuration.
+    Raises PqkError for an unknown family, an invalid configuration, or one with more than MOST_PARAMETERS.
     """
     if family not in FAMILIES:
         raise PqkError(f"unknown model family {family!r}{nearest(family, FAMILIES)}; known: {', '.join(FAMILIES)}")
     module, _, name = FAMILIES[family].partition(":")
     with torch.device("meta"):
-        return getattr(import_module(module), name)(config)
+        model: nn.Module = getattr(import_module(module), name)(config)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    if count > MOST_PARAMETERS:
+        raise PqkError(f"a {family} of this configuration has {count:.3g} parameters; at most {MOST_PARAMETERS:.0e}")
+    return model
 
 
 def build_model(

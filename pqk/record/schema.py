@@ -60,15 +60,18 @@ class Column:
 
 
 def schema_path() -> Path:
-    """The schema of the folder pqk runs in, or else that of the repository that holds this package.
+    """The schema in the nearest of the current folder and its parents, or else in the repository of this package.
 
-    Raises PqkError when neither exists.
+    Raises PqkError when there is none.
     """
-    candidates = [Path.cwd() / SCHEMA_FILE, Path(__file__).resolve().parents[2] / SCHEMA_FILE]
+    here = Path.cwd()
+    candidates = [folder / SCHEMA_FILE for folder in (here, *here.parents, Path(__file__).resolve().parents[2])]
     for path in candidates:
         if path.is_file():
             return path
-    raise PqkError(f"no log schema: looked for {' and '.join(map(str, candidates))}; run pqk in the project's folder")
+    raise PqkError(
+        f"no log schema: neither {here} nor a parent of it holds {SCHEMA_FILE}; change into a checkout of pqk"
+    )
 
 
 def load_schema() -> dict[str, Any]:

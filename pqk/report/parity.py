@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pqk.files import atomic_path, write_json
-from pqk.report.table import DASH, safe_text
+from pqk.report.table import DASH, printable, safe_text
 from pqk.report.workbook import put
 
 if TYPE_CHECKING:
@@ -51,6 +51,8 @@ def _flat(row: Row) -> dict[str, Any]:
     flat: dict[str, Any] = {"level": row.level, "side": row.side, "against": row.against}
     flat |= {name: record.get(name) for name in RECORD_COLUMNS}
     shares = record.get("executed_precision") or {}
+    if not record and row.heads:  # runtimes of their own, which take part without a run of the card
+        flat["measured"] = "engine"
     flat["executed"] = ", ".join(f"{name} {100 * share:.1f} %" for name, share in shares.items()) or None
     flat |= {"metric": row.metric, "metric_drop_pct": row.metric_drop_pct}
     for head, values in (row.heads or {}).items():
@@ -110,25 +112,19 @@ def _cell(value: Any) -> Any:
     return safe_text(value) if isinstance(value, str) else value
 
 
-_SHOWN = (
-    "side",
-    "against",
-    "measured",
-    "executed",
-    "MB",
-    "p50 ms",
-    "x f32",
-    "x float",
-    "metric",
-    "drop %",
-    "points",
-    "conf",
-    "moved",
+# The short columns. Markdown shows all of them; the terminal shows two tables that fit into 80 columns.
+_AGREEMENT = ("side", "run as", "metric", "drop %", "points rel", "conf rel", "moved %")
+_SPEED = ("side", "run as", "MB", "p50 ms", "x f32", "x float", "executed")
+_ALL = ("side", "against", *_SPEED[1:], *_AGREEMENT[2:])
+_LEFT = ("side", "against", "run as", "executed")
+_LEGEND = (
+    "points rel, conf rel: mean |a - b| / mean |a| of the worse view; moved: pixels whose point moved by more than "
+    "1 % of the pair's median depth."
 )
 
 
-def _shown(row: Row, metric: str) -> list[str]:
-    """The cells of the short table (terminal and markdown): points and conf are the worse of the two views."""
+def _shown(row: Row) -> dict[str, str]:
+    """The short columns as text: points and conf are the worse of the two views."""
     flat = _flat(row)
     heads = row.heads or {}
 
@@ -138,26 +134,21 @@ def _shown(row: Row, metric: str) -> list[str]:
 
     points, conf = (worst((f"{kind}_1", f"{kind}_2"), "relative") for kind in ("pts3d", "conf"))
     moved = worst(("pts3d_1", "pts3d_2"), "moved")
-    return [
-        row.side,
-        row.against or DASH,
-        flat["measured"] or DASH,
-        flat["executed"] or DASH,
-        _number(flat["size_MB"], ".1f"),
-        _number(flat["t_pair_p50_ms"], ".1f"),
-        _number(flat["speedup_vs_fp32"], ".2f"),
-        _number(flat["speedup_vs_best_float"], ".2f"),
-        _number(row.metric, ".4f"),
-        _number(row.metric_drop_pct, "+.2f"),
-        _number(points, ".1e"),
-        _number(conf, ".1e"),
-        _number(None if moved is None else 100 * moved, ".2f"),
-    ]
-
-
-def _headings(metric: str) -> list[str]:
-    names = {"metric": metric, "points": "points rel", "conf": "conf rel", "moved": "moved %"}
-    return [names.get(name, name) for name in _SHOWN]
+    return {
+        "side": row.side,
+        "against": row.against or DASH,
+        "run as": flat["measured"] or DASH,
+        "executed": flat["executed"] or DASH,
+        "MB": _number(flat["size_MB"], ".1f"),
+        "p50 ms": _number(flat["t_pair_p50_ms"], ".1f"),
+        "x f32": _number(flat["speedup_vs_fp32"], ".2f"),
+        "x float": _number(flat["speedup_vs_best_float"], ".2f"),
+        "metric": _number(row.metric, ".4f"),
+        "drop %": _number(row.metric_drop_pct, "+.2f"),
+        "points rel": _number(points, ".1e"),
+        "conf rel": _number(conf, ".1e"),
+        "moved %": _number(None if moved is None else 100 * moved, ".2f"),
+    }
 
 
 def _number(value: float | None, form: str) -> str:
@@ -165,29 +156,54 @@ def _number(value: float | None, form: str) -> str:
 
 
 def print_parity(result: Result, console: Console) -> None:
-    """One table per level with its verdict below."""
-    from rich.markup import escape
-    from rich.table import Table
+    """Per level how far the outputs are apart, and its verdict; then size and speed of the sides that have a record.
+
+    Every table fits into 80 columns as long as names do.
+    """
+    from rich.padding import Padding
+    from rich.text import Text
+
+    def line(text: str, style: str = "") -> None:
+        console.print(Padding(Text(text, style=style), (0, 0, 0, 2), expand=False))
 
     for v in result.verdicts:
         rows = [row for row in result.rows if row.level == v.level]
-        table = Table(title=v.level, title_justify="left", title_style="bold", box=None, pad_edge=False)
-        for index, name in enumerate(_headings(result.metric)):
-            table.add_column(name, justify="left" if index < 4 else "right", overflow="fold")
-        for row in rows:
-            table.add_row(*(escape(cell) for cell in _shown(row, result.metric)))
+        against = ", ".join(dict.fromkeys(row.against for row in rows if row.against))
+        title = f"{v.level}, errors against {against}" if against else v.level
         console.print()
-        console.print(table)
+        _print_table(title, _AGREEMENT, [row for row in rows if row.heads or row.record], result.metric, console)
         for row in rows:
-            if row.note:
-                console.print(f"  {escape(row.side)}: {escape(row.note)}", style="dim", highlight=False)
+            if row.note and row.note not in v.sentences:
+                line(f"{row.side}: {row.note}", "dim")
         console.print(f"{v.level}: [bold {_COLOURS.get(v.verdict, 'yellow')}]{v.verdict}[/]")
         for sentence in v.sentences:
-            console.print(f"  {escape(sentence)}", highlight=False)
+            line(sentence)
+    console.print()
+    _print_table("size and speed", _SPEED, [row for row in result.rows if row.record], result.metric, console)
+    line(_LEGEND, "dim")
     if result.explanation is not None:
         console.print("\n[bold]explained[/]")
-        for line in _explained(result.explanation):
-            console.print(f"  {escape(line)}", highlight=False)
+        for text in _explained(result.explanation):
+            line(text)
+
+
+def _print_table(title: str, columns: tuple[str, ...], rows: list[Row], metric: str, console: Console) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    if not rows:
+        return
+    table = Table(title=Text(title), title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for name in columns:
+        table.add_column(Text(_heading(name, metric)), justify="left" if name in _LEFT else "right", overflow="fold")
+    for row in rows:
+        shown = _shown(row)
+        table.add_row(*(Text(printable(shown[name]).replace(", ", "\n")) for name in columns))
+    console.print(table)
+
+
+def _heading(name: str, metric: str) -> str:
+    return metric if name == "metric" else name
 
 
 SHOWN_NODES = 5
@@ -214,19 +230,16 @@ def _markdown(result: Result) -> str:
     def line(cells: list[str]) -> str:
         return "| " + " | ".join(_flat_text(cell).replace("|", "\\|") for cell in cells) + " |"
 
-    headings = _headings(result.metric)
+    headings = [_heading(name, result.metric) for name in _ALL]
     parts = [f"# Parity of {result.card}\n"]
     for v in result.verdicts:
         rows = [row for row in result.rows if row.level == v.level]
         parts.append(f"## {v.level}: {v.verdict}\n")
         parts += [f"- {_flat_text(sentence)}" for sentence in v.sentences]
         parts += ["", line(headings), line(["---"] * len(headings))]
-        parts += [line(_shown(row, result.metric)) for row in rows]
+        parts += [line([shown[name] for name in _ALL]) for shown in map(_shown, rows)]
         parts += [""] + [f"- {row.side}: {_flat_text(row.note)}" for row in rows if row.note] + [""]
     if result.explanation is not None:
         parts += ["## Explained\n", *(f"- {_flat_text(text)}" for text in _explained(result.explanation)), ""]
-    parts.append(
-        "points rel, conf rel: mean |a - b| / mean |a| of the worse view; moved: pixels whose point moved by more than "
-        "1 % of the pair's median depth.\n"
-    )
+    parts.append(_LEGEND + "\n")
     return "\n".join(parts)

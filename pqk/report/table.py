@@ -7,16 +7,17 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pqk import paths
 from pqk.errors import EXIT_OK, PqkError
 from pqk.files import atomic_path, write_json
 from pqk.record.log import read_records
 from pqk.record.schema import Column, columns, load_schema
 
 if TYPE_CHECKING:
-    import pandas as pd
     from rich.console import Console
     from rich.table import Table
 
@@ -28,32 +29,40 @@ _PRECISIONS = ("f32", "tf32", "bf16", "f16", "int8", "int4")
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 
 
-def load_table(folder: Path | str) -> pd.DataFrame:
-    """The valid records of a folder (or of one file) as a table: columns and row order as in every report.
+@dataclass(frozen=True)
+class Places:
+    """Where the reports go: three files and a folder."""
 
-    Whole numbers are Int64, other numbers float64, true/false is boolean, text, lists and objects stay as they are;
-    null is pandas' missing value, and None in the columns of text, lists and objects.
-    Raises PqkError for an invalid log.
-    """
-    import pandas as pd
+    table: Path
+    summary_csv: Path
+    summary_json: Path
+    plots: Path
 
-    records = ordered(item.record for item in read_records(folder))
-    kinds = {"integer": "Int64", "number": "float64", "boolean": "boolean"}
-    return pd.DataFrame(
-        {
-            column.name: pd.Series([record[column.name] for record in records], dtype=kinds.get(column.kind, "object"))
-            for column in columns()
-        }
-    )
+    @classmethod
+    def in_folder(cls, folder: Path) -> Places:
+        """All of them under their usual names in one folder."""
+        return cls(folder / "result_table.xlsx", folder / "summary.csv", folder / "summary.json", folder / "plots")
+
+    @classmethod
+    def of_project(cls, root: Path) -> Places:
+        """As configs/eval.yaml names them in `report`, below the project's root; without that file in reports/."""
+        from pqk.spec.evaluation import load_evaluation
+
+        file = paths.configs(root) / "eval.yaml"
+        if not file.is_file():
+            return cls.in_folder(root / "reports")
+        report = load_evaluation(file).report
+        return cls(root / report.table, root / report.summary_csv, root / report.summary_json, root / report.plots)
 
 
 def build_reports(
-    logs_folder: Path | str, reports_folder: Path | str, say: Callable[[str], None] | None = None
+    logs_folder: Path | str, reports: Places | Path, say: Callable[[str], None] | None = None
 ) -> list[Path]:
-    """Write summary.csv, summary.json, result_table.xlsx and plots/*.png from all logs; return the files written.
+    """Write the summary as CSV and JSON, the workbook and the plots from all logs; return the files written.
 
-    `say` is told, in one sentence each, which plots were left out and why. The same logs give the same bytes of CSV
-    and JSON. Raises PqkError before anything is written when a log is invalid or there is no record at all.
+    `reports`: the places, or a folder for all of them. `say` is told, in one sentence each, which plots were left out
+    and why. The same logs give the same bytes of CSV and JSON. Raises PqkError before anything is written when a log
+    is invalid or there is no record at all.
     """
     from pqk.report.plots import draw_plots
     from pqk.report.workbook import write_workbook
@@ -61,17 +70,15 @@ def build_reports(
     records = ordered(item.record for item in read_records(logs_folder))
     if not records:
         raise PqkError(f"no records in {logs_folder}: run an experiment first")
-    reports = Path(reports_folder)
-    write_csv(reports / "summary.csv", records)
-    write_json(
-        reports / "summary.json", [{column.name: record[column.name] for column in columns()} for record in records]
-    )
-    write_workbook(reports / "result_table.xlsx", records)
-    plots, left_out = draw_plots(records, reports / "plots")
+    places = reports if isinstance(reports, Places) else Places.in_folder(reports)
+    write_csv(places.summary_csv, records)
+    write_json(places.summary_json, [{column.name: record[column.name] for column in columns()} for record in records])
+    write_workbook(places.table, records)
+    plots, left_out = draw_plots(records, places.plots)
     for sentence in left_out:
         if say:
             say(sentence)
-    return [reports / "summary.csv", reports / "summary.json", reports / "result_table.xlsx", *plots]
+    return [places.summary_csv, places.summary_json, places.table, *plots]
 
 
 def ordered(records: Iterable[Record]) -> list[Record]:
@@ -292,20 +299,21 @@ def _terminal_table(
     return table
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Merge a folder of logs into reports and print the table; returns the exit code."""
+def main(arguments: Sequence[str] | None = None, root: Path = Path()) -> int:
+    """Merge a folder of logs into reports and print the table; returns the exit code. `root`: of the project."""
     parser = argparse.ArgumentParser(description="Merge all logs into one table (CSV, JSON, XLSX) and its plots.")
-    parser.add_argument("--logs", type=Path, default=Path("logs"), help="folder of log files")
-    parser.add_argument("--reports", type=Path, default=Path("reports"), help="folder to write to")
+    parser.add_argument("--logs", type=Path, help="folder of log files; default: logs/")
+    parser.add_argument("--reports", type=Path, help="folder to write to; default: the places in configs/eval.yaml")
     options = parser.parse_args(arguments)
     from rich.console import Console
 
     try:
-        written = build_reports(options.logs, options.reports, say=print)
-        print_table((item.record for item in read_records(options.logs)), Console())
+        logs = options.logs or root / "logs"
+        written = build_reports(logs, options.reports or Places.of_project(root), say=print)
+        print_table((item.record for item in read_records(logs)), Console())
     except PqkError as error:
         print(f"pqk: {printable(str(error))}", file=sys.stderr)
         return error.exit_code
     for path in written:
-        print(path)
+        print(paths.shown(path))
     return EXIT_OK

@@ -30,9 +30,11 @@ from pqk.run import stages
 from pqk.run.prepare import (
     Request,
     asked_experiment,
+    check_float_rest,
     chosen_quantizer,
     commit_of,
     context,
+    count_parameters,
     load_teacher,
     usable_backend,
 )
@@ -63,13 +65,15 @@ def export(
     quantizer = chosen_quantizer(backend, request.quantizer) if asked is Precision.INT8 else None
     if request.quantizer and quantizer is None:
         raise PqkError(f"--quantizer {request.quantizer}: a {asked} export is not quantized")
+    if quantizer is not None:
+        check_float_rest(experiment.quant.float_rest, backend)
     check_writable(out.parent)
     ctx = context(request, backend, root, on_event)
     workload = experiment.workload
     shape = (workload.input.height, workload.input.width)
 
     asked_model, name, model_sha, model = load_teacher(request.model, root)
-    params = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
+    params = count_parameters(model)
     graphs = stages.export_graphs(ctx, model, model_sha, *shape)
     del model
     hashes = {
@@ -200,7 +204,7 @@ def _compile(variant: Variant, shape: tuple[int, int], folder: Path) -> tuple[di
             if not np.isfinite(array).all():
                 raise PqkError(f"the exported {variant.precision} model computes NaN or infinity in {name}")
         for part, engine in (("encoder", engines.encoder), ("decoder", engines.decoder)):
-            plan = getattr(engine, "plan_path", None)
+            plan = getattr(engine, "plan", None)
             if plan is not None:
                 plans[part] = f"{part}{Path(plan).suffix}"
                 shutil.copyfile(plan, folder / plans[part])

@@ -29,7 +29,6 @@ from pqk.run.store import OnEvent
 from pqk.run.variants import Variant
 from pqk.spec.evaluation import Parity
 
-LEVELS = ("float", "shared", "recipe")
 _CODE = ("pqk.run.agreement",)
 RUNTIME = "reference"  # ONNX Runtime: reads every ONNX graph, and belongs to no toolchain
 

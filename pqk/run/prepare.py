@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from backends import registry
 from backends.base import Backend, Unavailable
 from pqk import __version__, paths
-from pqk.cores import allowed_cores
+from pqk.cores import allowed_cores, cpu_name
 from pqk.errors import PqkError, nearest
 from pqk.files import sha256_file, sha256_json
 from pqk.models.checkpoint import load_model
@@ -22,6 +22,9 @@ from pqk.run.stages import Context
 from pqk.run.store import OnEvent, Store
 from pqk.spec.card import Experiment, load_card, resolve
 from pqk.spec.recipe import ensure_built
+
+if TYPE_CHECKING:
+    import torch
 
 SHIPPED = Path("models") / "dust3r-tiny"
 _RANDOM_CODE = ("pqk.models.checkpoint",)
@@ -97,6 +100,18 @@ def chosen_quantizer(backend: Backend, asked: str | None) -> str:
     return asked
 
 
+def check_float_rest(asked: str, backend: Backend) -> None:
+    """Raise PqkError for a quant.float_rest that the backend does not compute in on this machine."""
+    allowed = ["auto", *map(str, backend.float_precisions())]
+    if asked not in allowed:
+        raise PqkError(f"quant.float_rest is {asked}; backend {backend.name} has here {', '.join(allowed)}")
+
+
+def count_parameters(model: torch.nn.Module) -> int:
+    """Weights of a model; what two names share counts once."""
+    return sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
+
+
 def load_teacher(asked: str | None, root: Path) -> tuple[str, str, str, Any]:
     """Where the Teacher is loaded from, its name, its sha256, and the Teacher itself."""
     if asked is None:
@@ -124,7 +139,7 @@ def context(request: Request, backend: Backend, root: Path, on_event: OnEvent) -
 
 
 def _device(details: Mapping[str, str]) -> str:
-    return str(details.get("cpu") or platform.processor() or platform.machine())
+    return str(details.get("cpu") or cpu_name())
 
 
 def _versions() -> dict[str, str]:

@@ -9,24 +9,26 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from backends.base import Precision
+from backends.base import BackendError, Precision
 from pqk import paths
 from pqk.data.scene import open_scene
-from pqk.errors import PqkError
+from pqk.errors import EXIT_UNAVAILABLE, PqkError
 from pqk.files import check_writable, sha256_json
 from pqk.measure.latency import percentile
 from pqk.measure.quality import quality_drop_pct
 from pqk.models.configs import lowest_confidence
-from pqk.record.log import refuse_to_lose, write_record
+from pqk.record.log import read_records, record_filename, refuse_to_lose, write_record
 from pqk.record.schema import empty_record, validate
 from pqk.run import stages
 from pqk.run.inputs import load_frames, scene_pairs
 from pqk.run.prepare import (
     Request,
     asked_experiment,
+    check_float_rest,
     chosen_quantizer,
     commit_of,
     context,
+    count_parameters,
     load_teacher,
     usable_backend,
 )
@@ -34,9 +36,11 @@ from pqk.run.stages import ENGINE_VARIANTS, Context, Scenes
 from pqk.run.store import OnEvent
 from pqk.run.variants import Variant
 from pqk.run.verdict import Measured, judge_quantized
+from pqk.run.worker import WorkerCrashed
 from pqk.spec.card import Experiment
 
 _HIGHER_IS_BETTER = {"delta1"}
+_PARTS = {"chamfer": ("chamfer_accuracy", "chamfer_completeness")}
 
 
 @dataclass(frozen=True)
@@ -73,8 +77,27 @@ def run(
     the long stages when it holds another one.
 
     Where the engines are emulated nothing is timed: those columns are null.
-    Raises PqkError or BackendError for everything that a user can mend.
+    Raises PqkError or BackendError for everything that a user can mend, and WorkerCrashed for a defect. When that comes
+    out of the stages, after all that was asked was looked at, it leaves a record of the failure in logs/.
     """
+    known: dict[str, Any] = {}
+    try:
+        return _run(request, root, on_event, say, log, known)
+    except (PqkError, BackendError, WorkerCrashed) as error:
+        if known and _write_failure(root / "logs", known, error):
+            say(f"a record of the failure is in {paths.shown(root / 'logs')}")
+        raise
+
+
+def _run(
+    request: Request,
+    root: Path,
+    on_event: OnEvent,
+    say: Callable[[str], None],
+    log: Path | None,
+    known: dict[str, Any],
+) -> Outcome:
+    """See `run`. `known` gets what a record of a failure tells, once the stages begin."""
     began = time.monotonic()
     experiment = asked_experiment(request, root)
     card, workload, evaluation = experiment.card, experiment.workload, experiment.evaluation
@@ -84,7 +107,7 @@ def run(
     floats = [Precision(p) for p in backend.float_precisions()]
     float_rest = experiment.quant.float_rest
     if quantizer is not None:
-        check_float_rest(float_rest, backend.name, floats)
+        check_float_rest(float_rest, backend)
     height, width = workload.input.height, workload.input.width
     shape = (height, width)
     ctx = context(request, backend, root, on_event)
@@ -99,14 +122,23 @@ def run(
             frames = load_frames(open_scene(folder), *shape)
             scene_pairs(frames, workload.pair_graph, workload.min_covisibility, truthful)
     seed = workload.seeds.eval
-    told_apart = {
+    common: dict[str, Any] = {
         "exp_id": card.id,
+        "combo": card.combo,
         "model": name,
         "backend": backend.name,
         "device": machine["device"],
         "seed": seed,
+        "train_seed": workload.seeds.train,
+        "eval_seed": seed,
+        "main_metric": evaluation.quality.main_metric,
+        "quality_reference": "ground_truth" if truthful else "teacher",
+        "commit": commit_of(root),
+        "workload_version": workload.version,
+        "eval_version": evaluation.version,
+        "versions": machine["versions"],
     }
-    hashes = {
+    common["hashes"] = hashes = {
         "model": model_sha,
         "workload": workload.sha256,
         "eval": evaluation.sha256,
@@ -114,13 +146,17 @@ def run(
         "card": card.sha256,
         "scenes": scenes.sha256,
     }
+    planned = [common | {"role": request.role, "precision": str(p), "quantizer": None} for p in floats]
+    if quantizer is not None:
+        planned = [common | {"role": "candidate", "precision": str(Precision.INT8), "quantizer": quantizer}]
     if log is not None:
-        common = told_apart | {"hashes": hashes}
-        planned = [common | {"role": request.role, "precision": str(p), "quantizer": None} for p in floats]
-        int8 = common | {"role": "candidate", "precision": str(Precision.INT8), "quantizer": quantizer}
-        refuse_to_lose(log, [int8] if quantizer is not None else planned)
+        refuse_to_lose(log, planned)
+    calibration: Scenes | None = None
+    if quantizer is not None:
+        calibration = stages.calibration_images(ctx, workload.calibration, workload, root)
+    known |= planned[-1]
     graphs = stages.export_graphs(ctx, model, model_sha, height, width)
-    params = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
+    params = count_parameters(model)
     min_conf = lowest_confidence(model.config)
     del model
 
@@ -129,10 +165,8 @@ def run(
         Variant(ENGINE_VARIANTS[p], backend.name, p, graphs["encoder"], graphs["decoder"], dict(compiled))
         for p in floats
     ]
-    calibration: Scenes | None = None
     quantized = None
-    if quantizer is not None:
-        calibration = stages.calibration_images(ctx, workload.calibration, workload, root)
+    if quantizer is not None and calibration is not None:
         ptq = experiment.quant.ptq.model_dump(mode="json")
         quantized = stages.quantize(ctx, backend.name, quantizer, asked, graphs, calibration, ptq, shape)
         rest = {} if float_rest == "auto" else {"rest": float_rest}  # the backend's own choice is its best
@@ -176,21 +210,12 @@ def run(
         timed = stages.timing(ctx, variants, scenes.folders[0], scenes.sha256, asked_timing)["variants"]
     memory = {} if emulated else {v.name: stages.memory(ctx, v) for v in variants}
 
-    common = told_apart | {
-        "combo": card.combo,
+    common |= {
         "status": "ok",
-        "train_seed": workload.seeds.train,
-        "eval_seed": seed,
         "params": params,
         "params_M": params / 1e6,
-        "main_metric": evaluation.quality.main_metric,
-        "quality_reference": "ground_truth" if truthful else "teacher",
         "scenes": scored[variants[0].name]["scenes"],
         "pairs": len(scored[variants[0].name]["pairs"]),
-        "commit": commit_of(root),
-        "workload_version": workload.version,
-        "eval_version": evaluation.version,
-        "versions": machine["versions"],
     }
     sizes = {v.name: scored[v.name]["size_bytes"] for v in variants}
     records = outcome.records
@@ -198,7 +223,7 @@ def run(
         record = empty_record() | common | {"role": request.role, "precision": str(variant.precision)}
         record["datetime"] = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         record["hashes"] = hashes | {"engine": sha256_json(variant.hashes)}
-        _fill_quality(record, scored, variant, variants[0], truthful)
+        _fill_quality(record, scored, variant, variants[0], truthful, evaluation.quality.metrics)
         record["measured"] = scored[variant.name]["measured"]
         if timed is not None:
             _fill_timing(record, timed, variant, variants[: len(floats)])
@@ -237,6 +262,26 @@ def run(
     return outcome
 
 
+def _write_failure(logs: Path, known: dict[str, Any], error: Exception) -> bool:
+    """Write a record with status 'failed' or 'unavailable', everything measured null and the reason in its notes.
+
+    A record of the same measurement that ended well is worth more, and stays. Returns whether one was written.
+    """
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    reason = " ... ".join(dict.fromkeys((lines[0], lines[-1])))  # of a traceback: what it was, and where it ended
+    now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    status = "unavailable" if getattr(error, "exit_code", None) == EXIT_UNAVAILABLE else "failed"
+    record = empty_record() | known | {"status": status, "datetime": now, "notes": f"{status}: {reason}"}
+    target = logs / record_filename(record)
+    try:
+        if target.exists() and any(old.record["status"] == "ok" for old in read_records(target)):
+            return False
+        write_record(target, record)
+    except PqkError:  # a full disk, say: the failure itself is what must be told
+        return False
+    return True
+
+
 def _scenes(ctx: Context, request: Request, experiment: Experiment, root: Path) -> tuple[Scenes, bool]:
     """The scenes to evaluate, and whether they carry ground truth."""
     if request.scenes and request.images:
@@ -257,13 +302,6 @@ def _scenes(ctx: Context, request: Request, experiment: Experiment, root: Path) 
     return found, all(truths.values())
 
 
-def check_float_rest(asked: str, backend: str, floats: Sequence[Precision]) -> None:
-    """Raise PqkError for a quant.float_rest that the backend does not compute in on this machine."""
-    allowed = ["auto", *map(str, floats)]
-    if asked not in allowed:
-        raise PqkError(f"quant.float_rest is {asked}; backend {backend} has here {', '.join(allowed)}")
-
-
 def refuse_partial_truth(folder: Path) -> None:
     """Raise PqkError for a scene of which some views have depth and others have not."""
     scene = open_scene(folder)
@@ -276,12 +314,18 @@ def refuse_partial_truth(folder: Path) -> None:
 
 
 def _fill_quality(
-    record: dict[str, Any], scored: Mapping[str, Any], variant: Variant, teacher: Variant, truthful: bool
+    record: dict[str, Any],
+    scored: Mapping[str, Any],
+    variant: Variant,
+    teacher: Variant,
+    truthful: bool,
+    metrics: Sequence[str],
 ) -> None:
-    """Quality columns, executed precision and work; the drop against the fp32 Teacher."""
+    """Columns of the asked quality metrics, executed precision and work; the drop against the fp32 Teacher."""
     mine, summary = scored[variant.name], scored[variant.name]["summary"]
-    for metric in ("chamfer", "chamfer_accuracy", "chamfer_completeness", "absrel", "rmse", "delta1", "reproj_px"):
-        record[metric] = summary.get(metric)
+    for metric in metrics:
+        for name in (metric, *_PARTS.get(metric, ())):
+            record[name] = summary.get(name)
     # What an emulation reports is the graph's plan, and no kernel that ran.
     record["executed_precision"] = mine["executed"] if mine["measured"] == "engine" else None
     record["flops_G"] = mine["flops"] / 1e9

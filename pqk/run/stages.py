@@ -188,6 +188,10 @@ def _under(root: Path, source: str) -> Path:
 
 
 def _hash_folders(folders: tuple[Path, ...]) -> str:
+    """sha256 over every file, also of those that no reader looks at: what readers read is theirs to know.
+
+    One that is forgotten here would let a stale score stand; reading a gigabyte costs a second or two.
+    """
     files = {
         # Names of files that no reader looks at need not be UTF-8.
         f"{number}/{os.fsencode(path.relative_to(folder)).decode('utf-8', 'backslashreplace')}": sha256_file(path)

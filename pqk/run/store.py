@@ -24,14 +24,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pqk.errors import PqkError
 from pqk.files import clear_write_errors, fsync_folder, sha256_file, sha256_json, write_json
 
 MANIFEST = "manifest.json"
 _STAGE = re.compile(r"[a-z][a-z0-9_-]{0,47}")
-_KEY = re.compile(r"[0-9a-f]{16}")
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of <fcntl.h> and <linux/fs.h>
 _TEMPORARY = re.compile(r"\.([0-9a-f]{16})\..*\.tmp")
 
@@ -54,27 +53,15 @@ class Artifact:
     manifest: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One line of a listing. `key` has 16 digits; `created` is None when the manifest is unreadable."""
-
-    path: Path
-    stage: str
-    key: str
-    bytes: int
-    created: str | None
-
-
 class Store:
     """Artifacts under `root`. Safe for many processes and threads at once on one machine.
 
-    `verify` says how a found artifact is checked before it is reused: 'full' compares the sha256 of every file,
-    'size' only names and sizes. `fresh` makes every artifact anew the first time this store is asked for it.
+    A found artifact is reused when the sha256 of every file is the stated one. `fresh` makes every artifact anew the
+    first time this store is asked for it.
     """
 
-    def __init__(self, root: Path, verify: Literal["full", "size"] = "full", fresh: bool = False) -> None:
+    def __init__(self, root: Path, fresh: bool = False) -> None:
         self.root = Path(root)
-        self.verify = verify
         self.fresh = fresh
         self._made: set[str] = set()
 
@@ -103,7 +90,7 @@ class Store:
         with self._lock(stage, key[:16], waiting=lambda: tell("wait", stage, key, 0.0)):
             self._sweep(stage, key[:16])
             target = self.root / stage / key[:16]
-            manifest = _intact(target, stage, key, self.verify)
+            manifest = _intact(target, stage, key)
             if manifest is not None and not (self.fresh and key not in self._made):
                 tell("reuse", stage, key, float(manifest["seconds"]))
                 return Artifact(target, key, stage, True, manifest)
@@ -114,35 +101,6 @@ class Store:
             self._made.add(key)
             tell("done", stage, key, float(manifest["seconds"]))
             return Artifact(target, key, stage, False, manifest)
-
-    def entries(self) -> list[Entry]:
-        """Every artifact that is there, by stage and key; unfinished ones are not listed."""
-        found = []
-        for stage in sorted(p for p in _folders(self.root) if _STAGE.fullmatch(p.name)):
-            for path in sorted(p for p in _folders(stage) if _KEY.fullmatch(p.name)):
-                size = sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
-                manifest = _read_manifest(path)
-                created = manifest.get("created") if manifest else None
-                found.append(Entry(path, stage.name, path.name, size, created))
-        return found
-
-    def remove(self, stage: str | None = None) -> list[Entry]:
-        """Delete all artifacts (of one stage), with what killed processes left. Returns what was deleted.
-
-        An artifact that a process is making or checking right now is left alone.
-        """
-        removed = []
-        for entry in self.entries():
-            if stage is not None and entry.stage != stage:
-                continue
-            with self._try_lock(entry.stage, entry.key) as free:
-                if free and entry.path.exists():
-                    self._discard(entry.path)
-                    removed.append(entry)
-        for folder in _folders(self.root):
-            if _STAGE.fullmatch(folder.name) and stage in (None, folder.name):
-                self._sweep(folder.name)
-        return removed
 
     def _make(self, target: Path, stage: str, key: str, inputs: Any, make: Callable[[Path], None]) -> dict[str, Any]:
         with clear_write_errors(target):
@@ -189,11 +147,6 @@ class Store:
     @staticmethod
     def _temporary(target: Path) -> Path:
         return target.parent / f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
-
-    def _discard(self, target: Path) -> None:
-        """Delete an artifact; renamed first, so that a half-deleted one never stands under its name."""
-        with clear_write_errors(target):
-            _delete(target.rename(self._temporary(target)))
 
     def _sweep(self, stage: str, held: str | None = None) -> None:
         """Remove the temporary folders of a stage whose maker is gone: their lock is free, or `held` by the caller."""
@@ -336,7 +289,7 @@ def _read_manifest(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def _intact(folder: Path, stage: str, key: str, verify: str) -> dict[str, Any] | None:
+def _intact(folder: Path, stage: str, key: str) -> dict[str, Any] | None:
     """The manifest when the artifact is exactly what it says (no file missing, surplus or changed), else None."""
     manifest = _read_manifest(folder)
     if folder.is_symlink() or manifest is None or manifest.get("stage") != stage or manifest.get("key") != key:
@@ -349,7 +302,7 @@ def _intact(folder: Path, stage: str, key: str, verify: str) -> dict[str, Any] |
             path, stated = folder / name, manifest["files"][name]
             if path.stat().st_size != stated["bytes"]:
                 return None
-            if verify == "full" and sha256_file(path) != stated["sha256"]:
+            if sha256_file(path) != stated["sha256"]:
                 return None
     except (OSError, PqkError):
         return None

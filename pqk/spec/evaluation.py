@@ -27,7 +27,7 @@ InsidePath = Annotated[str, AfterValidator(_inside)]
 
 
 class Quality(Section):
-    """Which quality metrics are computed, and how predictions are brought to the scale of the ground truth."""
+    """Which quality metrics are recorded, and how predictions are brought to the scale of the ground truth."""
 
     main_metric: Metric
     metrics: Annotated[tuple[Metric, ...], Field(strict=False, min_length=1)]

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from pqk import paths
-from pqk.data.seeds import LIMIT, split_seed
+from pqk.data.seeds import LIMIT
 from pqk.spec.yamlfile import Section, Spec, load_spec
 
 SYNTHETIC = "synthetic"
@@ -119,13 +119,6 @@ class Workload(Spec):
     calibration: Calibration
     min_covisibility: Annotated[float, Field(ge=0, le=1)]
     seeds: Seeds
-
-    def scene_seeds(self, split: Literal["validation", "test"]) -> list[int]:
-        """Seeds of the synthetic scenes of a split, in order (see split_seed); empty when they come from a folder."""
-        scenes = self.scenes.test if split == "test" else self.scenes.validation
-        if scenes.source != SYNTHETIC or scenes.count is None:
-            return []
-        return [split_seed(split, scenes.seed, index) for index in range(scenes.count)]
 
 
 def load_workload(

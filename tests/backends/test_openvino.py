@@ -291,19 +291,13 @@ def test_counting_in_the_engine_itself_gives_the_same_kernels(source):
     assert not any(k.type == "Subgraph" and k.flops for k in kernels)
 
 
-def test_save_and_load(source, kept, tmp_path):
-    feeds = {"image": image().numpy()}
-    for graph, precision in ((source.graph, Precision.F32), (kept[0], Precision.INT8)):
-        with OpenVINOEngine(graph, precision) as engine:
-            saved = engine.save(tmp_path / f"{precision}.xml")
-            want = engine.infer(feeds)
-        assert [t.name for t in saved.outputs] == ["tokens", "map"]
-        with OpenVINOEngine.load(saved.path, precision) as engine:
-            np.testing.assert_array_equal(engine.infer(feeds)["map"], want["map"])
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["f32.bin", "f32.xml", "int8.bin", "int8.xml"]
+def test_weights_are_saved_in_full_precision(source, tmp_path):
+    with OpenVINOEngine(source.graph, Precision.F32) as engine:
+        engine.save(tmp_path / "f32.xml")
     assert (tmp_path / "f32.bin").stat().st_size >= 4 * sum(p.numel() for p in source.module.parameters())
-    with OpenVINOEngine(source.graph, Precision.F32) as engine, pytest.raises(BackendError, match=r"\.xml"):
-        engine.save(tmp_path / "model.onnx")
+
+
+def test_files_that_are_no_ir(tmp_path):
     (tmp_path / "junk.xml").write_text("junk")
     with pytest.raises(BackendError, match=r"junk\.xml"):
         describe_ir(tmp_path / "junk.xml")

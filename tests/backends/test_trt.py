@@ -16,7 +16,7 @@ from backend_toys import Calibration, error, image, linear_graph, toy_flops
 
 import backends
 from backends import registry
-from backends.base import BackendError, Graph, Precision, QuantSpec, executed_precision
+from backends.base import BackendError, Precision, QuantSpec, executed_precision
 from backends.exchange import describe_onnx
 
 pytest.importorskip("modelopt", reason="ModelOpt is not installed")
@@ -332,27 +332,6 @@ def test_bad_options(options, says, tmp_path):
     with pytest.raises(BackendError) as caught:
         registry.get("trt").compile(graph, Precision.F32, options)
     assert says in str(caught.value)
-
-
-def test_float_and_quantized_graphs_are_not_confused(kept, source):
-    backend = registry.get("trt")
-    with pytest.raises(BackendError, match="is quantized: compile it as int8"):
-        backend.compile(kept[0], Precision.F32)
-    with pytest.raises(BackendError, match="holds no Q/DQ nodes"):
-        backend.compile(source.graph, Precision.INT8)
-    with pytest.raises(BackendError, match="ONNX files"):
-        backend.compile(Graph(Path("x.xml"), (), (), ""), Precision.F32)
-
-
-def test_save_copies_plan_and_manifest(tmp_path):
-    _, graph = linear_graph(tmp_path)
-    with registry.get("trt").compile(graph, Precision.F32) as engine:
-        made = engine.plan.parent
-        saved = engine.save(tmp_path / "ship" / "linear.plan")
-        with pytest.raises(BackendError, match=r"saved as \.plan"):
-            engine.save(tmp_path / "linear.engine")
-    assert builder.read_manifest(saved)["plan_sha256"] == builder.sha256_files([saved])
-    assert not made.exists()
 
 
 def test_layers_of_the_inspector_become_kernels(kept):

@@ -16,7 +16,6 @@ from pqk.data.colmap import (
     ModelImage,
     quaternion_to_rotation,
     read_model,
-    read_points,
     rotation_to_quaternion,
     safe_name,
     write_text_model,
@@ -88,9 +87,9 @@ def test_text_round_trip_is_exact(tmp_path_factory, model, numbers, pose, points
     write_text_model(folder, [camera], images, xyz, np.full(xyz.shape, 7))
     read = read_model(folder)
     assert read.cameras == {4: camera} and read.images == images
-    read_xyz, colours = read_points(folder / "points3D.txt")
-    np.testing.assert_array_equal(read_xyz, xyz)
-    assert colours.shape == xyz.shape and (colours == 7).all()
+    rows = [line.split() for line in (folder / "points3D.txt").read_text().splitlines() if not line.startswith("#")]
+    np.testing.assert_array_equal(np.array([row[1:4] for row in rows], dtype=np.float64).reshape(-1, 3), xyz)
+    assert all(row[4:7] == ["7"] * 3 for row in rows)
 
 
 def test_reads_text(tmp_path):
@@ -181,9 +180,6 @@ def test_other_bad_files(tmp_path):
     (tmp_path / "cameras.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(PqkError, match=r"cameras\.txt: not a text file"):
         read_model(tmp_path)
-    (tmp_path / "points3D.txt").write_text("# x\n1 0 0 0 300 0 0 0.1\n")
-    with pytest.raises(PqkError, match=r"points3D\.txt line 2: .* colours 0 to 255"):
-        read_points(tmp_path / "points3D.txt")
     with pytest.raises(PqkError, match=r"images\.txt: image name"):
         write_text_model(tmp_path / "out", [], [ModelImage(1, (1, 0, 0, 0), (0, 0, 0), 1, "../a")])
     assert not (tmp_path / "out").exists()

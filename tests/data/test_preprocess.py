@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pqk.data.preprocess import fit_to_shape, official_preprocess, official_size, unproject, world_points
+from pqk.data.preprocess import fit_to_shape, official_preprocess, official_size, unproject
 from pqk.data.scene import View
 from pqk.errors import PqkError
 
@@ -153,21 +153,16 @@ def test_view_without_camera(tmp_path):
     frame = fit_to_shape(view_with(tmp_path, noise(20, 30)), 32, 48)
     assert frame.K is None and frame.world_to_cam is None and frame.depth is None
     assert frame.image.min() >= -1 and frame.image.max() <= 1
-    with pytest.raises(PqkError, match=r"'a\.png' has no ground truth"):
-        world_points(frame)
 
 
-def test_world_points_invert_the_pose(tmp_path):
+def test_points_project_onto_their_pixels(tmp_path):
     rng = np.random.default_rng(3)
-    rotation, _ = np.linalg.qr(rng.standard_normal((3, 3)))
-    pose = np.eye(4)
-    pose[:3, :3], pose[:3, 3] = rotation * np.linalg.det(rotation), rng.standard_normal(3)
     depth = rng.uniform(1, 5, (32, 32)).astype(np.float32)
     depth[3, 4] = 0
     K = np.array([[30.0, 0, 15.0], [0, 31.0, 17.0], [0, 0, 1]])
-    frame = fit_to_shape(view_with(tmp_path, noise(32, 32), depth, K=K, pose=pose), 32, 32)
-    points = world_points(frame)
-    assert np.isnan(points[3, 4]).all() and np.isnan(points).sum() == 3
-    camera = points[10, 20] @ pose[:3, :3].T + pose[:3, 3]
+    frame = fit_to_shape(view_with(tmp_path, noise(32, 32), depth, K=K, pose=np.eye(4)), 32, 32)
+    points = unproject(frame.depth, frame.K)
+    assert (points[3, 4] == 0).all() and (points == 0).sum() == 3
+    camera = points[10, 20]
     np.testing.assert_allclose(K @ camera / camera[2], [20.5, 10.5, 1], atol=1e-9)
     assert camera[2] == pytest.approx(float(depth[10, 20]))

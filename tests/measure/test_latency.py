@@ -1,4 +1,4 @@
-"""Percentiles and paired ratios of timing samples, and the peak memory of a process."""
+"""Percentiles of timing samples, and the peak memory of a process."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ import math
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pqk.errors import PqkError
 from pqk.measure.footprint import peak_ram_bytes
-from pqk.measure.latency import paired_ratio, percentile
+from pqk.measure.latency import percentile
 
 times = st.lists(st.floats(1e-3, 1e5), min_size=1, max_size=50)
 
@@ -50,26 +49,6 @@ def test_percentile_scales_and_ignores_order(samples: list[float], factor: float
 def test_percentile_refuses(samples: list[float]) -> None:
     with pytest.raises(PqkError, match="timing samples"):
         percentile(samples, 50)
-
-
-def test_paired_ratio_closed_form() -> None:
-    assert paired_ratio([2, 4, 6, 8, 10], [1, 1, 1, 1, 1]) == (6, 4, 8)
-    # A machine that slows down for all alike moves no ratio, but does move the ratio of medians.
-    slow = np.array([1.0, 1.0, 5.0, 5.0])
-    middle, low, high = paired_ratio(list(3.0 * slow), list(slow))
-    assert (middle, low, high) == (3, 3, 3)
-
-
-@given(times, st.floats(0.1, 10))
-def test_paired_ratio_of_a_multiple(samples: list[float], factor: float) -> None:
-    found = paired_ratio([factor * s for s in samples], samples)
-    assert found == pytest.approx((factor, factor, factor))
-
-
-@pytest.mark.parametrize(("a", "b"), [([], []), ([1.0], [1.0, 2.0]), ([1.0], [0.0]), ([1.0], [-1.0])])
-def test_paired_ratio_refuses(a: list[float], b: list[float]) -> None:
-    with pytest.raises(PqkError, match="equally many positive samples"):
-        paired_ratio(a, b)
 
 
 def test_peak_memory_keeps_its_high_mark() -> None:

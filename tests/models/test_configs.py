@@ -62,8 +62,8 @@ def test_dpt_hooks():
     ("change", "sentence"),
     [
         ({"enc_deph": 3}, r"unknown key 'enc_deph'.*did you mean 'enc_depth'"),
-        ({"enc_depth": 0}, "enc_depth must be a positive whole number"),
-        ({"enc_depth": True}, "enc_depth must be a positive whole number"),
+        ({"enc_depth": 0}, "enc_depth must be a whole number from 1"),
+        ({"enc_depth": True}, "enc_depth must be a whole number from 1"),
         ({"dec_embed_dim": None}, "dec_embed_dim is missing"),
         ({"enc_num_heads": 5}, "not a multiple of enc_num_heads"),
         ({"enc_head_dim": 6}, "multiple of 4"),
@@ -79,8 +79,15 @@ def test_dpt_hooks():
         ({"dec_blocks": [{"heads": 1}]}, r"dec_blocks\[0\]"),
         ({"dec_blocks2": [{"heads": 1, "ffn": 4}]}, "same number of blocks"),
         ({"dpt": {"width": 3}}, "unknown key 'width' in dpt"),
-        ({"dpt": {"layer_dims": [1, 2, 3]}}, "four positive whole numbers"),
+        ({"dpt": {"layer_dims": [1, 2, 3]}}, "four whole numbers"),
         ({"dpt": {"feature_dim": 7}}, "even"),
+        ({"enc_embed_dim": 10**9}, "enc_embed_dim must be a whole number from 1 to 262144, got 1000000000"),
+        ({"enc_depth": 10**5}, "enc_depth must be at most 1024, got 100000"),
+        ({"mlp_ratio": 1e9}, "mlp_ratio must make the MLP 1 to 262144 wide"),
+        ({"dec_blocks": [{"heads": 1, "ffn": 10**9}] * 3}, r"dec_blocks\[0\]"),
+        ({"dec_blocks": [{"heads": 1, "ffn": 4}] * 1025}, "list of 1 to 1024 blocks, got 1025 entries"),
+        ({"dpt": {"last_dim": 10**9}}, "last_dim must be a whole number"),
+        ({"enc_embed_dim": 2**16, "enc_num_heads": 2**8}, "has .* parameters; at most 1e\\+10"),
     ],
 )
 def test_bad_configurations_give_one_sentence(small_config, change, sentence):

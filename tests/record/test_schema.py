@@ -139,7 +139,7 @@ def test_missing_and_several_problems(make_record):
         validate(3)
 
 
-def test_schema_of_the_current_folder_comes_first(tmp_path, monkeypatch, make_record):
+def test_schema_of_the_project_comes_first(tmp_path, monkeypatch, make_record):
     schema = json.loads(schema_path().read_text())
     schema["properties"]["cost_usd"] = {"type": ["number", "null"], "description": "Money.", "x-group": "resources"}
     schema["required"].append("cost_usd")
@@ -149,6 +149,9 @@ def test_schema_of_the_current_folder_comes_first(tmp_path, monkeypatch, make_re
     monkeypatch.chdir(tmp_path)
     assert schema_path() == own
     assert columns()[-1].name == "cost_usd"
+    (tmp_path / "below" / "it").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "below" / "it")
+    assert schema_path() == own
     validate(make_record(cost_usd=3.0))
     monkeypatch.chdir("/")
     assert schema_path() == Path(__file__).parents[2] / "logs" / "unified_log_schema.json"

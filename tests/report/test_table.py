@@ -2,11 +2,11 @@ import csv
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,7 +19,6 @@ from pqk.report.table import (
     DASH,
     best_rows,
     build_reports,
-    load_table,
     main,
     ordered,
     print_table,
@@ -88,15 +87,6 @@ def test_random_records_survive_file_and_table(tmp_path_factory, records):
     assert read == records
 
     rows = ordered(read)
-    table = load_table(folder)
-    assert list(table.columns) == [column.name for column in columns()]
-    for column in columns():
-        for row, value in zip(rows, table[column.name], strict=True):
-            if row[column.name] is None:
-                assert value is None or pd.isna(value)
-            else:
-                assert value == row[column.name]
-
     write_csv(folder / "table.csv", rows)
     with (folder / "table.csv").open(encoding="utf-8", newline="") as stream:
         lines = list(csv.DictReader(stream))
@@ -272,13 +262,36 @@ def test_reports_of_two_experiments_merge_and_repeat(tmp_path, make_record):
     assert told == ["ablation.png is left out: no record of an ablation (combo H or Ablation)"]
     merged = [item.record for item in read_records(reports / "summary.json")]
     assert [r["exp_id"] for r in merged] == ["A2", "A10", "B1", "B1", "B1", "D1", "D1"]
-    assert len(pd.read_csv(reports / "summary.csv")) == 7
+    with (reports / "summary.csv").open(encoding="utf-8", newline="") as stream:
+        assert len(list(csv.DictReader(stream))) == 7
 
     first = {name: (reports / name).read_bytes() for name in names if not name.endswith("xlsx")}
     for path in list(logs.iterdir()):  # other file names and another order of files: the same report
         path.rename(logs / f"{99 - len(path.name)}{path.name}")
     build_reports(logs, reports)
     assert first == {name: (reports / name).read_bytes() for name in first}
+
+
+def test_reports_go_where_the_project_says(tmp_path, make_record, capsys):
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    text = (tmp_path / "configs" / "eval.yaml").read_text()
+    places = {"reports/result_table.xlsx": "out/all.xlsx", "reports/summary.csv": "out/s.csv"}
+    places |= {"reports/summary.json": "json/s.json", "reports/plots": "figures"}
+    for old, new in places.items():
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    (tmp_path / "configs" / "eval.yaml").write_text(text)
+    for record in bench(make_record):
+        write_record(tmp_path / "logs", record)
+    assert main([], tmp_path) == 0
+    assert not (tmp_path / "reports").exists()
+    for place in ("out/all.xlsx", "out/s.csv", "json/s.json", "figures/latency.png"):
+        assert (tmp_path / place).is_file(), place
+    assert main(["--reports", str(tmp_path / "mine")], tmp_path) == 0
+    assert (tmp_path / "mine" / "summary.csv").read_bytes() == (tmp_path / "out" / "s.csv").read_bytes()
+    (tmp_path / "configs" / "eval.yaml").write_text("report: {}")
+    assert main([], tmp_path) == 2
+    assert "eval.yaml" in capsys.readouterr().err
 
 
 def test_bad_log_leaves_reports_alone(tmp_path, make_record):

@@ -112,3 +112,10 @@ def make_model(folder: Path) -> Path:
             z = head.proj.bias.view(4, -1)[2]
             z += 1.5
     return save_model(model, folder)
+
+
+def written(root: Path) -> list[dict[str, Any]]:
+    """The records of a project."""
+    from pqk.record.log import read_records
+
+    return [item.record for item in read_records(root / "logs")]

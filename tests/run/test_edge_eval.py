@@ -16,8 +16,8 @@ from run_toys import REPOSITORY, Outcome, pqk
 from pqk.data.pairs import pair_graph
 from pqk.data.preprocess import fit_to_shape
 from pqk.data.scene import View
+from pqk.record.log import read_records
 from pqk.record.schema import empty_record, validate
-from pqk.report.table import load_table
 
 sys.path.insert(0, str(REPOSITORY / "scripts"))
 
@@ -78,8 +78,7 @@ def test_a_record_that_the_table_shows(exported: Path, tmp_path: Path) -> None:
     )
     assert json.loads(done.out.splitlines()[-1])["t_pair_p50_ms"] == record["t_pair_p50_ms"]
 
-    table = load_table(root / "logs")
-    assert table["t_pair_p50_ms"].tolist() == [record["t_pair_p50_ms"]]
+    assert [item.record for item in read_records(root / "logs")] == [record]
     shown = pqk(root, "table")
     assert shown.code == 0, shown.err
     assert "candidate int8" in shown.out and f"{record['t_pair_p50_ms']:.2f}" in shown.out
@@ -107,7 +106,7 @@ def test_onnx_on_either_runtime(exported: Path, tmp_path: Path) -> None:
         validate(record)
         assert (record["backend"], record["role"], record["precision"]) == (runtime, "teacher", "f32")
         assert runtime in record["versions"]
-    assert len(load_table(tmp_path)) == 2
+    assert len(read_records(tmp_path)) == 2
 
 
 def test_pictures_are_fed_as_pqk_feeds_them(exported: Path, pictures: Path) -> None:

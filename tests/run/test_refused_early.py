@@ -10,14 +10,13 @@ from typing import Any
 import pytest
 from run_toys import Outcome
 
-from backends.base import Precision
 from pqk.data.generate import ScenePlan, make_scenes
 from pqk.errors import PqkError
 from pqk.record.schema import empty_record
 from pqk.run import stages
-from pqk.run.command import run_card
+from pqk.run.command import export_card, run_card
 from pqk.run.prepare import Request
-from pqk.run.runner import check_float_rest, refuse_partial_truth
+from pqk.run.runner import refuse_partial_truth
 
 
 @pytest.fixture
@@ -45,21 +44,19 @@ def test_a_scene_with_depth_for_some_views(tmp_path: Path) -> None:
     refuse_partial_truth(folder)
 
 
-def test_a_float_rest_that_the_backend_lacks() -> None:
-    for asked in ("auto", "f32", "bf16"):
-        check_float_rest(asked, "openvino", [Precision.F32, Precision.BF16])
-    with pytest.raises(PqkError, match=r"quant\.float_rest is bf16; backend openvino has here auto, f32$"):
-        check_float_rest("bf16", "openvino", [Precision.F32])
-
-
+@pytest.mark.parametrize("verb", ["run", "export"])
 def test_a_float_rest_is_refused_before_the_stages(
-    project: Path, tiny_model: Path, no_stage: None, monkeypatch: pytest.MonkeyPatch
+    verb: str,
+    project: Path,
+    tiny_model: Path,
+    no_stage: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pytest.importorskip("openvino")
     monkeypatch.chdir(project)
     request = Request("B1", "openvino", model=str(tiny_model), settings={"quant.float_rest": "f16"})
     with pytest.raises(PqkError, match=r"quant\.float_rest is f16; backend openvino has here auto, f32"):
-        run_card(request, False)
+        run_card(request, False) if verb == "run" else export_card(request, None, Path("out"))
 
 
 @pytest.mark.parametrize("recipe", [True, False])

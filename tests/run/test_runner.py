@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from run_toys import REPOSITORY, Outcome, environment, pqk
+from run_toys import REPOSITORY, Outcome, environment, pqk, written
 
 from pqk.data.scene import open_scene
 from pqk.files import sha256_json
@@ -29,10 +29,6 @@ def stage_folder(root: Path, stage: str) -> Path:
     """The only artifact of a stage."""
     (found,) = (p for p in (root / "outputs" / "store" / stage).iterdir() if not p.name.startswith("."))
     return found
-
-
-def written(root: Path) -> list[dict[str, Any]]:
-    return [item.record for item in read_records(root / "logs")]
 
 
 def same(a: dict[str, Any], b: dict[str, Any], *but: str) -> None:
@@ -209,11 +205,11 @@ def test_the_doors_of_the_lab(script: str, finished: Finished, copy_of: Copy, ti
         assert content[0]["precision"] == "f32"
         assert {r["role"] for r in content} == {"teacher" if script == "baseline_eval" else "baseline"}
         assert all(r["quantizer"] is None for r in content)
-    from pqk.report.table import load_table
+    from pqk.report.table import ordered
 
     # The same record in two logs is one row.
     rows = len(written(finished[0])) if script == "run_quant" else len(content)
-    assert len(load_table(root / "logs")) == rows
+    assert len(ordered(item.record for item in read_records(root / "logs"))) == rows
 
 
 def test_a_door_refuses_before_it_works(project: Path, tiny_model: Path) -> None:

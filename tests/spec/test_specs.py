@@ -285,7 +285,6 @@ def test_overrides(configs: Path) -> None:
     assert (changed.input.height, changed.input.width) == (64, 96)
     folder = load_workload(overrides={"scenes.test": {"source": "data/eth3d", "names": ["b", "a"]}})
     assert folder.scenes.test.names == ("b", "a")
-    assert folder.scene_seeds("test") == []
     assert load_quant(overrides={"ptq.smooth_quant_alpha": 0.95}).ptq.smooth_quant_alpha == 0.95
 
 
@@ -328,15 +327,6 @@ def test_loosening_is_seen_in_the_right_direction(configs: Path, name: str) -> N
         "t_pair_p50_reduction_pct", "size_reduction_p_only_pct", "size_ratio_min", "int8_flops_share_min"
     }  # fmt: skip
     assert found == [at_least, not at_least]
-
-
-def test_scene_seeds_of_the_splits(configs: Path) -> None:
-    workload = load_workload()
-    test, validation = workload.scene_seeds("test"), workload.scene_seeds("validation")
-    assert len(test) == workload.scenes.test.count
-    assert not set(test) & set(validation)
-    again = load_workload(overrides={"scenes.validation.seed": workload.scenes.test.seed, "scenes.validation.count": 8})
-    assert not set(test) & set(again.scene_seeds("validation"))
 
 
 names = st.sampled_from(["a", "b", "c"])
