@@ -92,7 +92,7 @@ def print_tune(tuned: Tuned, console: Console) -> None:
         drop = row["quality_drop_pct"]
         table.add_row(
             escape("winner, quantized anew" if again else _units_text(row["units"], len(tuned.units))),
-            f"{row['float_nodes']} of {total}",
+            f"{row['float_nodes']} of {total}" if total else "0",
             DASH if drop is None else f"{drop:+.2f}",
             f"{row['t_pair_p50_ms']:.1f}",
             f"{row['speedup_vs_int8']:.2f}",
@@ -110,6 +110,6 @@ def _units_text(names: list[str], count: int) -> str:
     if not names:
         return "nothing: plain int8"
     if len(names) == count:
-        return "everything"
+        return "everything that was int8"
     more = len(names) - _SHOWN_UNITS
     return "\n".join([*names[:_SHOWN_UNITS], *([f"and {more} more"] if more > 0 else [])])

@@ -50,7 +50,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Tuned:
-    """What `pqk tune` prints and writes. The points of `result` name units.
+    """What `pqk tune` prints and writes. The points of `result` name units; without a ranking there are none.
 
     `quant_yaml` is None when nothing is within the limit. `confirmed` is the winner with the same nodes in float, but
     quantized anew with `quant_yaml`; None for plain int8, which is the card's own run. `ok`: the recipe with
@@ -100,7 +100,9 @@ def tune(
         raise PqkError("pqk tune needs times, and these engines are emulated: they have none")
     if record["quality_drop_pct"] is None:
         raise PqkError(f"pqk tune needs a drop, and without ground truth {record['main_metric']} tells none")
-    units = {unit.name: unit for unit in units_of(ranking(outcome))}
+    # Plain int8 that is good enough needs no ranking, which takes as long as several measurements.
+    ranked = [] if record["quality_drop_pct"] <= max_drop else units_of(ranking(outcome))
+    units = {unit.name: unit for unit in ranked}
     kept = outcome.experiment.quant.ptq.keep_list
 
     def evaluate(chosen: tuple[str, ...]) -> tuple[float, float]:
