@@ -91,7 +91,7 @@ def print_tune(tuned: Tuned, console: Console) -> None:
         again = row["kind"] == "confirmed"
         drop = row["quality_drop_pct"]
         table.add_row(
-            escape("winner, quantized anew" if again else _units_text(row["units"], len(tuned.units))),
+            escape("winner, quantized anew" if again else _units_text(row["units"])),
             f"{row['float_nodes']} of {total}" if total else "0",
             DASH if drop is None else f"{drop:+.2f}",
             f"{row['t_pair_p50_ms']:.1f}",
@@ -106,10 +106,8 @@ def print_tune(tuned: Tuned, console: Console) -> None:
         console.print(escape(sentence), highlight=False, soft_wrap=True)
 
 
-def _units_text(names: list[str], count: int) -> str:
+def _units_text(names: list[str]) -> str:
     if not names:
         return "nothing: plain int8"
-    if len(names) == count:
-        return "everything that was int8"
     more = len(names) - _SHOWN_UNITS
     return "\n".join([*names[:_SHOWN_UNITS], *([f"and {more} more"] if more > 0 else [])])

@@ -115,7 +115,7 @@ def tune(
         say(f"{len(nodes)} nodes in float: drop {drop:.2f} %, {time:.1f} ms")
         return drop, time
 
-    result = search(list(units), evaluate, max_drop, max_evaluations)
+    result = search(_may_be_float(ranked), evaluate, max_drop, max_evaluations)
     tuned = Tuned(
         outcome.experiment.card.id,
         record["main_metric"],
@@ -184,6 +184,12 @@ def units_of(ranked: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Unit]:
         if name in single or single.isdisjoint(nodes):
             units.append(Unit(name, nodes, row["of_all"]))
     return sorted(units, key=lambda unit: -unit.of_all)
+
+
+def _may_be_float(ranked: Sequence[Unit]) -> list[str]:
+    """The units' names without the last one of each graph: a graph without a single int8 node is no int8 graph."""
+    last = {split_entry(unit.name)[0]: unit.name for unit in ranked}
+    return [unit.name for unit in ranked if unit.name not in last.values()]
 
 
 def _by_graph(nodes: Iterable[str]) -> dict[str, list[str]]:

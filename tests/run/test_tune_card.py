@@ -51,7 +51,7 @@ def plain(project: Path, asked: tuple[str | Path, ...]) -> Outcome:
 def tuned(project: Path, asked: tuple[str | Path, ...], plain: Outcome) -> Outcome:
     """Tuned to half the drop of plain int8."""
     half = data(plain)["rows"][0]["quality_drop_pct"] / 2
-    return pqk(project, *asked, "--max-drop", f"{half:.9f}", "--max-evaluations", "5", "-o", "mixed.yaml")
+    return pqk(project, *asked, "--max-drop", f"{half:.9f}", "--max-evaluations", "4", "-o", "mixed.yaml")
 
 
 def test_plain_int8_that_is_good_enough_is_the_winner(project: Path, plain: Outcome) -> None:
@@ -70,7 +70,7 @@ def test_the_winner_is_within_the_limit_when_quantized_anew(project: Path, tuned
     assert tuned.code == 0, tuned.err
     found = data(tuned)
     *searched, confirmed = found["rows"]
-    assert 2 <= len(searched) <= 5
+    assert 2 <= len(searched) <= 4
     assert searched[0]["units"] == [] and searched[0]["quality_drop_pct"] > found["max_drop_pct"]
     (winner,) = [row for row in searched if row["winner"]]
     assert (confirmed["kind"], confirmed["winner"], confirmed["units"]) == ("confirmed", True, winner["units"])
@@ -130,8 +130,13 @@ def test_a_limit_that_nothing_reaches_is_exit_1(project: Path, asked: tuple[str 
     found = data(outcome)
     assert not found["ok"] and found["quant_yaml"] is None and not out.exists()
     assert not any(row["winner"] for row in found["rows"])
-    assert found["rows"][-1]["float_nodes"] == sum(len(unit["nodes"]) for unit in found["units"])
-    assert found["rows"][-1]["quality_drop_pct"] == pytest.approx(0, abs=1e-3)  # all in float: the Teacher itself
+    # The last choice is everything but the unit with the least share of each graph, as each must have an int8 node.
+    left = {unit["name"]: unit["name"].split(":")[0] for unit in found["units"]}
+    for name in found["rows"][-1]["units"]:
+        del left[name]
+    assert sorted(left.values()) == ["decoder", "encoder"]
+    assert list(left.values())[-1:] == [found["units"][-1]["name"].split(":")[0]]
+    assert 0 <= found["rows"][-1]["quality_drop_pct"] < found["rows"][0]["quality_drop_pct"]
     assert "no quant.yaml is written" in found["sentences"][0]
     assert "✓ ranking the nodes  kept from before" in outcome.err
 
