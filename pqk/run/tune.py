@@ -201,7 +201,7 @@ def draw_pareto(
             color=PALETTE[0],
             label="measured; beside it the number of nodes in float",
         )
-        for point in (p for p in drawn if p in result.front):
+        for point in drawn:
             axes.annotate(
                 str(sum(len(nodes_of[name]) for name in point.names) if nodes_of else len(point.names)),
                 (point.t_pair_p50_ms, point.drop_pct),
@@ -219,7 +219,7 @@ def draw_pareto(
         axes.set_xlabel("t_pair_p50_ms (ms), lower is better")
         axes.set_ylabel("quality_drop_pct (%), lower is better")
         axes.margins(0.1)
-        axes.legend(loc="upper right", frameon=False)
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
         with atomic_path(path) as temporary:
             figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight", metadata={"Software": None})
     return Path(path)
