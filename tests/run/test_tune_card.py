@@ -33,7 +33,7 @@ def data(outcome: Outcome) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def project(finished: tuple[Path, Outcome], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def root(finished: tuple[Path, Outcome], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the finished project for all tests here; they run in order and build on each other's stores."""
     return shutil.copytree(finished[0], tmp_path_factory.mktemp("tune") / "project", symlinks=True)
 
@@ -45,18 +45,18 @@ def asked(tiny_model: Path, pictures: Path) -> tuple[str | Path, ...]:
 
 
 @pytest.fixture(scope="module")
-def plain(project: Path, asked: tuple[str | Path, ...]) -> Outcome:
-    return pqk(project, *asked, "--max-drop", "100")
+def plain(root: Path, asked: tuple[str | Path, ...]) -> Outcome:
+    return pqk(root, *asked, "--max-drop", "100")
 
 
 @pytest.fixture(scope="module")
-def tuned(project: Path, asked: tuple[str | Path, ...], plain: Outcome) -> Outcome:
+def tuned(root: Path, asked: tuple[str | Path, ...], plain: Outcome) -> Outcome:
     """Tuned to half the drop of plain int8."""
     half = data(plain)["rows"][0]["quality_drop_pct"] / 2
-    return pqk(project, *asked, "--max-drop", f"{half:.9f}", "--max-evaluations", "3", "-o", "mixed.yaml")
+    return pqk(root, *asked, "--max-drop", f"{half:.9f}", "--max-evaluations", "3", "-o", "mixed.yaml")
 
 
-def test_plain_int8_that_is_good_enough_is_the_winner(project: Path, plain: Outcome) -> None:
+def test_plain_int8_that_is_good_enough_is_the_winner(root: Path, plain: Outcome) -> None:
     assert plain.code == 0, plain.err
     found = data(plain)
     (row,) = found["rows"]
@@ -64,11 +64,11 @@ def test_plain_int8_that_is_good_enough_is_the_winner(project: Path, plain: Outc
     assert 0 < row["quality_drop_pct"] < 100
     assert "int8 as it is drops" in found["sentences"][0]
     assert "ranking" not in plain.err
-    unchanged = project / "reports" / "tune" / "B1.quant.yaml"
-    assert unchanged.read_bytes() == (project / "configs" / "quant.yaml").read_bytes()
+    unchanged = root / "reports" / "tune" / "B1.quant.yaml"
+    assert unchanged.read_bytes() == (root / "configs" / "quant.yaml").read_bytes()
 
 
-def test_the_winner_is_within_the_limit_when_quantized_anew(project: Path, tuned: Outcome) -> None:
+def test_the_winner_is_within_the_limit_when_quantized_anew(root: Path, tuned: Outcome) -> None:
     assert tuned.code == 0, tuned.err
     found = data(tuned)
     *searched, confirmed = found["rows"]
@@ -91,8 +91,8 @@ def test_the_winner_is_within_the_limit_when_quantized_anew(project: Path, tuned
     assert shares == sorted(shares, reverse=True)
 
 
-def test_csv_json_and_plot(project: Path, tuned: Outcome) -> None:
-    folder, found = project / "reports" / "tune", data(tuned)
+def test_csv_json_and_plot(root: Path, tuned: Outcome) -> None:
+    folder, found = root / "reports" / "tune", data(tuned)
     assert json.loads((folder / "B1.json").read_text()) == found
     rows = list(csv.DictReader((folder / "B1.csv").open(newline="")))
     assert [int(row["float_nodes"]) for row in rows] == [row["float_nodes"] for row in found["rows"]]
@@ -103,31 +103,31 @@ def test_csv_json_and_plot(project: Path, tuned: Outcome) -> None:
     assert "winner, quantized anew" in tuned.err  # the table goes to stderr beside --json
 
 
-def test_the_command_at_the_end_runs_the_tuned_recipe(project: Path, tuned: Outcome) -> None:
+def test_the_command_at_the_end_runs_the_tuned_recipe(root: Path, tuned: Outcome) -> None:
     found = data(tuned)
-    before = load_quant(project / "configs" / "quant.yaml").ptq.keep_list
-    added = load_quant(project / "mixed.yaml").ptq.keep_list[len(before) :]
+    before = load_quant(root / "configs" / "quant.yaml").ptq.keep_list
+    added = load_quant(root / "mixed.yaml").ptq.keep_list[len(before) :]
     winner = found["rows"][-1]
     assert len(added) == winner["float_nodes"]
     assert all(split_entry(entry)[0] in ("encoder", "decoder") for entry in added)
     copied, _, run = found["sentences"][-1].removeprefix("to use it: ").partition(" && ")
     what, source, target = shlex.split(copied)
     assert (what, source, target) == ("cp", "mixed.yaml", "configs/quant.yaml")
-    original = (project / target).read_bytes()
+    original = (root / target).read_bytes()
     try:
-        (project / target).write_bytes((project / source).read_bytes())
-        outcome = pqk(project, *shlex.split(run)[1:], "--json")
+        (root / target).write_bytes((root / source).read_bytes())
+        outcome = pqk(root, *shlex.split(run)[1:], "--json")
     finally:
-        (project / target).write_bytes(original)
+        (root / target).write_bytes(original)
     assert outcome.code in (0, 1), outcome.err
     assert outcome.record["keep_list"] == [*before, *added]
     assert outcome.record["quality_drop_pct"] == winner["quality_drop_pct"]
     assert "✓ quantization  kept from before" in outcome.err
 
 
-def test_a_limit_that_nothing_reaches_is_exit_1(project: Path, asked: tuple[str | Path, ...], tuned: Outcome) -> None:
-    out = project / "none.yaml"
-    outcome = pqk(project, *asked, "--max-drop=-1", "--max-evaluations", "3", "-o", "none.yaml")
+def test_a_limit_that_nothing_reaches_is_exit_1(root: Path, asked: tuple[str | Path, ...], tuned: Outcome) -> None:
+    out = root / "none.yaml"
+    outcome = pqk(root, *asked, "--max-drop=-1", "--max-evaluations", "3", "-o", "none.yaml")
     assert outcome.code == 1, outcome.err
     found = data(outcome)
     assert not found["ok"] and found["quant_yaml"] is None and not out.exists()
@@ -174,11 +174,11 @@ def test_refused_before_anything_runs(
     assert "…" not in outcome.err and "✓" not in outcome.err
 
 
-def test_a_pattern_of_one_graph_needs_its_name(project: Path, tiny_model: Path) -> None:
+def test_a_pattern_of_one_graph_needs_its_name(root: Path, tiny_model: Path) -> None:
     """The encoder has no decoder block; entries with a name are followed by the run of the tuned recipe above."""
     pattern = "^/dec_blocks.0/mlp/fc1/MatMul$"
     run = ("run", "B1", "--backend", "openvino", "--model", tiny_model, "--json")
-    refused = pqk(project, *run, "--set", f"quant.ptq.keep_list=['{pattern}']")
+    refused = pqk(root, *run, "--set", f"quant.ptq.keep_list=['{pattern}']")
     assert refused.code == 2, refused.err
     assert f"encoder: keep entry '{pattern}' matches no node" in refused.sentence
     assert refused.sentence.endswith("must match in both graphs, or name its graph: 'decoder:...'")
