@@ -94,6 +94,33 @@ def parity(
 
 
 @app.command()
+def tune(
+    card: Annotated[str, typer.Argument(help="task card, for example B1 (schedule/TaskCards)")],
+    max_drop: Annotated[float, typer.Option(help="drop of the main metric that is allowed, in percent")] = 1.0,
+    max_evaluations: Annotated[int, typer.Option(min=2, help="choices of float nodes to measure, at most")] = 12,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="the tuned file; default: reports/tune/CARD.quant.yaml")
+    ] = None,
+    backend: Annotated[str, typer.Option(help="only openvino can be tuned")] = "openvino",
+    quantizer: Annotated[str, typer.Option(help="only nncf can be tuned")] = "nncf",
+    model: Annotated[str | None, typer.Option(help="as in `pqk run`; default: the shipped one")] = None,
+    scenes: Annotated[Path | None, typer.Option(help="folder of scenes with ground truth")] = None,
+    images: Annotated[Path | None, typer.Option(help="folder of photographs")] = None,
+    setting: Annotated[list[str] | None, typer.Option("--set", help="override one value, as in `pqk run`")] = None,
+    json_line: Annotated[bool, typer.Option("--json", help="print everything as one JSON object, last line")] = False,
+) -> None:
+    """Mixed precision: find the nodes that must stay in float for a drop under the limit, and write the quant.yaml.
+
+    Exit codes: 0 the tuned recipe is within the limit, 1 nothing is, 2 wrong input, 3 backend or method unavailable.
+    """
+    from pqk.run.command import run_tune, settings_of
+    from pqk.run.prepare import Request
+
+    request = Request(card, backend, quantizer, model, scenes, images, settings=settings_of(setting or []))
+    raise typer.Exit(run_tune(request, max_drop, max_evaluations, out, json_line))
+
+
+@app.command()
 def export(
     card: Annotated[str, typer.Argument(help="task card, for example B1")],
     out: Annotated[Path, typer.Option("-o", "--out", help="folder to write; an earlier export in it is replaced")],

@@ -19,6 +19,7 @@ from pqk.report.table import print_table
 from pqk.run.prepare import Request
 from pqk.run.runner import run
 from pqk.run.store import OnEvent
+from pqk.spec.card import load_card
 from pqk.spec.yamlfile import parse_yaml
 
 _DOING = {
@@ -30,7 +31,9 @@ _DOING = {
     "timing": "timing, variants interleaved",
     "memory": "peak memory",
     "agreement": "agreement of",
-    "explain": "ranking the nodes",
+    "parted": "where runtimes part",
+    "ranking": "ranking the nodes",
+    "mixed": "int8 graphs, nodes in float:",
 }
 
 
@@ -148,6 +151,34 @@ def run_parity(
     if as_json:
         print(json.dumps(as_data(result), allow_nan=False, ensure_ascii=False))
     return EXIT_CHECK_FAILED if any(v.verdict == "differ" for v in result.verdicts) else EXIT_OK
+
+
+def run_tune(request: Request, max_drop: float, max_evaluations: int, out: Path | None, as_json: bool) -> int:
+    """`pqk tune`: search, print the table, write reports/tune/CARD.*; 1 when nothing is within the limit."""
+    from pqk.report.tune import as_data, print_tune, write_tune
+    from pqk.run.tune_card import tune
+
+    root = paths.project_root()
+    folder = root / "reports" / "tune"
+    check_writable(folder)
+    errors = Console(stderr=True, highlight=False)
+    began = time.monotonic()
+    tuned = tune(
+        request,
+        max_drop,
+        max_evaluations,
+        out or folder / f"{load_card(request.card, root).id}.quant.yaml",
+        root,
+        _progress(errors),
+        lambda text: errors.print(f"  [bold]·[/] {escape(text)}"),
+    )
+    for path in write_tune(tuned, folder):
+        errors.print(f"  [green]✓[/] {escape(str(paths.shown(path)))}")
+    print_tune(tuned, Console(stderr=as_json))
+    errors.print(f"{time.monotonic() - began:.0f} s in all", style="dim")
+    if as_json:
+        print(json.dumps(as_data(tuned), allow_nan=False, ensure_ascii=False))
+    return EXIT_OK if tuned.ok else EXIT_CHECK_FAILED
 
 
 def export_card(request: Request, precision: str | None, out: Path) -> int:

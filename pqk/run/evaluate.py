@@ -19,6 +19,7 @@ from pqk.errors import CheckFailed, PqkError
 from pqk.measure.quality import pair_truth, score_against_reference, score_pair, summarise
 from pqk.run.inputs import load_frames, scene_pairs
 from pqk.run.variants import Runner, Variant
+from pqk.spec.keep import keep_for
 from pqk.spec.workload import PairGraph
 
 _AHEAD = 4  # pairs that may wait for their scores
@@ -79,7 +80,7 @@ def evaluate(request: dict[str, Any]) -> dict[str, Any]:
         if request["keep"]:
             backend = registry.get(variant.backend)
             for name, engine in (("encoder", runner.encoder), ("decoder", runner.decoder)):
-                broken = backend.kept_in_int8(engine, request["keep"], kernels[name])
+                broken = backend.kept_in_int8(engine, keep_for(request["keep"], name), kernels[name])
                 if broken:
                     raise CheckFailed(
                         f"{name}: {len(broken)} kept nodes ran in int8 kernels, the first is {broken[0].name} "

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from backends import registry
-from backends.base import Feeds, Graph, QuantSpec, Source
+from backends.base import BackendError, Feeds, Graph, QuantSpec, Source
 from pqk.errors import PqkError, nearest
 from pqk.files import clear_write_errors
 from pqk.measure.footprint import peak_ram_bytes
 from pqk.models.checkpoint import load_model
 from pqk.run.inputs import CalibrationImages
 from pqk.run.variants import graph_from_json, graph_to_json
+from pqk.spec.keep import hint, keep_for
 
 
 class _Images:
@@ -71,7 +72,7 @@ def quantize_graphs(request: dict[str, Any]) -> dict[str, Any]:
     images = CalibrationImages(Path(request["calibration"]), ptq["calibration_images"], *request["shape"])
     encoder, decoder = graph_from_json(request["encoder"]), graph_from_json(request["decoder"])
 
-    def spec(samples: int) -> QuantSpec:
+    def spec(name: str, samples: int) -> QuantSpec:
         return QuantSpec(
             bits_w=ptq["bits_w"],
             bits_a=ptq["bits_a"],
@@ -81,7 +82,7 @@ def quantize_graphs(request: dict[str, Any]) -> dict[str, Any]:
             smooth_quant_alpha=ptq["smooth_quant_alpha"],
             bias_correction=ptq["bias_correction"],
             weight_range=ptq["weight_range"],
-            keep=tuple(ptq["keep_list"]),
+            keep=tuple(keep_for(ptq["keep_list"], name)),
             calibration_samples=samples,
             output_dir=out,
         )
@@ -98,6 +99,15 @@ def quantize_graphs(request: dict[str, Any]) -> dict[str, Any]:
             graph,
         )
 
+    def quantized(name: str, graph: Graph, samples: int, calibration: Iterable[Feeds]) -> Graph:
+        try:
+            return quantizer.quantize(source(name, graph), spec(name, samples), calibration)
+        except BackendError as error:
+            more = hint(ptq["keep_list"], name, str(error))
+            if not more:
+                raise
+            raise type(error)(f"{name}: {error}{more}") from error
+
     with tempfile.TemporaryDirectory(prefix="pqk-tokens-", dir=out) as folder:
         # every fourth pair: each passes through both decoders and both heads, and costs four times as much as an image
         chosen = images.every_fourth_pair()
@@ -107,8 +117,8 @@ def quantize_graphs(request: dict[str, Any]) -> dict[str, Any]:
         with backend.compile(encoder, best_float, {}) as engine:
             for k, image in enumerate(chosen):
                 tokens[k] = engine.infer({"image": image})["tokens"][0]
-        quantized_encoder = quantizer.quantize(source("encoder", encoder), spec(len(images)), _Images(images))
-        quantized_decoder = quantizer.quantize(source("decoder", decoder), spec(len(chosen) // 2), _Tokens(tokens))
+        quantized_encoder = quantized("encoder", encoder, len(images), _Images(images))
+        quantized_decoder = quantized("decoder", decoder, len(chosen) // 2, _Tokens(tokens))
         del tokens
     return {
         "encoder": graph_to_json(quantized_encoder),

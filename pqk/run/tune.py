@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from pqk.errors import PqkError
 from pqk.files import atomic_path
 from pqk.paths import shown
 from pqk.report.plots import PALETTE, pareto_front
+from pqk.spec.keep import split_entry
 from pqk.spec.quant import Quant, load_quant
 from pqk.spec.yamlfile import read_text
 
@@ -123,14 +124,16 @@ def _steps(count: int, limit: int) -> list[int]:
 
 
 def keep_patterns(names: Collection[str]) -> list[str]:
-    """Keep-list entries that match exactly these node names."""
-    return [f"^{re.escape(name)}$" for name in names]
+    """Keep-list entries that match exactly these nodes; `decoder:NAME` is the node of that graph alone."""
+    named = (split_entry(name) for name in names)
+    return [f"{graph}:^{re.escape(node)}$" if graph else f"^{re.escape(node)}$" for graph, node in named]
 
 
 def write_quant_yaml(base: Path | str, names: Sequence[str], out: Path | str) -> Quant:
     """Write `base` to `out` with the nodes `names` added to ptq.keep_list, and return it as it is read back.
 
-    The rest of the file stays as it is, comments included. Names that are listed already are not repeated.
+    names: as in `keep_patterns`. The rest of the file stays as it is, comments included. Names that are listed already
+    are not repeated.
     Raises PqkError when `base` is not a valid quant.yaml, or `out` cannot be written; `out` is left alone then.
     """
     listed = load_quant(base).ptq.keep_list
@@ -162,8 +165,16 @@ def _insert(text: str, entries: Sequence[str]) -> str:
     return text[:place] + "".join(more) + text[place:]
 
 
-def draw_pareto(result: TuneResult, path: Path | str) -> Path:
-    """Median pair time against drop of all points, the front, the limit and the winner, as a PNG."""
+def draw_pareto(
+    result: TuneResult,
+    path: Path | str,
+    nodes_of: Mapping[str, Collection[str]] | None = None,
+    confirmed: Point | None = None,
+) -> Path:
+    """Median pair time against drop of all points, the front, the limit and the winner, as a PNG.
+
+    nodes_of: the nodes behind each ranked name, where a name stands for several. confirmed: the winner, measured again.
+    """
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -190,9 +201,9 @@ def draw_pareto(result: TuneResult, path: Path | str) -> Path:
             color=PALETTE[0],
             label="measured; beside it the number of nodes in float",
         )
-        for point in (p for p in drawn if p in result.front):
+        for point in drawn:
             axes.annotate(
-                str(len(point.names)),
+                str(sum(len(nodes_of[name]) for name in point.names) if nodes_of else len(point.names)),
                 (point.t_pair_p50_ms, point.drop_pct),
                 xytext=(5, 4),
                 textcoords="offset points",
@@ -202,10 +213,13 @@ def draw_pareto(result: TuneResult, path: Path | str) -> Path:
         if result.winner is not None:
             best = (result.winner.t_pair_p50_ms, result.winner.drop_pct)
             axes.plot(*best, "*", color=PALETTE[1], markersize=16, linestyle="none", label="winner")
+        if confirmed is not None and math.isfinite(confirmed.drop_pct):
+            again = (confirmed.t_pair_p50_ms, confirmed.drop_pct)
+            axes.plot(*again, "x", color=PALETTE[2], markersize=9, linestyle="none", label="winner, quantized anew")
         axes.set_xlabel("t_pair_p50_ms (ms), lower is better")
         axes.set_ylabel("quality_drop_pct (%), lower is better")
         axes.margins(0.1)
-        axes.legend(loc="upper right", frameon=False)
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
         with atomic_path(path) as temporary:
             figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight", metadata={"Software": None})
     return Path(path)

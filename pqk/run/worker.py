@@ -139,11 +139,25 @@ def agreement(request: dict[str, Any]) -> Result:
     return compare(request)
 
 
-def explain(request: dict[str, Any]) -> Result:
-    """Where runtimes part, and which nodes cause the int8 error; see `pqk.run.explain`."""
-    from pqk.run.explain import explain_graphs
+def parted(request: dict[str, Any]) -> Result:
+    """Where runtimes part on the float graphs; see `pqk.run.nodes`."""
+    from pqk.run.nodes import part_graphs
 
-    return explain_graphs(request)
+    return part_graphs(request)
+
+
+def ranking(request: dict[str, Any]) -> Result:
+    """Which parts and nodes cause the int8 error; see `pqk.run.nodes`."""
+    from pqk.run.nodes import rank_graphs
+
+    return rank_graphs(request)
+
+
+def mixed(request: dict[str, Any]) -> Result:
+    """Int8 graphs with nodes in float; see `pqk.run.nodes`."""
+    from pqk.run.nodes import mix_graphs
+
+    return mix_graphs(request)
 
 
 TASKS: dict[str, Callable[[dict[str, Any]], Result]] = {
@@ -152,7 +166,9 @@ TASKS: dict[str, Callable[[dict[str, Any]], Result]] = {
     "memory": memory,
     "quantize": quantize,
     "agreement": agreement,
-    "explain": explain,
+    "parted": parted,
+    "ranking": ranking,
+    "mixed": mixed,
 }
 
 

@@ -11,6 +11,7 @@ from pydantic import Field, field_validator
 
 from pqk import paths
 from pqk.errors import nearest
+from pqk.spec.keep import split_entry
 from pqk.spec.yamlfile import Section, Spec, load_spec
 
 KEEP_GROUPS = ("LayerNorm", "Softmax", "AttentionScales")
@@ -35,16 +36,17 @@ class Ptq(Section):
     @classmethod
     def _groups_or_patterns(cls, entries: tuple[str, ...]) -> tuple[str, ...]:
         for entry in entries:
-            if entry in KEEP_GROUPS:
+            _, wanted = split_entry(entry)
+            if wanted in KEEP_GROUPS:
                 continue
             # A bare word that is no group is far more often a misspelt group than a pattern.
-            if not entry or entry.isalpha():
+            if not wanted or wanted.isalpha():
                 raise ValueError(
                     f"must hold groups ({', '.join(KEEP_GROUPS)}) or regular expressions of node names "
-                    f"such as '.*dec_blocks.0.*', and {entry!r} is neither{nearest(entry, KEEP_GROUPS)}"
+                    f"such as '.*dec_blocks.0.*', and {entry!r} is neither{nearest(wanted, KEEP_GROUPS)}"
                 )
             try:
-                re.compile(entry)
+                re.compile(wanted)
             except re.error as error:
                 raise ValueError(f"must hold regular expressions, and {entry!r} is none: {error}") from None
         if len(set(entries)) != len(entries):
