@@ -12,7 +12,10 @@ from backends.base import Availability, BackendError, Engine, Graph, Kernel, Pre
 
 MEND = 'pip install -e ".[trt]", or use --backend openvino'
 AHEAD_OF_TIME = "builds engines ahead of time; no CUDA device: quality is emulated by ONNX Runtime, nothing is timed"
-NO_PROVIDER = "neither torch with CUDA nor pycuda: quality is emulated by ONNX Runtime, nothing is timed"
+NO_PROVIDER = (
+    'neither torch with CUDA nor pycuda (pip install -e ".[edge]"): quality is emulated by ONNX Runtime, '
+    "nothing is timed"
+)
 _NEEDED = {
     "modelopt": "nvidia-modelopt",
     "onnx_graphsurgeon": "onnx-graphsurgeon",

@@ -17,8 +17,8 @@ class PlannedEngine(OnnxRuntimeEngine):
 
     def __init__(self, graph: Graph, options: Mapping[str, Any] | None) -> None:
         super().__init__(graph, options)
-        self.plan_path = graph.path.parent.parent / f"{graph.path.stem}-{graph.sha256[:8]}.plan"
-        self.plan_path.write_bytes(graph.path.read_bytes()[::-1])
+        self.plan = graph.path.parent.parent / f"{graph.path.stem}-{graph.sha256[:8]}.plan"
+        self.plan.write_bytes(graph.path.read_bytes()[::-1])
 
 
 class PlannedBackend(ReferenceBackend):
