@@ -11,12 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from backend_toys import Calibration, error, image, linear_graph, toy_flops
 
 import backends
 from backends import registry
-from backends.base import BackendError, Graph, Precision, QuantSpec, executed_precision
+from backends.base import BackendError, Graph, Precision, QuantSpec, executed_precision, lowered_to
 from backends.exchange import describe_onnx
 
 pytest.importorskip("modelopt", reason="ModelOpt is not installed")
@@ -26,6 +27,7 @@ from backends.trt.cuda import provider
 from backends.trt.engine import EmulatedEngine, check_plan, layer_kernels
 from backends.trt.modelopt import ModelOptQuantizer, free_kept, store_weights, tidy
 from backends.trt.onnx_graph import OnnxGraph, kept_nodes
+from backends.trt.ranges import magnitudes
 
 ITEMS = 4
 SPEC = QuantSpec(calibration_samples=ITEMS, smooth_quant_alpha=None, bias_correction="none", weight_range="full")
@@ -139,6 +141,53 @@ def test_a_kept_pattern_stays_float(source, tmp_path):
     precision = {n.name: found.precision(n) for n in found.work()}
     assert quantizer.report.kept == ("/blocks.0/fc1/MatMul",)
     assert (precision["/blocks.0/fc1/MatMul"], precision["/blocks.1/fc1/MatMul"]) == ("f32", "int8")
+
+
+def test_ranges_are_those_of_the_whole_set(kept, source):
+    """Every activation's scale holds the largest magnitude of all items, as a float session alone finds it."""
+    graph = OnnxGraph(kept[0].path)
+    stored = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(str(kept[0].path)).graph.initializer}
+    pairs = {n.input[0]: float(stored[n.input[1]]) for n in graph.nodes if n.op_type == "QuantizeLinear"}
+    assert len(pairs) > 10
+    model = onnx.load(str(source.graph.path))
+    del model.graph.output[:]
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in pairs if name != "image")
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    largest = dict.fromkeys(pairs, 0.0)
+    for item in Calibration(ITEMS):
+        found = dict(zip([o.name for o in session.get_outputs()], session.run(None, item), strict=True)) | item
+        largest = {name: max(value, float(np.abs(found[name]).max())) for name, value in largest.items()}
+    for name, scale in pairs.items():
+        assert scale == pytest.approx(largest[name] / 127, rel=1e-4), name
+
+
+def test_only_matmuls_and_convolutions_read_quantized_tensors(kept):
+    graph = OnnxGraph(kept[0].path)
+    kinds = {n.op_type for n in graph.work() if graph.precision(n) == "int8"}
+    assert kinds == {"MatMul", "Conv", "ConvTranspose"}
+
+
+def test_a_tensor_without_a_range_is_named(source, tmp_path):
+    with pytest.raises(BackendError, match="computes no tensor 'ghost'"):
+        magnitudes(source.graph.path, source.graph.inputs, ["ghost"], Calibration(1))
+
+
+def test_int4_keeps_what_it_is_told_to(source, tmp_path):
+    graph, quantizer = quantize(source, tmp_path, bits_w=4, bits_a=16, keep=("blocks.0/fc1/MatMul",))
+    found = OnnxGraph(graph.path)
+    stored = {n.name: found.stored_as(n) for n in found.work() if n.op_type == "MatMul"}
+    assert (stored["/blocks.0/fc1/MatMul"], stored["/blocks.1/fc1/MatMul"]) == (set(), {"int4"})
+    assert "/blocks.1/fc1/MatMul" in quantizer.report.quantized
+    assert any("int4 weights" in note for note in quantizer.notes())
+
+
+def test_formats_and_bits_are_known_before_anything_runs():
+    tools = registry.get("trt").quantizers()
+    assert lowered_to(tools["modelopt"], 8, 8) == "int8"
+    assert lowered_to(tools["modelopt"], 4, 16) == "int4"
+    assert lowered_to(tools["modelopt-fp8"], 8, 8) == "fp8"
+    with pytest.raises(BackendError, match="'modelopt-fp8' lowers to W8A8, not W4A16"):
+        lowered_to(tools["modelopt-fp8"], 4, 16)
 
 
 def test_fp8_and_int4_build(source, tmp_path, want):
