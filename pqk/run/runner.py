@@ -84,10 +84,10 @@ def run(
     ptq_asked = experiment.quant.ptq
     # What the record calls it; to the backend every graph with Q/DQ nodes is Precision.INT8.
     lowered = lowered_to(backend.quantizers()[quantizer], ptq_asked.bits_w, ptq_asked.bits_a) if quantizer else "int8"
-    floats = [Precision(p) for p in backend.float_precisions()]
+    floats = [Precision(p) for p in getattr(backend, "baselines", backend.float_precisions)()]
     float_rest = experiment.quant.float_rest
     if quantizer is not None:
-        check_float_rest(float_rest, backend.name, floats)
+        check_float_rest(float_rest, backend.name, getattr(backend, "rests", floats))
     height, width = workload.input.height, workload.input.width
     shape = (height, width)
     ctx = context(request, backend, root, on_event)

@@ -65,6 +65,16 @@ def test_availability_without_a_device_says_what_it_can():
 
 
 @emulated
+def test_without_a_device_only_f32_is_scored_and_f16_is_still_built(tmp_path):
+    backend = registry.get("trt")
+    assert list(backend.baselines()) == [Precision.F32]
+    assert Precision.F16 in backend.float_precisions()
+    _, graph = linear_graph(tmp_path)
+    with backend.compile(graph, Precision.F16) as engine:
+        assert engine.size_bytes > 1000
+
+
+@emulated
 def test_int8_builds_a_plan_and_emulates_it(kept, want, tmp_path):
     graph, quantizer = kept
     backend = registry.get("trt")
@@ -374,6 +384,7 @@ def test_a_refused_pattern_names_the_node_and_what_is_supported(kept, tmp_path):
         ({"optimization_level": 6}, "must be 0 to 5"),
         ({"target": "sm89"}, "a compute capability such as '8.9'"),
         ({"target": "3.5"}, "3.5"),
+        ({"rest": "f16"}, "'rest' must be 'f32'"),
     ],
 )
 def test_bad_options(options, says, tmp_path):
