@@ -204,8 +204,9 @@ class Quantizer(Protocol):
 class Backend(Protocol):
     """A toolchain: quantizes, compiles and runs graphs. Knows nothing of models, cards or logs.
 
-    Optional: `baselines()`, those of its float precisions that are worth a row of results (all when absent), and `rests`,
-    those in which a quantized graph may compute the rest (all when absent). `sources` names the Python modules whose code decides what its engines compute and report, for caches.
+    `sources` names the Python modules whose code decides what its engines compute and report, for caches. Optional:
+    `baselines()`, those of its float precisions that are worth a row of results (all when absent), and `rests`, those
+    in which a quantized graph may compute the rest (all when absent).
     """
 
     name: str
