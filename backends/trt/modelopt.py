@@ -25,7 +25,7 @@ import numpy as np
 from backends.base import BackendError, Feeds, Graph, QuantSpec, Source, TensorInfo, nearest
 from backends.openvino.cpu import saturates
 from backends.trt.onnx_graph import CONVOLUTIONS, MATMULS, MOVES, OnnxGraph, kept_nodes, name_nodes
-from backends.trt.ranges import magnitudes, quantized_tensors, set_ranges
+from backends.trt.ranges import largest_magnitudes, quantized_tensors, set_ranges
 
 if TYPE_CHECKING:
     import onnx
@@ -109,9 +109,9 @@ class ModelOptQuantizer:
             free_kept(model, floats | light)
             if number_format != "int4":  # rounding weights needs no data
                 tensors = quantized_tensors(model)
-                largest = magnitudes(Path(folder) / "given.onnx", source.graph.inputs, tensors, items)
+                ranges = largest_magnitudes(Path(folder) / "given.onnx", source.graph.inputs, tensors, items)
                 items.finish()
-                set_ranges(model, dict(zip(tensors, largest.max(axis=0).tolist(), strict=True)))
+                set_ranges(model, ranges)
             if number_format == "int8":
                 store_weights(model, half)
             tidy(model)

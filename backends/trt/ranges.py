@@ -1,7 +1,6 @@
 """Ranges of activations: the float graph runs over the calibration items and reduces each tensor that counts inside it.
 
-ModelOpt's own calibration runs the graph with all optimisations off and keeps nothing but the largest value over all
-items. Here one optimised pass gives the largest magnitude per item, of which any range can be made.
+ModelOpt's own calibration does the same with all graph optimisations off, for every tensor that it may quantize.
 """
 
 from __future__ import annotations
@@ -21,8 +20,10 @@ if TYPE_CHECKING:
 _LARGEST = {"INT8": 127.0, "FLOAT8E4M3FN": 448.0}
 
 
-def magnitudes(path: Path, inputs: Sequence[TensorInfo], tensors: Sequence[str], items: Iterable[Feeds]) -> np.ndarray:
-    """max|x| of each tensor for each item: float32 (items, tensors). Only one item is in memory at a time.
+def largest_magnitudes(
+    path: Path, inputs: Sequence[TensorInfo], tensors: Sequence[str], items: Iterable[Feeds]
+) -> dict[str, float]:
+    """max|x| of each tensor over all items. Only one item is in memory at a time.
 
     Writes `<stem>.ranges.onnx` beside `path`, so that external weights are found. Raises BackendError for a tensor that
     the graph does not compute.
@@ -47,14 +48,14 @@ def magnitudes(path: Path, inputs: Sequence[TensorInfo], tensors: Sequence[str],
     onnx.save(model, str(reduced))
     del model
     outputs = tuple(TensorInfo(name, (), "float32") for name in names)
-    rows = []
+    largest = np.zeros(len(tensors), np.float32)
     with OnnxRuntimeEngine(Graph(reduced, tuple(inputs), outputs, "")) as engine:
         for item in items:
             found = engine.infer(item)
             ends = np.array([found[name] for name in names], np.float32).reshape(-1, 2)
-            rows.append(np.abs(ends).max(axis=1))
+            largest = np.maximum(largest, np.abs(ends).max(axis=1))
     reduced.unlink()
-    return np.stack(rows)
+    return dict(zip(tensors, largest.tolist(), strict=True))
 
 
 def quantized_tensors(model: onnx.ModelProto) -> list[str]:

@@ -27,7 +27,7 @@ from backends.trt.cuda import provider
 from backends.trt.engine import EmulatedEngine, check_plan, layer_kernels
 from backends.trt.modelopt import ModelOptQuantizer, free_kept, store_weights, tidy
 from backends.trt.onnx_graph import OnnxGraph, kept_nodes
-from backends.trt.ranges import magnitudes
+from backends.trt.ranges import largest_magnitudes
 
 ITEMS = 4
 SPEC = QuantSpec(calibration_samples=ITEMS, smooth_quant_alpha=None, bias_correction="none", weight_range="full")
@@ -179,7 +179,7 @@ def test_only_matmuls_and_convolutions_read_quantized_tensors(kept):
 
 def test_a_tensor_without_a_range_is_named(source, tmp_path):
     with pytest.raises(BackendError, match="computes no tensor 'ghost'"):
-        magnitudes(source.graph.path, source.graph.inputs, ["ghost"], Calibration(1))
+        largest_magnitudes(source.graph.path, source.graph.inputs, ["ghost"], Calibration(1))
 
 
 def test_int4_keeps_what_it_is_told_to(source, tmp_path):
