@@ -107,14 +107,15 @@ class ModelOptQuantizer:
 
             model = onnx.load(str(made))
             free_kept(model, floats | light)
+            if number_format == "int8":
+                store_weights(model, half)
+            tidy(model)  # before the float graph is loaded beside it: a large model's float weights are gone then
             if number_format != "int4":  # rounding weights needs no data
                 tensors = quantized_tensors(model)
                 ranges = largest_magnitudes(Path(folder) / "given.onnx", source.graph.inputs, tensors, items)
                 items.finish()
                 set_ranges(model, ranges)
-            if number_format == "int8":
-                store_weights(model, half)
-            tidy(model)
+                tidy(model)
             graph = _write(model, source.name, Path(folder), spec.output_dir)
             del model
         found = OnnxGraph(graph.path)
