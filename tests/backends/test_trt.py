@@ -132,15 +132,14 @@ def test_the_keep_check_can_fail(source, tmp_path):
     with backend.compile(graph, Precision.INT8, {"build": False}) as engine:
         kernels = engine.kernels()
         offending = backend.kept_in_int8(engine, ("AttentionScales", "LayerNorm"), kernels)
-        assert {"MatMul", "LayerNormalization"} <= {k.type for k in offending}
+        assert {k.type for k in offending} == {"MatMul"}  # normalisations never read quantized tensors here
         with pytest.raises(BackendError, match="was not built"):
             _ = engine.size_bytes
     model = onnx.load(str(graph.path))
-    free_kept(model, {"/blocks.0/norm2/LayerNormalization", "/blocks.0/fc1/MatMul"})
+    free_kept(model, {"/blocks.0/fc1/MatMul"})
     onnx.save(model, str(tmp_path / "freed.onnx"))
     freed = OnnxGraph(tmp_path / "freed.onnx")
     precision = {n.name: freed.precision(n) for n in freed.work()}
-    assert precision["/blocks.0/norm2/LayerNormalization"] == "f32"
     assert precision["/blocks.0/fc1/MatMul"] == "f32"
     assert precision["/blocks.1/fc1/MatMul"] == "int8"
 
