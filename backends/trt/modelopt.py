@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 FORMATS = ("int8", "fp8", "int4")
 _BITS = {"int8": (8, 8), "fp8": (8, 8), "int4": (4, 16)}
 _HALF = 64  # the largest weight of 7 bits
+_LARGEST_FP8 = 448  # of E4M3
 _BLOCK = 32  # int4 weights of a column that share a scale
 _OPSET = {"int8": 19, "fp8": 19, "int4": 21}
 _SHARED_ABOVE = 1024  # bytes
@@ -107,7 +108,7 @@ class ModelOptQuantizer:
 
             model = onnx.load(str(made))
             free_kept(model, floats | light)
-            if number_format == "int8":
+            if number_format != "int4":
                 store_weights(model, half)
             tidy(model)  # before the float graph is loaded beside it: a large model's float weights are gone then
             if number_format != "int4":  # rounding weights needs no data
@@ -232,7 +233,8 @@ def free_kept(model: onnx.ModelProto, kept: set[str]) -> None:
 
 
 def store_weights(model: onnx.ModelProto, half: bool) -> None:
-    """Replace every QuantizeLinear of a constant weight by its int8 values: a quarter of the file, the same numbers.
+    """Replace every QuantizeLinear of a constant weight by its int8 or fp8 values: a quarter of the file, the same
+    numbers.
 
     `half`: weights of 7 bits: scales grow by 127/64 and values stay within 64, so sums of two products fit 16 bits.
     """
@@ -246,7 +248,10 @@ def store_weights(model: onnx.ModelProto, half: bool) -> None:
     scaled: set[str] = set()
     for node in [n for n in graph.node if n.op_type == "QuantizeLinear" and n.input[0] in constants]:
         zero = constants.get(node.input[2]) if len(node.input) > 2 else None
-        if node.input[1] not in constants or zero is None or numpy_helper.to_array(zero).dtype != np.int8:
+        if node.input[1] not in constants or zero is None:
+            continue
+        kind = numpy_helper.to_array(zero).dtype
+        if kind.name not in ("int8", "float8_e4m3fn"):
             continue
         weight = numpy_helper.to_array(constants[node.input[0]])
         stored = constants[node.input[1]]
@@ -259,8 +264,12 @@ def store_weights(model: onnx.ModelProto, half: bool) -> None:
         shape = [1] * weight.ndim
         if scale.ndim:
             shape[axis] = -1
-        limit = _HALF if half else 127
-        values = np.clip(np.rint(weight / scale.reshape(shape)), -limit, limit).astype(np.int8)
+        values = weight / scale.reshape(shape)
+        if kind == np.int8:
+            limit = _HALF if half else 127
+            values = np.clip(np.rint(values), -limit, limit).astype(np.int8)
+        else:
+            values = np.clip(values, -_LARGEST_FP8, _LARGEST_FP8).astype(kind)
         graph.initializer.append(numpy_helper.from_array(values, node.output[0]))
         graph.node.remove(node)
 

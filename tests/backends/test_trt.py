@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
@@ -210,6 +211,8 @@ def test_fp8_and_int4_build(source, tmp_path, want):
         assert set(ran.values()) == {("MatMul", "fp8"), ("Conv", "f32"), ("ConvTranspose", "f32")}
         assert engine.size_bytes > 100_000
         got = engine.infer(FEEDS)
+        kinds = {t.data_type for t in onnx.load(str(graph.path)).graph.initializer if math.prod(t.dims) > 4096}
+        assert onnx.TensorProto.FLOAT8E4M3FN in kinds  # weights are stored as such, as int8 ones are
         assert all(1e-4 < error(got[name], want[name]) < 0.15 for name in want)
     graph, _ = quantize(source, tmp_path / "int4", bits_w=4, bits_a=16)
     with backend.compile(graph, Precision.INT8) as engine:
