@@ -28,7 +28,10 @@ def root(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("asked", "precision", "bits", "images"),
-    [(("--quantizer", "modelopt-fp8"), "fp8", (8, 8), 8), (W4A16, "int4", (4, 16), 0)],
+    [
+        (("--quantizer", "modelopt-fp8", "--set", "quant.float_rest=f32"), "fp8", (8, 8), 8),
+        (W4A16, "int4", (4, 16), 0),
+    ],
 )
 def test_a_record_says_what_was_made(
     asked: tuple[str, ...], precision: str, bits: tuple[int, int], images: int, root: Path, tiny_model: Path
@@ -51,6 +54,13 @@ def test_a_record_says_what_was_made(
     for part in ("encoder", "decoder"):
         assert about["graphs"][part]["plan"] == f"{part}.plan"
         assert (out / f"{part}.plan").stat().st_size > 10_000
+
+
+def test_a_float_rest_of_16_bits_is_refused(project: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(project)
+    request = Request("B1", "trt", model=str(tiny_model), settings={"quant.float_rest": "f16"})
+    with pytest.raises(PqkError, match=r"quant\.float_rest is f16; backend trt has here auto, f32$"):
+        run_card(request, False)
 
 
 @pytest.mark.parametrize(
