@@ -186,7 +186,8 @@ class Quantizer(Protocol):
     """Lowers the precision of a graph.
 
     `starts_from` is 'graph' or 'module': what of the `Source` it reads. `sources` names the Python modules whose code
-    decides its result, for caches.
+    decides its result, for caches. Two more attributes are optional: `number_format` of its 8 bits ('int8' when absent)
+    and `bits`, the pairs of (weight, activation) bits that it lowers to (only (8, 8) when absent).
     """
 
     name: str
@@ -203,7 +204,9 @@ class Quantizer(Protocol):
 class Backend(Protocol):
     """A toolchain: quantizes, compiles and runs graphs. Knows nothing of models, cards or logs.
 
-    `sources` names the Python modules whose code decides what its engines compute and report, for caches.
+    `sources` names the Python modules whose code decides what its engines compute and report, for caches. Optional:
+    `baselines()`, those of its float precisions that are worth a row of results (all when absent), and `rests`, those
+    in which a quantized graph may compute the rest (all when absent).
     """
 
     name: str
@@ -220,6 +223,18 @@ class Backend(Protocol):
     def kept_in_int8(self, engine: Engine, keep: Sequence[str], kernels: Sequence[Kernel]) -> list[Kernel]:
         """Kernels of `engine` that ran a node of the keep-list in int8; empty when the list was honoured."""
         ...
+
+
+def lowered_to(quantizer: Quantizer, bits_w: int, bits_a: int) -> str:
+    """The precision that a quantizer makes: 'int4' when only weights are lowered, to 4 bits, else its number format.
+
+    Raises BackendError when it does not lower to these bits.
+    """
+    known = getattr(quantizer, "bits", ((8, 8),))
+    if (bits_w, bits_a) not in known:
+        able = " or ".join(f"W{w}A{a}" for w, a in known)
+        raise BackendError(f"the quantizer {quantizer.name!r} lowers to {able}, not W{bits_w}A{bits_a}")
+    return f"int{bits_w}" if bits_a > bits_w else str(getattr(quantizer, "number_format", "int8"))
 
 
 def nearest(word: str, allowed: Iterable[str]) -> str:

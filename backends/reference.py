@@ -106,6 +106,8 @@ class OnnxRuntimeEngine(Engine):
         settings.graph_optimization_level = (
             levels.ORT_ENABLE_ALL if self.options["optimize"] else levels.ORT_DISABLE_ALL
         )
+        # Scores and pictures are computed beside it on the same cores: a thread that waits must not spin there.
+        settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
         # Otherwise weight-only graphs get their activations quantized on the fly.
         settings.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         if not self.options["fuse_qdq"]:

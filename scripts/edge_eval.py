@@ -30,6 +30,11 @@ import numpy as np
 from edge_power import PowerMeter
 
 FORMAT = 1  # of the manifest
+IN_THE_GRAPH = ("f32", "int8", "fp8", "int4")  # precisions that an ONNX graph itself says
+MEND = (
+    "with TensorRT it takes tensorrt (JetPack has it) and pycuda (pip install pycuda, or the extra 'edge' of pqk), "
+    "without a GPU pip install openvino"
+)
 PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 
 
@@ -169,7 +174,7 @@ class TensorRTRuntime:
             engine = self.runtime.deserialize_cuda_engine(content)
             if engine is not None:
                 return self._taken(engine, plan, len(content))
-        if self.precision not in ("f32", "int8"):  # the graph beside it is f32, and would run as such
+        if self.precision not in IN_THE_GRAPH:  # the graph beside it is f32, and would run as such
             raise EdgeError(f"no {self.precision} plan of {path.name} loads with this TensorRT on this device")
         print(f"building an engine of {path.name} for this device ...", file=sys.stderr)
         content = build_plan(self.trt, self.logger, path)
@@ -225,7 +230,7 @@ def choose_runtime(asked: str, about: dict):
             raise
         except Exception as error:  # pycuda raises its own kinds where there is no device
             reasons.append(f"{name}: {error}")
-    raise EdgeError(f"no runtime can run this export here ({'; '.join(reasons)})", exit_code=3)
+    raise EdgeError(f"no runtime can run this export here ({'; '.join(reasons)}); {MEND}", exit_code=3)
 
 
 # The export, its images, the measurement.

@@ -12,7 +12,10 @@ from backends.base import Availability, BackendError, Engine, Graph, Kernel, Pre
 
 MEND = 'pip install -e ".[trt]", or use --backend openvino'
 AHEAD_OF_TIME = "builds engines ahead of time; no CUDA device: quality is emulated by ONNX Runtime, nothing is timed"
-NO_PROVIDER = "neither torch with CUDA nor pycuda: quality is emulated by ONNX Runtime, nothing is timed"
+NO_PROVIDER = (
+    'neither torch with CUDA nor pycuda (pip install -e ".[edge]"): quality is emulated by ONNX Runtime, '
+    "nothing is timed"
+)
 _NEEDED = {
     "modelopt": "nvidia-modelopt",
     "onnx_graphsurgeon": "onnx-graphsurgeon",
@@ -27,6 +30,7 @@ class TensorRTBackend:
     """ONNX -> ModelOpt -> TensorRT or TensorRT-RTX."""
 
     name = "trt"
+    rests = (Precision.F32,)  # in what a quantized graph computes what it does not quantize
     sources: tuple[str, ...] = (
         "backends.trt.engine",
         "backends.trt.builder",
@@ -74,6 +78,13 @@ class TensorRTBackend:
         """F32 and F16; without a device both are emulated. Raises Unavailable."""
         self._require()
         return [Precision.F32, Precision.F16]
+
+    def baselines(self) -> Sequence[Precision]:
+        """The float precisions that are worth a row: what is not timed is no base of a speedup, so F32 alone without a
+        device. F16 can still be built ahead of time."""
+        from backends.trt.cuda import provider
+
+        return [p for p in self.float_precisions() if p is Precision.F32 or provider()]
 
     def compile(self, graph: Graph, precision: Precision, options: Mapping[str, Any] | None = None) -> Engine:
         """Build an ONNX graph; options are those of `engine.OPTIONS`. Raises Unavailable or BackendError."""

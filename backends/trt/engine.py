@@ -40,6 +40,7 @@ OPTIONS: dict[str, Any] = {
     "build": True,  # False: only emulate (nothing ships then, and the size is unknown)
     "cuda_graph": False,  # record the engine's kernels once and replay them
     "threads": None,  # of the emulation; None: all cores
+    "rest": "f32",  # of a quantized graph: the type that its floats have
 }
 _PROFILED_RUNS = 3
 _WEIGHTED = {"CONVOLUTION", "DECONVOLUTION", "GEMM", "MATRIX_MULTIPLY", "MATRIXMULTIPLY", "FULLYCONNECTED"}
@@ -58,6 +59,8 @@ def make_engine(graph: Graph, precision: Precision, options: Mapping[str, Any] |
     chosen = known_options(options, OPTIONS, "trt")
     builder.check_options(chosen)
     check_threads(chosen["threads"])
+    if chosen["rest"] != "f32":
+        raise BackendError(f"option 'rest' must be 'f32', in which TensorRT's Q/DQ graphs are, got {chosen['rest']!r}")
     found = OnnxGraph(graph.path)
     if precision == Precision.INT8 and not found.has_qdq():
         raise BackendError(f"{graph.path.name} holds no Q/DQ nodes: quantize it before compiling it as int8")

@@ -1,8 +1,9 @@
 """Post-training quantization with ModelOpt: a float ONNX graph and calibration feeds -> an ONNX graph with Q/DQ nodes.
 
-ModelOpt runs the float graph in ONNX Runtime on the CPU, reduces every activation to its largest magnitude inside the
-graph and keeps one item in memory. Its file is finished here: kept nodes read the float tensors again (a tensor that
-feeds a quantized and a kept node reaches both through Q/DQ otherwise), and int8 weights are stored as int8.
+ModelOpt says where Q/DQ nodes stand and quantizes the weights, from the graph and one item; the ranges of activations
+are measured here over the whole set (`backends.trt.ranges`). Its file is finished here too: kept nodes read the float
+tensors again (a tensor that feeds a quantized and a kept node reaches both through Q/DQ otherwise), so do additions and
+all that is neither matmul nor convolution, and int8 weights are stored as int8.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ import numpy as np
 
 from backends.base import BackendError, Feeds, Graph, QuantSpec, Source, TensorInfo, nearest
 from backends.openvino.cpu import saturates
-from backends.trt.onnx_graph import CONVOLUTIONS, MATMULS, OnnxGraph, kept_nodes, name_nodes
+from backends.trt.onnx_graph import CONVOLUTIONS, MATMULS, MOVES, OnnxGraph, kept_nodes, name_nodes
+from backends.trt.ranges import largest_magnitudes, quantized_tensors, set_ranges
 
 if TYPE_CHECKING:
     import onnx
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
 FORMATS = ("int8", "fp8", "int4")
 _BITS = {"int8": (8, 8), "fp8": (8, 8), "int4": (4, 16)}
 _HALF = 64  # the largest weight of 7 bits
+_LARGEST_FP8 = 448  # of E4M3
+_BLOCK = 32  # int4 weights of a column that share a scale
 _OPSET = {"int8": 19, "fp8": 19, "int4": 21}
 _SHARED_ABOVE = 1024  # bytes
 _EXTERNAL_ABOVE = 1_800_000_000
@@ -65,6 +69,7 @@ class ModelOptQuantizer:
         if number_format not in FORMATS:
             raise BackendError(f"ModelOpt quantizes to {list(FORMATS)}, not {number_format!r}")
         self.number_format = number_format
+        self.bits = ((8, 8), (4, 16)) if number_format == "int8" else (_BITS[number_format],)
         self.name = "modelopt" if number_format == "int8" else f"modelopt-{number_format}"
         self.report = Report()
 
@@ -88,24 +93,37 @@ class ModelOptQuantizer:
         # ModelOpt's fp8 convolutions are wrong by most of their output (two of them: mean error 0.79 against 0.03).
         convolutions = [n.name for n in original.work() if n.op_type in CONVOLUTIONS] if number_format == "fp8" else []
         floats = {*kept, *convolutions}
+        # ModelOpt rounds both sides of residual additions too: that saves memory traffic and no arithmetic, and what
+        # every block rounds off the residual stream adds up.
+        light = {n.name for n in original.work() if n.op_type not in MATMULS | CONVOLUTIONS | MOVES}
         del original
         items = _Items(calibration, source.graph.inputs, spec.calibration_samples)
         # A GPU sums int8 in 32 bits and the emulation computes in floats: only a CPU's own int8 kernels may need it.
         half = number_format == "int8" and spec.weight_range == "half"
         spec.output_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{source.name}.", dir=spec.output_dir) as folder:
-            made = _modelopt(source.graph, number_format, items, sorted(floats), Path(folder))
+            one = _Items(calibration, source.graph.inputs, 1)
+            made = _modelopt(source.graph, number_format, one, sorted(floats), Path(folder))
             import onnx
 
             model = onnx.load(str(made))
-            free_kept(model, floats)
-            if number_format == "int8":
+            free_kept(model, floats | light)
+            if number_format != "int4":
                 store_weights(model, half)
-            tidy(model)
+            tidy(model)  # before the float graph is loaded beside it: a large model's float weights are gone then
+            if number_format != "int4":  # rounding weights needs no data
+                tensors = quantized_tensors(model)
+                ranges = largest_magnitudes(Path(folder) / "given.onnx", source.graph.inputs, tensors, items)
+                items.finish()
+                set_ranges(model, ranges)
+                tidy(model)
             graph = _write(model, source.name, Path(folder), spec.output_dir)
             del model
         found = OnnxGraph(graph.path)
-        touched = {n.name for n in found.work() if found.precision(n) in ("int8", "fp8")}
+        if number_format == "int4":
+            touched = {n.name for n in found.work() if "int4" in found.stored_as(n)}
+        else:
+            touched = {n.name for n in found.work() if found.precision(n) in ("int8", "fp8")}
         wrong = sorted(touched & floats)
         if wrong:
             raise BackendError(f"ModelOpt quantized kept nodes: {wrong[:3]}")
@@ -115,6 +133,10 @@ class ModelOptQuantizer:
         elif number_format == "int8" and saturates():
             notes.append(
                 "weights use all 8 bits: right for a GPU and emulated exactly; this CPU's int8 kernels saturate"
+            )
+        if number_format == "int4":
+            notes.append(
+                f"int4 weights of matmuls in blocks of {_BLOCK}; convolutions and all arithmetic stay in float"
             )
         if convolutions:
             notes.append("convolutions stay in float: ModelOpt's fp8 ones are inaccurate")
@@ -180,15 +202,13 @@ def _modelopt(graph: Graph, number_format: str, items: _Items, kept: list[str], 
                 output_path=str(made),
                 opset=_OPSET[number_format],
                 log_level="CRITICAL",
-                **({"block_size": 32} if number_format == "int4" else {}),
+                **({"block_size": _BLOCK} if number_format == "int4" else {}),
             )
         except BackendError:
             raise
         except Exception as error:
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise BackendError(f"ModelOpt cannot quantize {graph.path.name}: {reason[0]}") from error
-    if number_format != "int4":  # rounding weights needs no data
-        items.finish()
     return made
 
 
@@ -213,7 +233,8 @@ def free_kept(model: onnx.ModelProto, kept: set[str]) -> None:
 
 
 def store_weights(model: onnx.ModelProto, half: bool) -> None:
-    """Replace every QuantizeLinear of a constant weight by its int8 values: a quarter of the file, the same numbers.
+    """Replace every QuantizeLinear of a constant weight by its int8 or fp8 values: a quarter of the file, the same
+    numbers.
 
     `half`: weights of 7 bits: scales grow by 127/64 and values stay within 64, so sums of two products fit 16 bits.
     """
@@ -227,7 +248,10 @@ def store_weights(model: onnx.ModelProto, half: bool) -> None:
     scaled: set[str] = set()
     for node in [n for n in graph.node if n.op_type == "QuantizeLinear" and n.input[0] in constants]:
         zero = constants.get(node.input[2]) if len(node.input) > 2 else None
-        if node.input[1] not in constants or zero is None or numpy_helper.to_array(zero).dtype != np.int8:
+        if node.input[1] not in constants or zero is None:
+            continue
+        kind = numpy_helper.to_array(zero).dtype
+        if kind.name not in ("int8", "float8_e4m3fn"):
             continue
         weight = numpy_helper.to_array(constants[node.input[0]])
         stored = constants[node.input[1]]
@@ -240,8 +264,12 @@ def store_weights(model: onnx.ModelProto, half: bool) -> None:
         shape = [1] * weight.ndim
         if scale.ndim:
             shape[axis] = -1
-        limit = _HALF if half else 127
-        values = np.clip(np.rint(weight / scale.reshape(shape)), -limit, limit).astype(np.int8)
+        values = weight / scale.reshape(shape)
+        if kind == np.int8:
+            limit = _HALF if half else 127
+            values = np.clip(np.rint(values), -limit, limit).astype(np.int8)
+        else:
+            values = np.clip(values, -_LARGEST_FP8, _LARGEST_FP8).astype(kind)
         graph.initializer.append(numpy_helper.from_array(values, node.output[0]))
         graph.node.remove(node)
 

@@ -23,7 +23,7 @@ MATMULS = {"MatMul", "Gemm"}
 CONVOLUTIONS = {"Conv", "ConvTranspose"}
 _NORMS = {"LayerNormalization", "InstanceNormalization", "GroupNormalization", "SimplifiedLayerNormalization"}
 _SCALES = {"Mul", "Div"}
-_MOVES = {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Split", "Slice", "Gather", "Concat", "Flatten", "Expand"}
+MOVES = {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Split", "Slice", "Gather", "Concat", "Flatten", "Expand"}
 _QDQ = {"QuantizeLinear", "DequantizeLinear"}
 # Between queries and scores, and between scores and Softmax, stand only these: scale, mask, moves, rounding, casts.
 _BETWEEN = _SCALES | _QDQ | {"Add", "Sub", "Where", "Cast", "Transpose", "Reshape", "Squeeze", "Unsqueeze"}
@@ -105,7 +105,7 @@ class OnnxGraph:
 
     def precision(self, node: onnx.NodeProto) -> str:
         """'int8' or 'fp8' for a quantized node (see the module), else the float type that it computes in."""
-        if node.op_type in _MOVES:
+        if node.op_type in MOVES:
             return self._float(node.output[0])
         heavy = node.op_type in MATMULS | CONVOLUTIONS
         if heavy:
@@ -116,9 +116,16 @@ class OnnxGraph:
         # An integer weight alone is turned back into floats before the product (weight-only quantization).
         return found if found in ("int8", "fp8") else self._float(node.input[0] if heavy else node.output[0])
 
+    def stored_as(self, node: onnx.NodeProto) -> set[str]:
+        """The formats in which its operands are held in front of a DequantizeLinear: of 'int8', 'fp8', 'int4', 'other'.
+
+        Also where that alone does not make it a quantized node: weights of weight-only quantization.
+        """
+        return {kind for kind in map(self._quantized, node.input) if kind}
+
     def _quantized(self, name: str) -> str:
         node = self.maker.get(name)
-        while node is not None and node.op_type in _MOVES:
+        while node is not None and node.op_type in MOVES:
             name = node.input[0]
             node = self.maker.get(name)
         return self._stored(node) if node is not None and node.op_type == "DequantizeLinear" else ""

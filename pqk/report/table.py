@@ -25,7 +25,7 @@ Record = Mapping[str, Any]
 
 DASH = "–"
 _EXP_WIDTH = 12
-_PRECISIONS = ("f32", "tf32", "bf16", "f16", "int8", "int4")
+_PRECISIONS = ("f32", "tf32", "bf16", "f16", "fp8", "int8", "int4")
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 
 

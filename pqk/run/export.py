@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from backends.base import Backend, Graph, Precision
+from backends.base import Backend, Graph, Precision, lowered_to
 from pqk import paths
 from pqk.errors import PqkError, nearest
 from pqk.files import check_writable, clear_write_errors, fsync_folder, sha256_file, sha256_json, write_json
@@ -61,8 +61,7 @@ def export(
     _check_target(out)
     experiment = asked_experiment(request, root)
     backend = usable_backend(request.backend)
-    asked = _precision(precision, experiment, backend)
-    quantizer = chosen_quantizer(backend, request.quantizer) if asked is Precision.INT8 else None
+    asked, label, quantizer = _precision(precision, request.quantizer, experiment, backend)
     if request.quantizer and quantizer is None:
         raise PqkError(f"--quantizer {request.quantizer}: a {asked} export is not quantized")
     if quantizer is not None:
@@ -118,7 +117,7 @@ def export(
             "model": name,
             "backend": backend.name,
             "quantizer": quantizer,
-            "precision": str(asked),
+            "precision": label,
         }
         evidence = {
             "commit": commit_of(root),
@@ -164,19 +163,29 @@ def export(
     return out
 
 
-def _precision(asked: str | None, experiment: Experiment, backend: Backend) -> Precision:
+def _precision(
+    asked: str | None, tool: str | None, experiment: Experiment, backend: Backend
+) -> tuple[Precision, str, str | None]:
+    """What to compile, what it is called (int8, fp8 or int4 where it is quantized), and the quantizer or None."""
     floats = [Precision(p) for p in backend.float_precisions()]
     quantizes = any("Q" in stage for stage in experiment.card.recipe)
-    if asked is None:
-        return Precision.INT8 if quantizes else floats[-1]
-    allowed = [*floats, Precision.INT8]
-    if asked not in allowed:
+    if asked is None and not quantizes:
+        return floats[-1], str(floats[-1]), None
+    if asked in floats:
+        return Precision(asked), str(asked), None
+    known = backend.quantizers()
+    lowered, name = "int8", None
+    if quantizes and known:
+        name, ptq = chosen_quantizer(backend, tool), experiment.quant.ptq
+        lowered = lowered_to(known[name], ptq.bits_w, ptq.bits_a)
+    allowed = [*map(str, floats), lowered]
+    if asked is not None and asked not in allowed:
         raise PqkError(
             f"--precision {asked}: backend {backend.name} here has {', '.join(allowed)}{nearest(asked, allowed)}"
         )
-    if asked == Precision.INT8 and not quantizes:
-        raise PqkError(f"--precision int8: the recipe of card {experiment.card.id} has no stage Q")
-    return Precision(asked)
+    if not quantizes:
+        raise PqkError(f"--precision {lowered}: the recipe of card {experiment.card.id} has no stage Q")
+    return Precision.INT8, lowered, name or chosen_quantizer(backend, tool)
 
 
 def _float_precision(asked: Precision, options: dict[str, Any]) -> str:

@@ -258,7 +258,8 @@ def _recipe_level(outcomes: Mapping[tuple[str, str], Outcome], compare: _Compare
     verdict, rows = Verdict("recipe"), []
     first: tuple[str, Variant, float | None] | None = None
     for (backend, quantizer), outcome in outcomes.items():
-        name, record, variant = f"{backend}/{quantizer} int8", outcome.records[-1], outcome.variants[-1]
+        record, variant = outcome.records[-1], outcome.variants[-1]
+        name = f"{backend}/{quantizer} {record['precision']}"
         metric, drop = _quality(record, compare.metric)
         note = "emulated by ONNX Runtime, not timed" if record["measured"] == "emulated" else None
         if first is None:

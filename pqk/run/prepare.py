@@ -101,8 +101,8 @@ def chosen_quantizer(backend: Backend, asked: str | None) -> str:
 
 
 def check_float_rest(asked: str, backend: Backend) -> None:
-    """Raise PqkError for a quant.float_rest that the backend does not compute in on this machine."""
-    allowed = ["auto", *map(str, backend.float_precisions())]
+    """Raise PqkError for a quant.float_rest that the backend's quantized graphs do not compute in on this machine."""
+    allowed = ["auto", *map(str, getattr(backend, "rests", None) or backend.float_precisions())]
     if asked not in allowed:
         raise PqkError(f"quant.float_rest is {asked}; backend {backend.name} has here {', '.join(allowed)}")
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from backends import registry
 from backends.base import BackendError, Feeds, Graph, QuantSpec, Source
+from backends.reference import OnnxRuntimeEngine
 from pqk.errors import PqkError, nearest
 from pqk.files import clear_write_errors
 from pqk.measure.footprint import peak_ram_bytes
@@ -58,7 +59,8 @@ def quantize_graphs(request: dict[str, Any]) -> dict[str, Any]:
 
     Request: backend, quantizer, model (for a quantizer that starts from modules), encoder, decoder (graphs),
     calibration (folder of scenes), shape, ptq (the config's section), out. Returns the two graphs, the images and pairs
-    consumed, the quantizer's notes, and the peak memory in bytes.
+    that ranges were measured on (none where only weights are lowered), the quantizer's notes, and the peak memory in
+    bytes.
     """
     backend = registry.get(request["backend"])
     quantizers = backend.quantizers()
@@ -69,7 +71,9 @@ def quantize_graphs(request: dict[str, Any]) -> dict[str, Any]:
         )
     quantizer = quantizers[request["quantizer"]]
     ptq, out = request["ptq"], Path(request["out"])
-    images = CalibrationImages(Path(request["calibration"]), ptq["calibration_images"], *request["shape"])
+    weights_only = ptq["bits_a"] > ptq["bits_w"]  # they are rounded without data: one pair tells shapes and names
+    wanted = 2 if weights_only else ptq["calibration_images"]
+    images = CalibrationImages(Path(request["calibration"]), wanted, *request["shape"])
     encoder, decoder = graph_from_json(request["encoder"]), graph_from_json(request["decoder"])
 
     def spec(name: str, samples: int) -> QuantSpec:
@@ -113,8 +117,8 @@ def quantize_graphs(request: dict[str, Any]) -> dict[str, Any]:
         chosen = images.every_fourth_pair()
         shape = (len(chosen), *encoder.outputs[0].shape[1:])
         tokens = _reserve(Path(folder) / "tokens.npy", shape)
-        best_float = backend.float_precisions()[-1]  # exact enough for ranges, and faster than f32
-        with backend.compile(encoder, best_float, {}) as engine:
+        # Every toolchain calibrates on the same tokens, and no plan is built to make them.
+        with OnnxRuntimeEngine(encoder) as engine:
             for k, image in enumerate(chosen):
                 tokens[k] = engine.infer({"image": image})["tokens"][0]
         quantized_encoder = quantized("encoder", encoder, len(images), _Images(images))
@@ -123,8 +127,8 @@ def quantize_graphs(request: dict[str, Any]) -> dict[str, Any]:
     return {
         "encoder": graph_to_json(quantized_encoder),
         "decoder": graph_to_json(quantized_decoder),
-        "images": len(images),
-        "pairs": len(chosen) // 2,
+        "images": 0 if weights_only else len(images),
+        "pairs": 0 if weights_only else len(chosen) // 2,
         "notes": list(quantizer.notes()),
         "peak_bytes": peak_ram_bytes(),
     }

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from backends.base import BackendError, Precision
+from backends.base import BackendError, Precision, lowered_to
 from pqk import paths
 from pqk.data.scene import open_scene
 from pqk.errors import EXIT_UNAVAILABLE, PqkError
@@ -104,7 +104,10 @@ def _run(
     check_writable(root / "logs")
     backend = usable_backend(request.backend)
     quantizer = chosen_quantizer(backend, request.quantizer) if request.recipe else None
-    floats = [Precision(p) for p in backend.float_precisions()]
+    ptq_asked = experiment.quant.ptq
+    # What the record calls it; to the backend every graph with Q/DQ nodes is Precision.INT8.
+    lowered = lowered_to(backend.quantizers()[quantizer], ptq_asked.bits_w, ptq_asked.bits_a) if quantizer else "int8"
+    floats = [Precision(p) for p in getattr(backend, "baselines", backend.float_precisions)()]
     float_rest = experiment.quant.float_rest
     if quantizer is not None:
         check_float_rest(float_rest, backend)
@@ -148,7 +151,7 @@ def _run(
     }
     planned = [common | {"role": request.role, "precision": str(p), "quantizer": None} for p in floats]
     if quantizer is not None:
-        planned = [common | {"role": "candidate", "precision": str(Precision.INT8), "quantizer": quantizer}]
+        planned = [common | {"role": "candidate", "precision": lowered, "quantizer": quantizer}]
     if log is not None:
         refuse_to_lose(log, planned)
     calibration: Scenes | None = None
@@ -167,12 +170,12 @@ def _run(
     ]
     quantized = None
     if quantizer is not None and calibration is not None:
-        ptq = experiment.quant.ptq.model_dump(mode="json")
+        ptq = ptq_asked.model_dump(mode="json")
         quantized = stages.quantize(ctx, backend.name, quantizer, asked, graphs, calibration, ptq, shape)
         rest = {} if float_rest == "auto" else {"rest": float_rest}  # the backend's own choice is its best
         variants.append(
             Variant(
-                "int8",
+                lowered,
                 backend.name,
                 Precision.INT8,
                 quantized.graphs["encoder"],
@@ -192,7 +195,7 @@ def _run(
     }
     onnx_float = Variant("fp32", "reference", Precision.F32, graphs["encoder"], graphs["decoder"])
     outcome = Outcome([], variants, scenes, experiment, truthful, ctx, asked, onnx_float, scoring)
-    kept = experiment.quant.ptq.keep_list
+    kept = ptq_asked.keep_list
     scored = {v.name: outcome.score(v, kept if v.precision is Precision.INT8 else ()) for v in variants}
     emulated = any(scores["measured"] == "emulated" for scores in scored.values())
     timed: dict[str, Any] | None = None
@@ -220,7 +223,8 @@ def _run(
     sizes = {v.name: scored[v.name]["size_bytes"] for v in variants}
     records = outcome.records
     for variant in variants:
-        record = empty_record() | common | {"role": request.role, "precision": str(variant.precision)}
+        precision = lowered if variant.precision is Precision.INT8 else str(variant.precision)
+        record = empty_record() | common | {"role": request.role, "precision": precision}
         record["datetime"] = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         record["hashes"] = hashes | {"engine": sha256_json(variant.hashes)}
         _fill_quality(record, scored, variant, variants[0], truthful, evaluation.quality.metrics)
@@ -231,13 +235,12 @@ def _run(
         record["size_MB"] = sizes[variant.name] / 1e6
         record["size_ratio"] = sizes[variant.name] / sizes[variants[0].name]
         if quantized is not None and calibration is not None and variant.precision is Precision.INT8:
-            ptq_used = experiment.quant.ptq
             record |= {
                 "role": "candidate",
                 "quantizer": quantizer,
-                "bits_w": ptq_used.bits_w,
-                "bits_a": ptq_used.bits_a,
-                "keep_list": list(ptq_used.keep_list),
+                "bits_w": ptq_asked.bits_w,
+                "bits_a": ptq_asked.bits_a,
+                "keep_list": list(ptq_asked.keep_list),
                 "images_calibration": quantized.images,
                 "notes": quantized.notes + (_planned(scored[variant.name]["executed"]) if emulated else ""),
                 "wall_s": round(time.monotonic() - began, 1),
@@ -249,9 +252,10 @@ def _run(
                     record["speedup_vs_fp32"],
                     record["speedup_vs_best_float"],
                     record["size_ratio"],
-                    None if emulated else record["executed_precision"].get("int8", 0.0),
+                    None if emulated else record["executed_precision"].get(lowered, 0.0),
                 ),
                 evaluation.thresholds,
+                lowered,
             )
             record |= {"verdict": verdict, "verdict_reasons": reasons}
         validate(record)

@@ -243,7 +243,7 @@ def quantize(
     ptq: Mapping[str, Any],
     shape: tuple[int, int],
 ) -> Quantized:
-    """Both graphs in INT8, made in a process of their own. `model` is where a quantizer of modules loads them from."""
+    """Both graphs quantized, in a process of their own. `model` is where a quantizer of modules loads them from."""
 
     tool = registry.get(backend).quantizers()[quantizer]
 
@@ -281,9 +281,10 @@ def quantize(
     }
     made = ctx.make("quantized", (*_QUANT_CODE, *tool.sources), inputs, make)
     about = json.loads((made.path / "about.json").read_text())
+    on = f"encoder calibrated on {about['images']} images, decoder on {about['pairs']} pairs of them"
     notes = [
         *about["notes"],
-        f"encoder calibrated on {about['images']} images, decoder on {about['pairs']} pairs of them",
+        on if about["images"] else "weights were rounded without data",
         f"quantization took at most {about['peak_bytes'] / 1e9:.1f} GB",
     ]
     return Quantized(_read_graphs(made.path), about["images"], about["pairs"], "; ".join(notes))

@@ -18,10 +18,11 @@ class Measured:
     int8_share: float | None
 
 
-def judge_quantized(measured: Measured, limits: Thresholds) -> tuple[str | None, list[str]]:
+def judge_quantized(measured: Measured, limits: Thresholds, precision: str = "int8") -> tuple[str | None, list[str]]:
     """('pass' | 'fail' | None, one sentence per threshold). None when a column that decides was not measured.
 
-    Success of quantization: drop, median time against fp32 and best float, size, share of FLOPs in int8.
+    Success of quantization: drop, median time against fp32 and best float, size, share of FLOPs in kernels of the
+    `precision` that was asked for. Where only weights are lowered (int4) all work is done in floats: no share is asked.
     """
     checks: list[tuple[bool | None, str]] = []
     drop = measured.drop_pct
@@ -54,15 +55,16 @@ def judge_quantized(measured: Measured, limits: Thresholds) -> tuple[str | None,
         (factor >= limits.size_ratio_min, f"files {factor:.2f}x smaller (at least {limits.size_ratio_min:g}x)")
     )
     share = measured.int8_share
-    checks.append(
-        (None, "no kernel ran, so none was seen to be int8")
-        if share is None
-        else (
-            share >= limits.int8_flops_share_min,
-            f"{100 * share:.1f} % of matmul and convolution FLOPs ran in int8 kernels "
-            f"(at least {100 * limits.int8_flops_share_min:g} %)",
+    if precision != "int4":
+        checks.append(
+            (None, f"no kernel ran, so none was seen to be {precision}")
+            if share is None
+            else (
+                share >= limits.int8_flops_share_min,
+                f"{100 * share:.1f} % of matmul and convolution FLOPs ran in {precision} kernels "
+                f"(at least {100 * limits.int8_flops_share_min:g} %)",
+            )
         )
-    )
     sentences = [f"{'?' if ok is None else 'ok' if ok else 'FAILED'}: {text}" for ok, text in checks]
     if any(ok is False for ok, _ in checks):
         return "fail", sentences

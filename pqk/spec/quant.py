@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from pqk import paths
 from pqk.errors import nearest
@@ -16,13 +16,15 @@ from pqk.spec.yamlfile import Section, Spec, load_spec
 
 KEEP_GROUPS = ("LayerNorm", "Softmax", "AttentionScales")
 """Groups of nodes that a quantizer knows how to keep in float."""
+BITS = ((8, 8), (4, 16))
+"""Bits of weights and activations: both lowered, or weights alone."""
 
 
 class Ptq(Section):
     """Post-training quantization."""
 
-    bits_w: Literal[8]
-    bits_a: Literal[8]
+    bits_w: Literal[4, 8]
+    bits_a: Literal[8, 16]
     weights: Literal["per_channel", "per_tensor"]
     activations: Literal["per_tensor"]
     symmetric_activations: bool
@@ -31,6 +33,15 @@ class Ptq(Section):
     weight_range: Literal["auto", "full", "half"]
     calibration_images: Annotated[int, Field(ge=2, le=100_000)]
     keep_list: Annotated[tuple[str, ...], Field(strict=False)]
+
+    @model_validator(mode="after")
+    def _known_pair(self) -> Self:
+        if (self.bits_w, self.bits_a) not in BITS:
+            raise ValueError(
+                f"must hold bits_w 8 with bits_a 8, or bits_w 4 with bits_a 16 (only weights are lowered), "
+                f"and holds {self.bits_w} with {self.bits_a}"
+            )
+        return self
 
     @field_validator("keep_list")
     @classmethod

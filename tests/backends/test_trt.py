@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
@@ -11,12 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from backend_toys import Calibration, error, image, linear_graph, toy_flops
 
 import backends
 from backends import registry
-from backends.base import BackendError, Precision, QuantSpec, executed_precision
+from backends.base import BackendError, Precision, QuantSpec, executed_precision, lowered_to
 from backends.exchange import describe_onnx
 
 pytest.importorskip("modelopt", reason="ModelOpt is not installed")
@@ -26,6 +28,7 @@ from backends.trt.cuda import provider
 from backends.trt.engine import EmulatedEngine, check_plan, layer_kernels
 from backends.trt.modelopt import ModelOptQuantizer, free_kept, store_weights, tidy
 from backends.trt.onnx_graph import OnnxGraph, kept_nodes
+from backends.trt.ranges import largest_magnitudes
 
 ITEMS = 4
 SPEC = QuantSpec(calibration_samples=ITEMS, smooth_quant_alpha=None, bias_correction="none", weight_range="full")
@@ -60,6 +63,16 @@ def test_availability_without_a_device_says_what_it_can():
     assert "nothing is timed" in found.details["can"]
     assert {"cpu", "isa", "can"} <= set(found.details)
     assert "nvidia-modelopt" in found.versions
+
+
+@emulated
+def test_without_a_device_only_f32_is_scored_and_f16_is_still_built(tmp_path):
+    backend = registry.get("trt")
+    assert list(backend.baselines()) == [Precision.F32]
+    assert Precision.F16 in backend.float_precisions()
+    _, graph = linear_graph(tmp_path)
+    with backend.compile(graph, Precision.F16) as engine:
+        assert engine.size_bytes > 1000
 
 
 @emulated
@@ -120,15 +133,14 @@ def test_the_keep_check_can_fail(source, tmp_path):
     with backend.compile(graph, Precision.INT8, {"build": False}) as engine:
         kernels = engine.kernels()
         offending = backend.kept_in_int8(engine, ("AttentionScales", "LayerNorm"), kernels)
-        assert {"MatMul", "LayerNormalization"} <= {k.type for k in offending}
+        assert {k.type for k in offending} == {"MatMul"}  # normalisations never read quantized tensors here
         with pytest.raises(BackendError, match="was not built"):
             _ = engine.size_bytes
     model = onnx.load(str(graph.path))
-    free_kept(model, {"/blocks.0/norm2/LayerNormalization", "/blocks.0/fc1/MatMul"})
+    free_kept(model, {"/blocks.0/fc1/MatMul"})
     onnx.save(model, str(tmp_path / "freed.onnx"))
     freed = OnnxGraph(tmp_path / "freed.onnx")
     precision = {n.name: freed.precision(n) for n in freed.work()}
-    assert precision["/blocks.0/norm2/LayerNormalization"] == "f32"
     assert precision["/blocks.0/fc1/MatMul"] == "f32"
     assert precision["/blocks.1/fc1/MatMul"] == "int8"
 
@@ -139,6 +151,53 @@ def test_a_kept_pattern_stays_float(source, tmp_path):
     precision = {n.name: found.precision(n) for n in found.work()}
     assert quantizer.report.kept == ("/blocks.0/fc1/MatMul",)
     assert (precision["/blocks.0/fc1/MatMul"], precision["/blocks.1/fc1/MatMul"]) == ("f32", "int8")
+
+
+def test_ranges_are_those_of_the_whole_set(kept, source):
+    """Every activation's scale holds the largest magnitude of all items, as a float session alone finds it."""
+    graph = OnnxGraph(kept[0].path)
+    stored = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(str(kept[0].path)).graph.initializer}
+    pairs = {n.input[0]: float(stored[n.input[1]]) for n in graph.nodes if n.op_type == "QuantizeLinear"}
+    assert len(pairs) > 10
+    model = onnx.load(str(source.graph.path))
+    del model.graph.output[:]
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in pairs if name != "image")
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    largest = dict.fromkeys(pairs, 0.0)
+    for item in Calibration(ITEMS):
+        found = dict(zip([o.name for o in session.get_outputs()], session.run(None, item), strict=True)) | item
+        largest = {name: max(value, float(np.abs(found[name]).max())) for name, value in largest.items()}
+    for name, scale in pairs.items():
+        assert scale == pytest.approx(largest[name] / 127, rel=1e-4), name
+
+
+def test_only_matmuls_and_convolutions_read_quantized_tensors(kept):
+    graph = OnnxGraph(kept[0].path)
+    kinds = {n.op_type for n in graph.work() if graph.precision(n) == "int8"}
+    assert kinds == {"MatMul", "Conv", "ConvTranspose"}
+
+
+def test_a_tensor_without_a_range_is_named(source, tmp_path):
+    with pytest.raises(BackendError, match="computes no tensor 'ghost'"):
+        largest_magnitudes(source.graph.path, source.graph.inputs, ["ghost"], Calibration(1))
+
+
+def test_int4_keeps_what_it_is_told_to(source, tmp_path):
+    graph, quantizer = quantize(source, tmp_path, bits_w=4, bits_a=16, keep=("blocks.0/fc1/MatMul",))
+    found = OnnxGraph(graph.path)
+    stored = {n.name: found.stored_as(n) for n in found.work() if n.op_type == "MatMul"}
+    assert (stored["/blocks.0/fc1/MatMul"], stored["/blocks.1/fc1/MatMul"]) == (set(), {"int4"})
+    assert "/blocks.1/fc1/MatMul" in quantizer.report.quantized
+    assert any("int4 weights" in note for note in quantizer.notes())
+
+
+def test_formats_and_bits_are_known_before_anything_runs():
+    tools = registry.get("trt").quantizers()
+    assert lowered_to(tools["modelopt"], 8, 8) == "int8"
+    assert lowered_to(tools["modelopt"], 4, 16) == "int4"
+    assert lowered_to(tools["modelopt-fp8"], 8, 8) == "fp8"
+    with pytest.raises(BackendError, match="'modelopt-fp8' lowers to W8A8, not W4A16"):
+        lowered_to(tools["modelopt-fp8"], 4, 16)
 
 
 def test_fp8_and_int4_build(source, tmp_path, want):
@@ -152,6 +211,8 @@ def test_fp8_and_int4_build(source, tmp_path, want):
         assert set(ran.values()) == {("MatMul", "fp8"), ("Conv", "f32"), ("ConvTranspose", "f32")}
         assert engine.size_bytes > 100_000
         got = engine.infer(FEEDS)
+        kinds = {t.data_type for t in onnx.load(str(graph.path)).graph.initializer if math.prod(t.dims) > 4096}
+        assert onnx.TensorProto.FLOAT8E4M3FN in kinds  # weights are stored as such, as int8 ones are
         assert all(1e-4 < error(got[name], want[name]) < 0.15 for name in want)
     graph, _ = quantize(source, tmp_path / "int4", bits_w=4, bits_a=16)
     with backend.compile(graph, Precision.INT8) as engine:
@@ -325,6 +386,7 @@ def test_a_refused_pattern_names_the_node_and_what_is_supported(kept, tmp_path):
         ({"optimization_level": 6}, "must be 0 to 5"),
         ({"target": "sm89"}, "a compute capability such as '8.9'"),
         ({"target": "3.5"}, "3.5"),
+        ({"rest": "f16"}, "'rest' must be 'f32'"),
     ],
 )
 def test_bad_options(options, says, tmp_path):

@@ -86,7 +86,7 @@ def test_shape_that_is_no_multiple_of_16(project: Path, refused: Refused, edit: 
     [
         ("qant.ptq.calibration_images=8", "qant.ptq.calibration_images must start with .* 'quant'"),
         ("quant.ptq.calibration_image=8", "line: unknown key 'quant.ptq.calibration_image' .*'calibration_images'"),
-        ("quant.ptq.bits_w=4", "command line: quant.ptq.bits_w is 4 but must be 8"),
+        ("quant.ptq.bits_w=4", "command line: quant.ptq must hold bits_w 8 with bits_a 8"),
         ("quant.ptq.calibration_images", "write it as KEY=VALUE"),
         ("quant=8", "quant must start with workload., eval. or quant. and name a value"),
         ("quant.ptq.calibration_images=2020-13-45", "not plain YAML"),

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from run_toys import REPOSITORY, Outcome, pqk
+from edge_toys import QUICK, SCRIPT, edge_eval, edge_power, outputs_of
+from run_toys import Outcome, pqk
 
 from pqk.data.pairs import pair_graph
 from pqk.data.preprocess import fit_to_shape
@@ -19,17 +20,10 @@ from pqk.data.scene import View
 from pqk.record.log import read_records
 from pqk.record.schema import empty_record, validate
 
-sys.path.insert(0, str(REPOSITORY / "scripts"))
-
-import edge_eval
-from edge_power import read_rapl
-
-SCRIPT = REPOSITORY / "scripts" / "edge_eval.py"
 WITHOUT_PQK = (
     "import runpy, sys; sys.modules['pqk'] = sys.modules['backends'] = None; sys.path.insert(0, sys.argv[1]); "
     "sys.argv = sys.argv[2:]; runpy.run_path(sys.argv[0], run_name='__main__')"
 )
-QUICK = ("--seconds", "0", "--pairs", "5", "--warmup", "1")
 
 
 def edge(*arguments: str | Path) -> Outcome:
@@ -70,7 +64,7 @@ def test_a_record_that_the_table_shows(exported: Path, tmp_path: Path) -> None:
     weights = sum(p.stat().st_size for p in (exported / "int8").iterdir() if p.suffix in (".xml", ".bin"))
     assert record["size_MB"] == weights / 1e6
     assert record["device"] and record["ram_GB"] == record["peak_memory_GB"] > 0.02
-    has_power = shutil.which("tegrastats") or read_rapl()
+    has_power = shutil.which("tegrastats") or edge_power.read_rapl()
     assert (record["power_avg_W"] is None) == (not has_power)
     assert "two images of noise" in record["notes"]
     assert (
@@ -92,7 +86,7 @@ def test_pictures_make_a_scene(exported: Path, pictures: Path, tmp_path: Path) -
     record = json.loads((tmp_path / "r.json").read_text())
     validate(record)
     assert record["t_scene_s"] > 0
-    assert len(record["samples"]["pair"]) == 5
+    assert len(record["samples"]["pair"]) == 3
     expected = len(pair_graph(4, "neighbor", k=4, symmetrize=False))
     assert f"scene of 4 images, {expected} pairs" in record["notes"]
 
@@ -120,18 +114,9 @@ def test_pictures_are_fed_as_pqk_feeds_them(exported: Path, pictures: Path) -> N
 
 def test_both_runtimes_compute_what_torch_exported(exported: Path) -> None:
     """The functions that are timed give the same numbers on the same ONNX."""
-    folder = exported / "onnx"
-    about = edge_eval.read_export(folder)
-    images, _ = edge_eval.load_images(None, about["preprocessing"])
-    found = []
-    for name in ("openvino", "onnxruntime"):
-        runtime = edge_eval.choose_runtime(name, about)
-        encode, decode = (runtime.load(folder, about["graphs"][part]) for part in ("encoder", "decoder"))
-        a, b = (encode({"image": image})["tokens"] for image in images)
-        assert not np.array_equal(a, b)  # the second run must not overwrite the first one's result
-        found.append(decode({"tokens_1": a, "tokens_2": b}))
-    for name in found[0]:
-        np.testing.assert_allclose(found[0][name], found[1][name], rtol=1e-3, atol=1e-4)
+    first, second = outputs_of(exported / "onnx", ("openvino", "onnxruntime"))
+    for name in first:
+        np.testing.assert_allclose(first[name], second[name], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["neighbor", "complete"])
@@ -188,6 +173,7 @@ def test_without_tensorrt_there_is_a_reason(exported: Path, tmp_path: Path) -> N
         done = edge("--export", exported / "onnx", "--out", tmp_path / "r.json", "--runtime", "tensorrt")
         assert done.code == 3
         assert "no runtime can run this export here (tensorrt: " in sentence(done)
+        assert "pip install pycuda, or the extra 'edge'" in sentence(done)
     else:
         pytest.skip("a CUDA device and pycuda are here")
 

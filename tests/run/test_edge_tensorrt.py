@@ -13,18 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_toys import REPOSITORY
+from edge_toys import QUICK, edge_eval, edge_power, outputs_of
 from tensorrt_doubles import PREFIX, builds, modules
 
 from pqk.files import sha256_file, write_json
 from pqk.record.schema import validate
-
-sys.path.insert(0, str(REPOSITORY / "scripts"))
-
-import edge_eval
-import edge_power
-
-QUICK = ["--seconds", "0", "--pairs", "3", "--warmup", "1"]
 
 
 @pytest.fixture
@@ -101,17 +94,9 @@ def test_plans_of_another_device(
 
 def test_it_computes_what_onnx_runtime_computes(exported: Path, tmp_path: Path, jetson: None) -> None:
     folder = shutil.copytree(exported / "onnx", tmp_path / "export")
-    about = edge_eval.read_export(folder)
-    images, _ = edge_eval.load_images(None, about["preprocessing"])
-    found = []
-    for name in ("tensorrt", "onnxruntime"):
-        runtime = edge_eval.choose_runtime(name, about)
-        encode, decode = (runtime.load(folder, about["graphs"][part]) for part in ("encoder", "decoder"))
-        a, b = (encode({"image": image})["tokens"] for image in images)
-        assert not (a == b).all()
-        found.append(decode({"tokens_1": a, "tokens_2": b}))
-    for name, array in found[0].items():
-        assert (array == found[1][name]).all()
+    first, second = outputs_of(folder, ("tensorrt", "onnxruntime"))
+    for name, array in first.items():
+        assert (array == second[name]).all()
 
 
 def test_the_real_builder_takes_the_exported_graphs(exported: Path) -> None:

@@ -156,7 +156,7 @@ def test_bad_front_matter(project: Path, old: str, new: str, message: str) -> No
     [
         ("overrides: {}", "overrides: {workload: {pair_grap.k: 2}}", "B1.md: unknown key 'workload.pair_grap'"),
         ("overrides: {}", "overrides: {workload: {input.shape: [1, 3, 500, 500]}}", "B1.md: workload.input.shape is"),
-        ("overrides: {}", "overrides: {quant: {ptq.bits_w: 4}}", "B1.md: quant.ptq.bits_w is 4 but must be 8"),
+        ("overrides: {}", "overrides: {quant: {ptq.bits_w: 4}}", "B1.md: quant.ptq must hold bits_w 8 with bits_a 8"),
         (
             "overrides: {}",
             "overrides: {quant: {ptq.calibration_images: 600}}",

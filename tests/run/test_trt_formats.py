@@ -1,0 +1,88 @@
+"""Number formats of backend trt from the command line: the record, the table and the export call them by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from run_toys import make_project, pqk
+
+from backends import registry
+from backends.base import BackendError
+from pqk.errors import PqkError
+from pqk.run import stages
+from pqk.run.command import run_card
+from pqk.run.prepare import Request
+
+FOUND = registry.get("trt").availability()
+pytestmark = pytest.mark.skipif(not FOUND.available, reason=FOUND.reason)
+W4A16 = ("--set", "quant.ptq.bits_w=4", "--set", "quant.ptq.bits_a=16")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """A small project whose float graphs and scenes the first test makes and the others reuse."""
+    return make_project(tmp_path_factory.mktemp("formats") / "project")
+
+
+@pytest.mark.parametrize(
+    ("asked", "precision", "bits", "images"),
+    [
+        (("--quantizer", "modelopt-fp8", "--set", "quant.float_rest=f32"), "fp8", (8, 8), 8),
+        (W4A16, "int4", (4, 16), 0),
+    ],
+)
+def test_a_record_says_what_was_made(
+    asked: tuple[str, ...], precision: str, bits: tuple[int, int], images: int, root: Path, tiny_model: Path
+) -> None:
+    done = pqk(root, "run", "B1", "--backend", "trt", "--model", tiny_model, *asked, "--json")
+    assert done.code in (0, 1), done.err
+    record = done.record
+    assert (record["precision"], record["bits_w"], record["bits_a"]) == (precision, *bits)
+    assert record["images_calibration"] == images
+    assert f"candidate {precision}" in done.err
+    assert "int8" not in json.dumps([record["verdict_reasons"], record["notes"]])
+    if record["measured"] == "emulated":
+        assert record["executed_precision"] is None
+        assert 0 < abs(record["quality_drop_pct"]) < 50
+    out = root / precision
+    made = pqk(root, "export", "B1", "--backend", "trt", "--model", tiny_model, *asked, "-o", out.name)
+    assert made.code == 0, made.err
+    about = json.loads((out / "manifest.json").read_text())
+    assert (about["precision"], about["record"]["precision"]) == (precision, precision)
+    for part in ("encoder", "decoder"):
+        assert about["graphs"][part]["plan"] == f"{part}.plan"
+        assert (out / f"{part}.plan").stat().st_size > 10_000
+
+
+def test_a_float_rest_of_16_bits_is_refused(project: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(project)
+    request = Request("B1", "trt", model=str(tiny_model), settings={"quant.float_rest": "f16"})
+    with pytest.raises(PqkError, match=r"quant\.float_rest is f16; backend trt has here auto, f32$"):
+        run_card(request, False)
+
+
+@pytest.mark.parametrize(
+    ("backend", "quantizer", "able"),
+    [("openvino", "nncf", "W8A8"), ("openvino", "inc", "W8A8"), ("trt", "modelopt-fp8", "W8A8")],
+)
+def test_other_quantizers_refuse_int4_before_the_stages(
+    backend: str, quantizer: str, able: str, project: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = registry.get(backend).availability()
+    if not found.available:
+        pytest.skip(found.reason)
+
+    def reached(*_: object) -> None:
+        raise AssertionError("the graphs were exported")
+
+    monkeypatch.setattr(stages, "export_graphs", reached)
+    monkeypatch.chdir(project)
+    settings = {"quant.ptq.bits_w": 4, "quant.ptq.bits_a": 16}
+    request = Request("B1", backend, quantizer, str(tiny_model), settings=settings)
+    with pytest.raises(BackendError, match=rf"the quantizer '{quantizer}' lowers to {able}, not W4A16") as refused:
+        run_card(request, False)
+    assert refused.value.exit_code == 2
+    with pytest.raises(PqkError, match="must hold bits_w 8 with bits_a 8"):
+        run_card(Request("B1", backend, quantizer, str(tiny_model), settings={"quant.ptq.bits_w": 4}), False)
