@@ -18,21 +18,18 @@ over the set; an observer holds two numbers, so memory holds one item at a time.
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import re
-import warnings
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from backends.base import BackendError, Feeds, Graph, QuantSpec, Source, TensorInfo, Unavailable, nearest
-from backends.openvino.cpu import saturates
+from backends.calibration import CalibrationItems
+from backends.openvino.cpu import half_range, weight_range_notes
 from backends.openvino.engine import write_ir
-from backends.openvino.flops import CONVOLUTIONS, MATMULS, _from_fake_quantize
-from backends.openvino.nncf import GROUPS, WEIGHT_RANGES, _half_range, _Items, kept_nodes, name_nodes
+from backends.openvino.flops import CONVOLUTIONS, MATMULS, from_fake_quantize
+from backends.openvino.nncf import GROUPS, Report, check_spec, kept_nodes, name_nodes
 from backends.openvino.passes import flatten_tables, share_constants, split_tables
+from backends.quiet import quiet
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -58,16 +55,6 @@ _NAMED = {
 _QUANTIZED = ("linear", "conv1d", "conv2d")
 
 
-@dataclass
-class Report:
-    """What the last `quantize` did: items of the one calibration pass, kept nodes, and whether the weights were held
-    to half their range."""
-
-    items: int = 0
-    kept: tuple[str, ...] = ()
-    half_range: bool = False
-
-
 class INCQuantizer:
     """Intel Neural Compressor post-training quantization for OpenVINO. `report` tells what the last call did."""
 
@@ -79,6 +66,8 @@ class INCQuantizer:
         "backends.openvino.passes",
         "backends.openvino.engine",
         "backends.openvino.cpu",
+        "backends.calibration",
+        "backends.quantspec",
     )
 
     def __init__(self) -> None:
@@ -86,10 +75,7 @@ class INCQuantizer:
 
     def notes(self) -> list[str]:
         """Sentences on the last `quantize` that belong beside its results."""
-        if not self.report.half_range:
-            return []
-        why = ": int8 sums saturate on this CPU (no VNNI)" if saturates() else ""
-        return [f"weights use 7 of their 8 bits{why}"]
+        return weight_range_notes(self.report.half_range)
 
     def quantize(self, source: Source, spec: QuantSpec, calibration: Iterable[Feeds]) -> Graph:
         """Write `<spec.output_dir>/<source.name>.xml` and `.bin` (int8 weights) and return that graph.
@@ -103,15 +89,15 @@ class INCQuantizer:
         """
         import torch
 
-        _check_spec(spec, source)
-        items = _Items(calibration, source.graph.inputs, spec.calibration_samples)
-        half = _half_range(spec)
+        _check(source, spec)
+        items = CalibrationItems(calibration, source.graph.inputs, spec.calibration_samples)
+        half = half_range(spec.weight_range)
         module, names = source.module, list(source.example)
         assert module is not None
         example = tuple(torch.as_tensor(value) for value in source.example.values())
         modes = [(part, part.training) for part in module.modules()]
         try:
-            with _quiet(), torch.no_grad():
+            with quiet(), torch.no_grad():
                 prepared = _prepare(module, example, spec)
                 named = _named(prepared)
                 kept = _kept(named, spec.keep)
@@ -129,27 +115,17 @@ class INCQuantizer:
         share_constants(model)
         name_nodes(model)
         _check_kept(model, spec.keep)
-        self.report = Report(items.first_pass, tuple(sorted(kept)), half)
+        self.report = Report(items.passes, items.used, tuple(sorted(kept)), half)
         return write_ir(model, spec.output_dir / f"{source.name}.xml")
 
 
-def _check_spec(spec: QuantSpec, source: Source) -> None:
+def _check(source: Source, spec: QuantSpec) -> None:
     if source.module is None or not source.example:
         raise BackendError("Intel Neural Compressor starts from a torch module and example inputs: give both")
     if list(source.example) != [t.name for t in source.graph.inputs]:
         have, want = list(source.example), [t.name for t in source.graph.inputs]
         raise BackendError(f"the example's inputs {have} are not those of the graph, {want}")
-    if (spec.bits_w, spec.bits_a) != (8, 8):
-        raise BackendError(
-            f"Intel Neural Compressor quantizes to 8-bit weights and activations here, not W{spec.bits_w}A{spec.bits_a}"
-        )
-    if spec.weights not in ("per_channel", "per_tensor"):
-        raise BackendError(f"weights must be 'per_channel' or 'per_tensor', got {spec.weights!r}")
-    if spec.activations != "per_tensor":
-        raise BackendError(f"activations must be 'per_tensor' for OpenVINO, got {spec.activations!r}")
-    if spec.weight_range not in WEIGHT_RANGES:
-        hint = nearest(spec.weight_range, WEIGHT_RANGES)
-        raise BackendError(f"weight_range must be one of {list(WEIGHT_RANGES)}, got {spec.weight_range!r}{hint}")
+    check_spec(spec, source, "Intel Neural Compressor")
     if spec.bias_correction != "none":
         raise BackendError(
             f"Intel Neural Compressor has no bias correction: set bias_correction to 'none', not "
@@ -160,10 +136,6 @@ def _check_spec(spec: QuantSpec, source: Source) -> None:
             "SmoothQuant of Intel Neural Compressor needs Intel Extension for PyTorch, which is no longer made: set "
             "smooth_quant_alpha to null, or take the quantizer nncf"
         )
-    if spec.calibration_samples < 1:
-        raise BackendError(f"calibration_samples must be at least 1, got {spec.calibration_samples}")
-    if not source.name or Path(source.name).name != source.name:
-        raise BackendError(f"a graph's name must be a plain file name, got {source.name!r}")
 
 
 def _prepare(module: torch.nn.Module, example: tuple[torch.Tensor, ...], spec: QuantSpec) -> torch.fx.GraphModule:
@@ -262,7 +234,7 @@ def _observers(prepared: torch.fx.GraphModule) -> Iterator[tuple[Any, bool]]:
         yield prepared.get_submodule(target), of_weight
 
 
-def _observe(prepared: torch.fx.GraphModule, names: list[str], items: _Items) -> None:
+def _observe(prepared: torch.fx.GraphModule, names: list[str], items: CalibrationItems) -> None:
     """Run the calibration set. With weight 1/k for item k, the observers' moving average is the mean."""
     import torch
 
@@ -366,18 +338,5 @@ def _check_kept(model: ov.Model, keep: tuple[str, ...]) -> None:
         name = op.get_friendly_name()
         if op.get_type_name() not in MATMULS | CONVOLUTIONS or name not in kept:
             continue
-        if any(_from_fake_quantize(value.get_node()) for value in op.input_values()[:2]):
+        if any(from_fake_quantize(value.get_node()) for value in op.input_values()[:2]):
             raise BackendError(f"Intel Neural Compressor quantized {name!r}, which the keep-list protects")
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """INC logs each step, and the packages it imports warn about what they lack; failures arrive as exceptions."""
-    before = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)

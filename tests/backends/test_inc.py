@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from backend_toys import Calibration, error, image, linear_graph, toy, toy_flops
+from backend_toys import Calibration, error, image, linear_graph, quantized, toy, toy_flops
 from torch import nn
 
 import backends
@@ -38,11 +38,9 @@ def inc():
     pytest.importorskip("torchao", reason="needs torchao: pip install 'pqk[inc]'")
 
 
-def quantize(source, folder, name="q", items=ITEMS, **changes):
+def quantize(source, folder, **changes):
     quantizer = INCQuantizer()
-    spec = dataclasses.replace(SPEC, output_dir=folder, **changes)
-    graph = quantizer.quantize(dataclasses.replace(source, name=name), spec, Calibration(items))
-    return graph, quantizer
+    return quantized(quantizer, SPEC, source, folder, **changes), quantizer
 
 
 @pytest.fixture(scope="module")
@@ -274,7 +272,7 @@ def test_auto_holds_weights_to_half_their_range_where_sums_saturate(inc, tmp_pat
     source = Source("lin", module, {"x": torch.zeros(8, 64)}, ("y",), graph)
     items = [{"x": np.random.default_rng(0).uniform(-1, 1, (8, 64)).astype(np.float32)}]
     for here, largest in ((False, 127), (True, 63)):
-        monkeypatch.setattr("backends.openvino.nncf.saturates", lambda here=here: here)
+        monkeypatch.setattr("backends.openvino.cpu.saturates", lambda here=here: here)
         quantizer = INCQuantizer()
         spec = dataclasses.replace(SPEC, calibration_samples=1, output_dir=tmp_path / str(here))
         made = quantizer.quantize(source, spec, items)
