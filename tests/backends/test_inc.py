@@ -318,7 +318,7 @@ def test_products_and_residuals_stay_float_and_positive_values_take_all_levels(i
 
 
 def test_a_convolution_gets_the_ranges_and_weights_of_arithmetic(inc, tmp_path):
-    module, example = Mixed(), {"image": torch.randn(1, 8, 16, 16)}
+    module, example = Mixed().requires_grad_(False), {"image": torch.randn(1, 8, 16, 16)}
     graph = export(module, example, ["y"], tmp_path / "mixed.onnx")
     images = [torch.randn(1, 8, 16, 16, generator=torch.Generator().manual_seed(k)) for k in range(5)]
     spec = dataclasses.replace(SPEC, calibration_samples=5, weight_range="full", output_dir=tmp_path)
