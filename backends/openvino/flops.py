@@ -83,10 +83,10 @@ def live_operations(model: ov.Model) -> list[ov.Node]:
 
 def is_quantized(op: ov.Node) -> bool:
     """Whether both operands of a matmul or convolution come from FakeQuantize, through moves of values only."""
-    return all(_from_fake_quantize(source.get_node()) for source in op.input_values()[:2])
+    return all(from_fake_quantize(source.get_node()) for source in op.input_values()[:2])
 
 
-def _from_fake_quantize(node: ov.Node) -> bool:
+def from_fake_quantize(node: ov.Node) -> bool:
     while node.get_type_name() in _MOVES:
         node = node.input_value(0).get_node()
     return node.get_type_name() == "FakeQuantize"

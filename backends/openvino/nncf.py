@@ -13,21 +13,21 @@ import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from backends.base import BackendError, Feeds, Graph, Kernel, QuantSpec, Source, TensorInfo, nearest
-from backends.openvino.cpu import saturates
+from backends.base import BackendError, Feeds, Graph, Kernel, QuantSpec, Source, nearest
+from backends.calibration import CalibrationItems
+from backends.openvino.cpu import half_range, weight_range_notes
 from backends.openvino.engine import OpenVINOEngine, read_model, write_ir
 from backends.openvino.flops import CONVOLUTIONS, MATMULS, live_operations
 from backends.openvino.passes import fold_constants, share_constants, split_tables
+from backends.quantspec import check_common
 
 if TYPE_CHECKING:
     import openvino as ov
 
 GROUPS = ("LayerNorm", "Softmax", "AttentionScales")
 BIAS_CORRECTIONS = ("none", "fast", "full")
-WEIGHT_RANGES = ("auto", "full", "half")
 _NORMS = {"MVN", "ReduceMean", "SquaredDifference", "Power", "Sqrt"}
 _SOFTMAX = {"Softmax", "LogSoftmax", "ScaledDotProductAttention"}
 _SCALES = {"Multiply", "Divide"}
@@ -37,8 +37,8 @@ _BETWEEN = _SCALES | {"Add", "Subtract", "Transpose", "Reshape", "FakeQuantize",
 
 @dataclass
 class Report:
-    """What the last `quantize` did: passes over the calibration set, items of the first pass, kept nodes, and whether
-    the weights were held to half their range."""
+    """What the last `quantize` did: passes over the calibration set, items of a pass, kept nodes, and whether the
+    weights were held to half their range."""
 
     passes: int = 0
     items: int = 0
@@ -56,6 +56,8 @@ class NNCFQuantizer:
         "backends.openvino.passes",
         "backends.openvino.engine",
         "backends.openvino.cpu",
+        "backends.calibration",
+        "backends.quantspec",
     )
 
     def __init__(self, progress: bool = False) -> None:
@@ -65,10 +67,7 @@ class NNCFQuantizer:
 
     def notes(self) -> list[str]:
         """Sentences on the last `quantize` that belong beside its results."""
-        if not self.report.half_range:
-            return []
-        why = ": int8 sums saturate on this CPU (no VNNI)" if saturates() else ""
-        return [f"weights use 7 of their 8 bits{why}"]
+        return weight_range_notes(self.report.half_range)
 
     def quantize(self, source: Source, spec: QuantSpec, calibration: Iterable[Feeds]) -> Graph:
         """Write `<spec.output_dir>/<source.name>.xml` and `.bin` (int8 weights) and return that graph.
@@ -81,12 +80,13 @@ class NNCFQuantizer:
         """
         import nncf
 
-        _check_spec(spec, source)
+        check_spec(spec, source, "NNCF")
+        _check_corrections(spec)
         model = read_model(source.graph.path)
         fold_constants(model)
         name_nodes(model)
         kept = kept_nodes(model, spec.keep)
-        items = _Items(calibration, source.graph.inputs, spec.calibration_samples)
+        items = CalibrationItems(calibration, source.graph.inputs, spec.calibration_samples)
         with _quiet(self.progress):
             try:
                 quantized = nncf.quantize(
@@ -105,7 +105,7 @@ class NNCFQuantizer:
         split_tables(quantized)
         share_constants(quantized)
         name_nodes(quantized)
-        self.report = Report(items.passes, items.first_pass, tuple(sorted(kept)), _half_range(spec))
+        self.report = Report(items.passes, items.used, tuple(sorted(kept)), half_range(spec.weight_range))
         return write_ir(quantized, spec.output_dir / f"{source.name}.xml")
 
 
@@ -234,28 +234,26 @@ def name_nodes(model: ov.Model) -> None:
             op.set_friendly_name(new)
 
 
-def _check_spec(spec: QuantSpec, source: Source) -> None:
+def check_spec(spec: QuantSpec, source: Source, tool: str) -> None:
+    """Raises BackendError for what no quantizer of OpenVINO follows; `tool` is who cannot."""
     if (spec.bits_w, spec.bits_a) != (8, 8):
-        raise BackendError(f"NNCF quantizes to 8-bit weights and activations, not W{spec.bits_w}A{spec.bits_a}")
+        raise BackendError(f"{tool} quantizes to 8-bit weights and activations here, not W{spec.bits_w}A{spec.bits_a}")
     if spec.weights not in ("per_channel", "per_tensor"):
         raise BackendError(f"weights must be 'per_channel' or 'per_tensor', got {spec.weights!r}")
     if spec.activations != "per_tensor":
         raise BackendError(f"activations must be 'per_tensor' for OpenVINO, got {spec.activations!r}")
+    check_common(spec, source)
+
+
+def _check_corrections(spec: QuantSpec) -> None:
     if spec.bias_correction not in BIAS_CORRECTIONS:
         hint = nearest(spec.bias_correction, BIAS_CORRECTIONS)
         raise BackendError(
             f"bias_correction must be one of {list(BIAS_CORRECTIONS)}, got {spec.bias_correction!r}{hint}"
         )
-    if spec.weight_range not in WEIGHT_RANGES:
-        hint = nearest(spec.weight_range, WEIGHT_RANGES)
-        raise BackendError(f"weight_range must be one of {list(WEIGHT_RANGES)}, got {spec.weight_range!r}{hint}")
     alpha = spec.smooth_quant_alpha
     if alpha is not None and not 0 <= alpha <= 1:
         raise BackendError(f"smooth_quant_alpha must lie in [0, 1] or be null, got {alpha}")
-    if spec.calibration_samples < 1:
-        raise BackendError(f"calibration_samples must be at least 1, got {spec.calibration_samples}")
-    if not source.name or Path(source.name).name != source.name:
-        raise BackendError(f"a graph's name must be a plain file name, got {source.name!r}")
 
 
 def _preset(spec: QuantSpec) -> Any:
@@ -263,15 +261,6 @@ def _preset(spec: QuantSpec) -> Any:
 
     presets = nncf.QuantizationPreset
     return presets.PERFORMANCE if spec.symmetric_activations else presets.MIXED
-
-
-def _half_range(spec: QuantSpec) -> bool:
-    """Whether weights keep to 7 of their 8 bits.
-
-    An x86 CPU without VNNI multiplies int8 with an instruction (vpmaddubsw) whose sums of two products saturate at 16
-    bits; weights of half the range cannot reach that (Intel's oneDNN documentation, "Nuances of int8 computations").
-    """
-    return saturates() if spec.weight_range == "auto" else spec.weight_range == "half"
 
 
 def _advanced(spec: QuantSpec) -> Any:
@@ -285,54 +274,12 @@ def _advanced(spec: QuantSpec) -> Any:
     # A negative alpha is NNCF's way to say: off.
     alpha = -1.0 if spec.smooth_quant_alpha is None else spec.smooth_quant_alpha
     return AdvancedQuantizationParameters(
-        overflow_fix=OverflowFix.ENABLE if _half_range(spec) else OverflowFix.DISABLE,
+        overflow_fix=OverflowFix.ENABLE if half_range(spec.weight_range) else OverflowFix.DISABLE,
         disable_bias_correction=spec.bias_correction == "none",
         smooth_quant_alphas=AdvancedSmoothQuantParameters(matmul=alpha, convolution=-1.0),
         weights_quantization_params=QuantizationParameters(per_channel=spec.weights == "per_channel"),
         activations_quantization_params=QuantizationParameters(per_channel=False),
     )
-
-
-class _Items:
-    """The calibration set as NNCF sees it: at most `wanted` items a pass, each checked, counted and dropped."""
-
-    def __init__(self, source: Iterable[Feeds], inputs: tuple[TensorInfo, ...], wanted: int) -> None:
-        if isinstance(source, Iterator):
-            raise BackendError(
-                "the calibration set must be iterable again: pass a list or an object with __iter__, not an iterator"
-            )
-        self.source = source
-        self.inputs = {t.name: t for t in inputs}
-        self.wanted = wanted
-        self.passes = 0
-        self.first_pass = 0
-
-    def __iter__(self) -> Iterator[Feeds]:
-        self.passes += 1
-        count = 0
-        for item in self.source:
-            if count == self.wanted:
-                return
-            self._check(item, count)
-            count += 1
-            if self.passes == 1:
-                self.first_pass = count
-            yield item
-        if count == 0:
-            raise BackendError("empty calibration set")
-        if count < self.wanted:
-            raise BackendError(f"the calibration set holds {count} items, calibration_samples asks for {self.wanted}")
-
-    def _check(self, item: Feeds, index: int) -> None:
-        if set(item) != set(self.inputs):
-            raise BackendError(f"calibration item {index}: inputs must be {sorted(self.inputs)}, got {sorted(item)}")
-        for name, array in item.items():
-            want = self.inputs[name]
-            if tuple(array.shape) != want.shape or array.dtype.name != want.dtype:
-                raise BackendError(
-                    f"calibration item {index}: {name!r} must be {want.dtype}{list(want.shape)}, "
-                    f"got {array.dtype.name}{list(array.shape)}"
-                )
 
 
 @contextlib.contextmanager

@@ -167,7 +167,7 @@ def half_graph(graph: Graph, precision: Precision, folder: Path) -> Graph:
     import onnx
 
     from backends.exchange import describe_onnx
-    from backends.trt.modelopt import quiet
+    from backends.quiet import quiet
 
     if graph.path.with_name(graph.path.name + ".data").exists():
         raise BackendError(f"{graph.path.name} keeps its weights outside, and is too large to be converted to 16 bits")

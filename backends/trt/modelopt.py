@@ -8,13 +8,9 @@ all that is neither matmul nor convolution, and int8 weights are stored as int8.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import io
-import logging
 import re
 import tempfile
-import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from backends.base import BackendError, Feeds, Graph, QuantSpec, Source, TensorInfo, nearest
+from backends.base import BackendError, Feeds, Graph, QuantSpec, Source
+from backends.calibration import CalibrationItems
 from backends.openvino.cpu import saturates
+from backends.quantspec import check_common
+from backends.quiet import quiet
 from backends.trt.onnx_graph import CONVOLUTIONS, MATMULS, MOVES, OnnxGraph, kept_nodes, name_nodes
 from backends.trt.ranges import largest_magnitudes, quantized_tensors, set_ranges
 
@@ -62,6 +61,8 @@ class ModelOptQuantizer:
         "backends.trt.modelopt",
         "backends.trt.onnx_graph",
         "backends.openvino.cpu",
+        "backends.calibration",
+        "backends.quantspec",
         "backends.exchange",
     )
 
@@ -97,12 +98,12 @@ class ModelOptQuantizer:
         # every block rounds off the residual stream adds up.
         light = {n.name for n in original.work() if n.op_type not in MATMULS | CONVOLUTIONS | MOVES}
         del original
-        items = _Items(calibration, source.graph.inputs, spec.calibration_samples)
+        items = CalibrationItems(calibration, source.graph.inputs, spec.calibration_samples)
         # A GPU sums int8 in 32 bits and the emulation computes in floats: only a CPU's own int8 kernels may need it.
         half = number_format == "int8" and spec.weight_range == "half"
         spec.output_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{source.name}.", dir=spec.output_dir) as folder:
-            one = _Items(calibration, source.graph.inputs, 1)
+            one = CalibrationItems(calibration, source.graph.inputs, 1)
             made = _modelopt(source.graph, number_format, one, sorted(floats), Path(folder))
             import onnx
 
@@ -114,7 +115,6 @@ class ModelOptQuantizer:
             if number_format != "int4":  # rounding weights needs no data
                 tensors = quantized_tensors(model)
                 ranges = largest_magnitudes(Path(folder) / "given.onnx", source.graph.inputs, tensors, items)
-                items.finish()
                 set_ranges(model, ranges)
                 tidy(model)
             graph = _write(model, source.name, Path(folder), spec.output_dir)
@@ -143,7 +143,7 @@ class ModelOptQuantizer:
         if spec.bias_correction != "none":
             notes.append("ModelOpt corrects no biases")
         heavy = tuple(n.name for n in found.work() if n.op_type in MATMULS | CONVOLUTIONS and n.name in touched)
-        self.report = Report(items.first_pass, tuple(sorted(kept)), heavy, half, tuple(notes))
+        self.report = Report(items.used, tuple(sorted(kept)), heavy, half, tuple(notes))
         return graph
 
     def _check(self, source: Source, spec: QuantSpec) -> str:
@@ -156,27 +156,20 @@ class ModelOptQuantizer:
             raise BackendError(f"ModelOpt's ONNX mode quantizes weights 'per_channel' only, got {spec.weights!r}")
         if spec.activations != "per_tensor" or not spec.symmetric_activations:
             raise BackendError("TensorRT takes activations 'per_tensor' and symmetric only")
-        if spec.weight_range not in ("auto", "full", "half"):
-            hint = nearest(spec.weight_range, ("auto", "full", "half"))
-            raise BackendError(f"weight_range must be 'auto', 'full' or 'half', got {spec.weight_range!r}{hint}")
         if spec.smooth_quant_alpha is not None:
             raise BackendError(
                 "ModelOpt has no SmoothQuant for ONNX graphs: set smooth_quant_alpha to null for the quantizer "
                 f"{self.name!r}"
             )
-        if spec.calibration_samples < 1:
-            raise BackendError(f"calibration_samples must be at least 1, got {spec.calibration_samples}")
-        if not source.name or Path(source.name).name != source.name:
-            raise BackendError(f"a graph's name must be a plain file name, got {source.name!r}")
+        check_common(spec, source)
         return number_format
 
 
-def _modelopt(graph: Graph, number_format: str, items: _Items, kept: list[str], folder: Path) -> Path:
+def _modelopt(graph: Graph, number_format: str, items: CalibrationItems, kept: list[str], folder: Path) -> Path:
     """Run ModelOpt on a copy with named nodes; returns the file that it wrote into `folder`."""
     import onnx
 
-    if next(iter(items), None) is None:
-        raise BackendError("empty calibration set")
+    next(iter(items))  # refuses an empty set, which ModelOpt would take
     external = graph.path.with_name(graph.path.name + ".data").exists()
     given, made = folder / "given.onnx", folder / "made.onnx"
     model = onnx.load(str(graph.path), load_external_data=False)
@@ -193,7 +186,7 @@ def _modelopt(graph: Graph, number_format: str, items: _Items, kept: list[str], 
             quantize(
                 str(given),
                 quantize_mode=number_format,
-                calibration_data_reader=items.reader(),
+                calibration_data_reader=_reader(items),
                 calibration_method="max" if number_format != "int4" else "rtn_dq",
                 calibration_eps=["cpu"],
                 high_precision_dtype="fp32",
@@ -334,90 +327,24 @@ def _write(model: onnx.ModelProto, name: str, folder: Path, target: Path) -> Gra
     return describe_onnx(target / f"{name}.onnx")
 
 
-class _Items:
-    """The calibration set as ModelOpt sees it: at most `wanted` items, each checked, counted and dropped."""
+def _reader(items: CalibrationItems) -> Any:
+    """The set as ONNX Runtime's CalibrationDataReader, with the two calls that ModelOpt adds to it."""
+    from onnxruntime.quantization.calibrate import CalibrationDataReader
 
-    def __init__(self, source: Iterable[Feeds], inputs: tuple[TensorInfo, ...], wanted: int) -> None:
-        if isinstance(source, Iterator):
-            raise BackendError(
-                "the calibration set must be iterable again: pass a list or an object with __iter__, not an iterator"
-            )
-        self.source = source
-        self.inputs = {t.name: t for t in inputs}
-        self.wanted = wanted
-        self.first_pass = 0
-        self._iterator: Iterator[Feeds] | None = None
+    class Reader(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.rewind()
 
-    def __iter__(self) -> Iterator[Feeds]:
-        for index, item in enumerate(self.source):
-            if index == self.wanted:
-                return
-            self._check(item, index)
-            self.first_pass = max(self.first_pass, index + 1)
-            yield item
+        def get_next(self) -> Feeds | None:
+            return next(self._left, None)
 
-    def next(self) -> Feeds | None:
-        if self._iterator is None:
-            self._iterator = iter(self)
-        return next(self._iterator, None)
+        def get_first(self) -> Feeds:
+            return next(iter(items))
 
-    def rewind(self) -> None:
-        self._iterator = None
+        def rewind(self) -> None:
+            self._left = iter(items)
 
-    def reader(self) -> Any:
-        """This set as ONNX Runtime's CalibrationDataReader, with the two calls that ModelOpt adds to it."""
-        from onnxruntime.quantization.calibrate import CalibrationDataReader
+        def __iter__(self) -> Iterator[Feeds]:
+            return iter(items)
 
-        items = self
-
-        class Reader(CalibrationDataReader):
-            def get_next(self) -> Feeds | None:
-                return items.next()
-
-            def get_first(self) -> Feeds:
-                return next(iter(items))
-
-            def rewind(self) -> None:
-                items.rewind()
-
-            def __iter__(self) -> Iterator[Feeds]:
-                return iter(items)
-
-        return Reader()
-
-    def finish(self) -> None:
-        """Raises BackendError when the set was too small."""
-        if self.first_pass < self.wanted:
-            raise BackendError(
-                f"the calibration set holds {self.first_pass} items, calibration_samples asks for {self.wanted}"
-            )
-
-    def _check(self, item: Feeds, index: int) -> None:
-        if set(item) != set(self.inputs):
-            raise BackendError(f"calibration item {index}: inputs must be {sorted(self.inputs)}, got {sorted(item)}")
-        for name, array in item.items():
-            want = self.inputs[name]
-            if tuple(array.shape) != want.shape or array.dtype.name != want.dtype:
-                raise BackendError(
-                    f"calibration item {index}: {name!r} must be {want.dtype}{list(want.shape)}, "
-                    f"got {array.dtype.name}{list(array.shape)}"
-                )
-            if not np.isfinite(array).all():
-                raise BackendError(f"calibration item {index}: {name!r} holds a value that is not finite")
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """ModelOpt prints progress and complains about every tool of a GPU that is missing; only exceptions matter."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with (
-            warnings.catch_warnings(),
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
-        ):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)
+    return Reader()

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from backends.base import Feeds, Graph, Source
+from backends.base import Feeds, Graph, Quantizer, QuantSpec, Source
 from backends.exchange import export
 
 SIZE, PATCH, WIDTH, HEADS = 64, 8, 64, 2
@@ -133,3 +135,18 @@ class Calibration:
 def error(got: np.ndarray, want: np.ndarray) -> float:
     """Mean absolute difference relative to the mean absolute reference."""
     return float(np.abs(got - want).mean() / np.abs(want).mean())
+
+
+def quantized(
+    quantizer: Quantizer,
+    spec: QuantSpec,
+    source: Source,
+    folder: Path,
+    name: str = "q",
+    items: int | None = None,
+    **changes: Any,
+) -> Graph:
+    """`source` under another name, quantized into `folder` by `spec` with `changes`; `items` images calibrate it."""
+    calibration = Calibration(spec.calibration_samples if items is None else items)
+    asked = dataclasses.replace(spec, output_dir=folder, **changes)
+    return quantizer.quantize(dataclasses.replace(source, name=name), asked, calibration)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from backend_toys import Calibration, error, image, linear_graph, toy, toy_flops
+from backend_toys import Calibration, error, image, linear_graph, quantized, toy, toy_flops
 from torch import nn
 
 import backends
@@ -38,11 +38,9 @@ def inc():
     pytest.importorskip("torchao", reason="needs torchao: pip install 'pqk[inc]'")
 
 
-def quantize(source, folder, name="q", items=ITEMS, **changes):
+def quantize(source, folder, **changes):
     quantizer = INCQuantizer()
-    spec = dataclasses.replace(SPEC, output_dir=folder, **changes)
-    graph = quantizer.quantize(dataclasses.replace(source, name=name), spec, Calibration(items))
-    return graph, quantizer
+    return quantized(quantizer, SPEC, source, folder, **changes), quantizer
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +104,7 @@ def test_the_module_is_left_as_it_was(inc, source, tmp_path):
     assert not source.module.blocks[1].training
     after = source.module.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
+    assert all(value.is_contiguous() for value in after.values())
     assert torch.equal(source.module.eval()(image())[1], toy()(image())[1])
 
 
@@ -274,7 +273,7 @@ def test_auto_holds_weights_to_half_their_range_where_sums_saturate(inc, tmp_pat
     source = Source("lin", module, {"x": torch.zeros(8, 64)}, ("y",), graph)
     items = [{"x": np.random.default_rng(0).uniform(-1, 1, (8, 64)).astype(np.float32)}]
     for here, largest in ((False, 127), (True, 63)):
-        monkeypatch.setattr("backends.openvino.nncf.saturates", lambda here=here: here)
+        monkeypatch.setattr("backends.openvino.cpu.saturates", lambda here=here: here)
         quantizer = INCQuantizer()
         spec = dataclasses.replace(SPEC, calibration_samples=1, output_dir=tmp_path / str(here))
         made = quantizer.quantize(source, spec, items)
@@ -316,6 +315,36 @@ def test_products_and_residuals_stay_float_and_positive_values_take_all_levels(i
     assert len(limits) == 2
     assert sum(low == 0 for low, _ in limits) == 1  # behind the ReLU
     assert sum(low < 0 < high for low, high in limits) == 1
+
+
+def test_a_convolution_gets_the_ranges_and_weights_of_arithmetic(inc, tmp_path):
+    module, example = Mixed().requires_grad_(False), {"image": torch.randn(1, 8, 16, 16)}
+    graph = export(module, example, ["y"], tmp_path / "mixed.onnx")
+    images = [torch.randn(1, 8, 16, 16, generator=torch.Generator().manual_seed(k)) for k in range(5)]
+    spec = dataclasses.replace(SPEC, calibration_samples=5, weight_range="full", output_dir=tmp_path)
+    source = Source("mixed", module, example, ("y",), graph)
+    made = INCQuantizer().quantize(source, spec, [{"image": x.numpy()} for x in images])
+    entering = [x * torch.exp(x) for x in images]
+    behind = [torch.relu(module.conv(x)) for x in entering]
+    means = [
+        [float(torch.stack([f(x) for x in xs]).mean()) for f in (torch.amin, torch.amax)] for xs in (entering, behind)
+    ]
+    step = max(-means[0][0], means[0][1]) / 127.5
+    want = [(-128 * step, 127 * step), (0.0, means[1][1])]
+    found = {}
+    for op in read_model(made.path).get_ordered_ops():
+        if op.get_type_name() == "FakeQuantize":
+            user = next(iter(op.output(0).get_target_inputs())).get_node().get_friendly_name()
+            found[user] = tuple(float(op.input_value(k).get_node().get_data().item()) for k in (1, 2))
+    assert list(found) == ["/conv/Conv", "/last/Conv"]
+    np.testing.assert_allclose(list(found.values()), want, rtol=1e-5)
+    stored = [
+        op.data for op in read_model(made.path).get_ordered_ops() if op.get_element_type().get_type_name() == "i8"
+    ]
+    for layer in (module.conv, module.last):
+        weight = layer.weight.detach().numpy()
+        rounded = np.round(weight / np.abs(weight).max((1, 2, 3), keepdims=True) * 127)
+        assert any(data.shape == weight.shape and (data != rounded).mean() < 0.01 for data in stored)
 
 
 def test_listed_but_unavailable_without_the_package(source, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from backend_toys import Calibration, error, image, linear_graph, toy_flops
+from backend_toys import Calibration, error, image, linear_graph, quantized, toy_flops
 
 import backends
 from backends import registry
@@ -29,11 +29,9 @@ ITEMS = 6
 SPEC = QuantSpec(calibration_samples=ITEMS, smooth_quant_alpha=0.95, bias_correction="fast")
 
 
-def quantize(source, folder, name="q", items=ITEMS, **changes):
+def quantize(source, folder, **changes):
     quantizer = NNCFQuantizer()
-    spec = dataclasses.replace(SPEC, output_dir=folder, **changes)
-    graph = quantizer.quantize(dataclasses.replace(source, name=name), spec, Calibration(items))
-    return graph, quantizer.report
+    return quantized(quantizer, SPEC, source, folder, **changes), quantizer.report
 
 
 @pytest.fixture(scope="module")
@@ -432,7 +430,7 @@ def test_auto_holds_weights_to_half_their_range_where_sums_saturate(tmp_path, mo
     items = [{"x": np.random.default_rng(0).uniform(-1, 1, (8, 64)).astype(np.float32)}]
     made = {}
     for here in (False, True):
-        monkeypatch.setattr("backends.openvino.nncf.saturates", lambda here=here: here)
+        monkeypatch.setattr("backends.openvino.cpu.saturates", lambda here=here: here)
         quantizer = NNCFQuantizer()
         spec = QuantSpec(
             calibration_samples=1, keep=(), bias_correction="none", smooth_quant_alpha=None, output_dir=tmp_path
