@@ -69,7 +69,7 @@ def run(
 def parity(
     card: Annotated[str, typer.Argument(help="task card, for example B1 (schedule/TaskCards)")],
     backends: Annotated[str, typer.Option(help="toolchains to compare, separated by commas")] = "trt,openvino",
-    quantizers: Annotated[str | None, typer.Option(help="e.g. nncf,inc,modelopt; default: all of each backend")] = None,
+    quantizers: Annotated[str | None, typer.Option(help="e.g. nncf,inc,modelopt; default: each backend's own")] = None,
     model: Annotated[str | None, typer.Option(help="as in `pqk run`; default: the shipped one")] = None,
     scenes: Annotated[Path | None, typer.Option(help="folder of scenes with ground truth")] = None,
     images: Annotated[Path | None, typer.Option(help="folder of photographs")] = None,

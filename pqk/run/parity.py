@@ -84,7 +84,7 @@ def parity(
     on_event: OnEvent,
     say: Callable[[str], None],
 ) -> Result:
-    """Run (or reuse) the card on each backend with each of its quantizers, and compare.
+    """Run (or reuse) the card on each backend with its default quantizer, or those of `quantizers`, and compare.
 
     `request.backend` and `request.quantizer` are not used. A backend that cannot run, or a quantizer that fails, is a
     row that says why. Raises PqkError for unknown names, a faulty card, and when not a single side could be run.
@@ -108,9 +108,9 @@ def parity(
         if not found.available:
             missing.append(Row("recipe", backend, note=f"unavailable: {found.reason}; {found.mend}"))
             continue
-        tools = registry.get(backend).quantizers()
-        # Without a wish those that make what the cards ask for: int8, and not fp8 under the same card.
-        wanted = quantizers or [q for q, tool in tools.items() if getattr(tool, "number_format", "int8") == "int8"]
+        if not offered[backend]:
+            missing.append(Row("recipe", backend, note="it has no quantizer"))
+        wanted = quantizers or offered[backend][:1]
         for quantizer in [q for q in offered[backend] if q in wanted]:
             say(f"{request.card} on {backend} with {quantizer}")
             try:
