@@ -5,20 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from backends.base import BackendError, Precision, lowered_to
 from pqk import paths
 from pqk.data.scene import open_scene
-from pqk.errors import EXIT_UNAVAILABLE, PqkError
-from pqk.files import check_writable, sha256_json
-from pqk.measure.latency import percentile
-from pqk.measure.quality import quality_drop_pct
+from pqk.errors import PqkError
+from pqk.files import check_writable
 from pqk.models.configs import lowest_confidence
-from pqk.record.log import read_records, record_filename, refuse_to_lose, write_record
-from pqk.record.schema import empty_record, validate
+from pqk.record.log import refuse_to_lose, write_record
+from pqk.record.schema import validate
 from pqk.run import stages
 from pqk.run.inputs import load_frames, scene_pairs
 from pqk.run.prepare import (
@@ -32,10 +29,18 @@ from pqk.run.prepare import (
     load_teacher,
     usable_backend,
 )
+from pqk.run.records import (
+    Measurements,
+    common_columns,
+    drop_pct,
+    judged,
+    measured_record,
+    planned_shares,
+    write_failure,
+)
 from pqk.run.stages import ENGINE_VARIANTS, Context, Scenes
 from pqk.run.store import OnEvent
 from pqk.run.variants import Variant
-from pqk.run.verdict import Measured, judge_quantized
 from pqk.run.worker import WorkerCrashed
 from pqk.spec.card import Experiment
 
@@ -65,7 +70,7 @@ class Outcome:
     def drop_pct(self, scores: Mapping[str, Any]) -> float | None:
         """Drop of the main metric of what `score` returned, against this run's Teacher in f32."""
         metric = self.experiment.evaluation.quality.main_metric
-        return _drop_pct(metric, scores["summary"][metric], self.records[0][metric], self.truthful)
+        return drop_pct(metric, scores["summary"][metric], self.records[0][metric], self.truthful)
 
 
 def run(
@@ -84,7 +89,7 @@ def run(
     try:
         return _run(request, root, on_event, say, log, known)
     except (PqkError, BackendError, WorkerCrashed) as error:
-        if known and _write_failure(root / "logs", known, error):
+        if known and write_failure(root / "logs", known, error):
             say(f"a record of the failure is in {paths.shown(root / 'logs')}")
         raise
 
@@ -114,7 +119,6 @@ def _run(
     height, width = workload.input.height, workload.input.width
     shape = (height, width)
     ctx = context(request, backend, root, on_event)
-    machine = ctx.machine
 
     asked, name, model_sha, model = load_teacher(request.model, root)
     scenes, truthful = _scenes(ctx, request, experiment, root)
@@ -124,24 +128,7 @@ def _run(
         for folder in scenes.folders:
             frames = load_frames(open_scene(folder), *shape)
             scene_pairs(frames, workload.pair_graph, workload.min_covisibility, truthful)
-    seed = workload.seeds.eval
-    common: dict[str, Any] = {
-        "exp_id": card.id,
-        "combo": card.combo,
-        "model": name,
-        "backend": backend.name,
-        "device": machine["device"],
-        "seed": seed,
-        "train_seed": workload.seeds.train,
-        "eval_seed": seed,
-        "main_metric": evaluation.quality.main_metric,
-        "quality_reference": "ground_truth" if truthful else "teacher",
-        "commit": commit_of(root),
-        "workload_version": workload.version,
-        "eval_version": evaluation.version,
-        "versions": machine["versions"],
-    }
-    common["hashes"] = hashes = {
+    hashes = {
         "model": model_sha,
         "workload": workload.sha256,
         "eval": evaluation.sha256,
@@ -149,6 +136,7 @@ def _run(
         "card": card.sha256,
         "scenes": scenes.sha256,
     }
+    common = common_columns(experiment, backend.name, ctx.machine, name, truthful, commit_of(root), hashes)
     planned = [common | {"role": request.role, "precision": str(p), "quantizer": None} for p in floats]
     if quantizer is not None:
         planned = [common | {"role": "candidate", "precision": lowered, "quantizer": quantizer}]
@@ -190,7 +178,7 @@ def _run(
         "pair_graph": workload.pair_graph.model_dump(mode="json"),
         "min_covisibility": workload.min_covisibility,
         "quality": evaluation.quality.model_dump(mode="json"),
-        "seed": seed,
+        "seed": workload.seeds.eval,
         "min_conf": min_conf,
     }
     onnx_float = Variant("fp32", "reference", Precision.F32, graphs["encoder"], graphs["decoder"])
@@ -213,77 +201,33 @@ def _run(
         timed = stages.timing(ctx, variants, scenes.folders[0], scenes.sha256, asked_timing)["variants"]
     memory = {} if emulated else {v.name: stages.memory(ctx, v) for v in variants}
 
-    common |= {
-        "status": "ok",
-        "params": params,
-        "params_M": params / 1e6,
-        "scenes": scored[variants[0].name]["scenes"],
-        "pairs": len(scored[variants[0].name]["pairs"]),
-    }
-    sizes = {v.name: scored[v.name]["size_bytes"] for v in variants}
-    records = outcome.records
+    measured = Measurements(variants, scored, timed, memory)
+    common |= {"status": "ok", "params": params, "params_M": params / 1e6}
     for variant in variants:
-        precision = lowered if variant.precision is Precision.INT8 else str(variant.precision)
-        record = empty_record() | common | {"role": request.role, "precision": precision}
-        record["datetime"] = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-        record["hashes"] = hashes | {"engine": sha256_json(variant.hashes)}
-        _fill_quality(record, scored, variant, variants[0], truthful, evaluation.quality.metrics)
-        record["measured"] = scored[variant.name]["measured"]
-        if timed is not None:
-            _fill_timing(record, timed, variant, variants[: len(floats)])
-            record["ram_GB"] = record["peak_memory_GB"] = memory[variant.name] / 1e9
-        record["size_MB"] = sizes[variant.name] / 1e6
-        record["size_ratio"] = sizes[variant.name] / sizes[variants[0].name]
-        if quantized is not None and calibration is not None and variant.precision is Precision.INT8:
+        record = measured_record(common, measured, variant, truthful, evaluation.quality.metrics)
+        if variant.precision is Precision.INT8 and quantized is not None and calibration is not None:
             record |= {
                 "role": "candidate",
+                "precision": lowered,
                 "quantizer": quantizer,
                 "bits_w": ptq_asked.bits_w,
                 "bits_a": ptq_asked.bits_a,
                 "keep_list": list(ptq_asked.keep_list),
                 "images_calibration": quantized.images,
-                "notes": quantized.notes + (_planned(scored[variant.name]["executed"]) if emulated else ""),
+                "notes": quantized.notes + (planned_shares(scored[variant.name]["executed"]) if emulated else ""),
                 "wall_s": round(time.monotonic() - began, 1),
             }
             record["hashes"]["calibration"] = calibration.sha256
-            verdict, reasons = judge_quantized(
-                Measured(
-                    record["quality_drop_pct"],
-                    record["speedup_vs_fp32"],
-                    record["speedup_vs_best_float"],
-                    record["size_ratio"],
-                    None if emulated else record["executed_precision"].get(lowered, 0.0),
-                ),
-                evaluation.thresholds,
-                lowered,
-            )
-            record |= {"verdict": verdict, "verdict_reasons": reasons}
+            record |= judged(record, evaluation.thresholds)
+        else:
+            record["role"] = request.role
         validate(record)
-        records.append(record)
+        outcome.records.append(record)
+    records = outcome.records
     for record in records:
         write_record(root / "logs", record)
     say(f"{len(records)} records in {paths.shown(root / 'logs')}")
     return outcome
-
-
-def _write_failure(logs: Path, known: dict[str, Any], error: Exception) -> bool:
-    """Write a record with status 'failed' or 'unavailable', everything measured null and the reason in its notes.
-
-    A record of the same measurement that ended well is worth more, and stays. Returns whether one was written.
-    """
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    reason = " ... ".join(dict.fromkeys((lines[0], lines[-1])))  # of a traceback: what it was, and where it ended
-    now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    status = "unavailable" if getattr(error, "exit_code", None) == EXIT_UNAVAILABLE else "failed"
-    record = empty_record() | known | {"status": status, "datetime": now, "notes": f"{status}: {reason}"}
-    target = logs / record_filename(record)
-    try:
-        if target.exists() and any(old.record["status"] == "ok" for old in read_records(target)):
-            return False
-        write_record(target, record)
-    except PqkError:  # a full disk, say: the failure itself is what must be told
-        return False
-    return True
 
 
 def _scenes(ctx: Context, request: Request, experiment: Experiment, root: Path) -> tuple[Scenes, bool]:
@@ -315,59 +259,3 @@ def refuse_partial_truth(folder: Path) -> None:
             f"{folder}: view {lacking[0]!r} has no depth ({len(lacking)} of the {len(scene.views)} views have none); "
             "add it, or take these views or all depth out of the scene"
         )
-
-
-def _fill_quality(
-    record: dict[str, Any],
-    scored: Mapping[str, Any],
-    variant: Variant,
-    teacher: Variant,
-    truthful: bool,
-    metrics: Sequence[str],
-) -> None:
-    """Columns of the asked quality metrics, executed precision and work; the drop against the fp32 Teacher."""
-    mine, summary = scored[variant.name], scored[variant.name]["summary"]
-    for metric in metrics:
-        for name in (metric, *_PARTS.get(metric, ())):
-            record[name] = summary.get(name)
-    # What an emulation reports is the graph's plan, and no kernel that ran.
-    record["executed_precision"] = mine["executed"] if mine["measured"] == "engine" else None
-    record["flops_G"] = mine["flops"] / 1e9
-    metric = record["main_metric"]
-    record["quality_drop_pct"] = _drop_pct(metric, record[metric], scored[teacher.name]["summary"][metric], truthful)
-
-
-def _drop_pct(metric: str, value: float | None, teacher: float | None, truthful: bool) -> float | None:
-    """Loss against the Teacher in percent; None when the metric does not tell it."""
-    if value is None or teacher is None:
-        return None
-    if truthful:
-        return quality_drop_pct(value, teacher, metric in _HIGHER_IS_BETTER)
-    # the Teacher is its own truth: its error is 0, so the drop is the error against it
-    error = 1 - value if metric in _HIGHER_IS_BETTER else value
-    return 100 * error if metric in ("absrel", "delta1") else None
-
-
-def _planned(shares: Mapping[str, float]) -> str:
-    return (
-        f"; planned, not seen: {', '.join(f'{100 * share:.1f} % of FLOPs in {name}' for name, share in shares.items())}"
-    )
-
-
-def _fill_timing(record: dict[str, Any], timed: Mapping[str, Any], variant: Variant, floats: list[Variant]) -> None:
-    """Timing columns out of the raw samples, which stay in the record. `floats`: the Teacher in f32 comes first."""
-    mine, teacher = timed[variant.name], floats[0]
-    best = min(floats, key=lambda v: percentile(timed[v.name]["pair"], 50))
-    p50 = percentile(mine["pair"], 50)
-    record |= {
-        "t_pair_p50_ms": p50,
-        "t_pair_p95_ms": percentile(mine["pair"], 95),
-        "t_encoder_p50_ms": percentile(mine["encoder"], 50),
-        "t_decoder_p50_ms": percentile(mine["decoder"], 50),
-        "t_scene_s": percentile(mine["scene_s"], 50) if mine["scene_s"] else None,
-        "pairs_per_sec": 1000 * len(mine["pair"]) / sum(mine["pair"]),
-        "speedup_vs_fp32": percentile(timed[teacher.name]["pair"], 50) / p50,
-        "speedup_vs_best_float": percentile(timed[best.name]["pair"], 50) / p50,
-        "best_float": str(best.precision),
-        "samples": {name: [round(x, 4) for x in mine[name]] for name in ("pair", "encoder", "decoder")},
-    }

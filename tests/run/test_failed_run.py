@@ -109,16 +109,17 @@ def test_a_refused_request_leaves_no_record(project: Path, tiny_model: Path, mon
 
 
 def test_only_the_listed_metrics_are_recorded(finished: tuple[Path, Outcome]) -> None:
-    from pqk.run.runner import _fill_quality
+    from backends.base import Graph, Precision
+    from pqk.run.records import Measurements, measured_record
     from pqk.run.variants import Variant
 
     record = dict(finished[1].record)
     summary = dict.fromkeys(("chamfer", "chamfer_accuracy", "chamfer_completeness", "absrel", "rmse"), 0.5)
-    scored = {"fp32": {"summary": summary, "measured": "engine", "executed": {}, "flops": 1e9}}
-    graph: Any = None
-    teacher = Variant("fp32", "openvino", "f32", graph, graph)  # type: ignore[arg-type]
-    empty = record | dict.fromkeys(summary)
+    about = {"measured": "engine", "executed": {}, "flops": 1e9, "size_bytes": 1, "scenes": ["a"], "pairs": [{}]}
+    graph = Graph(Path("toy.onnx"), (), (), "0" * 64)
+    teacher = Variant("fp32", "openvino", Precision.F32, graph, graph)
+    measured = Measurements([teacher], {"fp32": {"summary": summary, **about}}, None, {})
+    common = {name: record[name] for name in ("main_metric", "hashes")}
     for metrics, filled in ((("absrel",), {"absrel"}), (("absrel", "chamfer"), set(summary) - {"rmse"})):
-        row = dict(empty)
-        _fill_quality(row, scored, teacher, teacher, True, metrics)
+        row = measured_record(common, measured, teacher, True, metrics)
         assert {name for name in summary if row[name] is not None} == filled

@@ -1,0 +1,171 @@
+"""The records of a run: the schema's columns out of what the stages measured, and what a failure leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from backends.base import Precision
+from pqk.errors import EXIT_UNAVAILABLE, PqkError
+from pqk.files import sha256_json
+from pqk.measure.latency import percentile
+from pqk.measure.quality import quality_drop_pct
+from pqk.record.log import read_records, record_filename, write_record
+from pqk.record.schema import empty_record
+from pqk.run.variants import Variant
+from pqk.run.verdict import Measured, judge_quantized
+from pqk.spec.card import Experiment
+from pqk.spec.evaluation import Thresholds
+
+_HIGHER_IS_BETTER = {"delta1"}
+_PARTS = {"chamfer": ("chamfer_accuracy", "chamfer_completeness")}
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """What the stages measured, by the name of the variant.
+
+    variants: the Teacher in float, f32 first, and the candidate if the recipe has one. scored: see `pqk.run.evaluate`.
+    timed: see `pqk.run.timing`; None where engines are emulated. memory: peak bytes; empty where engines are emulated.
+    """
+
+    variants: Sequence[Variant]
+    scored: Mapping[str, Any]
+    timed: Mapping[str, Any] | None
+    memory: Mapping[str, int]
+
+
+def common_columns(
+    experiment: Experiment,
+    backend: str,
+    machine: Mapping[str, Any],
+    model: str,
+    truthful: bool,
+    commit: str | None,
+    hashes: Mapping[str, str],
+) -> Record:
+    """The columns that all records of a run share, as known before anything is measured."""
+    workload, evaluation = experiment.workload, experiment.evaluation
+    return {
+        "exp_id": experiment.card.id,
+        "combo": experiment.card.combo,
+        "model": model,
+        "backend": backend,
+        "device": machine["device"],
+        "seed": workload.seeds.eval,
+        "train_seed": workload.seeds.train,
+        "eval_seed": workload.seeds.eval,
+        "main_metric": evaluation.quality.main_metric,
+        "quality_reference": "ground_truth" if truthful else "teacher",
+        "commit": commit,
+        "workload_version": workload.version,
+        "eval_version": evaluation.version,
+        "versions": machine["versions"],
+        "hashes": dict(hashes),
+    }
+
+
+def measured_record(
+    common: Record, measured: Measurements, variant: Variant, truthful: bool, metrics: Sequence[str]
+) -> Record:
+    """A record with everything that was measured of a variant; `metrics`: the quality columns that are asked for."""
+    teacher = measured.variants[0]
+    mine, base = measured.scored[variant.name], measured.scored[teacher.name]
+    record = empty_record() | common | {"precision": str(variant.precision)}
+    record["datetime"] = _now()
+    record["hashes"] = common["hashes"] | {"engine": sha256_json(variant.hashes)}
+    record |= {"scenes": base["scenes"], "pairs": len(base["pairs"]), "measured": mine["measured"]}
+    for metric in metrics:
+        for name in (metric, *_PARTS.get(metric, ())):
+            record[name] = mine["summary"].get(name)
+    # What an emulation reports is the graph's plan, and no kernel that ran.
+    record["executed_precision"] = mine["executed"] if mine["measured"] == "engine" else None
+    record["flops_G"] = mine["flops"] / 1e9
+    metric = record["main_metric"]
+    record["quality_drop_pct"] = drop_pct(metric, record[metric], base["summary"][metric], truthful)
+    record["size_MB"] = mine["size_bytes"] / 1e6
+    record["size_ratio"] = mine["size_bytes"] / base["size_bytes"]
+    if measured.timed is not None:
+        record |= _timing(measured.timed, variant, measured.variants)
+        record["ram_GB"] = record["peak_memory_GB"] = measured.memory[variant.name] / 1e9
+    return record
+
+
+def judged(record: Mapping[str, Any], thresholds: Thresholds) -> Record:
+    """Verdict and reasons of a quantized candidate's record."""
+    shares, precision = record["executed_precision"], record["precision"]
+    verdict, reasons = judge_quantized(
+        Measured(
+            record["quality_drop_pct"],
+            record["speedup_vs_fp32"],
+            record["speedup_vs_best_float"],
+            record["size_ratio"],
+            None if shares is None else shares.get(precision, 0.0),
+        ),
+        thresholds,
+        precision,
+    )
+    return {"verdict": verdict, "verdict_reasons": reasons}
+
+
+def drop_pct(metric: str, value: float | None, teacher: float | None, truthful: bool) -> float | None:
+    """Loss against the Teacher in percent; None when the metric does not tell it."""
+    if value is None or teacher is None:
+        return None
+    if truthful:
+        return quality_drop_pct(value, teacher, metric in _HIGHER_IS_BETTER)
+    # the Teacher is its own truth: its error is 0, so the drop is the error against it
+    error = 1 - value if metric in _HIGHER_IS_BETTER else value
+    return 100 * error if metric in ("absrel", "delta1") else None
+
+
+def planned_shares(shares: Mapping[str, float]) -> str:
+    return (
+        f"; planned, not seen: {', '.join(f'{100 * share:.1f} % of FLOPs in {name}' for name, share in shares.items())}"
+    )
+
+
+def _timing(timed: Mapping[str, Any], variant: Variant, variants: Sequence[Variant]) -> Record:
+    """Timing columns out of the raw samples, which stay in the record."""
+    medians = {v.name: percentile(timed[v.name]["pair"], 50) for v in variants}
+    best = min((v for v in variants if v.precision is not Precision.INT8), key=lambda v: medians[v.name])
+    mine, p50 = timed[variant.name], medians[variant.name]
+    return {
+        "t_pair_p50_ms": p50,
+        "t_pair_p95_ms": percentile(mine["pair"], 95),
+        "t_encoder_p50_ms": percentile(mine["encoder"], 50),
+        "t_decoder_p50_ms": percentile(mine["decoder"], 50),
+        "t_scene_s": percentile(mine["scene_s"], 50) if mine["scene_s"] else None,
+        "pairs_per_sec": 1000 * len(mine["pair"]) / sum(mine["pair"]),
+        "speedup_vs_fp32": medians[variants[0].name] / p50,
+        "speedup_vs_best_float": medians[best.name] / p50,
+        "best_float": str(best.precision),
+        "samples": {name: [round(x, 4) for x in mine[name]] for name in ("pair", "encoder", "decoder")},
+    }
+
+
+def _now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def write_failure(logs: Path, known: dict[str, Any], error: Exception) -> bool:
+    """Write a record with status 'failed' or 'unavailable', everything measured null and the reason in its notes.
+
+    A record of the same measurement that ended well is worth more, and stays. Returns whether one was written.
+    """
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    reason = " ... ".join(dict.fromkeys((lines[0], lines[-1])))  # of a traceback: what it was, and where it ended
+    status = "unavailable" if getattr(error, "exit_code", None) == EXIT_UNAVAILABLE else "failed"
+    record = empty_record() | known | {"status": status, "datetime": _now(), "notes": f"{status}: {reason}"}
+    target = logs / record_filename(record)
+    try:
+        if target.exists() and any(old.record["status"] == "ok" for old in read_records(target)):
+            return False
+        write_record(target, record)
+    except PqkError:  # a full disk, say: the failure itself is what must be told
+        return False
+    return True
