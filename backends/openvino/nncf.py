@@ -51,14 +51,7 @@ class NNCFQuantizer:
 
     name = "nncf"
     starts_from = "graph"
-    sources: tuple[str, ...] = (
-        "backends.openvino.nncf",
-        "backends.openvino.passes",
-        "backends.openvino.engine",
-        "backends.openvino.cpu",
-        "backends.calibration",
-        "backends.quantspec",
-    )
+    sources: tuple[str, ...] = ("backends.openvino.nncf",)  # and what it imports
 
     def __init__(self, progress: bool = False) -> None:
         """`progress`: show NNCF's progress bars."""

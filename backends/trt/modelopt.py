@@ -57,14 +57,7 @@ class ModelOptQuantizer:
     """
 
     starts_from = "graph"
-    sources: tuple[str, ...] = (
-        "backends.trt.modelopt",
-        "backends.trt.onnx_graph",
-        "backends.openvino.cpu",
-        "backends.calibration",
-        "backends.quantspec",
-        "backends.exchange",
-    )
+    sources: tuple[str, ...] = ("backends.trt.modelopt",)  # and what it imports
 
     def __init__(self, number_format: str = "int8") -> None:
         if number_format not in FORMATS:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from backends.base import Feeds, Graph, Quantizer, QuantSpec, Source
+from backends.base import BackendError, Feeds, Graph, Quantizer, QuantSpec, Source
 from backends.exchange import export
 
 SIZE, PATCH, WIDTH, HEADS = 64, 8, 64, 2
@@ -150,3 +152,12 @@ def quantized(
     calibration = Calibration(spec.calibration_samples if items is None else items)
     asked = dataclasses.replace(spec, output_dir=folder, **changes)
     return quantizer.quantize(dataclasses.replace(source, name=name), asked, calibration)
+
+
+@contextlib.contextmanager
+def refused(says: str, folder: Path) -> Iterator[None]:
+    """What stands inside is refused in a sentence that holds `says`, and leaves nothing in `folder`."""
+    with pytest.raises(BackendError) as caught:
+        yield
+    assert says in str(caught.value)
+    assert list(folder.iterdir()) == []

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from backend_toys import Calibration, error, image, linear_graph, quantized, toy, toy_flops
+from backend_toys import Calibration, error, image, linear_graph, quantized, refused, toy, toy_flops
 from torch import nn
 
 import backends
@@ -152,10 +152,8 @@ def test_other_specs_quantize_too(inc, changes, source, tmp_path):
     ],
 )
 def test_a_spec_that_cannot_be_followed_writes_nothing(changes, says, source, tmp_path):
-    with pytest.raises(BackendError) as caught:
+    with refused(says, tmp_path):
         quantize(source, tmp_path, **changes)
-    assert says in str(caught.value)
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -168,10 +166,8 @@ def test_a_spec_that_cannot_be_followed_writes_nothing(changes, says, source, tm
     ],
 )
 def test_a_keep_list_or_set_that_does_not_fit_writes_nothing(inc, changes, says, source, tmp_path):
-    with pytest.raises(BackendError) as caught:
+    with refused(says, tmp_path):
         quantize(source, tmp_path, **changes)
-    assert says in str(caught.value)
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_source_without_a_module_or_with_another_graph(inc, source, tmp_path):

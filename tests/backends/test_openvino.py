@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from backend_toys import Calibration, error, image, linear_graph, quantized, toy_flops
+from backend_toys import Calibration, error, image, linear_graph, quantized, refused, toy_flops
 
 import backends
 from backends import registry
@@ -144,10 +144,8 @@ def test_full_bias_correction(source, tmp_path):
     ],
 )
 def test_a_spec_that_cannot_be_followed_writes_nothing(changes, says, source, tmp_path):
-    with pytest.raises(BackendError) as caught:
+    with refused(says, tmp_path):
         quantize(source, tmp_path, **changes)
-    assert says in str(caught.value)
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -160,10 +158,8 @@ def test_a_spec_that_cannot_be_followed_writes_nothing(changes, says, source, tm
     ],
 )
 def test_bad_calibration_sets(items, says, source, tmp_path):
-    with pytest.raises(BackendError) as caught:
+    with refused(says, tmp_path):
         NNCFQuantizer().quantize(source, dataclasses.replace(SPEC, output_dir=tmp_path), items)
-    assert says in str(caught.value)
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_name_cannot_leave_its_folder(source, tmp_path):

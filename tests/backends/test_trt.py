@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from backend_toys import Calibration, error, image, linear_graph, toy_flops
+from backend_toys import Calibration, error, image, linear_graph, refused, toy_flops
 
 import backends
 from backends import registry
@@ -296,10 +296,8 @@ def test_the_same_input_gives_the_same_bytes_in_another_process(kept, source, tm
     ],
 )
 def test_bad_specs(changes, says, source, tmp_path):
-    with pytest.raises(BackendError) as caught:
+    with refused(says, tmp_path):
         quantize(source, tmp_path, **changes)
-    assert says in str(caught.value)
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -313,10 +311,8 @@ def test_bad_specs(changes, says, source, tmp_path):
     ],
 )
 def test_bad_calibration(calibration, says, source, tmp_path):
-    with pytest.raises(BackendError) as caught:
+    with refused(says, tmp_path):
         quantize(source, tmp_path, calibration=calibration)
-    assert says in str(caught.value)
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_plans_are_cached_and_a_damaged_one_is_built_again(tmp_path):
