@@ -35,6 +35,7 @@ from pqk.run.prepare import (
     commit_of,
     context,
     count_parameters,
+    engine_options,
     load_teacher,
     usable_backend,
 )
@@ -83,7 +84,7 @@ def export(
         "card": experiment.card.sha256,
     }
     method: dict[str, Any] = {}
-    options: dict[str, Any] = {}
+    options = engine_options(experiment, backend.name)
     if quantizer is not None:
         ptq = experiment.quant.ptq
         calibration = stages.calibration_images(ctx, workload.calibration, workload, root)

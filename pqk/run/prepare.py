@@ -107,6 +107,11 @@ def check_float_rest(asked: str, backend: Backend) -> None:
         raise PqkError(f"quant.float_rest is {asked}; backend {backend.name} has here {', '.join(allowed)}")
 
 
+def engine_options(experiment: Experiment, backend: str) -> dict[str, Any]:
+    """What quant.yaml asks of the engines of a backend; empty for a backend without a section there."""
+    return experiment.quant.trt.model_dump(mode="json") if backend == "trt" else {}
+
+
 def count_parameters(model: torch.nn.Module) -> int:
     """Weights of a model; what two names share counts once."""
     return sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())

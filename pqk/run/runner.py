@@ -26,6 +26,7 @@ from pqk.run.prepare import (
     commit_of,
     context,
     count_parameters,
+    engine_options,
     load_teacher,
     usable_backend,
 )
@@ -151,7 +152,9 @@ def _run(
     min_conf = lowest_confidence(model.config)
     del model
 
-    compiled = {} if request.fresh else {"cache_dir": str(paths.store(root).parent / "engines")}
+    compiled = engine_options(experiment, backend.name)
+    if not request.fresh:
+        compiled["cache_dir"] = str(paths.store(root).parent / "engines")
     variants = [
         Variant(ENGINE_VARIANTS[p], backend.name, p, graphs["encoder"], graphs["decoder"], dict(compiled))
         for p in floats

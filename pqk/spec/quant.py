@@ -74,6 +74,16 @@ class Qat(Section):
     warmup_epochs: Annotated[int, Field(ge=0, le=100)]
 
 
+class TensorRT(Section):
+    """How backend trt builds and runs its engines."""
+
+    target: Annotated[str | None, Field(pattern=r"^\d+\.\d$")] = None
+    workspace_mb: Annotated[int, Field(ge=1)] = 4096
+    optimization_level: Annotated[int | None, Field(ge=0, le=5)] = None
+    timing_cache: bool = True
+    cuda_graph: bool = False
+
+
 class Quant(Spec):
     """How precision is lowered, and what the rest of the model runs in."""
 
@@ -81,6 +91,7 @@ class Quant(Spec):
     ptq: Ptq
     qat: Qat
     float_rest: Literal["auto", "bf16", "f16", "f32"]
+    trt: TensorRT = TensorRT()
 
 
 def load_quant(

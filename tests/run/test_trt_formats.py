@@ -17,6 +17,7 @@ from pqk.run.prepare import Request
 
 FOUND = registry.get("trt").availability()
 pytestmark = pytest.mark.skipif(not FOUND.available, reason=FOUND.reason)
+QUICK = ("--set", "quant.trt.optimization_level=1")
 W4A16 = ("--set", "quant.ptq.bits_w=4", "--set", "quant.ptq.bits_a=16")
 
 
@@ -29,7 +30,7 @@ def root(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
 @pytest.mark.parametrize(
     ("asked", "precision", "bits", "images"),
     [
-        (("--quantizer", "modelopt-fp8", "--set", "quant.float_rest=f32"), "fp8", (8, 8), 8),
+        (("--quantizer", "modelopt-fp8", "--set", "quant.float_rest=f32", *QUICK), "fp8", (8, 8), 8),
         (W4A16, "int4", (4, 16), 0),
     ],
 )
@@ -46,6 +47,8 @@ def test_a_record_says_what_was_made(
     if record["measured"] == "emulated":
         assert record["executed_precision"] is None
         assert 0 < abs(record["quality_drop_pct"]) < 50
+    plans = [json.loads(path.read_text()) for path in (root / "outputs" / "engines").glob("*.json")]
+    assert any(about.get("optimization_level") == (1 if QUICK[1] in asked else None) for about in plans)
     out = root / precision
     made = pqk(root, "export", "B1", "--backend", "trt", "--model", tiny_model, *asked, "-o", out.name)
     assert made.code == 0, made.err

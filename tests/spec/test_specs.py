@@ -67,6 +67,8 @@ def test_the_shipped_configs_hold_the_numbers_of_the_lab(configs: Path) -> None:
         ("eval.yaml", "quality_drop_q_only_pct", "quality_drop_qonly_pct", r"did you mean 'quality_drop_q_only_pct'\?"),
         ("quant.yaml", "  bits_w: 8", "  zzz: 8\n  bits_w: 8", r"unknown key 'ptq.zzz' \(allowed here: bits_w, bits_a"),
         ("quant.yaml", "float_rest: auto", "flot_rest: auto", r"unknown key 'flot_rest' \(did you mean 'float_rest'"),
+        ("quant.yaml", "  workspace_mb: 4096", "  workspce_mb: 1", r"unknown key 'trt.workspce_mb' \(did you mean"),
+        ("quant.yaml", "optimization_level: null", "optimization_level: 6", "trt.optimization_level is 6 but must be"),
         # Missing keys.
         ("workload.yaml", "  k: 4\n", "", "workload.yaml:9: the key 'pair_graph.k' is missing"),
         ("eval.yaml", "  no_improve_ckpt: 3  ", "  ", "the key 'stop_loss.no_improve_ckpt' is missing"),
