@@ -119,7 +119,8 @@ _ALL = ("side", "against", *_SPEED[1:], *_AGREEMENT[2:])
 _LEFT = ("side", "against", "run as", "executed")
 _LEGEND = (
     "points rel, conf rel: mean |a - b| / mean |a| of the worse view; moved: pixels whose point moved by more than "
-    "1 % of the pair's median depth."
+    "1 % of the pair's median depth; x f32, x float: speed against float in the same interleaved timing, while p50 of "
+    "two sides may be of different ones."
 )
 
 

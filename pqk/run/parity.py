@@ -229,7 +229,7 @@ def _shared_level(outcomes: Mapping[tuple[str, str], Outcome], compare: _Compare
         errors[name] = sum(_relative(head) for head in heads.values()) / len(heads)
         metrics[name] = compare.score(variant)
         note = f"graph of {owner}/{tool}"
-        if name == "openvino" and saturates():
+        if saturates():  # ONNX Runtime's int8 kernels as well as OpenVINO's, and not alike
             note += "; int8 sums saturate on this CPU (no VNNI) unless it was made with ptq.weight_range: half"
         rows.append(Row("shared", f"{name} int8", f"{RUNTIME} fp32", None, heads, metrics[name], None, note))
     for name in readers[1:]:
