@@ -22,6 +22,8 @@ from pqk.spec.keep import split_entry
 from pqk.spec.quant import Quant, load_quant
 from pqk.spec.yamlfile import read_text
 
+SAME_TIME = 0.02  # two timings of the same graphs differ by so much (docs/howto-tune.md)
+
 Evaluate = Callable[[tuple[str, ...]], tuple[float, float]]
 
 
@@ -38,8 +40,8 @@ class Point:
 class TuneResult:
     """All measured points in the order of measuring, those that none dominates by rising time, and the winner.
 
-    The winner is the fastest point within the limit, of equally fast ones the one with the lower drop; None: no point
-    is within it.
+    The winner is the fastest point within the limit; of those as fast but for SAME_TIME the one with the fewest nodes
+    in float, then with the lowest drop. None: no point is within it.
     """
 
     max_drop: float
@@ -51,8 +53,10 @@ class TuneResult:
         front = pareto_front([(p.t_pair_p50_ms, p.drop_pct) for p in self.points])
         within = [p for p in self.points if p.drop_pct <= self.max_drop]
         object.__setattr__(self, "front", tuple(self.points[index] for index in front))
+        fastest = min((p.t_pair_p50_ms for p in within), default=math.inf)
+        as_fast = [p for p in within if p.t_pair_p50_ms <= fastest * (1 + SAME_TIME)]
         object.__setattr__(
-            self, "winner", min(within, key=lambda p: (p.t_pair_p50_ms, p.drop_pct, len(p.names)), default=None)
+            self, "winner", min(as_fast, key=lambda p: (len(p.names), p.drop_pct, p.t_pair_p50_ms), default=None)
         )
 
 
@@ -64,8 +68,8 @@ def search(ranked: Sequence[str], evaluate: Evaluate, max_drop: float, max_evalu
     counts as infinite.
     Three steps. The worst 0, 1, 2, 4, ... nodes and all of them are measured until one choice is within the limit;
     then the smallest sufficient number is bisected; then single nodes of that choice go back to int8, the least of
-    them first, as long as the drop allows it and the time falls. More float is taken to mean a lower drop only to save
-    measurements: the winner is always a measured point.
+    them first, as long as the drop allows it and the time does not rise. More float is taken to mean a lower drop only
+    to save measurements: the winner is always a measured point.
     Raises PqkError for a limit that is no number, a name given twice, or fewer than two evaluations.
     """
     names = tuple(ranked)
@@ -105,12 +109,13 @@ def search(ranked: Sequence[str], evaluate: Evaluate, max_drop: float, max_evalu
             best = point
         else:
             low = middle
+    longest = best.t_pair_p50_ms * (1 + SAME_TIME) if best else math.inf
     for name in reversed(best.names if best else ()):
         assert best is not None
         point = measure(tuple(other for other in best.names if other != name))
         if point is None:
             break
-        if within(point) and point.t_pair_p50_ms <= best.t_pair_p50_ms:
+        if within(point) and point.t_pair_p50_ms <= longest:
             best = point
     return TuneResult(max_drop, tuple(points.values()))
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pqk.errors import PqkError
-from pqk.run.tune import TuneResult, draw_pareto, keep_patterns, search, write_quant_yaml
+from pqk.run.tune import SAME_TIME, TuneResult, draw_pareto, keep_patterns, search, write_quant_yaml
 from pqk.spec.quant import load_quant
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -58,7 +58,10 @@ def test_what_always_holds(gains, data, limit, evaluations):
     within = [p for p in result.points if p.drop_pct <= limit]
     if within:
         assert result.winner in within
-        assert result.winner.t_pair_p50_ms == min(p.t_pair_p50_ms for p in within)
+        fastest = min(p.t_pair_p50_ms for p in within)
+        assert result.winner.t_pair_p50_ms <= fastest * (1 + SAME_TIME)
+        as_fast = [p for p in within if p.t_pair_p50_ms <= fastest * (1 + SAME_TIME)]
+        assert len(result.winner.names) == min(len(p.names) for p in as_fast)
         assert any(p.drop_pct <= result.winner.drop_pct for p in result.front)
     else:
         assert result.winner is None
@@ -85,7 +88,7 @@ def test_additive_models_get_the_fewest_worst_nodes_or_something_faster(gains, d
         return
     fewest = model(tuple(model.ranked[: min(counts)]))
     assert result.winner is not None
-    assert result.winner.t_pair_p50_ms <= fewest[1]
+    assert result.winner.t_pair_p50_ms <= fewest[1] * (1 + SAME_TIME)
     assert result.winner.drop_pct <= limit
     if result.winner.names:  # no node of the winner can be left out
         for name in result.winner.names:
@@ -121,6 +124,14 @@ def test_a_wrong_ranking_is_repaired():
     ranked = [name for name in model.ranked if name != "/block.7/MatMul"]
     ranked.insert(6, "/block.7/MatMul")
     assert search(ranked, model, 1.0).winner.names == ("/block.7/MatMul",)
+
+
+def test_noise_in_the_time_does_not_keep_a_node_in_float():
+    """The second node gains nothing, and without it the time seems 1 % longer; 3 % longer would be a difference."""
+    measured = {(): (2.0, 50.0), ("a",): (0.5, 60.6), ("a", "b"): (0.5, 60.0), ("b",): (2.0, 55.0)}
+    assert search(["b", "a"], lambda names: measured[tuple(sorted(names))], 1.0).winner.names == ("a",)
+    measured["a",] = (0.5, 61.8)
+    assert search(["b", "a"], lambda names: measured[tuple(sorted(names))], 1.0).winner.names == ("b", "a")
 
 
 def test_a_drop_that_is_no_number_never_wins(tmp_path):
