@@ -216,6 +216,7 @@ def _shared_level(outcomes: Mapping[tuple[str, str], Outcome], compare: _Compare
         verdict.sentences.append("no quantizer that ran here writes a Q/DQ ONNX graph (modelopt does: backend trt)")
         return [Row("shared", "–", note=verdict.sentences[0])], verdict
     (owner, tool), graph = shared
+    full_range = outcomes[owner, tool].experiment.quant.ptq.weight_range != "half"
     # Where a runtime of ours reads ONNX: the reference, and openvino when it took part. trt without a GPU computes by
     # the reference itself, so it would only be compared with itself.
     readers = [RUNTIME, *(name for name in ("openvino",) if registry.get(name).availability().available)]
@@ -229,8 +230,8 @@ def _shared_level(outcomes: Mapping[tuple[str, str], Outcome], compare: _Compare
         errors[name] = sum(_relative(head) for head in heads.values()) / len(heads)
         metrics[name] = compare.score(variant)
         note = f"graph of {owner}/{tool}"
-        if saturates():  # ONNX Runtime's int8 kernels as well as OpenVINO's, and not alike
-            note += "; int8 sums saturate on this CPU (no VNNI) unless it was made with ptq.weight_range: half"
+        if saturates() and full_range:  # in ONNX Runtime's int8 kernels as well as in OpenVINO's, and not alike
+            note += "; its int8 sums saturate on this CPU (no VNNI), which ptq.weight_range: half would avoid"
         rows.append(Row("shared", f"{name} int8", f"{RUNTIME} fp32", None, heads, metrics[name], None, note))
     for name in readers[1:]:
         limits = compare.limits
