@@ -262,6 +262,27 @@ def print_table(records: Iterable[Record], console: Console) -> None:
             console.print(_terminal_table(rows, [*part, *(judged if title == "quality" else [])], best, title))
 
 
+def _row_labels(rows: Sequence[Record]) -> list[str]:
+    """Role, precision, toolchain and state of each row, a line each; equal ones of unlike settings get their hash."""
+    labels = []
+    for record in rows:
+        lines = [f"{record['role']} {record['precision'] or ''}".rstrip(), tool_text(record)]
+        if record["measured"] == "emulated":
+            lines.append("emulated")
+        if record["status"] != "ok":
+            lines.append(record["status"])
+        labels.append("\n".join(printable(line) for line in lines if line))
+    settings: dict[tuple[str, str], set[str]] = {}
+    hashes = [_hash(record, "quant") for record in rows]
+    keys = [(record["exp_id"], label) for record, label in zip(rows, labels, strict=True)]
+    for key, digest in zip(keys, hashes, strict=True):
+        settings.setdefault(key, set()).add(digest)
+    return [
+        f"{label}\nquant {printable(digest[:6])}" if len(settings[key]) > 1 else label
+        for key, label, digest in zip(keys, labels, hashes, strict=True)
+    ]
+
+
 def _terminal_table(
     rows: Sequence[Record], shown: Sequence[Column], best: Mapping[str, set[int]], title: str | None = None
 ) -> Table:
@@ -280,13 +301,9 @@ def _terminal_table(
         numeric = column.kind in ("number", "integer")
         heading = Text(printable(column.short or column.name))
         table.add_column(heading, justify="right" if numeric else "left", no_wrap=True)
+    labels = _row_labels(rows)
     for index, record in enumerate(rows):
-        lines = [f"{record['role']} {record['precision'] or ''}".rstrip(), tool_text(record)]
-        if record["measured"] == "emulated":
-            lines.append("emulated")
-        if record["status"] != "ok":
-            lines.append(record["status"])
-        cells = [Text(printable(record["exp_id"])), Text("\n".join(printable(line) for line in lines if line))]
+        cells = [Text(printable(record["exp_id"])), Text(labels[index])]
         cells += [Text(printable(texts[index])) for _, texts in differing]
         for column in shown:
             text = cell_text(record[column.name], column)

@@ -172,6 +172,17 @@ def test_table_fits_120_columns(make_record):
     assert "emulated" in text
 
 
+def test_equal_rows_of_unlike_settings_are_told_apart(make_record):
+    int8 = {"precision": "int8", "backend": "trt", "quantizer": "modelopt"}
+    rows = [make_record(**int8, absrel=0.1 + k / 100, hashes={"quant": str(k) * 64}) for k in (1, 2)]
+    text = "\n".join(lines_of(rows, 120))
+    assert "quant 111111" in text and "quant 222222" in text
+    rows[1]["hashes"] = rows[0]["hashes"]
+    assert "quant" not in "\n".join(lines_of(rows, 120))
+    rows[1] |= {"quantizer": "nncf", "hashes": {"quant": "2" * 64}}
+    assert "quant" not in "\n".join(lines_of(rows, 120))
+
+
 def test_table_stacks_at_80_columns(make_record):
     lines = lines_of(bench(make_record), 80)
     assert max(map(len, lines)) <= 80
