@@ -46,6 +46,11 @@ class Precision(StrEnum):
     F16 = "f16"
     INT8 = "int8"
 
+    @classmethod
+    def _missing_(cls, value: object) -> Self:
+        """What `Precision(value)` does with an unknown value: a BackendError that names the known ones."""
+        raise BackendError(f"unknown precision {value!r}; known are {[str(p) for p in cls]}")
+
 
 @dataclass(frozen=True)
 class TensorInfo:

@@ -60,11 +60,7 @@ class OpenVINOBackend:
         self._require()
         from backends.openvino.engine import OpenVINOEngine
 
-        try:
-            asked = Precision(precision)
-        except ValueError:
-            raise BackendError(f"unknown precision {precision!r}; known are {[str(p) for p in Precision]}") from None
-        return OpenVINOEngine(graph, asked, options)
+        return OpenVINOEngine(graph, Precision(precision), options)
 
     def kept_in_int8(self, engine: Engine, keep: Sequence[str], kernels: Sequence[Kernel]) -> list[Kernel]:
         """See `nncf.check_keep`. Raises BackendError for an engine of another backend."""

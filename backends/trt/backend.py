@@ -91,11 +91,7 @@ class TensorRTBackend:
         self._require()
         from backends.trt.engine import make_engine
 
-        try:
-            asked = Precision(precision)
-        except ValueError:
-            raise BackendError(f"unknown precision {precision!r}; known are {[str(p) for p in Precision]}") from None
-        return make_engine(graph, asked, options)
+        return make_engine(graph, Precision(precision), options)
 
     def kept_in_int8(self, engine: Engine, keep: Sequence[str], kernels: Sequence[Kernel]) -> list[Kernel]:
         """Kernels that ran a kept node in int8 or fp8. Elementwise nodes fused into a matmul's kernel are computed in

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,27 @@ def _progress(errors: Console) -> OnEvent:
     return on_event
 
 
+def _begin(verb: str) -> tuple[Path, Path, Console, float]:
+    """What verbs with a folder under reports/ start with: root, folder, console of progress, start time."""
+    root = paths.project_root()
+    folder = root / "reports" / verb
+    check_writable(folder)
+    return root, folder, Console(stderr=True, highlight=False), time.monotonic()
+
+
+def _teller(errors: Console) -> Callable[[str], None]:
+    return lambda text: errors.print(f"  [bold]·[/] {escape(text)}")
+
+
+def _finish(errors: Console, began: float, written: Iterable[Path], data: Mapping[str, Any] | None) -> None:
+    """Name the files and the time; `data` is printed as the last line of stdout."""
+    for path in written:
+        errors.print(f"  [green]✓[/] {escape(str(paths.shown(path)))}")
+    errors.print(f"{time.monotonic() - began:.0f} s in all", style="dim")
+    if data is not None:
+        print(json.dumps(data, allow_nan=False, ensure_ascii=False))
+
+
 def run_parity(
     request: Request, backends: list[str], quantizers: list[str] | None, explained: bool, as_json: bool
 ) -> int:
@@ -127,29 +149,14 @@ def run_parity(
 
     if explained and ("openvino" not in backends or "nncf" not in (quantizers or ["nncf"])):
         raise PqkError("--explain ranks the nodes of OpenVINO graphs: let openvino with nncf take part")
-    root = paths.project_root()
-    folder = root / "reports" / "parity"
-    check_writable(folder)
-    errors = Console(stderr=True, highlight=False)
-    began = time.monotonic()
-    result = parity(
-        request,
-        backends,
-        quantizers,
-        root,
-        _progress(errors),
-        lambda text: errors.print(f"  [bold]·[/] {escape(text)}"),
-    )
+    root, folder, errors, began = _begin("parity")
+    result = parity(request, backends, quantizers, root, _progress(errors), _teller(errors))
     if explained:
         if ("openvino", "nncf") not in result.outcomes:
             raise PqkError("--explain: openvino with nncf did not run; see `pqk run` for why")
         result = replace(result, explanation=explain(result.outcomes["openvino", "nncf"]))
     print_parity(result, Console(stderr=as_json))
-    for path in write_parity(result, folder):
-        errors.print(f"  [green]✓[/] {escape(str(paths.shown(path)))}")
-    errors.print(f"{time.monotonic() - began:.0f} s in all", style="dim")
-    if as_json:
-        print(json.dumps(as_data(result), allow_nan=False, ensure_ascii=False))
+    _finish(errors, began, write_parity(result, folder), as_data(result) if as_json else None)
     return EXIT_CHECK_FAILED if any(v.verdict == "differ" for v in result.verdicts) else EXIT_OK
 
 
@@ -158,26 +165,12 @@ def run_tune(request: Request, max_drop: float, max_evaluations: int, out: Path 
     from pqk.report.tune import as_data, print_tune, write_tune
     from pqk.run.tune_card import tune
 
-    root = paths.project_root()
-    folder = root / "reports" / "tune"
-    check_writable(folder)
-    errors = Console(stderr=True, highlight=False)
-    began = time.monotonic()
-    tuned = tune(
-        request,
-        max_drop,
-        max_evaluations,
-        out or folder / f"{load_card(request.card, root).id}.quant.yaml",
-        root,
-        _progress(errors),
-        lambda text: errors.print(f"  [bold]·[/] {escape(text)}"),
-    )
-    for path in write_tune(tuned, folder):
-        errors.print(f"  [green]✓[/] {escape(str(paths.shown(path)))}")
+    root, folder, errors, began = _begin("tune")
+    quant = out or folder / f"{load_card(request.card, root).id}.quant.yaml"
+    tuned = tune(request, max_drop, max_evaluations, quant, root, _progress(errors), _teller(errors))
+    written = write_tune(tuned, folder)
     print_tune(tuned, Console(stderr=as_json))
-    errors.print(f"{time.monotonic() - began:.0f} s in all", style="dim")
-    if as_json:
-        print(json.dumps(as_data(tuned), allow_nan=False, ensure_ascii=False))
+    _finish(errors, began, written, as_data(tuned) if as_json else None)
     return EXIT_OK if tuned.ok else EXIT_CHECK_FAILED
 
 

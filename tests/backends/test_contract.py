@@ -49,7 +49,8 @@ class Side:
         if not found.available:
             pytest.skip(f"{self.backend}: {found.reason}")
         if self.backend == "trt" and (provider() is None) == (self.measured == "engine"):
-            pytest.skip("needs a CUDA device" if provider() is None else "a CUDA device runs the engine here")
+            needed = "needs a CUDA device and torch with CUDA or pycuda"
+            pytest.skip(needed if provider() is None else "a CUDA device runs the engine here")
         if self.precision not in (Precision.INT8, *registry.get(self.backend).float_precisions()):
             pytest.skip(f"this machine has no {self.precision} arithmetic for {self.backend}")
 
