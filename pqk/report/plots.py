@@ -106,13 +106,13 @@ def tradeoff(records: Sequence[Record]) -> Figure | str:
             linestyle="none",
         )
     _time_axis(axes, [x for x, _ in points])
-    axes.set_xlabel(_axis_label(time))
+    axes.set_xlabel(_axis_label(time) + _caution(rows))
     axes.set_ylabel(_axis_label(quality))
     axes.margins(0.08)
     axes.grid(True, color="#DDDDDD", linewidth=0.7)
     axes.set_title("quality against time (hollow: failed its verdict; dashed: Pareto front)", fontsize=10, loc="left")
     # The leading space keeps a label that begins with "_" in the legend.
-    labels = [f" {_label(record)}" for record in rows]
+    labels = [f" {_label(record)}{_speed(record, ', ')}" for record in rows]
     axes.legend(handles, labels, loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, borderaxespad=0.0)
     return figure
 
@@ -131,10 +131,14 @@ def latency(records: Sequence[Record]) -> Figure | str:
     axes.errorbar(times, range(len(rows)), xerr=whiskers, fmt="none", ecolor="#333333", capsize=3, linewidth=1.2)
     for index, (record, tail) in enumerate(zip(rows, tails, strict=True)):
         axes.annotate(
-            cell_text(record[p50.name], p50), (tail, index), xytext=(6, 0), textcoords="offset points", va="center"
+            cell_text(record[p50.name], p50) + _speed(record, "  "),
+            (tail, index),
+            xytext=(6, 0),
+            textcoords="offset points",
+            va="center",
         )
     axes.set_xlim(0, max(tails) * 1.15 or 1.0)
-    axes.set_xlabel(f"{_axis_label(p50)}, whisker: {p95.name}")
+    axes.set_xlabel(f"{_axis_label(p50)}, whisker: {p95.name}{_caution(rows)}")
     return figure
 
 
@@ -198,6 +202,18 @@ def ablation(records: Sequence[Record]) -> Figure | str:
         axis.set_xlim(low - (room if low < 0 else 0.0), high + room)
         axis.set_xlabel(_axis_label(column))
     return figure
+
+
+def _speed(record: Record, before: str) -> str:
+    """'1.13x f32' behind `before`; '' where it was not measured, or is the measure itself."""
+    speed = record["speedup_vs_fp32"]
+    return "" if speed is None or record["precision"] == "f32" else f"{before}{speed:.2f}x f32"
+
+
+def _caution(rows: Sequence[Record]) -> str:
+    """A line for the time axis: milliseconds of runs at different moments must not be divided by each other."""
+    shown = any(_speed(record, "") for record in rows)
+    return "\nms are of each row's own run; x f32 is the ratio within one interleaved run" if shown else ""
 
 
 def _figure(width: float, height: float, panels: int = 1) -> tuple[Figure, list[Axes]]:
