@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +14,7 @@ import torch
 from torch import nn
 
 from pqk.compress.losses import confidence_loss
+from pqk.compress.pairs import SymmetricPairs, pick_device, scenery, validation_scores
 from pqk.compress.train import Progress, Schedule, Trainer, world
 from pqk.cores import allowed_cores, cpu_name
 from pqk.data.seeds import INDICES, split_seed
@@ -27,86 +26,6 @@ from pqk.models import build_model, load_model, save_model
 from pqk.models.checkpoint import CARD, CONFIG, WEIGHTS
 from pqk.models.configs import NAMED, read_config
 from pqk.spec.training import TrainSpec
-
-
-class SymmetricPairs(nn.Module):
-    """Both orders of each pair from one encoding per image: images (B,2,3,H,W) -> outputs for 2B samples."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        height, width = images.shape[-2:]
-        tokens = self.model.encode(images.flatten(0, 1)).unflatten(0, images.shape[:2])
-        a, b = tokens[:, 0], tokens[:, 1]
-        return self.model.decode(torch.cat([a, b]), torch.cat([b, a]), (height, width), (height, width))
-
-
-def depth_scores(pred_z: torch.Tensor, gt_z: torch.Tensor, valid: torch.Tensor) -> dict[str, float]:
-    """Mean AbsRel and delta1 over samples (B,H,W) after median scaling per sample (Eigen 2014, Zhou 2017)."""
-    absrel, delta = [], []
-    for pred, gt, mask in zip(pred_z.float(), gt_z.float(), valid, strict=True):
-        if not bool(mask.any()):
-            continue
-        p, g = pred[mask], gt[mask]
-        p = (p * (g.median() / p.median())).clamp(min=1e-6)
-        absrel.append(((p - g).abs() / g).mean())
-        delta.append((torch.maximum(p / g, g / p) < 1.25).float().mean())
-    if not absrel:
-        raise PqkError("no validation pair has a valid pixel; lower min_covisible")
-    return {"absrel": float(torch.stack(absrel).mean()), "delta1": float(torch.stack(delta).mean())}
-
-
-def validation_scores(model: nn.Module, spec: TrainSpec, device: torch.device, autocast: bool) -> dict[str, float]:
-    """AbsRel and delta1 of view 1 on the held-out pairs, both orders, and of a constant depth on the same pixels."""
-    bank = texture_bank().to(device)
-    symmetric = SymmetricPairs(model).eval()
-    wanted, size, count, samples = spec.validation.pairs, spec.validation.size, 0, 0
-    totals: dict[str, float] = {}
-    while count < wanted:
-        n = min(8, wanted - count)
-        pairs = training_pairs(n, size, split_seed("validation", spec.seed, count), bank, **_scene_options(spec))
-        with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
-            out = symmetric(pairs.images)
-        count += n
-        gt1, _, valid1, _ = pairs.ordered()
-        usable = int(valid1.flatten(1).any(1).sum())  # a pair without overlap has no valid pixel
-        if not usable:
-            continue
-        scores = depth_scores(out["pts3d_1"][..., 2], gt1[..., 2], valid1)
-        flat = depth_scores(torch.ones_like(gt1[..., 2]), gt1[..., 2], valid1)
-        for key, value in {**scores, **{f"constant_{k}": v for k, v in flat.items()}}.items():
-            totals[key] = totals.get(key, 0.0) + value * usable
-        samples += usable
-    if not samples:
-        raise PqkError("no validation pair has a valid pixel; lower min_covisible")
-    means = {k: v / samples for k, v in totals.items()}
-    if not math.isfinite(means["absrel"]):
-        raise PqkError("the depth of the model in training is not finite on the validation pairs; lower learning_rate")
-    return {"score": means["absrel"], **means}
-
-
-def _scene_options(spec: TrainSpec) -> dict[str, Any]:
-    return {"spread": spec.spread_deg, "fov": spec.fov_deg, "min_covisible": spec.min_covisible}
-
-
-def pick_device(name: str) -> torch.device:
-    """'auto' is CUDA where there is one. Raises PqkError for a device that is unknown or not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise PqkError(
-            f"unknown device {name!r}{nearest(name, ('auto', 'cpu', 'cuda'))}; allowed are auto, cpu and cuda[:n]"
-        )
-    if name == "cpu":
-        return torch.device(name)
-    if "LOCAL_RANK" in os.environ:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-    there = torch.cuda.device_count()
-    if int(name.partition(":")[2] or 0) >= there:
-        raise PqkError(f"device {name!r} was asked for, but torch sees {there} CUDA devices; use --device cpu")
-    return torch.device(name)
 
 
 def train_teacher(
@@ -189,15 +108,12 @@ def train_teacher(
     if compiled:
         symmetric = torch.compile(symmetric, dynamic=False)  # type: ignore[assignment]
 
-    def stage_of(share: float) -> Any:
-        return next((s for s in spec.stages if share < s.until), spec.stages[-1])
-
     def loss_of(module: nn.Module, step: int, share: float) -> torch.Tensor:
-        stage = stage_of(share)
+        stage = spec.stage_at(share)
         seed = split_seed("train", spec.seed, (step * processes + rank) % INDICES)
         with torch.autocast(where.type, enabled=False):
             mine = stage.batch // processes
-            pairs: PairBatch = training_pairs(mine, stage.size, seed, bank, **_scene_options(spec))
+            pairs: PairBatch = training_pairs(mine, stage.size, seed, bank, **scenery(spec))
             gt1, gt2, valid1, valid2 = pairs.ordered()
         prediction = module(pairs.images)
         with torch.autocast(where.type, enabled=False):
@@ -206,7 +122,7 @@ def train_teacher(
     def scored(weights: dict[str, torch.Tensor]) -> dict[str, float]:
         # a fresh module, so that validation never touches the one in training
         frozen = build_model("dust3r", model.config, weights).to(where).eval()
-        return validation_scores(frozen, spec, where, autocast)
+        return validation_scores(frozen, spec, where, autocast, spec.seed)
 
     outcome = trainer.run(
         loss_of,
@@ -217,13 +133,13 @@ def train_teacher(
         checkpoint=checkpoint,
         pause_after_s=pause_after_s,
         report=report,
-        batch_of=lambda share: stage_of(share).batch,
+        batch_of=lambda share: spec.stage_at(share).batch,
     )
     if rank == 0 and outcome != "paused":
         best = build_model("dust3r", model.config, trainer.best_averaged())
 
         def card_of(shipped: nn.Module) -> dict[str, Any]:
-            scores = validation_scores(shipped.to(where), spec, where, autocast)
+            scores = validation_scores(shipped.to(where), spec, where, autocast, spec.seed)
             card = model_card(spec, trainer.progress, scores, where, outcome, minutes, command)
             if init is not None:
                 card["init"] = {"weights": start, "card": _read_json(Path(init) / "model_card.json")}

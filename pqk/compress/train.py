@@ -30,6 +30,7 @@ class Progress:
     best: float = math.inf
     stale: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
+    reason: str | None = None  # why the run was stopped, in one sentence
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """Everything that a resumed run needs; plain tensors, numbers and lists, so that a safe load can read it."""
-        kept = {k: getattr(self.progress, k) for k in ("step", "seconds", "best", "stale", "history")}
+        kept = {k: getattr(self.progress, k) for k in ("step", "seconds", "best", "stale", "history", "reason")}
         return {
             "model": self.model.state_dict(),
             "ema": self.ema,
@@ -188,13 +189,17 @@ class Trainer:
         pause_after_s: float | None = None,
         report: Callable[[Progress], None] | None = None,
         batch_of: Callable[[float], int] | None = None,
+        stop: Callable[[Progress], str | None] | None = None,
     ) -> str:
-        """Train until the schedule ends, the score stops improving, or `pause_after_s` is over.
+        """Train until the schedule ends, the score stops improving, `stop` gives a reason, or `pause_after_s` is over.
 
-        Returns 'done', 'early' or 'paused'. The checkpoint is written on the way and at the end. When the schedule has
-        ended, the last weights are validated too.
+        `stop` is asked after every step; it returns the reason, which `progress.reason` keeps, or None to go on.
+        Returns 'done', 'early', 'stopped' or 'paused'. The checkpoint is written on the way and at the end. When the
+        schedule has ended, the last weights are validated too.
         """
         p = self.progress
+        if p.reason is not None:  # a resumed run that had been stopped
+            return "stopped"
         module: nn.Module = self.model if wrapped is None else wrapped
         if self.world > 1:
             # DUSt3R carries weights that no output depends on (mask_token, parts of the DPT head)
@@ -240,6 +245,10 @@ class Trainer:
                         report(p)
                 if self._shared(float(p.stale)) >= patience:
                     outcome = "early"
+            if stop and outcome == "done":
+                p.reason = stop(p) if self.rank == 0 else None
+                if self._shared(float(p.reason is not None)):
+                    outcome = "stopped"
             if checkpoint and time.monotonic() - saved > save_every_s:
                 self.save(checkpoint)
                 saved = time.monotonic()

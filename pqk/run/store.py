@@ -2,6 +2,7 @@
 
     <root>/<stage>/<first 16 hex digits of the key>/   the files of one artifact, and manifest.json
     <root>/<stage>/.<16 digits>.<pid>.<random>.tmp/    one that is being made, or that a killed process left behind
+    <root>/.scratch/<stage>-<16 digits>/               half-done work that a killed process left to be gone on with
     <root>/.locks/<stage>-<16 digits>.lock             held (flock) while an artifact is made or checked
 
 An artifact is made in a temporary folder and renamed into place when every byte is on disk, so it is whole or absent
@@ -64,6 +65,7 @@ class Store:
         self.root = Path(root)
         self.fresh = fresh
         self._made: set[str] = set()
+        self._begun: set[str] = set()  # scratch folders that this store has handed out
 
     def key(self, stage: str, inputs: Mapping[str, Any]) -> str:
         """sha256 of the canonical JSON of stage and inputs; the order of keys does not matter, tuples equal lists.
@@ -101,6 +103,22 @@ class Store:
             self._made.add(key)
             tell("done", stage, key, float(manifest["seconds"]))
             return Artifact(target, key, stage, False, manifest)
+
+    @contextlib.contextmanager
+    def scratch(self, stage: str, inputs: Mapping[str, Any]) -> Iterator[Path]:
+        """A folder for the half-done work of an artifact, such as the checkpoint of a training.
+
+        It outlives a killed process, so that the next one goes on where that one was, and is removed when the block
+        ends well. To be used inside the `make` of the artifact with these inputs, whose lock keeps others out.
+        """
+        folder = self.root / ".scratch" / f"{stage}-{self.key(stage, inputs)[:16]}"
+        with clear_write_errors(folder):
+            if self.fresh and self.key(stage, inputs) not in self._begun:
+                shutil.rmtree(folder, ignore_errors=True)
+            self._begun.add(self.key(stage, inputs))
+            folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+        shutil.rmtree(folder, ignore_errors=True)
 
     def _make(self, target: Path, stage: str, key: str, inputs: Any, make: Callable[[Path], None]) -> dict[str, Any]:
         with clear_write_errors(target):

@@ -27,6 +27,7 @@ from pqk.files import clear_write_errors
 Result = dict[str, Any]
 _PR_SET_PDEATHSIG = 1
 _ONLY_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)  # the user's disk, and no defect
+_TOLD = "pqk-progress "  # begins the lines on a worker's stdout that are meant for its parent
 _CANNOT_WRITE = 73  # exit code (EX_CANTCREAT) of a worker that could not write its answer; its last line says why
 
 
@@ -34,9 +35,10 @@ class WorkerCrashed(Exception):
     """A worker that ended without an answer: a defect, hence no PqkError. Its text holds what the worker said."""
 
 
-def call(task: str, request: dict[str, Any]) -> Result:
+def call(task: str, request: dict[str, Any], on_progress: Callable[[dict[str, Any]], None] | None = None) -> Result:
     """Run a task in a fresh process and return its result.
 
+    on_progress: gets what the task says with `tell` while it works.
     A PqkError or BackendError of the worker is raised here with its sentence. Raises PqkError when the worker was
     killed (SIGKILL) or the disk of the temporary files is full, WorkerCrashed when it ended in any other way.
     """
@@ -46,23 +48,46 @@ def call(task: str, request: dict[str, Any]) -> Result:
             asked.write_text(json.dumps(request))
         # -P: the folder that the user stands in may hold a random.py of his own.
         command = [sys.executable, "-P", "-m", "pqk.run.worker", task, str(asked), str(answered), str(os.getpid())]
-        done = subprocess.run(
-            command,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            encoding="utf-8",
-            errors="replace",
-            env=_environment(),
-            check=False,
-        )
+        code, said = _run(command, folder / "stderr", on_progress)
         if not answered.exists():
-            raise _no_answer(task, done.returncode, done.stderr.strip())
+            raise _no_answer(task, code, said)
         result: Result = json.loads(answered.read_text())
     if "error" in result:
         kinds: dict[int, type[PqkError]] = {CheckFailed.exit_code: CheckFailed, NotBuilt.exit_code: NotBuilt}
         raise kinds.get(result["exit_code"], PqkError)(result["error"])
     return result
+
+
+def _run(command: list[str], errors: Path, on_progress: Callable[[dict[str, Any]], None] | None) -> tuple[int, str]:
+    """Exit code and stderr of a worker. Its stdout is read only for the lines of `tell`; a silent parent sleeps."""
+    with clear_write_errors(errors):
+        stream = errors.open("w+", encoding="utf-8", errors="replace")
+    with stream:
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE if on_progress else subprocess.DEVNULL,
+            stderr=stream,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+            env=_environment(),
+        )
+        try:
+            for line in process.stdout or ():
+                if on_progress and line.startswith(_TOLD):
+                    on_progress(json.loads(line.removeprefix(_TOLD)))
+            process.wait()
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
+        stream.seek(0)
+        return process.returncode, stream.read().strip()
+
+
+def tell(news: dict[str, Any]) -> None:
+    """Say how far this worker is; does nothing visible where the caller does not listen."""
+    print(_TOLD + json.dumps(news), flush=True)
 
 
 @contextlib.contextmanager

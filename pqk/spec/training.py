@@ -1,4 +1,4 @@
-"""What a training run is asked: the model, the schedule and the budget (`configs/models/*.yaml`)."""
+"""What a training run is asked: schedule, scenery and budget, of teachers (`configs/models/*.yaml`) and methods."""
 
 from __future__ import annotations
 
@@ -28,13 +28,11 @@ class Validation(Section):
     patience: int = Field(default=8, ge=1, description="validations without a better AbsRel before the run stops early")
 
 
-class TrainSpec(Spec):
-    """A training run. Rates are per step; `ema` is the decay of the averaged weights that are shipped."""
+class Training(Section):
+    """What every training has: image sizes, rates, scenery. Rates are per step; `ema` is the decay of the averaged
+    weights that are kept in the end, `alpha` the weight of the confidence term of the task loss.
+    """
 
-    version: str = "1.0"
-    model: str
-    seed: int = Field(default=0, ge=0, lt=LIMIT)
-    steps: int = Field(ge=1)
     stages: list[Stage] = Field(min_length=1)
     learning_rate: float = Field(default=6e-4, gt=0, le=1)
     final_rate: float = Field(default=1e-6, ge=0)
@@ -46,7 +44,6 @@ class TrainSpec(Spec):
     spread_deg: list[Annotated[float, Field(gt=0, lt=180)]] = Field(default=[4.0, 26.0], min_length=2, max_length=2)
     fov_deg: list[Annotated[float, Field(gt=0, lt=180)]] = Field(default=[55.0, 70.0], min_length=2, max_length=2)
     min_covisible: float = Field(default=0.25, ge=0, le=1)
-    validation: Validation = Validation()
 
     @field_validator("spread_deg", "fov_deg")
     @classmethod
@@ -68,6 +65,39 @@ class TrainSpec(Spec):
         if self.final_rate > self.learning_rate:
             raise ValueError(f"final_rate {self.final_rate} must not be above learning_rate {self.learning_rate}")
         return self
+
+    def stage_at(self, share: float) -> Stage:
+        """The stage at a share of the run in [0, 1]."""
+        return next((stage for stage in self.stages if share < stage.until), self.stages[-1])
+
+
+class TrainSpec(Training, Spec):
+    """The training of a teacher."""
+
+    version: str = "1.0"
+    model: str
+    seed: int = Field(default=0, ge=0, lt=LIMIT)
+    steps: int = Field(ge=1)
+    validation: Validation = Validation()
+
+
+class Held(Section):
+    """Held-out pairs that are scored after every epoch, at `size`."""
+
+    size: int = Field(default=512, ge=32, le=1024, multiple_of=16)
+    pairs: int = Field(default=16, ge=1, le=4096)
+
+
+class Fit(Training):
+    """The training of a compression method. An epoch is a number of steps, as no rendered pair is seen twice."""
+
+    epochs: int = Field(ge=1, le=1000)
+    steps_per_epoch: int = Field(ge=1, le=1_000_000)
+    validation: Held = Held()
+
+    @property
+    def steps(self) -> int:
+        return self.epochs * self.steps_per_epoch
 
 
 def load_training(path: Path | str, steps: int | None = None) -> TrainSpec:

@@ -15,8 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from pqk.compress import pairs as pairs_module
 from pqk.compress import teacher
-from pqk.compress.teacher import depth_scores, pick_device, train_teacher
+from pqk.compress.pairs import depth_scores, pick_device, validation_scores
+from pqk.compress.teacher import train_teacher
 from pqk.compress.train import Schedule, Trainer, parameter_groups
 from pqk.errors import PqkError
 from pqk.files import sha256_file
@@ -299,7 +301,7 @@ def test_training_learns_and_ships(tmp_path):
     assert (card["steps"], card["outcome"], card["dtype"], card["command"]) == (60, "done", "float16", "x")
     assert [h["step"] for h in card["history"]] == [30, 60]
     model = load_model(out)
-    again = teacher.validation_scores(model, spec, CPU, False)
+    again = validation_scores(model, spec, CPU, False, spec.seed)
     assert {k: card["validation"][k] for k in again} == pytest.approx(again)
     checkpoint = torch.load(out / "checkpoint.pt", weights_only=True)
     for key, value in model.state_dict().items():
@@ -402,7 +404,7 @@ def test_the_clock_can_end_the_run(tmp_path):
 def test_validation_without_overlap(tmp_path, monkeypatch):
     """Pairs without a valid pixel do not count; only when there is no other, that is said."""
     spec = spec_with(validation={"size": 32, "pairs": 9, "every": 4, "patience": 8})
-    real, calls = teacher.training_pairs, []
+    real, calls = pairs_module.training_pairs, []
 
     def some(batch, *args, **options):
         pairs = real(batch, *args, **options)
@@ -413,13 +415,13 @@ def test_validation_without_overlap(tmp_path, monkeypatch):
 
     model = teacher.build_model("dust3r", TINY)
     eight = spec_with(validation={"size": 32, "pairs": 8, "every": 4, "patience": 8})
-    expected = teacher.validation_scores(model, eight, CPU, False)
-    monkeypatch.setattr(teacher, "training_pairs", some)
-    assert teacher.validation_scores(model, spec, CPU, False) == expected
+    expected = validation_scores(model, eight, CPU, False, eight.seed)
+    monkeypatch.setattr(pairs_module, "training_pairs", some)
+    assert validation_scores(model, spec, CPU, False, spec.seed) == expected
     assert calls == [8, 1]
     nothing = spec_with(min_covisible=1.0)
     with pytest.raises(PqkError, match="no validation pair has a valid pixel; lower min_covisible"):
-        teacher.validation_scores(model, nothing, CPU, False)
+        validation_scores(model, nothing, CPU, False, nothing.seed)
 
 
 def test_bad_arguments_are_one_sentence(tmp_path, monkeypatch):
