@@ -41,6 +41,9 @@ def run(
     setting: Annotated[
         list[str] | None, typer.Option("--set", help="override one value, e.g. quant.ptq.calibration_images=64")
     ] = None,
+    axis: Annotated[
+        list[str] | None, typer.Option(help="of a card with a matrix (H1): only this axis; may be given again")
+    ] = None,
     fresh: Annotated[bool, typer.Option(help="make everything anew, reuse nothing")] = False,
     json_line: Annotated[bool, typer.Option("--json", help="print the candidate's record as the last line")] = False,
 ) -> None:
@@ -62,7 +65,7 @@ def run(
         fresh,
         settings_of(setting or []),
     )
-    raise typer.Exit(run_card(request, json_line))
+    raise typer.Exit(run_card(request, json_line, axes=axis or ()))
 
 
 @app.command()

@@ -87,7 +87,7 @@ def tradeoff(records: Sequence[Record]) -> Figure | str:
     rows = [record for record in records if record[time.name] is not None and record[quality.name] is not None]
     if not rows:
         return f"no record has both {time.name} and {quality.name}"
-    figure, (axes,) = _figure(8.0, max(4.8, 0.26 * len(rows) + 1.5))
+    figure, (axes,) = blank_figure(8.0, max(4.8, 0.26 * len(rows) + 1.5))
     points = [(record[time.name], record[quality.name]) for record in rows]
     front = pareto_front(points, quality.better == "higher")
     if len({points[index] for index in front}) > 1:
@@ -106,8 +106,8 @@ def tradeoff(records: Sequence[Record]) -> Figure | str:
             linestyle="none",
         )
     _time_axis(axes, [x for x, _ in points])
-    axes.set_xlabel(_axis_label(time) + _caution(rows))
-    axes.set_ylabel(_axis_label(quality))
+    axes.set_xlabel(axis_label(time) + _caution(rows))
+    axes.set_ylabel(axis_label(quality))
     axes.margins(0.08)
     axes.grid(True, color="#DDDDDD", linewidth=0.7)
     axes.set_title("quality against time (hollow: failed its verdict; dashed: Pareto front)", fontsize=10, loc="left")
@@ -138,7 +138,7 @@ def latency(records: Sequence[Record]) -> Figure | str:
             va="center",
         )
     axes.set_xlim(0, max(tails) * 1.15 or 1.0)
-    axes.set_xlabel(f"{_axis_label(p50)}, whisker: {p95.name}{_caution(rows)}")
+    axes.set_xlabel(f"{axis_label(p50)}, whisker: {p95.name}{_caution(rows)}")
     return figure
 
 
@@ -200,7 +200,7 @@ def ablation(records: Sequence[Record]) -> Figure | str:
             )
         room = 0.22 * (high - low or 1.0)
         axis.set_xlim(low - (room if low < 0 else 0.0), high + room)
-        axis.set_xlabel(_axis_label(column))
+        axis.set_xlabel(axis_label(column))
     return figure
 
 
@@ -216,7 +216,7 @@ def _caution(rows: Sequence[Record]) -> str:
     return "\nms are of each row's own run; x f32 is the ratio within one interleaved run" if shown else ""
 
 
-def _figure(width: float, height: float, panels: int = 1) -> tuple[Figure, list[Axes]]:
+def blank_figure(width: float, height: float, panels: int = 1) -> tuple[Figure, list[Axes]]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height))
@@ -228,7 +228,7 @@ def _figure(width: float, height: float, panels: int = 1) -> tuple[Figure, list[
 
 def _bars(rows: Sequence[Record], panels: int = 1) -> tuple[Figure, list[Axes]]:
     """A figure of horizontal bars, the first record on top, its labels beside the first panel."""
-    figure, axes = _figure(8.0 if panels == 1 else 10.5, max(1.8, 0.42 * len(rows) + 1.1), panels)
+    figure, axes = blank_figure(8.0 if panels == 1 else 10.5, max(1.8, 0.42 * len(rows) + 1.1), panels)
     for number, axis in enumerate(axes):
         axis.set_yticks(range(len(rows)), [_label(record) if number == 0 else "" for record in rows])
         axis.set_ylim(len(rows) - 0.5, -0.5)
@@ -248,7 +248,7 @@ def _time_axis(axes: Axes, times: Sequence[float]) -> None:
         axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def _axis_label(column: Column) -> str:
+def axis_label(column: Column) -> str:
     arrow = {"lower": ", lower is better", "higher": ", higher is better"}.get(column.better, "")
     unit = f" ({column.unit})" if column.unit not in ("", "1") else ""
     return f"{column.name}{unit}{arrow}"

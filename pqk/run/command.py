@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,15 @@ from pqk.report.table import print_table
 from pqk.run.prepare import Request
 from pqk.run.runner import run
 from pqk.run.store import OnEvent
-from pqk.spec.card import load_card
+from pqk.spec.card import Card, load_card
 from pqk.spec.yamlfile import parse_yaml
 
 _DOING = {
     "scenes": "test scenes",
     "calibration": "calibration images",
     "graphs": "ONNX export, checked against torch",
+    "pruned": "pruning and fine-tuning",
+    "distilled": "distillation",
     "quantized": "quantization",
     "quality": "quality on the test scenes",
     "timing": "timing, variants interleaved",
@@ -63,9 +65,10 @@ def settings_of(items: list[str]) -> dict[str, Any]:
     return found
 
 
-def run_card(request: Request, as_json: bool, log: Path | None = None) -> int:
+def run_card(request: Request, as_json: bool, log: Path | None = None, axes: Sequence[str] = ()) -> int:
     """Run, report progress on stderr, print the table; returns the exit code (1 when the verdict is 'fail').
 
+    `axes`: of a card with a matrix, only these.
     `log`: a .json file that gets the candidate's record too, or without a recipe the list of the float records.
     Raises PqkError, before anything long runs, when that file cannot be written or holds another record.
     """
@@ -78,6 +81,9 @@ def run_card(request: Request, as_json: bool, log: Path | None = None) -> int:
     began = time.monotonic()
 
     errors.print(f"[bold]{escape(request.card)}[/] on {escape(request.backend)}")
+    card = load_card(request.card, root)
+    if card.matrix or axes:
+        return _run_matrix(card, request, axes, as_json, errors, began, root)
     outcome = run(request, root, _progress(errors), lambda text: errors.print(f"  [green]✓[/] {escape(text)}"), log)
     records = outcome.records
     candidate = records[-1]
@@ -98,12 +104,41 @@ def run_card(request: Request, as_json: bool, log: Path | None = None) -> int:
     return EXIT_CHECK_FAILED if candidate["verdict"] == "fail" else EXIT_OK
 
 
+def _run_matrix(
+    card: Card, request: Request, axes: Sequence[str], as_json: bool, errors: Console, began: float, root: Path
+) -> int:
+    """Every point of a matrix, its tables and figures in reports/ablation/CARD; 1 when a point failed to run."""
+    from pqk.report.ablation import print_matrix, write_matrix
+    from pqk.run.matrix import run_matrix
+
+    folder = root / "reports" / "ablation" / card.id
+    check_writable(folder)
+    result = run_matrix(card, request, list(axes), root, _progress(errors), _teller(errors))
+    print_matrix(result, Console(stderr=as_json))
+    data = {"card": card.id, "axes": result.records} if as_json else None
+    _finish(errors, began, write_matrix(result, folder), data)
+    return EXIT_CHECK_FAILED if result.failures else EXIT_OK
+
+
 def _progress(errors: Console) -> OnEvent:
-    """Prints what the store does, a line each."""
+    """Prints what the store does, a line each; a training shows how far it is, live in a terminal."""
+    spoken = 0.0
 
     def on_event(kind: str, stage: str, key: str, seconds: float) -> None:
+        nonlocal spoken
         name, _, variant = stage.partition(" ")
         what = f"{_DOING.get(name, name)} {variant}".strip()
+        if kind == "progress":
+            line = f"{100 * seconds:5.1f} %  {key}"
+            if errors.is_terminal:
+                errors.file.write(f"\r\x1b[2K    {line[: errors.width - 6]}")  # replaced by the next one
+                errors.file.flush()
+            elif time.monotonic() - spoken > 15:  # a log file gets a line now and then
+                spoken = time.monotonic()
+                errors.print(f"    {escape(line)}")
+            return
+        if errors.is_terminal and kind in ("done", "damaged"):
+            errors.file.write("\r\x1b[2K")
         if kind == "make":
             errors.print(f"  [dim]…[/] {what}")
         elif kind == "done":

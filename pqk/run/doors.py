@@ -1,5 +1,5 @@
-"""The scripts under their long-standing names and arguments: run_quant.py, run_eval.py, baseline_eval.py,
-export_onnx_trt.py.
+"""The scripts under their long-standing names and arguments: run_quant.py, run_distill.py, run_prune.py,
+run_eval.py, baseline_eval.py, export_onnx_trt.py.
 
 Each is a way to call the same work as `pqk run` and `pqk export`; records go to logs/ and also to the file of --log.
 """
@@ -24,6 +24,16 @@ def quantize(argv: Sequence[str] | None = None) -> int:
     return _run("run_quant.py", "Quantize a checkpoint and evaluate it beside its float baselines.", argv)
 
 
+def distill(argv: Sequence[str] | None = None) -> int:
+    """scripts/run_distill.py: the recipe of a distillation card (default A1); --cfg is a distill.yaml."""
+    return _run("run_distill.py", "Distil a student and evaluate it beside its Teacher.", argv, "A1", "distill")
+
+
+def prune(argv: Sequence[str] | None = None) -> int:
+    """scripts/run_prune.py: the recipe of a pruning card (default C1); --cfg is a prune.yaml."""
+    return _run("run_prune.py", "Prune a checkpoint, fine-tune it and evaluate it.", argv, "C1", "prune")
+
+
 def evaluate(argv: Sequence[str] | None = None) -> int:
     """scripts/run_eval.py: a checkpoint in every float precision, as role baseline; --log gets the list of records."""
     return _run("run_eval.py", "Evaluate a checkpoint in float, without a recipe.", argv, recipe=False, role="baseline")
@@ -46,31 +56,31 @@ def export(argv: Sequence[str] | None = None) -> int:
     return told(lambda: export_card(_request(asked), asked.precision, asked.out))
 
 
-def _run(name: str, what: str, argv: Sequence[str] | None, **fields: Any) -> int:
-    parser = _parser(name, what, "openvino")
+def _run(name: str, what: str, argv: Sequence[str] | None, card: str = "B1", cfg: str = "quant", **fields: Any) -> int:
+    parser = _parser(name, what, "openvino", card, cfg)
     parser.add_argument("--log", type=Path, help="a .json file for the record, besides the one in logs/")
     asked = parser.parse_args(argv)
-    return told(lambda: run_card(_request(asked, **fields), as_json=False, log=asked.log))
+    return told(lambda: run_card(_request(asked, cfg, **fields), as_json=False, log=asked.log))
 
 
-def _parser(name: str, what: str, backend: str) -> argparse.ArgumentParser:
+def _parser(name: str, what: str, backend: str, card: str = "B1", cfg: str = "quant") -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(name, description=what)
     parser.add_argument("--workload", type=Path, help="default: configs/workload.yaml")
     parser.add_argument("--eval", type=Path, help="default: configs/eval.yaml")
-    parser.add_argument("--cfg", type=Path, help="how precision is lowered; default: configs/quant.yaml")
+    parser.add_argument("--cfg", type=Path, help=f"the method; default: configs/{cfg}.yaml")
     parser.add_argument("--ckpt", help="official .pth, hub folder or our folder; default: the shipped model")
     parser.add_argument("--backend", default=backend, help="default: %(default)s")
-    parser.add_argument("--card", default="B1", help="task card; default: %(default)s")
+    parser.add_argument("--card", default=card, help="task card; default: %(default)s")
     return parser
 
 
-def _request(asked: argparse.Namespace, **fields: Any) -> Request:
+def _request(asked: argparse.Namespace, cfg: str = "quant", **fields: Any) -> Request:
     return Request(
         asked.card,
         asked.backend,
         model=asked.ckpt,
         workload=asked.workload,
         evaluation=asked.eval,
-        quant=asked.cfg,
+        **{cfg: asked.cfg},
         **fields,
     )

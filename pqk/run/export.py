@@ -25,6 +25,7 @@ from backends.base import Backend, Graph, Precision, lowered_to
 from pqk import paths
 from pqk.errors import PqkError, nearest
 from pqk.files import check_writable, clear_write_errors, fsync_folder, sha256_file, sha256_json, write_json
+from pqk.models import load_model
 from pqk.record.schema import empty_record
 from pqk.run import stages
 from pqk.run.prepare import (
@@ -41,6 +42,7 @@ from pqk.run.prepare import (
 )
 from pqk.run.samples import sample_source
 from pqk.run.store import OnEvent
+from pqk.run.training import train_stages
 from pqk.run.variants import Runner, Variant
 from pqk.spec.card import Experiment
 
@@ -72,12 +74,18 @@ def export(
     workload = experiment.workload
     shape = (workload.input.height, workload.input.width)
 
-    asked_model, name, model_sha, model = load_teacher(request.model, root)
-    params = count_parameters(model)
-    graphs = stages.export_graphs(ctx, model, model_sha, *shape)
-    del model
+    model, module = load_teacher(request.model, root)
+    trained = train_stages(ctx, experiment, model)
+    if trained:
+        if trained[-1].failed:
+            raise PqkError(f"card {experiment.card.id} was stopped: {trained[-1].reason}; there is nothing to export")
+        model = trained[-1].model
+        module = load_model(model.path)
+    params = count_parameters(module)
+    graphs = stages.export_graphs(ctx, module, model.sha256, *shape)
+    del module
     hashes = {
-        "model": model_sha,
+        "model": model.sha256,
         "workload": workload.sha256,
         "eval": experiment.evaluation.sha256,
         "quant": experiment.quant.sha256,
@@ -89,7 +97,7 @@ def export(
         ptq = experiment.quant.ptq
         calibration = stages.calibration_images(ctx, workload.calibration, workload, root)
         made = stages.quantize(
-            ctx, backend.name, quantizer, asked_model, graphs, calibration, ptq.model_dump(mode="json"), shape
+            ctx, backend.name, quantizer, model.path, graphs, calibration, ptq.model_dump(mode="json"), shape
         )
         graphs = made.graphs
         hashes["calibration"] = calibration.sha256
@@ -114,8 +122,8 @@ def export(
         identity = {
             "exp_id": experiment.card.id,
             "combo": experiment.card.combo,
-            "role": "teacher" if quantizer is None else "candidate",
-            "model": name,
+            "role": "candidate" if quantizer or trained else "teacher",
+            "model": model.name,
             "backend": backend.name,
             "quantizer": quantizer,
             "precision": label,

@@ -111,16 +111,16 @@ def parity(
         if not offered[backend]:
             missing.append(Row("recipe", backend, note="it has no quantizer"))
         wanted = quantizers or offered[backend][:1]
-        for quantizer in [q for q in offered[backend] if q in wanted]:
-            say(f"{request.card} on {backend} with {quantizer}")
+        sides: list[str | None] = [q for q in offered[backend] if q in wanted]
+        for quantizer in sides if "Q" in card.recipe else [None]:  # a float recipe is compared as it is
+            say(f"{request.card} on {backend}" + (f" with {quantizer}" if quantizer else ""))
             try:
                 outcome = run(replace(request, backend=backend, quantizer=quantizer), root, on_event, say)
             except (BackendError, PqkError, worker.WorkerCrashed) as error:
-                missing.append(
-                    Row("recipe", f"{backend}/{quantizer}", note=f"failed: {str(error).strip().splitlines()[-1]}")
-                )
+                why = f"failed: {str(error).strip().splitlines()[-1]}"
+                missing.append(Row("recipe", f"{backend}/{quantizer or 'float'}", note=why))
                 continue
-            outcomes[backend, quantizer] = outcome
+            outcomes[backend, quantizer or "float"] = outcome
     if not outcomes:
         raise PqkError("no side could be run: " + "; ".join(f"{row.side}: {row.note}" for row in missing))
     compare = _Comparer(next(iter(outcomes.values())))
@@ -185,9 +185,8 @@ def _float_level(outcomes: Mapping[tuple[str, str], Outcome], compare: _Comparer
     plain = compare.outcome.onnx_float
     sides: dict[str, tuple[Variant, Mapping[str, Any] | None]] = {f"{RUNTIME} fp32": (plain, None)}
     for (backend, _), outcome in outcomes.items():
-        for variant, record in zip(outcome.variants, outcome.records, strict=True):
-            if variant.precision is not Precision.INT8:
-                sides.setdefault(f"{backend} {variant.name}", (variant, record))
+        for variant, record in outcome.floats():
+            sides.setdefault(f"{backend} {variant.name}", (variant, record))
     for name, (variant, known) in sides.items():
         heads = compare.heads(None, variant)
         rows.append(Row("float", name, "torch f32", known, heads, *_quality(known, compare.metric)))

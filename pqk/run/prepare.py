@@ -63,16 +63,32 @@ class Request:
     quant: Path | None = None
     recipe: bool = True  # False: only the float baselines
     role: str = "teacher"  # of the float rows: 'baseline' when the model is not the Teacher
+    point: tuple[str, str] | None = None  # (axis, point) of a card with a matrix
+    distill: Path | None = None
+    prune: Path | None = None
 
 
 def asked_experiment(request: Request, root: Path) -> Experiment:
     """The card with its configs, the command line's settings laid over them. Raises PqkError, NotBuilt."""
-    settings = dict(request.settings)
+    card, origin, settings = load_card(request.card, root), "command line", dict(request.settings)
+    if request.point is not None:
+        axis, point = request.point
+        settings = {**card.matrix[axis].points[point], **settings} if axis in card.matrix else settings
+        card, origin = card.at(axis, point), f"card {card.id}, {axis}: {point}"
+    elif card.matrix:
+        raise PqkError(f"card {card.id} is a matrix of {len(card.points())} experiments; only `pqk run` takes it whole")
     if request.seed is not None:
         settings |= {"workload.seeds.train": request.seed, "workload.seeds.eval": request.seed}
-    card = load_card(request.card, root)
     experiment = resolve(
-        card, root, request.workload, request.evaluation, request.quant, settings, origin="command line"
+        card,
+        root,
+        request.workload,
+        request.evaluation,
+        request.quant,
+        request.distill,
+        request.prune,
+        settings,
+        origin=origin,
     )
     if request.recipe:
         ensure_built(card.recipe, card.id)
@@ -117,18 +133,31 @@ def count_parameters(model: torch.nn.Module) -> int:
     return sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
 
 
-def load_teacher(asked: str | None, root: Path) -> tuple[str, str, str, Any]:
-    """Where the Teacher is loaded from, its name, its sha256, and the Teacher itself."""
+@dataclass(frozen=True)
+class Model:
+    """A float model of a run: where `load_model` finds it, its name in records, and the sha256 of its files."""
+
+    path: str
+    name: str
+    sha256: str
+
+
+def load_teacher(asked: str | None, root: Path) -> tuple[Model, Any]:
+    """The Teacher: what it is, and itself."""
     if asked is None:
         asked = str(root / SHIPPED)
         if not Path(asked).is_dir():
             raise PqkError(f"the shipped model {SHIPPED} is missing; give one with --model")
     model = load_model(asked)
     if asked.startswith("random:"):
-        return asked, asked, sha256_json({"random": asked, "code": stages.code_of(*_RANDOM_CODE)}), model
-    path = Path(asked)
+        return Model(asked, asked, sha256_json({"random": asked, "code": stages.code_of(*_RANDOM_CODE)})), model
+    return describe(Path(asked), Path(asked).resolve().name), model
+
+
+def describe(path: Path, name: str) -> Model:
+    """The model in a file or folder, under the name that records give it. Its card does not count in the sha256."""
     files = [path / "config.json", *sorted(path.glob("*.safetensors"))] if path.is_dir() else [path]
-    return str(path.resolve()), path.resolve().name, sha256_json({p.name: sha256_file(p) for p in files}), model
+    return Model(str(path.resolve()), name, sha256_json({p.name: sha256_file(p) for p in files}))
 
 
 def context(request: Request, backend: Backend, root: Path, on_event: OnEvent) -> Context:

@@ -8,7 +8,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from backends.base import Precision
 from pqk.errors import EXIT_UNAVAILABLE, PqkError
 from pqk.files import sha256_json
 from pqk.measure.latency import percentile
@@ -16,7 +15,7 @@ from pqk.measure.quality import quality_drop_pct
 from pqk.record.log import read_records, record_filename, write_record
 from pqk.record.schema import empty_record
 from pqk.run.variants import Variant
-from pqk.run.verdict import Measured, judge_quantized
+from pqk.run.verdict import Measured, judge_float, judge_quantized
 from pqk.spec.card import Experiment
 from pqk.spec.evaluation import Thresholds
 
@@ -29,11 +28,11 @@ Record = dict[str, Any]
 class Measurements:
     """What the stages measured, by the name of the variant.
 
-    variants: the Teacher in float, f32 first, and the candidate if the recipe has one. scored: see `pqk.run.evaluate`.
-    timed: see `pqk.run.timing`; None where engines are emulated. memory: peak bytes; empty where engines are emulated.
+    teacher: the Teacher in f32. scored: see `pqk.run.evaluate`. timed: see `pqk.run.timing`; None where engines are
+    emulated. memory: peak bytes; empty where engines are emulated.
     """
 
-    variants: Sequence[Variant]
+    teacher: Variant
     scored: Mapping[str, Any]
     timed: Mapping[str, Any] | None
     memory: Mapping[str, int]
@@ -70,12 +69,19 @@ def common_columns(
 
 
 def measured_record(
-    common: Record, measured: Measurements, variant: Variant, truthful: bool, metrics: Sequence[str]
+    common: Record,
+    measured: Measurements,
+    variant: Variant,
+    against: Sequence[Variant],
+    truthful: bool,
+    metrics: Sequence[str],
 ) -> Record:
-    """A record with everything that was measured of a variant; `metrics`: the quality columns that are asked for."""
-    teacher = measured.variants[0]
-    mine, base = measured.scored[variant.name], measured.scored[teacher.name]
-    record = empty_record() | common | {"precision": str(variant.precision)}
+    """A record with everything that was measured of a variant.
+
+    against: the float variants that speedups refer to, f32 first. metrics: the quality columns that are asked for.
+    """
+    mine, base = measured.scored[variant.name], measured.scored[measured.teacher.name]
+    record = empty_record() | {"precision": str(variant.precision)} | common
     record["datetime"] = _now()
     record["hashes"] = common["hashes"] | {"engine": sha256_json(variant.hashes)}
     record |= {"scenes": base["scenes"], "pairs": len(base["pairs"]), "measured": mine["measured"]}
@@ -90,12 +96,12 @@ def measured_record(
     record["size_MB"] = mine["size_bytes"] / 1e6
     record["size_ratio"] = mine["size_bytes"] / base["size_bytes"]
     if measured.timed is not None:
-        record |= _timing(measured.timed, variant, measured.variants)
+        record |= _timing(measured.timed, variant, against)
         record["ram_GB"] = record["peak_memory_GB"] = measured.memory[variant.name] / 1e9
     return record
 
 
-def judged(record: Mapping[str, Any], thresholds: Thresholds) -> Record:
+def judged(record: Mapping[str, Any], thresholds: Thresholds, recipe: Sequence[str]) -> Record:
     """Verdict and reasons of a quantized candidate's record."""
     shares, precision = record["executed_precision"], record["precision"]
     verdict, reasons = judge_quantized(
@@ -107,9 +113,20 @@ def judged(record: Mapping[str, Any], thresholds: Thresholds) -> Record:
             None if shares is None else shares.get(precision, 0.0),
         ),
         thresholds,
+        recipe,
         precision,
     )
     return {"verdict": verdict, "verdict_reasons": reasons}
+
+
+def judged_float(
+    record: Mapping[str, Any], thresholds: Thresholds, recipe: Sequence[str], stopped: str | None
+) -> Record:
+    """Verdict and reasons of a float candidate, and its status when a stop-loss rule ended the recipe."""
+    verdict, reasons = judge_float(record["quality_drop_pct"], record["size_ratio"], thresholds, recipe)
+    if stopped is None:
+        return {"verdict": verdict, "verdict_reasons": reasons}
+    return {"status": "stopped", "verdict": "fail", "verdict_reasons": [f"FAILED: stop-loss: {stopped}", *reasons]}
 
 
 def drop_pct(metric: str, value: float | None, teacher: float | None, truthful: bool) -> float | None:
@@ -129,11 +146,12 @@ def planned_shares(shares: Mapping[str, float]) -> str:
     )
 
 
-def _timing(timed: Mapping[str, Any], variant: Variant, variants: Sequence[Variant]) -> Record:
+def _timing(timed: Mapping[str, Any], variant: Variant, against: Sequence[Variant]) -> Record:
     """Timing columns out of the raw samples, which stay in the record."""
-    medians = {v.name: percentile(timed[v.name]["pair"], 50) for v in variants}
-    best = min((v for v in variants if v.precision is not Precision.INT8), key=lambda v: medians[v.name])
-    mine, p50 = timed[variant.name], medians[variant.name]
+    medians = {v.name: percentile(timed[v.name]["pair"], 50) for v in against}
+    best = min(against, key=lambda v: medians[v.name])
+    mine = timed[variant.name]
+    p50 = percentile(mine["pair"], 50)
     return {
         "t_pair_p50_ms": p50,
         "t_pair_p95_ms": percentile(mine["pair"], 95),
@@ -141,7 +159,7 @@ def _timing(timed: Mapping[str, Any], variant: Variant, variants: Sequence[Varia
         "t_decoder_p50_ms": percentile(mine["decoder"], 50),
         "t_scene_s": percentile(mine["scene_s"], 50) if mine["scene_s"] else None,
         "pairs_per_sec": 1000 * len(mine["pair"]) / sum(mine["pair"]),
-        "speedup_vs_fp32": medians[variants[0].name] / p50,
+        "speedup_vs_fp32": medians[against[0].name] / p50,
         "speedup_vs_best_float": medians[best.name] / p50,
         "best_float": str(best.precision),
         "samples": {name: [round(x, 4) for x in mine[name]] for name in ("pair", "encoder", "decoder")},

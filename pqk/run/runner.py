@@ -13,6 +13,7 @@ from pqk import paths
 from pqk.data.scene import open_scene
 from pqk.errors import PqkError
 from pqk.files import check_writable
+from pqk.models import load_model
 from pqk.models.configs import lowest_confidence
 from pqk.record.log import refuse_to_lose, write_record
 from pqk.record.schema import validate
@@ -35,18 +36,20 @@ from pqk.run.records import (
     common_columns,
     drop_pct,
     judged,
+    judged_float,
     measured_record,
     planned_shares,
     write_failure,
 )
 from pqk.run.stages import ENGINE_VARIANTS, Context, Scenes
 from pqk.run.store import OnEvent
+from pqk.run.training import TRAINS, method_columns, train_stages
 from pqk.run.variants import Variant
 from pqk.run.worker import WorkerCrashed
 from pqk.spec.card import Experiment
 
-_HIGHER_IS_BETTER = {"delta1"}
-_PARTS = {"chamfer": ("chamfer_accuracy", "chamfer_completeness")}
+STUDENT = "student "
+"""Begins the names of the float variants of the model that P and K made; the Teacher's are the bare precisions."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +62,8 @@ class Outcome:
     experiment: Experiment
     truthful: bool  # the scenes carry ground truth, and the model is one that can be held against it
     ctx: Context
-    model: str  # what `load_model` takes
-    onnx_float: Variant  # the exported float graphs on ONNX Runtime
+    model: str  # what `load_model` takes: the model that is quantized, or that is the candidate itself
+    onnx_float: Variant  # its exported float graphs on ONNX Runtime
     scoring: Mapping[str, Any]  # what every variant is scored on and how; see `pqk.run.evaluate`
 
     def score(self, variant: Variant, keep: Sequence[str]) -> dict[str, Any]:
@@ -72,6 +75,11 @@ class Outcome:
         """Drop of the main metric of what `score` returned, against this run's Teacher in f32."""
         metric = self.experiment.evaluation.quality.main_metric
         return drop_pct(metric, scores["summary"][metric], self.records[0][metric], self.truthful)
+
+    def floats(self) -> list[tuple[Variant, dict[str, Any]]]:
+        """The float variants of `model` with their records: the student's where the recipe made one."""
+        rows = zip(self.variants, self.records, strict=True)
+        return [(v, r) for v, r in rows if v.hashes == self.onnx_float.hashes and v.precision is not Precision.INT8]
 
 
 def run(
@@ -109,7 +117,10 @@ def _run(
     card, workload, evaluation = experiment.card, experiment.workload, experiment.evaluation
     check_writable(root / "logs")
     backend = usable_backend(request.backend)
-    quantizer = chosen_quantizer(backend, request.quantizer) if request.recipe else None
+    recipe = card.recipe if request.recipe else ()
+    quantizer = chosen_quantizer(backend, request.quantizer) if "Q" in recipe else None
+    if request.quantizer and recipe and quantizer is None:
+        raise PqkError(f"--quantizer {request.quantizer}: the recipe of card {card.id} does not quantize")
     ptq_asked = experiment.quant.ptq
     # What the record calls it; to the backend every graph with Q/DQ nodes is Precision.INT8.
     lowered = lowered_to(backend.quantizers()[quantizer], ptq_asked.bits_w, ptq_asked.bits_a) if quantizer else "int8"
@@ -121,59 +132,85 @@ def _run(
     shape = (height, width)
     ctx = context(request, backend, root, on_event)
 
-    asked, name, model_sha, model = load_teacher(request.model, root)
+    teacher, module = load_teacher(request.model, root)
     scenes, truthful = _scenes(ctx, request, experiment, root)
-    if name.startswith("random:"):
+    if teacher.name.startswith("random:"):
         truthful = False  # random weights predict nothing; only their agreement with the float model means something
     if request.scenes or request.images:  # a user's pictures are looked at before the long stages, not after
         for folder in scenes.folders:
             frames = load_frames(open_scene(folder), *shape)
             scene_pairs(frames, workload.pair_graph, workload.min_covisibility, truthful)
     hashes = {
-        "model": model_sha,
+        "model": teacher.sha256,
         "workload": workload.sha256,
         "eval": evaluation.sha256,
         "quant": experiment.quant.sha256,
         "card": card.sha256,
         "scenes": scenes.sha256,
     }
-    common = common_columns(experiment, backend.name, ctx.machine, name, truthful, commit_of(root), hashes)
+    common = common_columns(experiment, backend.name, ctx.machine, teacher.name, truthful, commit_of(root), hashes)
     planned = [common | {"role": request.role, "precision": str(p), "quantizer": None} for p in floats]
-    if quantizer is not None:
-        planned = [common | {"role": "candidate", "precision": lowered, "quantizer": quantizer}]
+    if recipe:
+        name = "+".join((teacher.name, *(stage for stage in recipe if stage in TRAINS)))
+        precision = lowered if quantizer is not None else str(Precision.F32)
+        planned = [common | {"role": "candidate", "model": name, "precision": precision, "quantizer": quantizer}]
     if log is not None:
         refuse_to_lose(log, planned)
     calibration: Scenes | None = None
     if quantizer is not None:
         calibration = stages.calibration_images(ctx, workload.calibration, workload, root)
     known |= planned[-1]
-    graphs = stages.export_graphs(ctx, model, model_sha, height, width)
-    params = count_parameters(model)
-    min_conf = lowest_confidence(model.config)
-    del model
+    graphs = stages.export_graphs(ctx, module, teacher.sha256, height, width)
+    common |= {"status": "ok", "role": request.role, **_parameters(module)}
+    min_conf = lowest_confidence(module.config)
+    del module
 
     compiled = engine_options(experiment, backend.name)
     if not request.fresh:
         compiled["cache_dir"] = str(paths.store(root).parent / "engines")
-    variants = [
-        Variant(ENGINE_VARIANTS[p], backend.name, p, graphs["encoder"], graphs["decoder"], dict(compiled))
-        for p in floats
-    ]
-    quantized = None
+
+    def in_float(model: str) -> list[Variant]:
+        parts = graphs["encoder"], graphs["decoder"]
+        return [Variant(model + ENGINE_VARIANTS[p], backend.name, p, *parts, dict(compiled)) for p in floats]
+
+    # Every row: the variant, the float variants that its speedups refer to (f32 first), and its own columns.
+    teachers = in_float("")
+    rows: list[tuple[Variant, Sequence[Variant], dict[str, Any]]] = [(v, teachers, {}) for v in teachers]
+    trained = train_stages(ctx, experiment, teacher) if recipe else []
+    final, last = teacher, teachers
+    if trained:
+        final = trained[-1].model
+        module = load_model(final.path)
+        graphs = stages.export_graphs(ctx, module, final.sha256, height, width)
+        columns = method_columns(experiment, trained, hashes) | _parameters(module)
+        del module
+        last = in_float(STUDENT)
+        if trained[-1].failed:
+            say(f"stop-loss: {trained[-1].reason}" + ("; not quantized" if quantizer else ""))
+            quantizer = None
+        rows += [(v, teachers, {**columns, "role": "baseline"}) for v in last[1:]]
+        own = {**columns, "role": "baseline" if quantizer else "candidate"}
+        rows.insert(len(teachers) if quantizer else len(rows), (last[0], teachers, own))  # the candidate comes last
+    else:
+        columns = {}
     if quantizer is not None and calibration is not None:
         ptq = ptq_asked.model_dump(mode="json")
-        quantized = stages.quantize(ctx, backend.name, quantizer, asked, graphs, calibration, ptq, shape)
+        quantized = stages.quantize(ctx, backend.name, quantizer, final.path, graphs, calibration, ptq, shape)
         rest = {} if float_rest == "auto" else {"rest": float_rest}  # the backend's own choice is its best
-        variants.append(
-            Variant(
-                lowered,
-                backend.name,
-                Precision.INT8,
-                quantized.graphs["encoder"],
-                quantized.graphs["decoder"],
-                {**compiled, **rest},
-            )
-        )
+        parts = quantized.graphs["encoder"], quantized.graphs["decoder"]
+        own = {
+            **columns,
+            "role": "candidate",
+            "precision": lowered,
+            "quantizer": quantizer,
+            "bits_w": ptq_asked.bits_w,
+            "bits_a": ptq_asked.bits_a,
+            "keep_list": list(ptq_asked.keep_list),
+            "images_calibration": quantized.images,
+            "notes": "; ".join(filter(None, (columns.get("notes"), quantized.notes))),
+            "hashes": columns.get("hashes", hashes) | {"calibration": calibration.sha256},
+        }
+        rows.append((Variant(lowered, backend.name, Precision.INT8, *parts, {**compiled, **rest}), last, own))
     views = None if request.scenes or request.images else workload.scenes.test.views
     scoring = {
         "views": views,
@@ -185,52 +222,56 @@ def _run(
         "min_conf": min_conf,
     }
     onnx_float = Variant("fp32", "reference", Precision.F32, graphs["encoder"], graphs["decoder"])
-    outcome = Outcome([], variants, scenes, experiment, truthful, ctx, asked, onnx_float, scoring)
+    variants = [variant for variant, _, _ in rows]
+    outcome = Outcome([], variants, scenes, experiment, truthful, ctx, final.path, onnx_float, scoring)
     kept = ptq_asked.keep_list
     scored = {v.name: outcome.score(v, kept if v.precision is Precision.INT8 else ()) for v in variants}
-    emulated = any(scores["measured"] == "emulated" for scores in scored.values())
-    timed: dict[str, Any] | None = None
-    if emulated:
-        say("no device of this backend here: compiled and scored by emulation, not timed")
-    else:
-        frames = load_frames(open_scene(scenes.folders[0]), *shape, views=views)
-        pairs = scene_pairs(frames, workload.pair_graph, workload.min_covisibility, truthful)
-        asked_timing = {
-            "shape": list(shape),
-            "views": views,
-            "pairs": [list(p) for p in pairs],
-            "efficiency": evaluation.efficiency.model_dump(mode="json"),
-        }
-        timed = stages.timing(ctx, variants, scenes.folders[0], scenes.sha256, asked_timing)["variants"]
-    memory = {} if emulated else {v.name: stages.memory(ctx, v) for v in variants}
+    timed, memory = _time(outcome, scored, say)
 
-    measured = Measurements(variants, scored, timed, memory)
-    common |= {"status": "ok", "params": params, "params_M": params / 1e6}
-    for variant in variants:
-        record = measured_record(common, measured, variant, truthful, evaluation.quality.metrics)
-        if variant.precision is Precision.INT8 and quantized is not None and calibration is not None:
-            record |= {
-                "role": "candidate",
-                "precision": lowered,
-                "quantizer": quantizer,
-                "bits_w": ptq_asked.bits_w,
-                "bits_a": ptq_asked.bits_a,
-                "keep_list": list(ptq_asked.keep_list),
-                "images_calibration": quantized.images,
-                "notes": quantized.notes + (planned_shares(scored[variant.name]["executed"]) if emulated else ""),
-                "wall_s": round(time.monotonic() - began, 1),
-            }
-            record["hashes"]["calibration"] = calibration.sha256
-            record |= judged(record, evaluation.thresholds)
-        else:
-            record["role"] = request.role
+    measured = Measurements(teachers[0], scored, timed, memory)
+    for variant, against, own in rows:
+        record = measured_record(common | own, measured, variant, against, truthful, evaluation.quality.metrics)
+        if variant.precision is Precision.INT8:
+            if timed is None:
+                record["notes"] += planned_shares(scored[variant.name]["executed"])
+            record |= judged(record, evaluation.thresholds, recipe)
+        elif record["role"] == "candidate":
+            lost = trained[-1].reason if trained[-1].failed else None
+            record |= judged_float(record, evaluation.thresholds, recipe, lost)
+        if record["role"] == "candidate":
+            record["wall_s"] = round(time.monotonic() - began, 1)
         validate(record)
         outcome.records.append(record)
-    records = outcome.records
-    for record in records:
+    for record in outcome.records:
         write_record(root / "logs", record)
-    say(f"{len(records)} records in {paths.shown(root / 'logs')}")
+    say(f"{len(outcome.records)} records in {paths.shown(root / 'logs')}")
     return outcome
+
+
+def _parameters(module: Any) -> dict[str, Any]:
+    count = count_parameters(module)
+    return {"params": count, "params_M": count / 1e6}
+
+
+def _time(
+    outcome: Outcome, scored: Mapping[str, Mapping[str, Any]], say: Callable[[str], None]
+) -> tuple[dict[str, Any] | None, dict[str, int]]:
+    """Interleaved samples and peak memory of every variant; None and nothing where one of them is emulated."""
+    if any(scores["measured"] == "emulated" for scores in scored.values()):
+        say("no device of this backend here: compiled and scored by emulation, not timed")
+        return None, {}
+    scenes, experiment, scoring = outcome.scenes, outcome.experiment, outcome.scoring
+    height, width = scoring["shape"]
+    frames = load_frames(open_scene(scenes.folders[0]), height, width, views=scoring["views"])
+    pairs = scene_pairs(frames, experiment.workload.pair_graph, experiment.workload.min_covisibility, outcome.truthful)
+    asked = {
+        "shape": scoring["shape"],
+        "views": scoring["views"],
+        "pairs": [list(p) for p in pairs],
+        "efficiency": experiment.evaluation.efficiency.model_dump(mode="json"),
+    }
+    timed = stages.timing(outcome.ctx, outcome.variants, scenes.folders[0], scenes.sha256, asked)["variants"]
+    return timed, {v.name: stages.memory(outcome.ctx, v) for v in outcome.variants}
 
 
 def _scenes(ctx: Context, request: Request, experiment: Experiment, root: Path) -> tuple[Scenes, bool]:

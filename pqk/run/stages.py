@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -55,6 +56,10 @@ class Context:
             self.on_event(kind, f"{name} {label}".strip(), key, seconds)
 
         return self.store.get_or_make(stage, {**inputs, "code": code_of(*modules)}, make, tell)
+
+    def scratch(self, stage: str, modules: tuple[str, ...], inputs: Mapping[str, Any]) -> AbstractContextManager[Path]:
+        """See `Store.scratch`; the arguments are those of `make`."""
+        return self.store.scratch(stage, {**inputs, "code": code_of(*modules)})
 
 
 @cache

@@ -37,7 +37,8 @@ _TEMPORARY = re.compile(r"\.([0-9a-f]{16})\..*\.tmp")
 
 OnEvent = Callable[[str, str, str, float], None]
 """Called as on_event(kind, stage, key, seconds). Kinds: 'wait' (another process is making it), 'damaged' (it will be
-made again), 'make' (begins), 'done' (seconds it took), 'reuse' (seconds that making it took back then)."""
+made again), 'make' (begins), 'done' (seconds it took), 'reuse' (seconds that making it took back then). A stage that
+takes long also calls it with 'progress': then the third argument is a text to show, the fourth the share done."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
-"""Whether a quantized candidate met the evaluation's thresholds."""
+"""Whether a candidate met the evaluation's thresholds."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pqk.spec.evaluation import Thresholds
@@ -18,20 +19,21 @@ class Measured:
     int8_share: float | None
 
 
-def judge_quantized(measured: Measured, limits: Thresholds, precision: str = "int8") -> tuple[str | None, list[str]]:
+Verdict = tuple[str | None, list[str]]
+Check = tuple[bool | None, str]
+
+
+def judge_quantized(
+    measured: Measured, limits: Thresholds, recipe: Sequence[str] = ("Q",), precision: str = "int8"
+) -> Verdict:
     """('pass' | 'fail' | None, one sentence per threshold). None when a column that decides was not measured.
 
     Success of quantization: drop, median time against fp32 and best float, size, share of FLOPs in kernels of the
     `precision` that was asked for. Where only weights are lowered (int4) all work is done in floats: no share is asked.
     """
-    checks: list[tuple[bool | None, str]] = []
-    drop = measured.drop_pct
-    limit = limits.quality_drop_q_only_pct
-    checks.append(
-        (None, f"the quality drop was not measured (limit {limit:g} %)")
-        if drop is None
-        else (drop <= limit, f"quality drop {drop:.4g} % (at most {limit:g} %)")
-    )
+    alone = tuple(recipe) == ("Q",)
+    limit = limits.quality_drop_q_only_pct if alone else limits.quality_drop_mainline_pct
+    checks = [_drop(measured.drop_pct, limit)]
     reduction = limits.t_pair_p50_reduction_pct
     speedup = measured.speedup_vs_fp32
     checks.append(
@@ -65,6 +67,26 @@ def judge_quantized(measured: Measured, limits: Thresholds, precision: str = "in
                 f"(at least {100 * limits.int8_flops_share_min:g} %)",
             )
         )
+    return _verdict(checks)
+
+
+def judge_float(drop_pct: float | None, size_ratio: float, limits: Thresholds, recipe: Sequence[str]) -> Verdict:
+    """The same for a recipe without quantization: the drop and, where it prunes, the size against the Teacher's."""
+    alone = tuple(recipe) == ("P",)
+    checks = [_drop(drop_pct, limits.quality_drop_p_only_pct if alone else limits.quality_drop_mainline_pct)]
+    if "P" in recipe:
+        smaller, least = 100 * (1 - size_ratio), limits.size_reduction_p_only_pct
+        checks.append((smaller >= least, f"files {smaller:.1f} % smaller (at least {least:g} %)"))
+    return _verdict(checks)
+
+
+def _drop(drop: float | None, limit: float) -> Check:
+    if drop is None:
+        return None, f"the quality drop was not measured (limit {limit:g} %)"
+    return drop <= limit, f"quality drop {drop:.4g} % (at most {limit:g} %)"
+
+
+def _verdict(checks: Sequence[Check]) -> Verdict:
     sentences = [f"{'?' if ok is None else 'ok' if ok else 'FAILED'}: {text}" for ok, text in checks]
     if any(ok is False for ok, _ in checks):
         return "fail", sentences

@@ -157,6 +157,13 @@ def quantize(request: dict[str, Any]) -> Result:
     return quantize_graphs(request)
 
 
+def train(request: dict[str, Any]) -> Result:
+    """Prune or distil and train; see `pqk.run.training`."""
+    from pqk.run.training import train
+
+    return train(request)
+
+
 def agreement(request: dict[str, Any]) -> Result:
     """How far two sides are apart on the same pairs; see `pqk.run.agreement`."""
     from pqk.run.agreement import compare
@@ -190,6 +197,7 @@ TASKS: dict[str, Callable[[dict[str, Any]], Result]] = {
     "timing": timing,
     "memory": memory,
     "quantize": quantize,
+    "train": train,
     "agreement": agreement,
     "parted": parted,
     "ranking": ranking,

@@ -13,7 +13,9 @@ from pydantic import Field, PrivateAttr, field_validator, model_validator
 from pqk import paths
 from pqk.errors import PqkError, nearest
 from pqk.files import sha256_json
+from pqk.spec.distill import Distill, load_distill
 from pqk.spec.evaluation import Evaluation, load_evaluation, loosened
+from pqk.spec.prune import Prune, load_prune
 from pqk.spec.quant import Quant, load_quant
 from pqk.spec.recipe import check_stages, combo_of
 from pqk.spec.workload import Workload, load_workload
@@ -25,14 +27,18 @@ ABLATION = "Ablation"
 _NOT_CARDS = {TEMPLATE, "README"}
 
 CardId = Annotated[str, Field(pattern=ID_PATTERN)]
+AxisName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,31}$")]
+PointName = Annotated[str, Field(min_length=1, max_length=60)]
 
 
 class Overrides(Section):
-    """Changes to the three configs for this card alone: nested or dotted keys."""
+    """Changes to the configs for this card alone: nested or dotted keys."""
 
     workload: dict[str, Any] = Field(default_factory=dict)
     eval: dict[str, Any] = Field(default_factory=dict)
     quant: dict[str, Any] = Field(default_factory=dict)
+    distill: dict[str, Any] = Field(default_factory=dict)
+    prune: dict[str, Any] = Field(default_factory=dict)
 
 
 class Budget(Section):
@@ -41,10 +47,25 @@ class Budget(Section):
     gpu_hours: Annotated[float, Field(gt=0, le=10_000)]
 
 
+class Axis(Section):
+    """One question of an ablation: its points differ in the named settings alone, for example
+    {"128": {quant.ptq.calibration_images: 128}, "256": ...}. `recipe`: another one than the card's.
+    """
+
+    recipe: Annotated[tuple[str, ...] | None, Field(strict=False)] = None
+    points: Annotated[dict[PointName, dict[str, Any]], Field(min_length=1, max_length=100)]
+
+    @field_validator("recipe")
+    @classmethod
+    def _known_stages(cls, stages: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        return None if stages is None else check_stages(stages)
+
+
 class Card(Spec):
     """The front matter of a task card. `thresholds` and `stop_loss` change eval.yaml's sections of the same name.
 
     A card may tighten a line freely; loosening one needs its reason under `exceptions`, keyed by the dotted name.
+    A card with a `matrix` is an ablation: one experiment for every point of every axis.
     """
 
     id: CardId
@@ -57,6 +78,7 @@ class Card(Spec):
     thresholds: dict[str, float] = Field(default_factory=dict)
     stop_loss: dict[str, float | int] = Field(default_factory=dict)
     exceptions: dict[str, Annotated[str, Field(min_length=1)]] = Field(default_factory=dict)
+    matrix: Annotated[dict[AxisName, Axis], Field(max_length=50)] = Field(default_factory=dict)
     budget: Budget
     status: Literal["planned", "running", "done", "stopped"]
     _prose: str = PrivateAttr(default="")
@@ -72,9 +94,29 @@ class Card(Spec):
             raise ValueError(
                 f"combo is {self.combo!r} but must be {combo_of(self.recipe)!r}, as its recipe says, or {ABLATION!r}"
             )
+        if self.matrix and self.combo != ABLATION:
+            raise ValueError(f"a card with a matrix is of combo {ABLATION!r}, not {self.combo!r}")
         if self.id in self.requires:
             raise ValueError(f"requires names the card itself, {self.id!r}")
         return self
+
+    def points(self) -> list[tuple[str, str]]:
+        """(axis, point) of the matrix, in the order of the card."""
+        return [(axis, point) for axis, found in self.matrix.items() for point in found.points]
+
+    def at(self, axis: str, point: str) -> Card:
+        """The card of one point: its name behind the id, the axis' recipe, no matrix; its settings are laid over it by
+        `resolve`. Raises PqkError for an axis or a point that the matrix does not have.
+        """
+        if axis not in self.matrix:
+            known = ", ".join(self.matrix) or "none"
+            raise PqkError(f"card {self.id} has no axis {axis!r}{nearest(axis, self.matrix)}; axes: {known}")
+        found = self.matrix[axis]
+        if point not in found.points:
+            raise PqkError(f"axis {axis} of card {self.id} has no point {point!r}{nearest(point, found.points)}")
+        return self.model_copy(
+            update={"id": f"{self.id} {axis}: {point}", "recipe": found.recipe or self.recipe, "matrix": {}}
+        )
 
     @property
     def prose(self) -> str:
@@ -84,18 +126,20 @@ class Card(Spec):
 
 @dataclass(frozen=True)
 class Experiment:
-    """A card with the three configs as it sees them."""
+    """A card with the configs as it sees them."""
 
     card: Card
     workload: Workload
     evaluation: Evaluation
     quant: Quant
+    distill: Distill
+    prune: Prune
 
     @property
     def sha256(self) -> str:
         """One sha256 over the card and its resolved configs."""
-        parts = {name: getattr(self, name).sha256 for name in ("card", "workload", "evaluation", "quant")}
-        return sha256_json(parts)
+        names = ("card", "workload", "evaluation", "quant", "distill", "prune")
+        return sha256_json({name: getattr(self, name).sha256 for name in names})
 
 
 def list_cards(root: Path | None = None) -> list[str]:
@@ -162,22 +206,26 @@ def resolve(
     workload: Path | str | None = None,
     evaluation: Path | str | None = None,
     quant: Path | str | None = None,
+    distill: Path | str | None = None,
+    prune: Path | str | None = None,
     settings: Mapping[str, Any] | None = None,
     origin: str = "settings",
 ) -> Experiment:
-    """The three configs (the project's own, or the files given) with the card's overrides laid over them.
+    """The configs (the project's own, or the files given) with the card's overrides laid over them.
 
-    `settings` are laid over those in turn: dotted keys below workload, eval and quant, such as
+    `settings` are laid over those in turn: dotted keys below workload, eval, quant, distill and prune, such as
     {"quant.ptq.calibration_images": 64}; `origin` names where they come from in messages.
     Raises PqkError when an override or a setting is wrong, a line is loosened without a noted reason, or more
     calibration images are asked for than the workload has.
     """
     configs = paths.configs(root or paths.project_root())
-    files = (
-        workload or configs / "workload.yaml",
-        evaluation or configs / "eval.yaml",
-        quant or configs / "quant.yaml",
-    )
+    files: dict[str, Path | str] = {
+        "workload": workload or configs / "workload.yaml",
+        "eval": evaluation or configs / "eval.yaml",
+        "quant": quant or configs / "quant.yaml",
+        "distill": distill or configs / "distill.yaml",
+        "prune": prune or configs / "prune.yaml",
+    }
     try:
         return _laid_over(card, files, settings or {}, origin)
     except PqkError:
@@ -186,24 +234,22 @@ def resolve(
         raise
 
 
-def _laid_over(
-    card: Card, files: tuple[Path | str, Path | str, Path | str], settings: Mapping[str, Any], origin: str
-) -> Experiment:
-    workload_path, evaluation_path, quant_path = files
+def _laid_over(card: Card, files: Mapping[str, Path | str], settings: Mapping[str, Any], origin: str) -> Experiment:
     where = origin if settings else paths.shown(card.source)
     extra = _by_group(settings, origin)
     own = {"thresholds": card.thresholds, "stop_loss": card.stop_loss}
-    eval_overrides = join(expand(card.overrides.eval, where), {name: part for name, part in own.items() if part}, where)
-    workload_overrides, quant_overrides = (
-        expand(part, where) for part in (card.overrides.workload, card.overrides.quant)
-    )
+    laid = {group: expand(getattr(card.overrides, group), where) for group in files}
+    laid["eval"] = join(laid["eval"], {name: part for name, part in own.items() if part}, where)
+    laid = {group: merge(laid[group], extra[group]) for group in files}
     resolved = Experiment(
         card,
-        load_workload(workload_path, merge(workload_overrides, extra["workload"]), where),
-        load_evaluation(evaluation_path, merge(eval_overrides, extra["eval"]), where),
-        load_quant(quant_path, merge(quant_overrides, extra["quant"]), where),
+        load_workload(files["workload"], laid["workload"], where),
+        load_evaluation(files["eval"], laid["eval"], where),
+        load_quant(files["quant"], laid["quant"], where),
+        load_distill(files["distill"], laid["distill"], where),
+        load_prune(files["prune"], laid["prune"], where),
     )
-    loose = loosened(load_evaluation(evaluation_path), resolved.evaluation)
+    loose = loosened(load_evaluation(files["eval"]), resolved.evaluation)
     for name in loose:
         if name not in card.exceptions:
             at = "note the reason under exceptions" if not settings else "only a task card may do that, with its reason"
@@ -220,13 +266,14 @@ def _laid_over(
 
 
 def _by_group(settings: Mapping[str, Any], origin: str) -> dict[str, dict[str, Any]]:
-    """Settings as nested mappings below 'workload', 'eval' and 'quant'. Raises PqkError for any other beginning."""
-    groups: dict[str, dict[str, Any]] = {"workload": {}, "eval": {}, "quant": {}}
+    """Settings as nested mappings below the names of the configs. Raises PqkError for any other beginning."""
+    groups: dict[str, dict[str, Any]] = {group: {} for group in Overrides.model_fields}
     for name, value in settings.items():
         group, _, rest = name.partition(".")
         if group not in groups or not rest:
             raise PqkError(
-                f"{origin}: {name} must start with workload., eval. or quant. and name a value{nearest(group, groups)}"
+                f"{origin}: {name} must start with {', '.join(f'{known}.' for known in list(groups)[:-1])} or "
+                f"{list(groups)[-1]}. and name a value{nearest(group, groups)}"
             )
         groups[group] = join(groups[group], expand({rest: value}, origin), origin)
     return groups

@@ -12,7 +12,7 @@ STAGES = {
     "Q": "quantization",
     "PQK": "joint pruning, quantization and distillation",
 }
-BUILT = ("Q",)
+BUILT = ("P", "K", "Q")
 """Stages that this version can run."""
 
 

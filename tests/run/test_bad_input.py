@@ -88,7 +88,7 @@ def test_shape_that_is_no_multiple_of_16(project: Path, refused: Refused, edit: 
         ("quant.ptq.calibration_image=8", "line: unknown key 'quant.ptq.calibration_image' .*'calibration_images'"),
         ("quant.ptq.bits_w=4", "command line: quant.ptq must hold bits_w 8 with bits_a 8"),
         ("quant.ptq.calibration_images", "write it as KEY=VALUE"),
-        ("quant=8", "quant must start with workload., eval. or quant. and name a value"),
+        ("quant=8", "quant must start with workload., eval., quant., distill. or prune. and name a value"),
         ("quant.ptq.calibration_images=2020-13-45", "not plain YAML"),
         ("quant.ptq.keep_list=[LayerNorm", "not plain YAML"),
         ("quant.ptq.keep_list=[LayerNrom]", "'LayerNrom' is neither .*'LayerNorm'"),
@@ -137,8 +137,8 @@ def test_unknown_card_backend_quantizer(project: Path, refused: Refused) -> None
 
 
 def test_what_this_version_or_machine_lacks(project: Path, refused: Refused) -> None:
-    sentence = refused(project, card="A1", code=3)
-    assert "card A1 needs stage K (distillation), which this version does not offer" in sentence
+    sentence = refused(project, card="G1", code=3)
+    assert "card G1 needs stage PQK (joint pruning, quantization and distillation), which this version" in sentence
     if not registry.get("trt").availability().available:
         sentence = refused(project, backend="trt", code=3)
         assert "backend 'trt' cannot run: " in sentence

@@ -118,8 +118,8 @@ def test_only_the_listed_metrics_are_recorded(finished: tuple[Path, Outcome]) ->
     about = {"measured": "engine", "executed": {}, "flops": 1e9, "size_bytes": 1, "scenes": ["a"], "pairs": [{}]}
     graph = Graph(Path("toy.onnx"), (), (), "0" * 64)
     teacher = Variant("fp32", "openvino", Precision.F32, graph, graph)
-    measured = Measurements([teacher], {"fp32": {"summary": summary, **about}}, None, {})
+    measured = Measurements(teacher, {"fp32": {"summary": summary, **about}}, None, {})
     common = {name: record[name] for name in ("main_metric", "hashes")}
     for metrics, filled in ((("absrel",), {"absrel"}), (("absrel", "chamfer"), set(summary) - {"rmse"})):
-        row = measured_record(common, measured, teacher, True, metrics)
+        row = measured_record(common, measured, teacher, [teacher], True, metrics)
         assert {name for name in summary if row[name] is not None} == filled

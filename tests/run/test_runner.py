@@ -177,14 +177,42 @@ def test_seed_and_settings_reach_the_record(copy_of: Copy, tiny_model: Path) -> 
     assert precisions.count("int8") == precisions.count("f32") == 2  # both runs keep their records
 
 
-def test_a_setting_replaces_a_cards_override(copy_of: Copy, tiny_model: Path) -> None:
-    """H1 overrides quant.ptq.calibration_images itself; the command line has the last word."""
+def test_a_setting_replaces_that_of_a_matrix(copy_of: Copy, tiny_model: Path) -> None:
+    """The points of H1's axis set quant.ptq.calibration_images themselves; the command line has the last word."""
     root = copy_of()
-    command = ("run", "H1", "--backend", "openvino", "--model", tiny_model, "--json")
+    command = ("run", "H1", "--backend", "openvino", "--model", tiny_model, "--json", "--axis", "calibration")
     outcome = pqk(root, *command, "--set", "quant.ptq.calibration_images=8")
-    assert outcome.code in (0, 1), outcome.err
-    assert (outcome.record["exp_id"], outcome.record["images_calibration"]) == ("H1", 8)
-    assert kept(outcome) == outcome.err.count("✓") - 1  # the same work as B1
+    assert outcome.code == 0, outcome.err
+    points = outcome.record["axes"]["calibration"]
+    assert {name: (r["exp_id"], r["images_calibration"]) for name, r in points.items()} == {
+        f"{n} images": (f"H1 calibration: {n} images", 8) for n in (128, 256, 512)
+    }
+    folder = root / "reports" / "ablation" / "H1"
+    assert sorted(path.name for path in folder.iterdir()) == [f"calibration.{end}" for end in ("csv", "md", "png")]
+    rows = (folder / "calibration.csv").read_text().splitlines()
+    assert float(rows[1].split(",")[1]) == points["128 images"]["quality_drop_pct"]
+    # The same work as B1, three times: nothing but the records and the three files is made.
+    assert "…" not in outcome.err
+
+
+def test_a_point_that_fails_leaves_the_others_alone(copy_of: Copy, tiny_model: Path) -> None:
+    root = copy_of()
+    card = root / "schedule" / "TaskCards" / "H1.md"
+    text = card.read_text().replace("128 images: {quant.ptq.calibration_images: 128}", "plain: {}")
+    text = text.replace("256 images: {quant.ptq.calibration_images: 256}", "bad: {quant.ptq.keep_list: ['no_such_.*']}")
+    card.write_text(text)
+    command = ("run", "H1", "--backend", "openvino", "--model", tiny_model, "--json", "--axis", "calibration")
+    outcome = pqk(root, *command)
+    assert outcome.code == 1
+    points = outcome.record["axes"]["calibration"]
+    assert points["bad"] is None
+    assert points["plain"]["verdict"] is not None and points["512 images"]["verdict"] is not None
+    assert "calibration: bad failed: " in outcome.err
+    wrong = pqk(root, *command[:-1], "calibratoin")
+    assert (wrong.code, "card H1 has no axis 'calibratoin' (did you mean 'calibration'?)" in wrong.sentence) == (
+        2,
+        True,
+    )
 
 
 @pytest.mark.parametrize("script", ["run_quant", "run_eval", "baseline_eval"])

@@ -57,18 +57,52 @@ def test_the_shipped_cards(project: Path) -> None:
         card = load_card(name)
         assert card.source == card_file(project, name)
         assert all(f"\n## {part}\n" in card.prose for part in ("Steps", "Success", "Stop-loss", "Rollback"))
-    experiment = resolve(load_card("H1"))
-    assert (experiment.quant.ptq.calibration_images, experiment.workload.calibration.images) == (128, 512)
-    assert experiment.sha256 != resolve(load_card("B1")).sha256
 
 
-def test_only_quantization_is_built(project: Path) -> None:
+def test_every_point_of_the_shipped_matrix_is_an_experiment(project: Path) -> None:
+    card = load_card("H1")
+    assert list(card.matrix) == ["loss", "keep-list", "calibration", "pair-graph", "input"]
+    seen = set()
+    for axis, point in card.points():
+        mine = card.at(axis, point)
+        assert (mine.recipe, mine.combo, mine.matrix) == (card.matrix[axis].recipe or ("Q",), "Ablation", {})
+        found = resolve(mine, settings=card.matrix[axis].points[point], origin="a point")
+        seen.add(tuple(getattr(found, name).sha256 for name in ("workload", "quant", "distill")))
+    assert len(seen) == len(card.points()) - 4  # every axis holds the default once
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("128 images:", "128 images: {quant.ptq.calibration_images: 64}\n      128 images:", "128 images"),
+        ("recipe: [K]\n", "recipe: [X]\n", "'X' is none"),
+        ("combo: Ablation", "combo: Q-only", "a card with a matrix is of combo 'Ablation'"),
+        ("  calibration:\n", "  Calibration size:\n", "Calibration size"),
+    ],
+)
+def test_a_matrix_with_a_mistake(project: Path, old: str, new: str, says: str) -> None:
+    edit(card_file(project, "H1"), old, new)
+    with pytest.raises(PqkError, match=re.escape(says)):
+        load_card("H1")
+
+
+def test_an_axis_or_point_that_is_not_there(project: Path) -> None:
+    card = load_card("H1")
+    with pytest.raises(PqkError, match=r"^card H1 has no axis 'los' \(did you mean 'loss'\?\); axes: loss, keep-list"):
+        card.at("los", "KL only")
+    with pytest.raises(PqkError, match=r"^axis loss of card H1 has no point 'KL onli' \(did you mean 'KL only'\?\)"):
+        card.at("loss", "KL onli")
+    with pytest.raises(PqkError, match=r"^card B1 has no axis 'loss'; axes: none"):
+        load_card("B1").at("loss", "KL only")
+
+
+def test_what_is_built(project: Path) -> None:
     for name in CARDS:
         card = load_card(name)
-        if card.recipe == ("Q",):
+        if card.recipe != ("PQK",):
             ensure_built(card.recipe, card.id)
             continue
-        with pytest.raises(NotBuilt, match=rf"^card {name} needs stage (P|K|PQK) \(.*\), .*; built: Q$") as caught:
+        with pytest.raises(NotBuilt, match=rf"^card {name} needs stage PQK \(.*\), .*; built: P, K, Q$") as caught:
             ensure_built(card.recipe, card.id)
         assert caught.value.exit_code == 3
 

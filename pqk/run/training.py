@@ -1,0 +1,215 @@
+"""The stages P and K of a recipe: each makes a float checkpoint out of the one before it, in a process of its own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pqk.compress.train import Progress
+from pqk.errors import CheckFailed
+from pqk.files import sha256_json, write_json
+from pqk.run import worker
+from pqk.run.prepare import Model, describe
+from pqk.run.stages import Context
+from pqk.run.stoploss import StopRules, best_checkpoint
+from pqk.spec.card import Experiment
+
+MODEL = "model"  # the folder of the checkpoint inside the artifact
+TRAINS = ("P", "K")
+_CODE = {"P": ("pqk.compress.prune",), "K": ("pqk.compress.distill",)}
+_STAGE = {"P": "pruned", "K": "distilled"}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a stage left: its checkpoint, and what the record tells of it.
+
+    failed: a stop-loss rule gave the stage up, for `reason`; a training that merely stopped improving ends with its
+    best checkpoint, and `reason` says so. drop_pct: of AbsRel on the held-out pairs, against the Teacher, of the
+    checkpoint that was kept. hours: device hours of the training, over all its resumed parts.
+    """
+
+    method: str
+    model: Model
+    failed: bool
+    reason: str | None
+    steps: int
+    hours: float
+    drop_pct: float | None
+    report: Mapping[str, Any]
+
+    @property
+    def note(self) -> str:
+        """One clause for the record's notes."""
+        told = f"{self.method}: {self.steps} steps in {60 * self.hours:.1f} min"
+        if self.drop_pct is not None:
+            told += f", best drop on held-out pairs {self.drop_pct:.2f} %"
+        if self.report.get("summary"):
+            told += f", {self.report['summary']}"
+        return told + (f"; {self.method} ended early: {self.reason}" if self.reason else "")
+
+
+def train_stages(ctx: Context, experiment: Experiment, teacher: Model) -> list[Trained]:
+    """The stages P and K of the card in their order, made or reused; empty for a recipe without them.
+
+    A stage that its stop-loss rule stopped is the last one: what follows would stand on a lost model.
+    """
+    done: list[Trained] = []
+    for method in (stage for stage in experiment.card.recipe if stage in _CODE):
+        before = done[-1].model if done else None
+        done.append(_train(ctx, method, experiment, teacher, before))
+        if done[-1].failed:
+            break
+    return done
+
+
+def _train(ctx: Context, method: str, experiment: Experiment, teacher: Model, before: Model | None) -> Trained:
+    card = experiment.card
+    spec = experiment.prune if method == "P" else experiment.distill
+    rules = StopRules.of(
+        experiment.evaluation,
+        card.budget.gpu_hours,
+        method,
+        card.recipe,
+        steps_per_epoch=spec.train.steps_per_epoch,
+        warmup=spec.train.warmup,
+    )
+    lines = ("line_pct", "no_improve_ckpt", "min_improvement_pct", "max_epochs")
+    asked = {
+        "method": method,
+        "teacher": teacher.sha256,
+        "before": before.sha256 if before else None,
+        "spec": spec.model_dump(mode="json"),
+        "seed": experiment.workload.seeds.train,
+        "lines": {name: getattr(rules, name) for name in lines},  # a budget that ran out leaves no artifact
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
+    }
+    label = "" if before is None else f"after {card.recipe[0]}"
+
+    def told(news: Mapping[str, Any]) -> None:
+        ctx.on_event("progress", f"{_STAGE[method]} {label}".strip(), news["text"], news["share"])
+
+    def make(folder: Path) -> None:
+        with ctx.scratch(_STAGE[method], _CODE[method], asked) as scratch:
+            request = {
+                **asked,
+                "teacher": teacher.path,
+                "before": before.path if before else None,
+                "out": str(folder),
+                "scratch": str(scratch),
+                "rules": asdict(rules),
+            }
+            result = worker.call("train", request, told)
+        del result["seconds"]
+        write_json(folder / "trained.json", result)
+
+    made = ctx.make(_STAGE[method], _CODE[method], asked, make, label)
+    found = json.loads((made.path / "trained.json").read_text())
+    name = f"{before.name if before else teacher.name}+{method}"
+    return Trained(
+        method,
+        describe(made.path / MODEL, name),
+        found["failed"],
+        found["reason"],
+        found["steps"],
+        found["training_s"] / 3600,
+        found["drop_pct"],
+        found["report"],
+    )
+
+
+def method_columns(experiment: Experiment, trained: Sequence[Trained], hashes: Mapping[str, str]) -> dict[str, Any]:
+    """What the rows of the trained model tell of how it was made. `hashes`: those of a Teacher's row."""
+    methods = {stage.method for stage in trained}
+    specs = {"prune": "P", "distill": "K"}
+    used = {name: getattr(experiment, name).sha256 for name, method in specs.items() if method in methods}
+    model = trained[-1].model
+    columns: dict[str, Any] = {
+        "model": model.name,
+        "hashes": {**hashes, **used, "teacher": hashes["model"], "model": model.sha256},
+        "gpu_hours": sum(stage.hours for stage in trained),
+        "notes": "; ".join(stage.note for stage in trained),
+    }
+    if "P" in methods:
+        columns["rho"] = experiment.prune.rho
+    if "K" in methods:
+        loss = experiment.distill.loss
+        columns |= {"T": loss.temperature, "beta": loss.beta_end, "gamma": loss.gamma}
+    return columns
+
+
+def train(request: Mapping[str, Any]) -> dict[str, Any]:
+    """The worker's side. Request: see `_train`; `before` is None where the method starts from the Teacher.
+
+    Writes out/model and returns failed, reason, steps, training_s, drop_pct, history and report. Raises CheckFailed
+    when the card's hours are spent: the checkpoint stays, and the same run with a larger budget goes on from there.
+    """
+    from pqk.compress.distill import distill, make_student
+    from pqk.compress.prune import finetune, prune
+    from pqk.models import load_model, save_model
+    from pqk.spec.distill import Distill
+    from pqk.spec.prune import Prune
+
+    scratch, seed = Path(request["scratch"]), request["seed"]
+    teacher = load_model(request["teacher"])
+    start = load_model(request["before"]) if request["before"] else teacher
+    rules = StopRules(**request["rules"])
+    report: dict[str, Any] = {}
+
+    def stop(progress: Progress) -> str | None:
+        found = rules.judge(progress)
+        if found is not None and found.kind == "over_budget":
+            raise CheckFailed(f"stop-loss: {found.why}; its checkpoint is kept, a larger budget goes on from there")
+        return found.why if found else None
+
+    text = json.dumps(request["spec"])
+    if request["method"] == "P":
+        pruning = Prune.model_validate_json(text)
+        kept = scratch / "pruned"
+        if not (kept / "report.json").exists():  # written last: a killed run prunes anew
+            small, found = prune(start, pruning, seed=seed)
+            save_model(small, kept)
+            write_json(kept / "report.json", found.to_json())
+        report = json.loads((kept / "report.json").read_text())
+        fitted = finetune(load_model(kept), teacher, pruning, seed=seed, scratch=scratch, stop=stop, report=_tell)
+    else:
+        distilling = Distill.model_validate_json(text)
+        student = start if request["before"] else make_student(teacher, distilling.student)
+        fitted = distill(teacher, student, distilling, seed=seed, scratch=scratch, stop=stop, report=_tell)
+    best = best_checkpoint(fitted.history) or {}
+    at_end = rules.at_end(Progress(step=fitted.steps, seconds=fitted.seconds, history=fitted.history))
+    told = {
+        "failed": at_end is not None,
+        "reason": at_end.why if at_end else fitted.reason,
+        "steps": fitted.steps,
+        "training_s": fitted.seconds,
+        "drop_pct": best.get("drop_pct"),
+        "history": fitted.history,
+        "report": report,
+    }
+    card = {
+        "method": request["method"],
+        "seed": seed,
+        "spec": request["spec"],
+        "spec_sha256": sha256_json(request["spec"]),
+        **told,
+    }
+    save_model(fitted.model, Path(request["out"]) / MODEL, card=card)
+    return told
+
+
+def _tell(p: Progress) -> None:
+    """Progress of a training to the parent: step, loss, rate, time left, and the last validation."""
+    left = f", {p.seconds * (1 - p.share) / p.share / 60:.1f} min left" if p.share else ""
+    text = f"step {p.step}, loss {p.loss:.3f}, {p.samples_per_second:.1f} pairs/s{left}"
+    if p.history:
+        last = p.history[-1]
+        text += f", AbsRel {last['absrel']:.4f}"
+        if "drop_pct" in last:
+            text += f" (drop {last['drop_pct']:+.1f} %)"
+    worker.tell({"text": text, "share": p.share})
