@@ -27,7 +27,7 @@ from typing import Any
 from pqk.errors import EXIT_CHECK_FAILED, EXIT_OK, EXIT_UNAVAILABLE, EXIT_USAGE, PqkError
 from pqk.files import check_writable, clear_write_errors, sha256_json, write_json
 from pqk.run.runlog import RunLog
-from pqk.run.worker import die_with_parent, environment
+from pqk.run.worker import _die_with_parent, _environment
 from pqk.spec.card import load_card, resolve
 from pqk.spec.plan import TEACHER_CARD, Plan, Step
 
@@ -179,11 +179,11 @@ def _execute(words: Sequence[str], root: Path, log: Path, echo: Callable[[str], 
         process = subprocess.Popen(
             list(words),
             cwd=root,
-            env=environment(),
+            env=_environment(),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            preexec_fn=lambda: die_with_parent(parent),
+            preexec_fn=lambda: _die_with_parent(parent),
         )
         assert process.stdout is not None
         told = failed = ""

@@ -53,7 +53,7 @@ def call(task: str, request: dict[str, Any]) -> Result:
             text=True,
             encoding="utf-8",
             errors="replace",
-            env=environment(),
+            env=_environment(),
             check=False,
         )
         if not answered.exists():
@@ -73,7 +73,7 @@ def _temporary_folder() -> Iterator[Path]:
         yield Path(folder)
 
 
-def environment() -> dict[str, str]:
+def _environment() -> dict[str, str]:
     """The parent's, with the folder of this pqk first: under -P a checkout is not found by standing in it."""
     here = str(Path(__file__).resolve().parents[2])
     # An empty entry would mean the current folder.
@@ -172,8 +172,7 @@ TASKS: dict[str, Callable[[dict[str, Any]], Result]] = {
 }
 
 
-def die_with_parent(parent: int) -> None:
-    """Be killed when the process `parent`, which started this one, ends (Linux)."""
+def _die_with_parent(parent: int) -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:  # it died before we asked
@@ -183,7 +182,7 @@ def die_with_parent(parent: int) -> None:
 def main() -> None:
     """Entry point of a worker; see the module."""
     task, asked, answered, parent = sys.argv[1:5]
-    die_with_parent(int(parent))
+    _die_with_parent(int(parent))
     began = time.monotonic()
     try:
         result = TASKS[task](json.loads(Path(asked).read_text()))
