@@ -112,6 +112,18 @@ def test_cards_in_a_circle(project: Path) -> None:
         ordered(load_plan("minimal", project), project)
 
 
+def test_the_example_of_the_guide_is_a_plan(project: Path) -> None:
+    page = (REPOSITORY / "docs" / "howto-plan.md").read_text("utf-8")
+    (block,) = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
+    (project / "schedule" / "plans" / "mine.yaml").write_text(block, "utf-8")
+    assert [step.id for step in ordered(load_plan("mine", project), project)] == ["Baseline", "B1"]
+    for name in ("minimal", "medium", "best"):
+        plan = load_plan(name, project)
+        hours = sum(experiment.hours for experiment in plan.experiments)
+        (row,) = re.findall(rf"^\| {name} \|.*$", page, flags=re.MULTILINE)
+        assert row.endswith(f"| {hours:g} | {hours * plan.rate:.0f} $ |")
+
+
 def test_names(project: Path) -> None:
     for wrong, near in {"minmal": "minimal", "statsu": "status", "../minimal": "minimal"}.items():
         with pytest.raises(PqkError, match=rf"there is no plan .* \(did you mean '{near}'\?\)"):
