@@ -150,6 +150,29 @@ def export(
 
 
 @app.command()
+def plan(
+    name: Annotated[str, typer.Argument(help="minimal, medium, best or your own (schedule/plans); or: status")],
+    of: Annotated[str | None, typer.Argument(help="after status: the plan; default: all")] = None,
+    rate: Annotated[float | None, typer.Option(min=0, help="dollars per hour; default: the plan's, 6.88")] = None,
+    device: Annotated[str, typer.Option(help="H100 or A100: whose hours are shown")] = "H100",
+    execute: Annotated[bool, typer.Option("--run", help="carry it out; what is done is not run again")] = False,
+    backend: Annotated[str | None, typer.Option(help="with --run: as in `pqk run`")] = None,
+    model: Annotated[str | None, typer.Option(help="with --run: as in `pqk run`")] = None,
+    keep_going: Annotated[
+        bool, typer.Option("--keep-going", help="with --run: also what requires an experiment that failed thresholds")
+    ] = False,
+    json_line: Annotated[bool, typer.Option("--json", help="print one JSON object, last line")] = False,
+) -> None:
+    """Several task cards in order, with hours, cost and dependencies; --run carries the plan out and resumes it.
+
+    Exit codes of --run: 0 all done, 1 something failed or was stopped, 2 an error, 3 only unavailable ones are left.
+    """
+    from pqk.run.plan_command import plan as planned
+
+    raise typer.Exit(planned(name, of, rate, device, execute, backend, model, keep_going, json_line))
+
+
+@app.command()
 def check() -> None:
     """Dry run: configs, task cards and the log schema, without a model or data. Prints PASS or what is wrong."""
     from pqk.spec.check import main as dry_run

@@ -1,4 +1,4 @@
-"""The dry run: are the configs, the task cards and the log schema right? No model, no data, a second at most."""
+"""The dry run: are the configs, the task cards, plans and the log schema right? No model, no data, a second at most."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pqk import paths
 from pqk.errors import EXIT_OK, PqkError, nearest
 from pqk.spec.card import TEMPLATE, Card, list_cards, load_card, read_card, resolve
 from pqk.spec.evaluation import Evaluation, load_evaluation
+from pqk.spec.plan import list_plans, load_plan, ordered
 from pqk.spec.quant import Quant, load_quant
 from pqk.spec.workload import STANDARD_SIDES, Workload, load_workload
 from pqk.spec.yamlfile import Spec, SpecError
@@ -33,7 +34,8 @@ def dry_run(root: Path) -> list[Finding]:
     """Check workload, evaluation, quantization, every card with its overrides, and a virtual record.
 
     Shape [1, 3, H, W] with H = W in {384, 512, 640}, k at least 1, thresholds in their ranges, all cards load and
-    resolve, required cards exist without a circle, and a record with every field follows the log schema.
+    resolve, required cards exist without a circle, plans are whole, and a record with every field follows the log
+    schema.
     Returns everything that is wrong; an empty list is a pass.
     """
     with contextlib.chdir(root):  # messages and the log schema are relative to the project
@@ -71,6 +73,11 @@ def _problems(root: Path) -> Iterator[str]:
     if not cards:
         yield f"{paths.shown(paths.task_cards(root))}: holds no task card"
     yield from _requirements(cards, set(list_cards(root)))
+    for name in list_plans(root):
+        try:
+            ordered(load_plan(name, root), root)
+        except PqkError as error:
+            yield from _each(error)
     yield from _virtual_record(root)
 
 

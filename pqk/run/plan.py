@@ -1,0 +1,320 @@
+"""A plan carried out: each experiment is `pqk run CARD` in a process of its own, and what came of it is kept.
+
+    outputs/plans/NAME/state.json    every attempt: when it began, how long it took, how it ended
+    outputs/plans/NAME/ID.log        what the experiment said
+    outputs/plans/NAME/.lock         held (flock) while the plan runs
+
+An attempt is noted before it begins, and state.json is replaced in one step, so whenever the plan is killed the next
+call knows what was under way. Experiments die with their plan; what they had finished is in the artifact store.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pqk.errors import EXIT_CHECK_FAILED, EXIT_OK, EXIT_UNAVAILABLE, EXIT_USAGE, PqkError
+from pqk.files import check_writable, clear_write_errors, sha256_json, write_json
+from pqk.run.runlog import RunLog
+from pqk.run.worker import _die_with_parent, _environment
+from pqk.spec.card import load_card, resolve
+from pqk.spec.plan import TEACHER_CARD, Plan, Step
+
+STATUSES = ("done", "failed", "stopped", "error", "unavailable", "running", "waiting")
+_VERSION = 1
+_SAID = 300  # characters of an experiment's last words that are kept
+
+CommandOf = Callable[[Step], Sequence[str]]
+Attempt = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What `pqk plan NAME --run` was asked: handed to every experiment."""
+
+    backend: str
+    model: str | None = None
+
+
+@dataclass(frozen=True)
+class Progressed:
+    """How far one experiment has come.
+
+    status: done; failed (a threshold did not hold); stopped (by a stop-loss line, or interrupted: it goes on with the
+    next call); error (wrong input, or a defect); unavailable (backend or method); running; waiting. detail: why.
+    hours: wall hours of all its attempts, None when there is none.
+    """
+
+    step: Step
+    status: str
+    detail: str
+    hours: float | None
+
+
+def folder_of(plan: str, root: Path) -> Path:
+    """Where a plan keeps its state and the output of its experiments."""
+    return root / "outputs" / "plans" / plan
+
+
+def progress(plan: Plan, steps: Sequence[Step], root: Path) -> list[Progressed]:
+    """How far every experiment of a plan has come; reads files only. Raises PqkError when the state is damaged."""
+    folder = folder_of(plan.name, root)
+    state = _read(folder)
+    live = _locked(folder)
+    keys = _keys(steps, Asked(**state["asked"]), root) if state["asked"] else {}
+    found = []
+    statuses: dict[str, str] = {}
+    for step in steps:
+        attempts = state["attempts"].get(step.id, [])
+        status, detail = _status(step, attempts, keys.get(step.id), live, root)
+        statuses[step.id] = status
+        if status == "waiting":
+            lacking = [other for other in step.requires if statuses[other] not in ("done", "waiting", "running")]
+            detail = detail or (f"for {_listed(lacking, statuses)}" if lacking else "")
+        seconds = [_seconds(attempt, folder, step.id) for attempt in attempts]
+        found.append(Progressed(step, status, detail, sum(seconds) / 3600 if seconds else None))
+    return found
+
+
+def run_plan(
+    plan: Plan,
+    steps: Sequence[Step],
+    root: Path,
+    asked: Asked,
+    say: Callable[[str], None],
+    echo: Callable[[str], None],
+    *,
+    keep_going: bool = False,
+    command_of: CommandOf | None = None,
+) -> list[Progressed]:
+    """Run what is not done yet, in order, and return how far everything has come.
+
+    An experiment is done when it ended with exit code 0 and card, configs, backend, model and what it requires are
+    still the same. One whose requirements are not done waits; with `keep_going` a requirement that failed its
+    thresholds is as good as done: there is a result, only not the hoped one. `command_of`: the command line of a step,
+    instead of `pqk run`. `say` gets a line for everything that happens, `echo` every line that the experiments print.
+    Raises PqkError when another process runs this plan, or the disk cannot be written; KeyboardInterrupt is noted as an
+    interrupted attempt and goes on.
+    """
+    folder = folder_of(plan.name, root)
+    check_writable(folder)
+    command_of = command_of or (lambda step: command(step, asked))
+    with _lock(folder, plan.name):
+        state = _read(folder)
+        _close_interrupted(state, folder)
+        state["asked"] = {"backend": asked.backend, "model": asked.model}
+        keys = _keys(steps, asked, root)
+        _write(folder, state)
+        now: dict[str, str] = {}
+        for step in steps:
+            attempts = state["attempts"].setdefault(step.id, [])
+            now[step.id], _ = _status(step, attempts, keys[step.id], False, root)
+            if now[step.id] == "done":
+                say(f"{step.id}: done before")
+                continue
+            good = ("done", "failed") if keep_going else ("done",)
+            lacking = [other for other in step.requires if now[other] not in good]
+            if lacking:
+                now[step.id] = "waiting"
+                say(f"{step.id}: waits for {_listed(lacking, now)}")
+                continue
+            began = time.time()
+            attempt: Attempt = {"key": keys[step.id], "began": began, "seconds": None, "exit_code": None, "said": ""}
+            attempts.append(attempt)
+            _write(folder, state)
+            say(f"{step.id}: begins, {datetime.now(UTC).strftime('%Y-%m-%d %H:%M')} UTC")
+            clock = time.monotonic()
+            try:
+                code, said = _execute(command_of(step), root, folder / f"{step.id}.log", echo)
+                attempt |= {"exit_code": code, "said": said}
+            except KeyboardInterrupt:
+                attempt |= {"interrupted": True}
+                raise
+            finally:
+                attempt["seconds"] = round(time.monotonic() - clock, 3)
+                _write(folder, state)
+            now[step.id], detail = _status(step, attempts, keys[step.id], False, root)
+            say(f"{step.id}: {now[step.id]}{f' ({detail})' if detail else ''}, {attempt['seconds']:.0f} s")
+    return progress(plan, steps, root)
+
+
+def exit_code(found: Sequence[Progressed]) -> int:
+    """Of a plan that ran: 0 everything is done, 2 there was an error, 1 something failed or stopped, 3 unavailable."""
+    statuses = {item.status for item in found}
+    if "error" in statuses:
+        return EXIT_USAGE
+    if statuses & {"failed", "stopped"}:
+        return EXIT_CHECK_FAILED
+    return EXIT_UNAVAILABLE if "unavailable" in statuses else EXIT_OK
+
+
+def command(step: Step, asked: Asked) -> list[str]:
+    """The command line of an experiment: `pqk run CARD`, or the door of a script."""
+    # -P: the project's folder, in which it runs, may hold another pqk or a random.py
+    python = [sys.executable, "-P"]
+    if step.card is None:
+        door = "import sys; from pqk.run.doors import baseline; sys.exit(baseline())"
+        model = ["--ckpt", asked.model] if asked.model else []
+        return [*python, "-c", door, "--backend", asked.backend, "--card", TEACHER_CARD, *model]
+    model = ["--model", asked.model] if asked.model else []
+    return [*python, "-m", "pqk.cli", "run", step.id, "--backend", asked.backend, *model]
+
+
+def _execute(words: Sequence[str], root: Path, log: Path, echo: Callable[[str], None]) -> tuple[int, str]:
+    """Run a command to its end; its output goes to `log` and to `echo`. Returns exit code and last words."""
+    parent = os.getpid()
+    with clear_write_errors(log), log.open("ab", buffering=0) as kept:
+        kept.write(f"== {datetime.now(UTC).isoformat(timespec='seconds')}: {shlex.join(words)}\n".encode())
+        process = subprocess.Popen(
+            list(words),
+            cwd=root,
+            env=_environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            preexec_fn=lambda: _die_with_parent(parent),
+        )
+        assert process.stdout is not None
+        told = failed = ""
+        try:
+            for raw in process.stdout:
+                kept.write(raw)
+                line = raw.decode("utf-8", errors="replace").rstrip()
+                echo(line)
+                if line.startswith("pqk: "):
+                    told = line.removeprefix("pqk: ")
+                elif line.lstrip().startswith("FAILED: ") and not failed:
+                    failed = line.strip().removeprefix("FAILED: ")
+        except BaseException:
+            process.kill()
+            raise
+        finally:
+            code = process.wait()
+    return code, (told or failed)[:_SAID]
+
+
+def _status(step: Step, attempts: Sequence[Attempt], key: str | None, live: bool, root: Path) -> tuple[str, str]:
+    """Status and reason out of the last attempt. `live`: the plan is running now."""
+    if not attempts:
+        return "waiting", ""
+    last = attempts[-1]
+    code, said = last["exit_code"], last["said"]
+    if code is None:
+        if live and last["seconds"] is None:
+            return "running", ""
+        return "stopped", "interrupted"
+    if code == EXIT_OK:
+        return ("done", "") if last["key"] == key else ("waiting", "done, but its inputs have changed since")
+    if code == EXIT_CHECK_FAILED:
+        why = _stopped_by(step, last["began"], root)
+        return ("stopped", why) if why else ("failed", said)
+    if code == EXIT_UNAVAILABLE:
+        return "unavailable", said
+    how = f"exit code {code}" if code >= 0 else f"killed by signal {-code}"
+    return "error", said or how
+
+
+def _stopped_by(step: Step, began: float, root: Path) -> str:
+    """Why a stop-loss line ended an attempt: the 'why' of a 'stop' that is the last word of its run log; else ''."""
+    if step.card is None:
+        return ""
+    since = datetime.fromtimestamp(int(began), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    entries = [entry for entry in RunLog(root, step.id).read() if str(entry.get("time")) >= since]
+    return str(entries[-1].get("why") or "stop-loss") if entries and entries[-1].get("event") == "stop" else ""
+
+
+def _listed(names: Sequence[str], statuses: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} ({statuses[name]})" for name in names)
+
+
+def _keys(steps: Sequence[Step], asked: Asked, root: Path) -> dict[str, str]:
+    """Per experiment a hash of everything it is asked: resolved card and configs, backend, model, what it requires."""
+    keys: dict[str, str] = {}
+    for step in steps:  # in order: what it requires comes first
+        experiment = resolve(step.card or load_card(TEACHER_CARD, root), root)
+        of = {"workload": experiment.workload.sha256, "eval": experiment.evaluation.sha256}
+        keys[step.id] = sha256_json(
+            {
+                "asked": experiment.sha256 if step.card is not None else of,
+                "backend": asked.backend,
+                "model": asked.model,
+                "requires": {other: keys[other] for other in step.requires},
+            }
+        )
+    return keys
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    path = folder / "state.json"
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        if state["version"] != _VERSION:
+            raise ValueError(f"version {state['version']}")
+        if state["asked"] is not None and state["asked"].keys() != {"backend", "model"}:
+            raise ValueError("asked is not backend and model")
+        for attempts in state["attempts"].values():
+            for attempt in attempts:
+                if not {"key", "began", "seconds", "exit_code", "said"} <= attempt.keys():
+                    raise ValueError("an attempt lacks a field")
+    except FileNotFoundError:
+        return {"version": _VERSION, "asked": None, "attempts": {}}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise PqkError(f"{path}: not the state of a plan ({error}); remove it to begin anew") from error
+    return dict(state)
+
+
+def _write(folder: Path, state: Mapping[str, Any]) -> None:
+    write_json(folder / "state.json", state)
+
+
+def _seconds(attempt: Attempt, folder: Path, name: str) -> float:
+    """Wall seconds of an attempt; of one under way or killed, up to the last line that it printed."""
+    if attempt["seconds"] is not None:
+        return float(attempt["seconds"])
+    with contextlib.suppress(OSError):
+        return max(0.0, (folder / f"{name}.log").stat().st_mtime - float(attempt["began"]))
+    return 0.0
+
+
+def _close_interrupted(state: Mapping[str, Any], folder: Path) -> None:
+    """Fix the time of attempts whose plan was killed, before their log grows again."""
+    for name, attempts in state["attempts"].items():
+        for attempt in attempts:
+            attempt["seconds"] = round(_seconds(attempt, folder, name), 3)
+
+
+@contextlib.contextmanager
+def _lock(folder: Path, name: str) -> Iterator[None]:
+    with (folder / ".lock").open("a") as handle:
+        for again in (True, False):
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if not again:
+                    raise PqkError(f"plan {name} is running already; see `pqk plan status {name}`") from None
+                time.sleep(0.2)  # `pqk plan status` may be looking at it
+        yield
+
+
+def _locked(folder: Path) -> bool:
+    """Whether some process runs the plan."""
+    try:
+        with (folder / ".lock").open("r") as handle:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False

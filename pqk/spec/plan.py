@@ -1,0 +1,184 @@
+"""Plans: several experiments with their order, hours and price. `schedule/plans/NAME.yaml`, frozen."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from pqk import paths
+from pqk.errors import PqkError, nearest
+from pqk.spec.card import ABLATION, ID_PATTERN, Card, CardId, list_cards, load_card
+from pqk.spec.yamlfile import Section, Spec, load_spec
+
+DEVICES = ("H100", "A100")
+A100_FACTOR = (1.7, 2.2)
+"""An H100 is so many times as fast as an A100 in training, says the lab's schedule: a range, not a measurement."""
+STATUS = "status"  # `pqk plan status` is no plan
+BASELINE = "Baseline"
+TEACHER_CARD = "B1"  # whose workload the Teacher is evaluated on
+
+Range = tuple[float, float]
+
+
+class PlannedExperiment(Section):
+    """One experiment. `id` is the task card, or with `door` just a name: that script is run instead of a card."""
+
+    id: CardId
+    hours: Annotated[float, Field(gt=0, le=10_000)]
+    what: Annotated[str, Field(min_length=1, max_length=200)]
+    door: Literal["baseline_eval"] | None = None
+
+
+class Plan(Spec):
+    """Experiments, and what an hour costs. Hours are estimates for one `device`, `rate` US dollars per hour on it."""
+
+    version: Annotated[str, Field(pattern=r"^\d+\.\d+$")]
+    title: Annotated[str, Field(min_length=1, max_length=200)]
+    goal: Annotated[str, Field(min_length=1)]
+    hours_from: Annotated[str, Field(min_length=1)]
+    device: Literal["H100"]
+    rate: Annotated[float, Field(ge=0, le=10_000)]
+    experiments: Annotated[tuple[PlannedExperiment, ...], Field(strict=False, min_length=1)]
+
+    @model_validator(mode="after")
+    def _each_once(self) -> Self:
+        names = [experiment.id for experiment in self.experiments]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"lists the experiment {twice!r} twice")
+        return self
+
+    @property
+    def name(self) -> str:
+        """The file's name without .yaml."""
+        return self._source.stem
+
+
+@dataclass(frozen=True)
+class Step:
+    """One experiment in the order of its plan: with its card (None: a script), and the ids that it waits for."""
+
+    id: str
+    combo: str
+    what: str
+    hours: float
+    requires: tuple[str, ...]
+    card: Card | None
+
+
+def plans_folder(root: Path) -> Path:
+    """The folder of the plans."""
+    return root / "schedule" / "plans"
+
+
+def list_plans(root: Path | None = None) -> list[str]:
+    """Names of the plans in schedule/plans, sorted."""
+    base = root or paths.project_root()
+    stems = sorted(path.stem for path in plans_folder(base).glob("*.yaml") if re.match(ID_PATTERN, path.stem))
+    return [stem for stem in stems if stem != STATUS]
+
+
+def load_plan(name: str, root: Path | None = None) -> Plan:
+    """Read a plan by its name. Raises PqkError when there is none of that name, or it is wrong."""
+    base = root or paths.project_root()
+    known = list_plans(base)
+    if name not in known:
+        where, near = paths.shown(plans_folder(base)), nearest(name, [*known, STATUS])
+        raise PqkError(f"there is no plan {name!r} in {where}{near}; plans: {', '.join(known) or 'none'}")
+    return load_spec(Plan, plans_folder(base) / f"{name}.yaml", None, "", "plan")
+
+
+def ordered(plan: Plan, root: Path | None = None) -> list[Step]:
+    """The plan's experiments in the order in which they run.
+
+    Nothing runs before what its card requires. Among what is free to run: scripts, K alone, P alone, Q alone, recipes
+    of two stages, of three, the joint PQK, ablations; then the order of the file.
+    Raises PqkError when a card is not there or is wrong, requires a card that the plan does not have, or when cards
+    require each other in a circle.
+    """
+    base = root or paths.project_root()
+    where = paths.shown(plan.source)
+    steps = [_step(experiment, where, base) for experiment in plan.experiments]
+    names = {step.id for step in steps}
+    for step in steps:
+        for other in step.requires:
+            if other not in names:
+                raise PqkError(
+                    f"{where}: {step.id} requires {other}, which the plan does not have; add it under experiments "
+                    "(what has run already is not run again)"
+                )
+    done: list[Step] = []
+    waiting = sorted(steps, key=_rank)
+    while waiting:
+        have = {step.id for step in done}
+        free = next((step for step in waiting if have.issuperset(step.requires)), None)
+        if free is None:
+            raise PqkError(f"{where}: these cards require each other: {', '.join(step.id for step in waiting)}")
+        waiting.remove(free)
+        done.append(free)
+    return done
+
+
+def _step(experiment: PlannedExperiment, where: str, root: Path) -> Step:
+    if experiment.door is not None:
+        if experiment.id in list_cards(root):
+            raise PqkError(f"{where}: {experiment.id} is a card, so it cannot name the script {experiment.door}")
+        return Step(experiment.id, "", experiment.what, experiment.hours, (), None)
+    try:
+        card = load_card(experiment.id, root)
+    except PqkError as error:
+        raise PqkError(f"{where}: {error}") from None
+    return Step(experiment.id, card.combo, experiment.what, experiment.hours, card.requires, card)
+
+
+def _rank(step: Step) -> int:
+    if step.card is None:
+        return 0
+    if step.combo == ABLATION:
+        return 7
+    recipe = step.card.recipe
+    if recipe == ("PQK",):
+        return 6
+    return {"K": 1, "P": 2, "Q": 3}[recipe[0]] if len(recipe) == 1 else 2 + len(recipe)
+
+
+def hours_on(device: str, hours: float) -> Range:
+    """Estimated hours on a device, least and most, of what takes `hours` on an H100.
+
+    hours(A100) = hours(H100) * (1.7 ... 2.2). Raises PqkError for a device without a factor.
+    """
+    if device not in DEVICES:
+        raise PqkError(f"--device {device}: hours are known for {', '.join(DEVICES)}{nearest(device, DEVICES)}")
+    return (hours, hours) if device == "H100" else (hours * A100_FACTOR[0], hours * A100_FACTOR[1])
+
+
+def total(ranges: Sequence[Range]) -> Range:
+    """Least and most hours of several experiments, one after another."""
+    return sum(low for low, _ in ranges), sum(high for _, high in ranges)
+
+
+def rate_on(plan: Plan, device: str, asked: float | None) -> float | None:
+    """Dollars per hour: the asked rate, else the plan's own for its own device; None where nobody said one."""
+    return asked if asked is not None else plan.rate if device == plan.device else None
+
+
+def cost(hours: Range, rate: float | None) -> Range | None:
+    """Least and most dollars."""
+    return None if rate is None else (hours[0] * rate, hours[1] * rate)
+
+
+def waits_for(step: Step, steps: Mapping[str, Step]) -> set[str]:
+    """Every experiment that must be done before `step`, directly or not."""
+    found: set[str] = set()
+    open_ends = list(step.requires)
+    while open_ends:
+        name = open_ends.pop()
+        if name not in found:
+            found.add(name)
+            open_ends += steps[name].requires
+    return found
