@@ -69,9 +69,9 @@ def confidence_loss(
     losses, details = [], {}
     for view, err, valid in ((1, err1, valid1), (2, err2, valid2)):
         conf = torch.where(valid.bool(), pred[f"conf_{view}"].float(), 1.0)
-        losses.append(_masked_mean(conf * err - alpha * conf.log(), valid))
+        losses.append(masked_mean(conf * err - alpha * conf.log(), valid))
         details[f"conf_loss_{view}"] = losses[-1].detach()
-        details[f"regr_{view}"] = _masked_mean(err, valid).detach()
+        details[f"regr_{view}"] = masked_mean(err, valid).detach()
     return losses[0] + losses[1], details
 
 
@@ -142,13 +142,13 @@ def _norm(points: Tensor, valid: Tensor) -> Tensor:
     return _clear(points, valid).norm(dim=-1)
 
 
-def _masked_mean(values: Tensor, valid: Tensor) -> Tensor:
-    """Mean over the valid pixels of the whole batch; 0 when there are none."""
+def masked_mean(values: Tensor, valid: Tensor) -> Tensor:
+    """Mean () of values (B, H, W) over the valid pixels of the whole batch; 0 when there are none."""
     return torch.where(valid.bool(), values, 0.0).sum() / valid.float().sum().clamp_min(1.0)
 
 
 def _sum_of_means(err1: Tensor, err2: Tensor, valid1: Tensor, valid2: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    mean1, mean2 = _masked_mean(err1, valid1), _masked_mean(err2, valid2)
+    mean1, mean2 = masked_mean(err1, valid1), masked_mean(err2, valid2)
     return mean1 + mean2, {"regr_1": mean1.detach(), "regr_2": mean2.detach()}
 
 

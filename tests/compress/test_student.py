@@ -1,0 +1,199 @@
+"""Students made of a Teacher's layers: what is kept, that units without effect are the ones that go, and sizes."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from pqk.compress.student import evenly, make_student, remaining
+from pqk.errors import PqkError
+from pqk.models import build_model, load_model, save_model
+from pqk.models.configs import NAMED
+from pqk.spec.distill import StudentCut, load_distill
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SMALL = {
+    "head_type": "dpt",
+    "enc_embed_dim": 32,
+    "enc_depth": 4,
+    "enc_num_heads": 4,
+    "dec_embed_dim": 16,
+    "dec_depth": 5,
+    "dec_num_heads": 4,
+    "dpt": {"feature_dim": 32, "last_dim": 16, "layer_dims": [16, 24, 32, 16]},
+}
+HEADS = ("downstream_head1.dpt.", "downstream_head2.dpt.")
+
+
+def cut(**shares: float) -> StudentCut:
+    return StudentCut.model_validate({"depth": 0.0, "heads": 0.0, "ffn": 0.0, "dpt": 0.0, **shares})
+
+
+def teacher_of(config: dict = SMALL, seed: int = 0) -> nn.Module:
+    """Random weights, biases too."""
+    generator = torch.Generator().manual_seed(seed)
+    model = build_model("dust3r", config, generator=generator).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.1, generator=generator)
+    return model
+
+
+def images(size: int = 48) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(9)
+    return torch.rand(2, 3, size, 32, generator=generator) * 2 - 1, torch.rand(2, 3, size, 32, generator=generator) - 0.5
+
+
+@torch.no_grad()
+def difference(a: nn.Module, b: nn.Module) -> float:
+    """Largest difference of any output, relative to that output's largest value."""
+    one, two = a(*images()), b(*images())
+    return max(float((one[k] - two[k]).abs().max() / one[k].abs().max()) for k in one)
+
+
+def test_nothing_cut_is_a_copy():
+    teacher = teacher_of()
+    student = make_student(teacher, cut())
+    assert difference(teacher, student) == 0
+    before = copy.deepcopy(teacher.state_dict())
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.zero_()
+    assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
+
+
+@torch.no_grad()
+def kill_heads(model: nn.Module, share: float, generator: torch.Generator) -> None:
+    """In every attention, make some heads, other ones each time, count for nothing."""
+    for module in model.modules():
+        if hasattr(module, "heads") and hasattr(module, "proj"):
+            dead = torch.randperm(module.heads, generator=generator)[: int(share * module.heads)]
+            columns = module.proj.weight.view(-1, module.heads, module.head_dim)
+            columns[:, dead] = 0
+
+
+@torch.no_grad()
+def kill_channels(writers: list[nn.Module], share: float, generator: torch.Generator) -> None:
+    """Make some outputs, the same ones of all these layers, zero."""
+    transposed = isinstance(writers[0], nn.ConvTranspose2d)
+    count = writers[0].weight.shape[1 if transposed else 0]
+    dead = torch.randperm(count, generator=generator)[: int(share * count)]
+    for layer in writers:
+        layer.weight[(slice(None), dead) if transposed else dead] = 0
+        if layer.bias is not None:
+            layer.bias[dead] = 0
+
+
+@pytest.mark.parametrize("kind", ["heads", "ffn", "dpt", "all"])
+def test_units_without_effect_are_the_ones_that_go(kind: str):
+    """Half of the units of each layer do nothing; cutting half then leaves the very same function.
+
+    A wrong slice of the fused q | k | v, of a head that two decoders share, or of a level of the DPT head would change it.
+    """
+    teacher, generator = teacher_of(), torch.Generator().manual_seed(3)
+    if kind in ("heads", "all"):
+        kill_heads(teacher, 0.5, generator)
+    if kind in ("ffn", "all"):
+        for block in (*teacher.enc_blocks, *teacher.dec_blocks, *teacher.dec_blocks2):
+            kill_channels([block.mlp.fc1], 0.5, generator)
+    if kind in ("dpt", "all"):
+        for head in (teacher.downstream_head1.dpt, teacher.downstream_head2.dpt):
+            for level in (0, 1, 2, 3):
+                for layer in head.act_postprocess[level]:
+                    kill_channels([layer], 0.5, generator)
+            nets = [getattr(head.scratch, f"refinenet{n}") for n in (1, 2, 3, 4)]
+            units = [unit for net in nets for unit in (net.resConfUnit1, net.resConfUnit2)]
+            kill_channels(
+                [*head.scratch.layer_rn, *(unit.conv2 for unit in units), *(net.out_conv for net in nets)],
+                0.5,
+                generator,
+            )
+            for unit in units:
+                kill_channels([unit.conv1], 0.5, generator)
+            for layer in (head.head["0"], head.head["2"]):
+                kill_channels([layer], 0.5, generator)
+    shares = {k: 0.5 for k in ("heads", "ffn", "dpt") if kind in (k, "all")}
+    student = make_student(teacher, cut(**shares))
+    assert sum(p.numel() for p in student.parameters()) < sum(p.numel() for p in teacher.parameters())
+    assert difference(teacher, student) < 1e-4
+    whole = teacher_of()  # ... and where all work, half of them are missed
+    assert difference(whole, make_student(whole, cut(**shares))) > 1e-3
+    sizes = student.sizes
+    if "heads" in shares:
+        assert {b.heads for b in (*sizes.enc_blocks, *sizes.dec_blocks, *sizes.dec_blocks2)} == {2}
+    if "ffn" in shares:
+        assert [b.ffn for b in sizes.enc_blocks] == [64] * 4 and [b.ffn for b in sizes.dec_blocks2] == [32] * 5
+    if "dpt" in shares:
+        assert (sizes.dpt.feature_dim, sizes.dpt.last_dim, sizes.dpt.layer_dims) == (16, 8, (8, 16, 16, 8))
+
+
+def test_depth_keeps_evenly_spaced_blocks_of_both_decoders():
+    teacher = teacher_of()
+    student = make_student(teacher, cut(depth=0.3))  # 4 -> 3 and 5 -> 4 (3.5 is rounded up)
+    ours, theirs = student.state_dict(), teacher.state_dict()
+    for stack, kept in (("enc_blocks", [0, 2, 3]), ("dec_blocks", [0, 1, 3, 4]), ("dec_blocks2", [0, 1, 3, 4])):
+        assert len(getattr(student, stack)) == len(kept)
+        for new, old in enumerate(kept):
+            for key in (key for key in ours if key.startswith(f"{stack}.{new}.")):
+                assert torch.equal(ours[key], theirs[key.replace(f"{stack}.{new}.", f"{stack}.{old}.", 1)]), key
+    deep = make_student(teacher, cut(depth=0.6))
+    assert (len(deep.enc_blocks), len(deep.dec_blocks)) == (2, 3)  # a DPT head reads three decoder blocks
+    linear = teacher_of({**SMALL, "head_type": "linear"})
+    assert len(make_student(linear, cut(depth=0.6, dpt=0.5)).dec_blocks) == 2
+
+
+@given(st.integers(1, 60), st.floats(0, 0.6), st.sampled_from([1, 8, 16]))
+def test_what_remains(count: int, share: float, step: int):
+    left = remaining(count, share, step)
+    assert 1 <= left <= count
+    unit = step if count % step == 0 else 1
+    assert left % unit == 0 and (left == unit or abs(left - count * (1 - share)) <= unit / 2 + 1e-6)
+    assert remaining(count, 0.0, step) == count
+    kept = evenly(count, left)
+    assert len(kept) == left and kept == sorted(set(kept)) and kept[-1] == count - 1
+    if left > 1:
+        gaps = [b - a for a, b in zip(kept, kept[1:], strict=False)]
+        assert kept[0] == 0 and max(gaps) - min(gaps) <= 1
+
+
+def test_a_student_saves_and_loads(tmp_path: Path):
+    student = make_student(teacher_of(), cut(depth=0.3, heads=0.5, ffn=0.4, dpt=0.25))
+    assert difference(student, load_model(save_model(student, tmp_path / "student"))) == 0
+
+
+def test_another_family_is_refused():
+    with pytest.raises(PqkError, match="students are made of DUSt3R models"):
+        make_student(nn.Linear(2, 2), cut())
+
+
+def gflops(model: nn.Module) -> float:
+    """Multiply-adds of a pair at 512 pixels, two encodings and one decoding, times two; in 10^9."""
+    total = 0.0
+    for name, graph in model.graphs(512, 512).items():
+        # tensors with shapes and no values: nothing is computed; attention is only counted as its two matmuls
+        with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), sdpa_kernel(SDPBackend.MATH):
+            feeds = [torch.empty(value.shape) for value in graph.inputs.values()]
+            with FlopCounterMode(display=False) as counter:
+                graph.module(*feeds)
+        total += (2 if name == "encoder" else 1) * counter.get_total_flops() / 1e9
+    return total
+
+
+def test_the_shipped_cut_takes_a_quarter_of_the_embedded_model():
+    teacher = build_model("dust3r", NAMED["dust3r-tiny"])
+    student = make_student(teacher, load_distill(REPOSITORY / "configs" / "distill.yaml").student)
+    params = [sum(p.numel() for p in model.parameters()) for model in (teacher, student)]
+    assert params[1] <= 0.75 * params[0]
+    flops = [gflops(model) for model in (teacher, student)]
+    assert flops[0] == pytest.approx(78.7, abs=0.1)
+    assert flops[1] <= 0.75 * flops[0]
