@@ -1,0 +1,186 @@
+"""Structured pruning: whole units are cut out of a network, which is then smaller for every runtime; and fine-tuning.
+
+Which units can go and what goes with them: `pqk.compress.units`. Which of a group go first: `pqk.compress.importance`.
+How many each group gives: `pqk.compress.sensitivity`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pqk.compress.fit import VALIDATION_SEED, Fitted, Stop, fit
+from pqk.compress.importance import importances
+from pqk.compress.losses import confidence_loss
+from pqk.compress.pairs import pick_device
+from pqk.compress.sensitivity import Probe, Rises, cost_of, even_steps, kept, scan, spend, steps_by_scan
+from pqk.compress.train import Progress
+from pqk.compress.units import FLOPS_SIDE, cut, flops, parameters, slots_of
+from pqk.data.stream import PairBatch
+from pqk.models.dust3r import Dust3r
+from pqk.spec.prune import Prune
+
+
+@dataclass(frozen=True)
+class Removed:
+    """What one size of the configuration gave.
+
+    name: such as 'enc_blocks.0.ffn'. kind: heads, ffn, dpt or block. params, flops: what cutting this alone would save.
+    importance_kept: share of the summed importance of its units that stays (None for a block). rise_pct: rise of AbsRel
+    in percent with only this many units of this group left, before any training; one entry for each scanned level.
+    """
+
+    name: str
+    kind: str
+    units_before: int
+    units_after: int
+    params: int
+    flops: int
+    importance_kept: float | None
+    rise_pct: dict[str, float]
+
+
+@dataclass(frozen=True)
+class PruneReport:
+    """What was cut. FLOPs are those of one pair of flops_side x flops_side images, two per multiply-add.
+
+    share: of the measure (params or flops) that is gone. absrel_before, absrel_after: on the pairs of the scan, without
+    fine-tuning; None without a scan. scan: every slot's rise of AbsRel, cut or not.
+    """
+
+    rho: float
+    measure: str
+    importance: str
+    share: float
+    params_before: int
+    params_after: int
+    flops_before: int
+    flops_after: int
+    flops_side: int
+    absrel_before: float | None
+    absrel_after: float | None
+    removed: list[Removed]
+    scan: dict[str, dict[str, float]]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)
+
+
+def prune(
+    model: Dust3r,
+    spec: Prune,
+    *,
+    seed: int,
+    device: str = "auto",
+    report: Callable[[str], None] | None = None,
+) -> tuple[Dust3r, PruneReport]:
+    """A smaller network, float32 in eval mode on the CPU, and what was cut; the given one stays as it is.
+
+    At least the share spec.rho of the parameters (or FLOPs) of the whole network goes, and no more steps than that
+    needs. seed: of the training pairs that give Taylor gradients; the pairs of the scan are held out and the same for
+    every seed. report gets a line of text now and then. On one CPU the same arguments give the same network.
+    Raises PqkError for a device that is not there, a rho that the allowed units do not reach, a network whose depth is
+    not finite, and a missing torch-pruning.
+    """
+    say = report or (lambda line: None)
+    where = pick_device(device)
+    slots = slots_of(model, spec.units, spec.round_to)
+    working = copy.deepcopy(model).requires_grad_(True).eval().to(where)
+    say(f"importance {spec.importance} of {sum(len(slot.groups) for slot in slots)} groups")
+    importance = importances(working, slots, spec, seed=seed)
+    measured = {"params": cost_of(model, parameters), "flops": cost_of(model, flops)}
+    cost = measured[spec.measure]
+    base, rises, probe = None, Rises(), None
+    if spec.sensitivity.enabled:
+        probe = Probe(spec, where, VALIDATION_SEED)
+        base, rises = scan(working, slots, importance, spec, probe, report)
+        steps = steps_by_scan(slots, rises, cost)
+    else:
+        steps = even_steps(slots)
+    plan = spend(model.config, slots, steps, cost, spec.rho)
+    say(f"cutting {len(plan)} of {len(slots)} groups")
+    keep: dict[str, torch.Tensor] = {}
+    for slot in slots:
+        if slot.name in plan:
+            keep |= kept(slot, importance, plan[slot.name])
+    pruned = cut(model, slots, plan, keep).eval()
+    assert base is None or base > 0
+    percent = {
+        name: {str(units): 100 * rise / base for units, rise in levels.items()}
+        for name, levels in rises.items()
+        if base is not None
+    }
+    removed = []
+    for slot in slots:
+        if slot.name not in plan:
+            continue
+        alone = {slot.name: plan[slot.name]}
+        stays = None
+        if slot.kind != "block":
+            totals = [(importance[g.name], keep[g.name]) for g in slot.groups]
+            stays = float(sum(v[k].sum() for v, k in totals) / sum(v.sum() for v, _ in totals))
+        removed.append(
+            Removed(
+                name=slot.name,
+                kind=slot.kind,
+                units_before=slot.units,
+                units_after=plan[slot.name],
+                params=measured["params"]({}) - measured["params"](alone),
+                flops=measured["flops"]({}) - measured["flops"](alone),
+                importance_kept=stays,
+                rise_pct=percent.get(slot.name, {}),
+            )
+        )
+    return pruned, PruneReport(
+        rho=spec.rho,
+        measure=spec.measure,
+        importance=spec.importance,
+        share=1 - cost(plan) / cost({}),
+        params_before=measured["params"]({}),
+        params_after=measured["params"](plan),
+        flops_before=measured["flops"]({}),
+        flops_after=measured["flops"](plan),
+        flops_side=FLOPS_SIDE,
+        absrel_before=base,
+        absrel_after=probe.score(copy.deepcopy(pruned).to(where)) if probe else None,
+        removed=removed,
+        scan=percent,
+    )
+
+
+def finetune(
+    pruned: Dust3r,
+    teacher: nn.Module,
+    spec: Prune,
+    *,
+    seed: int,
+    scratch: Path,
+    device: str = "auto",
+    stop: Stop | None = None,
+    report: Callable[[Progress], None] | None = None,
+) -> Fitted:
+    """Train the pruned network on the task loss alone; the Teacher only tells the drop. See `pqk.compress.fit.fit`."""
+
+    def loss_of(module: nn.Module, pairs: PairBatch, share: float) -> torch.Tensor:
+        prediction = module(pairs.images)
+        with torch.autocast(pairs.images.device.type, enabled=False):
+            return confidence_loss(prediction, *pairs.ordered(), spec.train.alpha)[0]
+
+    return fit(
+        pruned,
+        spec.train,
+        loss_of,
+        seed=seed,
+        scratch=scratch,
+        device=device,
+        teacher=teacher,
+        stop=stop,
+        report=report,
+    )

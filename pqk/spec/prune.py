@@ -1,0 +1,89 @@
+"""How a network is made smaller by cutting whole units: `configs/prune.yaml` as a frozen object."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from pqk import paths
+from pqk.spec.training import Fit
+from pqk.spec.yamlfile import Section, Spec, load_spec
+
+
+class Units(Section):
+    """What may be cut: attention heads, hidden units of the MLPs, channels of a DPT head, whole blocks."""
+
+    heads: bool
+    ffn: bool
+    dpt: bool
+    blocks: bool
+
+    @model_validator(mode="after")
+    def _any(self) -> Self:
+        if not (self.heads or self.ffn or self.dpt or self.blocks):
+            raise ValueError("must allow at least one of heads, ffn, dpt and blocks")
+        return self
+
+
+class Taylor(Section):
+    """Rendered training pairs whose gradients judge the units when `importance` is taylor."""
+
+    pairs: Annotated[int, Field(ge=1, le=4096)]
+    size: Annotated[int, Field(ge=32, le=1024, multiple_of=16)]
+
+
+class Sensitivity(Section):
+    """How much AbsRel rises when a group loses a share of its units, on held-out pairs; off: all give the same share.
+
+    levels: rising shares of the units of a group; no group loses more than the last one.
+    """
+
+    enabled: bool
+    pairs: Annotated[int, Field(ge=1, le=4096)]
+    size: Annotated[int, Field(ge=32, le=1024, multiple_of=16)]
+    levels: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(strict=False, min_length=1)]
+
+    @field_validator("levels")
+    @classmethod
+    def _rising(cls, levels: tuple[float, ...]) -> tuple[float, ...]:
+        if list(levels) != sorted(set(levels)):
+            raise ValueError("must be rising shares such as [0.25, 0.5, 0.75]")
+        return levels
+
+
+class Prune(Spec):
+    """Which units go and how many, and the fine-tuning that follows.
+
+    rho: share of the network's parameters (or FLOPs, see `measure`) that is cut, reached or passed by less than the
+    last cut group gives.
+    """
+
+    version: Annotated[str, Field(pattern=r"^\d+\.\d+$")]
+    rho: Annotated[float, Field(gt=0, lt=0.9)]
+    measure: Literal["params", "flops"]
+    importance: Literal["l1", "l2", "taylor"]
+    taylor: Taylor
+    units: Units
+    round_to: Annotated[int, Field(ge=1, le=256)]
+    sensitivity: Sensitivity
+    train: Fit
+
+    @model_validator(mode="after")
+    def _blocks_are_compared(self) -> Self:
+        if self.units.blocks and not self.sensitivity.enabled:
+            raise ValueError("units.blocks needs sensitivity.enabled: without a scan nothing tells which block to cut")
+        return self
+
+
+def load_prune(
+    path: Path | str | None = None, overrides: Mapping[str, Any] | None = None, origin: str = "overrides"
+) -> Prune:
+    """Read configs/prune.yaml (or `path`) and lay `overrides` (nested or dotted keys) over it.
+
+    `origin` names where the overrides come from in messages. Raises PqkError.
+    """
+    file = Path(path) if path is not None else paths.configs(paths.project_root()) / "prune.yaml"
+    return load_spec(Prune, file, overrides, origin, "prune")
