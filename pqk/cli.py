@@ -44,6 +44,7 @@ def run(
     axis: Annotated[
         list[str] | None, typer.Option(help="of a card with a matrix (H1): only this axis; may be given again")
     ] = None,
+    rollback: Annotated[bool, typer.Option(help="a recipe that drops too much is run again as the table says")] = True,
     fresh: Annotated[bool, typer.Option(help="make everything anew, reuse nothing")] = False,
     json_line: Annotated[bool, typer.Option("--json", help="print the candidate's record as the last line")] = False,
 ) -> None:
@@ -65,7 +66,7 @@ def run(
         fresh,
         settings_of(setting or []),
     )
-    raise typer.Exit(run_card(request, json_line, axes=axis or ()))
+    raise typer.Exit(run_card(request, json_line, axes=axis or (), rollback=rollback))
 
 
 @app.command()

@@ -18,6 +18,7 @@ from pqk.files import check_writable
 from pqk.record.log import write_record, write_records
 from pqk.report.table import print_table
 from pqk.run.prepare import Request
+from pqk.run.recover import run_with_rollback
 from pqk.run.runner import run
 from pqk.run.store import OnEvent
 from pqk.spec.card import Card, load_card
@@ -65,10 +66,12 @@ def settings_of(items: list[str]) -> dict[str, Any]:
     return found
 
 
-def run_card(request: Request, as_json: bool, log: Path | None = None, axes: Sequence[str] = ()) -> int:
+def run_card(
+    request: Request, as_json: bool, log: Path | None = None, axes: Sequence[str] = (), rollback: bool = False
+) -> int:
     """Run, report progress on stderr, print the table; returns the exit code (1 when the verdict is 'fail').
 
-    `axes`: of a card with a matrix, only these.
+    `axes`: of a card with a matrix, only these. `rollback`: let the rollback table act on a failed recipe.
     `log`: a .json file that gets the candidate's record too, or without a recipe the list of the float records.
     Raises PqkError, before anything long runs, when that file cannot be written or holds another record.
     """
@@ -84,7 +87,8 @@ def run_card(request: Request, as_json: bool, log: Path | None = None, axes: Seq
     card = load_card(request.card, root)
     if card.matrix or axes:
         return _run_matrix(card, request, axes, as_json, errors, began, root)
-    outcome = run(request, root, _progress(errors), lambda text: errors.print(f"  [green]✓[/] {escape(text)}"), log)
+    begin = run_with_rollback if rollback and request.recipe else run
+    outcome = begin(request, root, _progress(errors), lambda text: errors.print(f"  [green]✓[/] {escape(text)}"), log)
     records = outcome.records
     candidate = records[-1]
     if log is not None and request.recipe:

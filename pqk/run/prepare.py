@@ -21,7 +21,7 @@ from pqk.run import stages
 from pqk.run.stages import Context
 from pqk.run.store import OnEvent, Store
 from pqk.spec.card import Experiment, load_card, resolve
-from pqk.spec.recipe import ensure_built
+from pqk.spec.recipe import combo_of, ensure_built
 
 if TYPE_CHECKING:
     import torch
@@ -64,6 +64,8 @@ class Request:
     recipe: bool = True  # False: only the float baselines
     role: str = "teacher"  # of the float rows: 'baseline' when the model is not the Teacher
     point: tuple[str, str] | None = None  # (axis, point) of a card with a matrix
+    stages: tuple[str, ...] | None = None  # another recipe than the card's
+    moves: tuple[str, ...] = ()  # why it is run in this way, a sentence per move of the rollback table
     distill: Path | None = None
     prune: Path | None = None
 
@@ -77,6 +79,8 @@ def asked_experiment(request: Request, root: Path) -> Experiment:
         card, origin = card.at(axis, point), f"card {card.id}, {axis}: {point}"
     elif card.matrix:
         raise PqkError(f"card {card.id} is a matrix of {len(card.points())} experiments; only `pqk run` takes it whole")
+    if request.stages is not None:
+        card = card.model_copy(update={"recipe": request.stages, "combo": combo_of(request.stages)})
     if request.seed is not None:
         settings |= {"workload.seeds.train": request.seed, "workload.seeds.eval": request.seed}
     experiment = resolve(

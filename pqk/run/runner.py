@@ -43,7 +43,7 @@ from pqk.run.records import (
 )
 from pqk.run.stages import ENGINE_VARIANTS, Context, Scenes
 from pqk.run.store import OnEvent
-from pqk.run.training import TRAINS, method_columns, train_stages
+from pqk.run.training import TRAINS, Lost, Trained, method_columns, train_stages
 from pqk.run.variants import Variant
 from pqk.run.worker import WorkerCrashed
 from pqk.spec.card import Experiment
@@ -64,6 +64,7 @@ class Outcome:
     ctx: Context
     model: str  # what `load_model` takes: the model that is quantized, or that is the candidate itself
     onnx_float: Variant  # its exported float graphs on ONNX Runtime
+    trained: Sequence[Trained]  # the stages P and K
     scoring: Mapping[str, Any]  # what every variant is scored on and how; see `pqk.run.evaluate`
 
     def score(self, variant: Variant, keep: Sequence[str]) -> dict[str, Any]:
@@ -98,7 +99,8 @@ def run(
     try:
         return _run(request, root, on_event, say, log, known)
     except (PqkError, BackendError, WorkerCrashed) as error:
-        if known and write_failure(root / "logs", known, error):
+        status = "stopped" if isinstance(error, Lost) else None
+        if known and write_failure(root / "logs", known, error, status):
             say(f"a record of the failure is in {paths.shown(root / 'logs')}")
         raise
 
@@ -223,9 +225,14 @@ def _run(
     }
     onnx_float = Variant("fp32", "reference", Precision.F32, graphs["encoder"], graphs["decoder"])
     variants = [variant for variant, _, _ in rows]
-    outcome = Outcome([], variants, scenes, experiment, truthful, ctx, final.path, onnx_float, scoring)
+    outcome = Outcome([], variants, scenes, experiment, truthful, ctx, final.path, onnx_float, trained, scoring)
     kept = ptq_asked.keep_list
-    scored = {v.name: outcome.score(v, kept if v.precision is Precision.INT8 else ()) for v in variants}
+    try:
+        scored = {v.name: outcome.score(v, kept if v.precision is Precision.INT8 else ()) for v in variants}
+    except PqkError as error:
+        if not trained or not trained[-1].failed:
+            raise
+        raise Lost(experiment, trained[-1], str(error)) from error
     timed, memory = _time(outcome, scored, say)
 
     measured = Measurements(teachers[0], scored, timed, memory)
@@ -240,6 +247,7 @@ def _run(
             record |= judged_float(record, evaluation.thresholds, recipe, lost)
         if record["role"] == "candidate":
             record["wall_s"] = round(time.monotonic() - began, 1)
+            record["notes"] = "; ".join([*filter(None, [record["notes"]]), *request.moves]) or None
         validate(record)
         outcome.records.append(record)
     for record in outcome.records:

@@ -49,9 +49,17 @@ class Trained:
         told = f"{self.method}: {self.steps} steps in {60 * self.hours:.1f} min"
         if self.drop_pct is not None:
             told += f", best drop on held-out pairs {self.drop_pct:.2f} %"
-        if self.report.get("summary"):
-            told += f", {self.report['summary']}"
+        if self.report:
+            told += f", {100 * self.report['share']:.1f} % of {self.report['measure']} cut"
         return told + (f"; {self.method} ended early: {self.reason}" if self.reason else "")
+
+
+class Lost(CheckFailed):
+    """A stage that a stop-loss rule gave up, and whose model is so broken that it cannot even be scored."""
+
+    def __init__(self, experiment: Experiment, stage: Trained, why: str) -> None:
+        super().__init__(f"stop-loss: {stage.reason}; the model cannot be scored: {why}")
+        self.experiment, self.stage = experiment, stage
 
 
 def train_stages(ctx: Context, experiment: Experiment, teacher: Model) -> list[Trained]:
@@ -172,9 +180,11 @@ def train(request: Mapping[str, Any]) -> dict[str, Any]:
         pruning = Prune.model_validate_json(text)
         kept = scratch / "pruned"
         if not (kept / "report.json").exists():  # written last: a killed run prunes anew
-            small, found = prune(start, pruning, seed=seed)
+            small, found = prune(
+                start, pruning, seed=seed, report=lambda line: worker.tell({"text": line, "share": 0.0})
+            )
             save_model(small, kept)
-            write_json(kept / "report.json", found.to_json())
+            write_json(kept / "report.json", found.as_dict())
         report = json.loads((kept / "report.json").read_text())
         fitted = finetune(load_model(kept), teacher, pruning, seed=seed, scratch=scratch, stop=stop, report=_tell)
     else:

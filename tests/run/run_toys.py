@@ -37,6 +37,21 @@ SMALLER = {
     },
     "eval.yaml": {r"min_pairs: 30": "min_pairs: 4", r"warmup: 3": "warmup: 1", r"max_seconds: 20": "max_seconds: 5"},
     "quant.yaml": {r"calibration_images: 512": "calibration_images: 8"},
+    "distill.yaml": {
+        r"epochs: \d+": "epochs: 2",
+        r"steps_per_epoch: \d+": "steps_per_epoch: 3",
+        r"    - \{size: 256, batch: 4, until: 0.80\}": "    - {size: 32, batch: 2, until: 0.80}",
+        r"    - \{size: 512, batch: 1, until: 1.00\}": "    - {size: 64, batch: 1, until: 1.00}",
+        r"validation: \{size: 512, pairs: \d+\}": "validation: {size: 64, pairs: 2}",
+    },
+    "prune.yaml": {
+        r"epochs: \d+": "epochs: 2",
+        r"steps_per_epoch: \d+": "steps_per_epoch: 3",
+        r"    - \{size: 256, batch: 2, until: 0.60\}": "    - {size: 32, batch: 2, until: 0.60}",
+        r"    - \{size: 512, batch: 2, until: 1.00\}": "    - {size: 64, batch: 1, until: 1.00}",
+        r"validation: \{size: 512, pairs: \d+\}": "validation: {size: 64, pairs: 2}",
+        r"  pairs: 8\n  size: 256": "  pairs: 2\n  size: 32",
+    },
 }
 
 

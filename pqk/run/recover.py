@@ -1,0 +1,124 @@
+"""`pqk run` with the rollback table: a recipe that failed by its quality is run again with the table's next move."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pqk.run.prepare import Request
+from pqk.run.rollback import BETAS, KEEP_LIST, QAT_EPOCHS, RHO, TASK_SHARE, TUNE_EPOCHS, State, next_move
+from pqk.run.runlog import RunLog
+from pqk.run.runner import Outcome, run
+from pqk.run.store import OnEvent
+from pqk.run.training import TRAINS, Lost
+from pqk.spec.card import Experiment
+
+
+def run_with_rollback(
+    request: Request, root: Path, on_event: OnEvent, say: Callable[[str], None], log: Path | None = None
+) -> Outcome:
+    """Run a card; while a stage fails by its quality and the table has a move, make it and run again.
+
+    Every attempt leaves its records; those of a later one tell its moves in their notes. Attempts, moves and their cost
+    are also in logs/runs/CARD.jsonl. Only drops against ground truth count: a model without one is run once. Returns
+    the attempt with the smallest drop, of equal ones the first. Raises what `pqk.run.runner.run` raises.
+    """
+    history: RunLog | None = None
+    best: Outcome | None = None
+    tried: tuple[str, ...] = ()
+    spent: dict[str, float] = {}
+    while True:
+        lost: Lost | None = None
+        outcome: Outcome | None = None
+        try:
+            outcome = run(request, root, on_event, say, log)
+            experiment, trained, failed = outcome.experiment, outcome.trained, failed_stage(outcome)
+        except Lost as error:
+            lost = error
+            experiment, trained = error.experiment, [error.stage]
+            failed = error.stage.method, str(error.stage.reason)
+        history = history or RunLog(root, experiment.card.id)
+        spent |= {stage.method: stage.hours for stage in trained}
+        record = outcome.records[-1] if outcome else {}
+        told = {name: record.get(name) for name in ("verdict", "quality_drop_pct", "wall_s")}
+        status = record.get("status", "stopped")
+        recipe = experiment.card.recipe
+        history.append(
+            "attempt", recipe=list(recipe), moves=list(tried), status=status, hours=sum(spent.values()), **told
+        )
+        best = _better(best, outcome)
+        move = None
+        if failed is not None and (outcome is None or outcome.truthful):
+            budget = experiment.card.budget.gpu_hours * experiment.evaluation.stop_loss.gpu_hours_overrun_pct / 100
+            left = budget - sum(spent.values())
+            state = State(failed[0], recipe, failed[1], _settings(experiment), (), tried, dict(spent), left)
+            move = next_move(state)
+            if move is None:
+                say(f"{failed[1]}; the rollback table has no {'further ' if tried else ''}move for it")
+        if move is None:
+            if failed is not None and status == "stopped":
+                history.append("stop", why=failed[1])
+            if best is None:
+                assert lost is not None
+                raise lost
+            return best
+        history.append("move", **move.as_data())
+        say(f"rollback {move.name}: {move.why} (cost: {move.cost})")
+        tried += (move.name,)
+        request = replace(
+            request,
+            settings={**request.settings, **move.settings},
+            stages=move.recipe or request.stages,
+            moves=(*request.moves, f"rollback {move.name}: {move.why}"),
+        )
+
+
+def failed_stage(outcome: Outcome) -> tuple[str, str] | None:
+    """The stage whose quality failed, and one sentence with the numbers; None when none did.
+
+    A stop-loss names its stage. Otherwise a drop above the success line is the last stage's.
+    """
+    record, recipe = outcome.records[-1], outcome.experiment.card.recipe
+    if record["status"] == "stopped":
+        stage = outcome.trained[-1]
+        return stage.method, str(stage.reason)
+    lines = outcome.experiment.evaluation.thresholds
+    own = {"Q": lines.quality_drop_q_only_pct, "P": lines.quality_drop_p_only_pct}
+    limit = own.get("→".join(recipe), lines.quality_drop_mainline_pct)
+    drop = record["quality_drop_pct"]
+    if drop is None or drop <= limit:
+        return None
+    last = recipe[-1]
+    if last == "Q" or last in TRAINS:
+        return last, f"{last} ended with a drop of {drop:.2f} %, above {limit:g} %"
+    return None
+
+
+def _settings(found: Experiment) -> Mapping[str, Any]:
+    """The values that the table may change, as this attempt had them."""
+    loss = found.distill.loss
+    return {
+        KEEP_LIST: list(found.quant.ptq.keep_list),
+        QAT_EPOCHS: found.quant.qat.epochs,
+        BETAS[0]: loss.beta_start,
+        BETAS[1]: loss.beta_end,
+        TASK_SHARE: loss.task_share,
+        RHO: found.prune.rho,
+        TUNE_EPOCHS: found.prune.train.epochs,
+    }
+
+
+def _better(best: Outcome | None, other: Outcome | None) -> Outcome | None:
+    """The one with the smaller drop; a stopped attempt loses to one that was finished, and any to none at all."""
+
+    def rank(outcome: Outcome) -> tuple[bool, float]:
+        record = outcome.records[-1]
+        drop = record["quality_drop_pct"]
+        return record["status"] != "ok", math.inf if drop is None else drop
+
+    if best is None or other is None:
+        return best or other
+    return other if rank(other) < rank(best) else best

@@ -1,0 +1,181 @@
+"""Recipes that train: K, P, K→Q, P→K→Q from the command line, their stop-loss, the rollback table, and SIGKILL."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from run_toys import Outcome, make_project, pqk, start, written
+
+from pqk.files import sha256_file
+from pqk.models import load_model
+from pqk.run.prepare import count_parameters
+from pqk.run.runlog import RunLog
+
+
+def run(root: Path, card: str, model: Path, *more: str) -> Outcome:
+    return pqk(root, "run", card, "--backend", "openvino", "--model", model, "--json", *more)
+
+
+def checkpoint(root: Path, stage: str) -> Path:
+    """The only checkpoint of a stage in the store."""
+    (found,) = (root / "outputs" / "store" / stage).glob("*/model")
+    return found
+
+
+def made(outcome: Outcome) -> list[str]:
+    """The stages that were made, not reused, by the words of the progress lines."""
+    return [line.split("… ")[1] for line in outcome.err.splitlines() if "… " in line]
+
+
+@pytest.fixture(scope="module")
+def distilled(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> tuple[Path, Outcome]:
+    """A project in which A1 has run, undisturbed."""
+    root = make_project(tmp_path_factory.mktemp("recipes") / "project")
+    outcome = run(root, "A1", tiny_model, "--no-rollback")
+    assert outcome.code in (0, 1), outcome.err
+    return root, outcome
+
+
+@pytest.fixture
+def copied(distilled: tuple[Path, Outcome], tmp_path: Path) -> Callable[[], Path]:
+    def copy() -> Path:
+        return Path(shutil.copytree(distilled[0], tmp_path / "copy"))
+
+    return copy
+
+
+def test_a_student_is_measured_beside_its_teacher(distilled: tuple[Path, Outcome], tiny_model: Path) -> None:
+    root, outcome = distilled
+    teacher, student = (next(r for r in written(root) if r["role"] == role) for role in ("teacher", "candidate"))
+    assert student == outcome.record
+    assert (student["model"], student["precision"], student["quantizer"]) == ("tiny+K", "f32", None)
+    trained = checkpoint(root, "distilled")
+    assert student["params"] == count_parameters(load_model(trained)) < teacher["params"]
+    assert student["size_ratio"] < 1 and student["flops_G"] < teacher["flops_G"]
+    assert (student["T"], student["beta"], student["gamma"]) == (3, 0.7, 0)
+    assert teacher["T"] is None and teacher["gpu_hours"] is None
+    card = json.loads((trained / "model_card.json").read_text())
+    assert student["gpu_hours"] == pytest.approx(card["training_s"] / 3600)
+    assert card["steps"] == 6 and len(card["history"]) == 2 and card["seed"] == 0
+    assert student["hashes"]["teacher"] == teacher["hashes"]["model"] != student["hashes"]["model"]
+    drop = 100 * (student["absrel"] - teacher["absrel"]) / teacher["absrel"]
+    assert student["quality_drop_pct"] == pytest.approx(drop)
+    assert student["verdict"] == ("pass" if drop <= 1 else "fail")
+    assert "K: 6 steps in " in student["notes"]
+    assert student["t_pair_p50_ms"] > 0 and student["speedup_vs_fp32"] > 0
+
+
+def test_recipes_share_their_stages(copied: Callable[[], Path], tiny_model: Path) -> None:
+    """D1 quantizes the student that A1 made; F1 distils and quantizes what C1 pruned."""
+    root = copied()
+    outcome = run(root, "D1", tiny_model, "--no-rollback")
+    assert outcome.code in (0, 1), outcome.err
+    assert "distillation" not in made(outcome) and "quantization" in made(outcome)
+    record = outcome.record
+    assert (record["combo"], record["model"], record["precision"], record["bits_w"]) == ("K→Q", "tiny+K", "int8", 8)
+    rows = {(r["role"], r["precision"]): r for r in written(root) if r["exp_id"] == "D1"}
+    student = rows["baseline", "f32"]
+    assert student["model"] == "tiny+K" and student["hashes"]["model"] == record["hashes"]["model"]
+    # A quantized row is held against the same model in float, a student against its Teacher.
+    assert record["speedup_vs_fp32"] == pytest.approx(student["t_pair_p50_ms"] / record["t_pair_p50_ms"])
+    teacher = rows["teacher", "f32"]
+    assert student["speedup_vs_fp32"] == pytest.approx(teacher["t_pair_p50_ms"] / student["t_pair_p50_ms"])
+    assert "K: 6 steps" in record["notes"] and "calibrated on" in record["notes"]
+
+    pruned = run(root, "C1", tiny_model, "--no-rollback")
+    assert pruned.record["rho"] == 0.1 and pruned.record["params"] < teacher["params"]
+    assert "files" in " ".join(pruned.record["verdict_reasons"])
+    whole = run(root, "F1", tiny_model, "--no-rollback")
+    assert "pruning and fine-tuning" not in made(whole) and "distillation after P" in made(whole)
+    assert (whole.record["model"], whole.record["combo"]) == ("tiny+P+K", "P→K→Q")
+    assert whole.record["params"] == pruned.record["params"]  # K after P trains the pruned model and cuts nothing
+    assert made(run(root, "F1", tiny_model, "--no-rollback")) == []
+
+
+def test_a_stop_loss_ends_the_recipe(copied: Callable[[], Path], tiny_model: Path) -> None:
+    """A student that lost what its Teacher knew is measured, recorded as stopped, and not quantized."""
+    root = copied()
+    outcome = run(root, "D1", tiny_model, "--no-rollback", "--set", "distill.train.learning_rate=0.05")
+    assert outcome.code == 1
+    record = outcome.record
+    assert (record["status"], record["verdict"], record["role"]) == ("stopped", "fail", "candidate")
+    assert record["verdict_reasons"][0].startswith("FAILED: stop-loss: ")
+    assert record["precision"] == "f32" and record["absrel"] > 0
+    assert "quantization" not in made(outcome) and "; not quantized" in outcome.err
+
+
+def test_the_rollback_table_acts_by_itself(copied: Callable[[], Path], tiny_model: Path) -> None:
+    """K that does not converge gets a smaller beta, then a longer task phase; attempts and moves are written down."""
+    root = copied()
+    for old in (root / "logs").glob("A1-*.json"):
+        old.unlink()
+    outcome = run(root, "A1", tiny_model, "--set", "distill.train.learning_rate=0.05")
+    entries = RunLog(root, "A1").read()
+    attempts = [e for e in entries if e["event"] == "attempt"]
+    moves = [e for e in entries if e["event"] == "move"]
+    assert [e["name"] for e in moves][:2] == ["smaller-beta", "longer-task-phase"][: len(moves)] and moves
+    assert len(attempts) == len(moves) + 1
+    assert all(e["why"] and e["cost"] for e in moves)
+    assert (attempts[0]["status"], attempts[0]["moves"]) == ("stopped", [])
+    assert attempts[1]["moves"] == ["smaller-beta"]
+    assert 0 < attempts[0]["hours"] < attempts[1]["hours"]
+    records = [r for r in written(root) if r["exp_id"] == "A1"]
+    assert {r["beta"] for r in records} >= {0.7, 0.35}
+    assert any("rollback smaller-beta: " in r["notes"] for r in records if r["beta"] == 0.35)
+    assert outcome.code == (0 if attempts[-1]["verdict"] == "pass" else 1)
+
+
+def test_a_model_too_broken_to_be_scored(copied: Callable[[], Path], tiny_model: Path) -> None:
+    root = copied()
+    outcome = run(root, "A1", tiny_model, "--no-rollback", "--set", "distill.train.learning_rate=0.5")
+    assert outcome.code == 1
+    assert outcome.sentence.startswith("stop-loss: ") and "the model cannot be scored" in outcome.sentence
+    (record,) = (r for r in written(root) if r["status"] == "stopped")
+    assert record["absrel"] is None and record["notes"].startswith("stopped: stop-loss: ")
+
+
+def test_without_hours_left_a_training_ends_and_goes_on_later(copied: Callable[[], Path], tiny_model: Path) -> None:
+    root = copied()
+    shutil.rmtree(root / "outputs" / "store" / "distilled")
+    card = root / "schedule" / "TaskCards" / "A1.md"
+    text = card.read_text()
+    card.write_text(text.replace("{gpu_hours: 48}", "{gpu_hours: 0.00001}"))
+    outcome = run(root, "A1", tiny_model)
+    assert outcome.code == 1
+    assert "stop-loss: " in outcome.sentence and "a larger budget goes on from there" in outcome.sentence
+    card.write_text(text)
+    again = run(root, "A1", tiny_model, "--no-rollback")
+    assert again.code in (0, 1) and made(again) == ["distillation"]
+
+
+def test_killed_in_training_and_started_again(
+    distilled: tuple[Path, Outcome], copied: Callable[[], Path], tiny_model: Path
+) -> None:
+    """SIGKILL in the middle of the distillation; the next run ends with the very weights of the undisturbed one."""
+    root = copied()
+    shutil.rmtree(root / "outputs" / "store" / "distilled")
+    process = start(("run", "A1", "--backend", "openvino", "--model", tiny_model, "--json", "--no-rollback"), root)
+    saved = root / "outputs" / "store" / ".scratch"
+    deadline = time.monotonic() + 120
+    while not list(saved.glob("distilled-*/checkpoint.pt")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert list(saved.glob("distilled-*/checkpoint.pt")) and not list(
+        (root / "outputs/store/distilled").glob("[0-9a-f]*")
+    )
+    outcome = run(root, "A1", tiny_model, "--no-rollback")
+    assert outcome.code in (0, 1), outcome.err
+    weights = [sha256_file(checkpoint(r, "distilled") / "model.safetensors") for r in (root, distilled[0])]
+    assert weights[0] == weights[1]
+    assert not list(saved.glob("*"))  # nothing half-done is left
+    same: tuple[str, ...] = ("absrel", "params", "size_MB", "verdict", "hashes")
+    first: dict[str, Any] = distilled[1].record
+    assert [outcome.record[name] for name in same] == [first[name] for name in same]
