@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+
+
+def pytest_configure() -> None:
+    """Test processes that run side by side share the cores: two thread pools that spin on the same ones starve."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    if worker is None or not hasattr(os, "sched_setaffinity"):
+        return
+    cores, count = sorted(os.sched_getaffinity(0)), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    mine = cores[int(worker.removeprefix("gw")) % len(cores) :: count]
+    os.sched_setaffinity(0, mine)  # the processes that tests start inherit it
 
 
 @pytest.fixture
