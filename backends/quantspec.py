@@ -1,8 +1,8 @@
 """Checks of what is asked of a quantizer: what it can do at all, before anything is made, and the rest of a spec.
 
 A quantizer says what it can do in attributes, all of them optional: `bits` (see `lowered_to`); `follows`, settings of
-`QuantSpec` with the values that it takes (any value for those that are not listed); `needs`, modules that it imports and
-that may be missing, and `mend`, the command that installs them.
+`QuantSpec` with the values that it takes (any value for those that are not listed); `needs`, modules that it imports
+and that may be missing, and `mend`, the command that installs them.
 """
 
 from __future__ import annotations

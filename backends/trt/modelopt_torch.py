@@ -1,8 +1,8 @@
-"""Post-training quantization with ModelOpt's torch mode: a torch module and calibration feeds -> an ONNX graph with Q/DQ.
+"""Post-training quantization with ModelOpt's torch mode: torch module and calibration feeds -> ONNX graph with Q/DQ.
 
 ModelOpt measures ranges while the module runs in torch at f32 (largest magnitude over the set), smooths linear layers
-when an alpha is given, and exports the rounding of each layer as Q/DQ pairs. It is told layer by layer what to quantize:
-its ready-made configurations leave out whatever is named like `proj_out` or `output`, and round the inputs of
+when an alpha is given, and exports the rounding of each layer as Q/DQ pairs. It is told layer by layer what to
+quantize: its ready-made configurations leave out whatever is named like `proj_out` or `output`, and round the inputs of
 normalisations. The file is finished as that of the ONNX mode is (`backends.trt.modelopt`): weights are stored as int8,
 as MatMul reads them, and kept nodes read the float tensors again.
 

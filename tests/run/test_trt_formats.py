@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 from pathlib import Path
 
 import pytest
 from run_toys import make_project, pqk
 
 from backends import registry
-from backends.base import BackendError
+from backends.base import BackendError, Unavailable
 from pqk.errors import PqkError
 from pqk.run import stages
 from pqk.run.command import run_card
@@ -66,26 +68,73 @@ def test_a_float_rest_of_16_bits_is_refused(project: Path, tiny_model: Path, mon
         run_card(request, False)
 
 
-@pytest.mark.parametrize(
-    ("backend", "quantizer", "able"),
-    [("openvino", "nncf", "W8A8"), ("openvino", "inc", "W8A8"), ("trt", "modelopt-fp8", "W8A8")],
-)
-def test_other_quantizers_refuse_int4_before_the_stages(
-    backend: str, quantizer: str, able: str, project: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def no_stages(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reaching a stage that takes long is an error."""
+
+    def reached(*_: object) -> None:
+        raise AssertionError("a stage began")
+
+    monkeypatch.setattr(stages, "calibration_images", reached)
+    monkeypatch.setattr(stages, "export_graphs", reached)
+    monkeypatch.chdir(project)
+
+
+def skip_without(backend: str) -> None:
     found = registry.get(backend).availability()
     if not found.available:
         pytest.skip(found.reason)
 
-    def reached(*_: object) -> None:
-        raise AssertionError("the graphs were exported")
 
-    monkeypatch.setattr(stages, "export_graphs", reached)
-    monkeypatch.chdir(project)
+@pytest.mark.parametrize(
+    ("backend", "quantizer", "says"),
+    [
+        ("openvino", "nncf", "lowers to W8A8, not W4A16$"),
+        ("openvino", "inc", "lowers to W8A8, not W4A16$"),
+        ("trt", "modelopt-fp8", "lowers to W8A8, not W4A16; take --quantizer modelopt$"),
+        ("trt", "modelopt-torch", "lowers to W8A8, not W4A16; take --quantizer modelopt$"),
+    ],
+)
+def test_other_quantizers_refuse_int4_before_the_stages(
+    backend: str, quantizer: str, says: str, no_stages: None, tiny_model: Path
+) -> None:
+    skip_without(backend)
     settings = {"quant.ptq.bits_w": 4, "quant.ptq.bits_a": 16}
     request = Request("B1", backend, quantizer, str(tiny_model), settings=settings)
-    with pytest.raises(BackendError, match=rf"the quantizer '{quantizer}' lowers to {able}, not W4A16") as refused:
+    with pytest.raises(BackendError, match=rf"the quantizer '{quantizer}' {says}") as refused:
         run_card(request, False)
     assert refused.value.exit_code == 2
     with pytest.raises(PqkError, match="must hold bits_w 8 with bits_a 8"):
         run_card(Request("B1", backend, quantizer, str(tiny_model), settings={"quant.ptq.bits_w": 4}), False)
+
+
+@pytest.mark.parametrize(
+    ("backend", "quantizer", "setting", "value", "says"),
+    [
+        ("trt", "modelopt", "smooth_quant_alpha", 0.5, "is 0.5, .* takes null alone; take --quantizer modelopt-torch$"),
+        ("trt", "modelopt", "weights", "per_tensor", "takes per_channel alone; take --quantizer modelopt-torch$"),
+        ("trt", "modelopt-fp8", "weights", "per_tensor", "takes per_channel alone; take --quantizer modelopt-torch$"),
+        ("trt", "modelopt-torch", "symmetric_activations", False, "is false, .* takes true alone$"),
+        ("openvino", "inc", "smooth_quant_alpha", 0.5, "is 0.5, .* takes null alone; take --quantizer nncf$"),
+        ("openvino", "inc", "bias_correction", "fast", "is fast, .* takes none alone; take --quantizer nncf$"),
+    ],
+)
+def test_what_a_quantizer_cannot_do_is_refused_before_the_stages(
+    backend: str, quantizer: str, setting: str, value: object, says: str, no_stages: None, tiny_model: Path
+) -> None:
+    skip_without(backend)
+    request = Request("B1", backend, quantizer, str(tiny_model), settings={f"quant.ptq.{setting}": value})
+    with pytest.raises(
+        BackendError, match=rf"^quant\.ptq\.{setting} is .* the quantizer '{quantizer}' takes"
+    ) as refused:
+        run_card(request, False)
+    assert re.search(says, str(refused.value))
+    assert refused.value.exit_code == 2
+
+
+def test_a_quantizer_that_is_not_installed_is_refused_before_the_stages(
+    no_stages: None, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "requests", None)
+    with pytest.raises(Unavailable, match="quantizer 'modelopt-torch' cannot run: no module named"):
+        run_card(Request("B1", "trt", "modelopt-torch", str(tiny_model)), False)
