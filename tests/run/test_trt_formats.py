@@ -12,6 +12,7 @@ from run_toys import make_project, pqk
 
 from backends import registry
 from backends.base import BackendError, Unavailable
+from backends.trt.onnx_graph import OnnxGraph
 from pqk.errors import PqkError
 from pqk.run import stages
 from pqk.run.command import run_card
@@ -59,6 +60,37 @@ def test_a_record_says_what_was_made(
     for part in ("encoder", "decoder"):
         assert about["graphs"][part]["plan"] == f"{part}.plan"
         assert (out / f"{part}.plan").stat().st_size > 10_000
+
+
+def test_the_torch_mode_smooths_and_keeps_what_the_card_asks(root: Path, tiny_model: Path) -> None:
+    """SmoothQuant, weights per tensor, and keep patterns for one graph each, from the command line to the record."""
+    pytest.importorskip("requests", reason="ModelOpt's torch mode needs requests")
+    pytest.importorskip("huggingface_hub", reason="ModelOpt's torch mode needs huggingface_hub")
+    keep = ["LayerNorm", "encoder:enc_blocks.0/mlp/fc1", "decoder:^/decoder_embed_1/MatMul"]
+    asked = (
+        f"quant.ptq.keep_list={json.dumps(keep)}",
+        "quant.ptq.smooth_quant_alpha=0.5",
+        "quant.ptq.weights=per_tensor",
+    )
+    settings = [word for value in asked for word in ("--set", value)]
+    tool = ("--backend", "trt", "--quantizer", "modelopt-torch")
+    done = pqk(root, "run", "B1", *tool, "--model", tiny_model, *settings, *QUICK, "--json")
+    assert done.code in (0, 1), done.err
+    record = done.record
+    assert (record["precision"], record["quantizer"], record["keep_list"]) == ("int8", "modelopt-torch", keep)
+    assert "linear layers are smoothed with alpha 0.5; attention stays in float" in record["notes"]
+    if record["measured"] == "emulated":
+        assert abs(record["quality_drop_pct"]) < 50
+    manifests = (root / "outputs" / "store" / "quantized").glob("*/manifest.json")
+    (made,) = [m.parent for m in manifests if json.loads(m.read_text())["inputs"]["quantizer"] == "modelopt-torch"]
+    floats = {}
+    for part in ("encoder", "decoder"):
+        graph = OnnxGraph(made / f"{part}.onnx")
+        floats[part] = {n.name for n in graph.work() if graph.flops(n) and graph.precision(n) != "int8"}
+        assert len(floats[part]) < 0.5 * sum(1 for n in graph.work() if graph.flops(n))
+    attention = re.compile(r"/(attn|cross_attn)/MatMul")
+    assert {n for n in floats["encoder"] if not attention.search(n)} == {"/enc_blocks.0/mlp/fc1/MatMul"}
+    assert {n for n in floats["decoder"] if not attention.search(n)} == {"/decoder_embed_1/MatMul"}
 
 
 def test_a_float_rest_of_16_bits_is_refused(project: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
