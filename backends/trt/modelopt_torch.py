@@ -144,6 +144,7 @@ def _kept(source: Source, keep: Sequence[str]) -> dict[str, str]:
                 f"keep entry {entry!r} names {strange[0]!r}, which no module's name can express, as ModelOpt's torch "
                 f"mode needs it: keep groups ({', '.join(GROUPS)}) alone, or take the quantizer modelopt"
             )
+    # What a group protects is never quantized here, so it need not be found again by its name.
     return {name: kind for name, kind in kept_nodes(graph, keep).items() if name.startswith("/")}
 
 
