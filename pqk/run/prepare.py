@@ -22,11 +22,12 @@ from pqk.run import stages
 from pqk.run.stages import Context
 from pqk.run.store import OnEvent, Store
 from pqk.spec.card import Experiment, load_card, resolve
-from pqk.spec.quant import Ptq
 from pqk.spec.recipe import ensure_built
 
 if TYPE_CHECKING:
     import torch
+
+    from pqk.spec.quant import Ptq
 
 SHIPPED = Path("models") / "dust3r-tiny"
 _RANDOM_CODE = ("pqk.models.checkpoint",)

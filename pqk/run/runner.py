@@ -109,8 +109,8 @@ def _run(
     card, workload, evaluation = experiment.card, experiment.workload, experiment.evaluation
     check_writable(root / "logs")
     backend = usable_backend(request.backend)
+    quantizer = chosen_quantizer(backend, request.quantizer, experiment.quant.ptq) if request.recipe else None
     ptq_asked = experiment.quant.ptq
-    quantizer = chosen_quantizer(backend, request.quantizer, ptq_asked) if request.recipe else None
     # What the record calls it; to the backend every graph with Q/DQ nodes is Precision.INT8.
     lowered = lowered_to(backend.quantizers()[quantizer], ptq_asked.bits_w, ptq_asked.bits_a) if quantizer else "int8"
     floats = [Precision(p) for p in getattr(backend, "baselines", backend.float_precisions)()]
