@@ -191,8 +191,9 @@ class Quantizer(Protocol):
     """Lowers the precision of a graph.
 
     `starts_from` is 'graph' or 'module': what of the `Source` it reads. `sources` names the Python modules whose code
-    decides its result, for caches. Two more attributes are optional: `number_format` of its 8 bits ('int8' when absent)
-    and `bits`, the pairs of (weight, activation) bits that it lowers to (only (8, 8) when absent).
+    decides its result, for caches. More attributes are optional: `number_format` of its 8 bits ('int8' when absent),
+    `bits`, the pairs of (weight, activation) bits that it lowers to (only (8, 8) when absent), and those of
+    `backends.quantspec` that say what else it cannot do, so that this is refused early.
     """
 
     name: str

@@ -21,7 +21,7 @@ from __future__ import annotations
 import contextlib
 import operator
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from backends.base import BackendError, Feeds, Graph, QuantSpec, Source, TensorInfo, Unavailable, nearest
@@ -31,6 +31,7 @@ from backends.openvino.engine import write_ir
 from backends.openvino.flops import CONVOLUTIONS, MATMULS, from_fake_quantize
 from backends.openvino.nncf import GROUPS, Report, check_spec, kept_nodes, name_nodes
 from backends.openvino.passes import flatten_tables, share_constants, split_tables
+from backends.quantspec import check_settings
 from backends.quiet import quiet
 
 if TYPE_CHECKING:
@@ -63,6 +64,10 @@ class INCQuantizer:
     name = "inc"
     starts_from = "module"
     sources: tuple[str, ...] = ("backends.openvino.inc",)  # and what it imports
+    needs = ("neural_compressor", "torchao")
+    mend = MEND
+    # INC has no bias correction, and its SmoothQuant needs Intel Extension for PyTorch, which is no longer made.
+    follows: Mapping[str, tuple[Any, ...]] = {"smooth_quant_alpha": (None,), "bias_correction": ("none",)}
 
     def __init__(self) -> None:
         self.report = Report()
@@ -83,7 +88,7 @@ class INCQuantizer:
         """
         import torch
 
-        _check(source, spec)
+        _check(self, source, spec)
         items = CalibrationItems(calibration, source.graph.inputs, spec.calibration_samples)
         half = half_range(spec.weight_range)
         module, names = source.module, list(source.example)
@@ -113,23 +118,14 @@ class INCQuantizer:
         return write_ir(model, spec.output_dir / f"{source.name}.xml")
 
 
-def _check(source: Source, spec: QuantSpec) -> None:
+def _check(quantizer: INCQuantizer, source: Source, spec: QuantSpec) -> None:
     if source.module is None or not source.example:
         raise BackendError("Intel Neural Compressor starts from a torch module and example inputs: give both")
     if list(source.example) != [t.name for t in source.graph.inputs]:
         have, want = list(source.example), [t.name for t in source.graph.inputs]
         raise BackendError(f"the example's inputs {have} are not those of the graph, {want}")
+    check_settings(quantizer, spec)
     check_spec(spec, source, "Intel Neural Compressor")
-    if spec.bias_correction != "none":
-        raise BackendError(
-            f"Intel Neural Compressor has no bias correction: set bias_correction to 'none', not "
-            f"{spec.bias_correction!r}, or take the quantizer nncf"
-        )
-    if spec.smooth_quant_alpha is not None:
-        raise BackendError(
-            "SmoothQuant of Intel Neural Compressor needs Intel Extension for PyTorch, which is no longer made: set "
-            "smooth_quant_alpha to null, or take the quantizer nncf"
-        )
 
 
 def _prepare(module: torch.nn.Module, example: tuple[torch.Tensor, ...], spec: QuantSpec) -> torch.fx.GraphModule:

@@ -69,10 +69,13 @@ class TensorRTBackend:
         return Availability(available=True, devices=devices, versions=_versions(package), details=details)
 
     def quantizers(self) -> Mapping[str, Quantizer]:
-        """`modelopt` (int8, or int4 weights when the spec says W4A16) and `modelopt-fp8`."""
+        """`modelopt` (int8, or int4 weights when the spec says W4A16), `modelopt-torch` (int8; SmoothQuant, weights per
+        tensor) and `modelopt-fp8`."""
         from backends.trt.modelopt import ModelOptQuantizer
+        from backends.trt.modelopt_torch import ModelOptTorchQuantizer
 
-        return {"modelopt": ModelOptQuantizer("int8"), "modelopt-fp8": ModelOptQuantizer("fp8")}
+        listed = (ModelOptQuantizer("int8"), ModelOptTorchQuantizer(), ModelOptQuantizer("fp8"))
+        return {quantizer.name: quantizer for quantizer in listed}
 
     def float_precisions(self) -> Sequence[Precision]:
         """F32 and F16; without a device both are emulated. Raises Unavailable."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import re
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ import numpy as np
 from backends.base import BackendError, Feeds, Graph, QuantSpec, Source
 from backends.calibration import CalibrationItems
 from backends.openvino.cpu import saturates
-from backends.quantspec import check_common
+from backends.quantspec import check_common, check_settings
 from backends.quiet import quiet
 from backends.trt.onnx_graph import CONVOLUTIONS, MATMULS, MOVES, OnnxGraph, kept_nodes, name_nodes
 from backends.trt.ranges import largest_magnitudes, quantized_tensors, set_ranges
@@ -37,6 +37,7 @@ _BLOCK = 32  # int4 weights of a column that share a scale
 _OPSET = {"int8": 19, "fp8": 19, "int4": 21}
 _SHARED_ABOVE = 1024  # bytes
 _EXTERNAL_ABOVE = 1_800_000_000
+NO_CORRECTION = "ModelOpt corrects no biases"
 
 
 @dataclass
@@ -57,6 +58,12 @@ class ModelOptQuantizer:
     """
 
     starts_from = "graph"
+    follows: Mapping[str, tuple[Any, ...]] = {
+        "weights": ("per_channel",),
+        "activations": ("per_tensor",),
+        "symmetric_activations": (True,),
+        "smooth_quant_alpha": (None,),
+    }
     sources: tuple[str, ...] = ("backends.trt.modelopt",)  # and what it imports
 
     def __init__(self, number_format: str = "int8") -> None:
@@ -110,7 +117,7 @@ class ModelOptQuantizer:
                 ranges = largest_magnitudes(Path(folder) / "given.onnx", source.graph.inputs, tensors, items)
                 set_ranges(model, ranges)
                 tidy(model)
-            graph = _write(model, source.name, Path(folder), spec.output_dir)
+            graph = write_graph(model, source.name, Path(folder), spec.output_dir)
             del model
         found = OnnxGraph(graph.path)
         if number_format == "int4":
@@ -120,13 +127,7 @@ class ModelOptQuantizer:
         wrong = sorted(touched & floats)
         if wrong:
             raise BackendError(f"ModelOpt quantized kept nodes: {wrong[:3]}")
-        notes = []
-        if half:
-            notes.append("weights use 7 of their 8 bits")
-        elif number_format == "int8" and saturates():
-            notes.append(
-                "weights use all 8 bits: right for a GPU and emulated exactly; this CPU's int8 kernels saturate"
-            )
+        notes = range_notes(half) if number_format == "int8" else []
         if number_format == "int4":
             notes.append(
                 f"int4 weights of matmuls in blocks of {_BLOCK}; convolutions and all arithmetic stay in float"
@@ -134,28 +135,15 @@ class ModelOptQuantizer:
         if convolutions:
             notes.append("convolutions stay in float: ModelOpt's fp8 ones are inaccurate")
         if spec.bias_correction != "none":
-            notes.append("ModelOpt corrects no biases")
+            notes.append(NO_CORRECTION)
         heavy = tuple(n.name for n in found.work() if n.op_type in MATMULS | CONVOLUTIONS and n.name in touched)
         self.report = Report(items.used, tuple(sorted(kept)), heavy, half, tuple(notes))
         return graph
 
     def _check(self, source: Source, spec: QuantSpec) -> str:
-        bits = (spec.bits_w, spec.bits_a)
-        number_format = "int4" if self.number_format == "int8" and bits == (4, 16) else self.number_format
-        if bits != _BITS[number_format]:
-            known = ", ".join(f"{name} W{w}A{a}" for name, (w, a) in _BITS.items())
-            raise BackendError(f"ModelOpt quantizes to {known}; {self.name} cannot do W{bits[0]}A{bits[1]}")
-        if spec.weights != "per_channel":
-            raise BackendError(f"ModelOpt's ONNX mode quantizes weights 'per_channel' only, got {spec.weights!r}")
-        if spec.activations != "per_tensor" or not spec.symmetric_activations:
-            raise BackendError("TensorRT takes activations 'per_tensor' and symmetric only")
-        if spec.smooth_quant_alpha is not None:
-            raise BackendError(
-                "ModelOpt has no SmoothQuant for ONNX graphs: set smooth_quant_alpha to null for the quantizer "
-                f"{self.name!r}"
-            )
+        check_settings(self, spec)
         check_common(spec, source)
-        return number_format
+        return "int4" if spec.bits_w == 4 else self.number_format
 
 
 def _modelopt(graph: Graph, number_format: str, items: CalibrationItems, kept: list[str], folder: Path) -> Path:
@@ -196,6 +184,15 @@ def _modelopt(graph: Graph, number_format: str, items: CalibrationItems, kept: l
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise BackendError(f"ModelOpt cannot quantize {graph.path.name}: {reason[0]}") from error
     return made
+
+
+def range_notes(half: bool) -> list[str]:
+    """What is to be told of the range of int8 weights."""
+    if half:
+        return ["weights use 7 of their 8 bits"]
+    if saturates():
+        return ["weights use all 8 bits: right for a GPU and emulated exactly; this CPU's int8 kernels saturate"]
+    return []
 
 
 def free_kept(model: onnx.ModelProto, kept: set[str]) -> None:
@@ -288,7 +285,7 @@ def tidy(model: onnx.ModelProto) -> None:
                 node.input[index] = renamed[name]
 
 
-def _write(model: onnx.ModelProto, name: str, folder: Path, target: Path) -> Graph:
+def write_graph(model: onnx.ModelProto, name: str, folder: Path, target: Path) -> Graph:
     """Write the finished graph, its data file first, and describe it. The same model gives the same bytes."""
     import onnx
 

@@ -182,10 +182,10 @@ def _precision(
         return floats[-1], str(floats[-1]), None
     if asked in floats:
         return Precision(asked), str(asked), None
-    known = backend.quantizers()
+    known, ptq = backend.quantizers(), experiment.quant.ptq
     lowered, name = "int8", None
     if quantizes and known:
-        name, ptq = chosen_quantizer(backend, tool), experiment.quant.ptq
+        name = chosen_quantizer(backend, tool, ptq)
         lowered = lowered_to(known[name], ptq.bits_w, ptq.bits_a)
     allowed = [*map(str, floats), lowered]
     if asked is not None and asked not in allowed:
@@ -194,7 +194,7 @@ def _precision(
         )
     if not quantizes:
         raise PqkError(f"--precision {lowered}: the recipe of card {experiment.card.id} has no stage Q")
-    return Precision.INT8, lowered, name or chosen_quantizer(backend, tool)
+    return Precision.INT8, lowered, name or chosen_quantizer(backend, tool, ptq)
 
 
 def _float_precision(asked: Precision, options: dict[str, Any]) -> str:

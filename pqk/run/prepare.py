@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from backends import registry
 from backends.base import Backend, Unavailable
+from backends.quantspec import check_installed, check_settings
 from pqk import __version__, paths
 from pqk.cores import allowed_cores, cpu_name
 from pqk.errors import PqkError, nearest
@@ -25,6 +26,8 @@ from pqk.spec.recipe import combo_of, ensure_built
 
 if TYPE_CHECKING:
     import torch
+
+    from pqk.spec.quant import Ptq
 
 SHIPPED = Path("models") / "dust3r-tiny"
 _RANDOM_CODE = ("pqk.models.checkpoint",)
@@ -107,17 +110,21 @@ def usable_backend(name: str) -> Backend:
     return backend
 
 
-def chosen_quantizer(backend: Backend, asked: str | None) -> str:
-    known = list(backend.quantizers())
+def chosen_quantizer(backend: Backend, asked: str | None, ptq: Ptq) -> str:
+    """The quantizer asked for, or the backend's first one. Raises PqkError for an unknown one, BackendError for what it
+    cannot do of `ptq`, and Unavailable when it is not installed."""
+    tools = backend.quantizers()
+    known = list(tools)
     if not known:
         raise PqkError(f"backend {backend.name!r} has no quantizer, so it cannot run stage Q")
-    if asked is None:
-        return known[0]
-    if asked not in known:
+    name = known[0] if asked is None else asked
+    if name not in known:
         raise PqkError(
-            f"unknown quantizer {asked!r}{nearest(asked, known)}; backend {backend.name} has {', '.join(known)}"
+            f"unknown quantizer {name!r}{nearest(name, known)}; backend {backend.name} has {', '.join(known)}"
         )
-    return asked
+    check_settings(tools[name], ptq, tools.values(), "quant.ptq.")
+    check_installed(tools[name])
+    return name
 
 
 def check_float_rest(asked: str, backend: Backend) -> None:

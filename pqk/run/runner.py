@@ -120,7 +120,7 @@ def _run(
     check_writable(root / "logs")
     backend = usable_backend(request.backend)
     recipe = card.recipe if request.recipe else ()
-    quantizer = chosen_quantizer(backend, request.quantizer) if "Q" in recipe else None
+    quantizer = chosen_quantizer(backend, request.quantizer, experiment.quant.ptq) if "Q" in recipe else None
     if request.quantizer and recipe and quantizer is None:
         raise PqkError(f"--quantizer {request.quantizer}: the recipe of card {card.id} does not quantize")
     ptq_asked = experiment.quant.ptq

@@ -284,10 +284,10 @@ def test_the_same_input_gives_the_same_bytes_in_another_process(kept, source, tm
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"bits_w": 2}, "cannot do W2A8"),
-        ({"weights": "per_tensor"}, "'per_channel' only"),
-        ({"symmetric_activations": False}, "symmetric only"),
-        ({"smooth_quant_alpha": 0.5}, "no SmoothQuant for ONNX graphs"),
+        ({"bits_w": 2}, "lowers to W8A8 or W4A16, not W2A8"),
+        ({"weights": "per_tensor"}, "weights is per_tensor, and the quantizer 'modelopt' takes per_channel alone"),
+        ({"symmetric_activations": False}, "takes true alone"),
+        ({"smooth_quant_alpha": 0.5}, "smooth_quant_alpha is 0.5, and the quantizer 'modelopt' takes null alone"),
         ({"weight_range": "halv"}, "did you mean 'half'?"),
         ({"calibration_samples": 0}, "at least 1"),
         ({"calibration_samples": 99}, "holds 4 items"),

@@ -1,0 +1,255 @@
+"""Post-training quantization with ModelOpt's torch mode: torch module and calibration feeds -> ONNX graph with Q/DQ.
+
+ModelOpt measures ranges while the module runs in torch at f32 (largest magnitude over the set), smooths linear layers
+when an alpha is given, and exports the rounding of each layer as Q/DQ pairs. It is told layer by layer what to
+quantize: its ready-made configurations leave out whatever is named like `proj_out` or `output`, and round the inputs of
+normalisations. The file is finished as that of the ONNX mode is (`backends.trt.modelopt`): weights are stored as int8,
+as MatMul reads them, and kept nodes read the float tensors again.
+
+Linear layers and convolutions are quantized. Attention (scores, Softmax, weighted sum) stays in float: in torch it is
+one function, which has no layer that ModelOpt could take.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from backends.base import BackendError, Feeds, Graph, QuantSpec, Source, Unavailable
+from backends.calibration import CalibrationItems
+from backends.exchange import export
+from backends.quantspec import check_common, check_installed, check_settings
+from backends.quiet import quiet
+from backends.trt.modelopt import (
+    NO_CORRECTION,
+    Report,
+    free_kept,
+    range_notes,
+    store_weights,
+    tidy,
+    write_graph,
+)
+from backends.trt.onnx_graph import CONVOLUTIONS, GROUPS, MATMULS, OnnxGraph, kept_nodes
+
+if TYPE_CHECKING:
+    import onnx
+    import torch
+
+MEND = 'pip install -e ".[trt]"'
+
+
+class ModelOptTorchQuantizer:
+    """ModelOpt's torch mode, int8, with SmoothQuant and weights per tensor. `report` tells of its last call."""
+
+    name = "modelopt-torch"
+    starts_from = "module"
+    sources: tuple[str, ...] = ("backends.trt.modelopt_torch",)  # and what it imports
+    needs = ("modelopt", "requests", "huggingface_hub")  # modelopt.torch imports the last two, and declares neither
+    mend = MEND
+    follows: Mapping[str, tuple[Any, ...]] = {
+        "weights": ("per_channel", "per_tensor"),
+        "activations": ("per_tensor",),
+        "symmetric_activations": (True,),
+    }
+
+    def __init__(self) -> None:
+        self.report = Report()
+
+    def notes(self) -> list[str]:
+        """Sentences on the last `quantize` that belong beside its results."""
+        return list(self.report.notes)
+
+    def quantize(self, source: Source, spec: QuantSpec, calibration: Iterable[Feeds]) -> Graph:
+        """Write `<spec.output_dir>/<source.name>.onnx` (and `.onnx.data` for large graphs) and return that graph.
+
+        A copy of `source.module` is quantized; the module is left as it was. Its nodes have the names of
+        `source.graph`, on which the keep-list is looked up. `calibration` is iterated once, items are used and dropped
+        one by one, and only the first `spec.calibration_samples` of them. The same input gives the same bytes.
+        Raises Unavailable when ModelOpt or what it imports is missing, and BackendError for a spec that it cannot
+        follow, a keep pattern that has no match or cannot be found in a traced module, and a calibration set that is
+        empty, too small or does not fit the inputs; nothing is written then.
+        """
+        import torch
+
+        _check(self, source, spec)
+        kept = _kept(source, spec.keep)
+        items = CalibrationItems(calibration, source.graph.inputs, spec.calibration_samples)
+        half = spec.weight_range == "half"  # as in ONNX mode: neither a GPU nor the emulation needs it
+        with quiet(), torch.no_grad():
+            prepared = _calibrated(source, spec, items)
+        spec.output_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{source.name}.", dir=spec.output_dir) as folder:
+            made = Path(folder) / "made.onnx"
+            example = {name: torch.as_tensor(value) for name, value in source.example.items()}
+            with quiet():
+                # How far rounding takes the outputs is no error of the export: any difference from torch is allowed.
+                export(prepared, example, source.output_names, made, exporter="torchscript", tolerance=math.inf)
+            del prepared
+            import onnx
+
+            model = onnx.load(str(made))
+            lift_scales(model)
+            free_kept(model, {*kept, *feeding_transposes(model, kept)})
+            store_weights(model, half)
+            turn_weights(model)
+            tidy(model)
+            graph = write_graph(model, source.name, Path(folder), spec.output_dir)
+            del model
+        found = OnnxGraph(graph.path)
+        touched = {n.name for n in found.work() if found.precision(n) == "int8"}
+        wrong = sorted(touched & kept.keys()) or sorted(kept.keys() - {n.name for n in found.work()})
+        if wrong:
+            raise BackendError(f"ModelOpt quantized or renamed kept nodes: {wrong[:3]}")
+        notes = ["attention stays in float", *range_notes(half)]
+        if spec.smooth_quant_alpha is not None:
+            notes.insert(0, f"linear layers are smoothed with alpha {spec.smooth_quant_alpha:g}")
+        if spec.bias_correction != "none":
+            notes.append(NO_CORRECTION)
+        heavy = tuple(n.name for n in found.work() if n.op_type in MATMULS | CONVOLUTIONS and n.name in touched)
+        self.report = Report(items.used, tuple(sorted(kept)), heavy, half, tuple(notes))
+        return graph
+
+
+def _check(quantizer: ModelOptTorchQuantizer, source: Source, spec: QuantSpec) -> None:
+    check_installed(quantizer)
+    check_settings(quantizer, spec)
+    check_common(spec, source)
+    alpha = spec.smooth_quant_alpha
+    if alpha is not None and not 0 <= alpha <= 1:
+        raise BackendError(f"smooth_quant_alpha must lie in [0, 1] or be null, got {alpha}")
+    if source.module is None or not source.example:
+        raise BackendError("ModelOpt's torch mode starts from a torch module and example inputs: give both")
+    have, want = list(source.example), [t.name for t in source.graph.inputs]
+    if have != want:
+        raise BackendError(f"the example's inputs {have} are not those of the graph, {want}")
+
+
+def _kept(source: Source, keep: Sequence[str]) -> dict[str, str]:
+    """Names and types of the kept nodes of the source's graph. Raises BackendError where the graph that will be made
+    has no node of such a name."""
+    graph = OnnxGraph(source.graph.path)
+    if graph.has_qdq():
+        raise BackendError(f"{source.graph.path.name} is quantized already")
+    for entry in keep:
+        # The tracing exporter, which this quantizer must use, names a node by its module: /blocks.0/fc1/MatMul.
+        strange = [name for name in kept_nodes(graph, [entry]) if not name.startswith("/")]
+        if entry not in GROUPS and strange:
+            raise BackendError(
+                f"keep entry {entry!r} names {strange[0]!r}, which no module's name can express, as ModelOpt's torch "
+                f"mode needs it: keep groups ({', '.join(GROUPS)}) alone, or take the quantizer modelopt"
+            )
+    # What a group protects is never quantized here, so it need not be found again by its name.
+    return {name: kind for name, kind in kept_nodes(graph, keep).items() if name.startswith("/")}
+
+
+def _calibrated(source: Source, spec: QuantSpec, items: CalibrationItems) -> torch.nn.Module:
+    """A copy of the source's module whose linear layers and convolutions round, with ranges of the whole set."""
+    import torch
+
+    try:
+        import modelopt.torch.quantization as mtq
+    except ImportError as error:
+        raise Unavailable(f"quantizer 'modelopt-torch' cannot run: {error}; {MEND}") from error
+    module = source.module
+    assert module is not None
+    # Smoothing changes weights in place; else the copy may share them, which spares a large model's memory.
+    shared: dict[int, Any] = {} if spec.smooth_quant_alpha is not None else {id(p): p for p in module.parameters()}
+    copied = copy.deepcopy(module, shared).eval()
+    names = list(source.example)
+
+    def run_set(model: torch.nn.Module) -> None:
+        for feeds in items:
+            model(*(torch.from_numpy(feeds[name]) for name in names))
+
+    smooth = {"method": "smoothquant", "alpha": spec.smooth_quant_alpha}
+    asked = {"quant_cfg": layers(copied, spec.weights), "algorithm": smooth if smooth["alpha"] is not None else "max"}
+    try:
+        return mtq.quantize(copied, asked, run_set)
+    except BackendError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise BackendError(f"ModelOpt cannot quantize {type(module).__name__}: {reason[0]}") from error
+
+
+def layers(module: torch.nn.Module, weights: str) -> list[dict[str, Any]]:
+    """ModelOpt's ordered list of what to quantize: nothing, then each linear layer and convolution by its full name.
+
+    Output channels are a weight's first axis, but the second one of a transposed convolution.
+    """
+    from torch import nn
+
+    turned = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
+    straight = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
+    found: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
+    for name, part in module.named_modules():
+        if not isinstance(part, straight | turned):
+            continue
+        first = name + "." if name else ""
+        axis = None if weights == "per_tensor" else int(isinstance(part, turned))
+        for kind, along in (("weight", axis), ("input", None)):
+            cfg = {"num_bits": 8, "axis": along}
+            found.append({"quantizer_name": f"{first}{kind}_quantizer", "cfg": cfg, "enable": True})
+    return found
+
+
+def lift_scales(model: onnx.ModelProto) -> None:
+    """Make initializers of the Constant nodes in which the exporter keeps scales and zero points."""
+    graph = model.graph
+    pairs = [node for node in graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    wanted = {name for node in pairs for name in node.input[1:]}
+    others = []
+    for node in graph.node:
+        if node.op_type == "Constant" and node.output[0] in wanted:
+            tensor = node.attribute[0].t
+            tensor.name = node.output[0]
+            graph.initializer.append(tensor)
+        else:
+            others.append(node)
+    _set_nodes(graph, others)
+
+
+def feeding_transposes(model: onnx.ModelProto, names: Iterable[str]) -> set[str]:
+    """Names of the Transpose nodes that turn weights of the nodes `names`."""
+    transposes = {node.output[0]: node.name for node in model.graph.node if node.op_type == "Transpose"}
+    wanted = set(names)
+    readers = [node for node in model.graph.node if node.name in wanted and node.op_type in MATMULS]
+    return {transposes[name] for node in readers for name in node.input if name in transposes}
+
+
+def turn_weights(model: onnx.ModelProto) -> None:
+    """Store int8 weights as MatMul reads them: of a dequantized weight's Transpose only the turned weight is left."""
+    from onnx import numpy_helper
+
+    graph = model.graph
+    stored = {tensor.name: tensor for tensor in graph.initializer}
+    maker = {node.output[0]: node for node in graph.node if node.op_type == "DequantizeLinear"}
+    renamed: dict[str, str] = {}
+    others = []
+    for node in graph.node:
+        dequantize = maker.get(node.input[0]) if node.op_type == "Transpose" else None
+        weight = stored.get(dequantize.input[0]) if dequantize is not None else None
+        if dequantize is None or weight is None or len(weight.dims) != 2:
+            others.append(node)
+            continue
+        turned = np.ascontiguousarray(numpy_helper.to_array(weight).T)
+        weight.CopyFrom(numpy_helper.from_array(turned, weight.name))
+        for attribute in dequantize.attribute:
+            if attribute.name == "axis":
+                attribute.i = 1 - attribute.i
+        renamed[node.output[0]] = dequantize.output[0]
+    for node in others:
+        for index, name in enumerate(node.input):
+            node.input[index] = renamed.get(name, name)
+    _set_nodes(graph, others)
+
+
+def _set_nodes(graph: onnx.GraphProto, nodes: list[onnx.NodeProto]) -> None:
+    del graph.node[:]
+    graph.node.extend(nodes)
