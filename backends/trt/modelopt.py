@@ -110,7 +110,7 @@ class ModelOptQuantizer:
                 ranges = largest_magnitudes(Path(folder) / "given.onnx", source.graph.inputs, tensors, items)
                 set_ranges(model, ranges)
                 tidy(model)
-            graph = _write(model, source.name, Path(folder), spec.output_dir)
+            graph = write_graph(model, source.name, Path(folder), spec.output_dir)
             del model
         found = OnnxGraph(graph.path)
         if number_format == "int4":
@@ -288,8 +288,11 @@ def tidy(model: onnx.ModelProto) -> None:
                 node.input[index] = renamed[name]
 
 
-def _write(model: onnx.ModelProto, name: str, folder: Path, target: Path) -> Graph:
-    """Write the finished graph, its data file first, and describe it. The same model gives the same bytes."""
+def write_graph(model: onnx.ModelProto, name: str, folder: Path, target: Path) -> Graph:
+    """Write a finished graph as `<target>/<name>.onnx`, its data file first, and describe it.
+
+    `folder` is for temporary files, on the same disk. The same model gives the same bytes.
+    """
     import onnx
 
     from backends.exchange import describe_onnx
