@@ -189,6 +189,6 @@ class _Weights:
         if made.data_location == onnx.TensorProto.EXTERNAL:
             onnx.external_data_helper.load_external_data_for_tensor(made, str(self._folder))
             del made.external_data[:]
-            made.data_location = onnx.TensorProto.DEFAULT
+            made.ClearField("data_location")
         made.name = f"{name}/float"
         return made
