@@ -1,7 +1,8 @@
 """Nodes of a Q/DQ graph back in float: the `Surgery` of TensorRT.
 
-A node reads the tensors from before their Q/DQ pairs and takes its weights from the float graph; other nodes that read
-the same Q/DQ pair keep reading it. Nodes are matched by name: ModelOpt keeps them.
+A node reads the tensors from before their Q/DQ pairs (and before the scale of SmoothQuant) and takes its weights from
+the float graph; other nodes that read the same Q/DQ pair keep reading it. Nodes are matched by name: ModelOpt keeps
+them.
 
 ONNX Runtime computes the outputs on the CPU, Q/DQ nodes as they are defined, as it does where TensorRT's engines are
 emulated; also where there is a device: that needs no plan for each set of nodes.
@@ -76,6 +77,7 @@ def _restore(graph: onnx.GraphProto, plain: Graph, names: set[str]) -> None:
     """Let the nodes `names` compute in float, as in `plain`, and drop what is no longer read."""
     weights = _Weights(plain)
     maker = {name: node for node in graph.node for name in node.output if name}
+    scales = _scales(graph, maker, weights)
     nodes: list[onnx.NodeProto] = []
     added: dict[str, onnx.TensorProto] = {}
     for node in list(graph.node):
@@ -85,7 +87,7 @@ def _restore(graph: onnx.GraphProto, plain: Graph, names: set[str]) -> None:
                 raise other_model(node.op_type, node.name)
             for index, name in enumerate(node.input):
                 if twin.input[index] in weights.live:
-                    node.input[index] = _unquantized(name, maker, nodes)
+                    node.input[index] = _unquantized(name, maker, scales, nodes)
                 elif _from_dequantize(name, maker):
                     tensor = added.setdefault(twin.input[index], weights.tensor(twin.input[index], node.name))
                     node.input[index] = tensor.name
@@ -103,9 +105,24 @@ def _from_dequantize(name: str, maker: dict[str, onnx.NodeProto]) -> bool:
     return node is not None and node.op_type == "DequantizeLinear"
 
 
-def _unquantized(name: str, maker: dict[str, onnx.NodeProto], nodes: list[onnx.NodeProto]) -> str:
-    """The tensor from before its Q/DQ pair. Moves between are made anew, as others may read the quantized ones; they
-    are appended to `nodes`."""
+def _scales(graph: onnx.GraphProto, maker: dict[str, onnx.NodeProto], weights: _Weights) -> dict[str, str]:
+    """Results of products by a constant that the float graph does not have, as SmoothQuant adds them, and the other
+    factor of each."""
+    constants = {tensor.name for tensor in graph.initializer}
+    found = {}
+    for node in graph.node:
+        if node.op_type == "Mul" and node.name not in weights.nodes:
+            fixed = [n in constants or (n in maker and maker[n].op_type == "Constant") for n in node.input]
+            if sorted(fixed) == [False, True]:
+                found[node.output[0]] = node.input[fixed.index(False)]
+    return found
+
+
+def _unquantized(
+    name: str, maker: dict[str, onnx.NodeProto], scales: dict[str, str], nodes: list[onnx.NodeProto]
+) -> str:
+    """The tensor from before its Q/DQ pair and its scale. Moves between are made anew, as others may read the quantized
+    ones; they are appended to `nodes`."""
     import onnx
 
     node = maker.get(name)
@@ -115,10 +132,11 @@ def _unquantized(name: str, maker: dict[str, onnx.NodeProto], nodes: list[onnx.N
         quantize = maker.get(node.input[0])
         if quantize is None or quantize.op_type != "QuantizeLinear":
             return name
-        return _unquantized(quantize.input[0], maker, nodes)  # a tensor may be quantized again behind a move
+        source = scales.get(quantize.input[0], quantize.input[0])
+        return _unquantized(source, maker, scales, nodes)  # a tensor may be quantized again behind a move
     if node.op_type not in MOVES:
         return name
-    sources = [_unquantized(source, maker, nodes) for source in node.input]
+    sources = [_unquantized(source, maker, scales, nodes) for source in node.input]
     if sources == list(node.input):
         return name
     made = f"{name}/float"

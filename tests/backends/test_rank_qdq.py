@@ -125,61 +125,62 @@ def test_the_node_that_hurts_is_ranked_first(kept, source, tmp_path):
     assert {name for share in nodes for name in share.nodes} == set(groups[0].nodes)
 
 
-def shared_pair(folder):
-    """y = (x w), z = (x v); one Q/DQ pair feeds both matmuls, one of them behind a second pair and a Transpose."""
-    helper, numpy_helper, kinds = onnx.helper, onnx.numpy_helper, onnx.TensorProto
+def shared_pairs(folder):
+    """y = x w, z = x' v, u = x v. One Q/DQ pair of x feeds the last two, the second by a Transpose and another pair.
+
+    The first is smoothed: its pair holds x / 2 and its weights are 2 w.
+    """
+    helper, kinds = onnx.helper, onnx.TensorProto
     random = np.random.default_rng(0)
     w, v = (random.standard_normal((8, 8)).astype(np.float32) for _ in range(2))
-    step, zero = np.float32(0.05), np.int8(0)
-    constants = {"w": w, "v": v, "step": step, "zero": zero, "w8": np.clip(np.rint(w / step), -127, 127)}
-    constants |= {"v8": np.clip(np.rint(v / step), -127, 127)}
-    tensors = {
-        name: numpy_helper.from_array(np.asarray(value, np.int8 if name in ("w8", "v8", "zero") else None), name)
-        for name, value in constants.items()
-    }
-
-    def node(kind, inputs, output, name=""):
-        return helper.make_node(kind, inputs, [output], name or f"{kind}/{output}")
+    step = np.float32(0.05)
+    stored = {name: np.clip(np.rint(value / step), -127, 127) for name, value in {"w8": 2 * w, "v8": v}.items()}
+    constants = {"w": w, "v": v, "step": step, "half": np.float32(0.5), "zero": np.int8(0)}
+    constants |= {name: value.astype(np.int8) for name, value in stored.items()}
 
     def pair(name):
         return [
-            node("QuantizeLinear", [name, "step", "zero"], f"{name}q"),
-            node("DequantizeLinear", [f"{name}q", "step", "zero"], f"{name}d"),
+            helper.make_node("QuantizeLinear", [name, "step", "zero"], [f"{name}q"], f"{name}/Q"),
+            helper.make_node("DequantizeLinear", [f"{name}q", "step", "zero"], [f"{name}d"], f"{name}/DQ"),
         ]
 
-    values = {n: helper.make_tensor_value_info(n, kinds.FLOAT, [8, 8]) for n in "xyz"}
+    def weight(name):
+        return helper.make_node("DequantizeLinear", [f"{name}8", "step", "zero"], [f"{name}d"], f"{name}/DQ")
 
-    def write(name, nodes, used):
-        graph = helper.make_graph(nodes, "g", [values["x"]], [values["y"], values["z"]], [tensors[u] for u in used])
+    def values(names):
+        return [helper.make_tensor_value_info(name, kinds.FLOAT, [8, 8]) for name in names]
+
+    def write(name, nodes):
+        read = {i for node in nodes for i in node.input}
+        used = [onnx.numpy_helper.from_array(np.asarray(a), n) for n, a in constants.items() if n in read]
+        graph = helper.make_graph(nodes, "g", values("x"), values("yzu"), used)
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=10)
         onnx.save_model(model, str(folder / f"{name}.onnx"))
         return describe_onnx(folder / f"{name}.onnx")
 
-    plain = [
-        node("MatMul", ["x", "w"], "y", "/a/first"),
-        node("Transpose", ["x"], "t", "/a/turn"),
-        node("MatMul", ["t", "v"], "z", "/a/second"),
-    ]
-    ints = [
-        *pair("x"),
-        node("DequantizeLinear", ["w8", "step", "zero"], "wd"),
-        node("DequantizeLinear", ["v8", "step", "zero"], "vd"),
-        node("MatMul", ["xd", "wd"], "y", "/a/first"),
-        node("Transpose", ["xd"], "t", "/a/turn"),
-        *pair("t"),
-        node("MatMul", ["td", "vd"], "z", "/a/second"),
-    ]
-    return write("plain", plain, ["w", "v"]), write("ints", ints, ["step", "zero", "w8", "v8"])
+    def work(first, second, turn, third, weights):
+        return [
+            helper.make_node("MatMul", [first, weights[0]], ["y"], "/a/first"),
+            helper.make_node("Transpose", [turn], ["t"], "/a/turn"),
+            *(pair("t") if second != "t" else []),
+            helper.make_node("MatMul", [second, weights[1]], ["z"], "/a/second"),
+            helper.make_node("MatMul", [third, weights[1]], ["u"], "/a/third"),
+        ]
+
+    smooth = helper.make_node("Mul", ["x", "half"], ["s"], "/a/smooth")
+    before = [smooth, *pair("s"), *pair("x"), weight("w"), weight("v")]
+    ints = [*before, *work("sd", "td", "xd", "xd", ("wd", "vd"))]
+    return write("plain", work("x", "t", "x", "x", ("w", "v"))), write("ints", ints)
 
 
-@pytest.mark.parametrize(("name", "output"), [("/a/first", "y"), ("/a/second", "z")])
+@pytest.mark.parametrize(("name", "output"), [("/a/first", "y"), ("/a/second", "z"), ("/a/third", "u")])
 def test_other_readers_of_a_pair_stay_quantized(name, output, tmp_path):
-    plain, ints = shared_pair(tmp_path)
+    plain, ints = shared_pairs(tmp_path)
     surgery = QDQSurgery(ints, plain)
-    assert surgery.nodes == ("/a/first", "/a/second")
+    assert surgery.nodes == ("/a/first", "/a/second", "/a/third")
     feeds = [{"x": np.random.default_rng(1).standard_normal((8, 8)).astype(np.float32)}]
     (want,), (int8,), (mixed,) = surgery.infer_plain(feeds), surgery.infer((), feeds), surgery.infer([name], feeds)
-    for each in ("y", "z"):
+    for each in ("y", "z", "u"):
         assert not np.array_equal(want[each], int8[each])
         np.testing.assert_array_equal(mixed[each], (want if each == output else int8)[each])
 
