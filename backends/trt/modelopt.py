@@ -289,10 +289,7 @@ def tidy(model: onnx.ModelProto) -> None:
 
 
 def write_graph(model: onnx.ModelProto, name: str, folder: Path, target: Path) -> Graph:
-    """Write a finished graph as `<target>/<name>.onnx`, its data file first, and describe it.
-
-    `folder` is for temporary files, on the same disk. The same model gives the same bytes.
-    """
+    """Write the finished graph, its data file first, and describe it. The same model gives the same bytes."""
     import onnx
 
     from backends.exchange import describe_onnx
