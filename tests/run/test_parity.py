@@ -101,18 +101,11 @@ def check_explained(found: dict[str, Any], root: Path) -> None:
     assert found["sentence"] in (root / "reports" / "parity" / "B1.md").read_text()
 
 
-@pytest.mark.parametrize("quantizer", ["nncf", "inc"])
-def test_explain_ranks_the_parts_and_proves_the_worst(
-    quantizer: str, compared: tuple[Path, Outcome], tiny_model: Path
-) -> None:
-    if quantizer == "inc":
-        pytest.importorskip("neural_compressor", reason="needs Intel Neural Compressor: pip install 'pqk[inc]'")
-        pytest.importorskip("torchao", reason="needs torchao: pip install 'pqk[inc]'")
+def test_explain_ranks_the_parts_and_proves_the_worst(compared: tuple[Path, Outcome], tiny_model: Path) -> None:
     root, _ = compared
-    asked = ("parity", "B1", "--backends", "openvino", "--quantizers", quantizer, "--json")
-    outcome = pqk(root, *asked, "--explain", "--model", tiny_model)
+    outcome = pqk(root, *PARITY, "--explain", "--model", tiny_model)
     assert outcome.code == 0, outcome.err
-    found = data(outcome)["explanation"][f"openvino/{quantizer}"]
+    found = data(outcome)["explanation"]["openvino/nncf"]
     check_explained(found, root)
     assert found["parted"] == {"encoder": None, "decoder": None}
     proof = found["proof"]
