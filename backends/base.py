@@ -1,7 +1,8 @@
 """Contracts of the toolchains: what a graph, a quantizer, an engine and a backend are.
 
-A backend must provide: `name`, `availability()`, `quantizers()`, `float_precisions()`,
-`compile(graph, precision, options)`, `kept_in_int8(engine, keep, kernels)`.
+A backend must provide: `name`, `sources`, `availability()`, `quantizers()`, `float_precisions()`,
+`compile(graph, precision, options)`, `kept_in_int8(engine, keep, kernels)`. What it may leave out is read through
+`baselines_of`, `rests_of` and `surgery_of`, which say what its absence means.
 A quantizer must provide: `name`, `quantize(source, spec, calibration)`.
 An engine must provide: `_infer(feeds)`, `kernels()`, `close()`; everything else is inherited.
 Everything here imports without any vendor package.
@@ -16,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 import numpy as np
 
@@ -132,7 +133,10 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Availability:
-    """Whether a backend can run here: devices and versions, or the reason it cannot and the command that mends it."""
+    """Whether a backend can run here: devices and versions, or the reason it cannot and the command that mends it.
+
+    `emulated`: it can, but another runtime computes in place of its engines, so nothing is timed.
+    """
 
     available: bool
     devices: tuple[str, ...] = ()
@@ -140,6 +144,7 @@ class Availability:
     details: Mapping[str, str] = field(default_factory=dict)
     reason: str = ""
     mend: str = ""
+    emulated: bool = False
 
 
 class Engine(ABC):
@@ -210,9 +215,8 @@ class Quantizer(Protocol):
 class Backend(Protocol):
     """A toolchain: quantizes, compiles and runs graphs. Knows nothing of models, cards or logs.
 
-    `sources` names the Python modules whose code decides what its engines compute and report, for caches. Optional:
-    `baselines()`, those of its float precisions that are worth a row of results (all when absent), and `rests`, those
-    in which a quantized graph may compute the rest (all when absent).
+    `sources` names the Python modules whose code decides what its engines compute and report, for caches. Optional
+    members: see `baselines_of`, `rests_of` and `surgery_of`.
     """
 
     name: str
@@ -229,6 +233,51 @@ class Backend(Protocol):
     def kept_in_int8(self, engine: Engine, keep: Sequence[str], kernels: Sequence[Kernel]) -> list[Kernel]:
         """Kernels of `engine` that ran a node of the keep-list in int8; empty when the list was honoured."""
         ...
+
+
+class Surgery(Protocol):
+    """Puts single nodes of a quantized graph back to float: what the ranking of nodes and mixed precision need.
+
+    Made of the quantized graph and of the float graph that it was quantized from. `nodes`: names of the nodes that
+    compute with quantized values, in topological order, as patterns of a keep-list find them. `sources`: as of
+    `Backend`. Raises BackendError for a name that is none of these, and for graphs that do not belong together.
+    """
+
+    sources: ClassVar[tuple[str, ...]]
+    nodes: tuple[str, ...]
+
+    def __init__(self, quantized: Graph, plain: Graph) -> None: ...
+
+    def infer_plain(self, feeds: Sequence[Feeds]) -> list[Feeds]:
+        """Outputs of the float graph for each item, in f32."""
+        ...
+
+    def infer(self, floats: Iterable[str], feeds: Sequence[Feeds]) -> list[Feeds]:
+        """Outputs of the quantized graph with the nodes `floats` in float; what is not quantized computes in f32.
+
+        Holds no activations but the outputs when it returns.
+        """
+        ...
+
+    def write(self, floats: Iterable[str], target: Path) -> Graph:
+        """Write that graph to `target`, given without a suffix, and return it."""
+        ...
+
+
+def baselines_of(backend: Backend) -> list[Precision]:
+    """Float precisions that are worth a row of results: its `baselines()`, all of them where it has none."""
+    return [Precision(p) for p in getattr(backend, "baselines", backend.float_precisions)()]
+
+
+def rests_of(backend: Backend) -> list[Precision]:
+    """Precisions in which its quantized graphs may compute the rest: its `rests`, all float ones where it has none."""
+    return [Precision(p) for p in getattr(backend, "rests", None) or backend.float_precisions()]
+
+
+def surgery_of(backend: Backend) -> type[Surgery] | None:
+    """What puts nodes of its quantized graphs back to float: the class that its `surgery()` returns; None without."""
+    found: type[Surgery] | None = getattr(backend, "surgery", lambda: None)()
+    return found
 
 
 def lowered_to(quantizer: Quantizer, bits_w: int, bits_a: int) -> str:

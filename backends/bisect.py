@@ -9,11 +9,15 @@ other kernels than the whole one: a fault of a fused kernel can vanish when one 
 the last tensors that agree and the first that differs are reported together, as `fused`. And errors can build up over
 many nodes until one crosses the tolerance. So what was found is run again alone, on the same inputs on both sides:
 `Difference.alone` tells whether it is the culprit or only the last drop.
+
+Memory holds the nodes of both graphs, one engine, and the tensors that are compared (`max_bytes`). Weights lie in a
+file: the graph's own, or a temporary one that all cuts refer to.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import os
 import tempfile
@@ -30,6 +34,7 @@ if TYPE_CHECKING:
     import onnx
 
 Run = Callable[[Graph], Engine]
+_SMALL = 1024  # bytes of a constant that stays with the nodes: it may hold a shape
 _GRID = 16  # tensors made visible in one round
 _FLOATS = {"float32", "float16", "float64"}
 _SHAPES = {"Shape", "Size"}  # their values do not depend on the values of what they look at
@@ -93,7 +98,8 @@ def first_difference(
     function gets parts of the graph too; those of a Q/DQ graph that hold no quantized node (see `quantizes`) as well.
     `max_bytes` bounds the activations that are held at once, over all `feeds`; a single tensor may exceed it.
     `folder`: where temporary graphs are written; by default beside graph a if its weights lie in a file of their own
-    (which is linked, never copied: so it must be the same file system), else the system's temporary folder.
+    (which is linked, never copied: so it must be the same file system), else the system's temporary folder, which then
+    gets a copy of the weights.
     Raises BackendError when a graph is not ONNX, there are no feeds, or the two graphs share no output.
     """
     if not feeds:
@@ -102,7 +108,11 @@ def first_difference(
         folder = graph_a.path.parent
     with tempfile.TemporaryDirectory(prefix=".bisect-", dir=folder) as made:
         a = _Side(graph_a, run_a, Path(made) / "a")
-        b = _Side(graph_b, run_b, Path(made) / "b")
+        if graph_b == graph_a:
+            b = copy.copy(a)
+            b.run = run_b
+        else:
+            b = _Side(graph_b, run_b, Path(made) / "b")
         return _Search(a, b, feeds, tolerance, max_bytes).find()
 
 
@@ -124,15 +134,21 @@ class _Side:
             raise BackendError(f"{graph.path.name} is no ONNX graph: only those can be bisected")
         self.graph, self.run, self.folder = graph, run, folder
         folder.mkdir()
+        for data in graph.files()[1:]:
+            os.link(data.resolve(), folder / data.name)
         self.model = onnx.load(str(graph.path), load_external_data=False)
+        if len(graph.files()) == 1:  # otherwise each cut would hold the weights once more, and write them
+            path = folder / graph.path.name
+            onnx.save_model(
+                self.model, str(path), save_as_external_data=True, location=f"{path.name}.data", size_threshold=_SMALL
+            )
+            self.model = onnx.load(str(path), load_external_data=False)
         self.constants = {t.name: t for t in self.model.graph.initializer}
         self.nodes = list(self.model.graph.node)
         self.maker = {name: index for index, node in enumerate(self.nodes) for name in node.output if name}
         self.fed = {t.name: t for t in graph.inputs}
         self.infos = self._infos()
         self.live = self._live()
-        for data in graph.files()[1:]:
-            os.link(data.resolve(), folder / data.name)
 
     def _infos(self) -> dict[str, TensorInfo]:
         """Shape and dtype of every tensor whose shape is known."""
@@ -218,7 +234,7 @@ class _Side:
         place = {entry.key: entry.value for entry in tensor.external_data}
         dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
         count = math.prod(tensor.dims)
-        data = self.graph.path.parent / place["location"]
+        data = self.folder / place["location"]
         return np.fromfile(data, dtype, count, offset=int(place.get("offset", 0))).reshape(tensor.dims)
 
 

@@ -80,7 +80,9 @@ def parity(
     seed: Annotated[int | None, typer.Option(min=0, help="train and evaluation seed")] = None,
     setting: Annotated[list[str] | None, typer.Option("--set", help="override one value, as in `pqk run`")] = None,
     fresh: Annotated[bool, typer.Option(help="make everything anew, reuse nothing")] = False,
-    explain: Annotated[bool, typer.Option("--explain", help="rank the nodes of openvino/nncf by their error")] = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="rank the nodes of each quantized run by their error")
+    ] = False,
     json_line: Annotated[bool, typer.Option("--json", help="print everything as one JSON object, last line")] = False,
 ) -> None:
     """One recipe on every toolchain: quality, speed and how far the outputs are apart, with a verdict per level.
@@ -105,8 +107,8 @@ def tune(
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help="the tuned file; default: reports/tune/CARD.quant.yaml")
     ] = None,
-    backend: Annotated[str, typer.Option(help="only openvino can be tuned")] = "openvino",
-    quantizer: Annotated[str, typer.Option(help="only nncf can be tuned")] = "nncf",
+    backend: Annotated[str, typer.Option(help="one whose engines run here: emulated ones have no time")] = "openvino",
+    quantizer: Annotated[str | None, typer.Option(help="quantizer of the backend; default: its first")] = None,
     model: Annotated[str | None, typer.Option(help="as in `pqk run`; default: the shipped one")] = None,
     scenes: Annotated[Path | None, typer.Option(help="folder of scenes with ground truth")] = None,
     images: Annotated[Path | None, typer.Option(help="folder of photographs")] = None,

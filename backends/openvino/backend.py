@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
-from backends.base import Availability, BackendError, Engine, Graph, Kernel, Precision, Quantizer, Unavailable
+from backends.base import Availability, BackendError, Engine, Graph, Kernel, Precision, Quantizer, Surgery, Unavailable
 from backends.openvino.cpu import instruction_sets
 
 MEND = 'pip install -e ".[openvino]"'
@@ -70,6 +70,12 @@ class OpenVINOBackend:
         if not isinstance(engine, OpenVINOEngine):
             raise BackendError(f"the keep-list of {type(engine).__name__} cannot be checked by OpenVINO")
         return check_keep(engine, keep, kernels)
+
+    def surgery(self) -> type[Surgery]:
+        """Nodes of NNCF's and of INC's graphs go back to float in the IR."""
+        from backends.openvino.rank import IRSurgery
+
+        return IRSurgery
 
     def _require(self) -> None:
         found = self.availability()

@@ -1,196 +1,71 @@
-"""Which quantized nodes cause how much of an int8 graph's error: one node, or one group, goes back to float at a time.
+"""Nodes of a quantized IR back in float: the `Surgery` of OpenVINO.
 
-A node goes back to float by surgery on the IR that NNCF wrote: it reads its activations from before their
-FakeQuantize (and before the scale of SmoothQuant), takes its weights from the float graph, and the bias behind it
-loses NNCF's correction. Other nodes that read the same quantized tensor keep reading it. Nodes are matched by name:
-the float graph is read through the same passes as the quantizer reads it.
+A node reads its activations from before their FakeQuantize and takes its weights from the float graph; other nodes that
+read the same quantized tensor keep reading it. The two quantizers leave different traces:
+
+- NNCF's IR is the float graph, read through the same passes, with changes: nodes are matched by name, the scale of
+  SmoothQuant before a FakeQuantize is passed by too, and the bias behind a node loses its correction.
+- INC's IR comes from the torch program, whose modules and matmuls are named and laid out otherwise than in the ONNX
+  file. It changes nothing but weights and activations, so only weights are looked up: the float constant that rounds to
+  the stored integers, as it is or transposed. Where a FakeQuantize begins at 0, OpenVINO's reader has merged a ReLU
+  into it, which comes back.
 """
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from backends.base import BackendError, Feeds, Graph, nearest
+from backends.base import BackendError, Feeds, Graph
 from backends.openvino.engine import read_model, write_ir
 from backends.openvino.flops import CONVOLUTIONS, MATMULS, live_operations
 from backends.openvino.nncf import name_nodes
 from backends.openvino.passes import fold_constants, share_constants
+from backends.rank import check_names, other_model
 
 if TYPE_CHECKING:
     import openvino as ov
 
-After = Callable[[list[Feeds]], list[Feeds]]
-Progress = Callable[[int, int, str], None]
 _HEAVY = MATMULS | CONVOLUTIONS
 # Operations that quantizers move across: they are neither quantized themselves nor do they stop the way to a consumer.
 _PASSING = {"Reshape", "Transpose", "Concat", "Split", "VariadicSplit", "Gather", "Slice", "StridedSlice", "Squeeze"}
 _PASSING |= {"Unsqueeze", "MaxPool", "Relu", "Broadcast", "Convert", "Interpolate", "Pad"}
+_HALF_STEP = 0.502  # of an integer's step: how far a value may lie from what it was rounded to
 
 
-@dataclass(frozen=True)
-class NodeShare:
-    """What a node (or a group of nodes) costs: `share` of the int8 error is gone when it alone computes in float.
+class IRSurgery:
+    """See `backends.base.Surgery`. Memory holds the float graph's weights, and one changed model at a time."""
 
-    share = (error_all - error_without) / error_all. Errors are those of `mean_error`. Roundings flip when anything
-    changes, so a node without influence shows a small share of either sign, and shares need not add up to 1.
-    """
+    sources: ClassVar[tuple[str, ...]] = ("backends.openvino.rank",)
 
-    name: str
-    nodes: tuple[str, ...]
-    share: float
-    error_all: float
-    error_without: float
+    def __init__(self, quantized: Graph, plain: Graph) -> None:
+        self._graph, self._plain = quantized, plain
+        self._original = _read_float(plain)
+        self.nodes = tuple(_quantized(read_model(quantized.path)))
 
+    def infer_plain(self, feeds: Sequence[Feeds]) -> list[Feeds]:
+        return _run(self._original, feeds, self._plain)
 
-def quantized_nodes(int8_ir: Graph) -> list[str]:
-    """Names of the nodes that compute on quantized activations, in topological order."""
-    return list(_quantized(read_model(int8_ir.path)))
+    def infer(self, floats: Iterable[str], feeds: Sequence[Feeds]) -> list[Feeds]:
+        return _run(self._with(floats), feeds, self._graph)
 
+    def write(self, floats: Iterable[str], target: Path) -> Graph:
+        model = self._with(floats)
+        share_constants(model)
+        return write_ir(model, target.with_name(f"{target.name}.xml"))
 
-def node_groups(names: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Nodes by the part of the model they belong to, in order of their first node.
-
-    The part is the name up to its first numbered block ('/dec_blocks.7/attn/proj/MatMul' -> 'dec_blocks.7'), else its
-    first component ('/downstream_head1/dpt/head.0/Conv' -> 'downstream_head1'). A name without components belongs to
-    the node before it; where no name has any, as other exporters write them, runs of about sqrt(count) are groups.
-    """
-    scoped = [name for name in names if "/" in name.strip("/")]
-    groups: dict[str, list[str]] = {}
-    if scoped:
-        part = _part(scoped[0])
-        for name in names:
-            part = _part(name) if "/" in name.strip("/") else part
-            groups.setdefault(part, []).append(name)
-    else:
-        size = math.isqrt(max(len(names) - 1, 0)) + 1
-        for k in range(0, len(names), size):
-            run = names[k : k + size]
-            groups[f"{run[0]} .. {run[-1]}"] = list(run)
-    return {name: tuple(members) for name, members in groups.items()}
-
-
-def _part(name: str) -> str:
-    parts = name.strip("/").split("/")
-    end = next((i for i, part in enumerate(parts[:-1]) if re.search(r"(block|layer|stage)s?\d*\.\d+$", part)), 0)
-    return "/".join(parts[: end + 1])
-
-
-def rank_nodes(
-    float_graph: Graph,
-    int8_ir: Graph,
-    feeds: Sequence[Feeds],
-    reference: Sequence[Feeds] | None = None,
-    names: Iterable[str] | Mapping[str, Sequence[str]] | None = None,
-    after: After | None = None,
-    progress: Progress | None = None,
-) -> list[NodeShare]:
-    """Shares of the int8 error, the largest first.
-
-    feeds: inputs of the graph, one or two suffice. reference: what the outputs are compared with, one item for each
-    item that is compared; by default the float graph's outputs in f32. names: nodes, or groups of nodes by name; by
-    default every quantized node. after: computes what is compared from the outputs of all feeds (for an encoder, the
-    decoder's outputs), so that errors of several graphs share one scale. progress: called with done, total and name
-    before each measurement.
-    Everything unquantized computes in f32. Memory holds one model with one set of changes at a time, and no
-    activations but the outputs. Raises BackendError for an unknown name, no feeds, or graphs that do not belong
-    together.
-    """
-    if not feeds:
-        raise BackendError("there is nothing to rank on: no feeds")
-    original = _read_float(float_graph)
-    if reference is None:
-        reference = _compared(_run(original, feeds, float_graph), after)
-    known = _quantized(read_model(int8_ir.path))
-    groups = _as_groups(names, list(known))
-    _check_names([name for members in groups.values() for name in members], known, int8_ir)
-
-    def error(floats: Sequence[str]) -> float:
-        model = read_model(int8_ir.path)
-        _restore(model, original, floats)
-        return mean_error(_compared(_run(model, feeds, int8_ir), after), reference)
-
-    total = len(groups) + 1
-    if progress:
-        progress(0, total, "all nodes in int8")
-    error_all = error(())
-    shares = []
-    for done, (name, members) in enumerate(groups.items(), 1):
-        if progress:
-            progress(done, total, name)
-        without = error(members)
-        share = (error_all - without) / error_all if error_all else 0.0
-        shares.append(NodeShare(name, tuple(members), share, error_all, without))
-    return sorted(shares, key=lambda item: -item.share)
-
-
-def rank_by_groups(
-    float_graph: Graph,
-    int8_ir: Graph,
-    feeds: Sequence[Feeds],
-    reference: Sequence[Feeds] | None = None,
-    detail: int = 3,
-    least: float = 0.02,
-    after: After | None = None,
-    progress: Progress | None = None,
-) -> tuple[list[NodeShare], list[NodeShare]]:
-    """Shares of the groups of `node_groups`, then of the single nodes of the `detail` worst groups; both sorted.
-
-    Groups with a share below `least` are not looked into. The other arguments are those of `rank_nodes`.
-    """
-    if reference is None:
-        reference = _compared(_run(_read_float(float_graph), feeds, float_graph), after)
-    groups = node_groups(quantized_nodes(int8_ir))
-    ranked = rank_nodes(float_graph, int8_ir, feeds, reference, groups, after, progress)
-    chosen = [name for group in ranked[:detail] if group.share >= least for name in group.nodes]
-    if not chosen:
-        return ranked, []
-    return ranked, rank_nodes(float_graph, int8_ir, feeds, reference, chosen, after, progress)
-
-
-def with_float_nodes(int8_ir: Graph, float_graph: Graph, names: Iterable[str], out: Path) -> Graph:
-    """Write the int8 graph with the nodes `names` back in float to `out` (`.xml`), and return that graph.
-
-    Raises BackendError for a name that is no quantized node, or graphs that do not belong together.
-    """
-    names = list(names)
-    model = read_model(int8_ir.path)
-    _check_names(names, _quantized(model), int8_ir)
-    _restore(model, _read_float(float_graph), names)
-    share_constants(model)
-    return write_ir(model, out)
-
-
-def mean_error(got: Sequence[Feeds], want: Sequence[Feeds]) -> float:
-    """Mean over all outputs and items of mean|got - want| / mean|want|; infinite when a value is not finite."""
-    if len(got) != len(want):
-        raise BackendError(f"{len(got)} results cannot be compared with {len(want)}")
-    errors = []
-    for ours, theirs in zip(got, want, strict=True):
-        for name, reference in theirs.items():
-            scale = float(np.mean(np.abs(reference), dtype=np.float64))
-            apart = float(np.mean(np.abs(ours[name] - reference), dtype=np.float64))
-            errors.append((apart / scale if scale else math.inf) if apart else 0.0)
-    found = float(np.mean(errors))
-    return found if math.isfinite(found) else math.inf
-
-
-def _as_groups(names: Iterable[str] | Mapping[str, Sequence[str]] | None, known: list[str]) -> dict[str, list[str]]:
-    if isinstance(names, Mapping):
-        return {name: list(members) for name, members in names.items()}
-    return {name: [name] for name in (known if names is None else names)}
-
-
-def _check_names(names: Iterable[str], known: Mapping[str, Any], graph: Graph) -> None:
-    for name in names:
-        if name not in known:
-            raise BackendError(f"{graph.path.name} has no quantized node {name!r}{nearest(name, known)}")
+    def _with(self, floats: Iterable[str]) -> ov.Model:
+        names = list(floats)
+        check_names(names, self.nodes, self._graph.path.name)
+        model = read_model(self._graph.path)
+        if model.has_rt_info(["nncf"]):
+            _restore(model, self._original, names)
+        else:
+            _restore_by_value(model, self._original, names)
+        return model
 
 
 def _read_float(graph: Graph) -> ov.Model:
@@ -201,10 +76,6 @@ def _read_float(graph: Graph) -> ov.Model:
     fold_constants(model)
     name_nodes(model)
     return model
-
-
-def _compared(outputs: list[Feeds], after: After | None) -> list[Feeds]:
-    return after(outputs) if after else outputs
 
 
 def _run(model: ov.Model, feeds: Sequence[Feeds], graph: Graph) -> list[Feeds]:
@@ -255,7 +126,7 @@ def _restore(model: ov.Model, original: ov.Model, names: Iterable[str]) -> None:
     for name in names:
         node, float_node = ours[name], theirs.get(name)
         if float_node is None or float_node.get_type_name() != node.get_type_name():
-            raise BackendError(f"the float graph has no {node.get_type_name()} {name!r}: it is of another model")
+            raise other_model(node.get_type_name(), name)
         for index, (port, value) in enumerate(zip(node.inputs(), float_node.input_values(), strict=True)):
             source = value.get_node()
             if source.get_friendly_name() in live or source.get_type_name() == "Parameter":
@@ -265,17 +136,61 @@ def _restore(model: ov.Model, original: ov.Model, names: Iterable[str]) -> None:
         _restore_bias(node, theirs)
 
 
-def _unquantized(value: ov.Output, theirs: Mapping[str, ov.Node]) -> ov.Output:
-    """The same tensor from before its quantization: FakeQuantize and what NNCF inserted are passed by.
+def _restore_by_value(model: ov.Model, original: ov.Model, names: Iterable[str]) -> None:
+    """As `_restore`, for a model whose nodes are not those of `original` but whose weights are."""
+    ours = {op.get_friendly_name(): op for op in model.get_ops()}
+    live = {op.get_friendly_name() for op in live_operations(model)}
+    weights = [op for op in original.get_ops() if op.get_type_name() == "Constant" and len(op.get_output_shape(0)) > 1]
+    for name in names:
+        for port in ours[name].inputs():
+            value = port.get_source_output()
+            if value.get_node().get_friendly_name() in live:
+                port.replace_source_output(_unquantized(value, None))
+            elif value.get_node().get_type_name() == "Multiply":
+                port.replace_source_output(_rounded_from(value.get_node(), weights, name).output(0))
 
-    Moves between are made anew, as others may read the quantized ones.
+
+def _rounded_from(dequantized: ov.Node, weights: Sequence[ov.Node], reader: str) -> ov.Node:
+    """A copy of the float weight that rounds to the stored integers of Multiply(Convert(integers), scale)."""
+    import openvino.opset13 as ops
+
+    convert, scale = (value.get_node() for value in dequantized.input_values())
+    integers = convert.input_value(0).get_node() if convert.get_type_name() == "Convert" else convert
+    if {integers.get_type_name(), scale.get_type_name()} != {"Constant"}:
+        raise BackendError(f"{reader!r}: its weights are no scaled integers")
+    stored, step = integers.get_data(), scale.get_data()
+    steps = np.broadcast_to(step, stored.shape)
+
+    def rounds(weight: np.ndarray, rows: slice) -> bool:
+        apart = np.abs(weight[rows] - stored[rows] * steps[rows])
+        return bool((apart <= _HALF_STEP * steps[rows]).all())
+
+    for node in weights:
+        weight = node.get_data()
+        for turned in (weight, weight.T) if weight.ndim == 2 else (weight,):
+            # The first row tells nearly all others apart.
+            if turned.shape == stored.shape and rounds(turned, slice(1)) and rounds(turned, slice(None)):
+                made = ops.constant(np.ascontiguousarray(turned))
+                made.set_friendly_name(node.get_friendly_name())
+                return made
+    raise BackendError(f"the float graph has no weight that rounds to that of {reader!r}: it is of another model")
+
+
+def _unquantized(value: ov.Output, theirs: Mapping[str, ov.Node] | None) -> ov.Output:
+    """The same tensor from before its quantization: FakeQuantize is passed by, and scales that are not in `theirs`.
+
+    Moves between are made anew, as others may read the quantized ones. `theirs` None: a graph of INC.
     """
+    import openvino.opset13 as ops
     from openvino.utils.node_factory import NodeFactory
 
     node = value.get_node()
     kind = node.get_type_name()
-    if kind == "FakeQuantize" or (kind == "Multiply" and node.get_friendly_name() not in theirs):
-        return _unquantized(node.input_value(0), theirs)
+    scale = theirs is not None and kind == "Multiply" and node.get_friendly_name() not in theirs
+    if kind == "FakeQuantize" or scale:
+        source = _unquantized(node.input_value(0), theirs)
+        merged = theirs is None and not node.input_value(1).get_node().get_data().any()
+        return ops.relu(source).output(0) if merged else source
     if kind not in _PASSING:
         return value
     before = list(node.input_values())

@@ -8,7 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from backends.base import Availability, BackendError, Engine, Graph, Kernel, Precision, Quantizer, Unavailable
+from backends.base import Availability, BackendError, Engine, Graph, Kernel, Precision, Quantizer, Surgery, Unavailable
 
 MEND = 'pip install -e ".[trt]", or use --backend openvino'
 AHEAD_OF_TIME = "builds engines ahead of time; no CUDA device: quality is emulated by ONNX Runtime, nothing is timed"
@@ -66,7 +66,7 @@ class TensorRTBackend:
             details["cpu"] = _cpu_name()
             details["can"] = AHEAD_OF_TIME
         devices = tuple(d.name for d in here) or ("CPU (emulated)",)
-        return Availability(available=True, devices=devices, versions=_versions(package), details=details)
+        return Availability(True, devices, _versions(package), details, emulated=cuda.provider() is None)
 
     def quantizers(self) -> Mapping[str, Quantizer]:
         """`modelopt` (int8, or int4 weights when the spec says W4A16), `modelopt-torch` (int8; SmoothQuant, weights per
@@ -112,6 +112,12 @@ class TensorRTBackend:
             if kernel.precision in ("int8", "fp8") and not names.isdisjoint(kernel.originals):
                 offending.append(kernel)
         return offending
+
+    def surgery(self) -> type[Surgery]:
+        """Nodes of ModelOpt's graphs go back to float in the ONNX file; ONNX Runtime computes the ranking."""
+        from backends.trt.rank import QDQSurgery
+
+        return QDQSurgery
 
     def _require(self) -> None:
         found = self.availability()

@@ -210,16 +210,18 @@ def _heading(name: str, metric: str) -> str:
 SHOWN_NODES = 5
 
 
-def _explained(explanation: Mapping[str, Any]) -> list[str]:
+def _explained(explanations: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """The findings of --explain in lines: where runtimes part, the worst parts and nodes, and the proof."""
     lines = []
-    for graph, sentence in explanation["parted"].items():
-        lines.append(f"{graph}, float: {sentence or 'ONNX Runtime and OpenVINO agree at every output'}")
-    for kind, title in (("groups", "parts of the model"), ("nodes", "single nodes of the worst parts")):
-        lines.append(f"int8, {title} and their part of the final error (about 1 % is rounding noise):")
-        for row in explanation[kind][:SHOWN_NODES]:
-            lines.append(f"  {100 * row['of_all']:5.1f} %  {row['graph']} {row['name']}")
-    return [*lines, explanation["sentence"]]
+    for side, found in explanations.items():
+        for graph, sentence in (found.get("parted") or {}).items():
+            lines.append(f"{side}, {graph}, float: {sentence or 'agrees with ONNX Runtime at every output'}")
+        for kind, title in (("groups", "parts of the model"), ("nodes", "single nodes of the worst parts")):
+            if found.get(kind):
+                lines.append(f"{side}, {title} and their part of the final error (about 1 % is rounding noise):")
+                lines += [f"  {100 * r['of_all']:5.1f} %  {r['graph']} {r['name']}" for r in found[kind][:SHOWN_NODES]]
+        lines.append(f"{side}: {found['sentence']}")
+    return lines
 
 
 def _flat_text(text: str) -> str:

@@ -183,17 +183,20 @@ def run_parity(
 ) -> int:
     """`pqk parity`: run, print the table and the verdicts, write reports/parity/CARD.*; 1 when a level differs."""
     from pqk.report.parity import as_data, print_parity, write_parity
-    from pqk.run.explain import explain
-    from pqk.run.parity import parity
+    from pqk.run.explain import can_rank, explain_all
+    from pqk.run.parity import check_names, parity
 
-    if explained and ("openvino" not in backends or "nncf" not in (quantizers or ["nncf"])):
-        raise PqkError("--explain ranks the nodes of OpenVINO graphs: let openvino with nncf take part")
+    if explained:
+        check_names(backends, quantizers)
+        if not any(can_rank(name) for name in backends):
+            raise PqkError(
+                f"--explain puts nodes of quantized graphs back to float, and no backend of {', '.join(backends)} can: "
+                "let openvino or trt take part"
+            )
     root, folder, errors, began = _begin("parity")
     result = parity(request, backends, quantizers, root, _progress(errors), _teller(errors))
     if explained:
-        if ("openvino", "nncf") not in result.outcomes:
-            raise PqkError("--explain: openvino with nncf did not run; see `pqk run` for why")
-        result = replace(result, explanation=explain(result.outcomes["openvino", "nncf"]))
+        result = replace(result, explanation=explain_all(result.outcomes))
     print_parity(result, Console(stderr=as_json))
     _finish(errors, began, write_parity(result, folder), as_data(result) if as_json else None)
     return EXIT_CHECK_FAILED if any(v.verdict == "differ" for v in result.verdicts) else EXIT_OK

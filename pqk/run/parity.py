@@ -73,7 +73,7 @@ class Result:
     verdicts: list[Verdict]
     metric: str
     outcomes: Mapping[tuple[str, str], Outcome] = field(default_factory=dict)  # (backend, quantizer) -> its run
-    explanation: Mapping[str, Any] | None = None  # see `pqk.run.explain`
+    explanation: Mapping[str, Mapping[str, Any]] | None = None  # see `pqk.run.explain.explain_all`
 
 
 def parity(
@@ -89,17 +89,7 @@ def parity(
     `request.backend` and `request.quantizer` are not used. A backend that cannot run, or a quantizer that fails, is a
     row that says why. Raises PqkError for unknown names, a faulty card, and when not a single side could be run.
     """
-    known = registry.names()
-    for name in backends:
-        if name not in known:
-            raise PqkError(f"unknown backend {name!r}{nearest(name, known)}; known are {', '.join(known)}")
-    offered = {name: list(registry.get(name).quantizers()) for name in backends}
-    every = sorted({q for listed in offered.values() for q in listed})
-    for name in quantizers or []:
-        if name not in every:
-            raise PqkError(
-                f"unknown quantizer {name!r}{nearest(name, every)}; {', '.join(backends)} have {', '.join(every)}"
-            )
+    offered = check_names(backends, quantizers)
     card = asked_experiment(request, root).card  # a mistake in card or configs is told once, not once per side
     outcomes: dict[tuple[str, str], Outcome] = {}
     missing: list[Row] = []
@@ -130,6 +120,22 @@ def parity(
         rows += made
         verdicts.append(verdict)
     return Result(card.id, rows + missing, verdicts, compare.metric, outcomes)
+
+
+def check_names(backends: list[str], quantizers: list[str] | None) -> dict[str, list[str]]:
+    """The quantizers that each backend offers. Raises PqkError for a name that is unknown."""
+    known = registry.names()
+    for name in backends:
+        if name not in known:
+            raise PqkError(f"unknown backend {name!r}{nearest(name, known)}; known are {', '.join(known)}")
+    offered = {name: list(registry.get(name).quantizers()) for name in backends}
+    every = sorted({q for listed in offered.values() for q in listed})
+    for name in quantizers or []:
+        if name not in every:
+            raise PqkError(
+                f"unknown quantizer {name!r}{nearest(name, every)}; {', '.join(backends)} have {', '.join(every)}"
+            )
+    return offered
 
 
 class _Comparer:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from backends import registry
-from backends.base import Backend, Unavailable
+from backends.base import Backend, Unavailable, rests_of
 from backends.quantspec import check_installed, check_settings
 from pqk import __version__, paths
 from pqk.cores import allowed_cores, cpu_name
@@ -129,7 +129,7 @@ def chosen_quantizer(backend: Backend, asked: str | None, ptq: Ptq) -> str:
 
 def check_float_rest(asked: str, backend: Backend) -> None:
     """Raise PqkError for a quant.float_rest that the backend's quantized graphs do not compute in on this machine."""
-    allowed = ["auto", *map(str, getattr(backend, "rests", None) or backend.float_precisions())]
+    allowed = ["auto", *map(str, rests_of(backend))]
     if asked not in allowed:
         raise PqkError(f"quant.float_rest is {asked}; backend {backend.name} has here {', '.join(allowed)}")
 

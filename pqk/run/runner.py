@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from backends.base import BackendError, Precision, lowered_to
+from backends.base import BackendError, Precision, baselines_of, lowered_to
 from pqk import paths
 from pqk.data.scene import open_scene
 from pqk.errors import PqkError
@@ -126,7 +126,7 @@ def _run(
     ptq_asked = experiment.quant.ptq
     # What the record calls it; to the backend every graph with Q/DQ nodes is Precision.INT8.
     lowered = lowered_to(backend.quantizers()[quantizer], ptq_asked.bits_w, ptq_asked.bits_a) if quantizer else "int8"
-    floats = [Precision(p) for p in getattr(backend, "baselines", backend.float_precisions)()]
+    floats = baselines_of(backend)
     float_rest = experiment.quant.float_rest
     if quantizer is not None:
         check_float_rest(float_rest, backend)

@@ -24,16 +24,14 @@ from pqk import paths
 from pqk.errors import PqkError
 from pqk.files import check_writable
 from pqk.run import stages
-from pqk.run.explain import MIXED, ranking, times_beside, with_floats
-from pqk.run.prepare import Request, asked_experiment
+from pqk.run.explain import MIXED, can_rank, ranking, times_beside, with_floats
+from pqk.run.prepare import Request, asked_experiment, chosen_quantizer, usable_backend
 from pqk.run.runner import Outcome, run
 from pqk.run.store import OnEvent
 from pqk.run.tune import Point, TuneResult, keep_patterns, search, write_quant_yaml
 from pqk.run.variants import Variant
 from pqk.spec.keep import GRAPHS, split_entry
 from pqk.spec.quant import load_quant
-
-TOOLCHAIN = ("openvino", "nncf")
 
 
 @dataclass(frozen=True)
@@ -89,15 +87,15 @@ def tune(
 
     Times of all points are comparable on a noisy machine: each is the median, over the rounds of one interleaved
     timing, of the ratio to the int8 candidate in the same round, times the candidate's own median in the card's run.
-    Raises PqkError, before anything long runs, for another toolchain than openvino with nncf, a limit that is no
-    number, fewer than two evaluations, a keep-list that the card or a setting overrides, and a file that cannot be
-    written; afterwards for a drop that the card's metric cannot tell.
+    Raises PqkError, before anything long runs, for a backend whose nodes cannot go back to float or whose engines are
+    emulated, a limit that is no number, fewer than two evaluations, a keep-list that the card or a setting overrides,
+    and a file that cannot be written; afterwards for a drop that the card's metric cannot tell.
     """
     base = _check(request, max_drop, max_evaluations, out, root)
     outcome = run(request, root, on_event, say)
     record = outcome.records[-1]
     if record["measured"] == "emulated":
-        raise PqkError("pqk tune needs times, and these engines are emulated: they have none")
+        raise PqkError("pqk tune needs times, and these engines are emulated: they have none")  # told only by running
     if record["quality_drop_pct"] is None:
         raise PqkError(f"pqk tune needs a drop, and without ground truth {record['main_metric']} tells none")
     # Plain int8 that is good enough needs no ranking, which takes as long as several measurements.
@@ -145,11 +143,12 @@ def tune(
 
 def _check(request: Request, max_drop: float, max_evaluations: int, out: Path, root: Path) -> Path:
     """Everything that can be wrong before the long stages; returns the quant.yaml to start from."""
-    asked = (request.backend, request.quantizer or TOOLCHAIN[1])
-    if asked != TOOLCHAIN:
-        raise PqkError(
-            f"pqk tune puts nodes of OpenVINO graphs by NNCF back to float, and cannot tune {'/'.join(asked)}"
-        )
+    backend = usable_backend(request.backend)
+    if not can_rank(backend.name):
+        raise PqkError(f"pqk tune puts nodes of quantized graphs back to float, which backend {backend.name} cannot")
+    if backend.availability().emulated:
+        raise PqkError(f"pqk tune needs times, and engines of backend {backend.name} are emulated here: they have none")
+    chosen_quantizer(backend, request.quantizer)
     if not math.isfinite(max_drop):
         raise PqkError(f"--max-drop must be a number of percent, got {max_drop}")
     if max_evaluations < 2:
@@ -212,7 +211,8 @@ def _confirm(outcome: Outcome, winner: Point, request: Request, out: Path, root:
     plain = outcome.onnx_float
     made = stages.quantize(
         outcome.ctx,
-        *TOOLCHAIN,
+        candidate.backend,
+        outcome.records[-1]["quantizer"],
         outcome.model,
         {"encoder": plain.encoder, "decoder": plain.decoder},
         stages.calibration_images(outcome.ctx, workload.calibration, workload, root),
@@ -240,12 +240,13 @@ def use_command(request: Request, out: Path, root: Path) -> str:
     The script takes a quant.yaml of its own; what it does not take needs `pqk run`, which reads configs/quant.yaml.
     """
     door = root / "scripts" / "run_quant.py"
-    more = request.scenes or request.images or request.settings or request.seed is not None
+    more = request.scenes or request.images or request.settings or request.seed is not None or request.quantizer
     if door.is_file() and not more:
         words = ["python", paths.shown(door), "--card", request.card, "--cfg", paths.shown(out)]
         return shlex.join([*words, *(["--ckpt", request.model] if request.model else [])])
     words = ["pqk", "run", request.card, "--backend", request.backend]
-    options = {"model": request.model, "scenes": request.scenes, "images": request.images, "seed": request.seed}
+    options: dict[str, object] = {"quantizer": request.quantizer, "model": request.model, "scenes": request.scenes}
+    options |= {"images": request.images, "seed": request.seed}
     for name, value in options.items():
         words += [f"--{name}", str(value)] if value is not None else []
     for name, value in request.settings.items():

@@ -344,6 +344,30 @@ def test_external_weights_are_linked_not_copied(graphs, tmp_path):
     assert sorted(p.name for p in (tmp_path / "right").iterdir()) == ["decoder.onnx", "decoder.onnx.data"]
 
 
+def test_weights_are_written_once_and_held_by_no_cut(graphs, tmp_path):
+    """Weights inside the ONNX file move to a temporary file of their own; two runtimes of one graph share it."""
+    graph = graphs["decoder"]
+    folders, inodes = set(), set()
+
+    def look(cut):
+        data = cut.path.with_name(f"{cut.path.name}.data").stat()
+        folders.add(cut.path.parent)
+        inodes.add(data.st_ino)
+        assert cut.path.stat().st_size < data.st_size / 2
+        return cut
+
+    def run_a(cut):
+        return OnnxRuntimeEngine(look(cut))
+
+    def run_b(cut):
+        return Faulty(look(cut), lambda _, out: {name: array * np.float32(1.01) for name, array in out.items()})
+
+    found = first_difference(graph, run_a, graph, run_b, feeds_of(graph), 1e-4, LIMIT, tmp_path)
+    assert found is not None
+    assert len(folders) == len(inodes) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_cannot_be_compared(graphs, tmp_path):
     with pytest.raises(BackendError, match="no feeds"):
         first_difference(graphs["encoder"], OnnxRuntimeEngine, graphs["encoder"], OnnxRuntimeEngine, [], 1e-4, LIMIT)

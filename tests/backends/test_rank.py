@@ -7,7 +7,7 @@ import re
 
 import numpy as np
 import pytest
-from backend_toys import Calibration, image
+from backend_toys import Calibration, image, quantized
 
 from backends.base import BackendError, Precision, QuantSpec, executed_precision
 
@@ -15,16 +15,11 @@ pytest.importorskip("openvino")
 pytest.importorskip("nncf")
 
 from backends.openvino.engine import OpenVINOEngine, read_model, write_ir
+from backends.openvino.inc import INCQuantizer
 from backends.openvino.nncf import NNCFQuantizer, check_keep, kept_nodes, name_nodes
 from backends.openvino.passes import fold_constants
-from backends.openvino.rank import (
-    mean_error,
-    node_groups,
-    quantized_nodes,
-    rank_by_groups,
-    rank_nodes,
-    with_float_nodes,
-)
+from backends.openvino.rank import IRSurgery
+from backends.rank import mean_error, node_groups, rank_by_groups, rank_nodes
 
 FEEDS = [{"image": image(99).numpy()}]
 ITEMS = 4
@@ -48,30 +43,43 @@ def corrected(source, tmp_path_factory):
     return quantize(source, tmp_path_factory.mktemp("corrected"))
 
 
+@pytest.fixture(scope="module")
+def by_inc(source, tmp_path_factory):
+    """From the torch module: other names, other layouts of weights, a ReLU merged into a FakeQuantize."""
+    pytest.importorskip("neural_compressor", reason="needs Intel Neural Compressor: pip install 'pqk[inc]'")
+    pytest.importorskip("torchao", reason="needs torchao: pip install 'pqk[inc]'")
+    spec = QuantSpec(calibration_samples=ITEMS, smooth_quant_alpha=None, bias_correction="none")
+    return quantized(INCQuantizer(), spec, source, tmp_path_factory.mktemp("inc"))
+
+
+def quantized_nodes(graph, source):
+    return list(IRSurgery(graph, source.graph).nodes)
+
+
 def infer(graph, precision, options=None):
     with OpenVINOEngine(graph, precision, options) as engine:
         return engine.infer(FEEDS[0])
 
 
-@pytest.mark.parametrize("which", ["plain", "corrected"])
+@pytest.mark.parametrize("which", ["plain", "corrected", "by_inc"])
 def test_all_nodes_back_in_float_is_the_float_graph(which, source, request):
     """Not one trace of the quantization is left: weights, ranges, SmoothQuant, bias correction."""
     graph = request.getfixturevalue(which)
-    names = quantized_nodes(graph)
-    assert len(names) > 10
-    (share,) = rank_nodes(source.graph, graph, FEEDS, names={"all": names})
+    surgery = IRSurgery(graph, source.graph)
+    assert len(surgery.nodes) > 10
+    (share,) = rank_nodes(surgery, FEEDS, names={"all": surgery.nodes})
     assert 1e-3 < share.error_all < 0.2
     assert share.error_without < 1e-6
     assert share.share == pytest.approx(1.0, abs=1e-3)
 
 
-def test_quantized_nodes_are_those_that_read_quantized_values(plain, corrected):
-    names = quantized_nodes(plain)
+def test_quantized_nodes_are_those_that_read_quantized_values(plain, corrected, source):
+    names = quantized_nodes(plain, source)
     for part in ("/embed/Conv", "/blocks.0/fc1/MatMul", "/blocks.1/qkv/MatMul", "/conv2/Conv"):
         assert any(name.startswith(part) for name in names), part
     # The keep-list of the other graph holds the scores.
     assert any("MatMul" in name and name.count("/") == 2 for name in names)
-    assert set(quantized_nodes(corrected)) < set(names)
+    assert set(quantized_nodes(corrected, source)) < set(names)
 
 
 def test_names_are_those_of_the_keep_list(plain, source, tmp_path):
@@ -79,20 +87,21 @@ def test_names_are_those_of_the_keep_list(plain, source, tmp_path):
     model = read_model(source.graph.path)
     fold_constants(model)
     name_nodes(model)
-    names = quantized_nodes(plain)
+    names = quantized_nodes(plain, source)
     for name in names:
         assert list(kept_nodes(model, [f"^{re.escape(name)}$"])) == [name]
     transposed = next(name for name in names if name.startswith("ConvolutionBackpropData"))
     keep = (f"^{re.escape(transposed)}$",)
     again = quantize(source, tmp_path, smooth_quant_alpha=None, bias_correction="none", keep=keep)
-    assert quantized_nodes(again) == [name for name in names if name != transposed]
+    assert quantized_nodes(again, source) == [name for name in names if name != transposed]
 
 
 def test_a_node_back_in_float_runs_in_float_and_the_others_in_int8(plain, source, tmp_path):
     name = "/blocks.0/fc1/MatMul"
-    names = quantized_nodes(plain)
-    mixed = with_float_nodes(plain, source.graph, [name], tmp_path / "mixed.xml")
-    assert quantized_nodes(mixed) == [other for other in names if other != name]
+    names = quantized_nodes(plain, source)
+    mixed = IRSurgery(plain, source.graph).write([name], tmp_path / "mixed")
+    assert mixed.path == tmp_path / "mixed.xml"
+    assert quantized_nodes(mixed, source) == [other for other in names if other != name]
     assert plain.size_bytes < mixed.size_bytes < plain.size_bytes + 4 * 64 * 256 + 20_000
     with OpenVINOEngine(mixed, Precision.INT8) as engine:
         kernels = engine.kernels()
@@ -103,8 +112,9 @@ def test_a_node_back_in_float_runs_in_float_and_the_others_in_int8(plain, source
 
 def test_the_written_graph_is_the_one_that_was_ranked(plain, source, tmp_path):
     names = ["/blocks.0/qkv/MatMul", "/blocks.1/fc2/MatMul"]
-    (share,) = rank_nodes(source.graph, plain, FEEDS, names={"two": names})
-    mixed = with_float_nodes(plain, source.graph, names, tmp_path / "mixed.xml")
+    surgery = IRSurgery(plain, source.graph)
+    (share,) = rank_nodes(surgery, FEEDS, names={"two": names})
+    mixed = surgery.write(names, tmp_path / "mixed")
     want = infer(source.graph, Precision.F32)
     got = infer(mixed, Precision.INT8, {"rest": "f32"})
     assert mean_error([got], [want]) == pytest.approx(share.error_without, rel=1e-6)
@@ -128,7 +138,10 @@ def spoilt(plain, tmp_path_factory):
 def test_the_node_that_hurts_is_ranked_first(spoilt, source):
     seen = []
     groups, nodes = rank_by_groups(
-        source.graph, spoilt, FEEDS, detail=1, progress=lambda done, total, name: seen.append((done, total, name))
+        IRSurgery(spoilt, source.graph),
+        FEEDS,
+        detail=1,
+        progress=lambda done, total, name: seen.append((done, total, name)),
     )
     assert groups[0].name == "blocks.1"
     assert groups[0].share > 0.5
@@ -149,18 +162,18 @@ def test_what_comes_after_the_graph_counts(spoilt, source):
         seen.append(sorted(outputs[0]))
         return [{"half": outputs[0]["tokens"][:, ::2] * 0 + 1}]
 
-    shares = rank_nodes(source.graph, spoilt, FEEDS, names=["/blocks.1/fc2/MatMul"], after=only)
+    shares = rank_nodes(IRSurgery(spoilt, source.graph), FEEDS, names=["/blocks.1/fc2/MatMul"], after=only)
     assert (shares[0].error_all, shares[0].share) == (0.0, 0.0)
     assert seen == [["map", "tokens"]] * 3
 
 
 def test_a_reference_can_be_given(plain, source):
-    want = infer(source.graph, Precision.F32)
+    want, surgery = infer(source.graph, Precision.F32), IRSurgery(plain, source.graph)
     name = "/blocks.0/fc1/MatMul"
-    given = rank_nodes(source.graph, plain, FEEDS, reference=[want], names=[name])
-    assert given == rank_nodes(source.graph, plain, FEEDS, names=[name])
+    given = rank_nodes(surgery, FEEDS, reference=[want], names=[name])
+    assert given == rank_nodes(surgery, FEEDS, names=[name])
     zero = {key: np.zeros_like(value) for key, value in want.items()}
-    assert rank_nodes(source.graph, plain, FEEDS, reference=[zero], names=[name])[0].error_all == np.inf
+    assert rank_nodes(surgery, FEEDS, reference=[zero], names=[name])[0].error_all == np.inf
 
 
 def test_groups_follow_the_names():
@@ -184,20 +197,48 @@ def test_groups_follow_the_names():
 
 
 def test_bad_input(plain, source, tmp_path):
-    with pytest.raises(BackendError, match="no feeds"):
-        rank_nodes(source.graph, plain, [])
+    surgery = IRSurgery(plain, source.graph)
+    for rank in (rank_nodes, rank_by_groups):
+        with pytest.raises(BackendError, match="no feeds"):
+            rank(surgery, [])
     with pytest.raises(BackendError, match=r"no quantized node '/blocks.0/fc1/MatMull' \(did you mean"):
-        rank_nodes(source.graph, plain, FEEDS, names=["/blocks.0/fc1/MatMull"])
+        rank_nodes(surgery, FEEDS, names=["/blocks.0/fc1/MatMull"])
     with pytest.raises(BackendError, match="no quantized node 'x'"):
-        with_float_nodes(plain, source.graph, ["x"], tmp_path / "out.xml")
+        surgery.write(["x"], tmp_path / "out")
     with pytest.raises(BackendError, match="the float graph is wanted"):
-        rank_nodes(plain, plain, FEEDS)
+        IRSurgery(plain, plain)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_float_graph_of_another_model_is_refused(plain, tmp_path):
+@pytest.mark.parametrize("which", ["plain", "by_inc"])
+def test_a_float_graph_of_another_model_is_refused(which, tmp_path, request):
     from backend_toys import linear_graph
 
     _, other = linear_graph(tmp_path)
     with pytest.raises(BackendError, match="it is of another model"):
-        with_float_nodes(plain, other, ["/blocks.0/fc1/MatMul"], tmp_path / "out.xml")
+        IRSurgery(request.getfixturevalue(which), other).write(["/blocks.0/fc1/MatMul"], tmp_path / "out")
+
+
+def test_a_node_of_inc_back_in_float_runs_in_float(by_inc, source, tmp_path):
+    """The weight is found among the float graph's by its value, though the torch program stores it transposed."""
+    name = "/blocks.0/fc1/MatMul"
+    surgery = IRSurgery(by_inc, source.graph)
+    mixed = surgery.write([name], tmp_path / "mixed")
+    assert quantized_nodes(mixed, source) == [other for other in surgery.nodes if other != name]
+    node = next(op for op in read_model(mixed.path).get_ops() if op.get_friendly_name() == name)
+    stored = next(v.get_node().get_data() for v in node.input_values() if v.get_node().get_type_name() == "Constant")
+    np.testing.assert_array_equal(stored, source.module.blocks[0].fc1.weight.detach().numpy())
+    with OpenVINOEngine(mixed, Precision.INT8) as engine:
+        kernels = engine.kernels()
+        assert check_keep(engine, (f"^{name}$",), kernels) == []
+        assert check_keep(engine, ("^/blocks.1/fc1/MatMul$",), kernels) != []
+
+
+def test_names_of_inc_are_those_of_its_keep_list(by_inc, source, tmp_path):
+    names = quantized_nodes(by_inc, source)
+    kept = [names[1], names[-1]]
+    spec = QuantSpec(calibration_samples=ITEMS, smooth_quant_alpha=None, bias_correction="none")
+    again = quantized(
+        INCQuantizer(), spec, source, tmp_path, keep=(*spec.keep, *(f"^{re.escape(name)}$" for name in kept))
+    )
+    assert quantized_nodes(again, source) == [name for name in names if name not in kept]

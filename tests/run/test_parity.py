@@ -12,6 +12,7 @@ import pytest
 from openpyxl import load_workbook
 from run_toys import Outcome, pqk
 
+from backends import registry
 from pqk.run.parity import Verdict
 
 Copy = Callable[[], Path]
@@ -86,31 +87,55 @@ def test_a_stricter_tolerance_differs_with_exit_code_1(compared: tuple[Path, Out
     assert any(s.startswith("DIFFERS: openvino fp32") for s in data(outcome)["verdicts"][0]["sentences"])
 
 
-def test_explain_ranks_the_parts_and_proves_the_worst(compared: tuple[Path, Outcome], tiny_model: Path) -> None:
-    root, _ = compared
-    outcome = pqk(root, *PARITY, "--explain", "--model", tiny_model)
-    assert outcome.code == 0, outcome.err
-    found = data(outcome)["explanation"]
-    assert found["parted"] == {"encoder": None, "decoder": None}
+def check_explained(found: dict[str, Any], root: Path) -> None:
+    """The parts are ranked, the worst is proved, and the sentence is in the report."""
     parts = {(row["graph"], row["name"]) for row in found["groups"]}
-    assert ("encoder", "enc_blocks.0") in parts
+    assert {("encoder", "enc_blocks.0"), ("decoder", "dec_blocks.0")} <= parts
     assert len(parts) == len(found["groups"]) > 3
     assert found["worst"] == found["groups"][0]
     shares = [row["of_all"] for row in found["groups"]]
     assert shares == sorted(shares, reverse=True)
     assert 0 < shares[0] <= 1
-    proof = found["proof"]
-    assert all(value is not None and value > 0 for name, value in proof.items() if name.startswith("t_pair"))
-    assert proof["drop_after_pct"] != proof["drop_before_pct"]
+    assert found["proof"]["drop_after_pct"] != found["proof"]["drop_before_pct"]
     assert found["worst"]["name"] in found["sentence"]
-    assert "explained" in outcome.err  # the table goes to stderr beside --json
     assert found["sentence"] in (root / "reports" / "parity" / "B1.md").read_text()
 
 
-def test_explain_needs_openvino_with_nncf(copy_of: Copy) -> None:
-    outcome = pqk(copy_of(), "parity", "B1", "--backends", "trt", "--explain")
+def test_explain_ranks_the_parts_and_proves_the_worst(compared: tuple[Path, Outcome], tiny_model: Path) -> None:
+    root, _ = compared
+    outcome = pqk(root, *PARITY, "--explain", "--model", tiny_model)
+    assert outcome.code == 0, outcome.err
+    found = data(outcome)["explanation"]["openvino/nncf"]
+    check_explained(found, root)
+    assert found["parted"] == {"encoder": None, "decoder": None}
+    proof = found["proof"]
+    assert all(value is not None and value > 0 for name, value in proof.items() if name.startswith("t_pair"))
+    assert f"{proof['drop_after_pct']:.2f} % and a pair takes" in found["sentence"]
+    assert "explained" in outcome.err  # the table goes to stderr beside --json
+
+
+def test_explain_of_an_emulated_backend_has_no_time(compared: tuple[Path, Outcome], tiny_model: Path) -> None:
+    available = registry.get("trt").availability()
+    if not available.available or not available.emulated:
+        pytest.skip(available.reason or "a CUDA device runs the engines here")
+    root, _ = compared
+    outcome = pqk(root, "parity", "B1", "--backends", "trt", "--explain", "--json", "--model", tiny_model)
+    assert outcome.code in (0, 1), outcome.err
+    found = data(outcome)["explanation"]["trt/modelopt"]
+    check_explained(found, root)
+    assert found["parted"] is None
+    assert {name: value for name, value in found["proof"].items() if name.startswith("t_pair")} == {
+        "t_pair_p50_before_ms": None,
+        "t_pair_p50_after_ms": None,
+    }
+    assert "was not measured, as these engines are emulated" in found["sentence"]
+
+
+def test_explain_needs_a_backend_that_can(copy_of: Copy) -> None:
+    outcome = pqk(copy_of(), "parity", "B1", "--backends", "reference", "--explain")
     assert outcome.code == 2
-    assert "let openvino with nncf take part" in outcome.sentence
+    assert "no backend of reference can: let openvino or trt take part" in outcome.sentence
+    assert "…" not in outcome.err
 
 
 def test_unknown_names(copy_of: Copy) -> None:

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 from run_toys import Outcome, pqk
 
+from backends import registry
 from pqk.cli import main
 from pqk.run.command import settings_of
 from pqk.run.prepare import Request
@@ -146,8 +147,8 @@ def test_a_limit_that_nothing_reaches_is_exit_1(root: Path, asked: tuple[str | P
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("--backend", "trt"), "NNCF back to float, and cannot tune trt/nncf"),
-        (("--quantizer", "inc"), "cannot tune openvino/inc"),
+        (("--backend", "reference"), "back to float, which backend reference cannot"),
+        (("--quantizer", "modelopt"), "unknown quantizer 'modelopt'.*openvino has nncf, inc"),
         (("--max-drop", "nan"), "--max-drop must be a number of percent"),
         (("--set", "quant.ptq.keep_list=[LayerNorm]"), "keep_list is overridden by card B1 or --set"),
         (("-o", "reports"), "-o reports: .* a folder"),
@@ -172,6 +173,35 @@ def test_refused_before_anything_runs(
     assert outcome.code == 2, outcome.err
     assert re.search(says, outcome.sentence), outcome.sentence
     assert "…" not in outcome.err and "✓" not in outcome.err
+
+
+def test_emulated_engines_are_refused_before_anything_runs(project: Path) -> None:
+    available = registry.get("trt").availability()
+    if not available.available or not available.emulated:
+        pytest.skip(available.reason or "a CUDA device runs the engines here")
+    outcome = pqk(project, "tune", "B1", "--backend", "trt")
+    assert outcome.code == 2, outcome.err
+    assert "pqk tune needs times, and engines of backend trt are emulated here" in outcome.sentence
+    assert "…" not in outcome.err and "✓" not in outcome.err
+
+
+def test_inc_is_tuned_with_inc(root: Path, asked: tuple[str | Path, ...]) -> None:
+    """The winner is quantized anew by the same quantizer, whose names the keep-list must match."""
+    pytest.importorskip("neural_compressor", reason="needs Intel Neural Compressor: pip install 'pqk[inc]'")
+    pytest.importorskip("torchao", reason="needs torchao: pip install 'pqk[inc]'")
+    inc = (*asked, "--quantizer", "inc", "-o", "inc.yaml")
+    plain = pqk(root, *inc, "--max-drop", "100")
+    assert plain.code == 0, plain.err
+    half = data(plain)["rows"][0]["quality_drop_pct"] / 2
+    outcome = pqk(root, *inc, "--max-drop", f"{half:.9f}", "--max-evaluations", "2")
+    assert outcome.code == 0, outcome.err
+    found = data(outcome)
+    *_, confirmed = found["rows"]
+    assert confirmed["kind"] == "confirmed" and confirmed["quality_drop_pct"] <= found["max_drop_pct"]
+    assert "--quantizer inc" in found["sentences"][-1]
+    # Nothing is lost between the graph with nodes put back and the graph quantized without them.
+    (winner,) = [row for row in found["rows"][:-1] if row["winner"]]
+    assert confirmed["quality_drop_pct"] == pytest.approx(winner["quality_drop_pct"], rel=0.1)
 
 
 def test_a_pattern_of_one_graph_needs_its_name(root: Path, tiny_model: Path) -> None:
