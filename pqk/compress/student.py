@@ -62,17 +62,17 @@ class Units:
 
     def importance(self, weights: Weights) -> Tensor:
         """(count,): L2 norm of what writes a unit times L2 norm of what reads it."""
-        norms = [sum(axis.of(weights, self.count).float().square().sum(1) for axis in axes) for axes in self._sides()]
-        return (norms[0] * norms[1]).sqrt()
+        written, read = (
+            torch.stack([axis.of(weights, self.count).float().square().sum(1) for axis in axes]).sum(0)
+            for axes in (self.writes, self.reads)
+        )
+        return (written * read).sqrt()
 
     def cut(self, weights: Weights, keep: int) -> None:
         """Leave the `keep` most important units, in their old order."""
         kept = self.importance(weights).argsort(descending=True, stable=True)[:keep].sort().values
         for axis in (*self.writes, *self.reads, *self.follows):
             axis.cut(weights, self.count, kept)
-
-    def _sides(self) -> tuple[tuple[Axis, ...], tuple[Axis, ...]]:
-        return self.writes, self.reads
 
 
 def remaining(count: int, share: float, step: int = 1, least: int = 1) -> int:
@@ -189,7 +189,11 @@ def _dpt_units(head: str, old: DptSize, new: DptSize) -> list[tuple[Units, int]]
 
     found: list[tuple[Units, int]] = []
     for level, (had, keep) in enumerate(zip(old.layer_dims, new.layer_dims, strict=True)):
-        project, resize, last = f"act_postprocess.{level}.0", f"act_postprocess.{level}.1", f"scratch.layer{level + 1}_rn"
+        project, resize, last = (
+            f"act_postprocess.{level}.0",
+            f"act_postprocess.{level}.1",
+            f"scratch.layer{level + 1}_rn",
+        )
         if level == 2:  # keeps the size of the token grid: nothing between the two projections
             found.append((Units(had, writes(project), reads(last)), keep))
             continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -51,7 +52,9 @@ def teacher_of(config: dict = SMALL, seed: int = 0) -> nn.Module:
 
 def images(size: int = 48) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(9)
-    return torch.rand(2, 3, size, 32, generator=generator) * 2 - 1, torch.rand(2, 3, size, 32, generator=generator) - 0.5
+    return torch.rand(2, 3, size, 32, generator=generator) * 2 - 1, torch.rand(
+        2, 3, size, 32, generator=generator
+    ) - 0.5
 
 
 @torch.no_grad()
@@ -98,7 +101,7 @@ def kill_channels(writers: list[nn.Module], share: float, generator: torch.Gener
 def test_units_without_effect_are_the_ones_that_go(kind: str):
     """Half of the units of each layer do nothing; cutting half then leaves the very same function.
 
-    A wrong slice of the fused q | k | v, of a head that two decoders share, or of a level of the DPT head would change it.
+    A wrong slice of the fused q | k | v, of one of the two decoders, or of a level of the DPT head would change it.
     """
     teacher, generator = teacher_of(), torch.Generator().manual_seed(3)
     if kind in ("heads", "all"):
@@ -162,7 +165,7 @@ def test_what_remains(count: int, share: float, step: int):
     kept = evenly(count, left)
     assert len(kept) == left and kept == sorted(set(kept)) and kept[-1] == count - 1
     if left > 1:
-        gaps = [b - a for a, b in zip(kept, kept[1:], strict=False)]
+        gaps = [b - a for a, b in pairwise(kept)]
         assert kept[0] == 0 and max(gaps) - min(gaps) <= 1
 
 
