@@ -28,7 +28,7 @@ __all__ = ["distill", "laplace_kl", "make_student", "softened_kl"]
 
 _SERIES_BELOW = 0.5
 _SERIES = [(-1) ** n * (3 - n) / math.factorial(n + 1) for n in range(2, 15)]
-"""Near 0 the closed form of the mean distance loses digits; the power series, from s^2 on, is exact up to this bound."""
+"""Near 0 the closed form of the mean distance loses digits; its power series, from s^2 on, is exact up to there."""
 
 
 def laplace_kl(distance: Tensor, rate_p: Tensor, rate_q: Tensor) -> Tensor:

@@ -16,12 +16,17 @@ Cut = Annotated[float, Field(ge=0, le=0.6)]
 
 
 class StudentCut(Section):
-    """Shares to cut of the Teacher's blocks, heads of attention, MLP widths and widths of the DPT heads; 0: none."""
+    """Shares to cut of the Teacher's blocks, heads of attention, MLP widths and widths of the DPT heads; 0: none.
+
+    fold_pairs rendered pairs of fold_size pixels serve to make up for what was cut before training begins; 0: nothing.
+    """
 
     depth: Cut
     heads: Cut
     ffn: Cut
     dpt: Cut
+    fold_pairs: Annotated[int, Field(ge=0, le=256)] = 0
+    fold_size: Annotated[int, Field(ge=32, le=1024, multiple_of=16)] = 512
 
 
 class DistillLoss(Section):

@@ -102,7 +102,12 @@ def test_the_density_is_the_one_of_the_confidence_loss(alpha):
         mask = torch.ones(1, 1, 2, dtype=torch.bool)
         truth = torch.tensor([[[[0.0, 0.0, 1.0], [0.0, 0.0, 1.0]]]])
         there = torch.tensor([[[[0.3, 0.0, 1.0], [0.0, 0.0, 1.0]]]])
-        pred = {"pts3d_1": there, "pts3d_2": truth, "conf_1": torch.full((1, 1, 2), conf), "conf_2": torch.ones(1, 1, 2)}
+        pred = {
+            "pts3d_1": there,
+            "pts3d_2": truth,
+            "conf_1": torch.full((1, 1, 2), conf),
+            "conf_2": torch.ones(1, 1, 2),
+        }
         loss, details = confidence_loss(pred, truth, truth, mask, mask, alpha)
         # view 1's two pixels, whose errors follow from the joint factor; view 2 has confidence 1 and so no logarithm
         nll = rate * details["regr_1"] - 3 * math.log(rate) + math.log(8 * math.pi)
@@ -175,7 +180,8 @@ def test_the_loss_by_hand(masks):
             points, rates = [], []
             for out in (teacher, student):
                 sizes = [
-                    out[f"pts3d_{v}"][sample][m[sample]].double().norm(dim=-1) for v, m in ((1, masks[0]), (2, masks[1]))
+                    out[f"pts3d_{v}"][sample][m[sample]].double().norm(dim=-1)
+                    for v, m in ((1, masks[0]), (2, masks[1]))
                 ]
                 points.append(out[f"pts3d_{view}"][sample, row, column].double() / torch.cat(sizes).mean())
                 rates.append(3 * out[f"conf_{view}"][sample, row, column].double() / 0.2 / 4.0)
@@ -276,7 +282,7 @@ def test_features_are_seen_and_leave_no_hook():
 
 
 def test_a_student_of_other_widths_learns_features(tmp_path):
-    """All it is asked is the Teacher's features: through learned bridges the loss falls, and only the student is left."""
+    """Asked for the Teacher's features alone: through learned bridges the loss falls, and the student alone is left."""
     teacher = tiny()
     student = tiny(1, {**TINY, "enc_embed_dim": 16, "dec_embed_dim": 16, "dec_depth": 1})
     before = {k: v.clone() for k, v in teacher.state_dict().items()}

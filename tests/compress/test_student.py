@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from torch._subclasses import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from pqk.compress.student import evenly, make_student, remaining
+from pqk.compress.student import _fold, evenly, make_student, remaining
 from pqk.errors import PqkError
 from pqk.models import build_model, load_model, save_model
 from pqk.models.configs import NAMED
@@ -51,7 +52,9 @@ def teacher_of(config: dict = SMALL, seed: int = 0) -> nn.Module:
 
 def images(size: int = 48) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(9)
-    return torch.rand(2, 3, size, 32, generator=generator) * 2 - 1, torch.rand(2, 3, size, 32, generator=generator) - 0.5
+    return torch.rand(2, 3, size, 32, generator=generator) * 2 - 1, torch.rand(
+        2, 3, size, 32, generator=generator
+    ) - 0.5
 
 
 @torch.no_grad()
@@ -98,7 +101,7 @@ def kill_channels(writers: list[nn.Module], share: float, generator: torch.Gener
 def test_units_without_effect_are_the_ones_that_go(kind: str):
     """Half of the units of each layer do nothing; cutting half then leaves the very same function.
 
-    A wrong slice of the fused q | k | v, of a head that two decoders share, or of a level of the DPT head would change it.
+    A wrong slice of the fused q | k | v, of one of the two decoders, or of a level of the DPT head would change it.
     """
     teacher, generator = teacher_of(), torch.Generator().manual_seed(3)
     if kind in ("heads", "all"):
@@ -137,6 +140,74 @@ def test_units_without_effect_are_the_ones_that_go(kind: str):
         assert (sizes.dpt.feature_dim, sizes.dpt.last_dim, sizes.dpt.layer_dims) == (16, 8, (8, 16, 16, 8))
 
 
+@torch.no_grad()
+def mimic(model: nn.Module, generator: torch.Generator) -> None:
+    """Make half of all heads, MLP channels and fused DPT channels copies of the others, that are little listened to."""
+
+    def halves(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        order = torch.randperm(count, generator=generator)
+        return order[: count // 2], order[count // 2 :]
+
+    for module in model.modules():
+        if hasattr(module, "heads") and hasattr(module, "proj"):
+            first, second = halves(module.heads)
+            for name in ("qkv",) if hasattr(module, "qkv") else ("projq", "projk", "projv"):
+                for parameter in getattr(module, name).parameters():
+                    units = parameter.view(-1, module.heads, module.head_dim, *parameter.shape[1:])
+                    units[:, second] = units[:, first]
+            module.proj.weight.view(-1, module.heads, module.head_dim)[:, second] *= 0.3
+        if hasattr(module, "fc1"):
+            first, second = halves(module.fc1.out_features)
+            for parameter in module.fc1.parameters():
+                parameter[second] = parameter[first]
+            module.fc2.weight[:, second] *= 0.3
+    for head in (model.downstream_head1.dpt, model.downstream_head2.dpt):
+        for writer, reader in (
+            (head.head["0"], head.head["2"]),
+            (head.head["2"], head.head["4"]),
+        ):
+            first, second = halves(writer.out_channels)
+            for parameter in writer.parameters():
+                parameter[second] = parameter[first]
+            reader.weight[:, second] *= 0.3
+
+
+def test_readers_make_up_for_what_was_cut():
+    """Where the units that go are copies of those that stay, least squares finds that, and hardly anything is lost."""
+    teacher = teacher_of()
+    mimic(teacher, torch.Generator().manual_seed(2))
+    shares = {"heads": 0.5, "ffn": 0.5}
+    before = copy.deepcopy(teacher.state_dict())
+    plain = difference(teacher, make_student(teacher, cut(**shares)))
+    folded = make_student(teacher, cut(**shares, fold_pairs=4, fold_size=96))
+    assert difference(teacher, folded) < 0.1 * plain
+    again = make_student(teacher, cut(**shares, fold_pairs=4, fold_size=96))
+    assert difference(folded, again) == 0
+    assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
+    assert not any(module._forward_pre_hooks for module in (*teacher.modules(), *folded.modules()))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_layer_that_lost_inputs(transposed: bool):
+    """Channel 2 is 3 times channel 0 minus 0.5: a convolution does without it, its bias takes the constant."""
+    generator = torch.Generator().manual_seed(0)
+    kind, dim = (nn.ConvTranspose2d, 0) if transposed else (nn.Conv2d, 1)
+    layer = kind(3, 4, 2, stride=2)
+    constant = 0.0 if transposed else -0.5  # which no bias can take over where a stride leaves holes
+    x = torch.randn(1, 3, 40, 40, generator=generator)
+    x[:, 2] = 3 * x[:, 0] + constant
+    flat = torch.cat([x.flatten(2)[0].T, torch.ones(1600, 1)], dim=1).double()
+    weights = {f"layer.{k}": v.detach() for k, v in layer.state_dict().items()}
+    _fold(weights, "layer", dim, torch.tensor([0, 1]), flat.T @ flat / len(flat))
+    small = kind(2, 4, 2, stride=2)
+    small.load_state_dict(
+        {"weight": weights["layer.weight"].index_select(dim, torch.tensor([0, 1])), "bias": weights["layer.bias"]}
+    )
+    with torch.no_grad():
+        assert torch.allclose(small(x[:, :2]), layer(x), atol=0.02)
+        assert (small(x[:, :2]) - layer(x)).abs().max() < 0.05 * layer(x[:, [0, 1, 1]]).abs().max()
+
+
 def test_depth_keeps_evenly_spaced_blocks_of_both_decoders():
     teacher = teacher_of()
     student = make_student(teacher, cut(depth=0.3))  # 4 -> 3 and 5 -> 4 (3.5 is rounded up)
@@ -162,7 +233,7 @@ def test_what_remains(count: int, share: float, step: int):
     kept = evenly(count, left)
     assert len(kept) == left and kept == sorted(set(kept)) and kept[-1] == count - 1
     if left > 1:
-        gaps = [b - a for a, b in zip(kept, kept[1:], strict=False)]
+        gaps = [b - a for a, b in pairwise(kept)]
         assert kept[0] == 0 and max(gaps) - min(gaps) <= 1
 
 
