@@ -40,9 +40,9 @@ def importances(model: nn.Module, slots: Sequence[Slot], spec: Prune, *, seed: i
 def _taylor(model: nn.Module, groups: Sequence[Group], spec: Prune, seed: int) -> dict[str, Tensor]:
     """Mean over rendered training pairs of (sum of g w)^2, over the weights w that read the unit.
 
-    g is the gradient of the task loss. The sum is the derivative of the loss by a factor on the unit's output, so this is the squared first-order change of
-    the loss when the unit goes (Molchanov et al., "Importance Estimation for Neural Network Pruning", CVPR 2019,
-    section 3; Michel et al., NeurIPS 2019, use its absolute value for heads).
+    g is the gradient of the task loss. The sum is the derivative of the loss by a factor on the unit's output, so this
+    is the squared first-order change of the loss when the unit goes (Molchanov et al., "Importance Estimation for
+    Neural Network Pruning", CVPR 2019, section 3; Michel et al., NeurIPS 2019, use its absolute value for heads).
     """
     weights = dict(model.named_parameters())
     device = next(iter(weights.values())).device

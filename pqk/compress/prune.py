@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from pqk.compress.cost import FLOPS_SIDE, Costs
 from pqk.compress.fit import VALIDATION_SEED, Fitted, Stop, fit
 from pqk.compress.importance import importances
 from pqk.compress.losses import confidence_loss
 from pqk.compress.pairs import pick_device
-from pqk.compress.sensitivity import Probe, Rises, cost_of, even_steps, kept, scan, spend, steps_by_scan
+from pqk.compress.sensitivity import Probe, Rises, even_steps, kept, scan, spend, steps_by_scan
 from pqk.compress.train import Progress
-from pqk.compress.units import FLOPS_SIDE, cut, flops, parameters, slots_of
+from pqk.compress.units import Plan, cut, slots_of
 from pqk.data.stream import PairBatch
 from pqk.models.dust3r import Dust3r
 from pqk.spec.prune import Prune
@@ -95,8 +96,11 @@ def prune(
     working = copy.deepcopy(model).requires_grad_(True).eval().to(where)
     say(f"importance {spec.importance} of {sum(len(slot.groups) for slot in slots)} groups")
     importance = importances(working, slots, spec, seed=seed)
-    measured = {"params": cost_of(model, parameters), "flops": cost_of(model, flops)}
-    cost = measured[spec.measure]
+    costs = Costs(model, slots)
+
+    def cost(plan: Plan) -> int:
+        return costs(plan).params if spec.measure == "params" else costs(plan).flops
+
     base, rises, probe = None, Rises(), None
     if spec.sensitivity.enabled:
         probe = Probe(spec, where, VALIDATION_SEED)
@@ -132,8 +136,8 @@ def prune(
                 kind=slot.kind,
                 units_before=slot.units,
                 units_after=plan[slot.name],
-                params=measured["params"]({}) - measured["params"](alone),
-                flops=measured["flops"]({}) - measured["flops"](alone),
+                params=costs({}).params - costs(alone).params,
+                flops=costs({}).flops - costs(alone).flops,
                 importance_kept=stays,
                 rise_pct=percent.get(slot.name, {}),
             )
@@ -143,10 +147,10 @@ def prune(
         measure=spec.measure,
         importance=spec.importance,
         share=1 - cost(plan) / cost({}),
-        params_before=measured["params"]({}),
-        params_after=measured["params"](plan),
-        flops_before=measured["flops"]({}),
-        flops_after=measured["flops"](plan),
+        params_before=costs({}).params,
+        params_after=costs(plan).params,
+        flops_before=costs({}).flops,
+        flops_after=costs(plan).flops,
         flops_side=FLOPS_SIDE,
         absrel_before=base,
         absrel_after=probe.score(copy.deepcopy(pruned).to(where)) if probe else None,

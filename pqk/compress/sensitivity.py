@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pqk.compress.importance import most_important
 from pqk.compress.pairs import depth_scores, scenery
-from pqk.compress.units import Plan, Slot, may_drop, silenced, smaller_config
+from pqk.compress.units import Plan, Slot, may_drop, silenced
 from pqk.data.seeds import split_seed
 from pqk.data.stream import training_pairs
 from pqk.data.synthetic import texture_bank
@@ -192,16 +192,3 @@ def spend(
 def _block_of(slot: str) -> str:
     """The block slot that a slot lies in: 'dec_blocks.1' for 'dec_blocks2.1.ffn'."""
     return ".".join(slot.replace("dec_blocks2.", "dec_blocks.").split(".")[:2])
-
-
-def cost_of(model: Dust3r, measure: Callable[[Mapping[str, object]], int]) -> Callable[[Plan], int]:
-    """The cost of the network after a plan, by a measure of its configuration; each plan is measured once."""
-    known: dict[tuple[tuple[str, int], ...], int] = {}
-
-    def cost(plan: Plan) -> int:
-        key = tuple(sorted(plan.items()))
-        if key not in known:
-            known[key] = measure(smaller_config(model.config, plan))
-        return known[key]
-
-    return cost
