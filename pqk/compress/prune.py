@@ -178,7 +178,7 @@ def finetune(
             return confidence_loss(prediction, *pairs.ordered(), spec.train.alpha)[0]
 
     return fit(
-        pruned,
+        pruned.requires_grad_(True),  # what an earlier training left has no gradients
         spec.train,
         loss_of,
         seed=seed,

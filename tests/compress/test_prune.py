@@ -51,7 +51,7 @@ def spec_with(**changes) -> Prune:
         "rho": 0.3,
         "round_to": 4,
         "taylor": {"pairs": 2, "size": 32},
-        "sensitivity": {"pairs": 2, "size": 32, "levels": [0.25, 0.5, 0.75]},
+        "sensitivity": {"pairs": 1, "size": 32, "levels": [0.6]},
         "train": {
             "epochs": 2,
             "steps_per_epoch": 3,
@@ -244,7 +244,7 @@ def test_pruned_network_saves_loads_and_exports(model, tmp_path) -> None:
 @pytest.mark.parametrize("scanned", [True, False])
 def test_the_budget_is_met_and_more_is_smaller(model, scanned) -> None:
     sizes, before = [], {key: value.clone() for key, value in model.state_dict().items()}
-    for rho in (0.1, 0.3, 0.5):
+    for rho in (0.1, 0.25, 0.4):
         spec = spec_with(rho=rho, round_to=2, **{"sensitivity.enabled": scanned})
         small, report = prune(model, spec, seed=0, device="cpu")
         assert report.params_after == sum(p.numel() for p in small.parameters())
@@ -263,7 +263,7 @@ def test_the_budget_is_met_and_more_is_smaller(model, scanned) -> None:
 
 
 def test_rho_can_be_a_share_of_the_flops(model) -> None:
-    spec = spec_with(measure="flops", **{"sensitivity.levels": [0.5]})
+    spec = spec_with(measure="flops", **{"sensitivity.enabled": False})
     small, report = prune(model, spec, seed=0, device="cpu")
     assert report.share == pytest.approx(1 - Costs(small, [])({}).flops / Costs(model, [])({}).flops)
     assert report.share >= 0.3
@@ -289,7 +289,7 @@ def test_flops_are_those_that_torch_counts(model, slots) -> None:
 
 @pytest.mark.parametrize("kind", ["l1", "l2", "taylor"])
 def test_same_arguments_same_network(model, kind) -> None:
-    spec = spec_with(importance=kind)
+    spec = spec_with(importance=kind, **{"sensitivity.enabled": kind == "l2"})
     (first, told), (second, again) = (prune(model, spec, seed=3, device="cpu") for _ in range(2))
     assert told == again and first.config == second.config
     assert all(torch.equal(value, second.state_dict()[key]) for key, value in first.state_dict().items())
@@ -349,7 +349,8 @@ def test_taylor_needs_gradients(model, slots) -> None:
     frozen = network().requires_grad_(False)
     with pytest.raises(RuntimeError, match="grad"):
         importances(frozen, slots, spec_with(importance="taylor"), seed=0)
-    small, _ = prune(frozen, spec_with(importance="taylor"), seed=0, device="cpu")  # on a copy that has them
+    spec = spec_with(importance="taylor", **{"sensitivity.enabled": False})
+    small, _ = prune(frozen, spec, seed=0, device="cpu")  # on a copy that has them
     assert small.config != frozen.config and not frozen.enc_blocks[0].mlp.fc1.weight.requires_grad
 
 
@@ -437,20 +438,20 @@ def test_device_and_missing_package_are_refused_in_a_sentence(model, monkeypatch
 
 
 def test_finetuning_brings_the_network_nearer_to_the_teacher(model, tmp_path) -> None:
-    spec = spec_with(**{"train.epochs": 4, "train.steps_per_epoch": 10, "train.learning_rate": 2e-3, "train.ema": 0.5})
-    small, _ = prune(model, spec, seed=0, device="cpu")
-    seen = []
-    done = finetune(
-        small, model, spec, seed=0, scratch=tmp_path, device="cpu", report=lambda p: seen.append((p.step, p.loss))
+    spec = spec_with(
+        **{"train.epochs": 3, "train.steps_per_epoch": 8, "train.learning_rate": 2e-3, "sensitivity.enabled": False}
     )
-    assert done.outcome == "done" and done.steps == 40 and len(done.history) == 4
+    small, _ = prune(model, spec, seed=0, device="cpu")
+    losses: dict[int, float] = {}
+    done = finetune(
+        small, model, spec, seed=0, scratch=tmp_path, device="cpu", report=lambda p: losses.update({p.step: p.loss})
+    )
+    assert done.outcome == "done" and done.steps == 24 and len(done.history) == 3
     assert all({"absrel", "delta1", "drop_pct"} <= set(entry) for entry in done.history)
-    losses = dict(seen)
-    early, late = (sum(losses[s] for s in steps) / 10 for steps in (range(1, 11), range(31, 41)))
-    assert late < early
+    assert sum(losses[step] for step in range(17, 25)) < sum(losses[step] for step in range(1, 9))
     assert done.model.config == small.config and not done.model.training
     stopped = finetune(
-        prune(model, spec, seed=0, device="cpu")[0],
+        done.model,
         model,
         spec,
         seed=0,
