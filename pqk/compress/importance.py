@@ -49,8 +49,8 @@ def _taylor(model: nn.Module, groups: Sequence[Group], spec: Prune, seed: int) -
     keys = sorted({part.key for group in groups for part in group.parts if part.reads})
     bank, symmetric = texture_bank().to(device), SymmetricPairs(model)
     sums = {group.name: torch.zeros(group.units) for group in groups}
-    for index in range(spec.taylor.pairs):
-        pairs = training_pairs(1, spec.taylor.size, split_seed("train", seed, index), bank, **scenery(spec.train))
+    for index in range(spec.samples.pairs):
+        pairs = training_pairs(1, spec.samples.size, split_seed("train", seed, index), bank, **scenery(spec.train))
         loss = confidence_loss(symmetric(pairs.images), *pairs.ordered(), spec.train.alpha)[0]
         gradients = dict(zip(keys, torch.autograd.grad(loss, [weights[key] for key in keys]), strict=True))
         with torch.no_grad():
@@ -60,7 +60,7 @@ def _taylor(model: nn.Module, groups: Sequence[Group], spec: Prune, seed: int) -
                 sums[group.name] += change.square()
     if not all(bool(torch.isfinite(total).all()) for total in sums.values()):
         raise PqkError("the gradients of the Taylor importance are not finite")
-    return {name: total / spec.taylor.pairs for name, total in sums.items()}
+    return {name: total / spec.samples.pairs for name, total in sums.items()}
 
 
 def _per_unit(values: Tensor, part: Part) -> Tensor:

@@ -20,6 +20,7 @@ from pqk.compress.fit import VALIDATION_SEED, Fitted, Stop, fit
 from pqk.compress.importance import importances
 from pqk.compress.losses import confidence_loss
 from pqk.compress.pairs import pick_device
+from pqk.compress.refit import moments, refit
 from pqk.compress.sensitivity import Probe, Rises, even_steps, kept, scan, spend, steps_by_scan
 from pqk.compress.train import Progress
 from pqk.compress.units import Plan, cut, slots_of
@@ -85,8 +86,8 @@ def prune(
     """A smaller network, float32 in eval mode on the CPU, and what was cut; the given one stays as it is.
 
     At least the share spec.rho of the parameters (or FLOPs) of the whole network goes, and no more steps than that
-    needs. seed: of the training pairs that give Taylor gradients; the pairs of the scan are held out and the same for
-    every seed. report gets a line of text now and then. On one CPU the same arguments give the same network.
+    needs. seed: of the training pairs for Taylor gradients and the refit; those of the scan are held out and the same
+    for every seed. report gets a line of text now and then. On one CPU the same arguments give the same network.
     Raises PqkError for a device that is not there, a rho that the allowed units do not reach, a network whose depth is
     not finite, and a missing torch-pruning.
     """
@@ -96,6 +97,10 @@ def prune(
     working = copy.deepcopy(model).requires_grad_(True).eval().to(where)
     say(f"importance {spec.importance} of {sum(len(slot.groups) for slot in slots)} groups")
     importance = importances(working, slots, spec, seed=seed)
+    known = None
+    if spec.refit:
+        say("second moments for the refit")
+        known = moments(working, slots, spec, seed=seed)
     costs = Costs(model, slots)
 
     def cost(plan: Plan) -> int:
@@ -104,7 +109,7 @@ def prune(
     base, rises, probe = None, Rises(), None
     if spec.sensitivity.enabled:
         probe = Probe(spec, where, VALIDATION_SEED)
-        base, rises = scan(working, slots, importance, spec, probe, report)
+        base, rises = scan(working, slots, importance, spec, probe, known, report)
         steps = steps_by_scan(slots, rises, cost)
     else:
         steps = even_steps(slots)
@@ -113,8 +118,11 @@ def prune(
     keep: dict[str, torch.Tensor] = {}
     for slot in slots:
         if slot.name in plan:
-            keep |= kept(slot, importance, plan[slot.name])
-    pruned = cut(model, slots, plan, keep).eval()
+            chosen = kept(slot, importance, plan[slot.name])
+            keep |= chosen
+            if known is not None:
+                refit(working, slot, chosen, known)
+    pruned = cut(working, slots, plan, keep).eval()
     assert base is None or base > 0
     percent = {
         name: {str(units): 100 * rise / base for units, rise in levels.items()}

@@ -219,10 +219,12 @@ class _Tracer:
 def silenced(model: nn.Module, slot: Slot, keep: Mapping[str, Tensor]) -> Iterator[None]:
     """Zero the weights of all units of a slot but those kept (group name -> indices), and put them back afterwards.
 
-    The network then computes what it computes without these units.
+    The network then computes what it computes without these units. What else happens inside to the weights and biases
+    of the layers concerned is undone as well.
     """
     weights = dict(model.named_parameters())
     keys = {part.key for group in slot.groups for part in group.parts}
+    keys |= {key.removesuffix("weight") + "bias" for key in keys} & weights.keys()
     before = {key: weights[key].detach().clone() for key in keys}
     try:
         with torch.no_grad():

@@ -18,7 +18,8 @@ from pqk.compress.importance import importances, most_important
 from pqk.compress.losses import confidence_loss
 from pqk.compress.pairs import SymmetricPairs, scenery
 from pqk.compress.prune import finetune, prune
-from pqk.compress.sensitivity import Probe, Step, even_steps, kept, scan, spend, steps_by_scan
+from pqk.compress.refit import moments, refit
+from pqk.compress.sensitivity import Probe, Step, even_steps, kept, scan, spend, steps_by_scan, taken_over
 from pqk.compress.units import Slot, cut, may_drop, silenced, slots_of, smaller_config
 from pqk.data.seeds import split_seed
 from pqk.data.stream import training_pairs
@@ -50,7 +51,7 @@ def spec_with(**changes) -> Prune:
     values = {
         "rho": 0.3,
         "round_to": 4,
-        "taylor": {"pairs": 2, "size": 32},
+        "samples": {"pairs": 2, "size": 32},
         "sensitivity": {"pairs": 1, "size": 32, "levels": [0.6]},
         "train": {
             "epochs": 2,
@@ -311,7 +312,7 @@ def test_norms_are_those_of_all_weights_of_a_unit(model, slots) -> None:
 
 def test_taylor_is_the_squared_derivative_by_a_factor_on_the_unit(model, slots) -> None:
     """A head and an MLP unit, by finite differences of the loss in float64."""
-    spec = spec_with(importance="taylor", **{"taylor.pairs": 1})
+    spec = spec_with(importance="taylor", **{"samples.pairs": 1})
     found = importances(model, slots, spec, seed=7)
     pairs = training_pairs(1, 32, split_seed("train", 7, 0), texture_bank(), **scenery(spec.train))
     truth = pairs.ordered()
@@ -370,6 +371,48 @@ def test_the_scan_measures_what_a_cut_does(model, slots) -> None:
         units, rise = list(rises[name].items())[-1]
         small = cut(model, slots, {name: units}, kept(slot, importance, units))
         assert probe.score(small) - base == pytest.approx(rise, abs=1e-5), name
+
+
+def test_refit_hands_over_to_a_twin() -> None:
+    """A unit that is 3 times another one plus nothing: once it goes, its twin and the bias can do all its work."""
+    model = network()
+    mlp = model.dec_blocks2[1].mlp
+    with torch.no_grad():
+        mlp.fc1.weight[9], mlp.fc1.bias[9] = mlp.fc1.weight[4], mlp.fc1.bias[4]
+        mlp.fc1.weight[11], mlp.fc1.bias[11] = 0.0, 1.5  # always the same output: the bias can take it
+    slots = slots_of(model, Units(heads=True, ffn=True, dpt=False, blocks=False), round_to=4)
+    known = moments(model, slots, spec_with(samples={"pairs": 4, "size": 96}), seed=0)
+    slot = next(slot for slot in slots if slot.name == "dec_blocks2.1.ffn")
+    keep = {slot.groups[0].name: torch.tensor([i for i in range(64) if i not in (9, 11)])}
+    expected, plain = outputs(model), outputs(cut(model, slots, {slot.name: 62}, keep))
+    refit(model, slot, keep, known)
+    handed = difference(outputs(cut(model, slots, {slot.name: 62}, keep)), expected)
+    assert handed < 0.05 * difference(plain, expected), (handed, difference(plain, expected))
+
+
+def test_refit_lowers_the_error_of_the_layer_behind(model, slots) -> None:
+    """On the samples themselves, for heads and MLP units of random networks; and the scan leaves no trace of it."""
+    spec = spec_with()
+    known = moments(model, slots, spec, seed=0)
+    weights = dict(model.named_parameters())
+    origin = {key: weight.detach().clone() for key, weight in weights.items()}
+
+    def error(reader: str, total: torch.Tensor) -> float:
+        """Sum of squared changes of the layer's outputs over all tokens."""
+        bias = reader.removesuffix("weight") + "bias"
+        full, now = (torch.cat([w[reader].detach(), w[bias].detach()[:, None]], 1).double() for w in (origin, weights))
+        return float(((now - full) @ total.double() @ (now - full).T).trace())
+
+    for name in ("enc_blocks.0.ffn", "dec_blocks.1.heads"):
+        slot = next(slot for slot in slots if slot.name == name)
+        keep = kept(slot, _random(slot), slot.units // 2)
+        readers = [(part.key, known[group.name]) for group in slot.groups for part in group.parts if part.reads]
+        with silenced(model, slot, keep):
+            without = [error(*reader) for reader in readers]
+        with taken_over(model, slot, keep, known):
+            refitted = [error(*reader) for reader in readers]
+        assert all(0 < new < 0.9 * old for new, old in zip(refitted, without, strict=True))
+        assert all(torch.equal(weight, origin[key]) for key, weight in weights.items())
 
 
 def toy(name: str, units: int = 16, step: int = 4) -> Slot:
