@@ -75,7 +75,7 @@ def refit(model: nn.Module, slot: Slot, keep: Mapping[str, Tensor], known: Momen
         weight, bias = weights[part.key], weights[part.key.removesuffix("weight") + "bias"]
         lost = weight[:, leaving.to(weight.device)].double().cpu()
         weight[:, staying.to(weight.device)] += (lost @ share).to(weight)
-        bias += (lost @ (mean[leaving] - share @ mean[staying])).to(bias)
+        bias.add_((lost @ (mean[leaving] - share @ mean[staying])).to(bias))
 
 
 def _read_by_one(slots: Sequence[Slot]) -> list[tuple[Group, Part]]:
