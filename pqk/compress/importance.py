@@ -40,17 +40,17 @@ def importances(model: nn.Module, slots: Sequence[Slot], spec: Prune, *, seed: i
 def _taylor(model: nn.Module, groups: Sequence[Group], spec: Prune, seed: int) -> dict[str, Tensor]:
     """Mean over rendered training pairs of (sum of g w)^2, over the weights w that read the unit.
 
-    g is the gradient of the task loss. The sum is the derivative of the loss by a factor on the unit's output, so this is the squared first-order change of
-    the loss when the unit goes (Molchanov et al., "Importance Estimation for Neural Network Pruning", CVPR 2019,
-    section 3; Michel et al., NeurIPS 2019, use its absolute value for heads).
+    g is the gradient of the task loss. The sum is the derivative of the loss by a factor on the unit's output, so this
+    is the squared first-order change of the loss when the unit goes (Molchanov et al., "Importance Estimation for
+    Neural Network Pruning", CVPR 2019, section 3; Michel et al., NeurIPS 2019, use its absolute value for heads).
     """
     weights = dict(model.named_parameters())
     device = next(iter(weights.values())).device
     keys = sorted({part.key for group in groups for part in group.parts if part.reads})
     bank, symmetric = texture_bank().to(device), SymmetricPairs(model)
     sums = {group.name: torch.zeros(group.units) for group in groups}
-    for index in range(spec.taylor.pairs):
-        pairs = training_pairs(1, spec.taylor.size, split_seed("train", seed, index), bank, **scenery(spec.train))
+    for index in range(spec.samples.pairs):
+        pairs = training_pairs(1, spec.samples.size, split_seed("train", seed, index), bank, **scenery(spec.train))
         loss = confidence_loss(symmetric(pairs.images), *pairs.ordered(), spec.train.alpha)[0]
         gradients = dict(zip(keys, torch.autograd.grad(loss, [weights[key] for key in keys]), strict=True))
         with torch.no_grad():
@@ -60,7 +60,7 @@ def _taylor(model: nn.Module, groups: Sequence[Group], spec: Prune, seed: int) -
                 sums[group.name] += change.square()
     if not all(bool(torch.isfinite(total).all()) for total in sums.values()):
         raise PqkError("the gradients of the Taylor importance are not finite")
-    return {name: total / spec.taylor.pairs for name, total in sums.items()}
+    return {name: total / spec.samples.pairs for name, total in sums.items()}
 
 
 def _per_unit(values: Tensor, part: Part) -> Tensor:

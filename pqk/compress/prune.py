@@ -15,13 +15,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from pqk.compress.cost import FLOPS_SIDE, Costs
 from pqk.compress.fit import VALIDATION_SEED, Fitted, Stop, fit
 from pqk.compress.importance import importances
 from pqk.compress.losses import confidence_loss
 from pqk.compress.pairs import pick_device
-from pqk.compress.sensitivity import Probe, Rises, cost_of, even_steps, kept, scan, spend, steps_by_scan
+from pqk.compress.refit import moments, refit
+from pqk.compress.sensitivity import Probe, Rises, even_steps, kept, scan, spend, steps_by_scan
 from pqk.compress.train import Progress
-from pqk.compress.units import FLOPS_SIDE, cut, flops, parameters, slots_of
+from pqk.compress.units import Plan, cut, slots_of
 from pqk.data.stream import PairBatch
 from pqk.models.dust3r import Dust3r
 from pqk.spec.prune import Prune
@@ -84,8 +86,8 @@ def prune(
     """A smaller network, float32 in eval mode on the CPU, and what was cut; the given one stays as it is.
 
     At least the share spec.rho of the parameters (or FLOPs) of the whole network goes, and no more steps than that
-    needs. seed: of the training pairs that give Taylor gradients; the pairs of the scan are held out and the same for
-    every seed. report gets a line of text now and then. On one CPU the same arguments give the same network.
+    needs. seed: of the training pairs for Taylor gradients and the refit; those of the scan are held out and the same
+    for every seed. report gets a line of text now and then. On one CPU the same arguments give the same network.
     Raises PqkError for a device that is not there, a rho that the allowed units do not reach, a network whose depth is
     not finite, and a missing torch-pruning.
     """
@@ -95,12 +97,19 @@ def prune(
     working = copy.deepcopy(model).requires_grad_(True).eval().to(where)
     say(f"importance {spec.importance} of {sum(len(slot.groups) for slot in slots)} groups")
     importance = importances(working, slots, spec, seed=seed)
-    measured = {"params": cost_of(model, parameters), "flops": cost_of(model, flops)}
-    cost = measured[spec.measure]
+    known = None
+    if spec.refit:
+        say("second moments for the refit")
+        known = moments(working, slots, spec, seed=seed)
+    costs = Costs(model, slots)
+
+    def cost(plan: Plan) -> int:
+        return costs(plan).params if spec.measure == "params" else costs(plan).flops
+
     base, rises, probe = None, Rises(), None
     if spec.sensitivity.enabled:
         probe = Probe(spec, where, VALIDATION_SEED)
-        base, rises = scan(working, slots, importance, spec, probe, report)
+        base, rises = scan(working, slots, importance, spec, probe, known, report)
         steps = steps_by_scan(slots, rises, cost)
     else:
         steps = even_steps(slots)
@@ -109,8 +118,11 @@ def prune(
     keep: dict[str, torch.Tensor] = {}
     for slot in slots:
         if slot.name in plan:
-            keep |= kept(slot, importance, plan[slot.name])
-    pruned = cut(model, slots, plan, keep).eval()
+            chosen = kept(slot, importance, plan[slot.name])
+            keep |= chosen
+            if known is not None:
+                refit(working, slot, chosen, known)
+    pruned = cut(working, slots, plan, keep).eval()
     assert base is None or base > 0
     percent = {
         name: {str(units): 100 * rise / base for units, rise in levels.items()}
@@ -132,8 +144,8 @@ def prune(
                 kind=slot.kind,
                 units_before=slot.units,
                 units_after=plan[slot.name],
-                params=measured["params"]({}) - measured["params"](alone),
-                flops=measured["flops"]({}) - measured["flops"](alone),
+                params=costs({}).params - costs(alone).params,
+                flops=costs({}).flops - costs(alone).flops,
                 importance_kept=stays,
                 rise_pct=percent.get(slot.name, {}),
             )
@@ -143,10 +155,10 @@ def prune(
         measure=spec.measure,
         importance=spec.importance,
         share=1 - cost(plan) / cost({}),
-        params_before=measured["params"]({}),
-        params_after=measured["params"](plan),
-        flops_before=measured["flops"]({}),
-        flops_after=measured["flops"](plan),
+        params_before=costs({}).params,
+        params_after=costs(plan).params,
+        flops_before=costs({}).flops,
+        flops_after=costs(plan).flops,
         flops_side=FLOPS_SIDE,
         absrel_before=base,
         absrel_after=probe.score(copy.deepcopy(pruned).to(where)) if probe else None,
@@ -174,7 +186,7 @@ def finetune(
             return confidence_loss(prediction, *pairs.ordered(), spec.train.alpha)[0]
 
     return fit(
-        pruned,
+        pruned.requires_grad_(True),  # what an earlier training left has no gradients
         spec.train,
         loss_of,
         seed=seed,

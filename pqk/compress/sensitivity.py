@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from pqk.compress.importance import most_important
 from pqk.compress.pairs import depth_scores, scenery
-from pqk.compress.units import Plan, Slot, may_drop, silenced, smaller_config
+from pqk.compress.refit import Moments, refit
+from pqk.compress.units import Plan, Slot, may_drop, silenced
 from pqk.data.seeds import split_seed
 from pqk.data.stream import training_pairs
 from pqk.data.synthetic import texture_bank
@@ -84,23 +86,36 @@ def scan(
     importance: Mapping[str, Tensor],
     spec: Prune,
     probe: Probe,
+    known: Moments | None = None,
     report: Callable[[str], None] | None = None,
 ) -> tuple[float, Rises]:
     """AbsRel of the network, and how much it rises when each slot alone loses each level of its units.
 
-    The least important units of every group of the slot are silenced; the weights come back as they were.
+    The least important units of every group of the slot are silenced, and with `known` the others refitted, as they
+    will be in the cut network; the weights come back as they were.
     """
     tokens = probe.encode(model)
     base = probe.score(model, tokens)
     rises: Rises = {}
     for index, slot in enumerate(slots):
         for units in slot.sizes(spec.sensitivity.levels):
-            with silenced(model, slot, kept(slot, importance, units)):
+            with taken_over(model, slot, kept(slot, importance, units), known):
                 unchanged = None if slot.name.startswith("enc_") else tokens
                 rises.setdefault(slot.name, {})[units] = probe.score(model, unchanged) - base
         if report:
             report(f"sensitivity scan: {index + 1} of {len(slots)} groups")
     return base, rises
+
+
+@contextlib.contextmanager
+def taken_over(model: Dust3r, slot: Slot, keep: Mapping[str, Tensor], known: Moments | None) -> Iterator[None]:
+    """`silenced`, with the layers behind refitted where there are moments."""
+    whole = {group.name: torch.arange(group.units) for group in slot.groups}
+    with silenced(model, slot, whole):  # remembers the weights
+        if known is not None:
+            refit(model, slot, keep, known)
+        with silenced(model, slot, keep):
+            yield
 
 
 def kept(slot: Slot, importance: Mapping[str, Tensor], units: int) -> dict[str, Tensor]:
@@ -192,16 +207,3 @@ def spend(
 def _block_of(slot: str) -> str:
     """The block slot that a slot lies in: 'dec_blocks.1' for 'dec_blocks2.1.ffn'."""
     return ".".join(slot.replace("dec_blocks2.", "dec_blocks.").split(".")[:2])
-
-
-def cost_of(model: Dust3r, measure: Callable[[Mapping[str, object]], int]) -> Callable[[Plan], int]:
-    """The cost of the network after a plan, by a measure of its configuration; each plan is measured once."""
-    known: dict[tuple[tuple[str, int], ...], int] = {}
-
-    def cost(plan: Plan) -> int:
-        key = tuple(sorted(plan.items()))
-        if key not in known:
-            known[key] = measure(smaller_config(model.config, plan))
-        return known[key]
-
-    return cost

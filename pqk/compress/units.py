@@ -17,20 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from pqk.errors import PqkError
 from pqk.models import build_model
 from pqk.models.configs import dpt_hooks, read_config
 from pqk.models.dust3r import Dust3r
 from pqk.models.layers import CrossAttention, DecoderBlock, Rope, SelfAttention
-from pqk.models.registry import empty_model
 from pqk.spec.prune import Units
 
-FLOPS_SIDE = 512
-"""FLOPs are those of one pair of square images of this side."""
-_FEEDS_NOTHING = ".refinenet4.resConfUnit1."
+FEEDS_NOTHING = ".refinenet4.resConfUnit1."
 """Weights of official DPT heads that no output depends on."""
 
 Plan = Mapping[str, int]
@@ -66,7 +61,7 @@ class Group:
 class Slot:
     """One size of the configuration and all groups that have to follow it.
 
-    name: 'enc_blocks.0.ffn', 'dec_blocks2.1.heads', 'dpt.feature_dim', or 'dec_blocks.1' of a block that goes as a whole,
+    name: 'enc_blocks.0.ffn', 'dec_blocks2.1.heads', 'dpt.feature_dim', or 'dec_blocks.1' of a block that goes whole,
     with its twin in the other decoder. units: the size now. step: what is cut at a time. Both attentions of a decoder
     block follow one number of heads, both DPT heads one set of widths; which units stay is up to each group.
     """
@@ -127,7 +122,7 @@ def _dpt_slots(trace: _Tracer, layer_dims: Sequence[int], size: Any, round_to: i
         slots.append(Slot(f"dpt.layer_dims.{level}", "dpt", width, round_to, groups))
     roots = [f"scratch.layer{level}_rn" for level in range(1, 5)]
     roots += [f"scratch.refinenet{level}.resConfUnit{unit}.conv1" for level in range(1, 5) for unit in (1, 2)]
-    roots = [root for root in roots if _FEEDS_NOTHING not in f".{root}."]
+    roots = [root for root in roots if FEEDS_NOTHING not in f".{root}."]
     roots += ["scratch.refinenet1.out_conv", "head.0"]  # head.0 has half the channels
     features = tuple(trace.group(f"{head}.{root}") for head in heads for root in roots)
     even = round_to if round_to % 2 == 0 else 2 * round_to
@@ -153,8 +148,8 @@ def _coupled(q: Tensor, k: Tensor, v: Tensor, q_rope: Rope, k_rope: Rope) -> Ten
 class _Tracer:
     """The dependency graph of a network of the same configuration, traced with tensors that have shapes but no data.
 
-    Attention is replaced by the sum of queries, keys and values while tracing. That couples what is cut together, channel
-    i of each, and spares the tracer the rotation, which mixes the channels inside a head but none of two heads.
+    Attention is replaced by the sum of queries, keys and values while tracing. That couples what is cut together,
+    channel i of each, and spares the tracer the rotation, which mixes the channels inside a head but none of two heads.
     """
 
     def __init__(self, model: Dust3r) -> None:
@@ -224,10 +219,12 @@ class _Tracer:
 def silenced(model: nn.Module, slot: Slot, keep: Mapping[str, Tensor]) -> Iterator[None]:
     """Zero the weights of all units of a slot but those kept (group name -> indices), and put them back afterwards.
 
-    The network then computes what it computes without these units.
+    The network then computes what it computes without these units. What else happens inside to the weights and biases
+    of the layers concerned is undone as well.
     """
     weights = dict(model.named_parameters())
     keys = {part.key for group in slot.groups for part in group.parts}
+    keys |= {key.removesuffix("weight") + "bias" for key in keys} & weights.keys()
     before = {key: weights[key].detach().clone() for key in keys}
     try:
         with torch.no_grad():
@@ -312,7 +309,7 @@ def cut(model: Dust3r, slots: Sequence[Slot], plan: Plan, keep: Mapping[str, Ten
     renamed: dict[str, str] = {}
     state: dict[str, Tensor] = {}
     for key, weight in model.named_parameters():
-        if key.startswith(dropped) or _FEEDS_NOTHING in key:
+        if key.startswith(dropped) or FEEDS_NOTHING in key:
             continue  # build_model puts zeros where weights that feed nothing are missing
         value = weight.detach().cpu()
         for axis, rows in chosen.get(key, ()):
@@ -325,18 +322,3 @@ def cut(model: Dust3r, slots: Sequence[Slot], plan: Plan, keep: Mapping[str, Ten
             key = renamed[block] + key[len(block) :]
         state[key] = value
     return build_model(model.family, smaller_config(model.config, plan), state)
-
-
-def parameters(config: Mapping[str, Any]) -> int:
-    """Number of parameters of a configuration."""
-    return sum(p.numel() for p in empty_model("dust3r", config).parameters())
-
-
-def flops(config: Mapping[str, Any]) -> int:
-    """FLOPs of a pair of FLOPS_SIDE x FLOPS_SIDE: two per multiply-add of matrix products, convolutions, attention."""
-    counter = FlopCounterMode(display=False)
-    # attention as two plain products: the fused kernel of the CPU is unknown to the counter
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-        image = torch.zeros(1, 3, FLOPS_SIDE, FLOPS_SIDE)
-        Dust3r(config)(image, image)
-    return int(counter.get_total_flops())

@@ -28,8 +28,8 @@ class Units(Section):
         return self
 
 
-class Taylor(Section):
-    """Rendered training pairs whose gradients judge the units when `importance` is taylor."""
+class Samples(Section):
+    """Rendered training pairs that give the gradients of importance taylor and the outputs for `refit`."""
 
     pairs: Annotated[int, Field(ge=1, le=4096)]
     size: Annotated[int, Field(ge=32, le=1024, multiple_of=16)]
@@ -58,14 +58,15 @@ class Prune(Spec):
     """Which units go and how many, and the fine-tuning that follows.
 
     rho: share of the network's parameters (or FLOPs, see `measure`) that is cut, reached or passed by less than the
-    last cut group gives.
+    last cut group gives. refit: correct the layers behind heads and MLP units by least squares.
     """
 
     version: Annotated[str, Field(pattern=r"^\d+\.\d+$")]
     rho: Annotated[float, Field(gt=0, lt=0.9)]
     measure: Literal["params", "flops"]
     importance: Literal["l1", "l2", "taylor"]
-    taylor: Taylor
+    samples: Samples
+    refit: bool
     units: Units
     round_to: Annotated[int, Field(ge=1, le=256)]
     sensitivity: Sensitivity
