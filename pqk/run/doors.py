@@ -1,12 +1,14 @@
 """The scripts under their long-standing names and arguments: run_quant.py, run_eval.py, baseline_eval.py,
-export_onnx_trt.py.
+export_onnx_trt.py, finalize_checkpoint.py, eval_multiseed.py, build_results_manifest.py.
 
-Each is a way to call the same work as `pqk run` and `pqk export`; records go to logs/ and also to the file of --log.
+Each is a way to call the same work as `pqk run`, `pqk export` and `pqk ledger`; records of runs go to logs/ and also to
+the file of --log.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,28 @@ def export(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--precision", help="int8, f32, f16 ...; default: int8 when the recipe quantizes")
     asked = parser.parse_args(argv)
     return told(lambda: export_card(_request(asked), asked.precision, asked.out))
+
+
+def finalize_checkpoint(argv: Sequence[str] | None = None) -> int:
+    """scripts/finalize_checkpoint.py: `pqk ledger finalize`, same arguments and exit codes."""
+    return _ledger("finalize", argv)
+
+
+def eval_multiseed(argv: Sequence[str] | None = None) -> int:
+    """scripts/eval_multiseed.py: `pqk ledger eval`, same arguments and exit codes."""
+    return _ledger("eval", argv)
+
+
+def build_results_manifest(argv: Sequence[str] | None = None) -> int:
+    """scripts/build_results_manifest.py: `pqk ledger manifest`, same arguments and exit codes."""
+    return _ledger("manifest", argv)
+
+
+def _ledger(verb: str, argv: Sequence[str] | None) -> int:
+    from pqk.cli import app
+
+    words = ["ledger", verb, *(sys.argv[1:] if argv is None else argv)]
+    return told(lambda: app(words, prog_name="pqk"))
 
 
 def _run(name: str, what: str, argv: Sequence[str] | None, **fields: Any) -> int:
