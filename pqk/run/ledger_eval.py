@@ -188,7 +188,7 @@ class Bench:
         graphs = stages.export_graphs(self.ctx, model, self.checkpoint.sha256, *shape)
         del model
         options = dict(self.options)
-        if self.cached:
+        if self.cached and self.backend.name != "reference":  # which compiles nothing that could be kept
             options["cache_dir"] = str(paths.store(self.root).parent / "engines")
         if self.quantizer is None:
             precision = Precision(self.precision)
