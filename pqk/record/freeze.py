@@ -26,6 +26,7 @@ from pqk.record.ledger import (
     read_rows,
     refuse_mixed,
     summarise_files,
+    telling,
 )
 from pqk.record.tsv import Kind, Row, markdown_cell, read_table, write_table
 
@@ -89,7 +90,7 @@ def _checkpoints(runs: Sequence[Row]) -> list[Row]:
 
 
 def check_files(folder: Path) -> tuple[list[str], list[Row]]:
-    """Hash every file of a deliverable again: a sentence per difference, and the runs.
+    """Hash every file of a deliverable again: a sentence per difference; where there is none, the runs.
 
     Raises PqkError when there is no such deliverable, or its manifest cannot be read.
     """
@@ -105,12 +106,11 @@ def check_files(folder: Path) -> tuple[list[str], list[Row]]:
         for name, row in files.items()
         if name in there and there[name]["sha256"] != row["sha256"]
     ]
-    if RUNS not in there:
-        return [*said, *([] if RUNS in files else [f"{RUNS} is missing"])], []
-    try:
-        runs = read_table(folder / RUNS, RUN_COLUMNS, ("file", *REQUIRED))
-    except PqkError as error:
-        return [*said, str(error)], []
+    if RUNS not in files:
+        said.append(f"the manifest does not list {RUNS}")
+    if said:
+        return said, []
+    runs = read_table(folder / RUNS, RUN_COLUMNS, ("file", *REQUIRED))
     listed = {row["sha256"] for row in stated if row["kind"] == "checkpoint"}
     used = {row["checkpoint_sha256"]: row["checkpoint"] for row in runs}
     said += [f"checkpoint {name} is not in the manifest" for digest, name in used.items() if digest not in listed]
@@ -144,7 +144,7 @@ def draw(runs: Sequence[Row], summary: Sequence[Row], folder: Path) -> list[str]
 
     written = []
     for metric in MEASURED:
-        lines = [line for line in summary if line[f"{metric}_mean"] is not None]
+        lines = [line for line in telling(summary) if line[f"{metric}_mean"] is not None]
         if not lines:
             continue
         # A label is data: "$" in it is no formula.
@@ -173,7 +173,7 @@ def _figure(metric: str, lines: Sequence[Row], runs: Sequence[Row]) -> Figure:
             capsize=4,
             zorder=2,
         )
-    axes.set_yticks(range(len(lines)), [f" {label(line)}" for line in lines])
+    axes.set_yticks(range(len(lines)), [f" {label(line)} (n = {line['n']})" for line in lines])
     axes.set_ylim(len(lines) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
     axes.grid(True, axis="x", color="#DDDDDD", linewidth=0.7)
@@ -197,7 +197,7 @@ def label(line: Row) -> str:
     tool = "/".join(line[name] for name in ("backend", "quantizer") if line[name])
     where = {"train_seed": f"train seed {line['train_seed']}", "file": "all seeds", "pooled": "all files"}
     name = f"{line['file'].removesuffix('.tsv')}: " if line["file"] else ""
-    text = f"{name}{line['card']} {line['precision']} {tool}, {where[line['scope']]} (n = {line['n']})"
+    text = f"{name}{line['card']} {line['precision']} {tool}, {where[line['scope']]}"
     return text if len(text) <= 90 else f"{text[:89]}…"
 
 
@@ -220,13 +220,13 @@ def _readme(
     parts = [
         f"# {name}",
         "",
-        f"{len(runs)} evaluations of {len(_checkpoints(runs))} fixed checkpoints, {len(seeds)} pairs of train and eval "
-        f"seed, on {', '.join(map(markdown_cell, devices))}.",
+        f"Fixed checkpoints: {len(_checkpoints(runs))}. Pairs of train and eval seed: {len(seeds)}. Evaluations: "
+        f"{len(runs)}, on {', '.join(map(markdown_cell, devices))}.",
         "",
         _markdown_line(["runs", "n", *(f"{metric}, mean ± std" for metric in metrics)]),
         _markdown_line(["---"] * (2 + len(metrics))),
     ]
-    for line in summary:
+    for line in telling(summary):
         parts.append(
             _markdown_line(
                 [markdown_cell(label(line)), str(line["n"]), *(mean_std(line, metric) for metric in metrics)]

@@ -228,6 +228,15 @@ def summarise_files(tables: Sequence[tuple[Path, Sequence[Row]]]) -> tuple[list[
     return summary, notes
 
 
+def telling(summary: Sequence[Row]) -> list[Row]:
+    """The lines of a summary without those of a file's whole where it has one train seed: they repeat its line."""
+    names = ("file", *VARIANT)
+    alone = {tuple(line[name] for name in (*names, "n")) for line in summary if line["scope"] == "train_seed"}
+    return [
+        line for line in summary if line["scope"] != "file" or tuple(line[name] for name in (*names, "n")) not in alone
+    ]
+
+
 def _grouped(rows: Iterable[Row], names: Sequence[str]) -> dict[tuple[object, ...], list[Row]]:
     groups: dict[tuple[object, ...], list[Row]] = {}
     for row in rows:
@@ -245,7 +254,8 @@ def _clash(rows: Sequence[Row]) -> str:
 
 
 def _line(scope: str, rows: Sequence[Row]) -> Row:
-    line: Row = {name: rows[0][name] for name in (*VARIANT, *DIGESTS)} | {"scope": scope, "n": len(rows)}
+    shared = {name: rows[0][name] for name in (*VARIANT, *DIGESTS)}
+    line: Row = dict.fromkeys(SUMMARY) | shared | {"scope": scope, "n": len(rows)}
     line["train_seed"] = rows[0]["train_seed"] if scope == "train_seed" else None
     line["eval_seeds"] = seeds_text({row["eval_seed"] for row in rows})
     line["checkpoints"] = len({row["checkpoint_sha256"] for row in rows})
@@ -387,7 +397,11 @@ def compare(a: tuple[Path, Sequence[Row]], b: tuple[Path, Sequence[Row]], metric
         if 1 < len(groups) < len(common):
             intervals.append(t_interval([statistics.fmean(values) for values in groups.values()], unit))
     left_out = [len(own) - len(common) for own in by_seeds]
-    notes = [f"{count} runs of {name} have no partner" for count, name in zip(left_out, "AB", strict=True) if count]
+    notes = [
+        f"runs of {name} without a partner, left out: {count}"
+        for count, name in zip(left_out, "AB", strict=True)
+        if count
+    ]
     if len({seeds[0] for seeds in common}) == 1:
         notes.append(f"one train seed ({common[0][0]}): the interval says nothing of other trainings")
     if any(row["scenes"].startswith("half") for row, _ in pairs):

@@ -119,8 +119,7 @@ def finalize(
     seed = agreed_seed(found, train_seed)
     task_card = task_card or found.task_card
     if name is None:
-        plain = re.sub(r"[^A-Za-z0-9._-]+", "-", found.name).strip("-._") or "checkpoint"
-        name = f"{plain[:60].removesuffix(f'-{found.sha256[:8]}')}-{found.sha256[:8]}"
+        name = f"{plain_name(found.name).removesuffix(f'-{found.sha256[:8]}')}-{found.sha256[:8]}"
     target = folder_of(root) / safe_name(name, "checkpoint")
     if target.is_dir():
         there = open_checkpoint(target, root)
@@ -158,6 +157,11 @@ def finalize(
     return open_checkpoint(target, root), True
 
 
+def plain_name(name: str) -> str:
+    """A name for files out of any text: letters, digits, '.', '_' and '-', at most 60 of them."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._")[:60] or "checkpoint"
+
+
 def agreed_seed(checkpoint: Checkpoint, asked: int | None) -> int:
     """The train seed of the model card, or the asked one. Raises PqkError when there is neither, or both and unlike."""
     told = checkpoint.train_seed
@@ -168,18 +172,15 @@ def agreed_seed(checkpoint: Checkpoint, asked: int | None) -> int:
     return int(asked if told is None else told)  # type: ignore[arg-type]
 
 
-def by_digest(digest: str, root: Path) -> Checkpoint:
-    """The checkpoint of this sha256 among the finalized ones and those in models/. Raises PqkError."""
+def here(root: Path) -> dict[str, Path]:
+    """The checkpoints among the finalized ones and in models/, by the sha256 of their bytes as they are now."""
+    found: dict[str, Path] = {}
     for folder in (folder_of(root), root / "models"):
         for path in sorted(folder.iterdir()) if folder.is_dir() else ():
             if path.is_dir() and not path.name.startswith("."):
                 try:
                     _, files = _files(path)
-                except PqkError:
+                except PqkError:  # something else lies there
                     continue
-                if sha256_json({file.name: sha256_file(file) for file in files}) == digest:
-                    return open_checkpoint(path, root)
-    raise PqkError(
-        f"the checkpoint of sha256 {digest} is neither in outputs/checkpoints nor in models; keep it there with "
-        "pqk ledger finalize, name it with --checkpoint, or only hash with --no-rerun"
-    )
+                found.setdefault(sha256_json({file.name: sha256_file(file) for file in files}), path)
+    return found

@@ -67,7 +67,7 @@ def _ledger(verb: str, argv: Sequence[str] | None) -> int:
     from pqk.cli import app
 
     words = ["ledger", verb, *(sys.argv[1:] if argv is None else argv)]
-    return told(lambda: app(words, prog_name="pqk"))
+    return told(lambda: int(app(words, prog_name="pqk", standalone_mode=False) or 0))
 
 
 def _run(name: str, what: str, argv: Sequence[str] | None, **fields: Any) -> int:

@@ -64,14 +64,14 @@ def evaluate(
     )
     rows: list[Row] = []
 
-    def say(row: Row, kept: bool) -> None:
+    def say(row: Row, note: str) -> None:
         rows.append(row)
         speed = "" if row["fps"] is None else f", {row['fps']:.4g} pairs/s"
         how = " (emulated)" if row["measured"] == "emulated" else ""
         metric = row["main_metric"]
         errors.print(
             f"[bold]eval seed {row['eval_seed']}[/]: {metric} {row[metric]:.5g}, delta1 {row['delta1'] or 0:.4g}"
-            f"{speed}{how}{' [dim](there already)[/]' if kept else ''}"
+            f"{speed}{how}{f' [dim]({note})[/]' if note else ''}"
         )
 
     file = evaluate_seeds(asked, out, root, _progress(errors), say)
@@ -113,7 +113,7 @@ def _show(summary: Sequence[Row], metric: str) -> None:
     names = [name for name in (metric, "delta1", "fps") if any(line[f"{name}_mean"] is not None for line in summary)]
     for heading in ("runs", "n", *names):
         table.add_column(heading, justify="left" if heading == "runs" else "right", overflow="fold")
-    for line in summary:
+    for line in ledger.telling(summary):
         cells = [freeze.label(line), str(line["n"]), *(freeze.mean_std(line, name) for name in names)]
         table.add_row(*(Text(printable(cell)) for cell in cells))
     Console().print(table)
@@ -149,17 +149,34 @@ def verify(name: str, rerun: bool, line: int, tolerance: float, checkpoint: str 
             print(f"differs: {printable(sentence)}")
         return EXIT_CHECK_FAILED
     print(f"all files are as they were frozen; {len(runs)} runs")
+
+    from pqk.run.checkpoints import folder_of, here, open_checkpoint
+
+    known = here(root)
+    used = {row["checkpoint_sha256"]: printable(row["checkpoint"]) for row in runs}
+    changed = [used[digest] for digest in used if digest not in known and (folder_of(root) / used[digest]).is_dir()]
+    for digest, checkpoint_name in used.items():
+        if checkpoint_name in changed:
+            print(f"differs: checkpoint {checkpoint_name}: its bytes in outputs/checkpoints are not those of {digest}")
+        else:
+            print(f"checkpoint {checkpoint_name}: {'as it was' if digest in known else 'not here, not hashed'}")
+    if changed:
+        return EXIT_CHECK_FAILED
     if not rerun:
         return EXIT_OK
     if not 1 <= line <= len(runs):
         raise PqkError(f"--row {line}: {name} has the rows 1 to {len(runs)}")
+    row = runs[line - 1]
+    if checkpoint is None and row["checkpoint_sha256"] not in known:
+        raise PqkError(
+            f"checkpoint {row['checkpoint']} ({row['checkpoint_sha256']}) is neither in outputs/checkpoints nor in "
+            "models; keep it there with pqk ledger finalize, name it with --checkpoint, or only hash with --no-rerun"
+        )
 
-    from pqk.run.checkpoints import by_digest, open_checkpoint
     from pqk.run.command import _progress
     from pqk.run.ledger_eval import measure_again
 
-    row = runs[line - 1]
-    found = open_checkpoint(checkpoint, root) if checkpoint else by_digest(row["checkpoint_sha256"], root)
+    found = open_checkpoint(checkpoint or known[row["checkpoint_sha256"]], root)
     seeds = f"train seed {row['train_seed']}, eval seed {row['eval_seed']}"
     what = f"row {line}: {seeds}, {row['precision']} on {row['backend']}"
     errors.print(f"{escape(what)}, measured again from {escape(paths.shown(found.path))}")

@@ -34,7 +34,7 @@ from pqk.models.configs import lowest_confidence
 from pqk.record.ledger import METRICS, add_row, identity, read_rows, refuse_mixed
 from pqk.record.tsv import Row
 from pqk.run import stages
-from pqk.run.checkpoints import Checkpoint, agreed_seed, open_checkpoint
+from pqk.run.checkpoints import Checkpoint, agreed_seed, open_checkpoint, plain_name
 from pqk.run.inputs import load_frames, scene_pairs
 from pqk.run.prepare import (
     Request,
@@ -281,18 +281,18 @@ def seed_scenes(ctx: Context, workload: Workload, root: Path, eval_seed: int) ->
 
 
 def evaluate_seeds(
-    asked: Asked, out: Path | None, root: Path, on_event: OnEvent, say: Callable[[Row, bool], None]
+    asked: Asked, out: Path | None, root: Path, on_event: OnEvent, say: Callable[[Row, str], None]
 ) -> Path:
     """Measure what is not in the file yet, row by row, so that a killed run loses at most the seed it was at.
 
     `out`: default results/CHECKPOINT.CARD.BACKEND-PRECISION.tsv. A row is kept when the same run stands there, measured
-    by the same code. `say` gets each row, and whether it was there. Returns the file.
+    by the same code. `say` gets each row with a note: kept, or why it was measured again. Returns the file.
     Raises PqkError, before anything is measured, when the file holds rows of another workload or evaluation.
     """
     bench = Bench(asked, root, on_event)
     if out is None:
         tool = "-".join(word for word in (asked.backend, bench.quantizer, bench.precision) if word)
-        out = root / "results" / f"{bench.checkpoint.name}.{bench.known['card']}.{tool}.tsv"
+        out = root / "results" / f"{plain_name(bench.checkpoint.name)}.{bench.known['card']}.{tool}.tsv"
     if out.suffix != ".tsv" or out.is_dir():
         raise PqkError(f"--out {out}: the name of a ledger ends in .tsv")
     check_writable(out.parent)
@@ -301,14 +301,18 @@ def evaluate_seeds(
     known = {identity(row): row for row in there}
     for seed in asked.eval_seeds:
         old = known.get(identity(bench.known | {"eval_seed": seed}))
-        if old is not None and old["code_sha256"] == bench.known["code_sha256"]:
-            untimed = asked.timed and old["fps"] is None and old["measured"] == "engine"
-            if not untimed:
-                say(old, True)
+        why = ""
+        if old is not None:
+            if old["code_sha256"] != bench.known["code_sha256"]:
+                why = "measured again, as the code that scores has changed"
+            elif asked.timed and old["fps"] is None and old["measured"] == "engine":
+                why = "measured again, as it was not timed"
+            else:
+                say(old, "there already")
                 continue
         row = bench.measure(seed, asked.timed)
         add_row(out, row)
-        say(row, False)
+        say(row, why)
     return out
 
 
