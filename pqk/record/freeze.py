@@ -198,6 +198,7 @@ def label(line: Row) -> str:
     where = {"train_seed": f"train seed {line['train_seed']}", "file": "all seeds", "pooled": "all files"}
     name = f"{line['file'].removesuffix('.tsv')}: " if line["file"] else ""
     text = f"{name}{line['card']} {line['precision']} {tool}, {where[line['scope']]}"
+    text = "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
     return text if len(text) <= 90 else f"{text[:89]}…"
 
 

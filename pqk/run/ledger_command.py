@@ -70,7 +70,7 @@ def evaluate(
         how = " (emulated)" if row["measured"] == "emulated" else ""
         metric = row["main_metric"]
         errors.print(
-            f"[bold]eval seed {row['eval_seed']}[/]: {metric} {row[metric]:.5g}, delta1 {row['delta1'] or 0:.4g}"
+            f"[bold]eval seed {row['eval_seed']}[/]: {metric} {row[metric]:.5g}"
             f"{speed}{how}{f' [dim]({note})[/]' if note else ''}"
         )
 
