@@ -23,6 +23,7 @@ from pqk.record.ledger import (
     MEASURED,
     REQUIRED,
     SUMMARY,
+    VARIANT,
     read_rows,
     refuse_mixed,
     summarise_files,
@@ -187,9 +188,7 @@ def _figure(metric: str, lines: Sequence[Row], runs: Sequence[Row]) -> Figure:
 
 def _belongs(row: Row, line: Row) -> bool:
     """Whether a run is one of those behind a line of the summary."""
-    names = ["card", "backend", "quantizer", "precision", "device", "config_sha256"]
-    names += ["file"] if line["scope"] != "pooled" else []
-    names += ["train_seed"] if line["scope"] == "train_seed" else []
+    names = [*VARIANT, *(["file"] if line["file"] else []), *(["train_seed"] if line["scope"] == "train_seed" else [])]
     return all(row[name] == line[name] for name in names)
 
 
@@ -197,7 +196,8 @@ def label(line: Row) -> str:
     tool = "/".join(line[name] for name in ("backend", "quantizer") if line[name])
     where = {"train_seed": f"train seed {line['train_seed']}", "file": "all seeds", "pooled": "all files"}
     name = f"{line['file'].removesuffix('.tsv')}: " if line["file"] else ""
-    text = f"{name}{line['card']} {line['precision']} {tool}, {where[line['scope']]}"
+    emulated = " emulated" if line["measured"] == "emulated" else ""
+    text = f"{name}{line['card']} {line['precision']} {tool}{emulated}, {where[line['scope']]}"
     text = "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
     return text if len(text) <= 90 else f"{text[:89]}…"
 
@@ -268,7 +268,12 @@ def mean_std(line: Row, metric: str) -> str:
     mean, std = line[f"{metric}_mean"], line[f"{metric}_std"]
     if mean is None:
         return "–"
-    return f"{mean:.5g}" if std is None else f"{mean:.5g} ± {std:.2g}"
+    return f"{mean:.5g}{spread(std)}"
+
+
+def spread(std: float | None) -> str:
+    """' ± 0.012', or '' for none."""
+    return "" if std is None else f" ± {std:.2g}" if std < 100 else f" ± {std:.0f}"
 
 
 def tables_of(files: Sequence[Path]) -> list[tuple[Path, list[Row]]]:

@@ -80,7 +80,7 @@ IDENTITY = (
     "config_sha256",
 )
 """Two rows that agree in all of these are the same run; the newer one replaces the older."""
-VARIANT = ("card", "backend", "quantizer", "precision", "device", "config_sha256")
+VARIANT = ("card", "backend", "quantizer", "precision", "device", "measured", "config_sha256")
 """What runs must share before a mean over them says something."""
 DIGESTS = ("workload_sha256", "eval_sha256")
 """What runs must share before they may stand in one table at all."""
@@ -406,6 +406,9 @@ def compare(a: tuple[Path, Sequence[Row]], b: tuple[Path, Sequence[Row]], metric
         notes.append(f"one train seed ({common[0][0]}): the interval says nothing of other trainings")
     if any(row["scenes"].startswith("half") for row, _ in pairs):
         notes.append("the eval seeds drew halves of one list of scenes: the interval is about these scenes")
+    for name, side in zip("AB", zip(*pairs, strict=True), strict=True):
+        if any(row["measured"] == "emulated" for row in side):
+            notes.append(f"{name} was emulated: another runtime computed in the engine's place")
     if len({row["device"] for pair in pairs for row in pair}) > 1:
         notes.append("the runs are from different devices")
     means = [statistics.fmean(row[metric] for row in side) for side in zip(*pairs, strict=True)]

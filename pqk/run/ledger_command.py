@@ -80,8 +80,7 @@ def evaluate(
         values = [row[name] for row in rows if row[name] is not None]
         if values:
             found = ledger.stat(values)
-            spread = "" if found.std is None else f" ± {found.std:.2g}"
-            errors.print(f"{name} {found.mean:.5g}{spread} (mean ± sample std, n = {found.n})")
+            errors.print(f"{name} {found.mean:.5g}{freeze.spread(found.std)} (mean ± sample std, n = {found.n})")
     print(json.dumps(rows, allow_nan=False, ensure_ascii=False) if as_json else paths.shown(file))
     return EXIT_OK
 

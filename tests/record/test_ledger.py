@@ -220,6 +220,13 @@ def test_precisions_are_never_averaged(results: Results) -> None:
     assert {(line["precision"], line["n"]) for line in summary} == {("f32", 5), ("int8", 5)}
 
 
+def test_emulated_runs_say_so(results: Results) -> None:
+    emulated = grid(1, backend="trt", measured="emulated", fps=None)
+    summary, _ = summarise_files(read_results(results(a=[*emulated, *grid(1, backend="trt", device="a GPU")])))
+    assert [(freeze.label(line).count("trt emulated"), line["n"]) for line in telling(summary)] == [(1, 5), (0, 5)]
+    assert "B was emulated" in compare((A, grid()), (B, emulated)).notes[-1]
+
+
 def test_a_metric_that_some_runs_lack_has_no_mean(results: Results) -> None:
     summary, _ = summarise_files(read_results(results(a=[row(0, 0), row(0, 1, fps=None)])))
     assert summary[0]["fps_mean"] is None and summary[0]["absrel_mean"] is not None
