@@ -62,7 +62,7 @@ def open_checkpoint(asked: str | Path, root: Path) -> Checkpoint:
         path = folder_of(root) / asked
     if not path.exists():
         raise PqkError(f"no checkpoint {str(asked)!r}: neither a file, nor a folder, nor a name in outputs/checkpoints")
-    card = _read_card(path / CARD if path.is_dir() else path.parent / CARD) if _has_card(path) else {}
+    card = _read_card(path / CARD) if (path / CARD).is_file() else {}
     loadable, files = _files(path)
     digest = sha256_json({file.name: sha256_file(file) for file in files})
     finalized = card.get(FINALIZED, {})
@@ -76,11 +76,6 @@ def open_checkpoint(asked: str | Path, root: Path) -> Checkpoint:
         raise PqkError(f"{path / CARD} tells of other weights (sha256 {card['sha256']}) than those beside it")
     name = path.resolve().name if path.is_dir() else path.resolve().stem
     return Checkpoint(loadable.resolve(), name, digest, card)
-
-
-def _has_card(path: Path) -> bool:
-    """A card beside a .pth counts only in a folder that `finalize` made, where it cannot be another file's."""
-    return (path / CARD).is_file() if path.is_dir() else False
 
 
 def _files(path: Path) -> tuple[Path, list[Path]]:

@@ -95,8 +95,10 @@ class Bench:
         self.cached = store is None  # compiled models are kept only beside the project's own store
         if store is not None:
             self.ctx = replace(self.ctx, store=store)
-        quant = self.experiment.quant.sha256 if self.quantizer else None
-        config = {"precision": self.precision, "quantizer": self.quantizer, "quant": quant, "options": self.options}
+        config = {"precision": self.precision, "quantizer": self.quantizer, "options": self.options}
+        if self.quantizer is not None:
+            config["quant"] = self.experiment.quant.sha256
+            config["calibration"] = calibration_digest(self.ctx, self.experiment.workload, root)
         sources = (_SCORED_BY, *getattr(self.backend, "sources", ()))
         self.known: Row = {
             "card": self.experiment.card.id,
@@ -254,6 +256,14 @@ def workload_digest(ctx: Context, workload: Workload, root: Path) -> str:
             "scenes": scenes,
         }
     )
+
+
+def calibration_digest(ctx: Context, workload: Workload, root: Path) -> str:
+    """sha256 of the calibration set: how it is generated, or the bytes of its folder."""
+    calibration = workload.calibration
+    if calibration.source == SYNTHETIC:
+        return sha256_json(calibration.model_dump(mode="json"))
+    return stages.calibration_images(ctx, calibration, workload, root).sha256
 
 
 def seed_scenes(ctx: Context, workload: Workload, root: Path, eval_seed: int) -> tuple[Scenes, str]:

@@ -22,6 +22,7 @@ from pqk.models import load_model
 from pqk.record.ledger import METRICS, read_rows
 from pqk.run import doors
 from pqk.run.checkpoints import finalize, open_checkpoint
+from pqk.run.ledger_eval import Asked, Bench
 from pqk.run.prepare import Request, load_teacher
 
 Pqk = Callable[..., tuple[int, str, str]]
@@ -402,3 +403,25 @@ def test_the_doors(evaluated: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert doors.finalize_checkpoint(["--bogus"]) == 2 and "--bogus" in capsys.readouterr().err
     assert doors.build_results_manifest(["--results", "none"]) == 2
     assert "no folder none" in capsys.readouterr().err
+
+
+def test_what_quantization_is_made_of_is_in_the_digest(evaluated: Path) -> None:
+    pytest.importorskip("openvino")
+    pytest.importorskip("nncf")
+
+    def digests(precision: str, **settings: Any) -> tuple[str, str]:
+        asked = Asked(
+            "tiny", precision=precision, settings={name.replace("__", "."): v for name, v in settings.items()}
+        )
+        known = Bench(asked, evaluated, lambda *_: None).known
+        return known["workload_sha256"], known["config_sha256"]
+
+    plain = digests("int8")
+    for settings in ({"quant__ptq__bias_correction": "fast"}, {"workload__calibration__seed": 3}):
+        assert digests("int8", **settings)[0] == plain[0] and digests("int8", **settings)[1] != plain[1]
+        assert digests("fp32", **settings) == digests("f32")
+    for settings in ({"workload__scenes__test__views": 2}, {"workload__pair_graph__k": 2}):
+        assert digests("int8", **settings)[0] != plain[0] and digests("int8", **settings)[1] == plain[1]
+    assert digests(
+        "f32", workload__seeds__eval=5, workload__seeds__train=5, workload__scenes__validation__seed=2
+    ) == digests("f32")
