@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from pqk.cli_ledger import app as ledger_app
+
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="A bench for compressing feed-forward 3D transformers."
 )
@@ -17,6 +19,7 @@ bench_app = typer.Typer(no_args_is_help=True, help="Long measurements that are n
 app.add_typer(train_app, name="train")
 app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
+app.add_typer(ledger_app, name="ledger")
 
 
 @app.command()

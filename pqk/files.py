@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ _SENTENCES = {
     errno.ENOTDIR: "a parent of it is a file, not a folder",
     errno.EISDIR: "it is a folder",
     errno.EEXIST: "something else is there under this name",
+    errno.ENOTEMPTY: "something else is there under this name",
     errno.ENAMETOOLONG: "the name is too long",
     errno.EFBIG: "the file is larger than this system allows",
 }
@@ -63,6 +65,50 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
             fsync_folder(target.parent)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside the target; on success it is on disk as a whole, and gets the target's name.
+
+    On any failure there is no target and the temporary folder is removed; what a killed process left behind goes too.
+    Raises PqkError when something has the target's name already, or the disk is full or not writable.
+    """
+    taken = f"{target} exists already; choose another name, or move it away"
+    with clear_write_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if os.path.lexists(target):
+            raise PqkError(taken)
+        for old in target.parent.iterdir():
+            maker = old.name.removeprefix(f".{target.name}.").removesuffix(".tmp")
+            if old.name == f".{target.name}.{maker}.tmp" and maker.isdigit() and not _alive(int(maker)):
+                shutil.rmtree(old, ignore_errors=True)
+        temporary = target.parent / f".{target.name}.{os.getpid()}.tmp"
+        temporary.mkdir()
+        try:
+            yield temporary
+            for path in (*temporary.rglob("*"), temporary):
+                if path.is_dir():
+                    fsync_folder(path)
+                else:
+                    with path.open("rb") as written:
+                        os.fsync(written.fileno())
+            if os.path.lexists(target):  # a rename would replace an empty folder
+                raise PqkError(taken)
+            temporary.rename(target)
+            fsync_folder(target.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # another user's
+        return True
+    return True
 
 
 def check_writable(folder: Path) -> None:

@@ -1,12 +1,19 @@
+<<<<<<< HEAD
 """The scripts under their long-standing names and arguments: run_quant.py, run_distill.py, run_prune.py,
 run_eval.py, baseline_eval.py, export_onnx_trt.py.
+=======
+"""The scripts under their long-standing names and arguments: run_quant.py, run_eval.py, baseline_eval.py,
+export_onnx_trt.py, finalize_checkpoint.py, eval_multiseed.py, build_results_manifest.py.
+>>>>>>> s9-ledger
 
-Each is a way to call the same work as `pqk run` and `pqk export`; records go to logs/ and also to the file of --log.
+Each is a way to call the same work as `pqk run`, `pqk export` and `pqk ledger`; records of runs go to logs/ and also to
+the file of --log.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -56,8 +63,35 @@ def export(argv: Sequence[str] | None = None) -> int:
     return told(lambda: export_card(_request(asked), asked.precision, asked.out))
 
 
+<<<<<<< HEAD
 def _run(name: str, what: str, argv: Sequence[str] | None, card: str = "B1", cfg: str = "quant", **fields: Any) -> int:
     parser = _parser(name, what, "openvino", card, cfg)
+=======
+def finalize_checkpoint(argv: Sequence[str] | None = None) -> int:
+    """scripts/finalize_checkpoint.py: `pqk ledger finalize`, same arguments and exit codes."""
+    return _ledger("finalize", argv)
+
+
+def eval_multiseed(argv: Sequence[str] | None = None) -> int:
+    """scripts/eval_multiseed.py: `pqk ledger eval`, same arguments and exit codes."""
+    return _ledger("eval", argv)
+
+
+def build_results_manifest(argv: Sequence[str] | None = None) -> int:
+    """scripts/build_results_manifest.py: `pqk ledger manifest`, same arguments and exit codes."""
+    return _ledger("manifest", argv)
+
+
+def _ledger(verb: str, argv: Sequence[str] | None) -> int:
+    from pqk.cli import app
+
+    words = ["ledger", verb, *(sys.argv[1:] if argv is None else argv)]
+    return told(lambda: int(app(words, prog_name="pqk", standalone_mode=False) or 0))
+
+
+def _run(name: str, what: str, argv: Sequence[str] | None, **fields: Any) -> int:
+    parser = _parser(name, what, "openvino")
+>>>>>>> s9-ledger
     parser.add_argument("--log", type=Path, help="a .json file for the record, besides the one in logs/")
     asked = parser.parse_args(argv)
     return told(lambda: run_card(_request(asked, cfg, **fields), as_json=False, log=asked.log))

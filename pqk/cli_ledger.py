@@ -1,0 +1,132 @@
+"""`pqk ledger ...`: the verbs of the evidence. Thin, as `pqk.cli` is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, help="Evidence: fixed checkpoints, train and eval seeds, frozen deliverables.")
+
+_Results = Annotated[Path | None, typer.Option("--results", help="folder of .tsv files; default: results/")]
+
+
+@app.command()
+def finalize(
+    checkpoint: Annotated[str, typer.Argument(metavar="CKPT", help="official .pth, or a folder with config.json")],
+    name: Annotated[
+        str | None, typer.Option(help="folder in outputs/checkpoints; default: its name and sha256")
+    ] = None,
+    train_seed: Annotated[int | None, typer.Option(min=0, help="where the model card tells none")] = None,
+    card: Annotated[str | None, typer.Option(help="task card that made it, for example A1")] = None,
+) -> None:
+    """Keep a checkpoint in outputs/checkpoints, with its sha256 in a model card.
+
+    Exit codes: 0 ok, 2 no checkpoint, or another one has the name.
+    """
+    from pqk.run.ledger_command import finalize as work
+
+    raise typer.Exit(work(checkpoint, name, train_seed, card))
+
+
+@app.command("eval")
+def evaluate(
+    checkpoint: Annotated[
+        str, typer.Argument(metavar="CKPT", help="a name in outputs/checkpoints, a folder or a .pth")
+    ],
+    eval_seeds: Annotated[str, typer.Option(help="0..4, or 0,2,5")] = "0..4",
+    backend: Annotated[str | None, typer.Option(help="openvino, trt, reference or auto (the default)")] = None,
+    precision: Annotated[str, typer.Option(help="fp32, bf16, ... or int8: quantized as the card says")] = "fp32",
+    quantizer: Annotated[str | None, typer.Option(help="quantizer of the backend; default: its first")] = None,
+    card: Annotated[str | None, typer.Option(help="task card with the settings; default: the model card's")] = None,
+    train_seed: Annotated[int | None, typer.Option(min=0, help="where the model card tells none")] = None,
+    setting: Annotated[list[str] | None, typer.Option("--set", help="override one value, as in `pqk run`")] = None,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help=".tsv file; default: results/CKPT.CARD.ENGINE.tsv")
+    ] = None,
+    timing: Annotated[bool, typer.Option(help="measure pairs per second, too")] = True,
+    json_line: Annotated[bool, typer.Option("--json", help="print the rows as JSON, last line")] = False,
+) -> None:
+    """Evaluate a fixed checkpoint under several eval seeds; a row each. Rows that are there are kept.
+
+    Exit codes: 0 ok, 1 a kept node ran in int8, 2 wrong input, 3 backend unavailable.
+    """
+    from pqk.run.ledger_command import evaluate as work
+
+    raise typer.Exit(
+        work(
+            checkpoint,
+            eval_seeds,
+            backend,
+            precision,
+            quantizer,
+            card,
+            train_seed,
+            setting or [],
+            out,
+            timing,
+            json_line,
+        )
+    )
+
+
+@app.command()
+def manifest(
+    results: _Results = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="default: results_manifest.tsv")] = None,
+) -> None:
+    """Mean and sample std of all results: per file and train seed, per file, over all files of a recipe.
+
+    Exit codes: 0 ok, 2 wrong input, such as files of different workloads.
+    """
+    from pqk.run.ledger_command import manifest as work
+
+    raise typer.Exit(work(results, out))
+
+
+@app.command()
+def freeze(
+    name: Annotated[str, typer.Argument(help="folder in deliverables/, which must not exist")],
+    files: Annotated[list[Path] | None, typer.Argument(help="the .tsv files; default: all of --results")] = None,
+    results: _Results = None,
+) -> None:
+    """Write deliverables/NAME: all runs, their statistics, figures, README.md and manifest.tsv with every sha256.
+
+    Exit codes: 0 ok, 2 the name is taken, or the files must not be mixed.
+    """
+    from pqk.run.ledger_command import freeze_results as work
+
+    raise typer.Exit(work(name, files or [], results))
+
+
+@app.command()
+def verify(
+    name: Annotated[str, typer.Argument(help="folder in deliverables/")],
+    rerun: Annotated[bool, typer.Option(help="measure one run again")] = True,
+    row: Annotated[int, typer.Option(help="which one: its row in runs.tsv, from 1")] = 1,
+    tolerance: Annotated[float, typer.Option(help="share of the frozen value that a metric may be off")] = 1e-3,
+    checkpoint: Annotated[str | None, typer.Option(help="where it lies, when pqk does not find it")] = None,
+) -> None:
+    """Hash a deliverable again, and measure one of its runs again from the checkpoint.
+
+    Exit codes: 0 all as it was, 1 something differs, 2 wrong input, 3 backend unavailable.
+    """
+    from pqk.run.ledger_command import verify as work
+
+    raise typer.Exit(work(name, rerun, row, tolerance, checkpoint))
+
+
+@app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(metavar="A.tsv")],
+    b: Annotated[Path, typer.Argument(metavar="B.tsv")],
+    metric: Annotated[str | None, typer.Option(help="default: the main metric")] = None,
+) -> None:
+    """B minus A over equal train and eval seeds, with a 95 % interval; 'not distinguishable' when that holds 0.
+
+    Exit codes: 0 ok, 2 fewer than 2 pairs, or runs that must not be compared.
+    """
+    from pqk.run.ledger_command import compare as work
+
+    raise typer.Exit(work(a, b, metric))

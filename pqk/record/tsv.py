@@ -1,0 +1,154 @@
+r"""Tables as tab-separated text that any program reads: one line per row, exact numbers, nothing that a cell can break.
+
+| in a text | in the file |
+| --- | --- |
+| backslash, tab, line feed, carriage return | `\\`, `\t`, `\n`, `\r` |
+| any other character that is not printable | `\uXXXX` or `\UXXXXXXXX` |
+| a quotation mark at the start, which readers of CSV take for a quoted cell | `\u0022` |
+| a start that a spreadsheet takes for a formula (=, +, -, @) | an apostrophe before it |
+
+An empty cell is null. Numbers are written so that reading gives the same float64 again.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pqk.errors import PqkError, nearest
+from pqk.files import write_text
+
+Kind = Literal["text", "int", "float"]
+Row = dict[str, Any]
+
+_FORMULA = ("=", "+", "-", "@")
+_PLAIN = {"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"}
+_BACK = {"\\": "\\", "t": "\t", "n": "\n", "r": "\r"}
+_ESCAPE = re.compile(r"\\(?:([\\tnr])|u([0-9a-f]{4})|U([0-9a-f]{8})|(.?))", re.DOTALL)
+_NUMBERS = {
+    "int": re.compile(r"-?[0-9]{1,18}"),
+    "float": re.compile(r"-?[0-9]+(\.[0-9]+)?(e[+-]?[0-9]+)?", re.IGNORECASE),
+}
+
+
+def cell_of(value: Any) -> str:
+    """A value as a cell. Raises ValueError for a number that is not finite."""
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{value} is no measurement; unknown is null")
+        return repr(value)
+    text = "".join(_escaped(char) for char in value)
+    if text.startswith('"'):
+        text = "\\u0022" + text[1:]
+    return f"'{text}" if text.lstrip("'").startswith(_FORMULA) else text
+
+
+def _escaped(char: str) -> str:
+    if char in _PLAIN:
+        return _PLAIN[char]
+    if char.isprintable():
+        return char
+    return f"\\u{ord(char):04x}" if ord(char) < 0x10000 else f"\\U{ord(char):08x}"
+
+
+def value_of(cell: str, kind: Kind) -> Any:
+    """The inverse of `cell_of`. Raises ValueError for a cell that is none of this kind."""
+    if not cell:
+        return None
+    if kind != "text":
+        if not _NUMBERS[kind].fullmatch(cell):
+            raise ValueError(f"{cell[:40]!r} is no {'whole ' if kind == 'int' else ''}number")
+        number = int(cell) if kind == "int" else float(cell)
+        if not math.isfinite(number):
+            raise ValueError(f"{cell[:40]!r} is too large")
+        return number
+    if cell.startswith("'") and cell.lstrip("'").startswith(_FORMULA):
+        cell = cell[1:]
+    return _ESCAPE.sub(_character, cell)
+
+
+def _character(match: re.Match[str]) -> str:
+    plain, short, long, wrong = match.groups()
+    if plain:
+        return _BACK[plain]
+    if wrong is not None or int(short or long, 16) > 0x10FFFF:
+        raise ValueError(f"{match[0]!r} is no escape; a backslash is written twice")
+    return chr(int(short or long, 16))
+
+
+def write_table(path: Path, columns: Mapping[str, Kind], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write a table atomically: a line with the names of the columns, then a line per row.
+
+    Raises PqkError for a value that is no number where one belongs, or not finite.
+    """
+    write_text(path, table_text(columns, rows, str(path)))
+
+
+def table_text(columns: Mapping[str, Kind], rows: Iterable[Mapping[str, Any]], where: str) -> str:
+    """What `write_table` writes."""
+    types: dict[str, tuple[type, ...]] = {"text": (str,), "int": (int,), "float": (int, float)}
+    lines = ["\t".join(columns)]
+    for row in rows:
+        cells = []
+        for name, kind in columns.items():
+            value = row.get(name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, types[kind])):
+                raise PqkError(f"{where}: {name} must be a {kind}, not {value!r}")
+            try:
+                cells.append(cell_of(float(value) if kind == "float" and isinstance(value, int | float) else value))
+            except ValueError as error:
+                raise PqkError(f"{where}: {name}: {error}") from error
+        lines.append("\t".join(cells))
+    return "\n".join(lines) + "\n"
+
+
+def read_table(path: Path, columns: Mapping[str, Kind], required: Sequence[str] = ()) -> list[Row]:
+    """The rows of a table, in their order; its columns may stand in any order.
+
+    Raises PqkError, with the line, for a file that is not UTF-8, a missing or unknown column, a row of another length,
+    a cell of the wrong kind, and an empty cell in a column that is `required`.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise PqkError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise PqkError(f"{path} is not UTF-8 text") from error
+    lines = text.split("\n")  # not splitlines: a cell may hold what Python takes for a line's end
+    if lines[-1] == "":
+        lines.pop()
+    if not lines:
+        raise PqkError(f"{path} is empty; expected a line with the names of the columns")
+    names = lines[0].rstrip("\r").split("\t")
+    for name in names:
+        if name not in columns or names.count(name) > 1:
+            raise PqkError(f"{path}:1: unknown or repeated column {name[:60]!r}{nearest(name, columns)}")
+    missing = [name for name in columns if name not in names]
+    if missing:
+        raise PqkError(f"{path}:1: the column {missing[0]!r} is missing; this is no table of that kind")
+    rows = []
+    for number, line in enumerate(lines[1:], 2):
+        cells = line.rstrip("\r").split("\t")
+        if len(cells) != len(names):
+            raise PqkError(f"{path}:{number}: {len(cells)} cells where the first line has {len(names)}")
+        row: Row = {}
+        for name, cell in zip(names, cells, strict=True):
+            try:
+                row[name] = value_of(cell, columns[name])
+            except ValueError as error:
+                raise PqkError(f"{path}:{number}: {name}: {error}") from None
+            if row[name] is None and name in required:
+                raise PqkError(f"{path}:{number}: {name} is empty")
+        rows.append(row)
+    return rows
+
+
+def markdown_cell(text: str) -> str:
+    """Text for a cell of a Markdown table: one line, no control characters, no markup and no HTML."""
+    flat = "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in " ".join(text.split()))
+    return re.sub(r"([\\`*_{}\[\]<>|#~&$])", r"\\\1", flat)

@@ -1,0 +1,181 @@
+"""Checkpoints as evidence: their digest, what their model card tells, and `pqk ledger finalize`, which keeps one."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pqk import paths
+from pqk.errors import PqkError
+from pqk.files import clear_write_errors, sha256_file, sha256_json, whole_folder, write_json
+from pqk.models.checkpoint import CARD, CONFIG, load_model
+from pqk.record.freeze import safe_name
+from pqk.run.prepare import commit_of, count_parameters
+
+FINALIZED = "finalized"
+"""The part of a model card that `finalize` writes."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk. `path` is what `load_model` takes: a folder, or an official .pth file."""
+
+    path: Path
+    name: str
+    sha256: str  # of the names and bytes of its files: `hashes.model` of a record
+    card: Mapping[str, Any]  # model_card.json; empty without one
+
+    @property
+    def train_seed(self) -> int | None:
+        """As the model card tells it."""
+        spec = self.card.get("spec")
+        told = (self.card.get(FINALIZED, {}), self.card, {"seed": spec.get("seed")} if isinstance(spec, dict) else {})
+        seeds = (part.get(name) for part in told for name in ("train_seed", "seed"))
+        return next((seed for seed in seeds if isinstance(seed, int) and not isinstance(seed, bool)), None)
+
+    @property
+    def task_card(self) -> str | None:
+        """The task card whose training made it, as the model card tells it."""
+        told = (self.card.get(FINALIZED, {}).get("card"), self.card.get("card"), self.card.get("exp_id"))
+        return next((name for name in told if isinstance(name, str)), None)
+
+
+def folder_of(root: Path) -> Path:
+    """Where finalized checkpoints lie."""
+    return root / "outputs" / "checkpoints"
+
+
+def open_checkpoint(asked: str | Path, root: Path) -> Checkpoint:
+    """A checkpoint by its path, or by the name under which it was finalized.
+
+    Raises PqkError when there is none, its model card is unreadable or tells of other weights, and for a finalized one
+    whose bytes are not those that were finalized.
+    """
+    path = Path(asked)
+    if not path.exists() and (folder_of(root) / asked).is_dir():
+        path = folder_of(root) / asked
+    if not path.exists():
+        raise PqkError(f"no checkpoint {str(asked)!r}: neither a file, nor a folder, nor a name in outputs/checkpoints")
+    card = _read_card(path / CARD) if (path / CARD).is_file() else {}
+    loadable, files = _files(path)
+    digest = sha256_json({file.name: sha256_file(file) for file in files})
+    finalized = card.get(FINALIZED, {})
+    if finalized and finalized.get("checkpoint_sha256") != digest:
+        raise PqkError(
+            f"{path} was changed after it was finalized: its sha256 is {digest}, its model card tells "
+            f"{finalized.get('checkpoint_sha256')}"
+        )
+    weights = [file for file in files if file.suffix == ".safetensors"]
+    if isinstance(card.get("sha256"), str) and card["sha256"] not in {sha256_file(file) for file in weights}:
+        raise PqkError(f"{path / CARD} tells of other weights (sha256 {card['sha256']}) than those beside it")
+    name = path.resolve().name if path.is_dir() else path.resolve().stem
+    return Checkpoint(loadable.resolve(), name, digest, card)
+
+
+def _files(path: Path) -> tuple[Path, list[Path]]:
+    """What `load_model` takes, and the files that decide what it loads."""
+    if path.is_file():
+        return path, [path]
+    if (path / CONFIG).is_file():
+        return path, [path / CONFIG, *sorted(path.glob("*.safetensors"))]
+    official = sorted(path.glob("*.pth"))
+    if len(official) != 1:
+        raise PqkError(f"{path} is no checkpoint: it has no {CONFIG}")
+    return official[0], official
+
+
+def _read_card(path: Path) -> dict[str, Any]:
+    try:
+        card = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise PqkError(f"{path} is no valid JSON: {str(error)[:120]}") from error
+    if not isinstance(card, dict) or not isinstance(card.get(FINALIZED, {}), dict):
+        raise PqkError(f"{path} must hold one JSON object")
+    return card
+
+
+def finalize(
+    asked: str | Path, root: Path, name: str | None = None, train_seed: int | None = None, task_card: str | None = None
+) -> tuple[Checkpoint, bool]:
+    """Keep a checkpoint in outputs/checkpoints/NAME, with a model card that tells what it is; and whether it is new.
+
+    `name`: default the checkpoint's own with eight digits of its sha256. `train_seed`, `task_card`: what the model card
+    does not tell yet. The weights are loaded once, so that nothing is kept that cannot be.
+    Raises PqkError for what is no checkpoint, an unsafe name, one that another checkpoint (or the same one with another
+    seed or card) has, and a train seed that the model card contradicts.
+    """
+    found = open_checkpoint(asked, root)
+    seed = agreed_seed(found, train_seed)
+    task_card = task_card or found.task_card
+    if name is None:
+        name = f"{plain_name(found.name).removesuffix(f'-{found.sha256[:8]}')}-{found.sha256[:8]}"
+    target = folder_of(root) / safe_name(name, "checkpoint")
+    if target.is_dir():
+        there = open_checkpoint(target, root)
+        for what, old, wanted in (
+            ("sha256", there.sha256, found.sha256),
+            ("train seed", there.train_seed, seed),
+            ("task card", there.task_card, task_card),
+        ):
+            if old != wanted:
+                raise PqkError(
+                    f"{paths.shown(target, root)} holds another checkpoint already ({what} {old}, "
+                    f"this one has {wanted}); choose another --name"
+                )
+        return there, False
+    params = count_parameters(load_model(found.path))
+    _, files = _files(found.path)
+    with whole_folder(target) as new, clear_write_errors(target):
+        for file in files:
+            shutil.copyfile(file, new / file.name)
+        copies = {file.name: {"sha256": sha256_file(new / file.name), "bytes": file.stat().st_size} for file in files}
+        if sha256_json({file: entry["sha256"] for file, entry in copies.items()}) != found.sha256:
+            raise PqkError(f"{found.path} was changed while it was copied; finalize it when its training has ended")
+        about = {
+            "name": name,
+            "checkpoint_sha256": found.sha256,
+            "files": copies,
+            "params": params,
+            "train_seed": seed,
+            "card": task_card,
+            "source": paths.shown(found.path, root),
+            "commit": commit_of(root),
+            "datetime": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        }
+        write_json(new / CARD, {**found.card, FINALIZED: about})
+    return open_checkpoint(target, root), True
+
+
+def plain_name(name: str) -> str:
+    """A name for files out of any text: letters, digits, '.', '_' and '-', at most 60 of them."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._")[:60] or "checkpoint"
+
+
+def agreed_seed(checkpoint: Checkpoint, asked: int | None) -> int:
+    """The train seed of the model card, or the asked one. Raises PqkError when there is neither, or both and unlike."""
+    told = checkpoint.train_seed
+    if told is None and asked is None:
+        raise PqkError(f"the model card of {checkpoint.name} tells no train seed; give it with --train-seed")
+    if told is not None and asked is not None and told != asked:
+        raise PqkError(f"--train-seed {asked}: the model card of {checkpoint.name} tells train seed {told}")
+    return int(asked if told is None else told)  # type: ignore[arg-type]
+
+
+def here(root: Path) -> dict[str, Path]:
+    """The checkpoints among the finalized ones and in models/, by the sha256 of their bytes as they are now."""
+    found: dict[str, Path] = {}
+    for folder in (folder_of(root), root / "models"):
+        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+            if path.is_dir() and not path.name.startswith("."):
+                try:
+                    _, files = _files(path)
+                except PqkError:  # something else lies there
+                    continue
+                found.setdefault(sha256_json({file.name: sha256_file(file) for file in files}), path)
+    return found

@@ -1,0 +1,430 @@
+"""Ledgers, their statistics, manifests, comparisons and deliverables, without any model."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from pqk.errors import PqkError
+from pqk.files import whole_folder
+from pqk.record import freeze
+from pqk.record.ledger import (
+    METRICS,
+    add_row,
+    compare,
+    parse_seeds,
+    read_results,
+    read_rows,
+    seeds_text,
+    stat,
+    summarise_files,
+    t_interval,
+    telling,
+    write_rows,
+)
+from pqk.record.tsv import Row, read_table
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def row(train: int = 0, seed: int = 0, **changes: Any) -> Row:
+    """A plausible row; its checkpoint follows from card and train seed."""
+    card = changes.get("card", "A1")
+    base: Row = {
+        "card": card,
+        "train_seed": train,
+        "eval_seed": seed,
+        "main_metric": "absrel",
+        **dict.fromkeys(METRICS, 0.1 + 0.01 * train + 0.001 * seed),
+        "fps": 8.0 + seed,
+        "pairs": 72,
+        "scenes": f"8 generated, base seed {seed}",
+        "scenes_sha256": f"scenes{seed}",
+        "checkpoint": f"{card}-s{train}",
+        "checkpoint_sha256": f"sha-{card}-{train}",
+        "params": 1000,
+        "backend": "openvino",
+        "quantizer": None,
+        "device": "a CPU",
+        "precision": "f32",
+        "measured": "engine",
+        "workload_sha256": "w1",
+        "eval_sha256": "e1",
+        "config_sha256": "c1",
+        "code_sha256": "k1",
+        "settings": None,
+        "commit": "abc",
+        "datetime": "2026-01-01T00:00:00Z",
+        "output": "outputs/store/quality/1",
+    }
+    return base | changes
+
+
+def grid(trains: int = 3, seeds: int = 5, **changes: Any) -> list[Row]:
+    return [row(t, s, **changes) for t in range(trains) for s in range(seeds)]
+
+
+Results = Callable[..., Path]
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Results:
+    """Writes ledgers into a folder and returns it."""
+
+    def write(**files: list[Row]) -> Path:
+        folder = tmp_path / "results"
+        folder.mkdir(exist_ok=True)
+        for name, rows in files.items():
+            write_rows(folder / f"{name}.tsv", rows)
+        return folder
+
+    return write
+
+
+def test_rows_come_back_in_order(results: Results) -> None:
+    rows = grid()
+    mixed = random.Random(0).sample(rows, len(rows))
+    assert read_rows(results(a=mixed) / "a.tsv") == rows
+
+
+def test_adding_replaces_the_same_run_and_keeps_others(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "a.tsv"
+    for one in (row(0, 0), row(0, 1), row(0, 0, absrel=0.5)):
+        add_row(path, one)
+    assert [(r["eval_seed"], r["absrel"]) for r in read_rows(path)] == [(0, 0.5), (1, 0.101)]
+    add_row(path, row(0, 0, precision="bf16"))
+    assert len(read_rows(path)) == 3
+    before = path.read_bytes()
+    for name in ("workload_sha256", "eval_sha256"):
+        with pytest.raises(PqkError, match=f"must not be mixed: {name} is .1 in the one and other in the other"):
+            add_row(path, row(0, 2, **{name: "other"}))
+    assert path.read_bytes() == before
+    assert [p.name for p in path.parent.iterdir()] == ["a.tsv"]  # neither a lock nor a temporary file
+
+
+def test_two_processes_add_to_one_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.tsv"
+    script = (
+        "import json, sys; from pathlib import Path; from pqk.record.ledger import add_row\n"
+        "for seed in range(int(sys.argv[3]), 20, 2):\n"
+        "    add_row(Path(sys.argv[1]), json.loads(sys.argv[2]) | {'eval_seed': seed})"
+    )
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-c", script, str(path), json.dumps(row())]
+    both = [subprocess.Popen([*command, start], env=env) for start in ("0", "1")]
+    assert [process.wait(60) for process in both] == [0, 0]
+    assert [r["eval_seed"] for r in read_rows(path)] == list(range(20))
+
+
+@pytest.mark.parametrize(
+    ("rows", "sentence"),
+    [
+        ([row(), row()], r"a\.tsv:3: the same run stands in line 2 already"),
+        ([row(main_metric="speed")], r"a\.tsv:2: main_metric is 'speed'"),
+        ([row(absrel=None)], r"a\.tsv:2: main_metric is 'absrel', and the row has no value"),
+        ([row(checkpoint_sha256=None)], r"a\.tsv:2: checkpoint_sha256 is empty"),
+    ],
+)
+def test_wrong_ledgers(results: Results, rows: list[Row], sentence: str) -> None:
+    with pytest.raises(PqkError, match=sentence):
+        read_rows(results(a=rows) / "a.tsv")
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=30))
+def test_statistics(values: list[float]) -> None:
+    found = stat(values)
+    assert found.n == len(values)
+    assert found.mean == pytest.approx(np.mean(values), rel=1e-12, abs=1e-9)
+    if len(values) == 1:
+        assert found.std is None
+    else:
+        assert found.std == pytest.approx(np.std(values, ddof=1), rel=1e-9, abs=1e-9)
+        assert found == stat(values[::-1])
+        twice = stat([2 * v for v in values])
+        assert twice.mean == 2 * found.mean and twice.std == pytest.approx(2 * (found.std or 0), rel=1e-12)
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=20))
+def test_the_interval_is_scipys(values: list[float]) -> None:
+    found = t_interval(values)
+    assert found.low <= found.mean <= found.high
+    if np.std(values) > 1e-6:
+        low, high = stats.ttest_rel(values, [0.0] * len(values)).confidence_interval(0.95)
+        assert (found.low, found.high) == pytest.approx((low, high), rel=1e-6, abs=1e-9)
+
+
+def test_the_interval_covers_as_often_as_it_says() -> None:
+    """Of intervals over 5 normal differences around 1, 95 % hold 1: with 2000 draws, 94 to 96 within three sigma."""
+    random_state = np.random.default_rng(0)
+    intervals = [t_interval(list(random_state.normal(1.0, 3.0, 5))) for _ in range(2000)]
+    share = sum(i.low <= 1.0 <= i.high for i in intervals) / 2000
+    assert abs(share - 0.95) < 3 * math.sqrt(0.95 * 0.05 / 2000)
+
+
+@settings(deadline=None)
+@given(st.sets(st.integers(0, 1023), min_size=1))
+def test_seeds_as_text(seeds: set[int]) -> None:
+    assert set(parse_seeds(seeds_text(seeds))) == seeds
+
+
+def test_seeds_that_are_wrong() -> None:
+    assert parse_seeds("0..2, 7") == (0, 1, 2, 7)
+    for text in ("", "1..", "..3", "4..1", "a", "-1", "1..2..3", "1024", "0..9999999999", "²"):
+        with pytest.raises(PqkError, match="seed"):
+            parse_seeds(text)
+
+
+# Manifest
+
+
+def test_summary_per_train_seed_per_file_and_pooled(results: Results) -> None:
+    folder = results(a=grid(2), b=[row(2, s) for s in range(3)])
+    summary, notes = summarise_files(read_results(folder))
+    assert [(line["scope"], line["file"], line["train_seed"], line["n"]) for line in summary] == [
+        ("train_seed", "a.tsv", 0, 5),
+        ("train_seed", "a.tsv", 1, 5),
+        ("file", "a.tsv", None, 10),
+        ("train_seed", "b.tsv", 2, 3),
+        ("file", "b.tsv", None, 3),
+        ("pooled", None, None, 13),
+    ]
+    assert notes == []
+    values = [r["absrel"] for r in grid(2)]
+    assert summary[2]["absrel_mean"] == pytest.approx(np.mean(values))
+    assert summary[2]["absrel_std"] == pytest.approx(np.std(values, ddof=1))
+    assert summary[3]["eval_seeds"] == "0..2" and summary[5]["checkpoints"] == 3
+    assert [line["scope"] for line in telling(summary)].count("file") == 1  # b has one train seed
+
+
+def test_precisions_are_never_averaged(results: Results) -> None:
+    folder = results(a=[*grid(1), *grid(1, precision="int8", quantizer="nncf", config_sha256="c2", absrel=0.9)])
+    summary, _ = summarise_files(read_results(folder))
+    assert {(line["precision"], line["n"]) for line in summary} == {("f32", 5), ("int8", 5)}
+
+
+def test_emulated_runs_say_so(results: Results) -> None:
+    emulated = grid(1, backend="trt", measured="emulated", fps=None)
+    summary, _ = summarise_files(read_results(results(a=[*emulated, *grid(1, backend="trt", device="a GPU")])))
+    assert [(freeze.label(line).count("trt emulated"), line["n"]) for line in telling(summary)] == [(1, 5), (0, 5)]
+    assert "B was emulated" in compare((A, grid()), (B, emulated)).notes[-1]
+
+
+def test_a_metric_that_some_runs_lack_has_no_mean(results: Results) -> None:
+    summary, _ = summarise_files(read_results(results(a=[row(0, 0), row(0, 1, fps=None)])))
+    assert summary[0]["fps_mean"] is None and summary[0]["absrel_mean"] is not None
+
+
+def test_two_checkpoints_for_one_seed(results: Results) -> None:
+    clash = row(0, 0, checkpoint="other", checkpoint_sha256="other")
+    with pytest.raises(PqkError, match=r"a\.tsv: train seed 0, eval seed 0 stands there for .*give each recipe a file"):
+        summarise_files(read_results(results(a=[row(), clash])))
+    summary, notes = summarise_files(read_results(results(a=[row()], b=[clash])))
+    assert [line["scope"] for line in summary] == ["train_seed", "file"] * 2
+    assert len(notes) == 1 and notes[0].startswith("not pooled: a.tsv, b.tsv: train seed 0, eval seed 0")
+
+
+@pytest.mark.parametrize("name", ["workload_sha256", "eval_sha256"])
+def test_digests_are_not_mixed(results: Results, name: str) -> None:
+    folder = results(a=grid(1), b=grid(1, **{name: "another"}))
+    with pytest.raises(PqkError, match=rf"a\.tsv and .*b\.tsv must not be mixed: {name} is .1 in the one and another"):
+        read_results(folder)
+
+
+def test_no_results(tmp_path: Path) -> None:
+    with pytest.raises(PqkError, match="no folder"):
+        read_results(tmp_path / "none")
+    with pytest.raises(PqkError, match="holds no results"):
+        read_results(tmp_path)
+
+
+# Comparison
+
+A, B = Path("a.tsv"), Path("b.tsv")
+
+
+def test_a_clear_difference_is_told_with_its_direction() -> None:
+    noise = random.Random(1)
+    better = [r | {"absrel": r["absrel"] - 0.01 + noise.uniform(-1e-4, 1e-4)} for r in grid(card="D1")]
+    found = compare((A, grid()), (B, better))
+    assert found.distinguishable and found.sentence.startswith("absrel: B is better (B - A = -0.0")
+    assert [(i.unit, i.n) for i in found.intervals] == [("runs", 15), ("train seeds", 3), ("eval seeds", 5)]
+    assert found.interval.high - found.interval.low == max(i.high - i.low for i in found.intervals)
+    higher = [r | {"delta1": r["delta1"] + 0.01} for r in grid()]
+    assert compare((A, grid()), (B, higher), "delta1").sentence.startswith("delta1: B is better")
+
+
+def test_what_holds_zero_is_not_distinguishable() -> None:
+    same = compare((A, grid()), (B, grid()))
+    assert not same.distinguishable and "not distinguishable" in same.sentence and same.interval.mean == 0
+    noise = random.Random(2)
+    noisy = [r | {"absrel": r["absrel"] + noise.uniform(-0.01, 0.01)} for r in grid()]
+    assert "not distinguishable" in compare((A, grid()), (B, noisy)).sentence
+
+
+def test_runs_of_one_training_do_not_pass_for_many() -> None:
+    """Train seeds that differ by more than their runs: 15 runs would claim what 3 trainings do not."""
+    shift = {0: 0.002, 1: 0.010, 2: 0.018}
+    other = [r | {"absrel": r["absrel"] + shift[r["train_seed"]]} for r in grid()]
+    found = compare((A, grid()), (B, other))
+    assert found.intervals[0].low > 0  # over runs
+    assert found.interval.unit == "train seeds" and not found.distinguishable
+
+
+def test_what_is_left_out_is_told() -> None:
+    found = compare((A, grid(1, 5)), (B, grid(1, 3)))
+    assert found.intervals[0].n == 3
+    assert "runs of A without a partner, left out: 2" in found.notes
+    assert any("one train seed (0)" in note for note in found.notes)
+    halves = [grid(1, 3, scenes="half: 2 of 4 of the list")] * 2
+    assert any("halves of one list" in note for note in compare((A, halves[0]), (B, halves[1])).notes)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "metric", "sentence"),
+    [
+        (
+            grid(1, 1),
+            grid(1, 1),
+            None,
+            r"at least 2 equal pairs .* there are 1: a\.tsv has train seed 0 with eval seeds 0",
+        ),
+        ([row(0, s) for s in range(3)], [row(1, s) for s in range(3)], None, "there are 0"),
+        ([], grid(1), None, r"a\.tsv has no rows"),
+        (grid(1), grid(1, workload_sha256="w2"), None, r"a\.tsv and b\.tsv must not be mixed: workload_sha256"),
+        (grid(1), [r | {"scenes_sha256": "x"} for r in grid(1)], None, "saw other pictures"),
+        (grid(1), grid(1), "psnr", "unknown metric 'psnr'"),
+        (grid(1), grid(1, main_metric="rmse"), None, r"different main metrics \(absrel, rmse\)"),
+        (grid(1), grid(1, fps=None), "fps", r"b\.tsv: train seed 0, eval seed 0 has no fps"),
+        ([*grid(1), row(precision="bf16")], grid(1), None, r"a\.tsv has two rows of train seed 0, eval seed 0: f32 of"),
+    ],
+)
+def test_comparisons_that_are_refused(a: list[Row], b: list[Row], metric: str | None, sentence: str) -> None:
+    with pytest.raises(PqkError, match=sentence):
+        compare((A, a), (B, b), metric)
+
+
+# Deliverables
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A deliverable whose texts would like to break its tables. Read-only."""
+    folder = tmp_path_factory.mktemp("drawn") / "demo"
+    nasty = "x|y <b>\n=1"
+    rows = [r | {"checkpoint": nasty, "device": nasty} for r in grid(2, 2)]
+    tables = [(folder.parent / "a.tsv", rows), (folder.parent / "b.tsv", [row(2, 0, device=nasty)])]
+    for path, own in tables:
+        write_rows(path, own)
+    assert freeze.freeze(folder, tables, "abc") == []
+    return folder
+
+
+@pytest.fixture
+def frozen(drawn: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(drawn, tmp_path / "deliverables" / "demo")
+
+
+def test_a_deliverable_holds_everything(frozen: Path) -> None:
+    assert freeze.check_files(frozen)[0] == []
+    said, runs = freeze.check_files(frozen)
+    assert (said, len(runs)) == ([], 5) and [r["file"] for r in runs] == ["a.tsv"] * 4 + ["b.tsv"]
+    listed = read_table(frozen / "manifest.tsv", freeze.MANIFEST_COLUMNS)
+    names = {r["path"] for r in listed if r["kind"] == "file"}
+    assert {"runs.tsv", "summary.tsv", "README.md", "figures/absrel.png", "figures/fps.png"} <= names
+    assert [r["sha256"] for r in listed if r["kind"] == "checkpoint"] == ["sha-A1-0", "sha-A1-1", "sha-A1-2"]
+    for picture in (frozen / "figures").iterdir():
+        assert picture.read_bytes().startswith(b"\x89PNG")
+    readme = (frozen / "README.md").read_text("utf-8")
+    table = [line for line in readme.splitlines() if line.startswith("| a:")]
+    assert len(table) == 3 and {line.replace("\\|", "").count("|") for line in table} == {7}
+    assert "<b>" not in readme.replace("\\<b\\>", "")
+    assert "0.1055 ± 0.0058" in readme  # of 0.1, 0.101, 0.11, 0.111
+
+
+def test_a_name_is_taken_once_and_is_safe(frozen: Path, results: Results) -> None:
+    tables = read_results(results(a=grid(1)))
+    before = freeze.check_files(frozen)
+    with pytest.raises(PqkError, match="demo exists already"):
+        freeze.freeze(frozen, tables, None)
+    assert freeze.check_files(frozen) == before
+    for name in ("", "..", ".x", "a/b", "a b", "-x", "ä", "x" * 81, "a\n"):
+        with pytest.raises(PqkError, match="deliverable"):
+            freeze.safe_name(name, "deliverable")
+
+
+def test_nothing_is_left_of_a_freeze_that_fails(results: Results, tmp_path: Path, monkeypatch: Any) -> None:
+    def broken(*_: object) -> None:
+        raise PqkError("the disk is full")
+
+    monkeypatch.setattr(freeze, "draw", broken)
+    with pytest.raises(PqkError, match="disk"):
+        freeze.freeze(tmp_path / "deliverables" / "x", read_results(results(a=grid(1))), None)
+    assert list((tmp_path / "deliverables").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["runs.tsv", "summary.tsv", "README.md", "figures/absrel.png"])
+def test_every_change_is_noticed(frozen: Path, name: str) -> None:
+    content = (frozen / name).read_bytes()
+    (frozen / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert [s for s in freeze.check_files(frozen)[0] if s.startswith(f"{name} was changed: its sha256 is ")]
+    (frozen / name).unlink()
+    assert freeze.check_files(frozen)[0] == [f"{name} is missing"]
+    (frozen / name).write_bytes(content)
+    (frozen / "extra.txt").write_text("x")
+    assert freeze.check_files(frozen)[0] == ["extra.txt is not in the manifest"]
+
+
+def test_a_folder_that_is_no_deliverable(tmp_path: Path) -> None:
+    with pytest.raises(PqkError, match=r"no deliverable: it has no manifest\.tsv"):
+        freeze.check_files(tmp_path)
+
+
+def test_differences_of_a_repeated_run() -> None:
+    old = row()
+    assert freeze.differences(old, old | {"fps": 1.0, "absrel": old["absrel"] * 1.0009}, 1e-3) == []
+    said = freeze.differences(old, old | {"absrel": 0.1002, "rmse": None}, 1e-3)
+    assert said[0].startswith("absrel is 0.1002 now, frozen was 0.1 (off by 0.002 of it, allowed 0.001)")
+    assert said[1].startswith("rmse is None now") and len(said) == 2
+
+
+# Folders that are whole or absent
+
+
+def test_whole_folder_after_a_kill(tmp_path: Path) -> None:
+    script = (
+        "import sys, time; from pathlib import Path; from pqk.files import whole_folder\n"
+        "with whole_folder(Path(sys.argv[1])) as new:\n"
+        "    (new / 'a').write_text('half'); print('writing', flush=True); time.sleep(60)\n"
+    )
+    target = tmp_path / "out" / "x"
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    process = subprocess.Popen([sys.executable, "-c", script, str(target)], env=env, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "writing\n"
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    time.sleep(0.05)
+    assert not target.exists() and len(list(target.parent.iterdir())) == 1
+    with whole_folder(target) as new:
+        (new / "sub").mkdir()
+        (new / "sub" / "a").write_text("whole")
+    assert [p.name for p in target.parent.iterdir()] == ["x"] and (target / "sub" / "a").read_text() == "whole"
+    with pytest.raises(PqkError, match="exists already"), whole_folder(target):
+        pass
