@@ -1,10 +1,5 @@
-<<<<<<< HEAD
-"""The scripts under their long-standing names and arguments: run_quant.py, run_distill.py, run_prune.py,
-run_eval.py, baseline_eval.py, export_onnx_trt.py.
-=======
-"""The scripts under their long-standing names and arguments: run_quant.py, run_eval.py, baseline_eval.py,
-export_onnx_trt.py, finalize_checkpoint.py, eval_multiseed.py, build_results_manifest.py.
->>>>>>> s9-ledger
+"""The scripts under their long-standing names and arguments: run_quant.py, run_distill.py, run_prune.py, run_eval.py,
+baseline_eval.py, export_onnx_trt.py, finalize_checkpoint.py, eval_multiseed.py, build_results_manifest.py.
 
 Each is a way to call the same work as `pqk run`, `pqk export` and `pqk ledger`; records of runs go to logs/ and also to
 the file of --log.
@@ -63,10 +58,6 @@ def export(argv: Sequence[str] | None = None) -> int:
     return told(lambda: export_card(_request(asked), asked.precision, asked.out))
 
 
-<<<<<<< HEAD
-def _run(name: str, what: str, argv: Sequence[str] | None, card: str = "B1", cfg: str = "quant", **fields: Any) -> int:
-    parser = _parser(name, what, "openvino", card, cfg)
-=======
 def finalize_checkpoint(argv: Sequence[str] | None = None) -> int:
     """scripts/finalize_checkpoint.py: `pqk ledger finalize`, same arguments and exit codes."""
     return _ledger("finalize", argv)
@@ -89,9 +80,8 @@ def _ledger(verb: str, argv: Sequence[str] | None) -> int:
     return told(lambda: int(app(words, prog_name="pqk", standalone_mode=False) or 0))
 
 
-def _run(name: str, what: str, argv: Sequence[str] | None, **fields: Any) -> int:
-    parser = _parser(name, what, "openvino")
->>>>>>> s9-ledger
+def _run(name: str, what: str, argv: Sequence[str] | None, card: str = "B1", cfg: str = "quant", **fields: Any) -> int:
+    parser = _parser(name, what, "openvino", card, cfg)
     parser.add_argument("--log", type=Path, help="a .json file for the record, besides the one in logs/")
     asked = parser.parse_args(argv)
     return told(lambda: run_card(_request(asked, cfg, **fields), as_json=False, log=asked.log))

@@ -148,13 +148,16 @@ def _check(request: Request, max_drop: float, max_evaluations: int, out: Path, r
         raise PqkError(f"pqk tune puts nodes of quantized graphs back to float, which backend {backend.name} cannot")
     if backend.availability().emulated:
         raise PqkError(f"pqk tune needs times, and engines of backend {backend.name} are emulated here: they have none")
-    chosen_quantizer(backend, request.quantizer)
     if not math.isfinite(max_drop):
         raise PqkError(f"--max-drop must be a number of percent, got {max_drop}")
     if max_evaluations < 2:
         raise PqkError(f"--max-evaluations must be at least 2, got {max_evaluations}")
     base = request.quant or paths.configs(root) / "quant.yaml"
-    if asked_experiment(request, root).quant.ptq.keep_list != load_quant(base).ptq.keep_list:
+    experiment = asked_experiment(request, root)
+    if "Q" not in experiment.card.recipe:
+        raise PqkError(f"pqk tune needs a recipe that quantizes, and that of card {experiment.card.id} does not")
+    chosen_quantizer(backend, request.quantizer, experiment.quant.ptq)
+    if experiment.quant.ptq.keep_list != load_quant(base).ptq.keep_list:
         raise PqkError(
             f"quant.ptq.keep_list is overridden by card {request.card} or --set, which would hide the list that is "
             f"tuned; move it into {paths.shown(base)}"
