@@ -225,8 +225,8 @@ def _engine(backend: Backend, asked: Asked, experiment: Experiment) -> tuple[str
         return None, wanted
     if not backend.quantizers():
         raise PqkError(f"--precision {asked.precision}: backend {backend.name} has {', '.join(floats)} here")
-    quantizer = chosen_quantizer(backend, asked.quantizer)
     ptq = experiment.quant.ptq
+    quantizer = chosen_quantizer(backend, asked.quantizer, ptq)
     made = lowered_to(backend.quantizers()[quantizer], ptq.bits_w, ptq.bits_a)
     if wanted != made:
         known = [*floats, made]
