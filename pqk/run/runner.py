@@ -182,6 +182,7 @@ def _run(
     final, last = teacher, teachers
     if trained:
         final = trained[-1].model
+        say(f"{final.name}: its checkpoint is {paths.shown(Path(final.path))}")
         module = load_model(final.path)
         graphs = stages.export_graphs(ctx, module, final.sha256, height, width)
         columns = method_columns(experiment, trained, hashes) | _parameters(module)

@@ -111,6 +111,7 @@ def _train(ctx: Context, method: str, experiment: Experiment, teacher: Model, be
                 "out": str(folder),
                 "scratch": str(scratch),
                 "rules": asdict(rules),
+                "card": card.id,
             }
             result = worker.call("train", request, told)
         del result["seconds"]
@@ -203,6 +204,7 @@ def train(request: Mapping[str, Any]) -> dict[str, Any]:
         "report": report,
     }
     card = {
+        "card": request["card"],
         "method": request["method"],
         "seed": seed,
         "spec": request["spec"],
