@@ -25,6 +25,7 @@ from backends.quantspec import check_common
 
 if TYPE_CHECKING:
     import openvino as ov
+    import torch
 
 GROUPS = ("LayerNorm", "Softmax", "AttentionScales")
 BIAS_CORRECTIONS = ("none", "fast", "full")
@@ -86,11 +87,11 @@ class NNCFQuantizer:
                     model,
                     nncf.Dataset(items),
                     model_type=nncf.ModelType.TRANSFORMER,
-                    preset=_preset(spec),
+                    preset=preset(spec),
                     subset_size=spec.calibration_samples,
                     fast_bias_correction=spec.bias_correction != "full",
                     ignored_scope=nncf.IgnoredScope(names=sorted(kept), validate=False),
-                    advanced_parameters=_advanced(spec),
+                    advanced_parameters=advanced_parameters(spec),
                 )
             except (nncf.ValidationError, nncf.InternalError, RuntimeError) as error:
                 raise BackendError(f"NNCF cannot quantize {source.graph.path.name}: {error}") from error
@@ -100,6 +101,19 @@ class NNCFQuantizer:
         name_nodes(quantized)
         self.report = Report(items.passes, items.used, tuple(sorted(kept)), half_range(spec.weight_range))
         return write_ir(quantized, spec.output_dir / f"{source.name}.xml")
+
+    def prepare(self, source: Source, spec: QuantSpec, calibration: Iterable[Feeds]) -> torch.nn.Module:
+        """A trainable copy of `source.module` that rounds as the int8 engine will: see `qat.prepare`."""
+        from backends.openvino import qat
+
+        module, self.report = qat.prepare(source, spec, calibration)
+        return module
+
+    def finish(self, module: torch.nn.Module, source: Source, spec: QuantSpec) -> Graph:
+        """The IR with int8 weights of a module that was prepared and trained: see `qat.finish`."""
+        from backends.openvino import qat
+
+        return qat.finish(module, source, spec)
 
 
 def kept_nodes(model: ov.Model, keep: Sequence[str]) -> dict[str, str]:
@@ -249,14 +263,16 @@ def _check_corrections(spec: QuantSpec) -> None:
         raise BackendError(f"smooth_quant_alpha must lie in [0, 1] or be null, got {alpha}")
 
 
-def _preset(spec: QuantSpec) -> Any:
+def preset(spec: QuantSpec) -> Any:
+    """NNCF's name of symmetric activations (PERFORMANCE) or asymmetric ones (MIXED)."""
     import nncf
 
     presets = nncf.QuantizationPreset
     return presets.PERFORMANCE if spec.symmetric_activations else presets.MIXED
 
 
-def _advanced(spec: QuantSpec) -> Any:
+def advanced_parameters(spec: QuantSpec) -> Any:
+    """What a spec asks of NNCF beyond the arguments of `nncf.quantize`."""
     from nncf.quantization.advanced_parameters import (
         AdvancedQuantizationParameters,
         AdvancedSmoothQuantParameters,

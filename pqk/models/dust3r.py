@@ -249,8 +249,10 @@ class _Graph(nn.Module):
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, rope: Rope) -> None:
+    def __init__(self, sizes: Dust3rConfig, head_dim: int, rows: int, cols: int) -> None:
         super().__init__()
+        self.sizes, self.head_dim, self.grid = sizes, head_dim, (rows, cols)
+        rope = grid_rope(rows, cols, head_dim, sizes.rope_base)
         self.register_buffer("cos", rope.cos, persistent=False)
         self.register_buffer("sin", rope.sin, persistent=False)
         self.tokens = rope.tokens
@@ -258,12 +260,19 @@ class _Graph(nn.Module):
     def rope(self) -> Rope:
         return Rope(self.cos, self.sin, self.tokens)
 
+    def set_grid(self, rows: int, cols: int) -> None:
+        """Run on another grid of tokens from now on: training at other sizes than the exported one."""
+        if (rows, cols) != self.grid:
+            rope = grid_rope(rows, cols, self.head_dim, self.sizes.rope_base)
+            self.cos, self.sin = rope.cos.to(self.cos.device), rope.sin.to(self.cos.device)
+            self.grid, self.tokens = (rows, cols), rope.tokens
+
 
 class EncoderGraph(_Graph):
     """Image (1, 3, H, W) -> tokens (1, N, enc_dim) for one grid."""
 
     def __init__(self, model: Dust3r, rows: int, cols: int) -> None:
-        super().__init__(grid_rope(rows, cols, model.sizes.enc_blocks[0].head_dim, model.sizes.rope_base))
+        super().__init__(model.sizes, model.sizes.enc_blocks[0].head_dim, rows, cols)
         self.patch_embed, self.enc_blocks, self.enc_norm = model.patch_embed, model.enc_blocks, model.enc_norm
 
     def forward(self, image: Tensor) -> Tensor:
@@ -274,8 +283,7 @@ class DecoderGraph(_Graph):
     """Tokens of both views (1, N, enc_dim) -> the four outputs for one grid."""
 
     def __init__(self, model: Dust3r, rows: int, cols: int) -> None:
-        super().__init__(grid_rope(rows, cols, model.sizes.dec_blocks[0].head_dim, model.sizes.rope_base))
-        self.sizes, self.grid = model.sizes, (rows, cols)
+        super().__init__(model.sizes, model.sizes.dec_blocks[0].head_dim, rows, cols)
         self.decoder_embed, self.dec_norm = model.decoder_embed, model.dec_norm
         self.dec_blocks, self.dec_blocks2 = model.dec_blocks, model.dec_blocks2
         self.downstream_head1, self.downstream_head2 = model.downstream_head1, model.downstream_head2

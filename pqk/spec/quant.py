@@ -12,6 +12,7 @@ from pydantic import Field, field_validator, model_validator
 from pqk import paths
 from pqk.errors import nearest
 from pqk.spec.keep import split_entry
+from pqk.spec.training import Held
 from pqk.spec.yamlfile import Section, Spec, load_spec
 
 KEEP_GROUPS = ("LayerNorm", "Softmax", "AttentionScales")
@@ -66,12 +67,30 @@ class Ptq(Section):
 
 
 class Qat(Section):
-    """Quantization-aware training, used when PTQ drops more than thresholds.quality_drop_q_only_pct."""
+    """Quantization-aware training, used when PTQ drops more than thresholds.quality_drop_q_only_pct.
+
+    lr falls to a tenth; ema is the decay of the averaged weights that are kept; task_weight weighs DUSt3R's own loss
+    beside the distance from the float model. Training runs at `size`, whatever size the engine is for.
+    """
 
     epochs: Annotated[int, Field(ge=1, le=100)]
+    steps_per_epoch: Annotated[int, Field(ge=1, le=1_000_000)]
     lr: Annotated[float, Field(gt=0, le=1)]
     weight_decay: Annotated[float, Field(ge=0, le=1)]
     warmup_epochs: Annotated[int, Field(ge=0, le=100)]
+    size: Annotated[int, Field(ge=32, le=1024, multiple_of=16)]
+    batch: Annotated[int, Field(ge=1, le=4096)]
+    task_weight: Annotated[float, Field(ge=0, le=100)]
+    ema: Annotated[float, Field(gt=0, lt=1)]
+    validation: Held
+
+    @model_validator(mode="after")
+    def _warmup_ends(self) -> Self:
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(
+                f"must have fewer warmup_epochs than epochs, and has {self.warmup_epochs} of {self.epochs}"
+            )
+        return self
 
 
 class TensorRT(Section):

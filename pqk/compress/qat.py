@@ -1,0 +1,124 @@
+"""Quantization-aware training: encoder and decoder that round as their int8 engines do, taught by the float model.
+
+The toolchain prepares the two modules and makes engines of them afterwards; here they are trained together, so that
+the decoder learns to live with the tokens that the rounded encoder gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pqk.compress.fit import Fitted, Stop, fit
+from pqk.compress.losses import confidence_loss
+from pqk.compress.pairs import SymmetricPairs
+from pqk.compress.train import Progress
+from pqk.data.stream import PairBatch
+from pqk.errors import PqkError
+from pqk.models.dust3r import OUTPUTS
+from pqk.spec.quant import Qat
+from pqk.spec.training import Fit, Stage
+
+NEAREST = 0.05
+"""Points nearer to the camera than this, in the Teacher's unit, count as being this far in the relative error."""
+
+
+class Quantized(nn.Module):
+    """The two prepared graphs as one model of square or other images of any size: what `SymmetricPairs` needs."""
+
+    def __init__(self, encoder: nn.Module, decoder: nn.Module, patch_size: int) -> None:
+        super().__init__()
+        self.encoder: Any = encoder
+        self.decoder: Any = decoder
+        self.patch_size = patch_size
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] -> tokens (B, H/p * W/p, enc_dim)."""
+        self.encoder.set_grid(*self._grid(images.shape[-2:]))
+        tokens: Tensor = self.encoder(images)
+        return tokens
+
+    def decode(self, tokens1: Tensor, tokens2: Tensor, hw1: tuple[int, int], hw2: tuple[int, int]) -> dict[str, Tensor]:
+        """Tokens of both views, which have one size -> points (B, H, W, 3) and confidences (B, H, W) of both."""
+        if hw1 != hw2:
+            raise PqkError(f"the exported graphs take views of one size, got {hw1} and {hw2}")
+        self.decoder.set_grid(*self._grid(hw1))
+        return dict(zip(OUTPUTS, self.decoder(tokens1, tokens2), strict=True))
+
+    def _grid(self, hw: Any) -> tuple[int, int]:
+        return int(hw[0]) // self.patch_size, int(hw[1]) // self.patch_size
+
+
+def imitation_loss(got: Mapping[str, Tensor], aim: Mapping[str, Tensor], alpha: float) -> Tensor:
+    """How far outputs are from the Teacher's: sum over both views of mean(w * err) + alpha * mean(|ln c - ln c_T|).
+
+    err = |x - x_T| / max(|x_T|, NEAREST) per pixel; w is the Teacher's confidence c_T over its mean in that view, so
+    that pixels the Teacher knows nothing about (sky, occlusions) weigh little. Points (B, H, W, 3) in one unit,
+    confidences (B, H, W) above 0; every pixel counts, as the Teacher answers everywhere. No unit.
+    """
+    total = torch.zeros((), device=got["conf_1"].device)
+    for view in (1, 2):
+        points, wanted = got[f"pts3d_{view}"].float(), aim[f"pts3d_{view}"].float()
+        conf, trusted = got[f"conf_{view}"].float(), aim[f"conf_{view}"].float()
+        err = (points - wanted).norm(dim=-1) / wanted.norm(dim=-1).clamp_min(NEAREST)
+        weight = trusted / trusted.mean(dim=(1, 2), keepdim=True)
+        total = total + (weight * err).mean() + alpha * (conf.log() - trusted.log()).abs().mean()
+    return total
+
+
+def training_of(spec: Qat) -> Fit:
+    """The section `qat` of quant.yaml as a training: one image size, a rate that falls to a tenth."""
+    return Fit(
+        stages=[Stage(size=spec.size, batch=spec.batch, until=1.0)],
+        learning_rate=spec.lr,
+        final_rate=spec.lr / 10,
+        warmup=spec.warmup_epochs / spec.epochs,
+        weight_decay=spec.weight_decay,
+        ema=spec.ema,
+        epochs=spec.epochs,
+        steps_per_epoch=spec.steps_per_epoch,
+        validation=spec.validation,
+    )
+
+
+def qat(
+    encoder: nn.Module,
+    decoder: nn.Module,
+    teacher: Any,
+    spec: Qat,
+    *,
+    seed: int,
+    scratch: Path,
+    device: str = "cpu",
+    stop: Stop | None = None,
+    report: Callable[[Progress], None] | None = None,
+) -> Fitted:
+    """Fine-tune the prepared modules together; `Fitted.model` has them as `.encoder` and `.decoder`, on the CPU.
+
+    encoder, decoder: what a quantizer's `prepare` made of `model.graphs(H, W)`; they are trained in place.
+    teacher: the float model that they are compared with and learn from; its own weights stay.
+    seed, scratch, stop, report: see `fit`. After a kill, modules prepared anew from the same model, spec and
+    calibration continue from `scratch`. The weights before the first step are not validated: they are the PTQ engine's.
+    Raises PqkError as `fit` does.
+    """
+    model = Quantized(encoder, decoder, teacher.sizes.patch_size)
+    training = training_of(spec)
+    aim_of = SymmetricPairs(teacher).eval()
+
+    def loss_of(module: nn.Module, pairs: PairBatch, share: float) -> Tensor:
+        with torch.no_grad():
+            aim = aim_of(pairs.images)
+        got = module(pairs.images)
+        with torch.autocast(pairs.images.device.type, enabled=False):
+            loss = imitation_loss(got, aim, training.alpha)
+            if spec.task_weight:
+                loss = loss + spec.task_weight * confidence_loss(got, *pairs.ordered(), training.alpha)[0]
+            return loss
+
+    return fit(
+        model, training, loss_of, seed=seed, scratch=scratch, device=device, teacher=teacher, stop=stop, report=report
+    )

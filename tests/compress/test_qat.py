@@ -1,0 +1,191 @@
+"""QAT of both graphs together: its loss, its sizes, a loss that falls, and a kill in the middle."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from backends.base import QuantSpec, Source
+from backends.exchange import export
+from pqk.compress import fit as fit_module
+from pqk.compress.pairs import SymmetricPairs
+from pqk.compress.qat import NEAREST, Quantized, imitation_loss, qat, training_of
+from pqk.compress.train import Trainer
+from pqk.data.stream import training_pairs
+from pqk.data.synthetic import texture_bank
+from pqk.models import build_model
+from pqk.spec.quant import Qat, load_quant
+
+SIZE = 32
+TINY = {
+    "head_type": "linear",
+    "enc_embed_dim": 32,
+    "enc_depth": 1,
+    "enc_num_heads": 2,
+    "dec_embed_dim": 32,
+    "dec_depth": 1,
+    "dec_num_heads": 2,
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    model = build_model("dust3r", TINY, generator=torch.Generator().manual_seed(0)).eval()
+    with torch.no_grad():  # depths around e - 1, as of a trained model: their median must not be 0
+        for head in (model.downstream_head1, model.downstream_head2):
+            head.proj.bias[2 * 256 : 3 * 256] = 1.0
+    return model
+
+
+def small(**changes) -> Qat:
+    values = {
+        "epochs": 2,
+        "steps_per_epoch": 4,
+        "lr": 1e-3,
+        "weight_decay": 0.01,
+        "warmup_epochs": 0,
+        "size": SIZE,
+        "batch": 2,
+        "task_weight": 0.0,
+        "ema": 0.5,
+        "validation": {"size": 48, "pairs": 2},
+    }
+    return Qat.model_validate({**values, **changes})
+
+
+def prepared(teacher, folder: Path) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """Both graphs with their quantizers, calibrated on rendered pairs."""
+    pytest.importorskip("nncf")
+    pytest.importorskip("openvino")
+    from backends.openvino.nncf import NNCFQuantizer
+
+    images = training_pairs(2, SIZE, 7, texture_bank()).images.flatten(0, 1)
+    with torch.no_grad():
+        tokens = teacher.encode(images).numpy()
+    feeds = {
+        "encoder": [{"image": image[None].numpy()} for image in images],
+        "decoder": [{"tokens_1": tokens[k : k + 1], "tokens_2": tokens[k + 1 : k + 2]} for k in (0, 2)],
+    }
+    modules = []
+    for name, graph in teacher.graphs(SIZE, SIZE).items():
+        items = feeds[name]
+        onnx = export(graph.module, graph.inputs, graph.output_names, folder / f"{name}.onnx")
+        source = Source(name, graph.module, graph.inputs, graph.output_names, onnx)
+        spec = QuantSpec(calibration_samples=len(items), output_dir=folder, weight_range="half")
+        modules.append(NNCFQuantizer().prepare(source, spec, items))
+    return modules[0], modules[1]
+
+
+@pytest.fixture(scope="module")
+def ready(teacher, tmp_path_factory):
+    return prepared(teacher, tmp_path_factory.mktemp("graphs"))
+
+
+def outputs(seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    points = {f"pts3d_{v}": torch.randn(2, 4, 4, 3, generator=generator) + 3 for v in (1, 2)}
+    return points | {f"conf_{v}": 1 + torch.rand(2, 4, 4, generator=generator) for v in (1, 2)}
+
+
+def test_imitation_loss_by_hand():
+    aim = {k: v.double() for k, v in outputs(0).items()}
+    assert float(imitation_loss(aim, aim, 0.2)) == 0
+    got = dict(aim)
+    got["pts3d_1"] = aim["pts3d_1"] * 1.1  # 10 % off everywhere, so the weights do not matter
+    assert float(imitation_loss(got, aim, 0.2)) == pytest.approx(0.1, rel=1e-4)
+    got["conf_2"] = aim["conf_2"] * 2
+    assert float(imitation_loss(got, aim, 0.2)) == pytest.approx(0.1 + 0.2 * torch.tensor(2.0).log().item(), rel=1e-4)
+
+
+def test_imitation_loss_trusts_the_confident_and_bounds_the_near():
+    aim = {"pts3d_1": torch.zeros(1, 1, 2, 3), "conf_1": torch.tensor([[[1.0, 3.0]]])}
+    aim["pts3d_1"][0, 0, 1, 2] = 2.0
+    aim |= {"pts3d_2": aim["pts3d_1"], "conf_2": aim["conf_1"]}
+    got = {k: v.clone() for k, v in aim.items()}
+    got["pts3d_1"][..., 0] += 0.1
+    want = (0.5 * 0.1 / NEAREST + 1.5 * 0.1 / 2.0) / 2
+    assert float(imitation_loss(got, aim, 1.0)) == pytest.approx(want, rel=1e-5)
+
+
+def test_graphs_run_at_other_sizes_and_batches(teacher):
+    """The two graphs, exported for 32 x 32, are the model itself at 48 x 64, and at 32 x 32 again."""
+    graphs = teacher.graphs(SIZE, SIZE)
+    model = Quantized(graphs["encoder"].module, graphs["decoder"].module, 16)
+    for height, width in ((SIZE, SIZE), (48, 64), (SIZE, SIZE)):
+        images = torch.rand(2, 2, 3, height, width) * 2 - 1
+        with torch.no_grad():
+            got, want = SymmetricPairs(model)(images), SymmetricPairs(teacher)(images)
+        for name, value in want.items():
+            torch.testing.assert_close(got[name], value, atol=0, rtol=0)
+
+
+def test_training_brings_the_rounded_model_nearer_to_the_teacher(teacher, ready, tmp_path):
+    encoder, decoder = copy.deepcopy(ready)
+    images = training_pairs(16, SIZE, 5, texture_bank()).images
+
+    def distance(model) -> float:
+        with torch.no_grad():
+            return float(imitation_loss(SymmetricPairs(model)(images), SymmetricPairs(teacher)(images), 0.2))
+
+    before = distance(Quantized(encoder, decoder, 16))
+    spec = small(steps_per_epoch=12, batch=8, lr=2e-5, task_weight=0.01)
+    fitted = qat(encoder, decoder, teacher, spec, seed=0, scratch=tmp_path)
+    assert (fitted.outcome, fitted.steps) == ("done", 24)
+    assert [entry["step"] for entry in fitted.history] == [12, 24]
+    assert all({"absrel", "drop_pct"} <= entry.keys() for entry in fitted.history)
+    assert distance(fitted.model) < 0.98 * before
+    assert not fitted.model.encoder.training and next(fitted.model.parameters()).device.type == "cpu"
+
+
+class Killed(Exception):
+    pass
+
+
+def test_a_killed_training_ends_as_an_undisturbed_one(teacher, ready, tmp_path, monkeypatch):
+    """Killed after step 3, with a checkpoint of step 2; the modules are prepared anew, as another process would."""
+    whole = qat(*copy.deepcopy(ready), teacher, small(), seed=3, scratch=tmp_path / "whole")
+
+    class Careful(Trainer):
+        def run(self, *args, **kwargs):
+            return super().run(*args, **{**kwargs, "save_every_s": 0.0})
+
+    monkeypatch.setattr(fit_module, "Trainer", Careful)
+
+    def kill(progress) -> None:
+        if progress.step == 3:
+            raise Killed
+
+    with pytest.raises(Killed):
+        qat(*copy.deepcopy(ready), teacher, small(), seed=3, scratch=tmp_path / "cut", report=kill)
+    steps = []
+    again = prepared(teacher, tmp_path)
+    resumed = qat(*again, teacher, small(), seed=3, scratch=tmp_path / "cut", report=lambda p: steps.append(p.step))
+    assert steps[0] == 3
+    want, got = whole.model.state_dict(), resumed.model.state_dict()
+    assert want.keys() == got.keys()
+    assert all(torch.equal(want[name], got[name]) for name in want)
+
+
+def test_the_section_of_quant_yaml_is_a_training():
+    spec = load_quant().qat
+    training = training_of(spec)
+    assert training.steps == spec.epochs * spec.steps_per_epoch
+    assert training.learning_rate <= 1e-5
+    assert training.final_rate < training.learning_rate
+    assert training.stage_at(0.5).size == spec.size
+    with pytest.raises(ValidationError, match="fewer warmup_epochs than epochs"):
+        small(warmup_epochs=2)
