@@ -198,7 +198,8 @@ class Quantizer(Protocol):
     `starts_from` is 'graph' or 'module': what of the `Source` it reads. `sources` names the Python modules whose code
     decides its result, for caches. More attributes are optional: `number_format` of its 8 bits ('int8' when absent),
     `bits`, the pairs of (weight, activation) bits that it lowers to (only (8, 8) when absent), and those of
-    `backends.quantspec` that say what else it cannot do, so that this is refused early.
+    `backends.quantspec` that say what else it cannot do, so that this is refused early. One that can train has two
+    methods more, see `can_train`.
     """
 
     name: str
@@ -278,6 +279,13 @@ def surgery_of(backend: Backend) -> type[Surgery] | None:
     """What puts nodes of its quantized graphs back to float: the class that its `surgery()` returns; None without."""
     found: type[Surgery] | None = getattr(backend, "surgery", lambda: None)()
     return found
+
+
+def can_train(quantizer: Quantizer) -> bool:
+    """Whether it offers quantization-aware training: `prepare(source, spec, calibration)` gives a trainable copy of
+    `source.module` that rounds as its engine will, and `finish(module, source, spec)` makes a graph of it.
+    """
+    return hasattr(quantizer, "prepare") and hasattr(quantizer, "finish")
 
 
 def lowered_to(quantizer: Quantizer, bits_w: int, bits_a: int) -> str:

@@ -47,6 +47,7 @@ def run(
     axis: Annotated[
         list[str] | None, typer.Option(help="of a card with a matrix (H1): only this axis; may be given again")
     ] = None,
+    qat: Annotated[bool, typer.Option(help="quantization-aware training where PTQ drops too much")] = True,
     rollback: Annotated[bool, typer.Option(help="a recipe that drops too much is run again as the table says")] = True,
     fresh: Annotated[bool, typer.Option(help="make everything anew, reuse nothing")] = False,
     json_line: Annotated[bool, typer.Option("--json", help="print the candidate's record as the last line")] = False,
@@ -68,6 +69,7 @@ def run(
         seed,
         fresh,
         settings_of(setting or []),
+        qat=qat,
     )
     raise typer.Exit(run_card(request, json_line, axes=axis or (), rollback=rollback))
 

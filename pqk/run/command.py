@@ -31,6 +31,7 @@ _DOING = {
     "pruned": "pruning and fine-tuning",
     "distilled": "distillation",
     "quantized": "quantization",
+    "qat": "quantization-aware training",
     "quality": "quality on the test scenes",
     "timing": "timing, variants interleaved",
     "memory": "peak memory",

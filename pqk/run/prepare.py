@@ -68,6 +68,7 @@ class Request:
     role: str = "teacher"  # of the float rows: 'baseline' when the model is not the Teacher
     point: tuple[str, str] | None = None  # (axis, point) of a card with a matrix
     stages: tuple[str, ...] | None = None  # another recipe than the card's
+    qat: bool = False  # train the quantized model when it drops too much
     moves: tuple[str, ...] = ()  # why it is run in this way, a sentence per move of the rollback table
     distill: Path | None = None
     prune: Path | None = None

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -54,29 +55,59 @@ def _reserve(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     return array
 
 
-def quantize_graphs(request: dict[str, Any]) -> dict[str, Any]:
-    """Quantize encoder and decoder into `out`.
+Made = TypeVar("Made")
 
-    Request: backend, quantizer, model (for a quantizer that starts from modules), encoder, decoder (graphs),
-    calibration (folder of scenes), shape, ptq (the config's section), out. Returns the two graphs, the images and pairs
-    that ranges were measured on (none where only weights are lowered), the quantizer's notes, and the peak memory in
-    bytes.
+
+@dataclass(frozen=True)
+class Both(Generic[Made]):
+    """What was made of encoder and decoder, and on how many images and pairs."""
+
+    encoder: Made
+    decoder: Made
+    images: int
+    pairs: int
+
+
+class Calibrated:
+    """The two graphs of a model with what a quantizer needs to lower them: sources, specs and calibration feeds.
+
+    Request: backend, quantizer, model (where modules are loaded from), encoder, decoder (graphs), calibration (folder
+    of scenes), shape, ptq (the config's section), out. Raises PqkError for an unknown quantizer and a calibration set
+    that is too small.
     """
-    backend = registry.get(request["backend"])
-    quantizers = backend.quantizers()
-    if request["quantizer"] not in quantizers:
-        raise PqkError(
-            f"backend {backend.name} has no quantizer {request['quantizer']!r}"
-            f"{nearest(request['quantizer'], quantizers)}; it has {', '.join(quantizers) or 'none'}"
-        )
-    quantizer = quantizers[request["quantizer"]]
-    ptq, out = request["ptq"], Path(request["out"])
-    weights_only = ptq["bits_a"] > ptq["bits_w"]  # they are rounded without data: one pair tells shapes and names
-    wanted = 2 if weights_only else ptq["calibration_images"]
-    images = CalibrationImages(Path(request["calibration"]), wanted, *request["shape"])
-    encoder, decoder = graph_from_json(request["encoder"]), graph_from_json(request["decoder"])
 
-    def spec(name: str, samples: int) -> QuantSpec:
+    def __init__(self, request: dict[str, Any], modules: bool = False) -> None:
+        backend = registry.get(request["backend"])
+        quantizers = backend.quantizers()
+        if request["quantizer"] not in quantizers:
+            raise PqkError(
+                f"backend {backend.name} has no quantizer {request['quantizer']!r}"
+                f"{nearest(request['quantizer'], quantizers)}; it has {', '.join(quantizers) or 'none'}"
+            )
+        self.quantizer: Any = quantizers[request["quantizer"]]
+        self.ptq, self.out = request["ptq"], Path(request["out"])
+        # Weights alone are rounded without data: one pair tells shapes and names.
+        self.weights_only = self.ptq["bits_a"] > self.ptq["bits_w"]
+        wanted = 2 if self.weights_only else self.ptq["calibration_images"]
+        self.images = CalibrationImages(Path(request["calibration"]), wanted, *request["shape"])
+        self.graphs = {name: graph_from_json(request[name]) for name in ("encoder", "decoder")}
+        needed = modules or self.quantizer.starts_from == "module"
+        self.modules = load_model(request["model"]).graphs(*request["shape"]) if needed else {}
+
+    def source(self, name: str) -> Source:
+        """The graph of that name and, where they are needed, its module and example inputs."""
+        graph, module = self.graphs[name], self.modules.get(name)
+        return Source(
+            name,
+            module.module if module else None,
+            module.inputs if module else {},
+            tuple(t.name for t in graph.outputs),
+            graph,
+        )
+
+    def spec(self, name: str, samples: int) -> QuantSpec:
+        """How the graph of that name is to be lowered."""
+        ptq = self.ptq
         return QuantSpec(
             bits_w=ptq["bits_w"],
             bits_a=ptq["bits_a"],
@@ -88,47 +119,52 @@ def quantize_graphs(request: dict[str, Any]) -> dict[str, Any]:
             weight_range=ptq["weight_range"],
             keep=tuple(keep_for(ptq["keep_list"], name)),
             calibration_samples=samples,
-            output_dir=out,
+            output_dir=self.out,
         )
 
-    modules = load_model(request["model"]).graphs(*request["shape"]) if quantizer.starts_from == "module" else {}
+    def both(self, lower: Callable[[Source, QuantSpec, Iterable[Feeds]], Made]) -> Both[Made]:
+        """`lower` applied to both graphs. A BackendError is told with a hint where the keep-list is at fault."""
 
-    def source(name: str, graph: Graph) -> Source:
-        module = modules.get(name)
-        return Source(
-            name,
-            module.module if module else None,
-            module.inputs if module else {},
-            tuple(t.name for t in graph.outputs),
-            graph,
-        )
+        def lowered(name: str, samples: int, calibration: Iterable[Feeds]) -> Made:
+            try:
+                return lower(self.source(name), self.spec(name, samples), calibration)
+            except BackendError as error:
+                more = hint(self.ptq["keep_list"], name, str(error))
+                if not more:
+                    raise
+                raise type(error)(f"{name}: {error}{more}") from error
 
-    def quantized(name: str, graph: Graph, samples: int, calibration: Iterable[Feeds]) -> Graph:
-        try:
-            return quantizer.quantize(source(name, graph), spec(name, samples), calibration)
-        except BackendError as error:
-            more = hint(ptq["keep_list"], name, str(error))
-            if not more:
-                raise
-            raise type(error)(f"{name}: {error}{more}") from error
+        encoder = self.graphs["encoder"]
+        with tempfile.TemporaryDirectory(prefix="pqk-tokens-", dir=self.out) as folder:
+            # every fourth pair: each passes both decoders and both heads, and costs four times as much as an image
+            chosen = self.images.every_fourth_pair()
+            shape = (len(chosen), *encoder.outputs[0].shape[1:])
+            tokens = _reserve(Path(folder) / "tokens.npy", shape)
+            # Every toolchain calibrates on the same tokens, and no plan is built to make them.
+            with OnnxRuntimeEngine(encoder) as engine:
+                for k, image in enumerate(chosen):
+                    tokens[k] = engine.infer({"image": image})["tokens"][0]
+            made = (
+                lowered("encoder", len(self.images), _Images(self.images)),
+                lowered("decoder", len(chosen) // 2, _Tokens(tokens)),
+            )
+            del tokens
+        return Both(*made, len(self.images), len(chosen) // 2)
 
-    with tempfile.TemporaryDirectory(prefix="pqk-tokens-", dir=out) as folder:
-        # every fourth pair: each passes through both decoders and both heads, and costs four times as much as an image
-        chosen = images.every_fourth_pair()
-        shape = (len(chosen), *encoder.outputs[0].shape[1:])
-        tokens = _reserve(Path(folder) / "tokens.npy", shape)
-        # Every toolchain calibrates on the same tokens, and no plan is built to make them.
-        with OnnxRuntimeEngine(encoder) as engine:
-            for k, image in enumerate(chosen):
-                tokens[k] = engine.infer({"image": image})["tokens"][0]
-        quantized_encoder = quantized("encoder", encoder, len(images), _Images(images))
-        quantized_decoder = quantized("decoder", decoder, len(chosen) // 2, _Tokens(tokens))
-        del tokens
+
+def quantize_graphs(request: dict[str, Any]) -> dict[str, Any]:
+    """Quantize encoder and decoder into `out`. Request: see `Calibrated`.
+
+    Returns the two graphs, the images and pairs that ranges were measured on (none where only weights are lowered), the
+    quantizer's notes, and the peak memory in bytes.
+    """
+    job = Calibrated(request)
+    made: Both[Graph] = job.both(job.quantizer.quantize)
     return {
-        "encoder": graph_to_json(quantized_encoder),
-        "decoder": graph_to_json(quantized_decoder),
-        "images": 0 if weights_only else len(images),
-        "pairs": 0 if weights_only else len(chosen) // 2,
-        "notes": list(quantizer.notes()),
+        "encoder": graph_to_json(made.encoder),
+        "decoder": graph_to_json(made.decoder),
+        "images": 0 if job.weights_only else made.images,
+        "pairs": 0 if job.weights_only else made.pairs,
+        "notes": list(job.quantizer.notes()),
         "peak_bytes": peak_ram_bytes(),
     }

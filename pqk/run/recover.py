@@ -14,6 +14,7 @@ from pqk.run.runlog import RunLog
 from pqk.run.runner import Outcome, run
 from pqk.run.store import OnEvent
 from pqk.run.training import TRAINS, Lost
+from pqk.run.verdict import drop_limit
 from pqk.spec.card import Experiment
 
 
@@ -85,9 +86,7 @@ def failed_stage(outcome: Outcome) -> tuple[str, str] | None:
     if record["status"] == "stopped":
         stage = outcome.trained[-1]
         return stage.method, str(stage.reason)
-    lines = outcome.experiment.evaluation.thresholds
-    own = {"Q": lines.quality_drop_q_only_pct, "P": lines.quality_drop_p_only_pct}
-    limit = own.get("→".join(recipe), lines.quality_drop_mainline_pct)
+    limit = drop_limit(recipe, outcome.experiment.evaluation.thresholds)
     drop = record["quality_drop_pct"]
     if drop is None or drop <= limit:
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from pqk.record.log import refuse_to_lose, write_record
 from pqk.record.schema import validate
 from pqk.run import stages
 from pqk.run.inputs import load_frames, scene_pairs
+from pqk.run.lowering import Lowering, Row
 from pqk.run.prepare import (
     Request,
     asked_experiment,
@@ -45,6 +47,7 @@ from pqk.run.stages import ENGINE_VARIANTS, Context, Scenes
 from pqk.run.store import OnEvent
 from pqk.run.training import TRAINS, Lost, Trained, method_columns, train_stages
 from pqk.run.variants import Variant
+from pqk.run.verdict import drop_limit
 from pqk.run.worker import WorkerCrashed
 from pqk.spec.card import Experiment
 
@@ -67,8 +70,13 @@ class Outcome:
     trained: Sequence[Trained]  # the stages P and K
     scoring: Mapping[str, Any]  # what every variant is scored on and how; see `pqk.run.evaluate`
 
-    def score(self, variant: Variant, keep: Sequence[str]) -> dict[str, Any]:
-        """Quality of any variant on the scenes of this run; without ground truth against this run's Teacher in f32."""
+    def score(self, variant: Variant, keep: Sequence[str] | None = None) -> dict[str, Any]:
+        """Quality of any variant on the scenes of this run; without ground truth against this run's Teacher in f32.
+
+        keep: what must not run in int8 kernels; default: the card's keep-list, for a quantized variant.
+        """
+        if keep is None:
+            keep = self.experiment.quant.ptq.keep_list if variant.precision is Precision.INT8 else ()
         reference = None if self.truthful else self.variants[0]
         return stages.quality(self.ctx, variant, reference, self.scenes, {**self.scoring, "keep": list(keep)})
 
@@ -175,11 +183,11 @@ def _run(
         parts = graphs["encoder"], graphs["decoder"]
         return [Variant(model + ENGINE_VARIANTS[p], backend.name, p, *parts, dict(compiled)) for p in floats]
 
-    # Every row: the variant, the float variants that its speedups refer to (f32 first), and its own columns.
     teachers = in_float("")
-    rows: list[tuple[Variant, Sequence[Variant], dict[str, Any]]] = [(v, teachers, {}) for v in teachers]
+    rows = [Row(v, teachers, {}) for v in teachers]
     trained = train_stages(ctx, experiment, teacher) if recipe else []
     final, last = teacher, teachers
+    columns: dict[str, Any] = {"hashes": hashes}
     if trained:
         final = trained[-1].model
         say(f"{final.name}: its checkpoint is {paths.shown(Path(final.path))}")
@@ -191,29 +199,17 @@ def _run(
         if trained[-1].failed:
             say(f"stop-loss: {trained[-1].reason}" + ("; not quantized" if quantizer else ""))
             quantizer = None
-        rows += [(v, teachers, {**columns, "role": "baseline"}) for v in last[1:]]
-        own = {**columns, "role": "baseline" if quantizer else "candidate"}
-        rows.insert(len(teachers) if quantizer else len(rows), (last[0], teachers, own))  # the candidate comes last
-    else:
-        columns = {}
+        own = [Row(v, teachers, {**columns, "role": "baseline"}) for v in last]
+        if quantizer is None:  # the candidate comes last: f32, as that is what was trained
+            own[0].own["role"] = "candidate"
+            own = [*own[1:], own[0]]
+        rows += own
+    lowering: Lowering | None = None
     if quantizer is not None and calibration is not None:
-        ptq = ptq_asked.model_dump(mode="json")
-        quantized = stages.quantize(ctx, backend.name, quantizer, final.path, graphs, calibration, ptq, shape)
-        rest = {} if float_rest == "auto" else {"rest": float_rest}  # the backend's own choice is its best
-        parts = quantized.graphs["encoder"], quantized.graphs["decoder"]
-        own = {
-            **columns,
-            "role": "candidate",
-            "precision": lowered,
-            "quantizer": quantizer,
-            "bits_w": ptq_asked.bits_w,
-            "bits_a": ptq_asked.bits_a,
-            "keep_list": list(ptq_asked.keep_list),
-            "images_calibration": quantized.images,
-            "notes": "; ".join(filter(None, (columns.get("notes"), quantized.notes))),
-            "hashes": columns.get("hashes", hashes) | {"calibration": calibration.sha256},
-        }
-        rows.append((Variant(lowered, backend.name, Precision.INT8, *parts, {**compiled, **rest}), last, own))
+        lowering = Lowering(
+            experiment, backend.name, quantizer, lowered, final, graphs, calibration, last, columns, compiled
+        )
+        rows.append(lowering.row(ctx))
     views = None if request.scenes or request.images else workload.scenes.test.views
     scoring = {
         "views": views,
@@ -225,20 +221,24 @@ def _run(
         "min_conf": min_conf,
     }
     onnx_float = Variant("fp32", "reference", Precision.F32, graphs["encoder"], graphs["decoder"])
-    variants = [variant for variant, _, _ in rows]
+    variants = [row.variant for row in rows]
     outcome = Outcome([], variants, scenes, experiment, truthful, ctx, final.path, onnx_float, trained, scoring)
-    kept = ptq_asked.keep_list
+    scored: dict[str, dict[str, Any]] = {}
     try:
-        scored = {v.name: outcome.score(v, kept if v.precision is Precision.INT8 else ()) for v in variants}
+        for variant in variants:
+            scored[variant.name] = outcome.score(variant)
     except PqkError as error:
         if not trained or not trained[-1].failed:
             raise
         raise Lost(experiment, trained[-1], str(error)) from error
+    if lowering is not None and request.qat and truthful and lowering.trainable:
+        _train_if_it_drops(outcome, lowering, rows, scored, drop_limit(recipe, evaluation.thresholds), say)
     timed, memory = _time(outcome, scored, say)
 
     measured = Measurements(teachers[0], scored, timed, memory)
-    for variant, against, own in rows:
-        record = measured_record(common | own, measured, variant, against, truthful, evaluation.quality.metrics)
+    for row in rows:
+        variant, metrics = row.variant, evaluation.quality.metrics
+        record = measured_record(common | row.own, measured, variant, row.against, truthful, metrics)
         if variant.precision is Precision.INT8:
             if timed is None:
                 record["notes"] += planned_shares(scored[variant.name]["executed"])
@@ -255,6 +255,36 @@ def _run(
         write_record(root / "logs", record)
     say(f"{len(outcome.records)} records in {paths.shown(root / 'logs')}")
     return outcome
+
+
+def _train_if_it_drops(
+    outcome: Outcome,
+    lowering: Lowering,
+    rows: list[Row],
+    scored: dict[str, dict[str, Any]],
+    limit: float,
+    say: Callable[[str], None],
+) -> None:
+    """Where the quantized model drops more than `limit` percent, train it, and add the row of what came out.
+
+    The better of the two becomes the candidate and comes last; the other one stays as a baseline.
+    """
+    teacher, metric = rows[0].variant.name, outcome.experiment.evaluation.quality.main_metric
+
+    def drop(row: Row) -> float:
+        mine, base = (scored[name]["summary"][metric] for name in (row.variant.name, teacher))
+        found = drop_pct(metric, mine, base, outcome.truthful)
+        return math.inf if found is None else found
+
+    if not limit < drop(rows[-1]) < math.inf:
+        return
+    say(f"PTQ drops {drop(rows[-1]):.2f} %, above {limit:g} %: quantization-aware training")
+    learned = lowering.row(outcome.ctx, trained=True)
+    scored[learned.variant.name] = outcome.score(learned.variant)
+    say(f"QAT: drop {drop(learned):.2f} %")
+    rows[-1:] = [rows[-1], learned] if drop(learned) < drop(rows[-1]) else [learned, rows[-1]]
+    rows[-2].own["role"] = "baseline"
+    outcome.variants[:] = [row.variant for row in rows]
 
 
 def _parameters(module: Any) -> dict[str, Any]:

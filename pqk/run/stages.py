@@ -57,6 +57,10 @@ class Context:
 
         return self.store.get_or_make(stage, {**inputs, "code": code_of(*modules)}, make, tell)
 
+    def tell(self, stage: str, news: Mapping[str, Any]) -> None:
+        """Pass on what a worker said with `worker.tell`: a text, and the share that is done."""
+        self.on_event("progress", stage, news["text"], news["share"])
+
     def scratch(self, stage: str, modules: tuple[str, ...], inputs: Mapping[str, Any]) -> AbstractContextManager[Path]:
         """See `Store.scratch`; the arguments are those of `make`."""
         return self.store.scratch(stage, {**inputs, "code": code_of(*modules)})
@@ -229,6 +233,19 @@ def _read_graphs(folder: Path) -> dict[str, Graph]:
 
 
 @dataclass(frozen=True)
+class Learn:
+    """Quantization-aware training: the section `qat` of quant.yaml, the train seed, and its stop-loss.
+
+    rules: all of `StopRules`; lines: those of them that are part of what is made (a budget that ran out makes nothing).
+    """
+
+    spec: Mapping[str, Any]
+    seed: int
+    rules: Mapping[str, Any]
+    lines: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Quantized:
     """Graphs of a quantizer, and what it consumed."""
 
@@ -236,6 +253,7 @@ class Quantized:
     images: int
     pairs: int
     notes: str  # what the record should tell of how it was made
+    hours: float = 0.0  # device hours of training
 
 
 def quantize(
@@ -247,35 +265,41 @@ def quantize(
     calibration: Scenes,
     ptq: Mapping[str, Any],
     shape: tuple[int, int],
+    learn: Learn | None = None,
 ) -> Quantized:
-    """Both graphs quantized, in a process of their own. `model` is where a quantizer of modules loads them from."""
+    """Both graphs quantized, in a process of their own; with `learn`, they are trained too (QAT).
 
+    `model` is where modules are loaded from, by a quantizer that starts from them and for training.
+    """
     tool = registry.get(backend).quantizers()[quantizer]
+    stage = "qat" if learn else "quantized"
+    code = (*_QUANT_CODE, *(("pqk.run.qat",) if learn else ()), *tool.sources)
 
     def make(folder: Path) -> None:
-        result = worker.call(
-            "quantize",
-            {
-                "backend": backend,
-                "quantizer": quantizer,
-                "model": model,
-                "encoder": graph_to_json(graphs["encoder"]),
-                "decoder": graph_to_json(graphs["decoder"]),
-                "calibration": str(calibration.root),
-                "shape": list(shape),
-                "ptq": dict(ptq),
-                "out": str(folder),
-            },
-        )
-        for name in ("encoder", "decoder"):
-            result[name]["path"] = Path(result[name]["path"]).name
-        write_json(folder / "graphs.json", {name: result[name] for name in ("encoder", "decoder")})
-        write_json(
-            folder / "about.json",
-            {name: result[name] for name in ("images", "pairs", "notes", "peak_bytes", "seconds")},
-        )
+        request: dict[str, Any] = {
+            "backend": backend,
+            "quantizer": quantizer,
+            "model": model,
+            "encoder": graph_to_json(graphs["encoder"]),
+            "decoder": graph_to_json(graphs["decoder"]),
+            "calibration": str(calibration.root),
+            "shape": list(shape),
+            "ptq": dict(ptq),
+            "out": str(folder),
+        }
+        if learn is None:
+            result = worker.call("quantize", request)
+        else:
+            with ctx.scratch(stage, code, inputs) as scratch:
+                request |= {"qat": learn.spec, "seed": learn.seed, "rules": learn.rules, "scratch": str(scratch)}
+                result = worker.call("qat", request, lambda told: ctx.tell(stage, told))
+        parts = {name: result.pop(name) for name in ("encoder", "decoder")}
+        for part in parts.values():
+            part["path"] = Path(part["path"]).name
+        write_json(folder / "graphs.json", parts)
+        write_json(folder / "about.json", result)
 
-    inputs = {
+    inputs: dict[str, Any] = {
         "backend": backend,
         "quantizer": quantizer,
         "graphs": {name: graph.sha256 for name, graph in graphs.items()},
@@ -284,7 +308,9 @@ def quantize(
         "shape": list(shape),
         "machine": dict(ctx.machine),
     }
-    made = ctx.make("quantized", (*_QUANT_CODE, *tool.sources), inputs, make)
+    if learn is not None:
+        inputs |= {"qat": learn.spec, "seed": learn.seed, "lines": learn.lines}
+    made = ctx.make(stage, code, inputs, make)
     about = json.loads((made.path / "about.json").read_text())
     on = f"encoder calibrated on {about['images']} images, decoder on {about['pairs']} pairs of them"
     notes = [
@@ -292,7 +318,17 @@ def quantize(
         on if about["images"] else "weights were rounded without data",
         f"quantization took at most {about['peak_bytes'] / 1e9:.1f} GB",
     ]
-    return Quantized(_read_graphs(made.path), about["images"], about["pairs"], "; ".join(notes))
+    hours = about.get("training_s", 0.0) / 3600
+    if learn is not None:
+        notes.append(trained_note("QAT", about["steps"], hours, about["drop_pct"]))
+        notes += [f"QAT ended early: {about['reason']}"] if about["reason"] else []
+    return Quantized(_read_graphs(made.path), about["images"], about["pairs"], "; ".join(notes), hours)
+
+
+def trained_note(method: str, steps: int, hours: float, drop_pct: float | None) -> str:
+    """'K: 400 steps in 9.1 min, best drop on held-out pairs 1.20 %', for the notes of a record."""
+    told = f"{method}: {steps} steps in {60 * hours:.1f} min"
+    return told if drop_pct is None else f"{told}, best drop on held-out pairs {drop_pct:.2f} %"
 
 
 def quality(

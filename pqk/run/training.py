@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
+from pqk.compress.fit import Stop
 from pqk.compress.train import Progress
 from pqk.errors import CheckFailed
 from pqk.files import sha256_json, write_json
 from pqk.run import worker
 from pqk.run.prepare import Model, describe
-from pqk.run.stages import Context
+from pqk.run.stages import Context, Learn, trained_note
 from pqk.run.stoploss import StopRules, best_checkpoint
 from pqk.spec.card import Experiment
 
@@ -46,9 +47,7 @@ class Trained:
     @property
     def note(self) -> str:
         """One clause for the record's notes."""
-        told = f"{self.method}: {self.steps} steps in {60 * self.hours:.1f} min"
-        if self.drop_pct is not None:
-            told += f", best drop on held-out pairs {self.drop_pct:.2f} %"
+        told = trained_note(self.method, self.steps, self.hours, self.drop_pct)
         if self.report:
             told += f", {100 * self.report['share']:.1f} % of {self.report['measure']} cut"
         return told + (f"; {self.method} ended early: {self.reason}" if self.reason else "")
@@ -79,28 +78,17 @@ def train_stages(ctx: Context, experiment: Experiment, teacher: Model) -> list[T
 def _train(ctx: Context, method: str, experiment: Experiment, teacher: Model, before: Model | None) -> Trained:
     card = experiment.card
     spec = experiment.prune if method == "P" else experiment.distill
-    rules = StopRules.of(
-        experiment.evaluation,
-        card.budget.gpu_hours,
-        method,
-        card.recipe,
-        steps_per_epoch=spec.train.steps_per_epoch,
-        warmup=spec.train.warmup,
-    )
-    lines = ("line_pct", "no_improve_ckpt", "min_improvement_pct", "max_epochs")
+    rules = _rules(experiment, method, spec.train.steps_per_epoch, spec.train.warmup)
     asked = {
         "method": method,
         "teacher": teacher.sha256,
         "before": before.sha256 if before else None,
         "spec": spec.model_dump(mode="json"),
         "seed": experiment.workload.seeds.train,
-        "lines": {name: getattr(rules, name) for name in lines},  # a budget that ran out leaves no artifact
+        "lines": _lines(rules),
         "device": "cuda" if torch.cuda.is_available() else "cpu",
     }
     label = "" if before is None else f"after {card.recipe[0]}"
-
-    def told(news: Mapping[str, Any]) -> None:
-        ctx.on_event("progress", f"{_STAGE[method]} {label}".strip(), news["text"], news["share"])
 
     def make(folder: Path) -> None:
         with ctx.scratch(_STAGE[method], _CODE[method], asked) as scratch:
@@ -113,7 +101,7 @@ def _train(ctx: Context, method: str, experiment: Experiment, teacher: Model, be
                 "rules": asdict(rules),
                 "card": card.id,
             }
-            result = worker.call("train", request, told)
+            result = worker.call("train", request, lambda told: ctx.tell(f"{_STAGE[method]} {label}".strip(), told))
         del result["seconds"]
         write_json(folder / "trained.json", result)
 
@@ -130,6 +118,30 @@ def _train(ctx: Context, method: str, experiment: Experiment, teacher: Model, be
         found["drop_pct"],
         found["report"],
     )
+
+
+def _rules(experiment: Experiment, method: str, steps_per_epoch: int, warmup: float) -> StopRules:
+    card = experiment.card
+    return StopRules.of(
+        experiment.evaluation,
+        card.budget.gpu_hours,
+        method,
+        card.recipe,
+        steps_per_epoch=steps_per_epoch,
+        warmup=warmup,
+    )
+
+
+def _lines(rules: StopRules) -> dict[str, Any]:
+    """The rules that are part of what a training makes: a budget that ran out leaves no artifact."""
+    return {name: getattr(rules, name) for name in ("line_pct", "no_improve_ckpt", "min_improvement_pct", "max_epochs")}
+
+
+def learning(experiment: Experiment) -> Learn:
+    """Quantization-aware training as the card's configs ask for it."""
+    spec = experiment.quant.qat
+    rules = _rules(experiment, "Q", spec.steps_per_epoch, spec.warmup_epochs / spec.epochs)
+    return Learn(spec.model_dump(mode="json"), experiment.workload.seeds.train, asdict(rules), _lines(rules))
 
 
 def method_columns(experiment: Experiment, trained: Sequence[Trained], hashes: Mapping[str, str]) -> dict[str, Any]:
@@ -167,15 +179,8 @@ def train(request: Mapping[str, Any]) -> dict[str, Any]:
     scratch, seed = Path(request["scratch"]), request["seed"]
     teacher = load_model(request["teacher"])
     start = load_model(request["before"]) if request["before"] else teacher
-    rules = StopRules(**request["rules"])
+    rules, stop = StopRules(**request["rules"]), stopper(request["rules"])
     report: dict[str, Any] = {}
-
-    def stop(progress: Progress) -> str | None:
-        found = rules.judge(progress)
-        if found is not None and found.kind == "over_budget":
-            raise CheckFailed(f"stop-loss: {found.why}; its checkpoint is kept, a larger budget goes on from there")
-        return found.why if found else None
-
     text = json.dumps(request["spec"])
     if request["method"] == "P":
         pruning = Prune.model_validate_json(text)
@@ -187,11 +192,12 @@ def train(request: Mapping[str, Any]) -> dict[str, Any]:
             save_model(small, kept)
             write_json(kept / "report.json", found.as_dict())
         report = json.loads((kept / "report.json").read_text())
-        fitted = finetune(load_model(kept), teacher, pruning, seed=seed, scratch=scratch, stop=stop, report=_tell)
+        small = load_model(kept)
+        fitted = finetune(small, teacher, pruning, seed=seed, scratch=scratch, stop=stop, report=tell_progress)
     else:
         distilling = Distill.model_validate_json(text)
         student = start if request["before"] else make_student(teacher, distilling.student)
-        fitted = distill(teacher, student, distilling, seed=seed, scratch=scratch, stop=stop, report=_tell)
+        fitted = distill(teacher, student, distilling, seed=seed, scratch=scratch, stop=stop, report=tell_progress)
     best = best_checkpoint(fitted.history) or {}
     at_end = rules.at_end(Progress(step=fitted.steps, seconds=fitted.seconds, history=fitted.history))
     told = {
@@ -215,7 +221,20 @@ def train(request: Mapping[str, Any]) -> dict[str, Any]:
     return told
 
 
-def _tell(p: Progress) -> None:
+def stopper(rules: Mapping[str, Any]) -> Stop:
+    """What a training asks after every step. Raises CheckFailed there when the card's hours are spent."""
+    lines = StopRules(**rules)
+
+    def stop(progress: Progress) -> str | None:
+        found = lines.judge(progress)
+        if found is not None and found.kind == "over_budget":
+            raise CheckFailed(f"stop-loss: {found.why}; its checkpoint is kept, a larger budget goes on from there")
+        return found.why if found else None
+
+    return stop
+
+
+def tell_progress(p: Progress) -> None:
     """Progress of a training to the parent: step, loss, rate, time left, and the last validation."""
     left = f", {p.seconds * (1 - p.share) / p.share / 60:.1f} min left" if p.share else ""
     text = f"step {p.step}, loss {p.loss:.3f}, {p.samples_per_second:.1f} pairs/s{left}"

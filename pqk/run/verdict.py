@@ -31,9 +31,7 @@ def judge_quantized(
     Success of quantization: drop, median time against fp32 and best float, size, share of FLOPs in kernels of the
     `precision` that was asked for. Where only weights are lowered (int4) all work is done in floats: no share is asked.
     """
-    alone = tuple(recipe) == ("Q",)
-    limit = limits.quality_drop_q_only_pct if alone else limits.quality_drop_mainline_pct
-    checks = [_drop(measured.drop_pct, limit)]
+    checks = [_drop(measured.drop_pct, drop_limit(recipe, limits))]
     reduction = limits.t_pair_p50_reduction_pct
     speedup = measured.speedup_vs_fp32
     checks.append(
@@ -72,12 +70,17 @@ def judge_quantized(
 
 def judge_float(drop_pct: float | None, size_ratio: float, limits: Thresholds, recipe: Sequence[str]) -> Verdict:
     """The same for a recipe without quantization: the drop and, where it prunes, the size against the Teacher's."""
-    alone = tuple(recipe) == ("P",)
-    checks = [_drop(drop_pct, limits.quality_drop_p_only_pct if alone else limits.quality_drop_mainline_pct)]
+    checks = [_drop(drop_pct, drop_limit(recipe, limits))]
     if "P" in recipe:
         smaller, least = 100 * (1 - size_ratio), limits.size_reduction_p_only_pct
         checks.append((smaller >= least, f"files {smaller:.1f} % smaller (at least {least:g} %)"))
     return _verdict(checks)
+
+
+def drop_limit(recipe: Sequence[str], limits: Thresholds) -> float:
+    """The drop in percent that a recipe may have: P alone and Q alone have lines of their own."""
+    own = {"Q": limits.quality_drop_q_only_pct, "P": limits.quality_drop_p_only_pct}
+    return own.get("→".join(recipe), limits.quality_drop_mainline_pct)
 
 
 def _drop(drop: float | None, limit: float) -> Check:

@@ -164,6 +164,13 @@ def train(request: dict[str, Any]) -> Result:
     return train(request)
 
 
+def qat(request: dict[str, Any]) -> Result:
+    """Quantization-aware training; see `pqk.run.qat`."""
+    from pqk.run.qat import train_quantized
+
+    return train_quantized(request)
+
+
 def agreement(request: dict[str, Any]) -> Result:
     """How far two sides are apart on the same pairs; see `pqk.run.agreement`."""
     from pqk.run.agreement import compare
@@ -198,6 +205,7 @@ TASKS: dict[str, Callable[[dict[str, Any]], Result]] = {
     "memory": memory,
     "quantize": quantize,
     "train": train,
+    "qat": qat,
     "agreement": agreement,
     "parted": parted,
     "ranking": ranking,

@@ -36,7 +36,13 @@ SMALLER = {
         r"images: 512(?=, views_per_scene: 8)": "images: 8",
     },
     "eval.yaml": {r"min_pairs: 30": "min_pairs: 4", r"warmup: 3": "warmup: 1", r"max_seconds: 20": "max_seconds: 5"},
-    "quant.yaml": {r"calibration_images: 512": "calibration_images: 8"},
+    "quant.yaml": {
+        r"calibration_images: 512": "calibration_images: 8",
+        r"epochs: 12": "epochs: 2",
+        r"steps_per_epoch: 20": "steps_per_epoch: 2",
+        r"  size: 256": "  size: 32",
+        r"validation: \{size: 512, pairs: 8\}": "validation: {size: 64, pairs: 2}",
+    },
     "distill.yaml": {
         r"epochs: \d+": "epochs: 2",
         r"steps_per_epoch: \d+": "steps_per_epoch: 3",

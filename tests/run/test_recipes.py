@@ -99,6 +99,28 @@ def test_recipes_share_their_stages(copied: Callable[[], Path], tiny_model: Path
     assert made(run(root, "F1", tiny_model, "--no-rollback")) == []
 
 
+def test_quantization_is_trained_where_it_drops_too_much(
+    tiny_model: Path, finished: tuple[Path, Outcome], copy_of: Callable[[], Path]
+) -> None:
+    """PTQ above its line calls for QAT; both are measured, the better one is the candidate and comes last."""
+    root = copy_of()
+    line = ("--set", "eval.quality.main_metric=delta1", "--set", "eval.thresholds.quality_drop_q_only_pct=0")
+    outcome = run(root, "B1", tiny_model, "--no-rollback", *line)
+    assert outcome.code in (0, 1), outcome.err
+    assert "quantization-aware training" in made(outcome) and "PTQ drops " in outcome.err
+    rows = {r["role"]: r for r in written(root) if r["precision"] == "int8" and r["main_metric"] == "delta1"}
+    assert rows["candidate"] == outcome.record
+    assert rows["candidate"]["quality_drop_pct"] <= rows["baseline"]["quality_drop_pct"]
+    (trained,) = (r for r in rows.values() if "QAT: 4 steps in " in r["notes"])
+    (plain,) = (r for r in rows.values() if r is not trained)
+    assert trained["gpu_hours"] > 0 and plain["gpu_hours"] is None
+    assert trained["hashes"]["engine"] != plain["hashes"]["engine"]
+    assert trained["executed_precision"]["int8"] > 0.9 and trained["t_pair_p50_ms"] > 0
+    assert made(run(root, "B1", tiny_model, "--no-rollback", *line)) == []
+    without = run(root, "B1", tiny_model, "--no-rollback", "--no-qat", *line)
+    assert "QAT" not in without.record["notes"]
+
+
 def test_a_stop_loss_ends_the_recipe(copied: Callable[[], Path], tiny_model: Path) -> None:
     """A student that lost what its Teacher knew is measured, recorded as stopped, and not quantized."""
     root = copied()
