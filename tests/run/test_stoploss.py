@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import multiprocessing
@@ -11,16 +12,18 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from run_toys import TINY, environment
 
-from pqk.compress.train import Progress
+from pqk.compress.train import Progress, Schedule, Trainer
 from pqk.errors import PqkError
 from pqk.run import rollback
 from pqk.run.rollback import ATTENTION, HEADS, TABLE, Move, State, next_move
@@ -225,6 +228,47 @@ def test_a_looser_line_never_stops_what_a_tighter_lets_go(
         assert strict.at_end(progress) is not None
     # whether a run ends does not hang on the line, only what its end is worth
     assert (strict.judge(progress) is None) == (easy.judge(progress) is None)
+
+
+@pytest.mark.skipif("stop" not in inspect.signature(Trainer.run).parameters, reason="this loop takes no stop rule")
+@pytest.mark.parametrize(
+    ("score_of", "kind", "steps"),
+    [
+        (lambda n: 0.12, "no_improvement", 40),
+        (lambda n: 0.2, "drop", 40),
+        (lambda n: 0.1 * 1.3**n, "diverged", 40),
+        (lambda n: 0.13 - 0.001 * n, None, 120),
+    ],
+)
+def test_a_real_loop_is_stopped(
+    rules: StopRules, score_of: Callable[[int], float], kind: str | None, steps: int
+) -> None:
+    schedule = Schedule(steps=120, learning_rate=1e-3, final_rate=1e-5, warmup=0.05)
+    trainer = Trainer(
+        torch.nn.Linear(4, 1),
+        schedule,
+        device=torch.device("cpu"),
+        weight_decay=0,
+        clip_norm=1,
+        ema=0.9,
+        autocast=False,
+    )
+
+    def validate(_: object) -> dict[str, float]:
+        score = score_of(len(trainer.progress.history) + 1)
+        return {"score": score, "absrel": score, "drop_pct": 100 * (score / 0.12 - 1)}
+
+    def loss_of(model: torch.nn.Module, step: int, share: float) -> torch.Tensor:
+        loss: torch.Tensor = model(torch.ones(8, 4)).square().mean()
+        return loss
+
+    outcome = trainer.run(loss_of, validate=validate, every=10, patience=100, stop=rules.check)
+    found = rules.judge(trainer.progress)
+    assert (outcome, trainer.progress.step) == ("stopped" if kind else "done", steps)
+    assert (found.kind if found else None) == kind
+    if kind:
+        assert trainer.progress.reason == found.why
+    assert (rules.at_end(trainer.progress) is None) == (kind in (None, "no_improvement"))
 
 
 # --- rollback ---------------------------------------------------------------------------------------------------------
