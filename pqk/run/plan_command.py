@@ -13,7 +13,7 @@ from rich.markup import escape
 from pqk import paths
 from pqk.errors import EXIT_OK, PqkError, nearest
 from pqk.report.plan import plan_data, print_plan, print_status, print_statuses, status_data
-from pqk.run.plan import Asked, exit_code, progress, run_plan
+from pqk.run.plan import Asked, exit_code, folder_of, progress, run_plan
 from pqk.spec.plan import DEVICES, STATUS, list_plans, load_plan, ordered
 
 
@@ -68,7 +68,7 @@ def _carry_out(
     found = load_plan(name, root)
     steps = ordered(found, root)
     chosen = _usable(backend)
-    given = str(Path(model).absolute()) if model and Path(model).exists() else model  # experiments run in the root
+    given = str(Path(model).resolve()) if model and Path(model).exists() else model  # experiments run in the root
     errors = Console(stderr=True, highlight=False)
     try:
         done = run_plan(
@@ -76,7 +76,7 @@ def _carry_out(
             steps,
             root,
             Asked(chosen, given),
-            lambda text: errors.print(f"[bold]▸ {escape(text)}[/]"),
+            lambda text: errors.print(f"[bold]▸ {escape(text)}[/]", soft_wrap=True),
             lambda line: errors.print(f"  {escape(line)}", style="dim", soft_wrap=True),
             keep_going=keep_going,
         )
@@ -84,6 +84,7 @@ def _carry_out(
         errors.print(f"interrupted; `pqk plan {name} --run` goes on from here")
         return 128 + signal.SIGINT
     _show(status_data(found, done, rate), as_json, print_status)
+    errors.print(f"what each experiment said: {escape(paths.shown(folder_of(name, root)))}/*.log", style="dim")
     return exit_code(done)
 
 

@@ -138,6 +138,7 @@ def test_names(project: Path) -> None:
         load_plan("best", project)
 
 
+@settings(deadline=None)
 @given(st.floats(0.1, 1000))
 def test_an_a100_takes_between_the_factors(hours: float) -> None:
     low, high = hours_on("A100", hours)
