@@ -25,6 +25,8 @@ def importances(model: nn.Module, slots: Sequence[Slot], spec: Prune, *, seed: i
     require gradients. Raises PqkError when the gradients are not finite.
     """
     groups = [group for slot in slots if slot.kind != "block" for group in slot.groups]
+    if not groups:  # only whole blocks may go
+        return {}
     if spec.importance == "taylor":
         return _taylor(model, groups, spec, seed)
     weights = dict(model.named_parameters())

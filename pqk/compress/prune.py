@@ -21,7 +21,7 @@ from pqk.compress.importance import importances
 from pqk.compress.losses import confidence_loss
 from pqk.compress.pairs import pick_device
 from pqk.compress.refit import moments, refit
-from pqk.compress.sensitivity import Probe, Rises, even_steps, kept, scan, spend, steps_by_scan
+from pqk.compress.sensitivity import Effects, Probe, even_steps, kept, scan, spend, steps_by_scan
 from pqk.compress.train import Progress
 from pqk.compress.units import Plan, cut, slots_of
 from pqk.data.stream import PairBatch
@@ -34,8 +34,9 @@ class Removed:
     """What one size of the configuration gave.
 
     name: such as 'enc_blocks.0.ffn'. kind: heads, ffn, dpt or block. params, flops: what cutting this alone would save.
-    importance_kept: share of the summed importance of its units that stays (None for a block). rise_pct: rise of AbsRel
-    in percent with only this many units of this group left, before any training; one entry for each scanned level.
+    importance_kept: share of the summed importance of its units that stays (None for a block). scan: for each number of
+    units that stay, in this group alone and before any training, the rise of AbsRel against the truth (`rise_pct`) and
+    the relative distance of the points of both views to those of the uncut network (`shift_pct`), which decides.
     """
 
     name: str
@@ -45,15 +46,15 @@ class Removed:
     params: int
     flops: int
     importance_kept: float | None
-    rise_pct: dict[str, float]
+    scan: dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True)
 class PruneReport:
     """What was cut. FLOPs are those of one pair of flops_side x flops_side images, two per multiply-add.
 
-    share: of the measure (params or flops) that is gone. absrel_before, absrel_after: on the pairs of the scan, without
-    fine-tuning; None without a scan. scan: every slot's rise of AbsRel, cut or not.
+    share: of the measure (params or flops) that is gone. absrel_before, absrel_after, shift_pct: on the scan's
+    pairs, without fine-tuning; None without a scan. scan: what the scan found for every size, cut or not.
     """
 
     rho: float
@@ -67,8 +68,9 @@ class PruneReport:
     flops_side: int
     absrel_before: float | None
     absrel_after: float | None
+    shift_pct: float | None
     removed: list[Removed]
-    scan: dict[str, dict[str, float]]
+    scan: dict[str, dict[str, dict[str, float]]]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -106,11 +108,11 @@ def prune(
     def cost(plan: Plan) -> int:
         return costs(plan).params if spec.measure == "params" else costs(plan).flops
 
-    base, rises, probe = None, Rises(), None
+    effects, probe = Effects(), None
     if spec.sensitivity.enabled:
-        probe = Probe(spec, where, VALIDATION_SEED)
-        base, rises = scan(working, slots, importance, spec, probe, known, report)
-        steps = steps_by_scan(slots, rises, cost)
+        probe = Probe(working, spec, VALIDATION_SEED)
+        effects = scan(working, slots, importance, spec, probe, known, report)
+        steps = steps_by_scan(slots, effects, cost)
     else:
         steps = even_steps(slots)
     plan = spend(model.config, slots, steps, cost, spec.rho)
@@ -123,12 +125,14 @@ def prune(
             if known is not None:
                 refit(working, slot, chosen, known)
     pruned = cut(working, slots, plan, keep).eval()
-    assert base is None or base > 0
-    percent = {
-        name: {str(units): 100 * rise / base for units, rise in levels.items()}
-        for name, levels in rises.items()
-        if base is not None
-    }
+    scanned: dict[str, dict[str, dict[str, float]]] = {}
+    if probe:
+        for name, levels in effects.items():
+            scanned[name] = {
+                str(units): {"rise_pct": 100 * effect.rise / probe.absrel, "shift_pct": 100 * effect.shift}
+                for units, effect in levels.items()
+            }
+    after = probe.score(copy.deepcopy(pruned).to(where)) if probe else None
     removed = []
     for slot in slots:
         if slot.name not in plan:
@@ -147,7 +151,7 @@ def prune(
                 params=costs({}).params - costs(alone).params,
                 flops=costs({}).flops - costs(alone).flops,
                 importance_kept=stays,
-                rise_pct=percent.get(slot.name, {}),
+                scan=scanned.get(slot.name, {}),
             )
         )
     return pruned, PruneReport(
@@ -160,10 +164,11 @@ def prune(
         flops_before=costs({}).flops,
         flops_after=costs(plan).flops,
         flops_side=FLOPS_SIDE,
-        absrel_before=base,
-        absrel_after=probe.score(copy.deepcopy(pruned).to(where)) if probe else None,
+        absrel_before=probe.absrel if probe else None,
+        absrel_after=after.rise if after else None,
+        shift_pct=100 * after.shift if after else None,
         removed=removed,
-        scan=percent,
+        scan=scanned,
     )
 
 

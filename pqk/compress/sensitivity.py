@@ -1,11 +1,13 @@
-"""How many units each group gives: AbsRel when a group is silenced, and a budget spent where it hurts least."""
+"""How many units each group gives: what its cut does to the points, and a budget spent where it hurts least."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,8 +23,16 @@ from pqk.errors import PqkError
 from pqk.models.dust3r import Dust3r
 from pqk.spec.prune import Prune
 
-Rises = dict[str, dict[int, float]]
-"""Name of a slot -> units that stay -> rise of AbsRel, absolute."""
+
+class Effect(NamedTuple):
+    """What a cut does before any training. rise: of AbsRel, absolute. shift: relative distance to the uncut points."""
+
+    rise: float
+    shift: float
+
+
+Effects = dict[str, dict[int, Effect]]
+"""Name of a slot -> units that stay -> what happens when this slot alone is cut to them."""
 BATCH = 4
 
 
@@ -37,11 +47,12 @@ class Step:
 
 
 class Probe:
-    """Held-out pairs, rendered once, on which a network is scored many times."""
+    """Held-out pairs, rendered once, on which networks are compared with an uncut one many times."""
 
-    def __init__(self, spec: Prune, device: torch.device, seed: int) -> None:
-        bank, wanted = texture_bank().to(device), spec.sensitivity.pairs
-        self.batches = [
+    def __init__(self, model: Dust3r, spec: Prune, seed: int) -> None:
+        self.device, wanted = model.mask_token.device, spec.sensitivity.pairs
+        bank = texture_bank().to(self.device)
+        drawn = [
             training_pairs(
                 min(BATCH, wanted - first),
                 spec.sensitivity.size,
@@ -51,33 +62,59 @@ class Probe:
             )
             for first in range(0, wanted, BATCH)
         ]
-        self.batches = [batch for batch in self.batches if bool(batch.valid[:, 0].any())]
+        self.batches = [batch for batch in drawn if bool(batch.valid.any())]
         if not self.batches:
             raise PqkError("no pair of the sensitivity scan has a valid pixel; lower min_covisible")
+        self.tokens = self._encode(model)
+        self.points = list(self._points(model, self.tokens))  # of the uncut network
+        self.absrel = self.score(model, same_encoder=True).rise
+        if not math.isfinite(self.absrel):
+            raise PqkError("AbsRel of the network to be pruned is not finite on the pairs of the sensitivity scan")
 
     @torch.no_grad()
-    def encode(self, model: Dust3r) -> list[Tensor]:
-        """The tokens of every batch, (B, 2, N, dim) each."""
+    def score(self, model: Dust3r, same_encoder: bool = False) -> Effect:
+        """AbsRel of view 1, and the shift, over all pairs in both orders; not finite when the depth is not.
+
+        AbsRel hears nothing of view 2, whose points the second decoder and head make, and on few pairs it falls for
+        every second small cut. So the shift compares the points of both views with the uncut network's, X' with X:
+        the mean over valid pixels of |s X' - X| / |X|, with s = median |X| / median |X'| for each sample.
+        same_encoder: spares the encoder of a network that only differs from the uncut one behind it.
+        """
+        tokens = self.tokens if same_encoder else self._encode(model)
+        absrel, shift, count = 0.0, 0.0, 0
+        for batch, uncut, cut in zip(self.batches, self.points, self._points(model, tokens), strict=True):
+            truth, _, *valid = batch.ordered()
+            usable = int(valid[0].flatten(1).any(1).sum())
+            absrel += usable * depth_scores(cut[0][..., 2], truth[..., 2], valid[0])["absrel"]
+            both = torch.stack(valid, dim=1)
+            shift += usable * _shift(torch.stack(cut, dim=1), torch.stack(uncut, dim=1), both)
+            count += usable
+        return Effect(absrel / count, shift / count)
+
+    @torch.no_grad()
+    def _encode(self, model: Dust3r) -> list[Tensor]:
         return [model.encode(b.images.flatten(0, 1)).unflatten(0, b.images.shape[:2]) for b in self.batches]
 
     @torch.no_grad()
-    def score(self, model: Dust3r, tokens: Sequence[Tensor] | None = None) -> float:
-        """AbsRel of view 1 over all pairs in both orders; `tokens` spares the encoder where it has not changed.
-
-        Raises PqkError when it is not finite.
-        """
-        total, count = 0.0, 0
-        for batch, encoded in zip(self.batches, tokens or self.encode(model), strict=True):
+    def _points(self, model: Dust3r, tokens: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Points (2B, H, W, 3) of view 1 and view 2 of every batch, both orders."""
+        for batch, encoded in zip(self.batches, tokens, strict=True):
             size = (batch.images.shape[-2], batch.images.shape[-1])
             a, b = encoded[:, 0], encoded[:, 1]
             out = model.decode(torch.cat([a, b]), torch.cat([b, a]), size, size)
-            truth, _, valid, _ = batch.ordered()
-            usable = int(valid.flatten(1).any(1).sum())
-            total += usable * depth_scores(out["pts3d_1"][..., 2], truth[..., 2], valid)["absrel"]
-            count += usable
-        if not torch.isfinite(torch.tensor(total)):
-            raise PqkError("AbsRel of the network to be pruned is not finite on the pairs of the sensitivity scan")
-        return total / count
+            yield out["pts3d_1"].float(), out["pts3d_2"].float()
+
+
+def _shift(cut: Tensor, uncut: Tensor, valid: Tensor) -> float:
+    """See `Probe.score`: points (B, 2, H, W, 3) and masks (B, 2, H, W), one scale for both views of a sample."""
+    found = []
+    for moved, true, mask in zip(cut, uncut, valid, strict=True):
+        if bool(mask.any()):
+            x, y = moved[mask], true[mask]
+            far = y.norm(dim=-1).clamp(min=1e-6)
+            scale = far.median() / x.norm(dim=-1).median().clamp(min=1e-6)
+            found.append(((scale * x - y).norm(dim=-1) / far).mean())
+    return float(torch.stack(found).mean())
 
 
 def scan(
@@ -88,23 +125,23 @@ def scan(
     probe: Probe,
     known: Moments | None = None,
     report: Callable[[str], None] | None = None,
-) -> tuple[float, Rises]:
-    """AbsRel of the network, and how much it rises when each slot alone loses each level of its units.
+) -> Effects:
+    """What happens when each slot alone loses each level of its units. The weights come back as they were.
 
     The least important units of every group of the slot are silenced, and with `known` the others refitted, as they
-    will be in the cut network; the weights come back as they were.
+    will be in the cut network. A level whose points are not finite is left out, and all that cut more of this slot.
     """
-    tokens = probe.encode(model)
-    base = probe.score(model, tokens)
-    rises: Rises = {}
+    found: Effects = {}
     for index, slot in enumerate(slots):
         for units in slot.sizes(spec.sensitivity.levels):
             with taken_over(model, slot, kept(slot, importance, units), known):
-                unchanged = None if slot.name.startswith("enc_") else tokens
-                rises.setdefault(slot.name, {})[units] = probe.score(model, unchanged) - base
+                absrel, shift = probe.score(model, same_encoder=not slot.name.startswith("enc_"))
+            if not math.isfinite(shift):
+                break
+            found.setdefault(slot.name, {})[units] = Effect(absrel - probe.absrel, shift)
         if report:
             report(f"sensitivity scan: {index + 1} of {len(slots)} groups")
-    return base, rises
+    return found
 
 
 @contextlib.contextmanager
@@ -125,24 +162,24 @@ def kept(slot: Slot, importance: Mapping[str, Tensor], units: int) -> dict[str, 
     return {group.name: most_important(importance[group.name], slot.keeps(group, units)) for group in slot.groups}
 
 
-def steps_by_scan(slots: Sequence[Slot], rises: Rises, cost: Callable[[Plan], int]) -> list[Step]:
-    """Single steps of all slots, ordered by the rise of AbsRel that each costs per parameter (or FLOP) it saves.
+def steps_by_scan(slots: Sequence[Slot], effects: Effects, cost: Callable[[Plan], int]) -> list[Step]:
+    """Single steps of all slots, ordered by the shift that each costs per parameter (or FLOP) it saves.
 
-    Between the levels of the scan the rise is a line; of a slot's points only the lower convex hull counts, so that its
-    steps become dearer and dearer and the order never takes a later one first (the linear relaxation of the
-    multiple-choice knapsack, Sinha and Zoltners 1979). A measured rise below 0 counts as 0, and none is lower than at
-    a milder level. Slots are taken to act independently. `cost` of a plan that cuts one slot alone.
+    Between the levels of the scan the shift is a line, and never lower than at a milder level; of a slot's points only
+    the lower convex hull counts, so that its steps become dearer and dearer and the order never takes a later one first
+    (the linear relaxation of the multiple-choice knapsack, Sinha and Zoltners 1979). Slots are taken to act
+    independently. `cost` of a plan that cuts one slot alone.
     """
     full = cost({})
     steps = []
     for slot in slots:
         points, highest = [(0.0, 0.0, slot.units)], 0.0
-        for units, rise in sorted(rises.get(slot.name, {}).items(), reverse=True):
-            highest = max(highest, rise)
+        for units, effect in sorted(effects.get(slot.name, {}).items(), reverse=True):
+            highest = max(highest, effect.shift)
             points.append((float(full - cost({slot.name: units})), highest, units))
         hull = _lower_hull(points)
-        for (saved, rise, units), (saved_next, rise_next, units_next) in itertools.pairwise(hull):
-            price = (rise_next - rise) / (saved_next - saved)
+        for (saved, shift, units), (saved_next, shift_next, units_next) in itertools.pairwise(hull):
+            price = (shift_next - shift) / (saved_next - saved)
             sizes = range(units // slot.step * slot.step, units_next, -slot.step)
             cuts = [*(n for n in sizes if n < units), units_next]
             steps += [Step(price, 1 - n / slot.units, slot.name, n) for n in cuts]

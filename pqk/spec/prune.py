@@ -36,7 +36,7 @@ class Samples(Section):
 
 
 class Sensitivity(Section):
-    """How much AbsRel rises when a group loses a share of its units, on held-out pairs; off: all give the same share.
+    """How far the points move when a group loses a share of its units, on held-out pairs; off: all give the same share.
 
     levels: rising shares of the units of a group; no group loses more than the last one.
     """

@@ -19,7 +19,7 @@ from pqk.compress.losses import confidence_loss
 from pqk.compress.pairs import SymmetricPairs, scenery
 from pqk.compress.prune import finetune, prune
 from pqk.compress.refit import moments, refit
-from pqk.compress.sensitivity import Probe, Step, even_steps, kept, scan, spend, steps_by_scan, taken_over
+from pqk.compress.sensitivity import Effect, Probe, Step, even_steps, kept, scan, spend, steps_by_scan, taken_over
 from pqk.compress.units import Slot, cut, may_drop, silenced, slots_of, smaller_config
 from pqk.data.seeds import split_seed
 from pqk.data.stream import training_pairs
@@ -50,6 +50,7 @@ SHIPPED = REPOSITORY / "configs" / "prune.yaml"
 def spec_with(**changes) -> Prune:
     values = {
         "rho": 0.3,
+        "importance": "l2",
         "round_to": 4,
         "samples": {"pairs": 2, "size": 32},
         "sensitivity": {"pairs": 1, "size": 32, "levels": [0.6]},
@@ -362,15 +363,19 @@ def test_most_important_prefers_the_first_of_equals() -> None:
 def test_the_scan_measures_what_a_cut_does(model, slots) -> None:
     spec = spec_with()
     importance = importances(model, slots, spec, seed=0)
-    probe = Probe(spec, torch.device("cpu"), 0)
-    base, rises = scan(model, slots, importance, spec, probe)
-    assert base == probe.score(model)
-    assert set(rises) == {slot.name for slot in slots}
+    probe = Probe(model, spec, 0)
+    assert probe.score(model) == (probe.absrel, 0.0)
+    effects = scan(model, slots, importance, spec, probe)
+    assert set(effects) == {slot.name for slot in slots}
     for name in ("enc_blocks.1.ffn", "dec_blocks2.0.heads", "dpt.feature_dim"):
         slot = next(slot for slot in slots if slot.name == name)
-        units, rise = list(rises[name].items())[-1]
+        units, effect = list(effects[name].items())[-1]
         small = cut(model, slots, {name: units}, kept(slot, importance, units))
-        assert probe.score(small) - base == pytest.approx(rise, abs=1e-5), name
+        absrel, shift = probe.score(small)
+        assert effect == pytest.approx((absrel - probe.absrel, shift), abs=1e-5) and shift > 0, name
+    last = next(slot for slot in slots if slot.name == "dec_blocks2.2.ffn")  # feeds the points of view 2 alone
+    rise, shift = effects[last.name][last.sizes([0.6])[0]]
+    assert rise == pytest.approx(0, abs=1e-6) and shift > 1e-3
 
 
 def test_refit_hands_over_to_a_twin() -> None:
@@ -422,20 +427,26 @@ def toy(name: str, units: int = 16, step: int = 4) -> Slot:
 def test_the_scan_decides_who_gives() -> None:
     """Two groups of equal cost: the one that nobody misses gives first; a floor keeps the levels."""
     slots = [toy("needed"), toy("idle")]
-    rises = {"needed": {12: 0.1, 8: 0.3}, "idle": {12: 0.001, 8: 0.4}}
-    steps = steps_by_scan(slots, rises, lambda plan: 32 - sum(16 - units for units in plan.values()))
+    effects = {
+        "needed": {12: Effect(0.0, 0.1), 8: Effect(0.0, 0.3)},
+        "idle": {12: Effect(0.9, 0.001), 8: Effect(0.9, 0.4)},
+    }
+    steps = steps_by_scan(slots, effects, lambda plan: 32 - sum(16 - units for units in plan.values()))
     assert [(step.slot, step.units) for step in steps] == [("idle", 12), ("needed", 12), ("needed", 8), ("idle", 8)]
 
 
 @settings(deadline=None)
 @given(
-    st.lists(st.floats(-0.1, 1, allow_nan=False), min_size=3, max_size=3),
-    st.lists(st.floats(-0.1, 1, allow_nan=False), min_size=3, max_size=3),
+    st.lists(st.floats(0, 1), min_size=3, max_size=3),
+    st.lists(st.floats(0, 1), min_size=3, max_size=3),
 )
 def test_a_slot_shrinks_step_by_step_at_rising_prices(one, two) -> None:
     slots = [toy("a"), toy("b", units=24)]
-    rises = {"a": dict(zip((12, 8, 4), one, strict=True)), "b": dict(zip((16, 12, 8), two, strict=True))}
-    steps = steps_by_scan(slots, rises, lambda plan: 40 - sum({"a": 16, "b": 24}[n] - u for n, u in plan.items()))
+    effects = {
+        "a": {units: Effect(0.0, shift) for units, shift in zip((12, 8, 4), one, strict=True)},
+        "b": {units: Effect(0.0, shift) for units, shift in zip((16, 12, 8), two, strict=True)},
+    }
+    steps = steps_by_scan(slots, effects, lambda plan: 40 - sum({"a": 16, "b": 24}[n] - u for n, u in plan.items()))
     assert [step.price for step in steps] == sorted(step.price for step in steps)
     assert [step.units for step in steps if step.slot == "a"] == [12, 8, 4]
     assert [step.units for step in steps if step.slot == "b"] == [20, 16, 12, 8]
