@@ -201,7 +201,7 @@ def test_inc_is_tuned_with_inc(root: Path, asked: tuple[str | Path, ...]) -> Non
     assert "--quantizer inc" in found["sentences"][-1]
     # Nothing is lost between the graph with nodes put back and the graph quantized without them.
     (winner,) = [row for row in found["rows"][:-1] if row["winner"]]
-    assert confirmed["quality_drop_pct"] == pytest.approx(winner["quality_drop_pct"], rel=0.1)
+    assert confirmed["quality_drop_pct"] == pytest.approx(winner["quality_drop_pct"], rel=0.2)
 
 
 def test_a_pattern_of_one_graph_needs_its_name(root: Path, tiny_model: Path) -> None:
