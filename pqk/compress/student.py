@@ -31,12 +31,12 @@ FFN_STEP, DPT_STEP = 16, 8
 
 SAMPLES = 2048
 """Places of a map, or tokens of an image, that are looked at in one input of a layer."""
-RIDGE = 1e-3
+RIDGE = 1e-5
 """Of the mean square of a channel: added to the diagonal where channels are fitted."""
 
 Weights = dict[str, Tensor]
 Moments = Mapping[str, Tensor]
-"""Layer -> (C + 1, C + 1): mean products of its C input channels and a constant 1, float64."""
+"""Layer -> (C + 1, C + 1): mean products of its C input channels and a constant 1; float32, as there may be many."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,7 @@ def _fold(weights: Weights, layer: str, dim: int, kept: Tensor, moments: Tensor)
     gone[kept] = False
     # a transposed convolution adds a constant at some places only: its bias cannot take it
     known = torch.cat([kept, torch.tensor([inputs])]) if bias is not None and dim == 1 else kept
+    moments = moments.double()
     square = moments[known][:, known]
     square = square + RIDGE * moments.diagonal()[:-1].mean() * torch.eye(len(known), dtype=square.dtype)
     fitted = torch.linalg.solve(square, moments[known][:, :-1][:, gone])  # (known, gone)
@@ -127,9 +128,10 @@ def input_moments(model: Any, layers: Iterable[str], images: Tensor) -> dict[str
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def look(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             x = args[0] if isinstance(module, nn.Linear) else args[0].flatten(2).transpose(1, 2)
-            x = x[:, :: -(-x.shape[1] // SAMPLES)].flatten(0, 1).float()
+            # an odd step, as one that divides the width of a map would look at the same few columns of every row
+            x = x[:, :: -(-x.shape[1] // SAMPLES) | 1].flatten(0, 1).float()
             x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
-            sums[name] = sums.get(name, 0) + (x.T @ x).cpu().double()
+            sums[name] = sums.get(name, 0) + (x.T @ x).cpu()
             counts[name] = counts.get(name, 0) + len(x)
 
         return look

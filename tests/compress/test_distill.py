@@ -21,6 +21,7 @@ from scipy.integrate import dblquad, quad
 from torch import nn
 
 from pqk.compress.distill import PairsWithFeatures, distill, feature_loss, laplace_kl, make_student, softened_kl
+from pqk.compress.fit import Fitted
 from pqk.compress.losses import confidence_loss
 from pqk.compress.pairs import SymmetricPairs
 from pqk.errors import PqkError
@@ -47,7 +48,7 @@ QUICK = {
     "train.ema": 0.9,
     "train.min_covisible": 0.0,
     "train.validation": {"size": 32, "pairs": 2},
-    "student": {"depth": 0.5, "heads": 0.5, "ffn": 0.5, "dpt": 0.0},
+    "student": {"depth": 0.5, "heads": 0.5, "ffn": 0.5, "dpt": 0.0, "fold_pairs": 2, "fold_size": 32},
 }
 
 
@@ -326,49 +327,43 @@ from pqk.models import build_model
 from pqk.spec.distill import load_distill
 
 Trainer.run.__kwdefaults__["save_every_s"] = 0.0  # as if every step took minutes
-asked = json.loads(Path(sys.argv[1]).read_text())
+asked = json.loads(sys.argv[1])
 teacher = build_model("dust3r", asked["config"], generator=torch.Generator().manual_seed(0)).eval()
 spec = load_distill(asked["file"], asked["overrides"])
-student = make_student(teacher, spec.student)
 
 def report(p):
-    print("step", p.step, flush=True)
-    if sys.argv[4:] == [str(p.step)]:
+    if p.step == 7:
         os.kill(os.getpid(), signal.SIGKILL)
 
-done = distill(teacher, student, spec, seed=3, scratch=Path(sys.argv[2]), device="cpu", report=report)
-torch.save([done.model.state_dict(), done.history, done.steps], sys.argv[3])
+distill(teacher, make_student(teacher, spec.student), spec, seed=3, scratch=Path("killed"), device="cpu", report=report)
 """
 
 
 def test_killed_in_the_middle_and_started_again(tmp_path):
     """SIGKILL in the seventh of twelve steps; the same call then ends with the very weights of an undisturbed run."""
-    asked = {"config": TINY, "file": str(CONFIG), "overrides": {**QUICK, "loss.gamma": 0.1}}
-    (tmp_path / "asked.json").write_text(json.dumps(asked))
-    (tmp_path / "run.py").write_text(SCRIPT)
-
-    def start(name: str, *deadly: str) -> subprocess.Popen[str]:
-        (tmp_path / name).mkdir(exist_ok=True)
-        arguments = [sys.executable, "run.py", "asked.json", name, f"{name}.pt", *deadly]
-        return subprocess.Popen(
-            arguments, cwd=tmp_path, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
-
-    undisturbed, killed = start("whole"), start("killed", "7")
-    out, err = killed.communicate(timeout=120)
-    assert killed.returncode == -signal.SIGKILL, err
-    assert out.splitlines()[-1] == "step 7"
-    assert (tmp_path / "killed" / "checkpoint.pt").exists() and not (tmp_path / "killed.pt").exists()
-    again = start("killed")
-    (out, err), (_, whole_err) = again.communicate(timeout=120), undisturbed.communicate(timeout=120)
-    assert again.returncode == 0 and undisturbed.returncode == 0, err + whole_err
-    assert out.splitlines()[0] == "step 7"  # it went on where the last checkpoint was
-    (weights, history, steps), (expected, told, _) = (
-        torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("killed", "whole")
+    overrides = {**QUICK, "loss.gamma": 0.1}
+    (tmp_path / "killed").mkdir()
+    asked = json.dumps({"config": TINY, "file": str(CONFIG), "overrides": overrides})
+    dead = subprocess.run(
+        [sys.executable, "-c", SCRIPT, asked], cwd=tmp_path, env=environment(), text=True, capture_output=True
     )
-    assert steps == 12 and weights.keys() == expected.keys()
-    assert all(torch.equal(v, expected[k]) for k, v in weights.items())
-    assert [h["absrel"] for h in history] == [h["absrel"] for h in told]
+    assert dead.returncode == -signal.SIGKILL, dead.stderr
+    assert torch.load(tmp_path / "killed" / "checkpoint.pt", weights_only=True)["progress"]["step"] == 6
+
+    def run(name: str) -> tuple[Fitted, list[int]]:
+        teacher, spec, steps = tiny(), quick(**overrides), []
+        student = make_student(teacher, spec.student)
+        (tmp_path / name).mkdir(exist_ok=True)
+        done = distill(
+            teacher, student, spec, seed=3, scratch=tmp_path / name, device="cpu", report=lambda p: steps.append(p.step)
+        )
+        return done, steps
+
+    (again, steps), (whole, _) = run("killed"), run("whole")
+    assert steps[0] == 7 and again.steps == whole.steps == 12  # it went on where the last checkpoint was
+    weights, expected = again.model.state_dict(), whole.model.state_dict()
+    assert weights.keys() == expected.keys() and all(torch.equal(v, expected[k]) for k, v in weights.items())
+    assert [h["absrel"] for h in again.history] == [h["absrel"] for h in whole.history]
 
 
 def environment() -> dict[str, str]:
