@@ -7,7 +7,8 @@ How many each group gives: `pqk.compress.sensitivity`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,11 @@ from pqk.compress.importance import importances
 from pqk.compress.losses import confidence_loss
 from pqk.compress.pairs import pick_device
 from pqk.compress.refit import moments, refit
-from pqk.compress.sensitivity import Effects, Probe, even_steps, kept, scan, spend, steps_by_scan
+from pqk.compress.sensitivity import Probe, Scores, even_steps, kept, scan, spend, steps_by_scan
 from pqk.compress.train import Progress
-from pqk.compress.units import Plan, cut, slots_of
+from pqk.compress.units import Plan, Slot, cut, slots_of
 from pqk.data.stream import PairBatch
+from pqk.errors import PqkError
 from pqk.models.dust3r import Dust3r
 from pqk.spec.prune import Prune
 
@@ -108,11 +110,11 @@ def prune(
     def cost(plan: Plan) -> int:
         return costs(plan).params if spec.measure == "params" else costs(plan).flops
 
-    effects, probe = Effects(), None
+    scores, probe = Scores(), None
     if spec.sensitivity.enabled:
         probe = Probe(working, spec, VALIDATION_SEED)
-        effects = scan(working, slots, importance, spec, probe, known, report)
-        steps = steps_by_scan(slots, effects, cost)
+        scores = scan(working, slots, importance, spec, probe, known, report)
+        steps = steps_by_scan(slots, scores, cost)
     else:
         steps = even_steps(slots)
     plan = spend(model.config, slots, steps, cost, spec.rho)
@@ -125,35 +127,32 @@ def prune(
             if known is not None:
                 refit(working, slot, chosen, known)
     pruned = cut(working, slots, plan, keep).eval()
-    scanned: dict[str, dict[str, dict[str, float]]] = {}
-    if probe:
-        for name, levels in effects.items():
-            scanned[name] = {
-                str(units): {"rise_pct": 100 * effect.rise / probe.absrel, "shift_pct": 100 * effect.shift}
-                for units, effect in levels.items()
-            }
     after = probe.score(copy.deepcopy(pruned).to(where)) if probe else None
+    if after and not math.isfinite(after.shift):
+        raise PqkError(f"the points of the network are no longer finite at rho {spec.rho:g}; lower it")
+    scanned: dict[str, dict[str, dict[str, float]]] = {}
+    for name, levels in scores.items():
+        assert probe is not None
+        scanned[name] = {
+            str(units): {"rise_pct": 100 * (score.absrel / probe.absrel - 1), "shift_pct": 100 * score.shift}
+            for units, score in levels.items()
+        }
     removed = []
     for slot in slots:
-        if slot.name not in plan:
-            continue
-        alone = {slot.name: plan[slot.name]}
-        stays = None
-        if slot.kind != "block":
-            totals = [(importance[g.name], keep[g.name]) for g in slot.groups]
-            stays = float(sum(v[k].sum() for v, k in totals) / sum(v.sum() for v, _ in totals))
-        removed.append(
-            Removed(
-                name=slot.name,
-                kind=slot.kind,
-                units_before=slot.units,
-                units_after=plan[slot.name],
-                params=costs({}).params - costs(alone).params,
-                flops=costs({}).flops - costs(alone).flops,
-                importance_kept=stays,
-                scan=scanned.get(slot.name, {}),
+        if slot.name in plan:
+            alone = costs({slot.name: plan[slot.name]})
+            removed.append(
+                Removed(
+                    name=slot.name,
+                    kind=slot.kind,
+                    units_before=slot.units,
+                    units_after=plan[slot.name],
+                    params=costs({}).params - alone.params,
+                    flops=costs({}).flops - alone.flops,
+                    importance_kept=_share_kept(slot, importance, keep),
+                    scan=scanned.get(slot.name, {}),
+                )
             )
-        )
     return pruned, PruneReport(
         rho=spec.rho,
         measure=spec.measure,
@@ -165,11 +164,21 @@ def prune(
         flops_after=costs(plan).flops,
         flops_side=FLOPS_SIDE,
         absrel_before=probe.absrel if probe else None,
-        absrel_after=after.rise if after else None,
+        absrel_after=after.absrel if after else None,
         shift_pct=100 * after.shift if after else None,
         removed=removed,
         scan=scanned,
     )
+
+
+def _share_kept(slot: Slot, importance: Mapping[str, torch.Tensor], keep: Mapping[str, torch.Tensor]) -> float | None:
+    """Share of the summed importance of a slot's units that stays; None for a block, or where all are worth nothing."""
+    values = [importance[group.name] for group in slot.groups if slot.kind != "block"]
+    total = sum(float(value.sum()) for value in values)
+    if not total:
+        return None
+    stays = (importance[group.name][keep[group.name]] for group in slot.groups)
+    return sum(float(value.sum()) for value in stays) / total
 
 
 def finetune(

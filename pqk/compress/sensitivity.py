@@ -24,15 +24,15 @@ from pqk.models.dust3r import Dust3r
 from pqk.spec.prune import Prune
 
 
-class Effect(NamedTuple):
-    """What a cut does before any training. rise: of AbsRel, absolute. shift: relative distance to the uncut points."""
+class Score(NamedTuple):
+    """Of a cut network before any training: AbsRel, and the relative distance of its points to the uncut ones."""
 
-    rise: float
+    absrel: float
     shift: float
 
 
-Effects = dict[str, dict[int, Effect]]
-"""Name of a slot -> units that stay -> what happens when this slot alone is cut to them."""
+Scores = dict[str, dict[int, Score]]
+"""Name of a slot -> units that stay -> the score when this slot alone is cut to them."""
 BATCH = 4
 
 
@@ -67,12 +67,12 @@ class Probe:
             raise PqkError("no pair of the sensitivity scan has a valid pixel; lower min_covisible")
         self.tokens = self._encode(model)
         self.points = list(self._points(model, self.tokens))  # of the uncut network
-        self.absrel = self.score(model, same_encoder=True).rise
+        self.absrel = self.score(model, same_encoder=True).absrel
         if not math.isfinite(self.absrel):
             raise PqkError("AbsRel of the network to be pruned is not finite on the pairs of the sensitivity scan")
 
     @torch.no_grad()
-    def score(self, model: Dust3r, same_encoder: bool = False) -> Effect:
+    def score(self, model: Dust3r, same_encoder: bool = False) -> Score:
         """AbsRel of view 1, and the shift, over all pairs in both orders; not finite when the depth is not.
 
         AbsRel hears nothing of view 2, whose points the second decoder and head make, and on few pairs it falls for
@@ -89,7 +89,7 @@ class Probe:
             both = torch.stack(valid, dim=1)
             shift += usable * _shift(torch.stack(cut, dim=1), torch.stack(uncut, dim=1), both)
             count += usable
-        return Effect(absrel / count, shift / count)
+        return Score(absrel / count, shift / count)
 
     @torch.no_grad()
     def _encode(self, model: Dust3r) -> list[Tensor]:
@@ -125,20 +125,20 @@ def scan(
     probe: Probe,
     known: Moments | None = None,
     report: Callable[[str], None] | None = None,
-) -> Effects:
-    """What happens when each slot alone loses each level of its units. The weights come back as they were.
+) -> Scores:
+    """The scores when each slot alone loses each level of its units. The weights come back as they were.
 
     The least important units of every group of the slot are silenced, and with `known` the others refitted, as they
     will be in the cut network. A level whose points are not finite is left out, and all that cut more of this slot.
     """
-    found: Effects = {}
+    found: Scores = {}
     for index, slot in enumerate(slots):
         for units in slot.sizes(spec.sensitivity.levels):
             with taken_over(model, slot, kept(slot, importance, units), known):
-                absrel, shift = probe.score(model, same_encoder=not slot.name.startswith("enc_"))
-            if not math.isfinite(shift):
+                score = probe.score(model, same_encoder=not slot.name.startswith("enc_"))
+            if not math.isfinite(score.shift):
                 break
-            found.setdefault(slot.name, {})[units] = Effect(absrel - probe.absrel, shift)
+            found.setdefault(slot.name, {})[units] = score
         if report:
             report(f"sensitivity scan: {index + 1} of {len(slots)} groups")
     return found
@@ -162,7 +162,7 @@ def kept(slot: Slot, importance: Mapping[str, Tensor], units: int) -> dict[str, 
     return {group.name: most_important(importance[group.name], slot.keeps(group, units)) for group in slot.groups}
 
 
-def steps_by_scan(slots: Sequence[Slot], effects: Effects, cost: Callable[[Plan], int]) -> list[Step]:
+def steps_by_scan(slots: Sequence[Slot], scores: Scores, cost: Callable[[Plan], int]) -> list[Step]:
     """Single steps of all slots, ordered by the shift that each costs per parameter (or FLOP) it saves.
 
     Between the levels of the scan the shift is a line, and never lower than at a milder level; of a slot's points only
@@ -174,8 +174,8 @@ def steps_by_scan(slots: Sequence[Slot], effects: Effects, cost: Callable[[Plan]
     steps = []
     for slot in slots:
         points, highest = [(0.0, 0.0, slot.units)], 0.0
-        for units, effect in sorted(effects.get(slot.name, {}).items(), reverse=True):
-            highest = max(highest, effect.shift)
+        for units, score in sorted(scores.get(slot.name, {}).items(), reverse=True):
+            highest = max(highest, score.shift)
             points.append((float(full - cost({slot.name: units})), highest, units))
         hull = _lower_hull(points)
         for (saved, shift, units), (saved_next, shift_next, units_next) in itertools.pairwise(hull):

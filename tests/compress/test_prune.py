@@ -19,7 +19,7 @@ from pqk.compress.losses import confidence_loss
 from pqk.compress.pairs import SymmetricPairs, scenery
 from pqk.compress.prune import finetune, prune
 from pqk.compress.refit import moments, refit
-from pqk.compress.sensitivity import Effect, Probe, Step, even_steps, kept, scan, spend, steps_by_scan, taken_over
+from pqk.compress.sensitivity import Probe, Score, Step, even_steps, kept, scan, spend, steps_by_scan, taken_over
 from pqk.compress.units import Slot, cut, may_drop, silenced, slots_of, smaller_config
 from pqk.data.seeds import split_seed
 from pqk.data.stream import training_pairs
@@ -213,6 +213,7 @@ def test_twin_blocks_of_both_decoders_go_together_where_the_head_allows_it() -> 
     assert not may_drop(CONFIG, ["dec_blocks.0"]) and not may_drop(CONFIG, ["enc_blocks.0", "enc_blocks.1"])
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_pruned_network_saves_loads_and_exports(model, tmp_path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     small, _ = prune(model, spec_with(), seed=0, device="cpu")
@@ -262,6 +263,15 @@ def test_the_budget_is_met_and_more_is_smaller(model, scanned) -> None:
         sizes.append(report.params_after)
     assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 3
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_a_pruned_network_can_be_pruned_again(model) -> None:
+    spec = spec_with(rho=0.2, round_to=2, **{"sensitivity.enabled": False})
+    once, _ = prune(model, spec, seed=0, device="cpu")
+    twice, report = prune(once, spec, seed=0, device="cpu")
+    assert report.params_before == sum(p.numel() for p in once.parameters())
+    assert sum(p.numel() for p in twice.parameters()) <= 0.8 * report.params_before
+    assert all(bool(torch.isfinite(value).all()) for value in outputs(twice).values())
 
 
 def test_rho_can_be_a_share_of_the_flops(model) -> None:
@@ -365,17 +375,16 @@ def test_the_scan_measures_what_a_cut_does(model, slots) -> None:
     importance = importances(model, slots, spec, seed=0)
     probe = Probe(model, spec, 0)
     assert probe.score(model) == (probe.absrel, 0.0)
-    effects = scan(model, slots, importance, spec, probe)
-    assert set(effects) == {slot.name for slot in slots}
+    scores = scan(model, slots, importance, spec, probe)
+    assert set(scores) == {slot.name for slot in slots}
     for name in ("enc_blocks.1.ffn", "dec_blocks2.0.heads", "dpt.feature_dim"):
         slot = next(slot for slot in slots if slot.name == name)
-        units, effect = list(effects[name].items())[-1]
+        units, score = list(scores[name].items())[-1]
         small = cut(model, slots, {name: units}, kept(slot, importance, units))
-        absrel, shift = probe.score(small)
-        assert effect == pytest.approx((absrel - probe.absrel, shift), abs=1e-5) and shift > 0, name
+        assert probe.score(small) == pytest.approx(score, abs=1e-5) and score.shift > 0, name
     last = next(slot for slot in slots if slot.name == "dec_blocks2.2.ffn")  # feeds the points of view 2 alone
-    rise, shift = effects[last.name][last.sizes([0.6])[0]]
-    assert rise == pytest.approx(0, abs=1e-6) and shift > 1e-3
+    absrel, shift = scores[last.name][last.sizes([0.6])[0]]
+    assert absrel == pytest.approx(probe.absrel, abs=1e-6) and shift > 1e-3
 
 
 def test_refit_hands_over_to_a_twin() -> None:
@@ -427,11 +436,11 @@ def toy(name: str, units: int = 16, step: int = 4) -> Slot:
 def test_the_scan_decides_who_gives() -> None:
     """Two groups of equal cost: the one that nobody misses gives first; a floor keeps the levels."""
     slots = [toy("needed"), toy("idle")]
-    effects = {
-        "needed": {12: Effect(0.0, 0.1), 8: Effect(0.0, 0.3)},
-        "idle": {12: Effect(0.9, 0.001), 8: Effect(0.9, 0.4)},
+    scores = {
+        "needed": {12: Score(0.0, 0.1), 8: Score(0.0, 0.3)},
+        "idle": {12: Score(0.9, 0.001), 8: Score(0.9, 0.4)},
     }
-    steps = steps_by_scan(slots, effects, lambda plan: 32 - sum(16 - units for units in plan.values()))
+    steps = steps_by_scan(slots, scores, lambda plan: 32 - sum(16 - units for units in plan.values()))
     assert [(step.slot, step.units) for step in steps] == [("idle", 12), ("needed", 12), ("needed", 8), ("idle", 8)]
 
 
@@ -442,11 +451,11 @@ def test_the_scan_decides_who_gives() -> None:
 )
 def test_a_slot_shrinks_step_by_step_at_rising_prices(one, two) -> None:
     slots = [toy("a"), toy("b", units=24)]
-    effects = {
-        "a": {units: Effect(0.0, shift) for units, shift in zip((12, 8, 4), one, strict=True)},
-        "b": {units: Effect(0.0, shift) for units, shift in zip((16, 12, 8), two, strict=True)},
+    scores = {
+        "a": {units: Score(0.0, shift) for units, shift in zip((12, 8, 4), one, strict=True)},
+        "b": {units: Score(0.0, shift) for units, shift in zip((16, 12, 8), two, strict=True)},
     }
-    steps = steps_by_scan(slots, effects, lambda plan: 40 - sum({"a": 16, "b": 24}[n] - u for n, u in plan.items()))
+    steps = steps_by_scan(slots, scores, lambda plan: 40 - sum({"a": 16, "b": 24}[n] - u for n, u in plan.items()))
     assert [step.price for step in steps] == sorted(step.price for step in steps)
     assert [step.units for step in steps if step.slot == "a"] == [12, 8, 4]
     assert [step.units for step in steps if step.slot == "b"] == [20, 16, 12, 8]
@@ -481,6 +490,14 @@ def test_blocks_go_when_they_are_cheapest(model) -> None:
     small, report = prune(model, spec, seed=0, device="cpu")
     assert len(small.enc_blocks) == 1 and len(report.removed) == 1
     assert report.removed[0].kind == "block" and report.removed[0].importance_kept is None
+
+
+def test_a_network_without_finite_points_is_refused() -> None:
+    broken = network()
+    with torch.no_grad():
+        broken.downstream_head1.dpt.head["4"].bias[:3] = 200.0  # the depth mode exp overflows
+    with pytest.raises(PqkError, match="not finite"):
+        prune(broken, spec_with(), seed=0, device="cpu")
 
 
 def test_device_and_missing_package_are_refused_in_a_sentence(model, monkeypatch) -> None:
