@@ -192,7 +192,9 @@ class Quantizer(Protocol):
 
     `starts_from` is 'graph' or 'module': what of the `Source` it reads. `sources` names the Python modules whose code
     decides its result, for caches. Two more attributes are optional: `number_format` of its 8 bits ('int8' when absent)
-    and `bits`, the pairs of (weight, activation) bits that it lowers to (only (8, 8) when absent).
+    and `bits`, the pairs of (weight, activation) bits that it lowers to (only (8, 8) when absent). So are two methods,
+    for quantization-aware training: `prepare(source, spec, calibration)`, a trainable copy of the source's module that
+    rounds as the engine will, and `finish(module, source, spec)`, the quantized graph of that module once trained.
     """
 
     name: str
