@@ -28,7 +28,7 @@ from backends.exchange import export
 from backends.openvino.cpu import half_range
 from backends.openvino.engine import read_model, write_ir
 from backends.openvino.flops import CONVOLUTIONS, MATMULS, from_fake_quantize
-from backends.openvino.nncf import Report, advanced_parameters, check_spec, kept_nodes, name_nodes, preset
+from backends.openvino.nncf import GROUPS, Report, advanced_parameters, check_spec, kept_nodes, name_nodes, preset
 from backends.openvino.passes import fold_constants, share_constants, split_tables
 from backends.quiet import quiet
 
@@ -247,7 +247,13 @@ def _ignored(
     fold_constants(model)
     name_nodes(model)
     kept = set(kept_nodes(model, spec.keep))
-    nodes = iter(_heavy_onnx(source.graph.path))
+    heavy = _heavy_onnx(source.graph.path)
+    if set(spec.keep) - set(GROUPS) and not all(name.startswith("/") for name, _ in heavy):
+        raise BackendError(
+            f"{source.name}: keep patterns need node names of the tracing exporter ('/block/fc1/MatMul') for "
+            "quantization-aware training; keep groups, or export the graph with it"
+        )
+    nodes = iter(heavy)
     ignored = []
     for name, kind in _heavy_torch(module, example):
         twins = [next(nodes, ("", ""))]

@@ -28,13 +28,19 @@ NEAREST = 0.05
 
 
 class Quantized(nn.Module):
-    """The two prepared graphs as one model of square or other images of any size: what `SymmetricPairs` needs."""
+    """The two prepared graphs as one model for images of any size: what `SymmetricPairs` needs."""
 
-    def __init__(self, encoder: nn.Module, decoder: nn.Module, patch_size: int) -> None:
+    def __init__(self, encoder: Any, decoder: Any, patch_size: int) -> None:
         super().__init__()
-        self.encoder: Any = encoder
-        self.decoder: Any = decoder
+        self.encoder, self.decoder = encoder, decoder
         self.patch_size = patch_size
+        self.exported: tuple[int, int] = encoder.grid
+
+    def graphs(self) -> dict[str, nn.Module]:
+        """Encoder and decoder, set back to the size that they were prepared for: ready for a quantizer's `finish`."""
+        for part in (self.encoder, self.decoder):
+            part.set_grid(*self.exported)
+        return {"encoder": self.encoder, "decoder": self.decoder}
 
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] -> tokens (B, H/p * W/p, enc_dim)."""
@@ -97,7 +103,7 @@ def qat(
     stop: Stop | None = None,
     report: Callable[[Progress], None] | None = None,
 ) -> Fitted:
-    """Fine-tune the prepared modules together; `Fitted.model` has them as `.encoder` and `.decoder`, on the CPU.
+    """Fine-tune the prepared modules together; `Fitted.model.graphs()` gives the trained ones, on the CPU.
 
     encoder, decoder: what a quantizer's `prepare` made of `model.graphs(H, W)`; they are trained in place.
     teacher: the float model that they are compared with and learn from; its own weights stay.

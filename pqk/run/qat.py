@@ -40,7 +40,6 @@ def train_quantized(request: Mapping[str, Any]) -> dict[str, Any]:
     made: dict[str, Graph] = {}
     for name, module in (("encoder", parts.encoder), ("decoder", parts.decoder)):
         source = job.source(name)
-        module.set_grid(*job.modules[name].module.grid)  # validation may have left another one
         made[name] = job.quantizer.finish(module, source, job.spec(name, 1))
     best = best_checkpoint(fitted.history) or {}
     return {

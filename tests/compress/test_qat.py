@@ -148,6 +148,8 @@ def test_training_brings_the_rounded_model_nearer_to_the_teacher(teacher, ready,
     assert [entry["step"] for entry in fitted.history] == [12, 24]
     assert all({"absrel", "drop_pct"} <= entry.keys() for entry in fitted.history)
     assert distance(fitted.model) < 0.98 * before
+    for name, part in fitted.model.graphs().items():  # validated at 48 x 48, back at the size of the graphs
+        part(*teacher.graphs(SIZE, SIZE)[name].inputs.values())
     assert not fitted.model.encoder.training and next(fitted.model.parameters()).device.type == "cpu"
 
 
