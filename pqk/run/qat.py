@@ -36,11 +36,10 @@ def train_quantized(request: Mapping[str, Any]) -> dict[str, Any]:
         stop=stopper(request["rules"]),
         report=tell_progress,
     )
-    parts: Any = fitted.model
+    trained: Any = fitted.model
     made: dict[str, Graph] = {}
-    for name, module in (("encoder", parts.encoder), ("decoder", parts.decoder)):
-        source = job.source(name)
-        made[name] = job.quantizer.finish(module, source, job.spec(name, 1))
+    for name, module in trained.graphs().items():
+        made[name] = job.quantizer.finish(module, job.source(name), job.spec(name, 1))
     best = best_checkpoint(fitted.history) or {}
     return {
         **{name: graph_to_json(graph) for name, graph in made.items()},

@@ -29,6 +29,7 @@ TINY: dict[str, Any] = {
     "dec_depth": 1,
     "dec_num_heads": 2,
 }
+_STAGES = "  stages:\n    - {size: 32, batch: 2, until: 0.80}\n    - {size: 64, batch: 1, until: 1.00}\n"
 SMALLER = {
     "workload.yaml": {
         r"shape: \[1, 3, 512, 512\]": "shape: [1, 3, 64, 64]",
@@ -46,17 +47,17 @@ SMALLER = {
     "distill.yaml": {
         r"epochs: \d+": "epochs: 2",
         r"steps_per_epoch: \d+": "steps_per_epoch: 3",
-        r"    - \{size: 256, batch: 4, until: 0.80\}": "    - {size: 32, batch: 2, until: 0.80}",
-        r"    - \{size: 512, batch: 1, until: 1.00\}": "    - {size: 64, batch: 1, until: 1.00}",
-        r"validation: \{size: 512, pairs: \d+\}": "validation: {size: 64, pairs: 2}",
+        r"fold_size: \d+": "fold_size: 32",
+        r"  stages:[^\n]*\n(    - [^\n]*\n)+": f"{_STAGES}",
+        r"validation: \{size: \d+, pairs: \d+\}": "validation: {size: 64, pairs: 2}",
     },
     "prune.yaml": {
         r"epochs: \d+": "epochs: 2",
         r"steps_per_epoch: \d+": "steps_per_epoch: 3",
-        r"    - \{size: 256, batch: 2, until: 0.60\}": "    - {size: 32, batch: 2, until: 0.60}",
-        r"    - \{size: 512, batch: 2, until: 1.00\}": "    - {size: 64, batch: 1, until: 1.00}",
-        r"validation: \{size: 512, pairs: \d+\}": "validation: {size: 64, pairs: 2}",
-        r"  pairs: 8\n  size: 256": "  pairs: 2\n  size: 32",
+        r"samples: \{pairs: \d+, size: \d+\}": "samples: {pairs: 2, size: 32}",
+        r"  pairs: \d+\n  size: \d+": "  pairs: 2\n  size: 32",
+        r"  stages:[^\n]*\n(    - [^\n]*\n)+": f"{_STAGES}",
+        r"validation: \{size: \d+, pairs: \d+\}": "validation: {size: 64, pairs: 2}",
     },
 }
 
