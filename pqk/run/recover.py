@@ -30,7 +30,8 @@ def run_with_rollback(
     history: RunLog | None = None
     best: Outcome | None = None
     tried: tuple[str, ...] = ()
-    spent: dict[str, float] = {}
+    hours: dict[str, float] = {}  # of each stage, as it went last
+    paid: dict[str, float] = {}  # by what was made: a stage that two attempts share is paid for once
     while True:
         lost: Lost | None = None
         outcome: Outcome | None = None
@@ -42,7 +43,9 @@ def run_with_rollback(
             experiment, trained = error.experiment, [error.stage]
             failed = error.stage.method, str(error.stage.reason)
         history = history or RunLog(root, experiment.card.id)
-        spent |= {stage.method: stage.hours for stage in trained}
+        hours |= {stage.method: stage.hours for stage in trained}
+        paid |= {stage.model.sha256: stage.hours for stage in trained}
+        spent = sum(paid.values())
         record = outcome.records[-1] if outcome else {}
         told = {name: record.get(name) for name in ("verdict", "quality_drop_pct", "wall_s")}
         status = record.get("status", "stopped")
@@ -54,8 +57,8 @@ def run_with_rollback(
         move = None
         if failed is not None and (outcome is None or outcome.truthful):
             budget = experiment.card.budget.gpu_hours * experiment.evaluation.stop_loss.gpu_hours_overrun_pct / 100
-            left = budget - sum(spent.values())
-            state = State(failed[0], recipe, failed[1], _settings(experiment), (), tried, dict(spent), left)
+            left = budget - spent
+            state = State(failed[0], recipe, failed[1], _settings(experiment), (), tried, hours, left)
             move = next_move(state)
             if move is None:
                 say(f"{failed[1]}; the rollback table has no {'further ' if tried else ''}move for it")
