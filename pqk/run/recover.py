@@ -51,7 +51,7 @@ def run_with_rollback(
         status = record.get("status", "stopped")
         recipe = experiment.card.recipe
         history.append(
-            "attempt", recipe=list(recipe), moves=list(tried), status=status, hours=sum(spent.values()), **told
+            "attempt", recipe=list(recipe), moves=list(tried), status=status, hours=spent, **told
         )
         best = _better(best, outcome)
         move = None
