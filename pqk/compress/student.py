@@ -106,7 +106,8 @@ def _fold(weights: Weights, layer: str, dim: int, kept: Tensor, moments: Tensor)
     known = torch.cat([kept, torch.tensor([inputs])]) if bias is not None and dim == 1 else kept
     moments = moments.double()
     square = moments[known][:, known]
-    square = square + RIDGE * moments.diagonal()[:-1].mean() * torch.eye(len(known), dtype=square.dtype)
+    ridge = RIDGE * moments.diagonal()[:-1].mean().clamp_min(1e-12)  # there are layers whose inputs are all 0
+    square = square + ridge * torch.eye(len(known), dtype=square.dtype)
     fitted = torch.linalg.solve(square, moments[known][:, :-1][:, gone])  # (known, gone)
     split = weight.movedim(dim, 0).double()
     extra = torch.tensordot(fitted, split[gone], dims=1)  # (known, ...)
