@@ -27,7 +27,7 @@ from backends.calibration import CalibrationItems
 from backends.exchange import export
 from backends.openvino.cpu import half_range
 from backends.openvino.engine import read_model, write_ir
-from backends.openvino.flops import CONVOLUTIONS, MATMULS, from_fake_quantize
+from backends.openvino.flops import CONVOLUTIONS, MATMULS, is_quantized
 from backends.openvino.nncf import GROUPS, Report, advanced_parameters, check_spec, kept_nodes, name_nodes, preset
 from backends.openvino.passes import fold_constants, share_constants, split_tables
 from backends.quiet import quiet
@@ -390,11 +390,9 @@ def _fold(model: ov.Model, weights: list[ov.Node]) -> None:
 
 
 def _check_kept(model: ov.Model, keep: tuple[str, ...]) -> None:
-    """Raises BackendError when a kept matmul or convolution has a quantized operand: the keep-list is a promise."""
+    """Raises BackendError when a kept matmul or convolution would run in int8: the keep-list is a promise."""
     kept = kept_nodes(model, keep)
     for op in model.get_ops():
         name = op.get_friendly_name()
-        if op.get_type_name() not in MATMULS | CONVOLUTIONS or name not in kept:
-            continue
-        if any(from_fake_quantize(value.get_node()) for value in op.input_values()[:2]):
+        if name in kept and op.get_type_name() in MATMULS | CONVOLUTIONS and is_quantized(op):
             raise BackendError(f"NNCF quantized {name!r} of the module, which the keep-list protects")

@@ -67,6 +67,7 @@ def fit(
     teacher: nn.Module | None = None,
     extra: nn.Module | None = None,
     pairs_of: Callable[[nn.Module], nn.Module] = SymmetricPairs,
+    score_of: Callable[[nn.Module], float] | None = None,
     stop: Stop | None = None,
     report: Callable[[Progress], None] | None = None,
 ) -> Fitted:
@@ -79,6 +80,8 @@ def fit(
     equal those of an undisturbed run bit for bit. It belongs to one model, spec and seed: the caller sees to that.
     teacher: each validation then tells the drop of AbsRel against it, in percent, on the same pairs.
     extra: a module whose parameters are trained too, such as projections of features.
+    score_of: what the best weights are chosen by, lower is better, of the averaged model on the device of the training;
+    without it, AbsRel on the validation pairs.
     stop: see `Trainer.run`; called after every step.
     Raises PqkError for a device that is not there, a damaged checkpoint, and a training that diverges to NaN.
     """
@@ -113,6 +116,8 @@ def fit(
     def validate(weights: dict[str, torch.Tensor]) -> dict[str, float]:
         frozen.load_state_dict(weights)
         scores = _score(frozen.model, spec, where, autocast)
+        if score_of is not None:
+            scores["score"] = score_of(frozen.model)
         if aim is not None:
             scores["drop_pct"] = 100 * (scores["absrel"] - aim) / aim
         return scores

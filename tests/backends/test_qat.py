@@ -88,10 +88,11 @@ def test_gradients_by_hand():
     assert float(quantizer.stretch.grad) == pytest.approx(10 * 0.1 * by_step / math.sqrt(4 * 3), rel=1e-5)
 
 
-def test_prepared_module_is_the_ptq_one_and_leaves_the_source_alone(source, tmp_path):
+def test_prepared_module_is_the_ptq_one_and_leaves_the_source_alone(source, tmp_path, capfd):
     before = {k: v.clone() for k, v in source.module.state_dict().items()}
     quantizer = NNCFQuantizer()
     module = quantizer.prepare(source, spec_for(tmp_path), Calibration(ITEMS))
+    assert capfd.readouterr().out == ""
     assert quantizer.report.items == ITEMS
     ptq = NNCFQuantizer().quantize(source, spec_for(tmp_path), Calibration(ITEMS))
     with torch.no_grad(), OpenVINOEngine(ptq, Precision.INT8) as engine:

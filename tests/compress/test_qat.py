@@ -15,6 +15,7 @@ from pqk.compress import fit as fit_module
 from pqk.compress.pairs import SymmetricPairs
 from pqk.compress.qat import NEAREST, Quantized, imitation_loss, qat, training_of
 from pqk.compress.train import Trainer
+from pqk.data.seeds import split_seed
 from pqk.data.stream import training_pairs
 from pqk.data.synthetic import texture_bank
 from pqk.models import build_model
@@ -141,12 +142,21 @@ def test_training_brings_the_rounded_model_nearer_to_the_teacher(teacher, ready,
         with torch.no_grad():
             return float(imitation_loss(SymmetricPairs(model)(images), SymmetricPairs(teacher)(images), 0.2))
 
+    def held_out(model) -> float:
+        losses = []
+        for k in range(2):
+            pair = training_pairs(1, SIZE, split_seed("validation", 0, k), texture_bank()).images
+            with torch.no_grad():
+                losses.append(imitation_loss(SymmetricPairs(model)(pair), SymmetricPairs(teacher)(pair), 0.2))
+        return float(sum(losses) / 2)
+
     before = distance(Quantized(encoder, decoder, 16))
     spec = small(steps_per_epoch=12, batch=8, lr=2e-5, task_weight=0.01)
     fitted = qat(encoder, decoder, teacher, spec, seed=0, scratch=tmp_path)
     assert (fitted.outcome, fitted.steps) == ("done", 24)
     assert [entry["step"] for entry in fitted.history] == [12, 24]
     assert all({"absrel", "drop_pct"} <= entry.keys() for entry in fitted.history)
+    assert min(entry["score"] for entry in fitted.history) == pytest.approx(held_out(fitted.model))
     assert distance(fitted.model) < 0.98 * before
     for name, part in fitted.model.graphs().items():  # validated at 48 x 48, back at the size of the graphs
         part(*teacher.graphs(SIZE, SIZE)[name].inputs.values())
