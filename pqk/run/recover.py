@@ -50,9 +50,7 @@ def run_with_rollback(
         told = {name: record.get(name) for name in ("verdict", "quality_drop_pct", "wall_s")}
         status = record.get("status", "stopped")
         recipe = experiment.card.recipe
-        history.append(
-            "attempt", recipe=list(recipe), moves=list(tried), status=status, hours=spent, **told
-        )
+        history.append("attempt", recipe=list(recipe), moves=list(tried), status=status, hours=spent, **told)
         best = _better(best, outcome)
         move = None
         if failed is not None and (outcome is None or outcome.truthful):
