@@ -13,8 +13,10 @@ from pathlib import Path
 from pqk import paths
 from pqk.errors import EXIT_OK, PqkError, nearest
 from pqk.spec.card import TEMPLATE, Card, list_cards, load_card, read_card, resolve
+from pqk.spec.distill import Distill, load_distill
 from pqk.spec.evaluation import Evaluation, load_evaluation
 from pqk.spec.plan import list_plans, load_plan, ordered
+from pqk.spec.prune import Prune, load_prune
 from pqk.spec.quant import Quant, load_quant
 from pqk.spec.workload import STANDARD_SIDES, Workload, load_workload
 from pqk.spec.yamlfile import Spec, SpecError
@@ -31,7 +33,7 @@ class Finding:
 
 
 def dry_run(root: Path) -> list[Finding]:
-    """Check workload, evaluation, quantization, every card with its overrides, and a virtual record.
+    """Check the five configs, every card with its overrides and the points of its matrix, and a virtual record.
 
     Shape [1, 3, H, W] with H = W in {384, 512, 640}, k at least 1, thresholds in their ranges, all cards load and
     resolve, required cards exist without a circle, plans are whole, and a record with every field follows the log
@@ -48,6 +50,8 @@ def _problems(root: Path) -> Iterator[str]:
         "workload.yaml": load_workload,
         "eval.yaml": load_evaluation,
         "quant.yaml": load_quant,
+        "distill.yaml": load_distill,
+        "prune.yaml": load_prune,
     }
     specs: list[Spec] = []
     for name, load in loaders.items():
@@ -67,6 +71,9 @@ def _problems(root: Path) -> Iterator[str]:
             card = read_card(path) if name == TEMPLATE else load_card(name, root)
             if len(specs) == len(loaders):
                 resolve(card, root)
+                for axis, point in card.points():
+                    settings, where = card.matrix[axis].points[point], f"{paths.shown(path)}: {axis}: {point}"
+                    resolve(card.at(axis, point), root, settings=settings, origin=where)
             cards[name] = card
         except PqkError as error:
             yield from _each(error)
@@ -88,7 +95,7 @@ def _each(error: PqkError) -> tuple[str, ...]:
 def _beyond_model(spec: Spec) -> Iterator[str]:
     """What the standard configs must hold beyond what any experiment must."""
     where = paths.shown(spec.source)
-    assert isinstance(spec, Workload | Evaluation | Quant)
+    assert isinstance(spec, Workload | Evaluation | Quant | Distill | Prune)
     first = spec.source.read_text(encoding="utf-8-sig").split("\n", 1)[0]
     if not re.match(rf"#\s*v{re.escape(spec.version)}\b", first):
         yield f"{where}:1: the first line must be a comment '# v{spec.version}: what changed', got {first[:60]!r}"
@@ -150,5 +157,5 @@ def main() -> int:
         print(finding.message)
     if findings:
         return PqkError.exit_code
-    print(f"PASS: workload, evaluation, quantization, {len(list_cards(root))} task cards and the log schema of {root}")
+    print(f"PASS: configs, {len(list_cards(root))} task cards and the log schema of {root}")
     return EXIT_OK
