@@ -15,7 +15,7 @@ import pytest
 import typer
 
 from pqk.cli import app
-from pqk.spec.card import list_cards
+from pqk.spec.card import Overrides, list_cards
 from pqk.spec.workload import load_workload
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -65,7 +65,7 @@ def test_every_command_parses(page: str, line: str) -> None:
         assert parameters["card"] in list_cards(ROOT), f"{page} names a card that is not there"
         for item in parameters["setting"] or ():
             key, sign, _ = item.partition("=")
-            assert sign and key.split(".")[0] in ("workload", "eval", "quant")
+            assert sign and key.split(".")[0] in Overrides.model_fields
 
 
 def test_a_wrong_command_is_noticed() -> None:

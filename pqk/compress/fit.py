@@ -34,9 +34,9 @@ Stop = Callable[[Progress], str | None]
 class Fitted:
     """What a training left.
 
-    model: the best averaged weights, in eval mode on the CPU. outcome: 'done' or 'stopped', with its reason. history:
-    one entry per validation with step, seconds, absrel, delta1 and, when a Teacher was given, drop_pct. seconds: time
-    spent training, over all its resumed parts.
+    model: the best averaged weights, in eval mode on the CPU; those of the start are among them. outcome: 'done' or
+    'stopped', with its reason. history: one entry per validation, the first of step 0, with step, seconds, absrel,
+    delta1 and, when a Teacher was given, drop_pct. seconds: time spent training, over all its resumed parts.
     """
 
     model: nn.Module
@@ -71,7 +71,8 @@ def fit(
     stop: Stop | None = None,
     report: Callable[[Progress], None] | None = None,
 ) -> Fitted:
-    """Train `model` in place and return the best averaged weights, judged on held-out pairs after every epoch.
+    """Train `model` in place and return the best averaged weights, judged on held-out pairs at the start and after
+    every epoch.
 
     loss_of(module, pairs, share): the loss on one batch; `module` is pairs_of(model), which takes images (B,2,3,H,W)
     to outputs of 2B samples, first the orders (a, b), then (b, a); share in [0, 1] tells how much of the run is over.
@@ -122,6 +123,8 @@ def fit(
             scores["drop_pct"] = 100 * (scores["absrel"] - aim) / aim
         return scores
 
+    if trainer.progress.step == 0 and not trainer.progress.history:
+        trainer.judge(validate)  # a model that begins close to its Teacher must not come out worse
     outcome = trainer.run(
         loss,
         wrapped=pairs_of(together.model),

@@ -148,7 +148,7 @@ class Trainer:
         """The averaged weights of the best validation, float32; the present ones where nothing was validated."""
         return self.averaged() if self.best is None else {k: v.clone() for k, v in self.best.items()}
 
-    def _judge(self, validate: Callable[[dict[str, torch.Tensor]], dict[str, float]]) -> None:
+    def judge(self, validate: Callable[[dict[str, torch.Tensor]], dict[str, float]]) -> None:
         """Validate the averaged weights, and keep them when they are the best so far."""
         p = self.progress
         scores = validate(self.averaged())
@@ -240,7 +240,7 @@ class Trainer:
                     report(p)
             if validate and p.step % every == 0:
                 if self.rank == 0:
-                    self._judge(validate)
+                    self.judge(validate)
                     if report:
                         report(p)
                 if self._shared(float(p.stale)) >= patience:
@@ -257,7 +257,7 @@ class Trainer:
         if checkpoint:
             self.save(checkpoint)
         if outcome == "done" and validate and self.rank == 0 and (not p.history or p.history[-1]["step"] != p.step):
-            self._judge(validate)
+            self.judge(validate)
             if checkpoint:
                 self.save(checkpoint)
         return outcome

@@ -170,16 +170,14 @@ def _now() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def write_failure(logs: Path, known: dict[str, Any], error: Exception, status: str | None = None) -> bool:
+def write_failure(logs: Path, known: dict[str, Any], error: Exception) -> bool:
     """Write a record with status 'failed' or 'unavailable', everything measured null and the reason in its notes.
-
-    status: another one, such as 'stopped'.
 
     A record of the same measurement that ended well is worth more, and stays. Returns whether one was written.
     """
     lines = str(error).strip().splitlines() or [type(error).__name__]
     reason = " ... ".join(dict.fromkeys((lines[0], lines[-1])))  # of a traceback: what it was, and where it ended
-    status = status or ("unavailable" if getattr(error, "exit_code", None) == EXIT_UNAVAILABLE else "failed")
+    status = "unavailable" if getattr(error, "exit_code", None) == EXIT_UNAVAILABLE else "failed"
     record = empty_record() | known | {"status": status, "datetime": _now(), "notes": f"{status}: {reason}"}
     target = logs / record_filename(record)
     try:

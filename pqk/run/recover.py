@@ -13,7 +13,7 @@ from pqk.run.rollback import BETAS, KEEP_LIST, QAT_EPOCHS, RHO, TASK_SHARE, TUNE
 from pqk.run.runlog import RunLog
 from pqk.run.runner import Outcome, run
 from pqk.run.store import OnEvent
-from pqk.run.training import TRAINS, Lost
+from pqk.run.training import TRAINS
 from pqk.run.verdict import drop_limit
 from pqk.spec.card import Experiment
 
@@ -27,45 +27,34 @@ def run_with_rollback(
     are also in logs/runs/CARD.jsonl. Only drops against ground truth count: a model without one is run once. Returns
     the attempt with the smallest drop, of equal ones the first. Raises what `pqk.run.runner.run` raises.
     """
-    history: RunLog | None = None
     best: Outcome | None = None
     tried: tuple[str, ...] = ()
     hours: dict[str, float] = {}  # of each stage, as it went last
     paid: dict[str, float] = {}  # by what was made: a stage that two attempts share is paid for once
     while True:
-        lost: Lost | None = None
-        outcome: Outcome | None = None
-        try:
-            outcome = run(request, root, on_event, say, log)
-            experiment, trained, failed = outcome.experiment, outcome.trained, failed_stage(outcome)
-        except Lost as error:
-            lost = error
-            experiment, trained = error.experiment, [error.stage]
-            failed = error.stage.method, str(error.stage.reason)
-        history = history or RunLog(root, experiment.card.id)
-        hours |= {stage.method: stage.hours for stage in trained}
-        paid |= {stage.model.sha256: stage.hours for stage in trained}
+        outcome = run(request, root, on_event, say, log)
+        experiment, record, failed = outcome.experiment, outcome.records[-1], failed_stage(outcome)
+        card, best = experiment.card, _better(best, outcome)
+        history = RunLog(root, card.id)
+        hours |= {stage.method: stage.hours for stage in outcome.trained}
+        paid |= {stage.model.sha256: stage.hours for stage in outcome.trained}
         spent = sum(paid.values())
-        record = outcome.records[-1] if outcome else {}
-        told = {name: record.get(name) for name in ("verdict", "quality_drop_pct", "wall_s")}
-        status = record.get("status", "stopped")
-        recipe = experiment.card.recipe
-        history.append("attempt", recipe=list(recipe), moves=list(tried), status=status, hours=spent, **told)
-        best = _better(best, outcome)
-        move = None
-        if failed is not None and (outcome is None or outcome.truthful):
-            budget = experiment.card.budget.gpu_hours * experiment.evaluation.stop_loss.gpu_hours_overrun_pct / 100
-            left = budget - spent
-            state = State(failed[0], recipe, failed[1], _settings(experiment), (), tried, hours, left)
-            move = next_move(state)
-            if move is None:
-                say(f"{failed[1]}; the rollback table has no {'further ' if tried else ''}move for it")
+        history.append(
+            "attempt",
+            recipe=list(card.recipe),
+            moves=list(tried),
+            hours=spent,
+            **{name: record[name] for name in ("status", "verdict", "quality_drop_pct", "wall_s")},
+        )
+        if failed is None or not outcome.truthful:
+            return best
+        budget = card.budget.gpu_hours * experiment.evaluation.stop_loss.gpu_hours_overrun_pct / 100
+        state = State(failed[0], card.recipe, failed[1], _settings(experiment), (), tried, hours, budget - spent)
+        move = next_move(state)
         if move is None:
-            if failed is not None and status == "stopped":
+            say(f"{failed[1]}; the rollback table has no {'further ' if tried else ''}move for it")
+            if record["status"] == "stopped":
                 history.append("stop", why=failed[1])
-            if best is None:
-                assert lost is not None
-                raise lost
             return best
         history.append("move", **move.as_data())
         say(f"rollback {move.name}: {move.why} (cost: {move.cost})")
@@ -111,14 +100,12 @@ def _settings(found: Experiment) -> Mapping[str, Any]:
     }
 
 
-def _better(best: Outcome | None, other: Outcome | None) -> Outcome | None:
-    """The one with the smaller drop; a stopped attempt loses to one that was finished, and any to none at all."""
+def _better(best: Outcome | None, other: Outcome) -> Outcome:
+    """The one with the smaller drop; a stopped attempt loses to one that was finished."""
 
     def rank(outcome: Outcome) -> tuple[bool, float]:
         record = outcome.records[-1]
         drop = record["quality_drop_pct"]
         return record["status"] != "ok", math.inf if drop is None else drop
 
-    if best is None or other is None:
-        return best or other
-    return other if rank(other) < rank(best) else best
+    return other if best is None or rank(other) < rank(best) else best

@@ -45,7 +45,7 @@ from pqk.run.records import (
 )
 from pqk.run.stages import ENGINE_VARIANTS, Context, Scenes
 from pqk.run.store import OnEvent
-from pqk.run.training import TRAINS, Lost, Trained, method_columns, train_stages
+from pqk.run.training import TRAINS, Trained, method_columns, train_stages
 from pqk.run.variants import Variant
 from pqk.run.verdict import drop_limit
 from pqk.run.worker import WorkerCrashed
@@ -107,8 +107,7 @@ def run(
     try:
         return _run(request, root, on_event, say, log, known)
     except (PqkError, BackendError, WorkerCrashed) as error:
-        status = "stopped" if isinstance(error, Lost) else None
-        if known and write_failure(root / "logs", known, error, status):
+        if known and write_failure(root / "logs", known, error):
             say(f"a record of the failure is in {paths.shown(root / 'logs')}")
         raise
 
@@ -223,14 +222,7 @@ def _run(
     onnx_float = Variant("fp32", "reference", Precision.F32, graphs["encoder"], graphs["decoder"])
     variants = [row.variant for row in rows]
     outcome = Outcome([], variants, scenes, experiment, truthful, ctx, final.path, onnx_float, trained, scoring)
-    scored: dict[str, dict[str, Any]] = {}
-    try:
-        for variant in variants:
-            scored[variant.name] = outcome.score(variant)
-    except PqkError as error:
-        if not trained or not trained[-1].failed:
-            raise
-        raise Lost(experiment, trained[-1], str(error)) from error
+    scored = {variant.name: outcome.score(variant) for variant in variants}
     if lowering is not None and request.qat and truthful and lowering.trainable:
         _train_if_it_drops(outcome, lowering, rows, scored, drop_limit(recipe, evaluation.thresholds), say)
     timed, memory = _time(outcome, scored, say)

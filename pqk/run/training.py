@@ -53,14 +53,6 @@ class Trained:
         return told + (f"; {self.method} ended early: {self.reason}" if self.reason else "")
 
 
-class Lost(CheckFailed):
-    """A stage that a stop-loss rule gave up, and whose model is so broken that it cannot even be scored."""
-
-    def __init__(self, experiment: Experiment, stage: Trained, why: str) -> None:
-        super().__init__(f"stop-loss: {stage.reason}; the model cannot be scored: {why}")
-        self.experiment, self.stage = experiment, stage
-
-
 def train_stages(ctx: Context, experiment: Experiment, teacher: Model) -> list[Trained]:
     """The stages P and K of the card in their order, made or reused; empty for a recipe without them.
 

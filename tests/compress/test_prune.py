@@ -517,7 +517,7 @@ def test_finetuning_brings_the_network_nearer_to_the_teacher(model, tmp_path) ->
     done = finetune(
         small, model, spec, seed=0, scratch=tmp_path, device="cpu", report=lambda p: losses.update({p.step: p.loss})
     )
-    assert done.outcome == "done" and done.steps == 24 and len(done.history) == 3
+    assert done.outcome == "done" and done.steps == 24 and len(done.history) == 4
     assert all({"absrel", "delta1", "drop_pct"} <= set(entry) for entry in done.history)
     assert sum(losses[step] for step in range(17, 25)) < sum(losses[step] for step in range(1, 9))
     assert done.model.config == small.config and not done.model.training

@@ -63,7 +63,7 @@ def test_a_student_is_measured_beside_its_teacher(distilled: tuple[Path, Outcome
     assert teacher["T"] is None and teacher["gpu_hours"] is None
     card = json.loads((trained / "model_card.json").read_text())
     assert student["gpu_hours"] == pytest.approx(card["training_s"] / 3600)
-    assert card["steps"] == 6 and len(card["history"]) == 2 and card["seed"] == 0
+    assert card["steps"] == 6 and len(card["history"]) == 3 and card["seed"] == 0
     assert student["hashes"]["teacher"] == teacher["hashes"]["model"] != student["hashes"]["model"]
     drop = 100 * (student["absrel"] - teacher["absrel"]) / teacher["absrel"]
     assert student["quality_drop_pct"] == pytest.approx(drop)
@@ -142,15 +142,6 @@ def test_stop_loss_and_the_rollback_table_act_by_themselves(copied: Callable[[],
     assert "; not quantized" in outcome.err
     assert any("rollback smaller-beta: " in r["notes"] for r in records if r["beta"] == 0.35)
     assert outcome.code == (0 if attempts[-1]["verdict"] == "pass" else 1)
-
-
-def test_a_model_too_broken_to_be_scored(copied: Callable[[], Path], tiny_model: Path) -> None:
-    root = copied()
-    outcome = run(root, "A1", tiny_model, "--no-rollback", "--set", "distill.train.learning_rate=0.5")
-    assert outcome.code == 1
-    assert outcome.sentence.startswith("stop-loss: ") and "the model cannot be scored" in outcome.sentence
-    (record,) = (r for r in written(root) if r["status"] == "stopped")
-    assert record["absrel"] is None and record["notes"].startswith("stopped: stop-loss: ")
 
 
 def test_killed_in_training_and_started_again(

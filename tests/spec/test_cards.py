@@ -89,7 +89,8 @@ def test_a_matrix_with_a_mistake(project: Path, old: str, new: str, says: str) -
 def test_the_dry_run_looks_at_every_point(project: Path) -> None:
     edit(card_file(project, "H1"), "{workload.pair_graph.k: 8}", "{workload.pair_graph.kk: 8}")
     (said,) = (found.message for found in dry_run(project) if "H1" in found.message)
-    assert said.startswith("schedule/TaskCards/H1.md: pair-graph: 8 neighbours: unknown key 'workload.pair_graph.kk'"), said
+    where = "schedule/TaskCards/H1.md: pair-graph: 8 neighbours"
+    assert said.startswith(f"{where}: unknown key 'workload.pair_graph.kk' (did you mean 'k'?)")
 
 
 def test_an_axis_or_point_that_is_not_there(project: Path) -> None:
