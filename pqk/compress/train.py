@@ -249,7 +249,8 @@ class Trainer:
                 p.reason = stop(p) if self.rank == 0 else None
                 if self._shared(float(p.reason is not None)):
                     outcome = "stopped"
-            if checkpoint and time.monotonic() - saved > save_every_s:
+            validated = validate is not None and p.step % every == 0
+            if checkpoint and (validated or time.monotonic() - saved > save_every_s):
                 self.save(checkpoint)
                 saved = time.monotonic()
             if outcome == "done" and pause_after_s and self._shared(time.monotonic() - began) > pause_after_s:

@@ -8,12 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from backends.base import Precision
 from pqk.run.prepare import Request
 from pqk.run.rollback import BETAS, KEEP_LIST, QAT_EPOCHS, RHO, TASK_SHARE, TUNE_EPOCHS, State, next_move
 from pqk.run.runlog import RunLog
 from pqk.run.runner import Outcome, run
 from pqk.run.store import OnEvent
-from pqk.run.training import TRAINS
 from pqk.run.verdict import drop_limit
 from pqk.spec.card import Experiment
 
@@ -70,7 +70,8 @@ def run_with_rollback(
 def failed_stage(outcome: Outcome) -> tuple[str, str] | None:
     """The stage whose quality failed, and one sentence with the numbers; None when none did.
 
-    A stop-loss names its stage. Otherwise a drop above the success line is the last stage's.
+    A stop-loss names its stage. A drop above the success line is the last stage's, or that of the float stage before
+    it where the float model is above the line already.
     """
     record, recipe = outcome.records[-1], outcome.experiment.card.recipe
     if record["status"] == "stopped":
@@ -80,10 +81,12 @@ def failed_stage(outcome: Outcome) -> tuple[str, str] | None:
     drop = record["quality_drop_pct"]
     if drop is None or drop <= limit:
         return None
-    last = recipe[-1]
-    if last == "Q" or last in TRAINS:
-        return last, f"{last} ended with a drop of {drop:.2f} %, above {limit:g} %"
-    return None
+    floats = [r["quality_drop_pct"] for _, r in outcome.floats() if r["precision"] == str(Precision.F32)]
+    if outcome.trained and floats and floats[0] is not None and floats[0] > limit:
+        drop, last = floats[0], outcome.trained[-1].method  # lost before anything was quantized
+    else:
+        last = recipe[-1]
+    return last, f"{last} ended with a drop of {drop:.2f} %, above {limit:g} %"
 
 
 def _settings(found: Experiment) -> Mapping[str, Any]:

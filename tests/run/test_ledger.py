@@ -79,7 +79,7 @@ def project_copy(evaluated: Path, tmp_path: Path) -> Path:
 def test_a_checkpoint_is_kept_with_all_that_is_known_of_it(evaluated: Path, tiny_model: Path) -> None:
     folder = evaluated / "outputs" / "checkpoints" / "tiny"
     about = json.loads((folder / "model_card.json").read_text())["finalized"]
-    assert about["checkpoint_sha256"] == load_teacher(str(tiny_model), evaluated)[2]  # as records tell it
+    assert about["checkpoint_sha256"] == load_teacher(str(tiny_model), evaluated)[0].sha256  # as records tell it
     assert about["files"]["model.safetensors"]["sha256"] == sha256_file(tiny_model / "model.safetensors")
     assert (about["train_seed"], about["card"], about["source"]) == (4, "A1", str(tiny_model))
     assert about["params"] == sum(p.numel() for p in load_model(folder).parameters())
@@ -117,7 +117,7 @@ def test_an_official_file_is_kept_as_it_is(tmp_path: Path, tiny_model: Path) -> 
     kept, new = finalize(official, tmp_path, train_seed=7)
     assert new and kept.name == f"My-weights-{kept.sha256[:8]}"
     assert kept.path.name == "My weights.pth" and sha256_file(kept.path) == sha256_file(official)
-    assert kept.sha256 == load_teacher(str(official), tmp_path)[2]
+    assert kept.sha256 == load_teacher(str(official), tmp_path)[0].sha256
     assert open_checkpoint(kept.name, tmp_path).train_seed == 7
 
 

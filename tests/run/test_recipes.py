@@ -119,12 +119,12 @@ def test_quantization_is_trained_where_it_drops_too_much(
 
 
 def test_stop_loss_and_the_rollback_table_act_by_themselves(copied: Callable[[], Path], tiny_model: Path) -> None:
-    """A student that lost what its Teacher knew is measured and recorded as stopped, and nothing is quantized.
+    """A student whose training diverges is measured as it was best, recorded as stopped, and not quantized.
 
     Then K gets a smaller beta, then a longer task phase; attempts and moves are written down.
     """
     root = copied()
-    outcome = run(root, "D1", tiny_model, "--set", "distill.train.learning_rate=0.05")
+    outcome = run(root, "D1", tiny_model, "--set", "distill.train.learning_rate=0.5")
     entries = RunLog(root, "D1").read()
     attempts = [e for e in entries if e["event"] == "attempt"]
     moves = [e for e in entries if e["event"] == "move"]
@@ -134,13 +134,12 @@ def test_stop_loss_and_the_rollback_table_act_by_themselves(copied: Callable[[],
     assert (attempts[0]["status"], attempts[0]["moves"]) == ("stopped", [])
     assert attempts[1]["moves"] == ["smaller-beta"]
     assert 0 < attempts[0]["hours"] < attempts[1]["hours"]
-    records = [r for r in written(root) if r["exp_id"] == "D1" and r["role"] == "candidate"]
-    assert {r["beta"] for r in records} >= {0.7, 0.35}
-    first = next(r for r in records if r["beta"] == 0.7)
-    assert (first["status"], first["verdict"], first["precision"]) == ("stopped", "fail", "f32")
-    assert first["verdict_reasons"][0].startswith("FAILED: stop-loss: ") and first["absrel"] > 0
+    # Every attempt diverged and kept the same weights, those of the start: one measurement, of which the last one stays.
+    (record,) = (r for r in written(root) if r["exp_id"] == "D1" and r["role"] == "candidate")
+    assert (record["status"], record["verdict"], record["precision"]) == ("stopped", "fail", "f32")
+    assert record["verdict_reasons"][0].startswith("FAILED: stop-loss: diverged") and record["absrel"] > 0
+    assert record["beta"] == 0.35 and "rollback smaller-beta: " in record["notes"]
     assert "; not quantized" in outcome.err
-    assert any("rollback smaller-beta: " in r["notes"] for r in records if r["beta"] == 0.35)
     assert outcome.code == (0 if attempts[-1]["verdict"] == "pass" else 1)
 
 

@@ -44,8 +44,8 @@ def test_an_end_without_an_answer() -> None:
 
 def fake_worker(monkeypatch: pytest.MonkeyPatch, script: str) -> None:
     """A real process, that runs `script` instead of the worker."""
-    run = subprocess.run
-    monkeypatch.setattr(subprocess, "run", lambda command, **options: run([sys.executable, "-c", script], **options))
+    start = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda _, **options: start([sys.executable, "-c", script], **options))
 
 
 def test_a_killed_worker(monkeypatch: pytest.MonkeyPatch) -> None:
