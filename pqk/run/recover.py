@@ -30,14 +30,14 @@ def run_with_rollback(
     best: Outcome | None = None
     tried: tuple[str, ...] = ()
     hours: dict[str, float] = {}  # of each stage, as it went last
-    paid: dict[str, float] = {}  # by what was made: a stage that two attempts share is paid for once
+    paid: dict[str, float] = {}  # by where it was made: a stage that two attempts share is paid for once
     while True:
         outcome = run(request, root, on_event, say, log)
         experiment, record, failed = outcome.experiment, outcome.records[-1], failed_stage(outcome)
         card, best = experiment.card, _better(best, outcome)
         history = RunLog(root, card.id)
         hours |= {stage.method: stage.hours for stage in outcome.trained}
-        paid |= {stage.model.sha256: stage.hours for stage in outcome.trained}
+        paid |= {stage.model.path: stage.hours for stage in outcome.trained}
         spent = sum(paid.values())
         history.append(
             "attempt",

@@ -134,7 +134,7 @@ def test_stop_loss_and_the_rollback_table_act_by_themselves(copied: Callable[[],
     assert (attempts[0]["status"], attempts[0]["moves"]) == ("stopped", [])
     assert attempts[1]["moves"] == ["smaller-beta"]
     assert 0 < attempts[0]["hours"] < attempts[1]["hours"]
-    # Every attempt diverged and kept the same weights, those of the start: one measurement, of which the last one stays.
+    # Every attempt diverged and kept the weights of the start: one measurement, whose last record stays.
     (record,) = (r for r in written(root) if r["exp_id"] == "D1" and r["role"] == "candidate")
     assert (record["status"], record["verdict"], record["precision"]) == ("stopped", "fail", "f32")
     assert record["verdict_reasons"][0].startswith("FAILED: stop-loss: diverged") and record["absrel"] > 0
