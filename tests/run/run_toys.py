@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -91,11 +92,22 @@ def environment() -> dict[str, str]:
     return {**os.environ, "COLUMNS": "500", "PYTHONPATH": str(REPOSITORY), "NO_COLOR": "1"}
 
 
+def hear_ctrl_c() -> None:
+    """For a new process: a shell starts what it runs in the background, such as these tests, deaf to SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start(arguments: Sequence[str | Path], root: Path) -> subprocess.Popen[str]:
     """`pqk ...` as a process in `root`."""
     command = [sys.executable, "-m", "pqk.cli", *map(str, arguments)]
     return subprocess.Popen(
-        command, cwd=root, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        command,
+        cwd=root,
+        env=environment(),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=hear_ctrl_c,
     )
 
 

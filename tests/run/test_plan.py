@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 import pytest
-from run_toys import Outcome, environment, pqk, start
+from run_toys import Outcome, environment, hear_ctrl_c, pqk, start
 
 from pqk.errors import PqkError
 from pqk.report.plan import status_data
@@ -224,6 +224,7 @@ def drive(root: Path) -> subprocess.Popen[str]:
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        preexec_fn=hear_ctrl_c,
     )
 
 
