@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 Record = Mapping[str, Any]
 
 DASH = "–"
+_MODEL_WIDTH = 26
 _EXP_WIDTH = 12
 _PRECISIONS = ("f32", "tf32", "bf16", "f16", "fp8", "int8", "int4")
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
@@ -263,10 +264,15 @@ def print_table(records: Iterable[Record], console: Console) -> None:
 
 
 def _row_labels(rows: Sequence[Record]) -> list[str]:
-    """Role, precision, toolchain and state of each row, a line each; equal ones of unlike settings get their hash."""
+    """Role, precision, model where rows differ in it, toolchain and state, a line each.
+
+    Equal ones of unlike settings get the hash of these.
+    """
     labels = []
-    for record in rows:
-        lines = [f"{record['role']} {record['precision'] or ''}".rstrip(), tool_text(record)]
+    models = told_apart(rows, "model") or [""] * len(rows)
+    for record, model in zip(rows, models, strict=True):
+        shown = model if len(model) <= _MODEL_WIDTH else model[: _MODEL_WIDTH - 1] + "…"
+        lines = [f"{record['role']} {record['precision'] or ''}".rstrip(), shown, tool_text(record)]
         if record["measured"] == "emulated":
             lines.append("emulated")
         if record["status"] != "ok":
@@ -294,9 +300,9 @@ def _terminal_table(
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0, title=title, title_justify="left")
     table.add_column("exp", overflow="fold", max_width=_EXP_WIDTH)
     table.add_column("row", no_wrap=True)
-    differing = [(name, texts) for name in ("model", "scenes") if (texts := told_apart(rows, name))]
-    for name, _ in differing:
-        table.add_column(name, overflow="fold", max_width=_EXP_WIDTH)
+    scenes = told_apart(rows, "scenes")
+    if scenes:
+        table.add_column("scenes", overflow="fold", max_width=_EXP_WIDTH)
     for column in shown:
         numeric = column.kind in ("number", "integer")
         heading = Text(printable(column.short or column.name))
@@ -304,7 +310,7 @@ def _terminal_table(
     labels = _row_labels(rows)
     for index, record in enumerate(rows):
         cells = [Text(printable(record["exp_id"])), Text(labels[index])]
-        cells += [Text(printable(texts[index])) for _, texts in differing]
+        cells += [Text(printable(scenes[index]))] if scenes else []
         for column in shown:
             text = cell_text(record[column.name], column)
             if column.name == "executed_precision":
