@@ -36,8 +36,8 @@ _DOING = {
     "timing": "timing, variants interleaved",
     "memory": "peak memory",
     "agreement": "agreement of",
-    "parted": "where runtimes part",
-    "ranking": "ranking the nodes",
+    "parted": "where runtimes part, ONNX Runtime and",
+    "ranking": "ranking the nodes of",
     "mixed": "int8 graphs, nodes in float:",
 }
 
