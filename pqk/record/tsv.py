@@ -3,7 +3,7 @@ r"""Tables as tab-separated text that any program reads: one line per row, exact
 | in a text | in the file |
 | --- | --- |
 | backslash, tab, line feed, carriage return | `\\`, `\t`, `\n`, `\r` |
-| any other character that is not printable | `\uXXXX` or `\UXXXXXXXX` |
+| any other character that is not printable | `\u` and four hexadecimal digits, or `\U` and eight |
 | a quotation mark at the start, which readers of CSV take for a quoted cell | `\u0022` |
 | a start that a spreadsheet takes for a formula (=, +, -, @) | an apostrophe before it |
 

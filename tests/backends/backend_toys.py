@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -161,3 +161,19 @@ def refused(says: str, folder: Path) -> Iterator[None]:
         yield
     assert says in str(caught.value)
     assert list(folder.iterdir()) == []
+
+
+def magnitudes_seen(source: Source, names: Iterable[str], items: Iterable[Feeds]) -> dict[str, float]:
+    """Of the named tensors of a float graph (or of its input `image`), the largest magnitude over all items."""
+    import onnx
+    import onnxruntime
+
+    model = onnx.load(str(source.graph.path))
+    del model.graph.output[:]
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name != "image")
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    largest = dict.fromkeys(names, 0.0)
+    for item in items:
+        found = dict(zip([o.name for o in session.get_outputs()], session.run(None, item), strict=True)) | item
+        largest = {name: max(value, float(np.abs(found[name]).max())) for name, value in largest.items()}
+    return largest
