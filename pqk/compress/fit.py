@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from pqk.compress.pairs import SymmetricPairs, pick_device, scenery, validation_scores
+from pqk.compress.pairs import ScoreOf, SymmetricPairs, pick_device, scenery, validation_scores
 from pqk.compress.train import Progress, Schedule, Trainer
 from pqk.data.seeds import INDICES, split_seed
 from pqk.data.stream import PairBatch, training_pairs
@@ -67,7 +67,7 @@ def fit(
     teacher: nn.Module | None = None,
     extra: nn.Module | None = None,
     pairs_of: Callable[[nn.Module], nn.Module] = SymmetricPairs,
-    score_of: Callable[[nn.Module], float] | None = None,
+    score_of: ScoreOf | None = None,
     stop: Stop | None = None,
     report: Callable[[Progress], None] | None = None,
 ) -> Fitted:
@@ -81,8 +81,8 @@ def fit(
     equal those of an undisturbed run bit for bit. It belongs to one model, spec and seed: the caller sees to that.
     teacher: each validation then tells the drop of AbsRel against it, in percent, on the same pairs.
     extra: a module whose parameters are trained too, such as projections of features.
-    score_of: what the best weights are chosen by, lower is better, of the averaged model on the device of the training;
-    without it, AbsRel on the validation pairs.
+    score_of: what the best weights are chosen by, of the averaged model's outputs for the validation pairs; without it,
+    AbsRel.
     stop: see `Trainer.run`; called after every step.
     Raises PqkError for a device that is not there, a damaged checkpoint, and a training that diverges to NaN.
     """
@@ -116,9 +116,7 @@ def fit(
 
     def validate(weights: dict[str, torch.Tensor]) -> dict[str, float]:
         frozen.load_state_dict(weights)
-        scores = _score(frozen.model, spec, where, autocast)
-        if score_of is not None:
-            scores["score"] = score_of(frozen.model)
+        scores = _score(frozen.model, spec, where, autocast, score_of)
         if aim is not None:
             scores["drop_pct"] = 100 * (scores["absrel"] - aim) / aim
         return scores
@@ -141,8 +139,10 @@ def fit(
     return Fitted(frozen.model.cpu().eval(), outcome, p.reason, p.step, p.seconds, list(p.history))
 
 
-def _score(model: nn.Module, spec: Fit, device: torch.device, autocast: bool) -> dict[str, float]:
-    scores = validation_scores(model.eval(), spec, device, autocast, VALIDATION_SEED)
+def _score(
+    model: nn.Module, spec: Fit, device: torch.device, autocast: bool, score_of: ScoreOf | None = None
+) -> dict[str, float]:
+    scores = validation_scores(model.eval(), spec, device, autocast, VALIDATION_SEED, score_of)
     if not math.isfinite(scores["score"]):
         raise PqkError("AbsRel on the validation pairs is not finite; lower learning_rate")
     return {name: scores[name] for name in ("score", "absrel", "delta1")}

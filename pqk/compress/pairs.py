@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -46,23 +47,36 @@ def depth_scores(pred_z: torch.Tensor, gt_z: torch.Tensor, valid: torch.Tensor) 
     return {"absrel": float(torch.stack(absrel).mean()), "delta1": float(torch.stack(delta).mean())}
 
 
+ScoreOf = Callable[[torch.Tensor, dict[str, torch.Tensor]], float]
+"""Images (B, 2, 3, H, W) of held-out pairs and the outputs for them -> their mean score, lower is better."""
+
+
 def validation_scores(
-    model: nn.Module, spec: TrainSpec | Fit, device: torch.device, autocast: bool, seed: int
+    model: nn.Module,
+    spec: TrainSpec | Fit,
+    device: torch.device,
+    autocast: bool,
+    seed: int,
+    score_of: ScoreOf | None = None,
 ) -> dict[str, float]:
     """AbsRel and delta1 of view 1 on the held-out pairs, both orders, and of a constant depth on the same pixels.
 
-    'score' is the AbsRel. Raises PqkError when no pair has a valid pixel and when the depth is not finite.
+    'score' is the mean of `score_of` over the pairs; without it, the AbsRel. Every call sees the same pairs in the same
+    batches. Raises PqkError when no pair has a valid pixel and when the depth is not finite.
     """
     bank = texture_bank().to(device)
     symmetric = SymmetricPairs(model).eval()
     wanted, size, count, samples = spec.validation.pairs, spec.validation.size, 0, 0
     totals: dict[str, float] = {}
+    score = 0.0
     while count < wanted:
         n = min(8, wanted - count)
         pairs = training_pairs(n, size, split_seed("validation", seed, count), bank, **scenery(spec))
         with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
             out = symmetric(pairs.images)
         count += n
+        if score_of is not None:
+            score += n * score_of(pairs.images, out)
         gt1, _, valid1, _ = pairs.ordered()
         usable = int(valid1.flatten(1).any(1).sum())  # a pair without overlap has no valid pixel
         if not usable:
@@ -77,7 +91,7 @@ def validation_scores(
     means = {k: v / samples for k, v in totals.items()}
     if not math.isfinite(means["absrel"]):
         raise PqkError("the depth of the model in training is not finite on the validation pairs; lower learning_rate")
-    return {"score": means["absrel"], **means}
+    return {"score": means["absrel"] if score_of is None else score / count, **means}
 
 
 def scenery(spec: Training) -> dict[str, Any]:

@@ -6,27 +6,23 @@ the decoder learns to live with the tokens that the rounded encoder gives.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pqk.compress.fit import VALIDATION_SEED, Fitted, Stop, fit
+from pqk.compress.fit import Fitted, Stop, fit
+from pqk.compress.imitation import Distance, imitation_loss
 from pqk.compress.losses import confidence_loss
-from pqk.compress.pairs import SymmetricPairs, scenery
+from pqk.compress.pairs import SymmetricPairs
 from pqk.compress.train import Progress
-from pqk.data.seeds import split_seed
-from pqk.data.stream import PairBatch, training_pairs
-from pqk.data.synthetic import texture_bank
+from pqk.data.stream import PairBatch
 from pqk.errors import PqkError
 from pqk.models.dust3r import OUTPUTS
 from pqk.spec.quant import Qat
 from pqk.spec.training import Fit, Stage
-
-NEAREST = 0.05
-"""Points nearer to the camera than this, in the Teacher's unit, count as being this far in the relative error."""
 
 
 class Quantized(nn.Module):
@@ -59,23 +55,6 @@ class Quantized(nn.Module):
 
     def _grid(self, hw: Any) -> tuple[int, int]:
         return int(hw[0]) // self.patch_size, int(hw[1]) // self.patch_size
-
-
-def imitation_loss(got: Mapping[str, Tensor], aim: Mapping[str, Tensor], alpha: float) -> Tensor:
-    """How far outputs are from the Teacher's: sum over both views of mean(w * err) + alpha * mean(|ln c - ln c_T|).
-
-    err = |x - x_T| / max(|x_T|, NEAREST) per pixel; w is the Teacher's confidence c_T over its mean in that view, so
-    that pixels the Teacher knows nothing about (sky, occlusions) weigh little. Points (B, H, W, 3) in one unit,
-    confidences (B, H, W) above 0; every pixel counts, as the Teacher answers everywhere. No unit.
-    """
-    total = torch.zeros((), device=got["conf_1"].device)
-    for view in (1, 2):
-        points, wanted = got[f"pts3d_{view}"].float(), aim[f"pts3d_{view}"].float()
-        conf, trusted = got[f"conf_{view}"].float(), aim[f"conf_{view}"].float()
-        err = (points - wanted).norm(dim=-1) / wanted.norm(dim=-1).clamp_min(NEAREST)
-        weight = trusted / trusted.mean(dim=(1, 2), keepdim=True)
-        total = total + (weight * err).mean() + alpha * (conf.log() - trusted.log()).abs().mean()
-    return total
 
 
 def training_of(spec: Qat) -> Fit:
@@ -136,31 +115,7 @@ def qat(
         scratch=scratch,
         device=device,
         teacher=teacher,
-        score_of=_Distance(aim_of, training),
+        score_of=Distance(teacher, training.alpha),
         stop=stop,
         report=report,
     )
-
-
-class _Distance:
-    """Mean `imitation_loss` on the validation pairs, at the training's size.
-
-    The best weights are chosen by it: what rounding changes in AbsRel, a few tenths of a percent, is less than what
-    AbsRel on a handful of pairs varies by.
-    """
-
-    def __init__(self, aim_of: nn.Module, spec: Fit) -> None:
-        self.aim_of, self.spec = aim_of, spec
-        self.held: list[tuple[Tensor, dict[str, Tensor]]] = []  # images and the Teacher's answer, one pair each
-
-    def __call__(self, model: nn.Module) -> float:
-        symmetric, device = SymmetricPairs(model).eval(), next(model.parameters()).device
-        with torch.no_grad():
-            if not self.held:
-                bank, size = texture_bank().to(device), self.spec.stages[0].size
-                for k in range(self.spec.validation.pairs):
-                    seed = split_seed("validation", VALIDATION_SEED, k)
-                    images = training_pairs(1, size, seed, bank, **scenery(self.spec)).images
-                    self.held.append((images, self.aim_of(images)))
-            losses = [imitation_loss(symmetric(images), aim, self.spec.alpha) for images, aim in self.held]
-        return float(torch.stack(losses).mean())
