@@ -1,0 +1,83 @@
+"""Quantization-aware training on backend trt, from the card to the records, and what is said where none is to be had."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from run_toys import make_project
+
+from backends import registry
+from backends.trt.onnx_graph import OnnxGraph, kept_nodes
+from pqk.run import runner
+from pqk.run.prepare import Request
+
+FOUND = registry.get("trt").availability()
+pytestmark = pytest.mark.skipif(not FOUND.available, reason=FOUND.reason)
+QUICK = {"quant.trt.optimization_level": 1}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small project; the second test reuses what the first one made."""
+    return make_project(tmp_path_factory.mktemp("qat") / "project")
+
+
+def run(root: Path, quantizer: str, model: Path, settings: dict[str, Any]) -> tuple[list[dict[str, Any]], str, set[str]]:
+    """Card B1 in this process: its records, what was said, and the stages that were made."""
+    said: list[str] = []
+    made: set[str] = set()
+
+    def on_event(kind: str, stage: str, key: str, seconds: float) -> None:
+        if kind == "make":
+            made.add(stage.partition(" ")[0])
+
+    request = Request("B1", "trt", quantizer, str(model), settings=QUICK | settings, qat=True)
+    return runner.run(request, root, on_event, said.append).records, "\n".join(said), made
+
+
+@pytest.fixture
+def low_line(monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
+    """A line that every quantized model is above: on random weights rounding may as well improve a score."""
+    monkeypatch.setattr(runner, "drop_limit", lambda *_: -1000.0)
+    monkeypatch.chdir(root)
+
+
+def test_a_quantizer_that_cannot_train_names_the_one_that_can(low_line: None, root: Path, tiny_model: Path) -> None:
+    pytest.importorskip("requests", reason="ModelOpt's torch mode needs requests")
+    pytest.importorskip("huggingface_hub", reason="ModelOpt's torch mode needs huggingface_hub")
+    records, said, made = run(root, "modelopt", tiny_model, {})
+    assert "above -1000 %; the quantizer 'modelopt' cannot train; --quantizer modelopt-torch can" in said
+    assert "qat" not in made and [r["role"] for r in records][-1] == "candidate"
+    int4 = {"quant.ptq.bits_w": 4, "quant.ptq.bits_a": 16}
+    assert "weights alone are lowered, which is not trained" in run(root, "modelopt", tiny_model, int4)[1]
+
+
+def test_the_torch_mode_trains_where_ptq_drops_too_much(low_line: None, root: Path, tiny_model: Path) -> None:
+    pytest.importorskip("requests", reason="ModelOpt's torch mode needs requests")
+    pytest.importorskip("huggingface_hub", reason="ModelOpt's torch mode needs huggingface_hub")
+    keep = ["LayerNorm", "encoder:enc_blocks.0/mlp/fc1", "decoder:^/decoder_embed_1/MatMul"]
+    settings = {"quant.ptq.keep_list": keep}
+    records, said, made = run(root, "modelopt-torch", tiny_model, settings)
+    assert ": quantization-aware training\n" in said and "QAT: drop " in said
+    assert made >= {"quantized", "qat", "quality"}
+    plain, trained = sorted((r for r in records if r["precision"] == "int8"), key=lambda r: "QAT: " in r["notes"])
+    assert "QAT: 4 steps in " in trained["notes"] and "weights and biases were trained" in trained["notes"]
+    assert trained["gpu_hours"] > 0 and plain["gpu_hours"] is None
+    assert trained["hashes"]["engine"] != plain["hashes"]["engine"]
+    assert {trained["role"], plain["role"]} == {"candidate", "baseline"} and records[-1]["role"] == "candidate"
+    assert records[-1]["quality_drop_pct"] == min(r["quality_drop_pct"] for r in (plain, trained))
+    assert trained["quantizer"] == "modelopt-torch" and trained["keep_list"] == keep
+    (folder,) = (m.parent for m in (root / "outputs" / "store" / "qat").glob("*/manifest.json"))
+    about = json.loads((folder / "about.json").read_text())
+    assert about["steps"] == 4 and about["pairs"] == 1
+    encoder, decoder = (OnnxGraph(folder / f"{part}.onnx") for part in ("encoder", "decoder"))
+    # One call of this layer is kept, so both are.
+    wanted = ((encoder, "/enc_blocks.0/mlp/fc1/"), (decoder, "/decoder_embed/MatMul"), (decoder, "_embed_1/MatMul"))
+    for graph, name in wanted:
+        kept = kept_nodes(graph, [name])
+        assert kept and all(graph.precision(node) == "f32" for node in graph.work() if node.name in kept)
+    assert encoder.has_qdq() and decoder.has_qdq()
+    assert not run(root, "modelopt-torch", tiny_model, settings)[2] & {"quantized", "qat", "quality"}
