@@ -1,4 +1,4 @@
-"""Quantization-aware training on backend trt, from the card to the records, and what is said where none is to be had."""
+"""Quantization-aware training on backend trt, from the card to the records, and what is said without it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_project(tmp_path_factory.mktemp("qat") / "project")
 
 
-def run(root: Path, quantizer: str, model: Path, settings: dict[str, Any]) -> tuple[list[dict[str, Any]], str, set[str]]:
+Done = tuple[list[dict[str, Any]], str, set[str]]
+
+
+def run(root: Path, quantizer: str, model: Path, settings: dict[str, Any]) -> Done:
     """Card B1 in this process: its records, what was said, and the stages that were made."""
     said: list[str] = []
     made: set[str] = set()
