@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from run_toys import make_project
 
 from backends import registry
 from backends.trt.onnx_graph import OnnxGraph, kept_nodes
 from pqk.run import runner
+from pqk.run.lowering import Lowering
 from pqk.run.prepare import Request
+from pqk.spec.quant import load_quant
 
 FOUND = registry.get("trt").availability()
 pytestmark = pytest.mark.skipif(not FOUND.available, reason=FOUND.reason)
 QUICK = {"quant.trt.optimization_level": 1}
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small project; the second test reuses what the first one made."""
-    return make_project(tmp_path_factory.mktemp("qat") / "project")
 
 
 Done = tuple[list[dict[str, Any]], str, set[str]]
@@ -42,28 +38,45 @@ def run(root: Path, quantizer: str, model: Path, settings: dict[str, Any]) -> Do
 
 
 @pytest.fixture
-def low_line(monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
+def low_line(monkeypatch: pytest.MonkeyPatch, project: Path) -> None:
     """A line that every quantized model is above: on random weights rounding may as well improve a score."""
     monkeypatch.setattr(runner, "drop_limit", lambda *_: -1000.0)
-    monkeypatch.chdir(root)
+    monkeypatch.chdir(project)
 
 
-def test_a_quantizer_that_cannot_train_names_the_one_that_can(low_line: None, root: Path, tiny_model: Path) -> None:
+@pytest.mark.parametrize(
+    ("quantizer", "changes", "says"),
+    [
+        ("modelopt", {}, "the quantizer 'modelopt' cannot train; --quantizer modelopt-torch can"),
+        ("modelopt-fp8", {}, "the quantizer 'modelopt-fp8' cannot train; --quantizer modelopt-torch can"),
+        ("modelopt", {"symmetric_activations": False}, "the quantizer 'modelopt' cannot train"),
+        ("modelopt", {"bits_w": 4, "bits_a": 16}, "weights alone are lowered, which is not trained"),
+    ],
+)
+def test_what_is_said_of_a_drop_where_nothing_can_be_trained(
+    quantizer: str, changes: dict[str, Any], says: str
+) -> None:
     pytest.importorskip("requests", reason="ModelOpt's torch mode needs requests")
     pytest.importorskip("huggingface_hub", reason="ModelOpt's torch mode needs huggingface_hub")
-    records, said, made = run(root, "modelopt", tiny_model, {})
-    assert "above -1000 %; the quantizer 'modelopt' cannot train; --quantizer modelopt-torch can" in said
-    assert "qat" not in made and [r["role"] for r in records][-1] == "candidate"
-    int4 = {"quant.ptq.bits_w": 4, "quant.ptq.bits_a": 16}
-    assert "weights alone are lowered, which is not trained" in run(root, "modelopt", tiny_model, int4)[1]
+    evaluation = SimpleNamespace(quality=SimpleNamespace(main_metric="absrel"))
+    experiment: Any = SimpleNamespace(quant=SimpleNamespace(ptq=load_quant().ptq.model_copy(update=changes)))
+    nothing: Any = None
+    lowering = Lowering(experiment, "trt", quantizer, "int8", nothing, {}, nothing, (), {}, {})
+    outcome: Any = SimpleNamespace(experiment=SimpleNamespace(evaluation=evaluation), truthful=True)
+    rows: list[Any] = [SimpleNamespace(variant=SimpleNamespace(name=name)) for name in ("fp32", "int8")]
+    for absrel, limit, wanted in ((0.123, 1.0, [f"PTQ drops 2.50 %, above 1 %; {says}"]), (0.1201, 1.0, [])):
+        scored = {"fp32": {"summary": {"absrel": 0.12}}, "int8": {"summary": {"absrel": absrel}}}
+        said: list[str] = []
+        runner._train_if_it_drops(outcome, lowering, rows, scored, limit, said.append)
+        assert said == wanted and len(rows) == 2
 
 
-def test_the_torch_mode_trains_where_ptq_drops_too_much(low_line: None, root: Path, tiny_model: Path) -> None:
+def test_the_torch_mode_trains_where_ptq_drops_too_much(low_line: None, project: Path, tiny_model: Path) -> None:
     pytest.importorskip("requests", reason="ModelOpt's torch mode needs requests")
     pytest.importorskip("huggingface_hub", reason="ModelOpt's torch mode needs huggingface_hub")
     keep = ["LayerNorm", "encoder:enc_blocks.0/mlp/fc1", "decoder:^/decoder_embed_1/MatMul"]
     settings = {"quant.ptq.keep_list": keep}
-    records, said, made = run(root, "modelopt-torch", tiny_model, settings)
+    records, said, made = run(project, "modelopt-torch", tiny_model, settings)
     assert ": quantization-aware training\n" in said and "QAT: drop " in said
     assert made >= {"quantized", "qat", "quality"}
     plain, trained = sorted((r for r in records if r["precision"] == "int8"), key=lambda r: "QAT: " in r["notes"])
@@ -73,7 +86,7 @@ def test_the_torch_mode_trains_where_ptq_drops_too_much(low_line: None, root: Pa
     assert {trained["role"], plain["role"]} == {"candidate", "baseline"} and records[-1]["role"] == "candidate"
     assert records[-1]["quality_drop_pct"] == min(r["quality_drop_pct"] for r in (plain, trained))
     assert trained["quantizer"] == "modelopt-torch" and trained["keep_list"] == keep
-    (folder,) = (m.parent for m in (root / "outputs" / "store" / "qat").glob("*/manifest.json"))
+    (folder,) = (m.parent for m in (project / "outputs" / "store" / "qat").glob("*/manifest.json"))
     about = json.loads((folder / "about.json").read_text())
     assert about["steps"] == 4 and about["pairs"] == 1
     encoder, decoder = (OnnxGraph(folder / f"{part}.onnx") for part in ("encoder", "decoder"))
@@ -83,4 +96,4 @@ def test_the_torch_mode_trains_where_ptq_drops_too_much(low_line: None, root: Pa
         kept = kept_nodes(graph, [name])
         assert kept and all(graph.precision(node) == "f32" for node in graph.work() if node.name in kept)
     assert encoder.has_qdq() and decoder.has_qdq()
-    assert not run(root, "modelopt-torch", tiny_model, settings)[2] & {"quantized", "qat", "quality"}
+    assert not run(project, "modelopt-torch", tiny_model, settings)[2] & {"quantized", "qat", "quality"}
