@@ -75,48 +75,43 @@ class ModelOptTorchQuantizer:
         follow, a keep pattern that has no match or cannot be found in a traced module, and a calibration set that is
         empty, too small or does not fit the inputs; nothing is written then.
         """
-        import torch
-
-        _check(self, source, spec)
-        kept = _kept(source, spec.keep)
+        module = check(self, source, spec)
+        kept = kept_in(source, spec.keep)
         items = CalibrationItems(calibration, source.graph.inputs, spec.calibration_samples)
         half = spec.weight_range == "half"  # as in ONNX mode: neither a GPU nor the emulation needs it
-        with quiet(), torch.no_grad():
-            prepared = _calibrated(source, spec, items)
         spec.output_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{source.name}.", dir=spec.output_dir) as folder:
             made = Path(folder) / "made.onnx"
-            example = {name: torch.as_tensor(value) for name, value in source.example.items()}
-            with quiet():
-                # How far rounding takes the outputs is no error of the export: any difference from torch is allowed.
-                export(prepared, example, source.output_names, made, exporter="torchscript", tolerance=math.inf)
+            # Smoothing changes weights in place; else the copy may share them, which spares a large model's memory.
+            smooth = spec.smooth_quant_alpha is not None
+            shared: dict[int, Any] = {} if smooth else {id(p): p for p in module.parameters()}
+            prepared = calibrated(copy.deepcopy(module, shared).eval(), source, spec, items)
+            export_rounding(prepared, source, made)
             del prepared
-            import onnx
-
-            model = onnx.load(str(made))
-            lift_scales(model)
-            free_kept(model, {*kept, *feeding_transposes(model, kept)})
-            store_weights(model, half)
-            turn_weights(model)
-            tidy(model)
-            graph = write_graph(model, source.name, Path(folder), spec.output_dir)
-            del model
-        found = OnnxGraph(graph.path)
-        touched = {n.name for n in found.work() if found.precision(n) == "int8"}
-        wrong = sorted(touched & kept.keys()) or sorted(kept.keys() - {n.name for n in found.work()})
-        if wrong:
-            raise BackendError(f"ModelOpt quantized or renamed kept nodes: {wrong[:3]}")
-        notes = ["attention stays in float", *range_notes(half)]
-        if spec.smooth_quant_alpha is not None:
-            notes.insert(0, f"linear layers are smoothed with alpha {spec.smooth_quant_alpha:g}")
+            graph, heavy = complete(made, source, spec, kept, half)
+        notes = common_notes(spec, half)
         if spec.bias_correction != "none":
             notes.append(NO_CORRECTION)
-        heavy = tuple(n.name for n in found.work() if n.op_type in MATMULS | CONVOLUTIONS and n.name in touched)
         self.report = Report(items.used, tuple(sorted(kept)), heavy, half, tuple(notes))
         return graph
 
+    def prepare(self, source: Source, spec: QuantSpec, calibration: Iterable[Feeds]) -> torch.nn.Module:
+        """A trainable copy of `source.module` that rounds as the int8 engine will: see `qat.prepare`."""
+        from backends.trt import qat
 
-def _check(quantizer: ModelOptTorchQuantizer, source: Source, spec: QuantSpec) -> None:
+        module, self.report = qat.prepare(self, source, spec, calibration)
+        return module
+
+    def finish(self, module: torch.nn.Module, source: Source, spec: QuantSpec) -> Graph:
+        """The ONNX graph with Q/DQ nodes of a module that was prepared and trained: see `qat.finish`."""
+        from backends.trt import qat
+
+        return qat.finish(self, module, source, spec)
+
+
+def check(quantizer: ModelOptTorchQuantizer, source: Source, spec: QuantSpec) -> torch.nn.Module:
+    """The source's module. Raises Unavailable without ModelOpt, and BackendError for a spec that it cannot follow and a
+    source that lacks a module or does not fit its graph."""
     check_installed(quantizer)
     check_settings(quantizer, spec)
     check_common(spec, source)
@@ -128,9 +123,10 @@ def _check(quantizer: ModelOptTorchQuantizer, source: Source, spec: QuantSpec) -
     have, want = list(source.example), [t.name for t in source.graph.inputs]
     if have != want:
         raise BackendError(f"the example's inputs {have} are not those of the graph, {want}")
+    return source.module
 
 
-def _kept(source: Source, keep: Sequence[str]) -> dict[str, str]:
+def kept_in(source: Source, keep: Sequence[str]) -> dict[str, str]:
     """Names and types of the kept nodes of the source's graph. Raises BackendError where the graph that will be made
     has no node of such a name."""
     graph = OnnxGraph(source.graph.path)
@@ -148,19 +144,18 @@ def _kept(source: Source, keep: Sequence[str]) -> dict[str, str]:
     return {name: kind for name, kind in kept_nodes(graph, keep).items() if name.startswith("/")}
 
 
-def _calibrated(source: Source, spec: QuantSpec, items: CalibrationItems) -> torch.nn.Module:
-    """A copy of the source's module whose linear layers and convolutions round, with ranges of the whole set."""
+def calibrated(
+    module: torch.nn.Module, source: Source, spec: QuantSpec, items: CalibrationItems, floats: Iterable[str] = ()
+) -> torch.nn.Module:
+    """`module` itself, a copy of the source's, with linear layers and convolutions that round, the layers `floats` left
+    out; ranges are those of the whole set."""
     import torch
 
     try:
-        import modelopt.torch.quantization as mtq
+        with quiet():
+            import modelopt.torch.quantization as mtq
     except ImportError as error:
         raise Unavailable(f"quantizer 'modelopt-torch' cannot run: {error}; {MEND}") from error
-    module = source.module
-    assert module is not None
-    # Smoothing changes weights in place; else the copy may share them, which spares a large model's memory.
-    shared: dict[int, Any] = {} if spec.smooth_quant_alpha is not None else {id(p): p for p in module.parameters()}
-    copied = copy.deepcopy(module, shared).eval()
     names = list(source.example)
 
     def run_set(model: torch.nn.Module) -> None:
@@ -168,28 +163,72 @@ def _calibrated(source: Source, spec: QuantSpec, items: CalibrationItems) -> tor
             model(*(torch.from_numpy(feeds[name]) for name in names))
 
     smooth = {"method": "smoothquant", "alpha": spec.smooth_quant_alpha}
-    asked = {"quant_cfg": layers(copied, spec.weights), "algorithm": smooth if smooth["alpha"] is not None else "max"}
+    algorithm = smooth if spec.smooth_quant_alpha is not None else "max"
+    asked = {"quant_cfg": layers(module, spec.weights, floats), "algorithm": algorithm}
     try:
-        return mtq.quantize(copied, asked, run_set)
+        with quiet(), torch.no_grad():
+            return mtq.quantize(module, asked, run_set)
     except BackendError:
         raise
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise BackendError(f"ModelOpt cannot quantize {type(module).__name__}: {reason[0]}") from error
+        raise BackendError(f"ModelOpt cannot quantize {type(source.module).__name__}: {reason[0]}") from error
 
 
-def layers(module: torch.nn.Module, weights: str) -> list[dict[str, Any]]:
-    """ModelOpt's ordered list of what to quantize: nothing, then each linear layer and convolution by its full name.
+def export_rounding(prepared: torch.nn.Module, source: Source, made: Path) -> None:
+    """Write a module with ModelOpt's quantizers as the ONNX file `made`, a Q/DQ pair for each of them."""
+    import torch
+
+    example = {name: torch.as_tensor(value) for name, value in source.example.items()}
+    with quiet():
+        # How far rounding takes the outputs is no error of the export: any difference from torch is allowed.
+        export(prepared, example, source.output_names, made, exporter="torchscript", tolerance=math.inf)
+
+
+def complete(
+    made: Path, source: Source, spec: QuantSpec, kept: Mapping[str, str], half: bool
+) -> tuple[Graph, tuple[str, ...]]:
+    """Finish the file of `export_rounding` as the graph of `source` in `spec.output_dir`; also the names of its int8
+    matmuls and convolutions. `half`: weights are held to 7 bits. Raises BackendError unless `kept` stayed in float."""
+    import onnx
+
+    model = onnx.load(str(made))
+    lift_scales(model)
+    free_kept(model, {*kept, *feeding_transposes(model, kept)})
+    store_weights(model, half)
+    turn_weights(model)
+    tidy(model)
+    graph = write_graph(model, source.name, made.parent, spec.output_dir)
+    del model
+    found = OnnxGraph(graph.path)
+    touched = {n.name for n in found.work() if found.precision(n) == "int8"}
+    wrong = sorted(touched & kept.keys()) or sorted(kept.keys() - {n.name for n in found.work()})
+    if wrong:
+        raise BackendError(f"ModelOpt quantized or renamed kept nodes: {wrong[:3]}")
+    return graph, tuple(n.name for n in found.work() if n.op_type in MATMULS | CONVOLUTIONS and n.name in touched)
+
+
+def common_notes(spec: QuantSpec, half: bool) -> list[str]:
+    """What is to be told of a graph, trained or not."""
+    notes = ["attention stays in float", *range_notes(half)]
+    if spec.smooth_quant_alpha is not None:
+        notes.insert(0, f"linear layers are smoothed with alpha {spec.smooth_quant_alpha:g}")
+    return notes
+
+
+def layers(module: torch.nn.Module, weights: str, floats: Iterable[str] = ()) -> list[dict[str, Any]]:
+    """ModelOpt's ordered list of what to quantize: nothing, then each linear layer and convolution by its full name,
+    but for the layers `floats`.
 
     Output channels are a weight's first axis, but the second one of a transposed convolution.
     """
     from torch import nn
 
     turned = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
-    straight = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
+    left_out = set(floats)
     found: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
-    for name, part in module.named_modules():
-        if not isinstance(part, straight | turned):
+    for name, part in heavy_layers(module):
+        if name in left_out:
             continue
         first = name + "." if name else ""
         axis = None if weights == "per_tensor" else int(isinstance(part, turned))
@@ -197,6 +236,15 @@ def layers(module: torch.nn.Module, weights: str) -> list[dict[str, Any]]:
             cfg = {"num_bits": 8, "axis": along}
             found.append({"quantizer_name": f"{first}{kind}_quantizer", "cfg": cfg, "enable": True})
     return found
+
+
+def heavy_layers(module: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
+    """Linear layers and convolutions by their full names; one that has several names under the first of them."""
+    from torch import nn
+
+    kinds = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
+    kinds |= nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
+    return [(name, part) for name, part in module.named_modules() if isinstance(part, kinds)]
 
 
 def lift_scales(model: onnx.ModelProto) -> None:

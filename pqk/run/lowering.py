@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from backends import registry
-from backends.base import Graph, Precision, can_train
+from backends.base import BackendError, Graph, Precision, Quantizer, can_train
+from backends.quantspec import check_installed, check_settings
 from pqk.run import stages
 from pqk.run.prepare import Model
 from pqk.run.stages import Context, Scenes
 from pqk.run.training import learning
 from pqk.run.variants import Variant
 from pqk.spec.card import Experiment
+from pqk.spec.quant import Ptq
 
 
 @dataclass(frozen=True)
@@ -45,10 +47,18 @@ class Lowering:
     options: Mapping[str, Any]
 
     @property
-    def trainable(self) -> bool:
-        """Whether the quantizer offers quantization-aware training, and not of weights alone."""
-        ptq = self.experiment.quant.ptq
-        return can_train(registry.get(self.backend).quantizers()[self.quantizer]) and ptq.bits_a == ptq.bits_w
+    def untrained(self) -> str:
+        """Why there is no quantization-aware training, for the end of a sentence; '' when there is.
+
+        It names the backend's quantizers that train, are installed and take the same settings.
+        """
+        ptq, tools = self.experiment.quant.ptq, registry.get(self.backend).quantizers()
+        if ptq.bits_a > ptq.bits_w:
+            return "weights alone are lowered, which is not trained"
+        if can_train(tools[self.quantizer]):
+            return ""
+        able = [f"--quantizer {name}" for name, tool in tools.items() if can_train(tool) and _takes(tool, ptq)]
+        return f"the quantizer {self.quantizer!r} cannot train" + (f"; {' or '.join(able)} can" if able else "")
 
     def row(self, ctx: Context, trained: bool = False) -> Row:
         """The model after post-training quantization, or after quantization-aware training; made or reused."""
@@ -83,3 +93,12 @@ class Lowering:
         if trained:
             own["gpu_hours"] = (self.columns.get("gpu_hours") or 0.0) + made.hours
         return Row(Variant(name, self.backend, Precision.INT8, *parts, options), self.floats, own)
+
+
+def _takes(tool: Quantizer, ptq: Ptq) -> bool:
+    try:
+        check_settings(tool, ptq)
+        check_installed(tool)
+    except BackendError:
+        return False
+    return True

@@ -9,7 +9,6 @@ from typing import Any
 from backends.base import Graph
 from pqk.compress.qat import qat
 from pqk.measure.footprint import peak_ram_bytes
-from pqk.models import load_model
 from pqk.run.quantize import Both, Calibrated
 from pqk.run.stoploss import best_checkpoint
 from pqk.run.training import stopper, tell_progress
@@ -29,7 +28,7 @@ def train_quantized(request: Mapping[str, Any]) -> dict[str, Any]:
     fitted = qat(
         prepared.encoder,
         prepared.decoder,
-        load_model(request["model"]),
+        job.model,
         Qat.model_validate(request["qat"]),
         seed=request["seed"],
         scratch=Path(request["scratch"]),

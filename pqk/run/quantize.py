@@ -92,7 +92,8 @@ class Calibrated:
         self.images = CalibrationImages(Path(request["calibration"]), wanted, *request["shape"])
         self.graphs = {name: graph_from_json(request[name]) for name in ("encoder", "decoder")}
         needed = modules or self.quantizer.starts_from == "module"
-        self.modules = load_model(request["model"]).graphs(*request["shape"]) if needed else {}
+        self.model = load_model(request["model"]) if needed else None
+        self.modules = self.model.graphs(*request["shape"]) if self.model is not None else {}
 
     def source(self, name: str) -> Source:
         """The graph of that name and, where they are needed, its module and example inputs."""

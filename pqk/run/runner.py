@@ -223,7 +223,7 @@ def _run(
     variants = [row.variant for row in rows]
     outcome = Outcome([], variants, scenes, experiment, truthful, ctx, final.path, onnx_float, trained, scoring)
     scored = {variant.name: outcome.score(variant) for variant in variants}
-    if lowering is not None and request.qat and truthful and lowering.trainable:
+    if lowering is not None and request.qat and truthful:
         _train_if_it_drops(outcome, lowering, rows, scored, drop_limit(recipe, evaluation.thresholds), say)
     timed, memory = _time(outcome, scored, say)
 
@@ -259,7 +259,8 @@ def _train_if_it_drops(
 ) -> None:
     """Where the quantized model drops more than `limit` percent, train it, and add the row of what came out.
 
-    The better of the two becomes the candidate and comes last; the other one stays as a baseline.
+    The better of the two becomes the candidate and comes last; the other one stays as a baseline. A quantizer that
+    cannot train is told of, with those that can.
     """
     teacher, metric = rows[0].variant.name, outcome.experiment.evaluation.quality.main_metric
 
@@ -270,7 +271,11 @@ def _train_if_it_drops(
 
     if not limit < drop(rows[-1]) < math.inf:
         return
-    say(f"PTQ drops {drop(rows[-1]):.2f} %, above {limit:g} %: quantization-aware training")
+    above = f"PTQ drops {drop(rows[-1]):.2f} %, above {limit:g} %"
+    if lowering.untrained:
+        say(f"{above}; {lowering.untrained}")
+        return
+    say(f"{above}: quantization-aware training")
     learned = lowering.row(outcome.ctx, trained=True)
     scored[learned.variant.name] = outcome.score(learned.variant)
     say(f"QAT: drop {drop(learned):.2f} %")

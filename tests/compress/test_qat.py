@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -69,12 +70,29 @@ def small(**changes) -> Qat:
     return Qat.model_validate({**values, **changes})
 
 
-def prepared(teacher, folder: Path) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """Both graphs with their quantizers, calibrated on rendered pairs."""
-    pytest.importorskip("nncf")
-    pytest.importorskip("openvino")
-    from backends.openvino.nncf import NNCFQuantizer
+def quantizer_of(tool: str) -> Any:
+    """A quantizer that can train."""
+    if tool == "nncf":
+        pytest.importorskip("nncf")
+        pytest.importorskip("openvino")
+        from backends.openvino.nncf import NNCFQuantizer
 
+        return NNCFQuantizer()
+    for name in ("modelopt", "requests", "huggingface_hub"):
+        pytest.importorskip(name)
+    from backends.trt.modelopt_torch import ModelOptTorchQuantizer
+
+    return ModelOptTorchQuantizer()
+
+
+def prepared(tool: str, teacher, folder: Path) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """Both graphs with their quantizers, calibrated on rendered pairs."""
+    modules = [quantizer_of(tool).prepare(*asked) for asked in asked_of(teacher, folder)]
+    return modules[0], modules[1]
+
+
+def asked_of(teacher, folder: Path) -> list[tuple[Source, QuantSpec, list[dict[str, Any]]]]:
+    """Source, spec and calibration feeds of the encoder, then of the decoder."""
     images = training_pairs(2, SIZE, 7, texture_bank()).images.flatten(0, 1)
     with torch.no_grad():
         tokens = teacher.encode(images).numpy()
@@ -82,19 +100,24 @@ def prepared(teacher, folder: Path) -> tuple[torch.nn.Module, torch.nn.Module]:
         "encoder": [{"image": image[None].numpy()} for image in images],
         "decoder": [{"tokens_1": tokens[k : k + 1], "tokens_2": tokens[k + 1 : k + 2]} for k in (0, 2)],
     }
-    modules = []
+    asked = []
     for name, graph in teacher.graphs(SIZE, SIZE).items():
         items = feeds[name]
         onnx = export(graph.module, graph.inputs, graph.output_names, folder / f"{name}.onnx")
         source = Source(name, graph.module, graph.inputs, graph.output_names, onnx)
         spec = QuantSpec(calibration_samples=len(items), output_dir=folder, weight_range="half")
-        modules.append(NNCFQuantizer().prepare(source, spec, items))
-    return modules[0], modules[1]
+        asked.append((source, spec, items))
+    return asked
+
+
+@pytest.fixture(scope="module", params=["nncf", "modelopt-torch"])
+def tool(request) -> str:
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def ready(teacher, tmp_path_factory):
-    return prepared(teacher, tmp_path_factory.mktemp("graphs"))
+def ready(tool, teacher, tmp_path_factory):
+    return prepared(tool, teacher, tmp_path_factory.mktemp("graphs"))
 
 
 def outputs(seed: int) -> dict[str, torch.Tensor]:
@@ -165,7 +188,7 @@ class Killed(Exception):
     pass
 
 
-def test_a_killed_training_ends_as_an_undisturbed_one(teacher, ready, tmp_path, monkeypatch):
+def test_a_killed_training_ends_as_an_undisturbed_one(tool, teacher, ready, tmp_path, monkeypatch):
     """Killed after step 3, with a checkpoint of step 2; the modules are prepared anew, as another process would."""
     whole = qat(*copy.deepcopy(ready), teacher, small(), seed=3, scratch=tmp_path / "whole")
 
@@ -182,12 +205,37 @@ def test_a_killed_training_ends_as_an_undisturbed_one(teacher, ready, tmp_path, 
     with pytest.raises(Killed):
         qat(*copy.deepcopy(ready), teacher, small(), seed=3, scratch=tmp_path / "cut", report=kill)
     steps = []
-    again = prepared(teacher, tmp_path)
+    again = prepared(tool, teacher, tmp_path)
     resumed = qat(*again, teacher, small(), seed=3, scratch=tmp_path / "cut", report=lambda p: steps.append(p.step))
     assert steps[0] == 3
     want, got = whole.model.state_dict(), resumed.model.state_dict()
     assert want.keys() == got.keys()
     assert all(torch.equal(want[name], got[name]) for name in want)
+
+
+def test_modelopts_graphs_compute_what_was_trained(teacher, tmp_path):
+    """ONNX Runtime on the Q/DQ graphs against the trained modules, at the size of the graphs.
+
+    Stated tolerance: 2 % of the mean magnitude of each output, and nearer than the float model is.
+    """
+    from backends.reference import OnnxRuntimeEngine
+
+    asked, quantizer = asked_of(teacher, tmp_path), quantizer_of("modelopt-torch")
+    modules = [quantizer.prepare(*each) for each in asked]
+    fitted = qat(*modules, teacher, small(lr=2e-5), seed=1, scratch=tmp_path)
+    graphs: Any = fitted.model
+    for (source, spec, items), module in zip(asked, graphs.graphs().values(), strict=True):
+        feeds = items[0]
+        with OnnxRuntimeEngine(quantizer.finish(module, source, spec), {"fuse_qdq": False}) as engine:
+            got = engine.infer(feeds)
+        with torch.no_grad():
+            tensors = [torch.from_numpy(array) for array in feeds.values()]
+            want, plain = module(*tensors), source.module(*tensors)
+        pairs = zip(want, plain, strict=True) if isinstance(want, tuple) else [(want, plain)]
+        for name, (a, b) in zip(source.output_names, pairs, strict=True):
+            size = float(a.abs().mean())
+            apart = float((torch.from_numpy(got[name]) - a).abs().mean()) / size
+            assert apart < min(0.02, float((b - a).abs().mean()) / size), name
 
 
 def test_the_section_of_quant_yaml_is_a_training():

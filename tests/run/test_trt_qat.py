@@ -1,0 +1,99 @@
+"""Quantization-aware training on backend trt, from the card to the records, and what is said without it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from backends import registry
+from backends.trt.onnx_graph import OnnxGraph, kept_nodes
+from pqk.run import runner
+from pqk.run.lowering import Lowering
+from pqk.run.prepare import Request
+from pqk.spec.quant import load_quant
+
+FOUND = registry.get("trt").availability()
+pytestmark = pytest.mark.skipif(not FOUND.available, reason=FOUND.reason)
+QUICK = {"quant.trt.optimization_level": 1}
+
+
+Done = tuple[list[dict[str, Any]], str, set[str]]
+
+
+def run(root: Path, quantizer: str, model: Path, settings: dict[str, Any]) -> Done:
+    """Card B1 in this process: its records, what was said, and the stages that were made."""
+    said: list[str] = []
+    made: set[str] = set()
+
+    def on_event(kind: str, stage: str, key: str, seconds: float) -> None:
+        if kind == "make":
+            made.add(stage.partition(" ")[0])
+
+    request = Request("B1", "trt", quantizer, str(model), settings=QUICK | settings, qat=True)
+    return runner.run(request, root, on_event, said.append).records, "\n".join(said), made
+
+
+@pytest.fixture
+def low_line(monkeypatch: pytest.MonkeyPatch, project: Path) -> None:
+    """A line that every quantized model is above: on random weights rounding may as well improve a score."""
+    monkeypatch.setattr(runner, "drop_limit", lambda *_: -1000.0)
+    monkeypatch.chdir(project)
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "changes", "says"),
+    [
+        ("modelopt", {}, "the quantizer 'modelopt' cannot train; --quantizer modelopt-torch can"),
+        ("modelopt-fp8", {}, "the quantizer 'modelopt-fp8' cannot train; --quantizer modelopt-torch can"),
+        ("modelopt", {"symmetric_activations": False}, "the quantizer 'modelopt' cannot train"),
+        ("modelopt", {"bits_w": 4, "bits_a": 16}, "weights alone are lowered, which is not trained"),
+    ],
+)
+def test_what_is_said_of_a_drop_where_nothing_can_be_trained(
+    quantizer: str, changes: dict[str, Any], says: str
+) -> None:
+    pytest.importorskip("requests", reason="ModelOpt's torch mode needs requests")
+    pytest.importorskip("huggingface_hub", reason="ModelOpt's torch mode needs huggingface_hub")
+    evaluation = SimpleNamespace(quality=SimpleNamespace(main_metric="absrel"))
+    experiment: Any = SimpleNamespace(quant=SimpleNamespace(ptq=load_quant().ptq.model_copy(update=changes)))
+    nothing: Any = None
+    lowering = Lowering(experiment, "trt", quantizer, "int8", nothing, {}, nothing, (), {}, {})
+    outcome: Any = SimpleNamespace(experiment=SimpleNamespace(evaluation=evaluation), truthful=True)
+    rows: list[Any] = [SimpleNamespace(variant=SimpleNamespace(name=name)) for name in ("fp32", "int8")]
+    for absrel, limit, wanted in ((0.123, 1.0, [f"PTQ drops 2.50 %, above 1 %; {says}"]), (0.1201, 1.0, [])):
+        scored = {"fp32": {"summary": {"absrel": 0.12}}, "int8": {"summary": {"absrel": absrel}}}
+        said: list[str] = []
+        runner._train_if_it_drops(outcome, lowering, rows, scored, limit, said.append)
+        assert said == wanted and len(rows) == 2
+
+
+def test_the_torch_mode_trains_where_ptq_drops_too_much(low_line: None, project: Path, tiny_model: Path) -> None:
+    pytest.importorskip("requests", reason="ModelOpt's torch mode needs requests")
+    pytest.importorskip("huggingface_hub", reason="ModelOpt's torch mode needs huggingface_hub")
+    keep = ["LayerNorm", "encoder:enc_blocks.0/mlp/fc1", "decoder:^/decoder_embed_1/MatMul"]
+    settings = {"quant.ptq.keep_list": keep}
+    records, said, made = run(project, "modelopt-torch", tiny_model, settings)
+    assert ": quantization-aware training\n" in said and "QAT: drop " in said
+    assert made >= {"quantized", "qat", "quality"}
+    plain, trained = sorted((r for r in records if r["precision"] == "int8"), key=lambda r: "QAT: " in r["notes"])
+    assert "QAT: 4 steps in " in trained["notes"] and "weights and biases were trained" in trained["notes"]
+    assert trained["gpu_hours"] > 0 and plain["gpu_hours"] is None
+    assert trained["hashes"]["engine"] != plain["hashes"]["engine"]
+    assert {trained["role"], plain["role"]} == {"candidate", "baseline"} and records[-1]["role"] == "candidate"
+    assert records[-1]["quality_drop_pct"] == min(r["quality_drop_pct"] for r in (plain, trained))
+    assert trained["quantizer"] == "modelopt-torch" and trained["keep_list"] == keep
+    (folder,) = (m.parent for m in (project / "outputs" / "store" / "qat").glob("*/manifest.json"))
+    about = json.loads((folder / "about.json").read_text())
+    assert about["steps"] == 4 and about["pairs"] == 1
+    encoder, decoder = (OnnxGraph(folder / f"{part}.onnx") for part in ("encoder", "decoder"))
+    # One call of this layer is kept, so both are.
+    wanted = ((encoder, "/enc_blocks.0/mlp/fc1/"), (decoder, "/decoder_embed/MatMul"), (decoder, "_embed_1/MatMul"))
+    for graph, name in wanted:
+        kept = kept_nodes(graph, [name])
+        assert kept and all(graph.precision(node) == "f32" for node in graph.work() if node.name in kept)
+    assert encoder.has_qdq() and decoder.has_qdq()
+    assert not run(project, "modelopt-torch", tiny_model, settings)[2] & {"quantized", "qat", "quality"}
