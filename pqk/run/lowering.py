@@ -10,7 +10,7 @@ from backends import registry
 from backends.base import Graph, Precision, can_train
 from pqk.run import stages
 from pqk.run.prepare import Model
-from pqk.run.stages import Context, Scenes
+from pqk.run.stages import Context, Quantized, Scenes
 from pqk.run.training import learning
 from pqk.run.variants import Variant
 from pqk.spec.card import Experiment
@@ -30,7 +30,7 @@ class Lowering:
     """What is quantized and how: one float model, its graphs, a quantizer, the calibration images.
 
     precision: what the record calls the result. floats: the model's own float variants. columns: what its rows tell.
-    options: of the engines.
+    options: of the engines. made: the graphs, where the joint recipe has quantized and trained them already.
     """
 
     experiment: Experiment
@@ -43,17 +43,20 @@ class Lowering:
     floats: Sequence[Variant]
     columns: Mapping[str, Any]
     options: Mapping[str, Any]
+    made: Quantized | None = None
 
     @property
     def trainable(self) -> bool:
-        """Whether the quantizer offers quantization-aware training, and not of weights alone."""
+        """Whether there is quantization-aware training left to do: by this quantizer, and not of weights alone."""
         ptq = self.experiment.quant.ptq
+        if self.made is not None:
+            return False
         return can_train(registry.get(self.backend).quantizers()[self.quantizer]) and ptq.bits_a == ptq.bits_w
 
     def row(self, ctx: Context, trained: bool = False) -> Row:
         """The model after post-training quantization, or after quantization-aware training; made or reused."""
         ptq, shape = self.experiment.quant.ptq, self.experiment.workload.input
-        made = stages.quantize(
+        made = self.made or stages.quantize(
             ctx,
             self.backend,
             self.quantizer,
