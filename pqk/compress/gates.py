@@ -24,7 +24,7 @@ from pqk.models.dust3r import Dust3r
 class Layout:
     """The gates of one slot: for each of its groups the units of every gate, the most important ones first.
 
-    units: group name -> tensors of indices: of the units that always stay, then of each gate. One gate holds `slot.step`
+    units: group name -> tensors of indices: of the units that always stay, then of each gate. A gate holds `slot.step`
     units of every group, so self- and cross-attention of a decoder block lose as many heads. flops: what each gate's
     units cost, for one pair of images. worth: their importance per FLOP, added up over the groups.
     """

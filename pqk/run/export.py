@@ -69,6 +69,10 @@ def export(
     asked, label, quantizer = _precision(precision, request.quantizer, experiment, backend)
     if request.quantizer and quantizer is None:
         raise PqkError(f"--quantizer {request.quantizer}: a {asked} export is not quantized")
+    tool = quantizer
+    if experiment.card.recipe == JOINT:  # even its float model comes out of a training in quantized form
+        tool = quantizer or chosen_quantizer(backend, None, experiment.quant.ptq)
+        check_trainable(experiment.card.id, backend.name, tool, experiment.quant.ptq)
     if quantizer is not None:
         check_float_rest(experiment.quant.float_rest, backend)
     check_writable(out.parent)
@@ -78,9 +82,7 @@ def export(
 
     model, module = load_teacher(request.model, root)
     joined: Joined | None = None
-    if experiment.card.recipe == JOINT:
-        tool = quantizer or chosen_quantizer(backend, None, experiment.quant.ptq)
-        check_trainable(experiment.card.id, backend.name, tool, experiment.quant.ptq)
+    if tool is not None and experiment.card.recipe == JOINT:
         images = stages.calibration_images(ctx, workload.calibration, workload, root)
         whole = stages.export_graphs(ctx, module, model.sha256, *shape)
         joined = join(ctx, experiment, backend.name, tool, model, whole, images)

@@ -223,7 +223,7 @@ def test_a_cut_that_cannot_be_reached_is_told_before_training(teacher):
 
 
 def test_the_price_holds_the_share_and_gates_separate():
-    """Losses sum(h (1 - z)^2) / 2 with h over decades: the cheap ones are shut, whatever the loss is counted in."""
+    """Noisy losses sum(h (1 - z)^2) / 2, h over decades: the cheap ones are shut, whatever the loss is counted in."""
     generator = torch.Generator().manual_seed(0)
     flops = torch.full((300,), 1 / 600)
     pull = torch.exp(2 * torch.randn(300, generator=generator))
@@ -237,7 +237,8 @@ def test_the_price_holds_the_share_and_gates_separate():
             z = gate()[1:]
             cut_share = ((1 - z) * flops).sum()
             target = 0.05 + (aim - 0.05) * min(1.0, step / 150 / spec.ramp)
-            loss = 0.5 * unit * (pull * (1 - z).square()).sum() + price(cut_share, target)
+            noise = 0.3 * torch.randn(300, generator=generator) * pull.sqrt()
+            loss = unit * (0.5 * pull * (1 - z).square() + noise * z).sum() + price(cut_share, target)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
