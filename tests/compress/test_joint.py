@@ -191,12 +191,13 @@ def test_open_gates_leave_a_prepared_module_as_it_is(teacher, plan, tmp_path):
     image = torch.rand(2, 3, SIZE, SIZE)
     with torch.no_grad():
         before = prepared(image)
-        gated = plan.into(prepared, teacher.graphs(SIZE, SIZE)["decoder"].module)
+        decoder = modules(teacher)[1]
+        gated = plan.into(prepared, decoder)
         put(gated, [torch.full_like(gate.start, 50.0) for gate in gated.gates])
         assert torch.equal(prepared(image), before)
         put(gated, [torch.full_like(gate.start, -50.0) for gate in gated.gates])
         assert not torch.allclose(prepared(image), before)
-    names = float_weights(Quantized(prepared, teacher.graphs(SIZE, SIZE)["decoder"].module, 16), teacher)
+    names = float_weights(Quantized(prepared, decoder, 16), teacher)
     assert names.keys() == teacher.state_dict().keys()
 
 
@@ -271,7 +272,7 @@ def closed(teacher, folder, **more):
 def test_gates_close_and_a_killed_run_ends_as_an_undisturbed_one(teacher, tmp_path, monkeypatch):
     fitted, gated, weights, plan = closed(teacher, tmp_path / "whole")
     assert (fitted.steps, len(fitted.history)) == (6, 3)
-    moved = [gate.moved.abs().max() for gate in gated.gates]
+    moved = [gate.moved.detach().abs().max() for gate in gated.gates]
     assert all(float(value) > 0 for value in moved)
     assert any(not torch.equal(weights[name], value) for name, value in teacher.state_dict().items())
     network, report = cut_gates(teacher, weights, plan, gated)
