@@ -192,6 +192,7 @@ class Price(nn.Module):
 def shut(layouts: Sequence[Layout], logits: Sequence[Tensor], total_flops: int, share: float) -> dict[str, Tensor]:
     """What stays, as a mask (1 + gates,) per slot name: the gates of the lowest logits go until `share` is cut.
 
+    Then those of the highest logits come back that are not needed for it: a head that went last may have made room.
     Raises PqkError when all of them do not reach the share.
     """
     stays = {layout.slot.name: torch.ones(1 + len(layout.flops), dtype=torch.bool) for layout in layouts}
@@ -199,17 +200,22 @@ def shut(layouts: Sequence[Layout], logits: Sequence[Tensor], total_flops: int, 
         (float(value), number, index) for number, found in enumerate(logits) for index, value in enumerate(found)
     )
     gone, aim = 0.0, share * total_flops
+    out = []
     for _, number, index in ranked:
         if gone >= aim:
             break
-        layout = layouts[number]
-        stays[layout.slot.name][1 + index] = False
-        gone += float(layout.flops[index])
+        out.append((layouts[number], index))
+        gone += float(layouts[number].flops[index])
     if gone < aim:
         raise PqkError(
             f"joint.flops_cut {share:g} cannot be reached: everything that carries a gate is "
             f"{100 * gone / total_flops:.1f} % of the FLOPs; allow more units"
         )
+    for layout, index in reversed(out):
+        if gone - float(layout.flops[index]) >= aim:
+            gone -= float(layout.flops[index])
+        else:
+            stays[layout.slot.name][1 + index] = False
     return stays
 
 

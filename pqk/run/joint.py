@@ -131,8 +131,11 @@ def join(
     )
     if found["failed"]:
         return Joined(trained, None)
+    told = found["report"]
     notes = [
         *found["notes"],
+        f"{told['undecided']} of {told['gates']} gates were neither open nor shut when they were cut",
+        "the float rows of this model have the same weights without rounding",
         f"encoder calibrated on {found['images']} images, decoder on {found['pairs']} pairs of them",
         f"the run took at most {found['peak_bytes'] / 1e9:.1f} GB",
     ]

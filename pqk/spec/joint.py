@@ -50,7 +50,7 @@ class Gates(Section):
 class Joint(Spec):
     """Pruning, distillation and quantization in one training run.
 
-    flops_cut: share of the network's FLOPs that goes, reached or passed by less than the last gate gives. round_to:
+    flops_cut: share of the network's FLOPs that goes, reached or passed by less than any gate that went. round_to:
     hidden units of a gate; widths stay multiples of it. samples: rendered training pairs for the importance that
     orders the units, and for refit, which corrects the layers behind cut units by least squares. train: the whole run;
     its first gates.epochs epochs have gates, the rest trains what is left of the network.
