@@ -32,6 +32,7 @@ _DOING = {
     "distilled": "distillation",
     "quantized": "quantization",
     "qat": "quantization-aware training",
+    "joint": "pruning, distillation and quantization in one training",
     "quality": "quality on the test scenes",
     "timing": "timing, variants interleaved",
     "memory": "peak memory",

@@ -28,6 +28,7 @@ from pqk.files import check_writable, clear_write_errors, fsync_folder, sha256_f
 from pqk.models import load_model
 from pqk.record.schema import empty_record
 from pqk.run import stages
+from pqk.run.joint import Joined, check_trainable, join
 from pqk.run.prepare import (
     Request,
     asked_experiment,
@@ -45,6 +46,7 @@ from pqk.run.store import OnEvent
 from pqk.run.training import train_stages
 from pqk.run.variants import Runner, Variant
 from pqk.spec.card import Experiment
+from pqk.spec.recipe import JOINT, quantizes
 
 MANIFEST = "manifest.json"
 FORMAT = 1  # of the manifest; a reader refuses another
@@ -67,6 +69,10 @@ def export(
     asked, label, quantizer = _precision(precision, request.quantizer, experiment, backend)
     if request.quantizer and quantizer is None:
         raise PqkError(f"--quantizer {request.quantizer}: a {asked} export is not quantized")
+    tool = quantizer
+    if experiment.card.recipe == JOINT:  # even its float model comes out of a training in quantized form
+        tool = quantizer or chosen_quantizer(backend, None, experiment.quant.ptq)
+        check_trainable(experiment.card.id, backend.name, tool, experiment.quant.ptq)
     if quantizer is not None:
         check_float_rest(experiment.quant.float_rest, backend)
     check_writable(out.parent)
@@ -75,7 +81,12 @@ def export(
     shape = (workload.input.height, workload.input.width)
 
     model, module = load_teacher(request.model, root)
-    trained = train_stages(ctx, experiment, model)
+    joined: Joined | None = None
+    if tool is not None and experiment.card.recipe == JOINT:
+        images = stages.calibration_images(ctx, workload.calibration, workload, root)
+        whole = stages.export_graphs(ctx, module, model.sha256, *shape)
+        joined = join(ctx, experiment, backend.name, tool, model, whole, images)
+    trained = [joined.trained] if joined else train_stages(ctx, experiment, model)
     if trained:
         if trained[-1].failed:
             raise PqkError(f"card {experiment.card.id} was stopped: {trained[-1].reason}; there is nothing to export")
@@ -96,7 +107,7 @@ def export(
     if quantizer is not None:
         ptq = experiment.quant.ptq
         calibration = stages.calibration_images(ctx, workload.calibration, workload, root)
-        made = stages.quantize(
+        made = (joined and joined.quantized) or stages.quantize(
             ctx, backend.name, quantizer, model.path, graphs, calibration, ptq.model_dump(mode="json"), shape
         )
         graphs = made.graphs
@@ -177,14 +188,14 @@ def _precision(
 ) -> tuple[Precision, str, str | None]:
     """What to compile, what it is called (int8, fp8 or int4 where it is quantized), and the quantizer or None."""
     floats = [Precision(p) for p in backend.float_precisions()]
-    quantizes = any("Q" in stage for stage in experiment.card.recipe)
-    if asked is None and not quantizes:
+    lowers = quantizes(experiment.card.recipe)
+    if asked is None and not lowers:
         return floats[-1], str(floats[-1]), None
     if asked in floats:
         return Precision(asked), str(asked), None
     known, ptq = backend.quantizers(), experiment.quant.ptq
     lowered, name = "int8", None
-    if quantizes and known:
+    if lowers and known:
         name = chosen_quantizer(backend, tool, ptq)
         lowered = lowered_to(known[name], ptq.bits_w, ptq.bits_a)
     allowed = [*map(str, floats), lowered]
@@ -192,7 +203,7 @@ def _precision(
         raise PqkError(
             f"--precision {asked}: backend {backend.name} here has {', '.join(allowed)}{nearest(asked, allowed)}"
         )
-    if not quantizes:
+    if not lowers:
         raise PqkError(f"--precision {lowered}: the recipe of card {experiment.card.id} has no stage Q")
     return Precision.INT8, lowered, name or chosen_quantizer(backend, tool, ptq)
 

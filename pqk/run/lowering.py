@@ -11,7 +11,7 @@ from backends.base import BackendError, Graph, Precision, Quantizer, can_train
 from backends.quantspec import check_installed, check_settings
 from pqk.run import stages
 from pqk.run.prepare import Model
-from pqk.run.stages import Context, Scenes
+from pqk.run.stages import Context, Quantized, Scenes
 from pqk.run.training import learning
 from pqk.run.variants import Variant
 from pqk.spec.card import Experiment
@@ -32,7 +32,7 @@ class Lowering:
     """What is quantized and how: one float model, its graphs, a quantizer, the calibration images.
 
     precision: what the record calls the result. floats: the model's own float variants. columns: what its rows tell.
-    options: of the engines.
+    options: of the engines. made: the graphs, where the joint recipe has quantized and trained them already.
     """
 
     experiment: Experiment
@@ -45,6 +45,7 @@ class Lowering:
     floats: Sequence[Variant]
     columns: Mapping[str, Any]
     options: Mapping[str, Any]
+    made: Quantized | None = None
 
     @property
     def untrained(self) -> str:
@@ -63,7 +64,7 @@ class Lowering:
     def row(self, ctx: Context, trained: bool = False) -> Row:
         """The model after post-training quantization, or after quantization-aware training; made or reused."""
         ptq, shape = self.experiment.quant.ptq, self.experiment.workload.input
-        made = stages.quantize(
+        made = self.made or stages.quantize(
             ctx,
             self.backend,
             self.quantizer,

@@ -28,6 +28,7 @@ from pqk.run.runner import Outcome, run
 from pqk.run.store import OnEvent
 from pqk.run.variants import Variant
 from pqk.spec.evaluation import Parity
+from pqk.spec.recipe import quantizes
 
 _CODE = ("pqk.run.agreement",)
 RUNTIME = "reference"  # ONNX Runtime: reads every ONNX graph, and belongs to no toolchain
@@ -102,7 +103,7 @@ def parity(
             missing.append(Row("recipe", backend, note="it has no quantizer"))
         wanted = quantizers or offered[backend][:1]
         sides: list[str | None] = [q for q in offered[backend] if q in wanted]
-        for quantizer in sides if "Q" in card.recipe else [None]:  # a float recipe is compared as it is
+        for quantizer in sides if quantizes(card.recipe) else [None]:  # a float recipe is compared as it is
             say(f"{request.card} on {backend}" + (f" with {quantizer}" if quantizer else ""))
             try:
                 outcome = run(replace(request, backend=backend, quantizer=quantizer), root, on_event, say)

@@ -22,7 +22,7 @@ from pqk.run import stages
 from pqk.run.stages import Context
 from pqk.run.store import OnEvent, Store
 from pqk.spec.card import Experiment, load_card, resolve
-from pqk.spec.recipe import combo_of, ensure_built
+from pqk.spec.recipe import combo_of
 
 if TYPE_CHECKING:
     import torch
@@ -68,14 +68,15 @@ class Request:
     role: str = "teacher"  # of the float rows: 'baseline' when the model is not the Teacher
     point: tuple[str, str] | None = None  # (axis, point) of a card with a matrix
     stages: tuple[str, ...] | None = None  # another recipe than the card's
-    qat: bool = False  # train the quantized model when it drops too much
+    qat: bool | None = None  # train the quantized model when it drops too much; False: it was asked not to be trained
     moves: tuple[str, ...] = ()  # why it is run in this way, a sentence per move of the rollback table
     distill: Path | None = None
     prune: Path | None = None
+    joint: Path | None = None
 
 
 def asked_experiment(request: Request, root: Path) -> Experiment:
-    """The card with its configs, the command line's settings laid over them. Raises PqkError, NotBuilt."""
+    """The card with its configs, the command line's settings laid over them. Raises PqkError."""
     card, origin, settings = load_card(request.card, root), "command line", dict(request.settings)
     if request.point is not None:
         axis, point = request.point
@@ -87,7 +88,7 @@ def asked_experiment(request: Request, root: Path) -> Experiment:
         card = card.model_copy(update={"recipe": request.stages, "combo": combo_of(request.stages)})
     if request.seed is not None:
         settings |= {"workload.seeds.train": request.seed, "workload.seeds.eval": request.seed}
-    experiment = resolve(
+    return resolve(
         card,
         root,
         request.workload,
@@ -95,12 +96,10 @@ def asked_experiment(request: Request, root: Path) -> Experiment:
         request.quant,
         request.distill,
         request.prune,
+        request.joint,
         settings,
         origin=origin,
     )
-    if request.recipe:
-        ensure_built(card.recipe, card.id)
-    return experiment
 
 
 def usable_backend(name: str) -> Backend:

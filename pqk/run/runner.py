@@ -20,6 +20,7 @@ from pqk.record.log import refuse_to_lose, write_record
 from pqk.record.schema import validate
 from pqk.run import stages
 from pqk.run.inputs import load_frames, scene_pairs
+from pqk.run.joint import Joined, check_trainable, join
 from pqk.run.lowering import Lowering, Row
 from pqk.run.prepare import (
     Request,
@@ -50,6 +51,7 @@ from pqk.run.variants import Variant
 from pqk.run.verdict import drop_limit
 from pqk.run.worker import WorkerCrashed
 from pqk.spec.card import Experiment
+from pqk.spec.recipe import JOINT, quantizes
 
 STUDENT = "student "
 """Begins the names of the float variants of the model that P and K made; the Teacher's are the bare precisions."""
@@ -127,7 +129,11 @@ def _run(
     check_writable(root / "logs")
     backend = usable_backend(request.backend)
     recipe = card.recipe if request.recipe else ()
-    quantizer = chosen_quantizer(backend, request.quantizer, experiment.quant.ptq) if "Q" in recipe else None
+    quantizer = chosen_quantizer(backend, request.quantizer, experiment.quant.ptq) if quantizes(recipe) else None
+    if quantizer is not None and recipe == JOINT:
+        check_trainable(card.id, backend.name, quantizer, experiment.quant.ptq)
+        if request.qat is False:
+            raise PqkError(f"--no-qat: the one training of card {card.id} is quantization-aware; leave the option out")
     if request.quantizer and recipe and quantizer is None:
         raise PqkError(f"--quantizer {request.quantizer}: the recipe of card {card.id} does not quantize")
     ptq_asked = experiment.quant.ptq
@@ -184,7 +190,12 @@ def _run(
 
     teachers = in_float("")
     rows = [Row(v, teachers, {}) for v in teachers]
-    trained = train_stages(ctx, experiment, teacher) if recipe else []
+    joined: Joined | None = None
+    if quantizer is not None and calibration is not None and recipe == JOINT:
+        joined = join(ctx, experiment, backend.name, quantizer, teacher, graphs, calibration)
+        trained = [joined.trained]
+    else:
+        trained = train_stages(ctx, experiment, teacher) if recipe else []
     final, last = teacher, teachers
     columns: dict[str, Any] = {"hashes": hashes}
     if trained:
@@ -206,7 +217,17 @@ def _run(
     lowering: Lowering | None = None
     if quantizer is not None and calibration is not None:
         lowering = Lowering(
-            experiment, backend.name, quantizer, lowered, final, graphs, calibration, last, columns, compiled
+            experiment,
+            backend.name,
+            quantizer,
+            lowered,
+            final,
+            graphs,
+            calibration,
+            last,
+            columns,
+            compiled,
+            joined.quantized if joined else None,
         )
         rows.append(lowering.row(ctx))
     views = None if request.scenes or request.images else workload.scenes.test.views
@@ -223,7 +244,7 @@ def _run(
     variants = [row.variant for row in rows]
     outcome = Outcome([], variants, scenes, experiment, truthful, ctx, final.path, onnx_float, trained, scoring)
     scored = {variant.name: outcome.score(variant) for variant in variants}
-    if lowering is not None and request.qat and truthful:
+    if lowering is not None and lowering.made is None and request.qat and truthful:
         _train_if_it_drops(outcome, lowering, rows, scored, drop_limit(recipe, evaluation.thresholds), say)
     timed, memory = _time(outcome, scored, say)
 

@@ -224,10 +224,11 @@ def export_graphs(ctx: Context, model: torch.nn.Module, model_sha: str, height: 
 
     versions = {name: ctx.machine["versions"].get(name) for name in ("torch", "onnx", "onnxscript")}
     made = ctx.make("graphs", MODEL_CODE, {"model": model_sha, "shape": [height, width], "versions": versions}, make)
-    return _read_graphs(made.path)
+    return read_graphs(made.path)
 
 
-def _read_graphs(folder: Path) -> dict[str, Graph]:
+def read_graphs(folder: Path) -> dict[str, Graph]:
+    """The graphs that a stage left in `folder`, by the names in its graphs.json."""
     data = json.loads((folder / "graphs.json").read_text())
     return {name: graph_from_json({**entry, "path": str(folder / entry["path"])}) for name, entry in data.items()}
 
@@ -322,7 +323,7 @@ def quantize(
     if learn is not None:
         notes.append(trained_note("QAT", about["steps"], hours, about["drop_pct"]))
         notes += [f"QAT ended early: {about['reason']}"] if about["reason"] else []
-    return Quantized(_read_graphs(made.path), about["images"], about["pairs"], "; ".join(notes), hours)
+    return Quantized(read_graphs(made.path), about["images"], about["pairs"], "; ".join(notes), hours)
 
 
 def trained_note(method: str, steps: int, hours: float, drop_pct: float | None) -> str:

@@ -21,7 +21,7 @@ from pqk.run.stoploss import StopRules, best_checkpoint
 from pqk.spec.card import Experiment
 
 MODEL = "model"  # the folder of the checkpoint inside the artifact
-TRAINS = ("P", "K")
+TRAINS = ("P", "K", "PQK")
 _CODE = {"P": ("pqk.compress.prune",), "K": ("pqk.compress.distill",)}
 _STAGE = {"P": "pruned", "K": "distilled"}
 
@@ -70,14 +70,14 @@ def train_stages(ctx: Context, experiment: Experiment, teacher: Model) -> list[T
 def _train(ctx: Context, method: str, experiment: Experiment, teacher: Model, before: Model | None) -> Trained:
     card = experiment.card
     spec = experiment.prune if method == "P" else experiment.distill
-    rules = _rules(experiment, method, spec.train.steps_per_epoch, spec.train.warmup)
+    rules = rules_of(experiment, method, spec.train.steps_per_epoch, spec.train.warmup)
     asked = {
         "method": method,
         "teacher": teacher.sha256,
         "before": before.sha256 if before else None,
         "spec": spec.model_dump(mode="json"),
         "seed": experiment.workload.seeds.train,
-        "lines": _lines(rules),
+        "lines": lines_of(rules),
         "device": "cuda" if torch.cuda.is_available() else "cpu",
     }
     label = "" if before is None else f"after {card.recipe[0]}"
@@ -112,7 +112,8 @@ def _train(ctx: Context, method: str, experiment: Experiment, teacher: Model, be
     )
 
 
-def _rules(experiment: Experiment, method: str, steps_per_epoch: int, warmup: float) -> StopRules:
+def rules_of(experiment: Experiment, method: str, steps_per_epoch: int, warmup: float) -> StopRules:
+    """The stop-loss of a method of the card; `warmup`: see `StopRules`."""
     card = experiment.card
     return StopRules.of(
         experiment.evaluation,
@@ -124,7 +125,7 @@ def _rules(experiment: Experiment, method: str, steps_per_epoch: int, warmup: fl
     )
 
 
-def _lines(rules: StopRules) -> dict[str, Any]:
+def lines_of(rules: StopRules) -> dict[str, Any]:
     """The rules that are part of what a training makes: a budget that ran out leaves no artifact."""
     return {name: getattr(rules, name) for name in ("line_pct", "no_improve_ckpt", "min_improvement_pct", "max_epochs")}
 
@@ -132,14 +133,14 @@ def _lines(rules: StopRules) -> dict[str, Any]:
 def learning(experiment: Experiment) -> Learn:
     """Quantization-aware training as the card's configs ask for it."""
     spec = experiment.quant.qat
-    rules = _rules(experiment, "Q", spec.steps_per_epoch, spec.warmup_epochs / spec.epochs)
-    return Learn(spec.model_dump(mode="json"), experiment.workload.seeds.train, asdict(rules), _lines(rules))
+    rules = rules_of(experiment, "Q", spec.steps_per_epoch, spec.warmup_epochs / spec.epochs)
+    return Learn(spec.model_dump(mode="json"), experiment.workload.seeds.train, asdict(rules), lines_of(rules))
 
 
 def method_columns(experiment: Experiment, trained: Sequence[Trained], hashes: Mapping[str, str]) -> dict[str, Any]:
     """What the rows of the trained model tell of how it was made. `hashes`: those of a Teacher's row."""
     methods = {stage.method for stage in trained}
-    specs = {"prune": "P", "distill": "K"}
+    specs = {"prune": "P", "distill": "K", "joint": "PQK"}
     used = {name: getattr(experiment, name).sha256 for name, method in specs.items() if method in methods}
     model = trained[-1].model
     columns: dict[str, Any] = {
@@ -150,6 +151,8 @@ def method_columns(experiment: Experiment, trained: Sequence[Trained], hashes: M
     }
     if "P" in methods:
         columns["rho"] = experiment.prune.rho
+    if "PQK" in methods:
+        columns["rho"] = experiment.joint.flops_cut
     if "K" in methods:
         loss = experiment.distill.loss
         columns |= {"T": loss.temperature, "beta": loss.beta_end, "gamma": loss.gamma}

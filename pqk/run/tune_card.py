@@ -155,7 +155,7 @@ def _check(request: Request, max_drop: float, max_evaluations: int, out: Path, r
     base = request.quant or paths.configs(root) / "quant.yaml"
     experiment = asked_experiment(request, root)
     if "Q" not in experiment.card.recipe:
-        raise PqkError(f"pqk tune needs a recipe that quantizes, and that of card {experiment.card.id} does not")
+        raise PqkError(f"pqk tune needs a recipe with stage Q, which that of card {experiment.card.id} does not have")
     chosen_quantizer(backend, request.quantizer, experiment.quant.ptq)
     if experiment.quant.ptq.keep_list != load_quant(base).ptq.keep_list:
         raise PqkError(

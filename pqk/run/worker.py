@@ -171,6 +171,13 @@ def qat(request: dict[str, Any]) -> Result:
     return train_quantized(request)
 
 
+def joint(request: dict[str, Any]) -> Result:
+    """Pruning, distillation and quantization in one training; see `pqk.run.joint`."""
+    from pqk.run.joint import train_joint
+
+    return train_joint(request)
+
+
 def agreement(request: dict[str, Any]) -> Result:
     """How far two sides are apart on the same pairs; see `pqk.run.agreement`."""
     from pqk.run.agreement import compare
@@ -206,6 +213,7 @@ TASKS: dict[str, Callable[[dict[str, Any]], Result]] = {
     "quantize": quantize,
     "train": train,
     "qat": qat,
+    "joint": joint,
     "agreement": agreement,
     "parted": parted,
     "ranking": ranking,

@@ -15,6 +15,7 @@ from pqk.errors import PqkError, nearest
 from pqk.files import sha256_json
 from pqk.spec.distill import Distill, load_distill
 from pqk.spec.evaluation import Evaluation, load_evaluation, loosened
+from pqk.spec.joint import Joint, load_joint
 from pqk.spec.prune import Prune, load_prune
 from pqk.spec.quant import Quant, load_quant
 from pqk.spec.recipe import check_stages, combo_of
@@ -39,6 +40,7 @@ class Overrides(Section):
     quant: dict[str, Any] = Field(default_factory=dict)
     distill: dict[str, Any] = Field(default_factory=dict)
     prune: dict[str, Any] = Field(default_factory=dict)
+    joint: dict[str, Any] = Field(default_factory=dict)
 
 
 class Budget(Section):
@@ -134,11 +136,12 @@ class Experiment:
     quant: Quant
     distill: Distill
     prune: Prune
+    joint: Joint
 
     @property
     def sha256(self) -> str:
         """One sha256 over the card and its resolved configs."""
-        names = ("card", "workload", "evaluation", "quant", "distill", "prune")
+        names = ("card", "workload", "evaluation", "quant", "distill", "prune", "joint")
         return sha256_json({name: getattr(self, name).sha256 for name in names})
 
 
@@ -208,12 +211,14 @@ def resolve(
     quant: Path | str | None = None,
     distill: Path | str | None = None,
     prune: Path | str | None = None,
+    joint: Path | str | None = None,
     settings: Mapping[str, Any] | None = None,
     origin: str = "settings",
 ) -> Experiment:
     """The configs (the project's own, or the files given) with the card's overrides laid over them.
 
-    `settings` are laid over those in turn: dotted keys below workload, eval, quant, distill and prune, such as
+    `settings` are laid over those in turn: dotted keys below workload, eval, quant, distill, prune and joint,
+    such as
     {"quant.ptq.calibration_images": 64}; `origin` names where they come from in messages.
     Raises PqkError when an override or a setting is wrong, a line is loosened without a noted reason, or more
     calibration images are asked for than the workload has.
@@ -225,6 +230,7 @@ def resolve(
         "quant": quant or configs / "quant.yaml",
         "distill": distill or configs / "distill.yaml",
         "prune": prune or configs / "prune.yaml",
+        "joint": joint or configs / "joint.yaml",
     }
     try:
         return _laid_over(card, files, settings or {}, origin)
@@ -248,6 +254,7 @@ def _laid_over(card: Card, files: Mapping[str, Path | str], settings: Mapping[st
         load_quant(files["quant"], laid["quant"], where),
         load_distill(files["distill"], laid["distill"], where),
         load_prune(files["prune"], laid["prune"], where),
+        load_joint(files["joint"], laid["joint"], where),
     )
     loose = loosened(load_evaluation(files["eval"]), resolved.evaluation)
     for name in loose:

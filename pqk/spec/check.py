@@ -15,6 +15,7 @@ from pqk.errors import EXIT_OK, PqkError, nearest
 from pqk.spec.card import TEMPLATE, Card, list_cards, load_card, read_card, resolve
 from pqk.spec.distill import Distill, load_distill
 from pqk.spec.evaluation import Evaluation, load_evaluation
+from pqk.spec.joint import Joint, load_joint
 from pqk.spec.plan import list_plans, load_plan, ordered
 from pqk.spec.prune import Prune, load_prune
 from pqk.spec.quant import Quant, load_quant
@@ -33,7 +34,7 @@ class Finding:
 
 
 def dry_run(root: Path) -> list[Finding]:
-    """Check the five configs, every card with its overrides and the points of its matrix, and a virtual record.
+    """Check the six configs, every card with its overrides and the points of its matrix, and a virtual record.
 
     Shape [1, 3, H, W] with H = W in {384, 512, 640}, k at least 1, thresholds in their ranges, all cards load and
     resolve, required cards exist without a circle, plans are whole, and a record with every field follows the log
@@ -52,6 +53,7 @@ def _problems(root: Path) -> Iterator[str]:
         "quant.yaml": load_quant,
         "distill.yaml": load_distill,
         "prune.yaml": load_prune,
+        "joint.yaml": load_joint,
     }
     specs: list[Spec] = []
     for name, load in loaders.items():
@@ -95,7 +97,7 @@ def _each(error: PqkError) -> tuple[str, ...]:
 def _beyond_model(spec: Spec) -> Iterator[str]:
     """What the standard configs must hold beyond what any experiment must."""
     where = paths.shown(spec.source)
-    assert isinstance(spec, Workload | Evaluation | Quant | Distill | Prune)
+    assert isinstance(spec, Workload | Evaluation | Quant | Distill | Prune | Joint)
     first = spec.source.read_text(encoding="utf-8-sig").split("\n", 1)[0]
     if not re.match(rf"#\s*v{re.escape(spec.version)}\b", first):
         yield f"{where}:1: the first line must be a comment '# v{spec.version}: what changed', got {first[:60]!r}"

@@ -1,10 +1,10 @@
-"""Recipes: the ordered stages of an experiment, and which of them this version can run."""
+"""Recipes: the ordered stages of an experiment."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pqk.errors import NotBuilt, nearest
+from pqk.errors import nearest
 
 STAGES = {
     "P": "structured pruning",
@@ -12,8 +12,8 @@ STAGES = {
     "Q": "quantization",
     "PQK": "joint pruning, quantization and distillation",
 }
-BUILT = ("P", "K", "Q")
-"""Stages that this version can run."""
+JOINT = ("PQK",)
+"""The joint recipe; it stands alone."""
 
 
 def check_stages(stages: Sequence[str]) -> tuple[str, ...]:
@@ -32,16 +32,11 @@ def check_stages(stages: Sequence[str]) -> tuple[str, ...]:
 
 def combo_of(stages: Sequence[str]) -> str:
     """What the table calls a recipe: 'Q-only', 'K→Q', 'Joint PQK'."""
-    if tuple(stages) == ("PQK",):
+    if tuple(stages) == JOINT:
         return "Joint PQK"
     return f"{stages[0]}-only" if len(stages) == 1 else "→".join(stages)
 
 
-def ensure_built(stages: Sequence[str], card_id: str) -> None:
-    """Raise NotBuilt (exit code 3) naming the first stage of the card that this version cannot run."""
-    for stage in stages:
-        if stage not in BUILT:
-            raise NotBuilt(
-                f"card {card_id} needs stage {stage} ({STAGES[stage]}), which this version does not offer; "
-                f"built: {', '.join(BUILT)}"
-            )
+def quantizes(stages: Sequence[str]) -> bool:
+    """Whether a recipe ends in a quantized model."""
+    return "Q" in stages or tuple(stages) == JOINT

@@ -60,6 +60,16 @@ SMALLER = {
         r"  stages:[^\n]*\n(    - [^\n]*\n)+": f"{_STAGES}",
         r"validation: \{size: \d+, pairs: \d+\}": "validation: {size: 64, pairs: 2}",
     },
+    "joint.yaml": {
+        r"samples: \{pairs: \d+, size: \d+\}": "samples: {pairs: 2, size: 32}",
+        r"round_to: \d+": "round_to: 32",
+        r"epochs: 4": "epochs: 2",
+        r"  epochs: 10": "  epochs: 4",
+        r"steps_per_epoch: \d+": "steps_per_epoch: 3",
+        r"calibration_images: \d+": "calibration_images: 4",
+        r"  size: \d+": "  size: 32",
+        r"validation: \{size: \d+, pairs: \d+\}": "validation: {size: 64, pairs: 2}",
+    },
 }
 
 

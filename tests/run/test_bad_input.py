@@ -137,8 +137,8 @@ def test_unknown_card_backend_quantizer(project: Path, refused: Refused) -> None
 
 
 def test_what_this_version_or_machine_lacks(project: Path, refused: Refused) -> None:
-    sentence = refused(project, card="G1", code=3)
-    assert "card G1 needs stage PQK (joint pruning, quantization and distillation), which this version" in sentence
+    sentence = refused(project, "--quantizer", "inc", card="G1", code=3)
+    assert "'inc' of backend openvino cannot be trained; take --backend openvino --quantizer nncf" in sentence
     if not registry.get("trt").availability().available:
         sentence = refused(project, backend="trt", code=3)
         assert "backend 'trt' cannot run: " in sentence

@@ -144,7 +144,7 @@ def test_what_is_no_export_is_left_alone(project: Path, tiny_model: Path) -> Non
         (Request("B1", "reference"), None, 2, "has no quantizer"),
         (Request("B1", "reference", "nncf"), "f32", 2, "is not quantized"),
         (Request("B1", "openvinoo"), None, 2, "did you mean 'openvino'?"),
-        (Request("G1", "openvino"), None, 3, "needs stage PQK"),
+        (Request("G1", "openvino", "inc"), None, 3, "cannot be trained"),
     ],
 )
 def test_wrong_input_is_one_sentence(
