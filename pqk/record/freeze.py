@@ -39,7 +39,7 @@ RUNS = "runs.tsv"
 MANIFEST_COLUMNS: dict[str, Kind] = {"kind": "text", "path": "text", "bytes": "int", "sha256": "text"}
 RUN_COLUMNS: dict[str, Kind] = {"file": "text", **COLUMNS}
 UNITS = {"chamfer": "m", "chamfer_accuracy": "m", "chamfer_completeness": "m", "rmse": "m", "reproj_px": "px"}
-UNITS |= {"fps": "pairs/s"}
+UNITS |= {"fps": "pairs/s", "drop_pct": "% of the main metric"}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
 
 
@@ -123,7 +123,7 @@ def differences(row: Row, again: Row, tolerance: float) -> list[str]:
     said = []
     for name in MEASURED:
         old, new = row[name], again[name]
-        if name == "fps":  # a time is of its moment and its machine
+        if name in ("fps", "drop_pct"):  # a time is of its moment; the drop follows from the main metric
             continue
         if (old is None) != (new is None):
             said.append(f"{name} is {new} now, frozen was {old}")
@@ -214,6 +214,7 @@ def _readme(
     commit: str | None,
 ) -> str:
     metrics = list(dict.fromkeys(row["main_metric"] for row in runs))
+    metrics += ["drop_pct"] if any(line["drop_pct_mean"] is not None for line in summary) else []
     metrics += [metric for metric in ("rmse", "delta1", "fps") if metric not in metrics]
     seeds = {(row["train_seed"], row["eval_seed"]) for row in runs}
     devices = sorted({row["device"] for row in runs})

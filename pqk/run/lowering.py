@@ -18,11 +18,15 @@ from pqk.spec.card import Experiment
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the results: the variant, the float variants that its speedups refer to (f32 first), its own columns."""
+    """A row of the results: the variant, the float variants that its speedups refer to (f32 first), its own columns.
+
+    lowered: how a quantized variant was made, 'PTQ' or 'QAT'.
+    """
 
     variant: Variant
     against: Sequence[Variant]
     own: dict[str, Any]
+    lowered: str | None = None
 
 
 @dataclass(frozen=True)
@@ -82,4 +86,5 @@ class Lowering:
         }
         if trained:
             own["gpu_hours"] = (self.columns.get("gpu_hours") or 0.0) + made.hours
-        return Row(Variant(name, self.backend, Precision.INT8, *parts, options), self.floats, own)
+        variant = Variant(name, self.backend, Precision.INT8, *parts, options)
+        return Row(variant, self.floats, own, "QAT" if trained else "PTQ")

@@ -91,6 +91,20 @@ class Outcome:
         return [(v, r) for v, r in rows if v.hashes == self.onnx_float.hashes and v.precision is not Precision.INT8]
 
 
+@dataclass(frozen=True)
+class Made:
+    """A run up to where its candidate is chosen: what its stages made, and how that scores. Nothing is timed yet.
+
+    outcome: without records. rows: Teacher first, candidate last. scored: by the name of the variant. common: the
+    columns that all records share.
+    """
+
+    outcome: Outcome
+    rows: list[Row]
+    scored: dict[str, dict[str, Any]]
+    common: dict[str, Any]
+
+
 def run(
     request: Request, root: Path, on_event: OnEvent, say: Callable[[str], None], log: Path | None = None
 ) -> Outcome:
@@ -122,9 +136,49 @@ def _run(
 ) -> Outcome:
     """See `run`. `known` gets what a record of a failure tells, once the stages begin."""
     began = time.monotonic()
+    made = make(request, root, on_event, say, log, known)
+    outcome, rows, scored = made.outcome, made.rows, made.scored
+    evaluation, recipe = outcome.experiment.evaluation, outcome.experiment.card.recipe if request.recipe else ()
+    timed, memory = _time(outcome, scored, say)
+
+    measured = Measurements(rows[0].variant, scored, timed, memory)
+    for row in rows:
+        variant, metrics = row.variant, evaluation.quality.metrics
+        record = measured_record(made.common | row.own, measured, variant, row.against, outcome.truthful, metrics)
+        if variant.precision is Precision.INT8:
+            if timed is None:
+                record["notes"] += planned_shares(scored[variant.name]["executed"])
+            record |= judged(record, evaluation.thresholds, recipe)
+        elif record["role"] == "candidate":
+            lost = outcome.trained[-1].reason if outcome.trained[-1].failed else None
+            record |= judged_float(record, evaluation.thresholds, recipe, lost)
+        if record["role"] == "candidate":
+            record["wall_s"] = round(time.monotonic() - began, 1)
+            record["notes"] = "; ".join([*filter(None, [record["notes"]]), *request.moves]) or None
+        validate(record)
+        outcome.records.append(record)
+    for record in outcome.records:
+        write_record(root / "logs", record)
+    say(f"{len(outcome.records)} records in {paths.shown(root / 'logs')}")
+    return outcome
+
+
+def make(
+    request: Request,
+    root: Path,
+    on_event: OnEvent,
+    say: Callable[[str], None],
+    log: Path | None = None,
+    known: dict[str, Any] | None = None,
+) -> Made:
+    """Make or reuse everything of a run that its candidate stands on, score it, and choose the candidate.
+
+    log, known: see `run` and `_run`; without `known` nothing is written to logs/. Raises what `run` raises.
+    """
     experiment = asked_experiment(request, root)
     card, workload, evaluation = experiment.card, experiment.workload, experiment.evaluation
-    check_writable(root / "logs")
+    if known is not None:
+        check_writable(root / "logs")
     backend = usable_backend(request.backend)
     recipe = card.recipe if request.recipe else ()
     quantizer = chosen_quantizer(backend, request.quantizer, experiment.quant.ptq) if "Q" in recipe else None
@@ -168,7 +222,8 @@ def _run(
     calibration: Scenes | None = None
     if quantizer is not None:
         calibration = stages.calibration_images(ctx, workload.calibration, workload, root)
-    known |= planned[-1]
+    if known is not None:
+        known |= planned[-1]
     graphs = stages.export_graphs(ctx, module, teacher.sha256, height, width)
     common |= {"status": "ok", "role": request.role, **_parameters(module)}
     min_conf = lowest_confidence(module.config)
@@ -225,28 +280,7 @@ def _run(
     scored = {variant.name: outcome.score(variant) for variant in variants}
     if lowering is not None and request.qat and truthful and lowering.trainable:
         _train_if_it_drops(outcome, lowering, rows, scored, drop_limit(recipe, evaluation.thresholds), say)
-    timed, memory = _time(outcome, scored, say)
-
-    measured = Measurements(teachers[0], scored, timed, memory)
-    for row in rows:
-        variant, metrics = row.variant, evaluation.quality.metrics
-        record = measured_record(common | row.own, measured, variant, row.against, truthful, metrics)
-        if variant.precision is Precision.INT8:
-            if timed is None:
-                record["notes"] += planned_shares(scored[variant.name]["executed"])
-            record |= judged(record, evaluation.thresholds, recipe)
-        elif record["role"] == "candidate":
-            lost = trained[-1].reason if trained[-1].failed else None
-            record |= judged_float(record, evaluation.thresholds, recipe, lost)
-        if record["role"] == "candidate":
-            record["wall_s"] = round(time.monotonic() - began, 1)
-            record["notes"] = "; ".join([*filter(None, [record["notes"]]), *request.moves]) or None
-        validate(record)
-        outcome.records.append(record)
-    for record in outcome.records:
-        write_record(root / "logs", record)
-    say(f"{len(outcome.records)} records in {paths.shown(root / 'logs')}")
-    return outcome
+    return Made(outcome, rows, scored, common)
 
 
 def _train_if_it_drops(
