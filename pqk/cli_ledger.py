@@ -114,6 +114,10 @@ def freeze(
     name: Annotated[str, typer.Argument(help="folder in deliverables/, which must not exist")],
     files: Annotated[list[Path] | None, typer.Argument(help="the .tsv files; default: all of --results")] = None,
     results: _Results = None,
+    plan: Annotated[
+        str | None, typer.Option(help="a plan: its ledgers, the records of its runs, its ablations; for `page`")
+    ] = None,
+    backend: Annotated[str | None, typer.Option(help="with --plan; default: the one it was carried out with")] = None,
 ) -> None:
     """Write deliverables/NAME: all runs, their statistics, figures, README.md and manifest.tsv with every sha256.
 
@@ -121,7 +125,23 @@ def freeze(
     """
     from pqk.run.ledger_command import freeze_results as work
 
-    raise typer.Exit(work(name, files or [], results))
+    raise typer.Exit(work(name, files or [], results, plan, backend))
+
+
+@app.command()
+def page(
+    name: Annotated[str, typer.Argument(help="folder in deliverables/, frozen with --plan")],
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="the .md file, its figures beside it; default: docs/results.md")
+    ] = None,
+) -> None:
+    """Write the page of a campaign: a row per recipe, figures, ablations, what was not run yet, the commands.
+
+    Exit codes: 0 ok, 1 the deliverable was changed, 2 there is none, or it was frozen without a plan.
+    """
+    from pqk.run.ledger_command import page as work
+
+    raise typer.Exit(work(name, out))
 
 
 @app.command()

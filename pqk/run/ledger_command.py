@@ -154,19 +154,40 @@ def _show(summary: Sequence[Row], metric: str) -> None:
     Console().print(table)
 
 
-def freeze_results(name: str, files: Sequence[Path], results: Path | None) -> int:
+def freeze_results(
+    name: str, files: Sequence[Path], results: Path | None, plan: str | None = None, backend: str | None = None
+) -> int:
     """`pqk ledger freeze`: the deliverable's folder is the last line of stdout."""
+    from pqk.run.campaign import gather
     from pqk.run.prepare import commit_of
 
     root = paths.project_root()
     folder = root / "deliverables" / freeze.safe_name(name, "deliverable")
     if files and results:
         raise PqkError("give either files or --results, not both")
+    if plan and (files or results):
+        raise PqkError("--plan knows its files: give neither files nor --results")
+    if backend and not plan:
+        raise PqkError("--backend goes with --plan")
+    more: dict[str, bytes] = {}
+    if plan:
+        files, more = gather(plan, root, backend)
     tables = freeze.tables_of(files) if files else ledger.read_results(results or root / "results")
-    for note in freeze.freeze(folder, tables, commit_of(root)):
+    for note in freeze.freeze(folder, tables, commit_of(root), more):
         print(printable(note))
     print(f"sha256 of {freeze.MANIFEST}: {sha256_file(folder / freeze.MANIFEST)}")
     print(paths.shown(folder))
+    return EXIT_OK
+
+
+def page(name: str, out: Path | None) -> int:
+    """`pqk ledger page`: the page is the last line of stdout, its figures the lines before it."""
+    from pqk.report.page import write_page
+
+    root = paths.project_root()
+    folder = root / "deliverables" / freeze.safe_name(name, "deliverable")
+    for path in write_page(folder, out or root / "docs" / "results.md"):
+        print(paths.shown(path))
     return EXIT_OK
 
 

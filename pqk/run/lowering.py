@@ -20,13 +20,14 @@ from pqk.spec.card import Experiment
 class Row:
     """A row of the results: the variant, the float variants that its speedups refer to (f32 first), its own columns.
 
-    lowered: how a quantized variant was made, 'PTQ' or 'QAT'.
+    lowered: how a quantized variant was made, 'PTQ' or 'QAT'; hours: device hours that this took.
     """
 
     variant: Variant
     against: Sequence[Variant]
     own: dict[str, Any]
     lowered: str | None = None
+    hours: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -81,10 +82,9 @@ class Lowering:
             "bits_a": ptq.bits_a,
             "keep_list": list(ptq.keep_list),
             "images_calibration": made.images,
+            "gpu_hours": (self.columns.get("gpu_hours") or 0.0) + made.hours,
             "notes": "; ".join(filter(None, (self.columns.get("notes"), made.notes))),
             "hashes": {**self.columns["hashes"], "calibration": self.calibration.sha256},
         }
-        if trained:
-            own["gpu_hours"] = (self.columns.get("gpu_hours") or 0.0) + made.hours
         variant = Variant(name, self.backend, Precision.INT8, *parts, options)
-        return Row(variant, self.floats, own, "QAT" if trained else "PTQ")
+        return Row(variant, self.floats, own, "QAT" if trained else "PTQ", made.hours)

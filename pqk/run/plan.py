@@ -89,6 +89,12 @@ def progress(plan: Plan, steps: Sequence[Step], root: Path) -> list[Progressed]:
     return found
 
 
+def asked_backend(plan: Plan, root: Path) -> str | None:
+    """The backend that a plan was last carried out with; None when it never was."""
+    asked = _read(folder_of(plan.name, root))["asked"]
+    return str(asked["backend"]) if asked else None
+
+
 def run_plan(
     plan: Plan,
     steps: Sequence[Step],
@@ -182,7 +188,8 @@ def commands(step: Step, asked: Asked, rollback: bool = True) -> list[list[str]]
         if seeds:
             from pqk.run.prepare import SHIPPED  # it imports torch, which `pqk plan status` can do without
 
-            words = [asked.model or SHIPPED.as_posix(), "--card", TEACHER_CARD, *backend, *seeds]
+            out = ["-o", f"results/{step.id}.{asked.backend}.tsv"]
+            words = [asked.model or SHIPPED.as_posix(), "--card", TEACHER_CARD, *backend, *seeds, *out]
             found.append([*python, "-m", "pqk.cli", "ledger", "eval", *words])
         return found
     model = ["--model", asked.model] if asked.model else []

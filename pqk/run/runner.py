@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,19 @@ class Outcome:
     onnx_float: Variant  # its exported float graphs on ONNX Runtime
     trained: Sequence[Trained]  # the stages P and K
     scoring: Mapping[str, Any]  # what every variant is scored on and how; see `pqk.run.evaluate`
+    lowered: Sequence[Row] = ()  # what stage Q made: by PTQ, and by QAT where that was called for
+
+    @property
+    def hours(self) -> dict[str, float]:
+        """Device hours of each stage of the recipe, by its letter; PTQ and QAT are both Q."""
+        hours = {stage.method: stage.hours for stage in self.trained}
+        return hours | ({"Q": sum(row.hours for row in self.lowered)} if self.lowered else {})
+
+    @property
+    def paid(self) -> dict[str, float]:
+        """Device hours of everything that was made, by what it is: what two runs share is in both under one name."""
+        hours = {stage.model.path: stage.hours for stage in self.trained}
+        return hours | {str(row.variant.encoder.path): row.hours for row in self.lowered}
 
     def score(self, variant: Variant, keep: Sequence[str] | None = None) -> dict[str, Any]:
         """Quality of any variant on the scenes of this run; without ground truth against this run's Teacher in f32.
@@ -280,6 +293,7 @@ def make(
     scored = {variant.name: outcome.score(variant) for variant in variants}
     if lowering is not None and request.qat and truthful and lowering.trainable:
         _train_if_it_drops(outcome, lowering, rows, scored, drop_limit(recipe, evaluation.thresholds), say)
+    outcome = replace(outcome, lowered=[row for row in rows if row.lowered])
     return Made(outcome, rows, scored, common)
 
 

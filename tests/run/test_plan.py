@@ -227,7 +227,9 @@ def test_commands_of_a_campaign(toys: Path) -> None:
         "ledger finalize --card D1 --backend openvino --set workload.seeds.train=1",
     ]
     teacher = commands(steps["Baseline"], Asked("openvino"), plan.rollback)[1]
-    assert " ".join(teacher[4:]) == "ledger eval models/dust3r-tiny --card B1 --backend openvino --eval-seeds 0..4"
+    assert " ".join(teacher[4:]) == (
+        "ledger eval models/dust3r-tiny --card B1 --backend openvino --eval-seeds 0..4 -o results/Baseline.openvino.tsv"
+    )
     assert [words[4] for words in commands(steps["H1"], Asked("openvino"), plan.rollback)] == ["run"]
 
 
