@@ -20,11 +20,11 @@ def test_parts_add_up(tmp_path: Path) -> None:
     first.keep(now=True)
     time.sleep(0.05)  # lost with the process
     second = Clock(tmp_path)
-    assert 0.05 <= second.seconds < 0.09 + (first.seconds - 0.1)
+    assert 0.05 <= second.seconds < first.seconds
     with pytest.raises(KeyError), clock(tmp_path):
         time.sleep(0.05)
         raise KeyError("its hours are spent")
-    assert 0.1 <= Clock(tmp_path).seconds
+    assert Clock(tmp_path).seconds >= 0.1
     (tmp_path / "clock.json").write_text("{")
     assert Clock(tmp_path).seconds < 0.05
 
