@@ -100,7 +100,7 @@ def _drop(recipes: Sequence[Recipe]) -> Figure | None:
     _grid(axis)
     axis.set_xlabel(
         "drop of the main metric against the Teacher (%), lower is better\n"
-        "mean ± std, strokes: single runs, red: at most this much"
+        "mean ± std; strokes: single runs; orange: at most this much"
     )
     return figure
 

@@ -1,4 +1,4 @@
-"""The page of a campaign out of a frozen deliverable: every planned run is on it, its numbers are of records and rows."""
+"""The page of a campaign out of a frozen deliverable: every planned run is on it, all numbers of records and rows."""
 
 from __future__ import annotations
 
