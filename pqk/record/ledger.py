@@ -93,14 +93,15 @@ IDENTITY = (
     "quantizer",
     "precision",
     "device",
+    "isa",
     "workload_sha256",
     "eval_sha256",
     "config_sha256",
 )
 """Two rows that agree in all of these are the same run; the newer one replaces the older."""
-RESULT = ("card", "train_seed", "eval_seed", "backend", "device", "settings")
+RESULT = ("card", "train_seed", "eval_seed", "backend", "device", "isa", "settings")
 """Two rows of a recipe's own result that agree in these are the same run, whatever the recipe came to."""
-VARIANT = ("card", "backend", "quantizer", "precision", "device", "measured", "config_sha256")
+VARIANT = ("card", "backend", "quantizer", "precision", "device", "isa", "measured", "config_sha256")
 """What runs must share before a mean over them says something."""
 DIGESTS = ("workload_sha256", "eval_sha256")
 """What runs must share before they may stand in one table at all."""
@@ -136,13 +137,14 @@ def _order(row: Mapping[str, Any]) -> tuple[Any, ...]:
 def add_row(path: Path, row: Row, same: Sequence[str] = IDENTITY) -> None:
     """Put a row into the file, where it replaces an older one of the same run; other processes may do so as well.
 
-    same: the columns in which two rows of the same run agree, IDENTITY or RESULT.
+    same: further columns that tell the same run: RESULT.
     Raises PqkError when the file is there and is no ledger, or holds rows of another workload or evaluation.
     """
     with _alone(path.parent):
         rows = read_rows(path) if path.exists() else []
         refuse_mixed([(path, rows), (path, [row])])
-        write_rows(path, [*(old for old in rows if any(old[name] != row[name] for name in same)), row])
+        others = [old for old in rows if identity(old) != identity(row) and any(old[n] != row[n] for n in same)]
+        write_rows(path, [*others, row])
 
 
 @contextlib.contextmanager

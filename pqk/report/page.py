@@ -106,7 +106,6 @@ def recipes_of(plan: dict[str, Any], records: dict[str, Record], rows: Sequence[
         planned = [run for run in plan["rows"] if run["card"] == card]
         runs = [(run, records[run["candidate"]], _teacher(run, records)) for run in planned if run["candidate"]]
         seeds = {(run["train_seed"], seed) for run in planned for seed in run["eval_seeds"]}
-        settings = {run["settings"] for run in planned} | {None}
         own = [
             row
             for row in rows
@@ -114,7 +113,7 @@ def recipes_of(plan: dict[str, Any], records: dict[str, Record], rows: Sequence[
             and row["backend"] == plan["backend"]
             and row["teacher_sha256"] is not None  # a recipe's own result, and no other checkpoint
             and (row["train_seed"], row["eval_seed"]) in seeds
-            and row["settings"] in settings
+            and row["settings"] is None  # the card as it stands
         ]
         for precision in dict.fromkeys([*(r["precision"] for _, r, _ in runs), *(row["precision"] for row in own)]):
             chosen = [run for run in runs if run[1]["precision"] == precision]
@@ -202,7 +201,7 @@ def _conditions(plan: dict[str, Any], records: dict[str, Record], rows: Sequence
         f"- Device of all times: {markdown_cell('; '.join(told))}",
         f"- Backend: {plan['backend']}{f'; {markdown_cell(versions)}' if versions else ''}",
         f"- Evaluated from {min(row['datetime'] for row in rows)[:10]} to {max(row['datetime'] for row in rows)[:10]}, "
-        f"{len({row['scenes_sha256'] for row in rows})} draws of scenes, {rows[0]['pairs']} pairs in the first",
+        f"draws of scenes: {len({row['scenes_sha256'] for row in rows})}, pairs in the first: {rows[0]['pairs']}",
         *(["- Some engines were emulated: those rows have no times"] if emulated else []),
         "",
     ]

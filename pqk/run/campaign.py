@@ -18,7 +18,7 @@ from pqk.record.log import read_records, record_filename
 from pqk.run.plan import Progressed, asked_backend, progress
 from pqk.run.verdict import drop_limit
 from pqk.spec.card import Experiment, resolve
-from pqk.spec.plan import TRAIN_SEED, Step, load_plan, ordered
+from pqk.spec.plan import Step, load_plan, ordered
 
 Record = dict[str, Any]
 RECORDS, ABLATION = "records", "ablation"
@@ -76,7 +76,6 @@ def _row(item: Progressed, experiment: Experiment | None, records: dict[str, Rec
         "what": step.what,
         "matrix": bool(step.card and step.card.matrix),
         "train_seed": seed,
-        "settings": json.dumps({TRAIN_SEED: step.train_seed}) if step.train_seed is not None else None,
         "eval_seeds": list(parse_seeds(step.eval_seeds)) if step.eval_seeds else [],
         "drop_limit_pct": drop_limit(experiment.card.recipe, experiment.evaluation.thresholds) if experiment else None,
         "status": item.status,

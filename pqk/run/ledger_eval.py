@@ -62,10 +62,10 @@ from pqk.run.stages import ENGINE_VARIANTS, Context, Scenes
 from pqk.run.store import OnEvent, Store
 from pqk.run.variants import Variant
 from pqk.spec.card import Experiment
+from pqk.spec.plan import TRAIN_SEED
 from pqk.spec.workload import SYNTHETIC, SceneList, Workload
 
 _SCORED_BY = "pqk.run.evaluate"
-TRAIN_SEED = "workload.seeds.train"
 _ALIASES = {"fp32": "f32", "fp16": "f16"}
 
 
@@ -132,6 +132,7 @@ class Bench:
         self.cached = store is None  # compiled models are kept only beside the project's own store
         if store is not None:
             self.ctx = replace(self.ctx, store=store)
+        others = {name: value for name, value in settings.items() if name != TRAIN_SEED}  # which has a column
         sources = (_SCORED_BY, *getattr(self.backend, "sources", ()))
         self.known: Row = dict.fromkeys(COLUMNS) | {
             "card": self.experiment.card.id,
@@ -143,7 +144,7 @@ class Bench:
             "workload_sha256": workload_digest(self.ctx, self.experiment.workload, root),
             "eval_sha256": sha256_json(self.experiment.evaluation.quality.model_dump(mode="json")),
             "code_sha256": stages.code_of(*sources),
-            "settings": json.dumps(settings, sort_keys=True) if settings else None,
+            "settings": json.dumps(others, sort_keys=True) if others else None,
         }
         self.made: Made | None = None
         self.teacher: Variant | None = None

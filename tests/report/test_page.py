@@ -122,7 +122,6 @@ def planned(name: str, card: str | None, seed: int | None = 0, **more: Any) -> d
         "what": "a",
         "matrix": False,
         "train_seed": seed,
-        "settings": None,
         "eval_seeds": [0, 1],
         "drop_limit_pct": 1.0,
         "status": "done",
