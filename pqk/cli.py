@@ -159,10 +159,12 @@ def export(
 
 @app.command()
 def plan(
-    name: Annotated[str, typer.Argument(help="minimal, medium, best or your own (schedule/plans); or: status")],
+    name: Annotated[
+        str, typer.Argument(help="minimal, medium, best, results or your own (schedule/plans); or: status")
+    ],
     of: Annotated[str | None, typer.Argument(help="after status: the plan; default: all")] = None,
     rate: Annotated[float | None, typer.Option(min=0, help="dollars per hour; default: the plan's, 6.88")] = None,
-    device: Annotated[str, typer.Option(help="H100 or A100: whose hours are shown")] = "H100",
+    device: Annotated[str | None, typer.Option(help="H100 or A100: whose hours are shown; default: the plan's")] = None,
     execute: Annotated[bool, typer.Option("--run", help="carry it out; what is done is not run again")] = False,
     backend: Annotated[str | None, typer.Option(help="with --run: as in `pqk run`")] = None,
     model: Annotated[str | None, typer.Option(help="with --run: as in `pqk run`")] = None,

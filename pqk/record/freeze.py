@@ -5,13 +5,15 @@ deliverables/NAME/summary.tsv    mean and sample standard deviation: per file an
 deliverables/NAME/figures/       mean and standard deviation of each metric
 deliverables/NAME/README.md      what this is, and the main numbers
 deliverables/NAME/manifest.tsv   sha256 of all of these, and of the checkpoints (which are not copied)
+
+and of a plan what `pqk.run.campaign` gathers: plan.json, records/, ablation/
 """
 
 from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,7 +41,12 @@ RUNS = "runs.tsv"
 MANIFEST_COLUMNS: dict[str, Kind] = {"kind": "text", "path": "text", "bytes": "int", "sha256": "text"}
 RUN_COLUMNS: dict[str, Kind] = {"file": "text", **COLUMNS}
 UNITS = {"chamfer": "m", "chamfer_accuracy": "m", "chamfer_completeness": "m", "rmse": "m", "reproj_px": "px"}
-UNITS |= {"fps": "pairs/s"}
+UNITS |= {"fps": "pairs/s", "drop_pct": "% of the main metric"}
+_ABOUT = {
+    "plan.json": "what was planned, and how far each run is",
+    "records": "a record of `pqk run`: Teacher, baseline or candidate",
+    "ablation": "a table or figure of the ablations",
+}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
 
 
@@ -52,11 +59,17 @@ def safe_name(name: str, what: str) -> str:
     return name
 
 
-def freeze(folder: Path, tables: Sequence[tuple[Path, Sequence[Row]]], commit: str | None) -> list[str]:
+def freeze(
+    folder: Path,
+    tables: Sequence[tuple[Path, Sequence[Row]]],
+    commit: str | None,
+    more: Mapping[str, bytes] | None = None,
+) -> list[str]:
     """Write the deliverable, whole or not at all; returns what was not pooled, and why.
 
     `folder`: .../deliverables/NAME, which must not exist; `tables`: see `ledger.read_results`; `commit`: of the
-    project, for the README. Raises PqkError for an unsafe name, one that is taken, and what `summarise_files` refuses.
+    project, for the README; `more`: contents of further files, by relative name. Raises PqkError for an unsafe name,
+    one that is taken, and what `summarise_files` refuses.
     """
     name = safe_name(folder.name, "deliverable")
     refuse_mixed(tables)
@@ -67,7 +80,11 @@ def freeze(folder: Path, tables: Sequence[tuple[Path, Sequence[Row]]], commit: s
         write_table(new / "summary.tsv", SUMMARY, summary)
         (new / "figures").mkdir()
         drawn = draw(runs, summary, new / "figures")
-        (new / "README.md").write_text(_readme(name, runs, summary, notes, drawn, commit), encoding="utf-8")
+        for name_of, content in (more or {}).items():
+            (new / name_of).parent.mkdir(parents=True, exist_ok=True)
+            (new / name_of).write_bytes(content)
+        text = _readme(name, runs, summary, notes, drawn, commit, sorted(more or {}))
+        (new / "README.md").write_text(text, encoding="utf-8")
         write_table(new / MANIFEST, MANIFEST_COLUMNS, [*_files(new), *_checkpoints(runs)])
     return notes
 
@@ -123,7 +140,7 @@ def differences(row: Row, again: Row, tolerance: float) -> list[str]:
     said = []
     for name in MEASURED:
         old, new = row[name], again[name]
-        if name == "fps":  # a time is of its moment and its machine
+        if name in ("fps", "drop_pct"):  # a time is of its moment; the drop follows from the main metric
             continue
         if (old is None) != (new is None):
             said.append(f"{name} is {new} now, frozen was {old}")
@@ -212,8 +229,10 @@ def _readme(
     notes: Sequence[str],
     figures: Sequence[str],
     commit: str | None,
+    more: Sequence[str],
 ) -> str:
     metrics = list(dict.fromkeys(row["main_metric"] for row in runs))
+    metrics += ["drop_pct"] if any(line["drop_pct_mean"] is not None for line in summary) else []
     metrics += [metric for metric in ("rmse", "delta1", "fps") if metric not in metrics]
     seeds = {(row["train_seed"], row["eval_seed"]) for row in runs}
     devices = sorted({row["device"] for row in runs})
@@ -246,6 +265,7 @@ def _readme(
         "| `summary.tsv` | mean and std of every metric: per file and train seed, per file, over all files |",
         "| `manifest.tsv` | sha256 of each file here, and of the checkpoints, which are not copied |",
         *(f"| `figures/{figure}` | {figure.removesuffix('.png')}: mean and std, and every run |" for figure in figures),
+        *(f"| `{name_of}` | {_ABOUT.get(name_of.partition('/')[0], 'of the plan')} |" for name_of in more),
         "",
         "Digests that all runs share:",
         "",

@@ -33,7 +33,8 @@ METRICS = (
 )
 """Quality, as `pqk.measure.quality.summarise` gives it."""
 
-MEASURED = (*METRICS, "fps")
+MEASURED = (*METRICS, "drop_pct", "fps")
+"""What has a mean and a spread. drop_pct: see `COLUMNS`."""
 HIGHER_IS_BETTER = ("delta1", "fps")
 
 COLUMNS: dict[str, Kind] = {
@@ -42,17 +43,23 @@ COLUMNS: dict[str, Kind] = {
     "eval_seed": "int",
     "main_metric": "text",
     **dict.fromkeys(METRICS, "float"),
+    "drop_pct": "float",  # loss of main_metric against the Teacher in f32 on the same scenes, percent
     "fps": "float",  # pairs per second, measured; null where it was not
     "pairs": "int",
     "scenes": "text",  # what the eval seed drew
     "scenes_sha256": "text",
     "checkpoint": "text",
-    "checkpoint_sha256": "text",
+    "checkpoint_sha256": "text",  # of a quantized result: of its graphs, as hashes.engine of a record
+    "float_sha256": "text",  # of a quantized result: the float checkpoint that it came from
+    "teacher_sha256": "text",  # whom drop_pct refers to
     "params": "int",
     "backend": "text",
     "quantizer": "text",
     "device": "text",
+    "isa": "text",  # instruction sets that the backend uses there
+    "cores": "int",
     "precision": "text",
+    "lowered": "text",  # of a quantized result: PTQ or QAT
     "measured": "text",  # engine or emulated
     "workload_sha256": "text",  # of what is fed, seeds aside
     "eval_sha256": "text",  # of how quality is computed
@@ -63,7 +70,18 @@ COLUMNS: dict[str, Kind] = {
     "datetime": "text",
     "output": "text",  # folder with the scores of each pair
 }
-_MAY_BE_NULL = (*METRICS, "fps", "quantizer", "settings", "commit", "output")
+_MAY_BE_NULL = (
+    *MEASURED,
+    "float_sha256",
+    "teacher_sha256",
+    "quantizer",
+    "isa",
+    "cores",
+    "lowered",
+    "settings",
+    "commit",
+    "output",
+)
 REQUIRED = tuple(name for name in COLUMNS if name not in _MAY_BE_NULL)
 
 IDENTITY = (
@@ -75,12 +93,15 @@ IDENTITY = (
     "quantizer",
     "precision",
     "device",
+    "isa",
     "workload_sha256",
     "eval_sha256",
     "config_sha256",
 )
 """Two rows that agree in all of these are the same run; the newer one replaces the older."""
-VARIANT = ("card", "backend", "quantizer", "precision", "device", "measured", "config_sha256")
+RESULT = ("card", "train_seed", "eval_seed", "backend", "device", "isa", "settings")
+"""Two rows of a recipe's own result that agree in these are the same run, whatever the recipe came to."""
+VARIANT = ("card", "backend", "quantizer", "precision", "device", "isa", "measured", "config_sha256")
 """What runs must share before a mean over them says something."""
 DIGESTS = ("workload_sha256", "eval_sha256")
 """What runs must share before they may stand in one table at all."""
@@ -113,15 +134,17 @@ def _order(row: Mapping[str, Any]) -> tuple[Any, ...]:
     return (*(str(row[name] or "") for name in (*VARIANT, "checkpoint_sha256")), row["train_seed"], row["eval_seed"])
 
 
-def add_row(path: Path, row: Row) -> None:
+def add_row(path: Path, row: Row, same: Sequence[str] = IDENTITY) -> None:
     """Put a row into the file, where it replaces an older one of the same run; other processes may do so as well.
 
+    same: further columns that tell the same run: RESULT.
     Raises PqkError when the file is there and is no ledger, or holds rows of another workload or evaluation.
     """
     with _alone(path.parent):
         rows = read_rows(path) if path.exists() else []
         refuse_mixed([(path, rows), (path, [row])])
-        write_rows(path, [*(old for old in rows if identity(old) != identity(row)), row])
+        others = [old for old in rows if identity(old) != identity(row) and any(old[n] != row[n] for n in same)]
+        write_rows(path, [*others, row])
 
 
 @contextlib.contextmanager

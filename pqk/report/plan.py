@@ -21,7 +21,7 @@ def plan_data(plan: Plan, steps: Sequence[Step], device: str, rate: float | None
     Dollars are null where no rate is known: a plan knows that of its own device.
     """
     price = rate_on(plan, device, rate)
-    all_hours = [hours_on(device, step.hours) for step in steps]
+    all_hours = [(s.hours, s.hours) if device == plan.device else hours_on(device, s.hours) for s in steps]
     return {
         "plan": plan.name,
         "title": plan.title,
@@ -36,6 +36,8 @@ def plan_data(plan: Plan, steps: Sequence[Step], device: str, rate: float | None
                 "combo": step.combo or None,
                 "what": step.what,
                 "requires": list(step.requires),
+                "train_seed": step.train_seed,
+                "eval_seeds": step.eval_seeds,
                 "hours": list(hours),
                 "cost": _list(cost(hours, price)),
             }

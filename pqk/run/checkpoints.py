@@ -6,30 +6,46 @@ import json
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from backends.base import Graph, sha256_files
 from pqk import paths
 from pqk.errors import PqkError
 from pqk.files import clear_write_errors, sha256_file, sha256_json, whole_folder, write_json
 from pqk.models.checkpoint import CARD, CONFIG, load_model
 from pqk.record.freeze import safe_name
 from pqk.run.prepare import commit_of, count_parameters
+from pqk.run.variants import graph_from_json, graph_to_json
 
 FINALIZED = "finalized"
 """The part of a model card that `finalize` writes."""
 
 
+GRAPHS = "graphs.json"
+FLOAT = "float"
+"""A kept quantized result: its graphs and what describes them, and the folder of the float checkpoint behind them."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint on disk. `path` is what `load_model` takes: a folder, or an official .pth file."""
+    """A checkpoint on disk. `path` is what `load_model` takes: a folder, or an official .pth file; of a quantized
+    result the float checkpoint that it came from.
+    """
 
     path: Path
     name: str
-    sha256: str  # of the names and bytes of its files: `hashes.model` of a record
+    sha256: str  # of the names and bytes of its files: `hashes.model` of a record; of a result see `Bench`
     card: Mapping[str, Any]  # model_card.json; empty without one
+    folder: Path  # what `open_checkpoint` takes
+
+    @property
+    def result(self) -> Mapping[str, Any] | None:
+        """Of a kept quantized result: backend, quantizer, precision, lowered (PTQ or QAT), float_sha256; else None."""
+        found = self.card.get(FINALIZED, {}).get("result")
+        return found if isinstance(found, Mapping) else None
 
     @property
     def train_seed(self) -> int | None:
@@ -63,19 +79,44 @@ def open_checkpoint(asked: str | Path, root: Path) -> Checkpoint:
     if not path.exists():
         raise PqkError(f"no checkpoint {str(asked)!r}: neither a file, nor a folder, nor a name in outputs/checkpoints")
     card = _read_card(path / CARD) if (path / CARD).is_file() else {}
-    loadable, files = _files(path)
-    digest = sha256_json({file.name: sha256_file(file) for file in files})
+    loadable, digest = _read(path)
     finalized = card.get(FINALIZED, {})
     if finalized and finalized.get("checkpoint_sha256") != digest:
         raise PqkError(
             f"{path} was changed after it was finalized: its sha256 is {digest}, its model card tells "
             f"{finalized.get('checkpoint_sha256')}"
         )
-    weights = [file for file in files if file.suffix == ".safetensors"]
+    weights = sorted(path.glob("*.safetensors")) if path.is_dir() else []
     if isinstance(card.get("sha256"), str) and card["sha256"] not in {sha256_file(file) for file in weights}:
         raise PqkError(f"{path / CARD} tells of other weights (sha256 {card['sha256']}) than those beside it")
     name = path.resolve().name if path.is_dir() else path.resolve().stem
-    return Checkpoint(loadable.resolve(), name, digest, card)
+    return Checkpoint(loadable.resolve(), name, digest, card, path.resolve())
+
+
+def _read(path: Path) -> tuple[Path, str]:
+    """What `load_model` takes, and the sha256 of the checkpoint or quantized result that lies there."""
+    if (path / GRAPHS).is_file():
+        return path / FLOAT, sha256_json({name: graph.sha256 for name, graph in _graphs(path).items()})
+    loadable, files = _files(path)
+    return loadable, sha256_json({file.name: sha256_file(file) for file in files})
+
+
+def _graphs(folder: Path) -> dict[str, Graph]:
+    """The graphs of a kept result with their digests as they are now. Raises PqkError."""
+    try:
+        told = json.loads((folder / GRAPHS).read_text(encoding="utf-8"))
+        found = {name: graph_from_json({**told[name], "path": folder / told[name]["path"]}) for name in told}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise PqkError(f"{folder / GRAPHS} does not describe graphs: {str(error)[:120]}") from error
+    missing = next((graph.path for graph in found.values() if not graph.path.is_file()), None)
+    if missing is not None or found.keys() != {"encoder", "decoder"}:
+        raise PqkError(f"{folder} is no quantized result: it lacks {missing.name if missing else 'a graph'}")
+    return {name: replace(graph, sha256=sha256_files(graph.files())) for name, graph in found.items()}
+
+
+def kept_graphs(checkpoint: Checkpoint) -> dict[str, Graph]:
+    """The graphs of a quantized result that was kept."""
+    return _graphs(checkpoint.folder)
 
 
 def _files(path: Path) -> tuple[Path, list[Path]]:
@@ -111,6 +152,8 @@ def finalize(
     seed or card) has, and a train seed that the model card contradicts.
     """
     found = open_checkpoint(asked, root)
+    if found.result is not None:
+        raise PqkError(f"{found.name} is a kept result already")
     seed = agreed_seed(found, train_seed)
     task_card = task_card or found.task_card
     if name is None:
@@ -145,11 +188,55 @@ def finalize(
             "train_seed": seed,
             "card": task_card,
             "source": paths.shown(found.path, root),
-            "commit": commit_of(root),
-            "datetime": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            **_stamp(root),
         }
         write_json(new / CARD, {**found.card, FINALIZED: about})
     return open_checkpoint(target, root), True
+
+
+def keep_result(
+    root: Path, float_model: Path, float_sha256: str, graphs: Mapping[str, Graph], about: Mapping[str, Any], name: str
+) -> tuple[Checkpoint, bool]:
+    """Keep a quantized result in outputs/checkpoints/NAME: its graphs, and in float/ the checkpoint they came from.
+
+    about: what the model card tells besides digests: card, train_seed, params, result. Returns it, and whether it is
+    new. Raises PqkError for a name that another checkpoint has, and for files that change while they are copied.
+    """
+    digest = sha256_json({part: graph.sha256 for part, graph in graphs.items()})
+    target = folder_of(root) / safe_name(name, "checkpoint")
+    if target.is_dir():
+        there = open_checkpoint(target, root)
+        if (there.sha256, there.train_seed, there.task_card) != (digest, about["train_seed"], about["card"]):
+            raise PqkError(f"{paths.shown(target, root)} holds another checkpoint already; choose another --name")
+        return there, False
+    with whole_folder(target) as new, clear_write_errors(target):
+        told = {}
+        for part, graph in graphs.items():
+            for file in graph.files():
+                shutil.copyfile(file, new / file.name)
+            told[part] = {**graph_to_json(graph), "path": graph.path.name}
+        write_json(new / GRAPHS, told)
+        (new / FLOAT).mkdir()
+        _, files = _files(float_model)
+        for file in files:
+            shutil.copyfile(file, new / FLOAT / file.name)
+        if (
+            _read(new)[1] != digest
+            or sha256_json({f.name: sha256_file(new / FLOAT / f.name) for f in files}) != float_sha256
+        ):
+            raise PqkError(f"{float_model} or its graphs were changed while they were copied; run the card again")
+        copies = {
+            path.relative_to(new).as_posix(): {"sha256": sha256_file(path), "bytes": path.stat().st_size}
+            for path in sorted(new.rglob("*"))
+            if path.is_file()
+        }
+        told_of = {"name": name, "checkpoint_sha256": digest, "files": copies, **about, **_stamp(root)}
+        write_json(new / CARD, {FINALIZED: told_of})
+    return open_checkpoint(target, root), True
+
+
+def _stamp(root: Path) -> dict[str, Any]:
+    return {"commit": commit_of(root), "datetime": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")}
 
 
 def plain_name(name: str) -> str:
@@ -174,8 +261,8 @@ def here(root: Path) -> dict[str, Path]:
         for path in sorted(folder.iterdir()) if folder.is_dir() else ():
             if path.is_dir() and not path.name.startswith("."):
                 try:
-                    _, files = _files(path)
+                    _, digest = _read(path)
                 except PqkError:  # something else lies there
                     continue
-                found.setdefault(sha256_json({file.name: sha256_file(file) for file in files}), path)
+                found.setdefault(digest, path)
     return found

@@ -21,9 +21,10 @@ from pqk.files import sha256_json, write_json
 from pqk.measure.footprint import peak_ram_bytes
 from pqk.models import build_model, load_model, save_model
 from pqk.run import worker
+from pqk.run.clock import clock
 from pqk.run.prepare import Model, describe
 from pqk.run.quantize import Both, Calibrated
-from pqk.run.stages import Context, Quantized, Scenes, read_graphs
+from pqk.run.stages import Context, Quantized, Scenes, device_hours, read_graphs
 from pqk.run.stoploss import StopRules, best_checkpoint
 from pqk.run.training import MODEL, Trained, lines_of, rules_of, stopper, tell_progress
 from pqk.run.variants import graph_to_json
@@ -98,7 +99,7 @@ def join(
     }
 
     def make(folder: Path) -> None:
-        with ctx.scratch(_STAGE, code, inputs) as scratch:
+        with ctx.scratch(_STAGE, code, inputs) as scratch, clock(scratch) as running:
             request = {
                 **asked,
                 "teacher": teacher.path,
@@ -109,7 +110,13 @@ def join(
                 "rules": asdict(rules),
                 "card": experiment.card.id,
             }
-            result = worker.call("joint", request, lambda told: ctx.tell(_STAGE, told))
+
+            def told(news: Mapping[str, Any]) -> None:
+                running.keep()
+                ctx.tell(_STAGE, news)
+
+            result = worker.call("joint", request, told)
+            result["device_s"] = running.seconds
         del result["seconds"]
         parts = result.pop("graphs")
         for part in parts.values():
@@ -125,6 +132,7 @@ def join(
         found["failed"],
         found["reason"],
         found["steps"],
+        device_hours(made, found),
         found["training_s"] / 3600,
         found["drop_pct"],
         found["report"],

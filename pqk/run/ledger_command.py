@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -17,26 +17,55 @@ from pqk.record.tsv import Row, write_table
 from pqk.report.table import printable
 
 
-def finalize(checkpoint: str, name: str | None, train_seed: int | None, card: str | None) -> int:
-    """`pqk ledger finalize`: keep a checkpoint; its folder is the last line of stdout."""
+def finalize(
+    checkpoint: str | None,
+    name: str | None,
+    train_seed: int | None,
+    card: str | None,
+    backend: str | None,
+    quantizer: str | None,
+    model: str | None,
+    settings: list[str],
+) -> int:
+    """`pqk ledger finalize`: keep a checkpoint, or a card's own result; its folder is the last line of stdout."""
     from pqk.run.checkpoints import FINALIZED, finalize, folder_of
 
     root = paths.project_root()
     check_writable(folder_of(root))
-    kept, new = finalize(checkpoint, root, name, train_seed, card)
+    if checkpoint is not None:
+        if backend or quantizer or model or settings:
+            raise PqkError("--backend, --quantizer, --model and --set are for a card's own result: leave out the CKPT")
+        kept, new = finalize(checkpoint, root, name, train_seed, card)
+    else:
+        from pqk.run.command import _progress, choose_backend, settings_of
+        from pqk.run.ledger_eval import Asked, Bench, finalize_result
+
+        errors = Console(stderr=True, highlight=False)
+        asked = Asked(
+            None,
+            backend=choose_backend(backend),
+            quantizer=quantizer,
+            card=card,
+            train_seed=train_seed,
+            settings=settings_of(settings),
+            model=model,
+        )
+        kept, new = finalize_result(Bench(asked, root, _progress(errors), say=_teller(errors)), name, root)
     about = kept.card[FINALIZED]
     print(f"{'kept' if new else 'was kept already'}: {printable(kept.name)}")
     print(f"sha256 {about['checkpoint_sha256']}")
+    if kept.result is not None:
+        print(f"graphs of {kept.result['lowered']}, float checkpoint sha256 {kept.result['float_sha256']}")
     print(f"{about['params']:,} parameters, train seed {about['train_seed']}, task card {about['card'] or 'unknown'}")
     print(paths.shown(folder_of(root) / about["name"]))
     return EXIT_OK
 
 
 def evaluate(
-    checkpoint: str,
+    checkpoint: str | None,
     seeds: str,
     backend: str | None,
-    precision: str,
+    precision: str | None,
     quantizer: str | None,
     card: str | None,
     train_seed: int | None,
@@ -44,6 +73,7 @@ def evaluate(
     out: Path | None,
     timed: bool,
     as_json: bool,
+    model: str | None,
 ) -> int:
     """`pqk ledger eval`: a line per run, mean and std; the file is the last line of stdout (or the rows as JSON)."""
     from pqk.run.command import _progress, choose_backend, settings_of
@@ -61,6 +91,7 @@ def evaluate(
         train_seed,
         settings_of(settings),
         timed,
+        model,
     )
     rows: list[Row] = []
 
@@ -68,21 +99,26 @@ def evaluate(
         rows.append(row)
         speed = "" if row["fps"] is None else f", {row['fps']:.4g} pairs/s"
         how = " (emulated)" if row["measured"] == "emulated" else ""
+        drop = "" if row["drop_pct"] is None else f", drop {row['drop_pct']:+.2f} %"
         metric = row["main_metric"]
         errors.print(
-            f"[bold]eval seed {row['eval_seed']}[/]: {metric} {row[metric]:.5g}"
+            f"[bold]eval seed {row['eval_seed']}[/]: {metric} {row[metric]:.5g}{drop}"
             f"{speed}{how}{f' [dim]({note})[/]' if note else ''}"
         )
 
-    file = evaluate_seeds(asked, out, root, _progress(errors), say)
+    file = evaluate_seeds(asked, out, root, _progress(errors), say, _teller(errors))
     metric = rows[0]["main_metric"]
-    for name in dict.fromkeys((metric, "delta1", "rmse", "fps")):
+    for name in dict.fromkeys((metric, "drop_pct", "delta1", "rmse", "fps")):
         values = [row[name] for row in rows if row[name] is not None]
         if values:
             found = ledger.stat(values)
             errors.print(f"{name} {found.mean:.5g}{freeze.spread(found.std)} (mean ± sample std, n = {found.n})")
     print(json.dumps(rows, allow_nan=False, ensure_ascii=False) if as_json else paths.shown(file))
     return EXIT_OK
+
+
+def _teller(errors: Console) -> Callable[[str], None]:
+    return lambda text: errors.print(f"  [green]✓[/] {escape(text)}")
 
 
 def manifest(results: Path | None, out: Path | None) -> int:
@@ -118,19 +154,40 @@ def _show(summary: Sequence[Row], metric: str) -> None:
     Console().print(table)
 
 
-def freeze_results(name: str, files: Sequence[Path], results: Path | None) -> int:
+def freeze_results(
+    name: str, files: Sequence[Path], results: Path | None, plan: str | None = None, backend: str | None = None
+) -> int:
     """`pqk ledger freeze`: the deliverable's folder is the last line of stdout."""
+    from pqk.run.campaign import gather
     from pqk.run.prepare import commit_of
 
     root = paths.project_root()
     folder = root / "deliverables" / freeze.safe_name(name, "deliverable")
     if files and results:
         raise PqkError("give either files or --results, not both")
+    if plan and (files or results):
+        raise PqkError("--plan knows its files: give neither files nor --results")
+    if backend and not plan:
+        raise PqkError("--backend goes with --plan")
+    more: dict[str, bytes] = {}
+    if plan:
+        files, more = gather(plan, root, backend)
     tables = freeze.tables_of(files) if files else ledger.read_results(results or root / "results")
-    for note in freeze.freeze(folder, tables, commit_of(root)):
+    for note in freeze.freeze(folder, tables, commit_of(root), more):
         print(printable(note))
     print(f"sha256 of {freeze.MANIFEST}: {sha256_file(folder / freeze.MANIFEST)}")
     print(paths.shown(folder))
+    return EXIT_OK
+
+
+def page(name: str, out: Path | None) -> int:
+    """`pqk ledger page`: the page is the last line of stdout, its figures the lines before it."""
+    from pqk.report.page import write_page
+
+    root = paths.project_root()
+    folder = root / "deliverables" / freeze.safe_name(name, "deliverable")
+    for path in write_page(folder, out or root / "docs" / "results.md"):
+        print(paths.shown(path))
     return EXIT_OK
 
 
@@ -169,7 +226,7 @@ def verify(name: str, rerun: bool, line: int, tolerance: float, checkpoint: str 
     if checkpoint is None and row["checkpoint_sha256"] not in known:
         raise PqkError(
             f"checkpoint {row['checkpoint']} ({row['checkpoint_sha256']}) is neither in outputs/checkpoints nor in "
-            "models; keep it there with pqk ledger finalize, name it with --checkpoint, or only hash with --no-rerun"
+            f"models; {_how_to_keep(row)}, name it with --checkpoint, or only hash with --no-rerun"
         )
 
     from pqk.run.command import _progress
@@ -192,6 +249,15 @@ def verify(name: str, rerun: bool, line: int, tolerance: float, checkpoint: str 
     metric = row["main_metric"]
     print(f"{printable(what)}: {metric} {again[metric]:.8g} again, frozen was {row[metric]:.8g}")
     return EXIT_OK
+
+
+def _how_to_keep(row: Row) -> str:
+    if row["lowered"] is None:
+        return "keep it there with pqk ledger finalize"
+    return (
+        "its graphs are made again, and kept there, by "
+        f"pqk ledger finalize --card {row['card']} --train-seed {row['train_seed']} --backend {row['backend']}"
+    )
 
 
 def compare(a: Path, b: Path, metric: str | None) -> int:

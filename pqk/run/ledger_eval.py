@@ -1,4 +1,5 @@
-"""`pqk ledger eval`: a fixed checkpoint under several eval seeds, one TSV row each; and one row measured again.
+"""`pqk ledger eval`: a fixed checkpoint, or a card's own result, under several eval seeds, one TSV row each; and one
+row measured again.
 
 What an eval seed draws:
 
@@ -31,10 +32,18 @@ from pqk.errors import CheckFailed, PqkError, nearest
 from pqk.files import check_writable, sha256_json
 from pqk.models.checkpoint import load_model
 from pqk.models.configs import lowest_confidence
-from pqk.record.ledger import METRICS, add_row, identity, read_rows, refuse_mixed
+from pqk.record.ledger import COLUMNS, IDENTITY, METRICS, RESULT, add_row, identity, read_rows, refuse_mixed
 from pqk.record.tsv import Row
 from pqk.run import stages
-from pqk.run.checkpoints import Checkpoint, agreed_seed, open_checkpoint, plain_name
+from pqk.run.checkpoints import (
+    Checkpoint,
+    agreed_seed,
+    finalize,
+    keep_result,
+    kept_graphs,
+    open_checkpoint,
+    plain_name,
+)
 from pqk.run.inputs import load_frames, scene_pairs
 from pqk.run.prepare import (
     Request,
@@ -47,10 +56,13 @@ from pqk.run.prepare import (
     engine_options,
     usable_backend,
 )
+from pqk.run.records import drop_pct
+from pqk.run.runner import Made, make
 from pqk.run.stages import ENGINE_VARIANTS, Context, Scenes
 from pqk.run.store import OnEvent, Store
 from pqk.run.variants import Variant
 from pqk.spec.card import Experiment
+from pqk.spec.plan import TRAIN_SEED
 from pqk.spec.workload import SYNTHETIC, SceneList, Workload
 
 _SCORED_BY = "pqk.run.evaluate"
@@ -61,64 +73,145 @@ _ALIASES = {"fp32": "f32", "fp16": "f16"}
 class Asked:
     """The arguments of `pqk ledger eval`."""
 
-    checkpoint: str | Path
+    checkpoint: str | Path | None  # None: the card's own result
     eval_seeds: tuple[int, ...] = (0,)
     backend: str = "openvino"
-    precision: str = "f32"  # a float precision of the backend, or what the quantizer makes, such as int8
+    precision: str | None = None  # a float precision of the backend (default f32), or what the quantizer makes
     quantizer: str | None = None
     card: str | None = None  # task card; default: the model card's
-    train_seed: int | None = None  # default: the model card's
+    train_seed: int | None = None  # default: the model card's; of a card's own result workload.yaml's
     settings: Mapping[str, Any] = field(default_factory=dict)
     timed: bool = True
+    model: str | None = None  # of a card's own result: the Teacher, as in `pqk run`
 
 
 class Bench:
-    """A checkpoint on one backend in one precision, ready to be measured under any eval seed.
+    """A model on one backend in one precision, ready to be measured under any eval seed.
 
-    Nothing long happens before `measure`. Raises PqkError and BackendError for what a user can mend.
+    What it is: a checkpoint, in float or quantized as its card says; a result that was kept (its graphs are taken as
+    they are); or, without a checkpoint, the candidate of the card's own run, which is made where it is not there yet.
+    The first two do nothing long before `measure`. Raises PqkError and BackendError for what a user can mend.
     """
 
-    def __init__(self, asked: Asked, root: Path, on_event: OnEvent, store: Store | None = None) -> None:
+    def __init__(
+        self,
+        asked: Asked,
+        root: Path,
+        on_event: OnEvent,
+        store: Store | None = None,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
         self.root = root
-        self.checkpoint: Checkpoint = open_checkpoint(asked.checkpoint, root)
-        card = asked.card or self.checkpoint.task_card
-        if card is None:
+        self.say = say
+        self.checkpoint = None if asked.checkpoint is None else open_checkpoint(asked.checkpoint, root)
+        self.kept = None if self.checkpoint is None else self.checkpoint.result
+        settings = dict(asked.settings)
+        card = asked.card or (self.checkpoint.task_card if self.checkpoint else None)
+        if self.checkpoint is None:
+            _check_result_asked(asked)
+            settings |= {} if asked.train_seed is None else {TRAIN_SEED: asked.train_seed}
+        elif card is None:
             raise PqkError(
                 f"the model card of {self.checkpoint.name} tells no task card; name it with --card, such as A1"
             )
+        elif asked.model is not None:
+            raise PqkError("--model is the Teacher of a card's own result; a CKPT has none")
         self.backend: Backend = usable_backend(asked.backend)
-        request = Request(card, asked.backend, asked.quantizer, settings=asked.settings, recipe=False)
-        self.experiment: Experiment = asked_experiment(request, root)
-        self.quantizer, self.precision = _engine(self.backend, asked, self.experiment)
+        self.request = Request(
+            str(card),
+            asked.backend,
+            asked.quantizer,
+            model=asked.model,
+            settings=settings,
+            recipe=self.checkpoint is None,
+            qat=True,
+        )
+        self.experiment: Experiment = asked_experiment(self.request, root)
         self.options = engine_options(self.experiment, asked.backend)
-        self.ctx: Context = context(request, self.backend, root, on_event)
+        self.ctx: Context = context(self.request, self.backend, root, on_event)
         self.cached = store is None  # compiled models are kept only beside the project's own store
         if store is not None:
             self.ctx = replace(self.ctx, store=store)
-        config = {"precision": self.precision, "quantizer": self.quantizer, "options": self.options}
-        if self.quantizer is not None:
-            config["quant"] = self.experiment.quant.sha256
-            config["calibration"] = calibration_digest(self.ctx, self.experiment.workload, root)
+        others = {name: value for name, value in settings.items() if name != TRAIN_SEED}  # which has a column
         sources = (_SCORED_BY, *getattr(self.backend, "sources", ()))
-        self.known: Row = {
+        self.known: Row = dict.fromkeys(COLUMNS) | {
             "card": self.experiment.card.id,
-            "train_seed": agreed_seed(self.checkpoint, asked.train_seed),
             "main_metric": self.experiment.evaluation.quality.main_metric,
-            "checkpoint": self.checkpoint.name,
-            "checkpoint_sha256": self.checkpoint.sha256,
             "backend": asked.backend,
-            "quantizer": self.quantizer,
             "device": self.ctx.machine["device"],
-            "precision": self.precision,
+            "isa": self.ctx.machine["isa"],
+            "cores": self.ctx.machine["cores"],
             "workload_sha256": workload_digest(self.ctx, self.experiment.workload, root),
             "eval_sha256": sha256_json(self.experiment.evaluation.quality.model_dump(mode="json")),
-            "config_sha256": sha256_json(config),
             "code_sha256": stages.code_of(*sources),
-            "settings": json.dumps(dict(asked.settings), sort_keys=True) if asked.settings else None,
+            "settings": json.dumps(others, sort_keys=True) if others else None,
         }
+        self.made: Made | None = None
+        self.teacher: Variant | None = None
         self._variant: Variant | None = None
-        self._params = 0
         self._min_conf = 0.0
+        if self.checkpoint is not None:
+            self._identify_checkpoint(asked)
+
+    def _identify_checkpoint(self, asked: Asked) -> None:
+        assert self.checkpoint is not None
+        seed = agreed_seed(self.checkpoint, asked.train_seed)
+        self.known |= {
+            "train_seed": seed,
+            "checkpoint": self.checkpoint.name,
+            "checkpoint_sha256": self.checkpoint.sha256,
+        }
+        if self.kept is not None:
+            if (asked.precision, asked.quantizer) not in (
+                (None, None),
+                (self.kept["precision"], self.kept["quantizer"]),
+            ):
+                raise PqkError(f"{self.checkpoint.name} is quantized already: leave out --precision and --quantizer")
+            if self.kept["backend"] != asked.backend:
+                raise PqkError(f"{self.checkpoint.name} holds graphs for backend {self.kept['backend']}")
+            self._identify(self.kept["quantizer"], self.kept["precision"], True)
+            self.known |= {"float_sha256": self.kept["float_sha256"], "lowered": self.kept["lowered"]}
+        else:
+            self._identify(*_engine(self.backend, asked, self.experiment), False)
+
+    def _identify(self, quantizer: str | None, precision: str, result: bool) -> None:
+        """Precision, quantizer and the digest of everything about the engine that is not in the checkpoint.
+
+        result: of a recipe's own quantized result, in whose making recipe and methods have a part.
+        """
+        config: dict[str, Any] = {"precision": precision, "quantizer": quantizer, "options": self.options}
+        if quantizer is not None:
+            config["quant"] = self.experiment.quant.sha256
+            config["calibration"] = calibration_digest(self.ctx, self.experiment.workload, self.root)
+        if result:
+            recipe = self.experiment.card.recipe
+            methods = {"P": self.experiment.prune.sha256, "K": self.experiment.distill.sha256}
+            config["recipe"] = list(recipe)
+            config |= {method: methods[method] for method in recipe if method in methods}
+        self.known |= {"quantizer": quantizer, "precision": precision, "config_sha256": sha256_json(config)}
+
+    def make(self) -> None:
+        """Of a card's own result: make or reuse it, as `pqk run --no-rollback` does, and tell what it is."""
+        if self.checkpoint is not None or self._variant is not None:
+            return
+        made = make(self.request, self.root, self.ctx.on_event, self.say)
+        outcome, candidate = made.outcome, made.rows[-1]
+        self.teacher, self._variant = made.rows[0].variant, candidate.variant
+        self._min_conf = outcome.scoring["min_conf"]
+        own = made.common | candidate.own
+        name, quantizer = own["model"], own["quantizer"] if candidate.lowered else None
+        hashes = own["hashes"]
+        self._identify(quantizer, own.get("precision", str(candidate.variant.precision)), candidate.lowered is not None)
+        self.known |= {
+            "train_seed": self.experiment.workload.seeds.train,
+            "teacher_sha256": made.common["hashes"]["model"],
+            "params": own["params"],
+            "checkpoint": f"{name}+{candidate.lowered}" if candidate.lowered else name,
+            "checkpoint_sha256": sha256_json(candidate.variant.hashes) if candidate.lowered else hashes["model"],
+            "float_sha256": hashes["model"] if candidate.lowered else None,
+            "lowered": candidate.lowered,
+        }
+        self.made = made
 
     def measure(self, eval_seed: int, timed: bool) -> Row:
         """The whole row of an eval seed. `timed`: also pairs per second, null where the engine is emulated."""
@@ -130,7 +223,7 @@ class Bench:
         variant = self._ready()
         height, width = workload.input.height, workload.input.width
         views = workload.scenes.test.views
-        keep = self.experiment.quant.ptq.keep_list if self.quantizer else ()
+        keep = self.experiment.quant.ptq.keep_list if self.known["quantizer"] else ()
         scoring = {  # as `pqk run` asks, so that both share one artifact
             "views": views,
             "shape": [height, width],
@@ -150,15 +243,20 @@ class Bench:
             tell(kind, stage, key, seconds)
 
         scores = stages.quality(replace(self.ctx, on_event=on_event), variant, None, scenes, scoring)
+        drop = None
+        if self.teacher is not None:
+            metric = self.known["main_metric"]
+            base = stages.quality(self.ctx, self.teacher, None, scenes, {**scoring, "keep": []})
+            drop = drop_pct(metric, scores["summary"][metric], base["summary"][metric], True)
         emulated = scores["measured"] == "emulated"
         return self.known | {
             "eval_seed": eval_seed,
             **{name: scores["summary"].get(name) for name in METRICS},
+            "drop_pct": drop,
             "fps": None if emulated or not timed else self._fps(variant, scenes, (height, width), views),
             "pairs": len(scores["pairs"]),
             "scenes": drawn,
             "scenes_sha256": scenes.sha256,
-            "params": self._params,
             "measured": scores["measured"],
             "commit": commit_of(self.root),
             "datetime": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
@@ -180,58 +278,75 @@ class Bench:
         return 1000 * len(samples) / float(sum(samples))
 
     def _ready(self) -> Variant:
-        """The graphs of the checkpoint, exported and quantized once."""
+        """The graphs of what is measured: made, kept, or exported and quantized once."""
+        self.make()
         if self._variant is not None:
             return self._variant
+        assert self.checkpoint is not None
         workload = self.experiment.workload
         shape = (workload.input.height, workload.input.width)
         model = load_model(self.checkpoint.path)
-        self._params, self._min_conf = count_parameters(model), lowest_confidence(model.config)
-        graphs = stages.export_graphs(self.ctx, model, self.checkpoint.sha256, *shape)
-        del model
+        self._min_conf = lowest_confidence(model.config)
+        self.known["params"] = count_parameters(model)
         options = dict(self.options)
         if self.cached and self.backend.name != "reference":  # which compiles nothing that could be kept
             options["cache_dir"] = str(paths.store(self.root).parent / "engines")
-        if self.quantizer is None:
-            precision = Precision(self.precision)
-            name = ENGINE_VARIANTS[precision]
+        rest = self.experiment.quant.float_rest
+        if self.known["quantizer"] and rest != "auto":
+            options["rest"] = rest
+        if self.kept is not None:
+            graphs = kept_graphs(self.checkpoint)
         else:
-            precision, name = Precision.INT8, self.precision
-            calibration = stages.calibration_images(self.ctx, workload.calibration, workload, self.root)
-            ptq = self.experiment.quant.ptq.model_dump(mode="json")
+            graphs = stages.export_graphs(self.ctx, model, self.checkpoint.sha256, *shape)
+        del model
+        precision = Precision.INT8 if self.known["quantizer"] else Precision(self.known["precision"])
+        name = self.known["precision"] if self.known["quantizer"] else ENGINE_VARIANTS[precision]
+        if self.known["quantizer"] and self.kept is None:
             graphs = stages.quantize(
                 self.ctx,
                 self.backend.name,
-                self.quantizer,
+                self.known["quantizer"],
                 str(self.checkpoint.path),
                 graphs,
-                calibration,
-                ptq,
+                stages.calibration_images(self.ctx, workload.calibration, workload, self.root),
+                self.experiment.quant.ptq.model_dump(mode="json"),
                 shape,
             ).graphs
-            rest = self.experiment.quant.float_rest
-            options |= {} if rest == "auto" else {"rest": rest}
         self._variant = Variant(name, self.backend.name, precision, graphs["encoder"], graphs["decoder"], options)
         return self._variant
 
 
+def _check_result_asked(asked: Asked) -> None:
+    """Raise PqkError for words that do not go with a card's own result."""
+    if asked.card is None:
+        raise PqkError("name a CKPT, or with --card the recipe whose own result is meant")
+    if asked.precision is not None:
+        raise PqkError(
+            f"--precision {asked.precision} is for a CKPT: what card {asked.card} makes has the precision of its recipe"
+        )
+    told = asked.settings.get(TRAIN_SEED)
+    if None not in (told, asked.train_seed) and told != asked.train_seed:
+        raise PqkError(f"--train-seed {asked.train_seed} and --set {TRAIN_SEED}={told} contradict each other")
+
+
 def _engine(backend: Backend, asked: Asked, experiment: Experiment) -> tuple[str | None, str]:
     """The quantizer (None for a float precision) and the precision's name. Raises PqkError."""
-    wanted = _ALIASES.get(asked.precision, asked.precision)
+    given = asked.precision or str(Precision.F32)
+    wanted = _ALIASES.get(given, given)
     floats = [str(precision) for precision in backend.float_precisions()]
     if wanted in floats:
         if asked.quantizer is not None:
             raise PqkError(f"--precision {wanted} takes no quantizer, and --quantizer {asked.quantizer} is given")
         return None, wanted
     if not backend.quantizers():
-        raise PqkError(f"--precision {asked.precision}: backend {backend.name} has {', '.join(floats)} here")
+        raise PqkError(f"--precision {given}: backend {backend.name} has {', '.join(floats)} here")
     ptq = experiment.quant.ptq
     quantizer = chosen_quantizer(backend, asked.quantizer, ptq)
     made = lowered_to(backend.quantizers()[quantizer], ptq.bits_w, ptq.bits_a)
     if wanted != made:
         known = [*floats, made]
         raise PqkError(
-            f"--precision {asked.precision}{nearest(wanted, known)}: backend {backend.name} with {quantizer} has here "
+            f"--precision {given}{nearest(wanted, known)}: backend {backend.name} with {quantizer} has here "
             f"{', '.join(known)}"
         )
     check_float_rest(experiment.quant.float_rest, backend)
@@ -291,23 +406,33 @@ def seed_scenes(ctx: Context, workload: Workload, root: Path, eval_seed: int) ->
 
 
 def evaluate_seeds(
-    asked: Asked, out: Path | None, root: Path, on_event: OnEvent, say: Callable[[Row, str], None]
+    asked: Asked,
+    out: Path | None,
+    root: Path,
+    on_event: OnEvent,
+    say: Callable[[Row, str], None],
+    tell: Callable[[str], None] = lambda text: None,
 ) -> Path:
     """Measure what is not in the file yet, row by row, so that a killed run loses at most the seed it was at.
 
-    `out`: default results/CHECKPOINT.CARD.BACKEND-PRECISION.tsv. A row is kept when the same run stands there, measured
-    by the same code. `say` gets each row with a note: kept, or why it was measured again. Returns the file.
+    `out`: default results/CHECKPOINT.CARD.BACKEND-PRECISION.tsv, of a card's own result results/CARD.BACKEND.tsv. A row
+    is kept when the same run stands there, measured by the same code. `say` gets each row with a note: kept, or why it
+    was measured again; `tell` what a card's run says. Returns the file.
     Raises PqkError, before anything is measured, when the file holds rows of another workload or evaluation.
     """
-    bench = Bench(asked, root, on_event)
-    if out is None:
-        tool = "-".join(word for word in (asked.backend, bench.quantizer, bench.precision) if word)
-        out = root / "results" / f"{plain_name(bench.checkpoint.name)}.{bench.known['card']}.{tool}.tsv"
+    bench = Bench(asked, root, on_event, say=tell)
+    if out is None and bench.checkpoint is None:
+        tool = "-".join(word for word in (asked.backend, asked.quantizer) if word)
+        out = root / "results" / f"{bench.known['card']}.{tool}.tsv"
+    elif out is None:
+        tool = "-".join(word for word in (asked.backend, bench.known["quantizer"], bench.known["precision"]) if word)
+        out = root / "results" / f"{plain_name(bench.known['checkpoint'])}.{bench.known['card']}.{tool}.tsv"
     if out.suffix != ".tsv" or out.is_dir():
         raise PqkError(f"--out {out}: the name of a ledger ends in .tsv")
     check_writable(out.parent)
     there = read_rows(out) if out.exists() else []
     refuse_mixed([(out, there), (out, [bench.known])])
+    bench.make()
     known = {identity(row): row for row in there}
     for seed in asked.eval_seeds:
         old = known.get(identity(bench.known | {"eval_seed": seed}))
@@ -321,19 +446,51 @@ def evaluate_seeds(
                 say(old, "there already")
                 continue
         row = bench.measure(seed, asked.timed)
-        add_row(out, row)
+        add_row(out, row, IDENTITY if bench.checkpoint is not None else RESULT)
         say(row, why)
     return out
+
+
+def finalize_result(bench: Bench, name: str | None, root: Path) -> tuple[Checkpoint, bool]:
+    """Keep a card's own result in outputs/checkpoints/NAME, and whether it is new there.
+
+    A float result is kept as `finalize` keeps a checkpoint; a quantized one with its graphs. `name`: default the card,
+    the train seed and eight digits of the digest.
+    """
+    bench.make()
+    assert bench.made is not None
+    known, outcome = bench.known, bench.made.outcome
+    card, seed, digest = known["card"], known["train_seed"], known["checkpoint_sha256"]
+    name = name or f"{plain_name(card)}-s{seed}-{digest[:8]}"
+    if known["lowered"] is None:
+        return finalize(outcome.model, root, name, seed, card)
+    variant = bench.made.rows[-1].variant
+    about = {
+        "params": known["params"],
+        "train_seed": seed,
+        "card": card,
+        "source": f"pqk run {card}, settings {known['settings'] or 'of the card'}",
+        "result": {
+            "backend": known["backend"],
+            "quantizer": known["quantizer"],
+            "precision": known["precision"],
+            "lowered": known["lowered"],
+            "float_sha256": known["float_sha256"],
+        },
+    }
+    graphs = {"encoder": variant.encoder, "decoder": variant.decoder}
+    return keep_result(root, Path(outcome.model), known["float_sha256"], graphs, about, name)
 
 
 def measure_again(row: Row, checkpoint: Checkpoint, root: Path, on_event: OnEvent) -> Row:
     """One row anew from the checkpoint's bytes: nothing is taken from the project's store. Not timed.
 
+    A quantized result is measured from its kept graphs: what trained and quantized them is not done again.
     Raises CheckFailed when the project asks for another workload, evaluation or engine than the row was measured with,
     and PqkError as `Bench` does.
     """
     asked = Asked(
-        checkpoint.path,
+        checkpoint.folder,
         (row["eval_seed"],),
         row["backend"],
         row["precision"],

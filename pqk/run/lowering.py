@@ -20,11 +20,16 @@ from pqk.spec.quant import Ptq
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the results: the variant, the float variants that its speedups refer to (f32 first), its own columns."""
+    """A row of the results: the variant, the float variants that its speedups refer to (f32 first), its own columns.
+
+    lowered: how a quantized variant was made, 'PTQ' or 'QAT'; hours: device hours that this took.
+    """
 
     variant: Variant
     against: Sequence[Variant]
     own: dict[str, Any]
+    lowered: str | None = None
+    hours: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -88,12 +93,12 @@ class Lowering:
             "bits_a": ptq.bits_a,
             "keep_list": list(ptq.keep_list),
             "images_calibration": made.images,
+            "gpu_hours": (self.columns.get("gpu_hours") or 0.0) + made.hours,
             "notes": "; ".join(filter(None, (self.columns.get("notes"), made.notes))),
             "hashes": {**self.columns["hashes"], "calibration": self.calibration.sha256},
         }
-        if trained:
-            own["gpu_hours"] = (self.columns.get("gpu_hours") or 0.0) + made.hours
-        return Row(Variant(name, self.backend, Precision.INT8, *parts, options), self.floats, own)
+        variant = Variant(name, self.backend, Precision.INT8, *parts, options)
+        return Row(variant, self.floats, own, "QAT" if trained or self.made else "PTQ", made.hours)
 
 
 def _takes(tool: Quantizer, ptq: Ptq) -> bool:

@@ -1,5 +1,7 @@
 """A plan carried out: each experiment is `pqk run CARD` in a process of its own, and what came of it is kept.
 
+Where the plan has eval seeds for it, `pqk ledger eval` and `pqk ledger finalize` of its result follow.
+
     outputs/plans/NAME/state.json    every attempt: when it began, how long it took, how it ended
     outputs/plans/NAME/ID.log        what the experiment said
     outputs/plans/NAME/.lock         held (flock) while the plan runs
@@ -35,7 +37,7 @@ STATUSES = ("done", "failed", "stopped", "error", "unavailable", "running", "wai
 _VERSION = 1
 _SAID = 300  # characters of an experiment's last words that are kept
 
-CommandOf = Callable[[Step], Sequence[str]]
+CommandsOf = Callable[[Step], Sequence[Sequence[str]]]
 Attempt = dict[str, Any]
 
 
@@ -72,7 +74,7 @@ def progress(plan: Plan, steps: Sequence[Step], root: Path) -> list[Progressed]:
     folder = folder_of(plan.name, root)
     state = _read(folder)
     live = _locked(folder)
-    keys = _keys(steps, Asked(**state["asked"]), root) if state["asked"] else {}
+    keys = _keys(plan, steps, Asked(**state["asked"]), root) if state["asked"] else {}
     found = []
     statuses: dict[str, str] = {}
     for step in steps:
@@ -87,6 +89,12 @@ def progress(plan: Plan, steps: Sequence[Step], root: Path) -> list[Progressed]:
     return found
 
 
+def asked_backend(plan: Plan, root: Path) -> str | None:
+    """The backend that a plan was last carried out with; None when it never was."""
+    asked = _read(folder_of(plan.name, root))["asked"]
+    return str(asked["backend"]) if asked else None
+
+
 def run_plan(
     plan: Plan,
     steps: Sequence[Step],
@@ -96,25 +104,26 @@ def run_plan(
     echo: Callable[[str], None],
     *,
     keep_going: bool = False,
-    command_of: CommandOf | None = None,
+    commands_of: CommandsOf | None = None,
 ) -> list[Progressed]:
     """Run what is not done yet, in order, and return how far everything has come.
 
     An experiment is done when it ended with exit code 0 and card, configs, backend, model and what it requires are
-    still the same. One whose requirements are not done waits; with `keep_going` a requirement that failed its
-    thresholds is as good as done: there is a result, only not the hoped one. `command_of`: the command line of a step,
-    instead of `pqk run`. `say` gets a line for everything that happens, `echo` every line that the experiments print.
+    still the same. One whose requirements are not done waits; with `keep_going`, and in a plan without rollback, a
+    requirement that failed its thresholds is as good as done: there is a result, only not the hoped one. In a plan
+    without rollback it is not run again either. `commands_of`: the command lines of a step, instead of `commands`.
+    `say` gets a line for everything that happens, `echo` every line that the experiments print.
     Raises PqkError when another process runs this plan, or the disk cannot be written; KeyboardInterrupt is noted as an
     interrupted attempt and goes on.
     """
     folder = folder_of(plan.name, root)
     check_writable(folder)
-    command_of = command_of or (lambda step: command(step, asked))
+    commands_of = commands_of or (lambda step: commands(step, asked, plan.rollback))
     with _lock(folder, plan.name):
         state = _read(folder)
         _close_interrupted(state, folder)
         state["asked"] = {"backend": asked.backend, "model": asked.model}
-        keys = _keys(steps, asked, root)
+        keys = _keys(plan, steps, asked, root)
         _write(folder, state)
         now: dict[str, str] = {}
         for step in steps:
@@ -123,8 +132,14 @@ def run_plan(
             if now[step.id] == "done":
                 say(f"{step.id}: done before")
                 continue
-            good = ("done", "failed") if keep_going else ("done",)
-            lacking = [other for other in step.requires if now[other] not in good]
+            if now[step.id] == "failed" and not plan.rollback and _measured(attempts, keys[step.id]):
+                say(f"{step.id}: measured before, failed ({attempts[-1]['said']})")
+                continue
+            good = {name for name, status in now.items() if status == "done"}
+            good |= {name for name, status in now.items() if status == "failed" and keep_going}
+            if not plan.rollback:  # a verdict is a result; a training whose hours ran out left none
+                good |= {name for name in now if _measured(state["attempts"][name], keys[name])}
+            lacking = [other for other in step.requires if other not in good]
             if lacking:
                 now[step.id] = "waiting"
                 say(f"{step.id}: waits for {_listed(lacking, now)}")
@@ -136,8 +151,7 @@ def run_plan(
             say(f"{step.id}: begins, {datetime.now(UTC).strftime('%Y-%m-%d %H:%M')} UTC")
             clock = time.monotonic()
             try:
-                code, said = _execute(command_of(step), root, folder / f"{step.id}.log", echo)
-                attempt |= {"exit_code": code, "said": said}
+                attempt |= _carry_out(commands_of(step), root, folder / f"{step.id}.log", echo)
             except KeyboardInterrupt:
                 attempt |= {"interrupted": True}
                 raise
@@ -159,20 +173,60 @@ def exit_code(found: Sequence[Progressed]) -> int:
     return EXIT_UNAVAILABLE if "unavailable" in statuses else EXIT_OK
 
 
-def command(step: Step, asked: Asked) -> list[str]:
-    """The command line of an experiment: `pqk run CARD`, or the door of a script."""
+def commands(step: Step, asked: Asked, rollback: bool = True) -> list[list[str]]:
+    """The command lines of an experiment, in order: `pqk run CARD` or the door of a script; and where it has eval seeds
+    `pqk ledger eval` and `pqk ledger finalize` of what it came to.
+    """
     # -P: the project's folder, in which it runs, may hold another pqk or a random.py
     python = [sys.executable, "-P"]
+    backend = ["--backend", asked.backend]
+    seeds = ["--eval-seeds", step.eval_seeds] if step.eval_seeds is not None else []
     if step.card is None:
         door = "import sys; from pqk.run.doors import baseline; sys.exit(baseline())"
-        model = ["--ckpt", asked.model] if asked.model else []
-        return [*python, "-c", door, "--backend", asked.backend, "--card", TEACHER_CARD, *model]
+        given = ["--ckpt", asked.model] if asked.model else []
+        found = [[*python, "-c", door, *backend, "--card", TEACHER_CARD, *given]]
+        if seeds:
+            from pqk.run.prepare import SHIPPED  # it imports torch, which `pqk plan status` can do without
+
+            out = ["-o", f"results/{step.id}.{asked.backend}.tsv"]
+            words = [asked.model or SHIPPED.as_posix(), "--card", TEACHER_CARD, *backend, *seeds, *out]
+            found.append([*python, "-m", "pqk.cli", "ledger", "eval", *words])
+        return found
     model = ["--model", asked.model] if asked.model else []
-    return [*python, "-m", "pqk.cli", "run", step.id, "--backend", asked.backend, *model]
+    settings = [word for name, value in step.settings.items() for word in ("--set", f"{name}={value}")]
+    run = ["run", step.card.id, *backend, *model, *settings, *([] if rollback else ["--no-rollback"])]
+    result = ["--card", step.card.id, *backend, *model, *settings]
+    found = [run]
+    if seeds:
+        found += [["ledger", "eval", *result, *seeds], ["ledger", "finalize", *result]]
+    return [[*python, "-m", "pqk.cli", *words] for words in found]
 
 
-def _execute(words: Sequence[str], root: Path, log: Path, echo: Callable[[str], None]) -> tuple[int, str]:
-    """Run a command to its end; its output goes to `log` and to `echo`. Returns exit code and last words."""
+def _carry_out(lines: Sequence[Sequence[str]], root: Path, log: Path, echo: Callable[[str], None]) -> dict[str, Any]:
+    """Run the command lines of an experiment, and return what its attempt tells: the exit code, what was said, and
+    whether it was measured to its end.
+
+    The first one judges: a verdict of 'fail' is a result, and what follows goes on; anything else ends it.
+    """
+    code, told, failed = _execute(lines[0], root, log, echo)
+    judged = code == EXIT_OK or (code == EXIT_CHECK_FAILED and bool(failed) and not told)
+    outcome = {"exit_code": code, "said": told or failed, "measured": judged}
+    for words in lines[1:] if judged else ():
+        code, told, _ = _execute(words, root, log, echo)
+        if code != EXIT_OK:
+            return {"exit_code": code, "said": told, "measured": False}
+    return outcome
+
+
+def _measured(attempts: Sequence[Attempt], key: str) -> bool:
+    """Whether the last attempt came to its end, with the inputs of now."""
+    return bool(attempts) and attempts[-1]["key"] == key and attempts[-1].get("measured") is True
+
+
+def _execute(words: Sequence[str], root: Path, log: Path, echo: Callable[[str], None]) -> tuple[int, str, str]:
+    """Run a command to its end; its output goes to `log` and to `echo`. Returns its exit code, its error in one
+    sentence, and the first threshold that failed; '' for none.
+    """
     parent = os.getpid()
     with clear_write_errors(log), log.open("ab", buffering=0) as kept:
         kept.write(f"== {datetime.now(UTC).isoformat(timespec='seconds')}: {shlex.join(words)}\n".encode())
@@ -201,7 +255,7 @@ def _execute(words: Sequence[str], root: Path, log: Path, echo: Callable[[str], 
             raise
         finally:
             code = process.wait()
-    return code, (told or failed)[:_SAID]
+    return code, told[:_SAID], failed[:_SAID]
 
 
 def _status(step: Step, attempts: Sequence[Attempt], key: str | None, live: bool, root: Path) -> tuple[str, str]:
@@ -230,7 +284,7 @@ def _stopped_by(step: Step, began: float, root: Path) -> str:
     if step.card is None:
         return ""
     since = datetime.fromtimestamp(int(began), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    entries = [entry for entry in RunLog(root, step.id).read() if str(entry.get("time")) >= since]
+    entries = [entry for entry in RunLog(root, step.card.id).read() if str(entry.get("time")) >= since]
     return str(entries[-1].get("why") or "stop-loss") if entries and entries[-1].get("event") == "stop" else ""
 
 
@@ -238,17 +292,21 @@ def _listed(names: Sequence[str], statuses: Mapping[str, str]) -> str:
     return ", ".join(f"{name} ({statuses[name]})" for name in names)
 
 
-def _keys(steps: Sequence[Step], asked: Asked, root: Path) -> dict[str, str]:
-    """Per experiment a hash of everything it is asked: resolved card and configs, backend, model, what it requires."""
+def _keys(plan: Plan, steps: Sequence[Step], asked: Asked, root: Path) -> dict[str, str]:
+    """Per experiment a hash of everything it is asked: resolved card and configs, seeds, backend, model, rollback, what
+    it requires.
+    """
     keys: dict[str, str] = {}
     for step in steps:  # in order: what it requires comes first
-        experiment = resolve(step.card or load_card(TEACHER_CARD, root), root)
+        experiment = resolve(step.card or load_card(TEACHER_CARD, root), root, settings=step.settings)
         of = {"workload": experiment.workload.sha256, "eval": experiment.evaluation.sha256}
         keys[step.id] = sha256_json(
             {
                 "asked": experiment.sha256 if step.card is not None else of,
                 "backend": asked.backend,
                 "model": asked.model,
+                "rollback": plan.rollback,
+                "eval_seeds": step.eval_seeds,
                 "requires": {other: keys[other] for other in step.requires},
             }
         )

@@ -21,7 +21,7 @@ def plan(
     name: str,
     of: str | None,
     rate: float | None,
-    device: str,
+    device: str | None,
     execute: bool,
     backend: str | None,
     model: str | None,
@@ -30,7 +30,7 @@ def plan(
 ) -> int:
     """`pqk plan`: show a plan, carry it out, or tell how far it is (name 'status'). Returns the exit code."""
     root = paths.project_root()
-    if device not in DEVICES:
+    if device is not None and device not in DEVICES:
         raise PqkError(f"--device {device}: hours are known for {', '.join(DEVICES)}{nearest(device, DEVICES)}")
     if not execute and (backend or model or keep_going):
         raise PqkError("--backend, --model and --keep-going are for carrying a plan out: give --run too")
@@ -43,7 +43,9 @@ def plan(
     if execute:
         return _carry_out(name, rate, backend, model, keep_going, as_json, root)
     found = load_plan(name, root)
-    data = plan_data(found, ordered(found, root), device, rate)
+    if device is not None and found.device == "CPU":
+        raise PqkError(f"--device {device}: the hours of plan {name} are those of a CPU")
+    data = plan_data(found, ordered(found, root), device or found.device, rate)
     _show(data, as_json, print_plan)
     return EXIT_OK
 

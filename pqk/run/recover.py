@@ -36,8 +36,8 @@ def run_with_rollback(
         experiment, record, failed = outcome.experiment, outcome.records[-1], failed_stage(outcome)
         card, best = experiment.card, _better(best, outcome)
         history = RunLog(root, card.id)
-        hours |= {stage.method: stage.hours for stage in outcome.trained}
-        paid |= {stage.model.path: stage.hours for stage in outcome.trained}
+        hours |= outcome.hours
+        paid |= outcome.paid
         spent = sum(paid.values())
         history.append(
             "attempt",

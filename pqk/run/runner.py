@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,19 @@ class Outcome:
     onnx_float: Variant  # its exported float graphs on ONNX Runtime
     trained: Sequence[Trained]  # the stages P and K
     scoring: Mapping[str, Any]  # what every variant is scored on and how; see `pqk.run.evaluate`
+    lowered: Sequence[Row] = ()  # what stage Q made: by PTQ, and by QAT where that was called for
+
+    @property
+    def hours(self) -> dict[str, float]:
+        """Device hours of each stage of the recipe, by its letter; PTQ and QAT are both Q."""
+        hours = {stage.method: stage.hours for stage in self.trained}
+        return hours | ({"Q": sum(row.hours for row in self.lowered)} if self.lowered else {})
+
+    @property
+    def paid(self) -> dict[str, float]:
+        """Device hours of everything that was made, by what it is: what two runs share is in both under one name."""
+        hours = {stage.model.path: stage.hours for stage in self.trained}
+        return hours | {str(row.variant.encoder.path): row.hours for row in self.lowered}
 
     def score(self, variant: Variant, keep: Sequence[str] | None = None) -> dict[str, Any]:
         """Quality of any variant on the scenes of this run; without ground truth against this run's Teacher in f32.
@@ -91,6 +104,20 @@ class Outcome:
         """The float variants of `model` with their records: the student's where the recipe made one."""
         rows = zip(self.variants, self.records, strict=True)
         return [(v, r) for v, r in rows if v.hashes == self.onnx_float.hashes and v.precision is not Precision.INT8]
+
+
+@dataclass(frozen=True)
+class Made:
+    """A run up to where its candidate is chosen: what its stages made, and how that scores. Nothing is timed yet.
+
+    outcome: without records. rows: Teacher first, candidate last. scored: by the name of the variant. common: the
+    columns that all records share.
+    """
+
+    outcome: Outcome
+    rows: list[Row]
+    scored: dict[str, dict[str, Any]]
+    common: dict[str, Any]
 
 
 def run(
@@ -124,9 +151,49 @@ def _run(
 ) -> Outcome:
     """See `run`. `known` gets what a record of a failure tells, once the stages begin."""
     began = time.monotonic()
+    made = make(request, root, on_event, say, log, known)
+    outcome, rows, scored = made.outcome, made.rows, made.scored
+    evaluation, recipe = outcome.experiment.evaluation, outcome.experiment.card.recipe if request.recipe else ()
+    timed, memory = _time(outcome, scored, say)
+
+    measured = Measurements(rows[0].variant, scored, timed, memory)
+    for row in rows:
+        variant, metrics = row.variant, evaluation.quality.metrics
+        record = measured_record(made.common | row.own, measured, variant, row.against, outcome.truthful, metrics)
+        if variant.precision is Precision.INT8:
+            if timed is None:
+                record["notes"] += planned_shares(scored[variant.name]["executed"])
+            record |= judged(record, evaluation.thresholds, recipe)
+        elif record["role"] == "candidate":
+            lost = outcome.trained[-1].reason if outcome.trained[-1].failed else None
+            record |= judged_float(record, evaluation.thresholds, recipe, lost)
+        if record["role"] == "candidate":
+            record["wall_s"] = round(time.monotonic() - began, 1)
+            record["notes"] = "; ".join([*filter(None, [record["notes"]]), *request.moves]) or None
+        validate(record)
+        outcome.records.append(record)
+    for record in outcome.records:
+        write_record(root / "logs", record)
+    say(f"{len(outcome.records)} records in {paths.shown(root / 'logs')}")
+    return outcome
+
+
+def make(
+    request: Request,
+    root: Path,
+    on_event: OnEvent,
+    say: Callable[[str], None],
+    log: Path | None = None,
+    known: dict[str, Any] | None = None,
+) -> Made:
+    """Make or reuse everything of a run that its candidate stands on, score it, and choose the candidate.
+
+    log, known: see `run` and `_run`; without `known` nothing is written to logs/. Raises what `run` raises.
+    """
     experiment = asked_experiment(request, root)
     card, workload, evaluation = experiment.card, experiment.workload, experiment.evaluation
-    check_writable(root / "logs")
+    if known is not None:
+        check_writable(root / "logs")
     backend = usable_backend(request.backend)
     recipe = card.recipe if request.recipe else ()
     quantizer = chosen_quantizer(backend, request.quantizer, experiment.quant.ptq) if quantizes(recipe) else None
@@ -174,7 +241,8 @@ def _run(
     calibration: Scenes | None = None
     if quantizer is not None:
         calibration = stages.calibration_images(ctx, workload.calibration, workload, root)
-    known |= planned[-1]
+    if known is not None:
+        known |= planned[-1]
     graphs = stages.export_graphs(ctx, module, teacher.sha256, height, width)
     common |= {"status": "ok", "role": request.role, **_parameters(module)}
     min_conf = lowest_confidence(module.config)
@@ -246,28 +314,8 @@ def _run(
     scored = {variant.name: outcome.score(variant) for variant in variants}
     if lowering is not None and lowering.made is None and request.qat and truthful:
         _train_if_it_drops(outcome, lowering, rows, scored, drop_limit(recipe, evaluation.thresholds), say)
-    timed, memory = _time(outcome, scored, say)
-
-    measured = Measurements(teachers[0], scored, timed, memory)
-    for row in rows:
-        variant, metrics = row.variant, evaluation.quality.metrics
-        record = measured_record(common | row.own, measured, variant, row.against, truthful, metrics)
-        if variant.precision is Precision.INT8:
-            if timed is None:
-                record["notes"] += planned_shares(scored[variant.name]["executed"])
-            record |= judged(record, evaluation.thresholds, recipe)
-        elif record["role"] == "candidate":
-            lost = trained[-1].reason if trained[-1].failed else None
-            record |= judged_float(record, evaluation.thresholds, recipe, lost)
-        if record["role"] == "candidate":
-            record["wall_s"] = round(time.monotonic() - began, 1)
-            record["notes"] = "; ".join([*filter(None, [record["notes"]]), *request.moves]) or None
-        validate(record)
-        outcome.records.append(record)
-    for record in outcome.records:
-        write_record(root / "logs", record)
-    say(f"{len(outcome.records)} records in {paths.shown(root / 'logs')}")
-    return outcome
+    outcome = replace(outcome, lowered=[row for row in rows if row.lowered])
+    return Made(outcome, rows, scored, common)
 
 
 def _train_if_it_drops(

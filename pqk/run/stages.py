@@ -20,6 +20,7 @@ from pqk.data.generate import ScenePlan, make_scenes
 from pqk.errors import PqkError
 from pqk.files import sha256_file, sha256_json, write_json
 from pqk.run import worker
+from pqk.run.clock import clock
 from pqk.run.evaluate import write_evaluation
 from pqk.run.store import Artifact, OnEvent, Store
 from pqk.run.variants import Variant, graph_from_json, graph_to_json
@@ -254,7 +255,7 @@ class Quantized:
     images: int
     pairs: int
     notes: str  # what the record should tell of how it was made
-    hours: float = 0.0  # device hours of training
+    hours: float = 0.0  # device hours of calibration and training, over all resumed parts
 
 
 def quantize(
@@ -291,9 +292,15 @@ def quantize(
         if learn is None:
             result = worker.call("quantize", request)
         else:
-            with ctx.scratch(stage, code, inputs) as scratch:
+            with ctx.scratch(stage, code, inputs) as scratch, clock(scratch) as running:
                 request |= {"qat": learn.spec, "seed": learn.seed, "rules": learn.rules, "scratch": str(scratch)}
-                result = worker.call("qat", request, lambda told: ctx.tell(stage, told))
+
+                def told(news: Mapping[str, Any]) -> None:
+                    running.keep()
+                    ctx.tell(stage, news)
+
+                result = worker.call("qat", request, told)
+                result["device_s"] = running.seconds
         parts = {name: result.pop(name) for name in ("encoder", "decoder")}
         for part in parts.values():
             part["path"] = Path(part["path"]).name
@@ -319,11 +326,22 @@ def quantize(
         on if about["images"] else "weights were rounded without data",
         f"quantization took at most {about['peak_bytes'] / 1e9:.1f} GB",
     ]
-    hours = about.get("training_s", 0.0) / 3600
     if learn is not None:
-        notes.append(trained_note("QAT", about["steps"], hours, about["drop_pct"]))
+        notes.append(trained_note("QAT", about["steps"], about["training_s"] / 3600, about["drop_pct"]))
         notes += [f"QAT ended early: {about['reason']}"] if about["reason"] else []
-    return Quantized(read_graphs(made.path), about["images"], about["pairs"], "; ".join(notes), hours)
+    return Quantized(
+        read_graphs(made.path), about["images"], about["pairs"], "; ".join(notes), device_hours(made, about)
+    )
+
+
+def device_hours(made: Artifact, told: Mapping[str, Any]) -> float:
+    """Wall hours of the processes that made an artifact, on their one device.
+
+    told: what the maker wrote down: 'device_s' over all its resumed parts. Without it, the time that the store measured
+    for the last part, or that of the training alone, whichever is longer.
+    """
+    known = told.get("device_s")
+    return float(known if known is not None else max(told.get("training_s", 0.0), made.manifest["seconds"])) / 3600
 
 
 def trained_note(method: str, steps: int, hours: float, drop_pct: float | None) -> str:

@@ -15,8 +15,9 @@ from pqk.compress.train import Progress
 from pqk.errors import CheckFailed
 from pqk.files import sha256_json, write_json
 from pqk.run import worker
+from pqk.run.clock import clock
 from pqk.run.prepare import Model, describe
-from pqk.run.stages import Context, Learn, trained_note
+from pqk.run.stages import Context, Learn, device_hours, trained_note
 from pqk.run.stoploss import StopRules, best_checkpoint
 from pqk.spec.card import Experiment
 
@@ -32,7 +33,8 @@ class Trained:
 
     failed: a stop-loss rule gave the stage up, for `reason`; a training that merely stopped improving ends with its
     best checkpoint, and `reason` says so. drop_pct: of AbsRel on the held-out pairs, against the Teacher, of the
-    checkpoint that was kept. hours: device hours of the training, over all its resumed parts.
+    checkpoint that was kept. hours: device hours of all that made it, over all its resumed parts: for P the scan and
+    the refit too, for K the making of the student; of them training_hours went into steps and validations.
     """
 
     method: str
@@ -41,13 +43,14 @@ class Trained:
     reason: str | None
     steps: int
     hours: float
+    training_hours: float
     drop_pct: float | None
     report: Mapping[str, Any]
 
     @property
     def note(self) -> str:
         """One clause for the record's notes."""
-        told = trained_note(self.method, self.steps, self.hours, self.drop_pct)
+        told = trained_note(self.method, self.steps, self.training_hours, self.drop_pct)
         if self.report:
             told += f", {100 * self.report['share']:.1f} % of {self.report['measure']} cut"
         return told + (f"; {self.method} ended early: {self.reason}" if self.reason else "")
@@ -83,7 +86,7 @@ def _train(ctx: Context, method: str, experiment: Experiment, teacher: Model, be
     label = "" if before is None else f"after {card.recipe[0]}"
 
     def make(folder: Path) -> None:
-        with ctx.scratch(_STAGE[method], _CODE[method], asked) as scratch:
+        with ctx.scratch(_STAGE[method], _CODE[method], asked) as scratch, clock(scratch) as running:
             request = {
                 **asked,
                 "teacher": teacher.path,
@@ -93,7 +96,13 @@ def _train(ctx: Context, method: str, experiment: Experiment, teacher: Model, be
                 "rules": asdict(rules),
                 "card": card.id,
             }
-            result = worker.call("train", request, lambda told: ctx.tell(f"{_STAGE[method]} {label}".strip(), told))
+
+            def told(news: Mapping[str, Any]) -> None:
+                running.keep()
+                ctx.tell(f"{_STAGE[method]} {label}".strip(), news)
+
+            result = worker.call("train", request, told)
+            result["device_s"] = running.seconds
         del result["seconds"]
         write_json(folder / "trained.json", result)
 
@@ -106,6 +115,7 @@ def _train(ctx: Context, method: str, experiment: Experiment, teacher: Model, be
         found["failed"],
         found["reason"],
         found["steps"],
+        device_hours(made, found),
         found["training_s"] / 3600,
         found["drop_pct"],
         found["report"],

@@ -6,12 +6,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from pqk import paths
 from pqk.errors import PqkError, nearest
+from pqk.record.ledger import parse_seeds, seeds_text
 from pqk.spec.card import ABLATION, ID_PATTERN, Card, CardId, list_cards, load_card
 from pqk.spec.yamlfile import Section, Spec, load_spec
 
@@ -20,29 +21,59 @@ A100_FACTOR = (1.7, 2.2)
 """An H100 is so many times as fast as an A100 in training, says the lab's schedule: a range, not a measurement."""
 STATUS = "status"  # `pqk plan status` is no plan
 BASELINE = "Baseline"
+TRAIN_SEED = "workload.seeds.train"
 TEACHER_CARD = "B1"  # whose workload the Teacher is evaluated on
 
 Range = tuple[float, float]
 
 
 class PlannedExperiment(Section):
-    """One experiment. `id` is the task card, or with `door` just a name: that script is run instead of a card."""
+    """One experiment. `id` is the task card, or with `door` just a name: that script is run instead of a card.
+
+    hours: of one train seed. train_seeds: the card is run once for each; without them with that of workload.yaml.
+    eval_seeds: what it came to is then evaluated under these, such as "0..4", into the ledger, and kept.
+    """
 
     id: CardId
     hours: Annotated[float, Field(gt=0, le=10_000)]
     what: Annotated[str, Field(min_length=1, max_length=200)]
     door: Literal["baseline_eval"] | None = None
+    train_seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=1024)], ...] | None, Field(strict=False)] = None
+    eval_seeds: str | None = None
+
+    @field_validator("eval_seeds")
+    @classmethod
+    def _seeds(cls, text: str | None) -> str | None:
+        try:
+            return None if text is None else seeds_text(parse_seeds(text))
+        except PqkError as error:
+            raise ValueError(str(error)) from None
+
+    @model_validator(mode="after")
+    def _seeds_of_what(self) -> Self:
+        if self.train_seeds is not None and (
+            not self.train_seeds or len(set(self.train_seeds)) < len(self.train_seeds)
+        ):
+            raise ValueError(f"train_seeds of {self.id!r} must be one or more different numbers")
+        if self.door is not None and self.train_seeds is not None:
+            raise ValueError(f"{self.id!r} is a script and trains nothing: leave out train_seeds")
+        return self
 
 
 class Plan(Spec):
-    """Experiments, and what an hour costs. Hours are estimates for one `device`, `rate` US dollars per hour on it."""
+    """Experiments, and what an hour costs. Hours are estimates for one `device`, `rate` US dollars per hour on it.
+
+    rollback: false for a campaign, which reports what fails and mends nothing: no recipe is run again by the rollback
+    table, what missed its thresholds is a result like any other, and what requires it runs.
+    """
 
     version: Annotated[str, Field(pattern=r"^\d+\.\d+$")]
     title: Annotated[str, Field(min_length=1, max_length=200)]
     goal: Annotated[str, Field(min_length=1)]
     hours_from: Annotated[str, Field(min_length=1)]
-    device: Literal["H100"]
+    device: Literal["H100", "CPU"]
     rate: Annotated[float, Field(ge=0, le=10_000)]
+    rollback: bool = True
     experiments: Annotated[tuple[PlannedExperiment, ...], Field(strict=False, min_length=1)]
 
     @model_validator(mode="after")
@@ -61,7 +92,11 @@ class Plan(Spec):
 
 @dataclass(frozen=True)
 class Step:
-    """One experiment in the order of its plan: with its card (None: a script), and the ids that it waits for."""
+    """One experiment in the order of its plan: with its card (None: a script), and the ids that it waits for.
+
+    id: the card's, with '-s1' behind it where the plan has it with several train seeds. train_seed: None is that of
+    workload.yaml. eval_seeds: see `PlannedExperiment`.
+    """
 
     id: str
     combo: str
@@ -69,6 +104,13 @@ class Step:
     hours: float
     requires: tuple[str, ...]
     card: Card | None
+    train_seed: int | None = None
+    eval_seeds: str | None = None
+
+    @property
+    def settings(self) -> dict[str, int]:
+        """What it lays over the card's configs."""
+        return {} if self.train_seed is None else {TRAIN_SEED: self.train_seed}
 
 
 def plans_folder(root: Path) -> Path:
@@ -103,15 +145,11 @@ def ordered(plan: Plan, root: Path | None = None) -> list[Step]:
     """
     base = root or paths.project_root()
     where = paths.shown(plan.source)
-    steps = [_step(experiment, where, base) for experiment in plan.experiments]
-    names = {step.id for step in steps}
-    for step in steps:
-        for other in step.requires:
-            if other not in names:
-                raise PqkError(
-                    f"{where}: {step.id} requires {other}, which the plan does not have; add it under experiments "
-                    "(what has run already is not run again)"
-                )
+    seeds = {experiment.id: experiment.train_seeds for experiment in plan.experiments}
+    steps = [step for experiment in plan.experiments for step in _steps(experiment, seeds, where, base)]
+    twice = next((step.id for number, step in enumerate(steps) if step.id in {s.id for s in steps[:number]}), None)
+    if twice is not None:
+        raise PqkError(f"{where}: {twice} is the name of two experiments")
     done: list[Step] = []
     waiting = sorted(steps, key=_rank)
     while waiting:
@@ -124,16 +162,40 @@ def ordered(plan: Plan, root: Path | None = None) -> list[Step]:
     return done
 
 
-def _step(experiment: PlannedExperiment, where: str, root: Path) -> Step:
+def _steps(experiment: PlannedExperiment, seeds: Mapping[str, Any], where: str, root: Path) -> list[Step]:
+    """A step for each train seed. `seeds`: the train seeds of all experiments of the plan."""
     if experiment.door is not None:
         if experiment.id in list_cards(root):
             raise PqkError(f"{where}: {experiment.id} is a card, so it cannot name the script {experiment.door}")
-        return Step(experiment.id, "", experiment.what, experiment.hours, (), None)
+        return [Step(experiment.id, "", experiment.what, experiment.hours, (), None, eval_seeds=experiment.eval_seeds)]
     try:
         card = load_card(experiment.id, root)
     except PqkError as error:
         raise PqkError(f"{where}: {error}") from None
-    return Step(experiment.id, card.combo, experiment.what, experiment.hours, card.requires, card)
+    for other in card.requires:
+        if other not in seeds:
+            raise PqkError(
+                f"{where}: {card.id} requires {other}, which the plan does not have; add it under experiments "
+                "(what has run already is not run again)"
+            )
+    if card.matrix and experiment.eval_seeds is not None:
+        raise PqkError(f"{where}: {card.id} is a matrix and has no result of its own: leave out eval_seeds")
+    steps = []
+    for seed in experiment.train_seeds or (None,):
+        requires = tuple(_named(other, _same_or_first(seeds[other], seed), seeds[other]) for other in card.requires)
+        name = _named(card.id, seed, experiment.train_seeds)
+        hours, eval_seeds = experiment.hours, experiment.eval_seeds
+        steps.append(Step(name, card.combo, experiment.what, hours, requires, card, seed, eval_seeds))
+    return steps
+
+
+def _named(card: str, seed: int | None, seeds: Sequence[int] | None) -> str:
+    return card if seeds is None or len(seeds) == 1 else f"{card}-s{seed}"
+
+
+def _same_or_first(seeds: Sequence[int] | None, wanted: int | None) -> int | None:
+    """Which training of a required card counts: that of the same seed, else its first one."""
+    return None if seeds is None else wanted if wanted in seeds else seeds[0]
 
 
 def _rank(step: Step) -> int:
@@ -150,7 +212,7 @@ def _rank(step: Step) -> int:
 def hours_on(device: str, hours: float) -> Range:
     """Estimated hours on a device, least and most, of what takes `hours` on an H100.
 
-    hours(A100) = hours(H100) * (1.7 ... 2.2). Raises PqkError for a device without a factor.
+    hours(A100) = hours(H100) * (1.7 ... 2.2). Raises PqkError for a device without a factor, as a CPU is.
     """
     if device not in DEVICES:
         raise PqkError(f"--device {device}: hours are known for {', '.join(DEVICES)}{nearest(device, DEVICES)}")

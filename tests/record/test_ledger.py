@@ -26,6 +26,7 @@ from pqk.files import whole_folder
 from pqk.record import freeze
 from pqk.record.ledger import (
     METRICS,
+    RESULT,
     add_row,
     compare,
     parse_seeds,
@@ -52,17 +53,23 @@ def row(train: int = 0, seed: int = 0, **changes: Any) -> Row:
         "eval_seed": seed,
         "main_metric": "absrel",
         **dict.fromkeys(METRICS, 0.1 + 0.01 * train + 0.001 * seed),
+        "drop_pct": None,
         "fps": 8.0 + seed,
         "pairs": 72,
         "scenes": f"8 generated, base seed {seed}",
         "scenes_sha256": f"scenes{seed}",
         "checkpoint": f"{card}-s{train}",
         "checkpoint_sha256": f"sha-{card}-{train}",
+        "float_sha256": None,
+        "teacher_sha256": None,
         "params": 1000,
         "backend": "openvino",
         "quantizer": None,
         "device": "a CPU",
+        "isa": "avx2",
+        "cores": 2,
         "precision": "f32",
+        "lowered": None,
         "measured": "engine",
         "workload_sha256": "w1",
         "eval_sha256": "e1",
@@ -428,3 +435,21 @@ def test_whole_folder_after_a_kill(tmp_path: Path) -> None:
     assert [p.name for p in target.parent.iterdir()] == ["x"] and (target / "sub" / "a").read_text() == "whole"
     with pytest.raises(PqkError, match="exists already"), whole_folder(target):
         pass
+
+
+def test_a_recipe_has_one_result(tmp_path: Path) -> None:
+    """Whatever the recipe came to, the newer row of the same seeds replaces the older one; other settings do not."""
+    path = tmp_path / "D1.tsv"
+    add_row(path, row(card="D1"), RESULT)
+    add_row(path, row(card="D1", checkpoint_sha256="another", precision="int8", lowered="QAT", drop_pct=0.5), RESULT)
+    add_row(path, row(card="D1", settings='{"a": 1}', checkpoint_sha256="third"), RESULT)
+    assert [r["checkpoint_sha256"] for r in read_rows(path)] == ["third", "another"]
+    add_row(path, row(card="D1", settings='{"a": 2}', checkpoint_sha256="third"), RESULT)  # the same run all the same
+    rows = read_rows(path)
+    assert sorted((r["checkpoint_sha256"], r["settings"]) for r in rows) == [("another", None), ("third", '{"a": 2}')]
+    add_row(path, row(card="D1", isa="amx", checkpoint_sha256="another", precision="int8", drop_pct=0.7), RESULT)
+    assert len(read_rows(path)) == 3  # a CPU of the same name, and another one
+    add_row(path, row(seed=1, card="D1", checkpoint_sha256="another", precision="int8", drop_pct=1.5), RESULT)
+    summary, _ = summarise_files([(path, [r for r in read_rows(path) if r["precision"] == "int8"])])
+    means = {line["isa"]: line["drop_pct_mean"] for line in summary if line["scope"] == "file"}
+    assert means == {"amx": 0.7, "avx2": 1.0}

@@ -23,7 +23,7 @@ from run_toys import Outcome, environment, hear_ctrl_c, pqk, start
 
 from pqk.errors import PqkError
 from pqk.report.plan import status_data
-from pqk.run.plan import Asked, Progressed, command, exit_code, folder_of, progress, run_plan
+from pqk.run.plan import Asked, Progressed, commands, exit_code, folder_of, progress, run_plan
 from pqk.spec.plan import load_plan, ordered
 
 FAKE = textwrap.dedent("""
@@ -57,7 +57,7 @@ DRIVER = textwrap.dedent("""
     plan = load_plan("medium", root)
     run_plan(
         plan, ordered(plan, root), root, Asked("toy"), print, print,
-        command_of=lambda step: [sys.executable, "fake.py", step.id],
+        commands_of=lambda step: [[sys.executable, "fake.py", step.id]],
     )
     """)
 MEDIUM = ["Baseline", "A1", "C1", "B1", "E1", "D1"]
@@ -86,7 +86,7 @@ def go(root: Path, **known: Any) -> list[Progressed]:
         Asked(known.pop("backend", "toy"), known.pop("model", None)),
         said.append,
         said.append,
-        command_of=lambda step: [sys.executable, str(root / "fake.py"), step.id],
+        commands_of=lambda step: [[sys.executable, str(root / "fake.py"), step.id]],
         **known,
     )
     assert found == look(root)
@@ -202,7 +202,7 @@ def test_what_is_done_is_done_for_the_same_inputs_only(toys: Path) -> None:
 def test_commands(toys: Path) -> None:
     plan = load_plan("medium", toys)
     by_name = {step.id: step for step in ordered(plan, toys)}
-    words = command(by_name["A1"], Asked("trt", "my model"))
+    (words,) = commands(by_name["A1"], Asked("trt", "my model"))
     assert words[0] == sys.executable and words[-7:] == [
         "pqk.cli",
         "run",
@@ -212,8 +212,74 @@ def test_commands(toys: Path) -> None:
         "--model",
         "my model",
     ]
-    words = command(by_name["Baseline"], Asked("openvino"))
+    (words,) = commands(by_name["Baseline"], Asked("openvino"))
     assert "baseline" in words[3] and words[4:] == ["--backend", "openvino", "--card", "B1"]
+
+
+def test_commands_of_a_campaign(toys: Path) -> None:
+    """The run without rollback, then its result into the ledger, then its files kept."""
+    plan = load_plan("results", toys)
+    steps = {step.id: step for step in ordered(plan, toys)}
+    lines = [" ".join(words[4:]) for words in commands(steps["D1-s1"], Asked("openvino"), plan.rollback)]
+    assert lines == [
+        "run D1 --backend openvino --set workload.seeds.train=1 --no-rollback",
+        "ledger eval --card D1 --backend openvino --set workload.seeds.train=1 --eval-seeds 0..4",
+        "ledger finalize --card D1 --backend openvino --set workload.seeds.train=1",
+    ]
+    teacher = commands(steps["Baseline"], Asked("openvino"), plan.rollback)[1]
+    assert " ".join(teacher[4:]) == (
+        "ledger eval models/dust3r-tiny --card B1 --backend openvino --eval-seeds 0..4 -o results/Baseline.openvino.tsv"
+    )
+    assert [words[4] for words in commands(steps["H1"], Asked("openvino"), plan.rollback)] == ["run"]
+
+
+def test_a_campaign_reports_failures_and_goes_on(toys: Path) -> None:
+    plan = load_plan("results", toys)
+    steps = ordered(plan, toys)
+
+    def go(words: int = 2) -> dict[str, tuple[str, str]]:
+        parts = ["", "-eval"][:words]
+        said: list[str] = []
+        found = run_plan(
+            plan,
+            steps,
+            toys,
+            Asked("toy"),
+            said.append,
+            said.append,
+            commands_of=lambda step: [[sys.executable, str(toys / "fake.py"), step.id + part] for part in parts],
+        )
+        return {item.step.id: (item.status, item.detail) for item in found}
+
+    todo(
+        toys,
+        **{
+            "A1-s0": {"code": 1, "say": ["  FAILED: quality drop 2 %"]},  # a verdict: D1-s0 needs it all the same
+            "C1": {"code": 1, "say": ["pqk: stop-loss: its hours are spent"]},  # no result: E1 and F1 wait
+            "B1-eval": {"code": 2, "say": ["pqk: results/B1.tsv: is wrong"]},
+            "G1": {"code": 3, "say": ["pqk: not offered"]},
+        },
+    )
+    found = go()
+    assert found["A1-s0"] == ("failed", "quality drop 2 %") and found["A1-s1"][0] == "done"
+    assert found["B1"] == ("error", "results/B1.tsv: is wrong")
+    assert found["C1"] == ("failed", "stop-loss: its hours are spent")
+    assert found["E1"] == ("waiting", "for C1 (failed)") and found["D1-s0"] == (
+        "waiting",
+        "for A1-s0 (failed), B1 (error)",
+    )
+    first = ran(toys)
+    assert {"A1-s0-eval", "C1-rho30-eval"} <= set(first) and not {"C1-eval", "G1-eval"} & set(first)
+
+    todo(
+        toys,
+        **{"A1-s0": {"code": 1, "say": ["  FAILED: quality drop 2 %"]}, "D1-s0": {"code": 1, "say": ["FAILED: a"]}},
+    )
+    found = go()
+    assert {name for name, (status, _) in found.items() if status != "done"} == {"A1-s0", "D1-s0"}
+    again = ran(toys)
+    assert "A1-s0" not in again and {"C1", "C1-eval", "B1", "G1", "E1-eval", "D1-s0-eval"} <= set(again)
+    assert go()["D1-s0"] == ("failed", "a") and ran(toys) == []  # what was measured stays as it is
 
 
 def drive(root: Path) -> subprocess.Popen[str]:
@@ -319,6 +385,7 @@ def test_the_command_line_shows_plans(toys: Path) -> None:
         ("best", True),
         ("medium", False),
         ("minimal", True),
+        ("results", True),
     ]
     assert "4 done, 1 failed, 1 waiting" in pqk(toys, "plan", "status").out
 

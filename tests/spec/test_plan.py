@@ -48,7 +48,7 @@ def edit(root: Path, old: str, new: str, name: str = "minimal") -> None:
 
 
 def test_the_shipped_plans() -> None:
-    assert list_plans(REPOSITORY) == ["best", "medium", "minimal"]
+    assert list_plans(REPOSITORY) == ["best", "medium", "minimal", "results"]
     for name, hours in HOURS.items():
         plan = load_plan(name, REPOSITORY)
         assert plan.name == name
@@ -68,6 +68,36 @@ def test_order() -> None:
     steps = {step.id: step for step in ordered(load_plan("best", REPOSITORY), REPOSITORY)}
     assert waits_for(steps["F1"], steps) == {"E1", "C1", "B1"}
     assert steps["Baseline"].card is None and steps["A1"].combo == "K-only"
+
+
+def test_the_campaign_has_every_recipe_with_its_seeds() -> None:
+    plan = load_plan("results", REPOSITORY)
+    steps = {step.id: step for step in ordered(plan, REPOSITORY)}
+    assert not plan.rollback and load_plan("best", REPOSITORY).rollback
+    trained = [f"{card}-s{seed}" for card in ("A1", "D1") for seed in (0, 1, 2)]
+    assert sorted(steps) == sorted([*trained, "Baseline", "B1", "C1", "C1-rho30", "E1", "F1", "G1", "H1"])
+    assert {step.eval_seeds for name, step in steps.items() if name != "H1"} == {"0..4"}
+    # A training of the same seed, or else the first one.
+    assert steps["D1-s2"].requires == ("A1-s2", "B1") and steps["D1-s2"].settings == {"workload.seeds.train": 2}
+    assert steps["H1"].requires == ("A1-s0", "B1") and steps["H1"].eval_seeds is None and steps["B1"].settings == {}
+    data = plan_data(plan, list(steps.values()), "CPU", None)
+    assert data["cost"] == [0, 0] and data["hours"][0] == sum(s.hours for s in steps.values())
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "sentence"),
+    [
+        ("student\", train_seeds: [0, 1, 2]", "student\", train_seeds: [1, 1]", "must be one or more different"),
+        ("door: baseline_eval", "door: baseline_eval, train_seeds: [0]", "'Baseline' is a script and trains nothing"),
+        ("what: \"the ablations\"", "what: a, eval_seeds: 0..4", "H1 is a matrix and has no result of its own"),
+        ("what: \"pruned at 0.1\", eval_seeds: \"0..4\"", "what: a, eval_seeds: 4..0", "seeds '4..0': write them as"),
+        ("id: C1, hours", "id: A1-s1, hours", "there is no card 'A1-s1'"),
+    ],
+)  # fmt: skip
+def test_wrong_seeds_are_one_sentence(project: Path, old: str, new: str, sentence: str) -> None:
+    edit(project, old, new, "results")
+    with pytest.raises(PqkError, match=sentence):
+        ordered(load_plan("results", project), project)
 
 
 @settings(max_examples=12, deadline=None)
@@ -90,7 +120,7 @@ def test_the_order_of_the_file_does_not_break_dependencies(names: list[str]) -> 
         ("rate: 6.88", "rat: 6.88", r"minimal\.yaml:\d+: unknown key 'rat' \(did you mean 'rate'\?\)"),
         ("hours: 20", "hour: 20", r"unknown key 'experiments\[1\]\.hour' \(did you mean 'hours'\?\)"),
         ("hours: 20", "hours: 0", r"experiments\[1\]\.hours is 0 but must be more than 0"),
-        ("device: H100", "device: H10", r"device is 'H10' but must be 'H100' \(did you mean 'H100'\?\)"),
+        ("device: H100", "device: H10", r"device is 'H10' but must be 'H100' or 'CPU' \(did you mean 'H100'\?\)"),
         ("door: baseline_eval", "door: baselin_eval", r"did you mean 'baseline_eval'"),
         ("id: D1", "id: A1", r"lists the experiment 'A1' twice"),
         ("id: B1", "id: B11", r"there is no card 'B11' in .* \(did you mean 'B1'\?\)"),

@@ -1,0 +1,424 @@
+"""The page of a campaign, such as docs/results.md: written from a frozen deliverable alone, every number out of its
+records and its rows of evaluations.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from pqk.errors import CheckFailed, PqkError
+from pqk.files import write_text
+from pqk.paths import shown
+from pqk.record.freeze import check_files, spread
+from pqk.record.ledger import Stat, seeds_text, stat
+from pqk.record.log import read_records
+from pqk.record.tsv import Row, markdown_cell
+from pqk.report.page_figures import draw
+from pqk.report.table import DASH
+
+Record = dict[str, Any]
+PLAN = "plan.json"
+_ONE_RUN_S = 300
+"""Records of one run are written together; a Teacher's that is further away in time is of another timing."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A card in one precision: its planned runs, the records of their candidates, and its evaluations.
+
+    runs: (planned run, candidate's record, the Teacher's f32 record of the same run or None), by train seed.
+    """
+
+    card: str
+    combo: str
+    precision: str
+    planned: list[dict[str, Any]]
+    runs: list[tuple[dict[str, Any], Record, Record | None]]
+    rows: list[Row]
+
+    def over_runs(self, name: str) -> Stat | None:
+        """Mean and std of a column over the evaluations; None where one of them lacks it."""
+        values = [row[name] for row in self.rows]
+        return None if not values or None in values else stat(values)
+
+    def over_records(self, name: str) -> Stat | None:
+        """Mean and std of a column over the train seeds; None where one of them lacks it."""
+        return _stat([record[name] for _, record, _ in self.runs])
+
+    def ratios(self, name: str) -> Stat | None:
+        """Candidate over Teacher, within each run."""
+        return _stat([record[name] / base[name] if base and base[name] and record[name] else None
+                      for _, record, base in self.runs])  # fmt: skip
+
+    @property
+    def drop(self) -> Stat | None:
+        """Of the evaluations in the ledger; before there are any, of the records."""
+        return self.over_runs("drop_pct") if self.rows else self.over_records("quality_drop_pct")
+
+    @property
+    def int8_share(self) -> Stat | None:
+        return _stat([(record["executed_precision"] or {}).get("int8") for _, record, _ in self.runs])
+
+
+def _stat(values: Sequence[float | None]) -> Stat | None:
+    known = [value for value in values if value is not None]
+    return stat(known) if known and len(known) == len(values) else None
+
+
+def write_page(deliverable: Path, out: Path) -> list[Path]:
+    """Write the page and its figures, which lie in a folder of its name; returns the files, the page last.
+
+    Raises PqkError when there is no such deliverable or it was frozen without a plan, CheckFailed when its files are
+    not those that were frozen.
+    """
+    if out.suffix != ".md":
+        raise PqkError(f"--out {out}: the name of a page ends in .md")
+    said, rows = check_files(deliverable)
+    if said:
+        raise CheckFailed(f"{shown(deliverable)} is not as it was frozen: {said[0]}")
+    if not (deliverable / PLAN).is_file():
+        raise PqkError(f"{shown(deliverable)} was frozen without a plan: pqk ledger freeze NAME --plan PLAN")
+    plan = json.loads((deliverable / PLAN).read_text(encoding="utf-8"))
+    records = {f"records/{item.source.name}": item.record for item in _records(deliverable)}
+    recipes = recipes_of(plan, records, rows)
+    figures = draw(recipes, out.with_suffix(""))
+    write_text(out, page_text(deliverable, plan, records, rows, recipes, figures, out))
+    return [*figures, out]
+
+
+def _records(deliverable: Path) -> list[Any]:
+    folder = deliverable / "records"
+    return read_records(folder) if folder.is_dir() else []
+
+
+def recipes_of(plan: dict[str, Any], records: dict[str, Record], rows: Sequence[Row]) -> list[Recipe]:
+    """The recipes of a plan that something was measured of, in its order.
+
+    One whose train seeds ended in unlike precisions, as a stop-loss does, is told apart by them.
+    """
+    found = []
+    for card in dict.fromkeys(run["card"] for run in plan["rows"] if run["card"] and not run["matrix"]):
+        planned = [run for run in plan["rows"] if run["card"] == card]
+        runs = [(run, records[run["candidate"]], _teacher(run, records)) for run in planned if run["candidate"]]
+        seeds = {(run["train_seed"], seed) for run in planned for seed in run["eval_seeds"]}
+        own = [
+            row
+            for row in rows
+            if row["card"] == card
+            and row["backend"] == plan["backend"]
+            and row["teacher_sha256"] is not None  # a recipe's own result, and no other checkpoint
+            and (row["train_seed"], row["eval_seed"]) in seeds
+            and row["settings"] is None  # the card as it stands
+        ]
+        for precision in dict.fromkeys([*(r["precision"] for _, r, _ in runs), *(row["precision"] for row in own)]):
+            chosen = [run for run in runs if run[1]["precision"] == precision]
+            evaluated = [row for row in own if row["precision"] == precision]
+            found.append(Recipe(card, planned[0]["combo"], precision, planned, chosen, evaluated))
+    return found
+
+
+def _teacher(run: dict[str, Any], records: dict[str, Record]) -> Record | None:
+    """The Teacher's f32 record of the same run: written in the same minutes, so of the same interleaved timing."""
+    mine = _time(records[run["candidate"]])
+    teachers = [records[path] for path in run["teachers"] if records[path]["precision"] == "f32"]
+    return next((record for record in teachers if abs(_time(record) - mine) < _ONE_RUN_S), None)
+
+
+def _time(record: Record) -> float:
+    return datetime.fromisoformat(record["datetime"].replace("Z", "+00:00")).timestamp()
+
+
+# Text
+
+
+def page_text(
+    deliverable: Path,
+    plan: dict[str, Any],
+    records: dict[str, Record],
+    rows: Sequence[Row],
+    recipes: Sequence[Recipe],
+    figures: Sequence[Path],
+    out: Path,
+) -> str:
+    """The whole page as Markdown."""
+    name, metric = deliverable.name, rows[0]["main_metric"]
+    parts = [
+        "# Results",
+        "",
+        f"{plan['title']}. {plan['goal']}",
+        "",
+        f"Written by `pqk ledger page {name}` from [deliverables/{name}]({_link(deliverable, out)}), whose records and "
+        "evaluations hold every number; do not edit it by hand.",
+        "",
+        *_conditions(plan, records, rows),
+        "## Recipes",
+        "",
+        *_recipes_table(recipes, records, rows, metric),
+        "",
+        *_legend(metric),
+        "## Not run yet",
+        "",
+        *_missing(plan, recipes, rows),
+        "",
+        "## Verdicts",
+        "",
+        *_verdicts(recipes),
+        "",
+        "## Figures",
+        "",
+        *(f"![{path.stem}]({_link(path, out)})\n" for path in figures),
+        *_ablations(deliverable, plan, out),
+        "## How to make it again",
+        "",
+        *_commands(plan, name, rows),
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def _link(path: Path, out: Path) -> str:
+    import os
+
+    return Path(os.path.relpath(path.absolute(), out.absolute().parent)).as_posix()
+
+
+def _conditions(plan: dict[str, Any], records: dict[str, Record], rows: Sequence[Row]) -> list[str]:
+    machines = sorted({(row["device"], row["isa"] or "unknown", row["cores"]) for row in rows}, key=str)
+    others = sorted({r["device"] for r in records.values() if r["device"]} - {device for device, _, _ in machines})
+    tools: dict[str, set[str]] = {}
+    for record in records.values():
+        for tool in ("openvino", "nncf", "tensorrt", "nvidia-modelopt", "onnxruntime", "torch"):
+            if tool in (record["versions"] or {}):
+                tools.setdefault(tool, set()).add(record["versions"][tool])
+    told = [f"{device}, instruction sets {isa}, {cores or 'unknown'} cores" for device, isa, cores in machines] + others
+    versions = ", ".join(f"{tool} {' and '.join(sorted(found))}" for tool, found in tools.items())
+    emulated = {row["measured"] for row in rows} - {"engine"}
+    return [
+        f"- Device of all times: {markdown_cell('; '.join(told))}",
+        f"- Backend: {plan['backend']}{f'; {markdown_cell(versions)}' if versions else ''}",
+        f"- Evaluated from {min(row['datetime'] for row in rows)[:10]} to {max(row['datetime'] for row in rows)[:10]}, "
+        f"draws of scenes: {len({row['scenes_sha256'] for row in rows})}, pairs in the first: {rows[0]['pairs']}",
+        *(["- Some engines were emulated: those rows have no times"] if emulated else []),
+        "",
+    ]
+
+
+_HEADINGS = (
+    "recipe",
+    "runs",
+    "drop %",
+    "METRIC",
+    "params M",
+    "GFLOPs",
+    "file MB",
+    "p50 ms",
+    "x own f32",
+    "x own best float",
+    "x Teacher f32",
+    "int8 share",
+    "verdict",
+    "hours",
+)
+
+
+def _recipes_table(
+    recipes: Sequence[Recipe], records: dict[str, Record], rows: Sequence[Row], metric: str
+) -> list[str]:
+    headings = [metric if heading == "METRIC" else heading for heading in _HEADINGS]
+    lines = [_line(headings), _line(["---"] * len(headings)), *_teacher_line(records, rows, metric)]
+    for recipe in recipes:
+        evaluated, lowered = recipe.over_runs(metric), {row["lowered"] for row in recipe.rows} - {None}
+        how = f" ({' or '.join(sorted(lowered))})" if lowered else ""
+        quality = evaluated or recipe.over_records(metric)
+        quantized = any(record["quantizer"] for _, record, _ in recipe.runs)
+        cells = [
+            markdown_cell(f"{recipe.card} {recipe.combo}, {recipe.precision}{how}"),
+            _counts(recipe),
+            _mean(recipe.drop, "+.2f"),
+            _mean(quality, ".4f"),
+            _against(recipe, "params_M", ".2f"),
+            _against(recipe, "flops_G", ".1f"),
+            _against(recipe, "size_MB", ".1f"),
+            _mean(recipe.over_records("t_pair_p50_ms"), ".1f"),
+            _mean(recipe.over_records("speedup_vs_fp32") if quantized else None, ".2f"),
+            _mean(recipe.over_records("speedup_vs_best_float") if quantized else None, ".2f"),
+            _mean(_inverse(recipe), ".2f"),
+            _mean(recipe.int8_share, ".0%"),
+            markdown_cell(_verdict(recipe)),
+            _mean(recipe.over_records("gpu_hours"), ".2f"),
+        ]
+        lines.append(_line(cells))
+    return lines
+
+
+def _teacher_line(records: dict[str, Record], rows: Sequence[Row], metric: str) -> list[str]:
+    """The Teacher in f32: its evaluations, and the record of the newest run that measured it."""
+    teachers = [r for r in records.values() if r["role"] == "teacher" and r["precision"] == "f32"]
+    if not teachers:
+        return []
+    record = max(teachers, key=lambda r: r["datetime"])
+    digest = record["hashes"]["model"]
+    own = [row for row in rows if row["checkpoint_sha256"] == digest and row["precision"] == "f32"]
+    quality = stat([row[metric] for row in own]) if own else _stat([record[metric]])
+    count = f"{len({row['eval_seed'] for row in own})} eval" if own else "1"
+    cells = [f"Teacher {markdown_cell(str(record['model']))}, f32", count, "0", _mean(quality, ".4f")]
+    cells += [f"{record[name]:{form}}" for name, form in (("params_M", ".2f"), ("flops_G", ".1f"), ("size_MB", ".1f"))]
+    cells += [_mean(_stat([record["t_pair_p50_ms"]]), ".1f"), DASH, DASH, "1", DASH, DASH, DASH]
+    return [_line(cells)]
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _mean(found: Stat | None, form: str) -> str:
+    if found is None:
+        return DASH
+    if form.endswith("%"):
+        return f"{found.mean:{form}}"
+    shown_spread = "" if not found.std else spread(found.std)
+    return f"{found.mean:{form}}{shown_spread}"
+
+
+def _against(recipe: Recipe, name: str, form: str) -> str:
+    """A mean over the train seeds, with its change against the Teacher in percent."""
+    found, ratio = recipe.over_records(name), recipe.ratios(name)
+    text = DASH if found is None else f"{found.mean:{form}}"
+    return text if ratio is None else f"{text} ({100 * (ratio.mean - 1):+.0f} %)"
+
+
+def _inverse(recipe: Recipe) -> Stat | None:
+    """Speed against the Teacher in f32, within each run."""
+    return _stat([base["t_pair_p50_ms"] / record["t_pair_p50_ms"]
+                  if base and base["t_pair_p50_ms"] and record["t_pair_p50_ms"] else None
+                  for _, record, base in recipe.runs])  # fmt: skip
+
+
+def _counts(recipe: Recipe) -> str:
+    """'3 train x 5 eval', or what there is of it."""
+    if not recipe.rows:
+        return f"{len(recipe.runs)} train, record only"
+    trains = {row["train_seed"] for row in recipe.rows}
+    evals = {row["eval_seed"] for row in recipe.rows}
+    whole = len(recipe.rows) == len(trains) * len(evals)
+    return f"{len(trains)} train x {len(evals)} eval" + ("" if whole else f", {len(recipe.rows)} runs")
+
+
+def _verdict(recipe: Recipe) -> str:
+    """'pass', or 'fail: why'; with the train seeds where they differ."""
+    told: dict[str, list[int]] = {}
+    for run, record, _ in recipe.runs:
+        told.setdefault(_judged(record), []).append(run["train_seed"])
+    if not told:
+        return "no record"
+    if len(told) == 1:
+        (word,) = told
+        reasons = _failed(recipe.runs[0][1])
+        count = f" ({len(recipe.runs)} of {len(recipe.runs)})" if len(recipe.runs) > 1 else ""
+        return f"{word}{count}" + (f": {'; '.join(reasons)}" if reasons else "")
+    parts = []
+    for word, seeds in told.items():
+        first = next(record for run, record, _ in recipe.runs if run["train_seed"] == seeds[0])
+        reasons = _failed(first)
+        parts.append(f"{word} (seed {seeds_text(seeds)})" + (f": {'; '.join(reasons)}" if reasons else ""))
+    return "; ".join(parts)
+
+
+def _judged(record: Record) -> str:
+    if record["status"] != "ok":
+        return str(record["status"])
+    return str(record["verdict"] or "not judged")
+
+
+def _failed(record: Record) -> list[str]:
+    reasons = [r.removeprefix("FAILED: ") for r in record["verdict_reasons"] or [] if r.startswith("FAILED: ")]
+    return reasons or ([str(record["notes"])] if record["status"] in ("failed", "unavailable") else [])
+
+
+def _legend(metric: str) -> list[str]:
+    return [
+        f"- `drop %`: loss of {metric} against the Teacher in f32 on the same scenes and seeds: mean ± sample standard "
+        "deviation over all runs. Where a row is not in the ledger yet, that of the record (eval seed 0).",
+        "- `params`, `GFLOPs` of a pair, `file`: with the change against the Teacher. `p50`: median time of a pair at "
+        "batch size 1. Milliseconds of two rows are from different moments; the ratios beside them are not:",
+        "- `x own f32`, `x own best float`: speed of the quantized model against the same model in float, within one "
+        "interleaved timing; `x Teacher f32`: against the Teacher, likewise.",
+        "- `int8 share`: of the FLOPs, read from the engine. `hours`: device hours that made one model.",
+        "- `verdict`: of the records, by `configs/eval.yaml`.",
+        "",
+    ]
+
+
+def _missing(plan: dict[str, Any], recipes: Sequence[Recipe], rows: Sequence[Row]) -> list[str]:
+    """Every planned run without its record or some of its evaluations, and why; nothing is left out silently."""
+    lines = []
+    for run in plan["rows"]:
+        if run["card"] is None:
+            done = {row["eval_seed"] for row in rows if row["teacher_sha256"] is None}
+        else:
+            own = [r for recipe in recipes if recipe.card == run["card"] for r in recipe.rows]
+            done = {row["eval_seed"] for row in own if row["train_seed"] == run["train_seed"]}
+        lacking = set(run["eval_seeds"]) - done
+        missing = []
+        if run["card"] is not None and not run["matrix"] and run["candidate"] is None:
+            missing.append("not run yet")
+        if run["matrix"] and run["status"] != "done":
+            missing.append("not run yet, or not whole")
+        if lacking:
+            missing.append(f"not evaluated with eval seeds {seeds_text(lacking)}")
+        if missing:
+            state = "" if run["status"] in ("waiting", "done") else f" ({run['status']}{_colon(run['detail'])})"
+            lines.append(f"- {markdown_cell(run['id'] + ': ' + ', '.join(missing) + state)}")
+    for recipe in recipes:
+        for run, record, _ in recipe.runs:
+            digests = {row["checkpoint_sha256"] for row in recipe.rows if row["train_seed"] == run["train_seed"]}
+            if digests - set((record["hashes"] or {}).values()):
+                lines.append(
+                    f"- {markdown_cell(run['id'])}: its evaluations are of another checkpoint than its record; "
+                    "run and evaluate it again"
+                )
+    return lines or ["Nothing: every planned run was measured and evaluated."]
+
+
+def _colon(detail: str | None) -> str:
+    return f": {detail}" if detail else ""
+
+
+def _verdicts(recipes: Sequence[Recipe]) -> list[str]:
+    lines = []
+    for recipe in recipes:
+        for run, record, _ in recipe.runs:
+            lines.append(f"- **{markdown_cell(run['id'])}** ({recipe.precision}): {_judged(record)}")
+            lines += [f"  - {markdown_cell(reason)}" for reason in record["verdict_reasons"] or _failed(record)]
+    return lines or ["No recipe has run yet."]
+
+
+def _ablations(deliverable: Path, plan: dict[str, Any], out: Path) -> list[str]:
+    tables = sorted((deliverable / "ablation").glob("*.md"))
+    if not any(run["matrix"] for run in plan["rows"]):
+        return []
+    lines = ["## Ablations", ""]
+    for path in tables:
+        heading, _, table = path.read_text(encoding="utf-8").partition("\n")
+        lines += [f"### {heading.lstrip('# ')}", "", table.strip(), ""]
+        if path.with_suffix(".png").is_file():
+            lines += [f"![{path.stem}]({_link(path.with_suffix('.png'), out)})", ""]
+    return [*lines, *([] if tables else ["Not run yet.", ""])]
+
+
+def _commands(plan: dict[str, Any], name: str, rows: Sequence[Row]) -> list[str]:
+    commits = sorted({row["commit"] or "unknown" for row in rows})
+    return [
+        "```bash",
+        f"pqk plan {plan['plan']} --run --backend {plan['backend']}   # runs and evaluates what is not there yet",
+        f"pqk ledger freeze {name} --plan {plan['plan']}",
+        f"pqk ledger page {name}",
+        f"pqk ledger verify {name}                  # hashes everything, and measures one run again",
+        "```",
+        "",
+        f"Commits of the evaluations: {', '.join(markdown_cell(commit) for commit in commits)}.",
+    ]

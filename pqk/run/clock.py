@@ -1,0 +1,46 @@
+"""The device hours of work that may be killed and goes on later."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from pqk.files import write_json
+
+_EVERY_S = 5.0
+
+
+class Clock:
+    """Wall seconds of a piece of work over all its parts, kept in `folder`, which outlives a killed process."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / "clock.json"
+        self._before = 0.0
+        with suppress(OSError, ValueError, TypeError, KeyError):  # a damaged one begins anew
+            self._before = float(json.loads(self._path.read_text())["seconds"])
+        self._began = self._kept = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """So far, earlier parts included."""
+        return self._before + time.monotonic() - self._began
+
+    def keep(self, now: bool = False) -> None:
+        """Write it down, at most every few seconds unless `now`: what a killed process loses."""
+        if now or time.monotonic() - self._kept > _EVERY_S:
+            self._kept = time.monotonic()
+            write_json(self._path, {"seconds": round(self.seconds, 3)})
+
+
+@contextmanager
+def clock(folder: Path) -> Iterator[Clock]:
+    """A clock that is also written down when the work fails, such as for want of hours."""
+    running = Clock(folder)
+    try:
+        yield running
+    except BaseException:
+        running.keep(now=True)
+        raise

@@ -1,0 +1,260 @@
+"""The page of a campaign out of a frozen deliverable: every planned run is on it, all numbers of records and rows."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pqk.errors import CheckFailed, PqkError
+from pqk.record import freeze
+from pqk.record.ledger import COLUMNS, METRICS, write_rows
+from pqk.record.log import record_filename
+from pqk.record.schema import empty_record
+from pqk.record.tsv import Row
+from pqk.report.page import write_page
+
+Write = Callable[..., Path]
+
+
+def digest(*words: object) -> str:
+    from pqk.files import sha256_json
+
+    return sha256_json(list(map(str, words)))
+
+
+def record(card: str, role: str, seed: int = 0, **more: Any) -> dict[str, Any]:
+    """A record of a run of `card`; its workload's digest follows from the train seed."""
+    hashes = {"model": digest(card if role == "candidate" else "teacher", seed if role == "candidate" else "")}
+    hashes |= {"workload": digest("w", seed), "eval": digest("e"), "engine": digest(card, seed, "engine")}
+    known = {
+        "exp_id": card,
+        "role": role,
+        "combo": "K→Q",
+        "model": "tiny",
+        "backend": "openvino",
+        "device": "a CPU",
+        "precision": "f32",
+        "status": "ok",
+        "train_seed": seed,
+        "absrel": 0.1,
+        "main_metric": "absrel",
+        "quality_drop_pct": 0.5,
+        "verdict": "pass" if role == "candidate" else None,
+        "verdict_reasons": ["ok: quality drop 0.5 % (at most 1 %)"] if role == "candidate" else None,
+        "t_pair_p50_ms": 100.0 if role == "teacher" else 80.0,
+        "speedup_vs_fp32": 1.25,
+        "speedup_vs_best_float": 1.25,
+        "executed_precision": {"f32": 1.0},
+        "params_M": 12.0 if role == "teacher" else 9.0,
+        "params": 9_000_000,
+        "flops_G": 80.0 if role == "teacher" else 60.0,
+        "size_MB": 48.0 if role == "teacher" else 36.0,
+        "gpu_hours": None if role == "teacher" else 0.25 + seed,
+        "datetime": f"2026-01-0{seed + 1}T00:00:00Z",
+        "versions": {"openvino": "2026.4.1"},
+        "hashes": hashes,
+    }
+    return empty_record() | known | more
+
+
+def int8(card: str, seed: int = 0, **more: Any) -> dict[str, Any]:
+    lowered = {
+        "precision": "int8",
+        "quantizer": "nncf",
+        "executed_precision": {"f32": 0.17, "int8": 0.83},
+        "t_pair_p50_ms": 40.0,
+        "size_MB": 12.0,
+        "speedup_vs_fp32": 2.0,
+        "speedup_vs_best_float": 1.6,
+    }
+    return record(card, "candidate", seed, **lowered | more)
+
+
+def row(found: dict[str, Any], seed: int, **more: Any) -> Row:
+    """An evaluation of a record's candidate, or of the Teacher."""
+    own = found["role"] == "candidate"
+    lowered = found["quantizer"] is not None
+    train = found["train_seed"]
+    base: Row = dict.fromkeys(COLUMNS) | dict.fromkeys(METRICS, 0.1 + 0.01 * seed) | {
+        "card": found["exp_id"],
+        "train_seed": train,
+        "eval_seed": seed,
+        "main_metric": "absrel",
+        "drop_pct": 0.2 + 0.1 * seed + train if own else None,
+        "pairs": 72,
+        "scenes": "8",
+        "scenes_sha256": digest("scenes", seed),
+        "checkpoint": "tiny",
+        "checkpoint_sha256": found["hashes"]["engine" if lowered else "model"],
+        "float_sha256": found["hashes"]["model"] if lowered else None,
+        "teacher_sha256": digest("teacher", "") if own else None,
+        "params": 9,
+        "backend": "openvino",
+        "quantizer": found["quantizer"],
+        "device": "a CPU",
+        "isa": "avx2",
+        "cores": 2,
+        "precision": found["precision"],
+        "lowered": "PTQ" if lowered else None,
+        "measured": "engine",
+        "workload_sha256": "w",
+        "eval_sha256": "e",
+        "config_sha256": digest(found["precision"]),
+        "code_sha256": "k",
+        "settings": None,
+        "commit": "abc",
+        "datetime": "2026-01-05T00:00:00Z",
+        "output": "o",
+    }  # fmt: skip
+    return base | more
+
+
+def planned(name: str, card: str | None, seed: int | None = 0, **more: Any) -> dict[str, Any]:
+    return {
+        "id": name,
+        "card": card,
+        "combo": "K→Q" if card else None,
+        "what": "a",
+        "matrix": False,
+        "train_seed": seed,
+        "eval_seeds": [0, 1],
+        "drop_limit_pct": 1.0,
+        "status": "done",
+        "detail": None,
+        "candidate": None,
+        "teachers": [],
+    } | more
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """Freezes records and rows as a deliverable of a plan, and writes its page."""
+
+    def call(
+        rows: list[Row],
+        records: list[dict[str, Any]],
+        runs: list[dict[str, Any]],
+        files: dict[str, bytes] | None = None,
+    ) -> Path:
+        ledger = tmp_path / "results" / "all.openvino.tsv"
+        write_rows(ledger, rows)
+        named = {f"records/{record_filename(r)}": r for r in records}
+        for run in runs:
+            own = {p: r for p, r in named.items() if (r["exp_id"], r["train_seed"]) == (run["card"], run["train_seed"])}
+            run["candidate"] = next((path for path, r in own.items() if r["role"] == "candidate"), None)
+            run["teachers"] = [path for path, r in own.items() if r["role"] == "teacher"]
+        plan = {"plan": "results", "title": "Everything", "goal": "Rows.", "backend": "openvino", "rows": runs}
+        more = {path: json.dumps(r).encode() for path, r in named.items()} | {"plan.json": json.dumps(plan).encode()}
+        folder = tmp_path / "deliverables" / "demo"
+        freeze.freeze(folder, [(ledger, freeze.tables_of([ledger])[0][1])], "abc", more | (files or {}))
+        assert freeze.check_files(folder)[0] == []
+        page = tmp_path / "docs" / "results.md"
+        assert write_page(folder, page)[-1] == page
+        return page
+
+    return call
+
+
+def test_every_planned_run_is_on_the_page(write: Write) -> None:
+    teachers = [record(card, "teacher", seed) for card in ("A1", "D1") for seed in (0, 1)]
+    students = [record("A1", "candidate", seed) for seed in (0, 1)]
+    slow = "FAILED: t_pair p50 13.1 % below fp32 (at least 50 % below)"
+    failed = int8("D1", 1, verdict="fail", verdict_reasons=["ok: a", slow], t_pair_p50_ms=50.0)
+    small = [int8("D1"), failed]
+    rows = [row(r, seed) for r in [*students, *small, teachers[0]] for seed in (0, 1)]
+    rows = [r for r in rows if (r["card"], r["train_seed"], r["eval_seed"]) != ("D1", 1, 1)]
+    rows = [r | ({"card": "B1"} if r["teacher_sha256"] is None else {}) for r in rows]
+    runs = [planned("Baseline", None, None)]
+    runs += [planned(f"{card}-s{seed}", card, seed) for card in ("A1", "D1") for seed in (0, 1)]
+    runs += [
+        planned("E1", "E1", status="waiting"),
+        planned("G1", "G1", status="unavailable", detail="not | offered"),
+        planned("H1", "H1", matrix=True, eval_seeds=[]),
+    ]
+    more = {"ablation/loss.md": b"# H1 loss\n\n| point | drop % |\n| --- | --- |\n| KL only | +0.31 |\n"}
+    page = write(rows, [*teachers, *students, *small], runs, more)
+    text = page.read_text()
+    cells = {
+        line.split(" | ")[0].removeprefix("| "): line.split(" | ")[1:] for line in text.splitlines() if " | " in line
+    }
+
+    drops = [0.2, 0.3, 1.2, 1.3]
+    mean = sum(drops) / 4
+    std = (sum((d - mean) ** 2 for d in drops) / 3) ** 0.5
+    a1 = cells["A1 K→Q, f32"]
+    assert a1[:2] == ["2 train x 2 eval", f"{mean:+.2f} ± {std:.2g}"]
+    assert a1[3:6] == ["9.00 (-25 %)", "60.0 (-25 %)", "36.0 (-25 %)"]
+    assert a1[7:10] == ["–", "–", "1.25"] and a1[11] == "pass (2 of 2)" and a1[12].startswith("0.75 ± 0.71")
+    d1 = cells["D1 K→Q, int8 (PTQ)"]
+    assert d1[0] == "2 train x 2 eval, 3 runs" and d1[5] == "12.0 (-75 %)"
+    assert d1[7:9] == ["2.00", "1.60"] and d1[9].startswith("2.25 ± 0.35") and d1[10] == "83%"
+    assert d1[11] == "pass (seed 0); fail (seed 1): t\\_pair p50 13.1 % below fp32 (at least 50 % below)"
+    assert cells["Teacher tiny, f32"][0] == "2 eval" and cells["Teacher tiny, f32"][3] == "12.00"
+
+    missing = text.split("## Not run yet")[1].split("##")[0].strip().splitlines()
+    assert missing == [
+        "- D1-s1: not evaluated with eval seeds 1",
+        "- E1: not run yet, not evaluated with eval seeds 0..1",
+        "- G1: not run yet, not evaluated with eval seeds 0..1 (unavailable: not \\| offered)",
+    ]
+    assert "avx2, 2 cores" in text and "openvino 2026.4.1" in text and "| KL only | +0.31 |" in text
+    assert "pqk plan results --run --backend openvino" in text and "pqk ledger freeze demo --plan results" in text
+    linked = re.findall(r"\]\(([^)]+)\)", text)
+    assert "../deliverables/demo" in linked and {"results/tradeoff.png", "results/drop.png"} <= set(linked)
+    for target in linked:
+        path = page.parent / target
+        assert path.exists() and (path.is_dir() or 2000 < path.stat().st_size < 100_000)
+
+
+def test_what_is_not_in_the_ledger_is_of_its_record(write: Write) -> None:
+    teacher, found = record("C1", "teacher"), record("C1", "candidate", quality_drop_pct=2.25, status="stopped")
+    found |= {"verdict": "fail", "verdict_reasons": ["FAILED: stop-loss: it diverged"]}
+    page = write([row(teacher, 0, card="B1")], [teacher, found], [planned("C1", "C1")])
+    text = page.read_text()
+    assert "| C1 K→Q, f32 | 1 train, record only | +2.25 | 0.1000 |" in text
+    assert "stopped: stop-loss: it diverged" in text and "- C1: not evaluated with eval seeds 0..1" in text
+
+    # A Teacher that was timed with another run is no measure of speed.
+    later = teacher | {"datetime": "2026-01-02T00:00:00Z"}
+    (page.parent.parent / "deliverables" / "demo").rename(page.parent.parent / "deliverables" / "old")
+    text = write([row(teacher, 0, card="B1")], [later, found], [planned("C1", "C1")]).read_text()
+    assert "| 9.00 | 60.0 | 36.0 | 80.0 | – | – | – |" in text
+
+
+def test_nothing_lacks(write: Write) -> None:
+    teacher, found = record("A1", "teacher"), record("A1", "candidate")
+    rows = [row(found, 0), row(found, 1)]
+    text = write(rows, [teacher, found], [planned("A1", "A1")]).read_text()
+    assert "Nothing: every planned run was measured and evaluated." in text and "## Ablations" not in text
+
+
+def test_rows_of_another_checkpoint_are_told(write: Write) -> None:
+    teacher, found = record("A1", "teacher"), record("A1", "candidate")
+    rows = [row(found, seed, checkpoint_sha256="other") for seed in (0, 1)]
+    text = write(rows, [teacher, found], [planned("A1", "A1")]).read_text()
+    assert "A1: its evaluations are of another checkpoint than its record" in text
+
+
+def test_only_what_was_frozen_is_shown(write: Write, tmp_path: Path) -> None:
+    teacher, found = record("A1", "teacher"), record("A1", "candidate")
+    page = write([row(found, 0)], [teacher, found], [planned("A1", "A1")])
+    folder = tmp_path / "deliverables" / "demo"
+    before = page.read_bytes()
+    write_page(folder, page)
+    assert page.read_bytes() == before  # the same deliverable, the same page
+    (path,) = (folder / "records").glob("A1-candidate-*")
+    path.write_text(path.read_text().replace("9.0", "8.0"))
+    with pytest.raises(CheckFailed, match="is not as it was frozen: records/A1-candidate"):
+        write_page(folder, page)
+    plain = tmp_path / "deliverables" / "plain"
+    ledger = tmp_path / "results" / "all.openvino.tsv"
+    freeze.freeze(plain, freeze.tables_of([ledger]), None)
+    with pytest.raises(PqkError, match="was frozen without a plan"):
+        write_page(plain, page)
+    with pytest.raises(PqkError, match=r"ends in \.md"):
+        write_page(folder, tmp_path / "page.txt")
