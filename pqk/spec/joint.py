@@ -30,8 +30,8 @@ class GatedUnits(Section):
 class Gates(Section):
     """How gates `sigmoid(slope * logit)` are opened, driven and closed in the first phase.
 
-    epochs: of the run's epochs, those with gates. start: the mean gate at the start; spread: of the logits, by rank of
-    importance. rate: by how much a step moves a logit, about. slope: rises from 1 to this. ramp: share of the phase
+    epochs: of the run's epochs, those with gates. start: the middle gate at the start; spread: of the logits, by rank
+    of importance. rate: by how much a step moves a logit, about. slope: rises from 1 to this. ramp: share of the phase
     after which the whole of flops_cut is asked for. penalty and dual_rate: of the augmented Lagrangian.
     calibration_images: for the ranges of this phase alone.
     """

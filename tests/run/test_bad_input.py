@@ -88,7 +88,7 @@ def test_shape_that_is_no_multiple_of_16(project: Path, refused: Refused, edit: 
         ("quant.ptq.calibration_image=8", "line: unknown key 'quant.ptq.calibration_image' .*'calibration_images'"),
         ("quant.ptq.bits_w=4", "command line: quant.ptq must hold bits_w 8 with bits_a 8"),
         ("quant.ptq.calibration_images", "write it as KEY=VALUE"),
-        ("quant=8", "quant must start with workload., eval., quant., distill. or prune. and name a value"),
+        ("quant=8", "quant must start with workload., eval., quant., distill., prune. or joint. and name a value"),
         ("quant.ptq.calibration_images=2020-13-45", "not plain YAML"),
         ("quant.ptq.keep_list=[LayerNorm", "not plain YAML"),
         ("quant.ptq.keep_list=[LayerNrom]", "'LayerNrom' is neither .*'LayerNorm'"),
