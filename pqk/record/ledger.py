@@ -59,7 +59,7 @@ COLUMNS: dict[str, Kind] = {
     "isa": "text",  # instruction sets that the backend uses there
     "cores": "int",
     "precision": "text",
-    "lowered": "text",  # of a quantized result: PTQ or QAT
+    "lowered": "text",  # of a quantized result: PTQ, QAT or (joint) PQK
     "measured": "text",  # engine or emulated
     "workload_sha256": "text",  # of what is fed, seeds aside
     "eval_sha256": "text",  # of how quality is computed

@@ -249,7 +249,7 @@ def _recipes_table(
             _mean(_inverse(recipe), ".2f"),
             _mean(recipe.int8_share, ".0%"),
             markdown_cell(_verdict(recipe)),
-            _mean(recipe.over_records("gpu_hours"), ".3g"),
+            _mean(recipe.over_records("gpu_hours"), ".2f"),
         ]
         lines.append(_line(cells))
     return lines

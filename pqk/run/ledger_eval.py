@@ -185,7 +185,8 @@ class Bench:
             config["calibration"] = calibration_digest(self.ctx, self.experiment.workload, self.root)
         if result:
             recipe = self.experiment.card.recipe
-            methods = {"P": self.experiment.prune.sha256, "K": self.experiment.distill.sha256}
+            asked = self.experiment
+            methods = {"P": asked.prune.sha256, "K": asked.distill.sha256, "PQK": asked.joint.sha256}
             config["recipe"] = list(recipe)
             config |= {method: methods[method] for method in recipe if method in methods}
         self.known |= {"quantizer": quantizer, "precision": precision, "config_sha256": sha256_json(config)}
@@ -206,7 +207,7 @@ class Bench:
             "train_seed": self.experiment.workload.seeds.train,
             "teacher_sha256": made.common["hashes"]["model"],
             "params": own["params"],
-            "checkpoint": f"{name}+{candidate.lowered}" if candidate.lowered else name,
+            "checkpoint": f"{name}+{candidate.lowered}" if candidate.lowered in ("PTQ", "QAT") else name,
             "checkpoint_sha256": sha256_json(candidate.variant.hashes) if candidate.lowered else hashes["model"],
             "float_sha256": hashes["model"] if candidate.lowered else None,
             "lowered": candidate.lowered,

@@ -22,7 +22,7 @@ from pqk.spec.quant import Ptq
 class Row:
     """A row of the results: the variant, the float variants that its speedups refer to (f32 first), its own columns.
 
-    lowered: how a quantized variant was made, 'PTQ' or 'QAT'; hours: device hours that this took.
+    lowered: how a quantized variant was made, 'PTQ', 'QAT' or in the joint 'PQK'; hours: device hours that this took.
     """
 
     variant: Variant
@@ -98,7 +98,8 @@ class Lowering:
             "hashes": {**self.columns["hashes"], "calibration": self.calibration.sha256},
         }
         variant = Variant(name, self.backend, Precision.INT8, *parts, options)
-        return Row(variant, self.floats, own, "QAT" if trained or self.made else "PTQ", made.hours)
+        lowered = "PQK" if self.made else "QAT" if trained else "PTQ"
+        return Row(variant, self.floats, own, lowered, made.hours)
 
 
 def _takes(tool: Quantizer, ptq: Ptq) -> bool:

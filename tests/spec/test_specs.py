@@ -275,7 +275,7 @@ def test_sha256_follows_values_not_layout(configs: Path) -> None:
 
 
 def test_a_number_with_an_exponent_is_a_number(configs: Path) -> None:
-    edit(configs / "quant.yaml", "lr: 1.0e-5", "lr: 1e-5")
+    edit(configs / "quant.yaml", "lr: 2.0e-6", "lr: 1e-5")
     assert load_quant().qat.lr == 1e-5
 
 
