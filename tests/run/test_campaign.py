@@ -100,7 +100,9 @@ def test_only_what_belongs_to_the_plan_is_frozen(campaign: Path) -> None:
 
 def test_a_changed_config_is_not_passed_for_the_old_one(campaign: Path) -> None:
     config = campaign / "configs" / "distill.yaml"
-    config.write_text(config.read_text().replace("learning_rate: 2.0e-5", "learning_rate: 3.0e-5"))
+    text = config.read_text()
+    assert text.count("learning_rate: 1.0e-5") == 1
+    config.write_text(text.replace("learning_rate: 1.0e-5", "learning_rate: 3.0e-5"))
     _, more = gather("results", campaign, None)
     rows = json.loads(more["plan.json"])["rows"]
     assert not [row["id"] for row in rows if row["candidate"]]
