@@ -24,7 +24,7 @@ OURS = [*READMES, *sorted((ROOT / "docs").glob("*.md"))]
 PAGES = [*OURS, *sorted((ROOT / "schedule" / "TaskCards").glob("*.md"))]
 PAGES += [ROOT / folder / "README.md" for folder in ("logs", "reports", "outputs")]
 TABLE = "<!-- table: pqk run B1 --backend openvino -->"
-MADE = ("logs/", "reports/", "outputs/")  # results: they exist after a run, not in a checkout
+MADE = ("results/", "logs/", "reports/", "outputs/")  # results: they exist after a run, not in a checkout
 
 
 def commands(page: str) -> list[str]:
