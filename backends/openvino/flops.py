@@ -21,6 +21,7 @@ What was found on a CPU with AVX-512 VNNI and bf16 (OpenVINO 2026.4), and holds 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -130,14 +131,14 @@ def executed_precision_of(primitive: str, runtime: str) -> str:
     return _PRECISIONS.get(chosen, chosen or "unknown")
 
 
-def executed_kernels(runtime_model: ov.Model, executed: set[str], source: ov.Model, rest: str) -> list[Kernel]:
+def executed_kernels(runtime_model: ov.Model, spent: Mapping[str, float], source: ov.Model, rest: str) -> list[Kernel]:
     """Kernels of a compiled model after inference with PERF_COUNT.
 
-    `executed` holds the names of the nodes that inference ran (`profiling_info`): the runtime model also lists
+    `spent` has the microseconds of the nodes that inference ran (`profiling_info`): the runtime model also lists
     reorders of weights, which ran once while compiling. `rest` is the float precision that was compiled.
     """
     nodes = [_node(op) for op in runtime_model.get_ordered_ops()]
-    nodes = [node for node in nodes if node["time"] is not None and node["name"] in executed]
+    nodes = [{**node, "time": spent[node["name"]]} for node in nodes if node["name"] in spent]
     todo = works(source)
     claims = _claim(nodes, todo)
     claimed = {id(work) for claimed_works in claims for work in claimed_works}
@@ -153,13 +154,11 @@ def executed_kernels(runtime_model: ov.Model, executed: set[str], source: ov.Mod
 
 def _node(op: ov.Node) -> dict[str, Any]:
     info = op.get_rt_info()
-    text = {key: str(info[key].astype(str)) for key in ("layerType", "originalLayersNames", "execTimeMcs")}
-    text |= {key: str(info[key].astype(str)) for key in ("primitiveType", "runtimePrecision")}
-    spent = text.pop("execTimeMcs")
+    keys = ("layerType", "originalLayersNames", "primitiveType", "runtimePrecision")
+    text = {key: str(info[key].astype(str)) for key in keys}
     return {
         **text,
         "name": op.get_friendly_name(),
-        "time": float(spent) if spent.isdigit() else None,
         "originals": tuple(name for name in text["originalLayersNames"].split(",") if name),
         "shapes": [tuple(port.get_shape()) for port in op.inputs() if port.get_partial_shape().is_static],
         "out": tuple(op.output(0).get_shape()) if op.get_output_size() and op.output(0).partial_shape.is_static else (),

@@ -16,6 +16,7 @@ from pqk import paths
 from pqk.errors import EXIT_CHECK_FAILED, EXIT_OK, PqkError
 from pqk.files import check_writable
 from pqk.record.log import write_record, write_records
+from pqk.report.parts import print_parts, write_parts
 from pqk.report.table import print_table
 from pqk.run.prepare import Request
 from pqk.run.recover import run_with_rollback
@@ -36,6 +37,7 @@ _DOING = {
     "quality": "quality on the test scenes",
     "timing": "timing, variants interleaved",
     "memory": "peak memory",
+    "parts": "time of every part, Teacher and smaller model in turns",
     "agreement": "agreement of",
     "parted": "where runtimes part, ONNX Runtime and",
     "ranking": "ranking the nodes of",
@@ -99,6 +101,11 @@ def run_card(
         write_records(log, records)
     console = Console(stderr=as_json)
     print_table(records, console)
+    if outcome.parts:
+        console.print()
+        print_parts(outcome.parts, console)
+        written = write_parts(outcome.parts, root / "reports" / "parts" / f"{card.id}-{request.backend}.csv")
+        errors.print(f"  [green]✓[/] {escape(str(paths.shown(written)))}")
     if candidate["verdict_reasons"]:
         colour = {"pass": "green", "fail": "red"}.get(candidate["verdict"] or "", "yellow")
         console.print(f"verdict: [bold {colour}]{candidate['verdict'] or 'not judged'}[/]")

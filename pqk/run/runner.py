@@ -22,7 +22,9 @@ from pqk.run import stages
 from pqk.run.inputs import load_frames, scene_pairs
 from pqk.run.joint import Joined, check_trainable, join
 from pqk.run.lowering import Lowering, Row
+from pqk.run.parts import Bought, bought, clause
 from pqk.run.prepare import (
+    Model,
     Request,
     asked_experiment,
     check_float_rest,
@@ -67,11 +69,13 @@ class Outcome:
     experiment: Experiment
     truthful: bool  # the scenes carry ground truth, and the model is one that can be held against it
     ctx: Context
+    teacher: Model
     model: str  # what `load_model` takes: the model that is quantized, or that is the candidate itself
     onnx_float: Variant  # its exported float graphs on ONNX Runtime
     trained: Sequence[Trained]  # the stages P and K
     scoring: Mapping[str, Any]  # what every variant is scored on and how; see `pqk.run.evaluate`
     lowered: Sequence[Row] = ()  # what stage Q made: by PTQ, and by QAT where that was called for
+    parts: Sequence[Bought] = ()  # of a model that P or K made smaller: what that bought, part by part
 
     @property
     def hours(self) -> dict[str, float]:
@@ -155,6 +159,8 @@ def _run(
     outcome, rows, scored = made.outcome, made.rows, made.scored
     evaluation, recipe = outcome.experiment.evaluation, outcome.experiment.card.recipe if request.recipe else ()
     timed, memory = _time(outcome, scored, say)
+    if outcome.trained:
+        outcome = replace(outcome, parts=_parts(outcome))
 
     measured = Measurements(rows[0].variant, scored, timed, memory)
     for row in rows:
@@ -169,7 +175,8 @@ def _run(
             record |= judged_float(record, evaluation.thresholds, recipe, lost)
         if record["role"] == "candidate":
             record["wall_s"] = round(time.monotonic() - began, 1)
-            record["notes"] = "; ".join([*filter(None, [record["notes"]]), *request.moves]) or None
+            told = [record["notes"], clause(outcome.parts), *request.moves]
+            record["notes"] = "; ".join(filter(None, told)) or None
         validate(record)
         outcome.records.append(record)
     for record in outcome.records:
@@ -310,7 +317,9 @@ def make(
     }
     onnx_float = Variant("fp32", "reference", Precision.F32, graphs["encoder"], graphs["decoder"])
     variants = [row.variant for row in rows]
-    outcome = Outcome([], variants, scenes, experiment, truthful, ctx, final.path, onnx_float, trained, scoring)
+    outcome = Outcome(
+        [], variants, scenes, experiment, truthful, ctx, teacher, final.path, onnx_float, trained, scoring
+    )
     scored = {variant.name: outcome.score(variant) for variant in variants}
     if lowering is not None and lowering.made is None and request.qat and truthful:
         _train_if_it_drops(outcome, lowering, rows, scored, drop_limit(recipe, evaluation.thresholds), say)
@@ -377,6 +386,13 @@ def _time(
     }
     timed = stages.timing(outcome.ctx, outcome.variants, scenes.folders[0], scenes.sha256, asked)["variants"]
     return timed, {v.name: stages.memory(outcome.ctx, v) for v in outcome.variants}
+
+
+def _parts(outcome: Outcome) -> list[Bought]:
+    """What P and K bought, part by part, between the f32 engines of the Teacher and of the trained model."""
+    hashes = outcome.onnx_float.hashes
+    smaller = next(v for v in outcome.variants if v.precision is Precision.F32 and v.hashes == hashes)
+    return bought(outcome.ctx, outcome.variants[0], smaller, outcome.teacher, outcome.trained[-1].model)
 
 
 def _scenes(ctx: Context, request: Request, experiment: Experiment, root: Path) -> tuple[Scenes, bool]:

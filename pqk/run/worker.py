@@ -130,6 +130,13 @@ def timing(request: dict[str, Any]) -> Result:
     return time_variants(request)
 
 
+def parts(request: dict[str, Any]) -> Result:
+    """Parameters, FLOPs and time of every part of two models; see `pqk.run.parts`."""
+    from pqk.run.parts import profile
+
+    return profile(request)
+
+
 def memory(request: dict[str, Any]) -> Result:
     """Peak resident memory of a process that compiles one variant, always anew, and runs two pairs."""
     from dataclasses import replace
@@ -209,6 +216,7 @@ def mixed(request: dict[str, Any]) -> Result:
 TASKS: dict[str, Callable[[dict[str, Any]], Result]] = {
     "quality": quality,
     "timing": timing,
+    "parts": parts,
     "memory": memory,
     "quantize": quantize,
     "train": train,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 import signal
@@ -71,6 +72,26 @@ def test_a_student_is_measured_beside_its_teacher(distilled: tuple[Path, Outcome
     assert student["verdict"] == ("pass" if drop <= 1 else "fail")
     assert "K: 6 steps in " in student["notes"]
     assert student["t_pair_p50_ms"] > 0 and student["speedup_vs_fp32"] > 0
+
+
+def test_what_the_cut_bought_is_told_part_by_part(distilled: tuple[Path, Outcome]) -> None:
+    root, outcome = distilled
+    teacher, student = (next(r for r in written(root) if r["role"] == role) for role in ("teacher", "candidate"))
+    with (root / "reports" / "parts" / "A1-openvino.csv").open(newline="") as file:
+        rows = {row["part"]: row for row in csv.DictReader(file)}
+    kinds = [row for row in rows.values() if row["part"] == row["kind"]]
+    for side, record in (("before", teacher), ("after", student)):
+        assert sum(int(row[f"params_{side}"]) for row in kinds) == record["params"]
+        assert sum(float(row[f"gflops_{side}"]) for row in kinds) == pytest.approx(record["flops_G"], rel=1e-3)
+        assert all(float(row[f"time_{side}_ms"]) > 0 for row in kinds)
+    cut = rows["enc_blocks.0.mlp"]
+    assert int(cut["params_after"]) < int(cut["params_before"])
+    assert float(cut["gflops_after"]) < float(cut["gflops_before"])
+    same = rows["enc_blocks.0.attn"]
+    assert same["params_after"] == same["params_before"]
+    assert {row["faster"] for row in kinds} <= {"true", "false"}
+    assert "what the cut bought, part by part" in outcome.err
+    assert "kernels of the parts that were cut, against the Teacher's: " in student["notes"]
 
 
 def test_recipes_share_their_stages(copied: Callable[[], Path], tiny_model: Path) -> None:
