@@ -23,8 +23,8 @@ from pqk.errors import PqkError
 from pqk.files import write_json
 from pqk.measure.latency import percentile
 from pqk.run import stages, worker
+from pqk.run.candidate import Outcome
 from pqk.run.inputs import load_frames, scene_pairs
-from pqk.run.runner import Outcome
 from pqk.run.variants import Variant, graph_from_json, graph_to_json
 from pqk.spec.workload import PairGraph
 

@@ -17,16 +17,16 @@ from pqk.compress.fit import Fitted
 from pqk.compress.joint import GatePlan, Whole, close_gates, cut_gates, float_weights, settle
 from pqk.compress.train import Progress
 from pqk.errors import NotBuilt, PqkError
-from pqk.files import sha256_json, write_json
+from pqk.files import write_json
 from pqk.measure.footprint import peak_ram_bytes
 from pqk.models import build_model, load_model, save_model
 from pqk.run import worker
 from pqk.run.clock import clock
-from pqk.run.prepare import Model, describe
+from pqk.run.prepare import Model
 from pqk.run.quantize import Both, Calibrated
-from pqk.run.stages import Context, Quantized, Scenes, device_hours, read_graphs
+from pqk.run.stages import Context, Quantized, Scenes, read_graphs
 from pqk.run.stoploss import StopRules, best_checkpoint
-from pqk.run.training import MODEL, Trained, lines_of, rules_of, stopper, tell_progress
+from pqk.run.training import Trained, lines_of, rules_of, save_trained, stopper, tell_progress
 from pqk.run.variants import graph_to_json
 from pqk.spec.card import Experiment
 from pqk.spec.joint import Joint
@@ -125,21 +125,11 @@ def join(
         write_json(folder / "trained.json", result)
 
     made = ctx.make(_STAGE, code, inputs, make)
-    found = json.loads((made.path / "trained.json").read_text())
-    trained = Trained(
-        METHOD,
-        describe(made.path / MODEL, f"{teacher.name}+{METHOD}"),
-        found["failed"],
-        found["reason"],
-        found["steps"],
-        device_hours(made, found),
-        found["training_s"] / 3600,
-        found["drop_pct"],
-        found["report"],
-    )
-    if found["failed"]:
+    trained = Trained.read(METHOD, made, f"{teacher.name}+{METHOD}")
+    if trained.failed:
         return Joined(trained, None)
-    told = found["report"]
+    told = trained.report
+    found = json.loads((made.path / "trained.json").read_text())
     notes = [
         *found["notes"],
         f"{told['undecided']} of {told['gates']} gates were neither open nor shut when they were cut",
@@ -180,15 +170,7 @@ def train_joint(request: Mapping[str, Any]) -> dict[str, Any]:
     if not told["failed"]:
         told, small = _settled(request, spec, teacher, small, told, StopRules(**rules))
     facts = {name: value for name, value in told.items() if name != "graphs"}
-    card = {
-        "card": request["card"],
-        "method": METHOD,
-        "seed": request["seed"],
-        "spec": request["spec"],
-        "spec_sha256": sha256_json(request["spec"]),
-        **facts,
-    }
-    save_model(small, Path(request["out"]) / MODEL, card=card)
+    save_trained(small, request, METHOD, facts)
     return told
 
 

@@ -35,6 +35,7 @@ from pqk.models.configs import lowest_confidence
 from pqk.record.ledger import COLUMNS, IDENTITY, METRICS, RESULT, add_row, identity, read_rows, refuse_mixed
 from pqk.record.tsv import Row
 from pqk.run import stages
+from pqk.run.candidate import Made, make
 from pqk.run.checkpoints import (
     Checkpoint,
     agreed_seed,
@@ -57,7 +58,6 @@ from pqk.run.prepare import (
     usable_backend,
 )
 from pqk.run.records import drop_pct
-from pqk.run.runner import Made, make
 from pqk.run.stages import ENGINE_VARIANTS, Context, Scenes
 from pqk.run.store import OnEvent, Store
 from pqk.run.variants import Variant

@@ -23,8 +23,9 @@ from backends.openvino.cpu import saturates
 from pqk.errors import PqkError, nearest
 from pqk.files import write_json
 from pqk.run import stages, worker
+from pqk.run.candidate import Outcome
 from pqk.run.prepare import Request, asked_experiment
-from pqk.run.runner import Outcome, run
+from pqk.run.runner import run
 from pqk.run.store import OnEvent
 from pqk.run.variants import Variant
 from pqk.spec.evaluation import Parity

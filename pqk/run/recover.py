@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from backends.base import Precision
+from pqk.run.candidate import Outcome
 from pqk.run.prepare import Request
 from pqk.run.rollback import BETAS, KEEP_LIST, QAT_EPOCHS, RHO, TASK_SHARE, TUNE_EPOCHS, State, next_move
 from pqk.run.runlog import RunLog
-from pqk.run.runner import Outcome, run
+from pqk.run.runner import run
 from pqk.run.store import OnEvent
 from pqk.run.verdict import drop_limit
 from pqk.spec.card import Experiment

@@ -19,6 +19,7 @@ from pqk.run.clock import clock
 from pqk.run.prepare import Model, describe
 from pqk.run.stages import Context, Learn, device_hours, trained_note
 from pqk.run.stoploss import StopRules, best_checkpoint
+from pqk.run.store import Artifact
 from pqk.spec.card import Experiment
 
 MODEL = "model"  # the folder of the checkpoint inside the artifact
@@ -46,6 +47,22 @@ class Trained:
     training_hours: float
     drop_pct: float | None
     report: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, method: str, made: Artifact, name: str) -> Trained:
+        """What the artifact of a training holds: its model, called `name`, and its trained.json."""
+        found = json.loads((made.path / "trained.json").read_text())
+        return cls(
+            method,
+            describe(made.path / MODEL, name),
+            found["failed"],
+            found["reason"],
+            found["steps"],
+            device_hours(made, found),
+            found["training_s"] / 3600,
+            found["drop_pct"],
+            found["report"],
+        )
 
     @property
     def note(self) -> str:
@@ -107,19 +124,7 @@ def _train(ctx: Context, method: str, experiment: Experiment, teacher: Model, be
         write_json(folder / "trained.json", result)
 
     made = ctx.make(_STAGE[method], _CODE[method], asked, make, label)
-    found = json.loads((made.path / "trained.json").read_text())
-    name = f"{before.name if before else teacher.name}+{method}"
-    return Trained(
-        method,
-        describe(made.path / MODEL, name),
-        found["failed"],
-        found["reason"],
-        found["steps"],
-        device_hours(made, found),
-        found["training_s"] / 3600,
-        found["drop_pct"],
-        found["report"],
-    )
+    return Trained.read(method, made, f"{(before or teacher).name}+{method}")
 
 
 def rules_of(experiment: Experiment, method: str, steps_per_epoch: int, warmup: float) -> StopRules:
@@ -214,16 +219,23 @@ def train(request: Mapping[str, Any]) -> dict[str, Any]:
         "history": fitted.history,
         "report": report,
     }
+    save_trained(fitted.model, request, request["method"], told)
+    return told
+
+
+def save_trained(model: torch.nn.Module, request: Mapping[str, Any], method: str, told: Mapping[str, Any]) -> None:
+    """Write out/model of a training with its model card: what was asked, and what the training tells of itself."""
+    from pqk.models import save_model
+
     card = {
         "card": request["card"],
-        "method": request["method"],
-        "seed": seed,
+        "method": method,
+        "seed": request["seed"],
         "spec": request["spec"],
         "spec_sha256": sha256_json(request["spec"]),
         **told,
     }
-    save_model(fitted.model, Path(request["out"]) / MODEL, card=card)
-    return told
+    save_model(model, Path(request["out"]) / MODEL, card=card)
 
 
 def stopper(rules: Mapping[str, Any]) -> Stop:

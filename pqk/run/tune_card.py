@@ -24,9 +24,10 @@ from pqk import paths
 from pqk.errors import PqkError
 from pqk.files import check_writable
 from pqk.run import stages
+from pqk.run.candidate import Outcome
 from pqk.run.explain import MIXED, can_rank, ranking, times_beside, with_floats
 from pqk.run.prepare import Request, asked_experiment, chosen_quantizer, usable_backend
-from pqk.run.runner import Outcome, run
+from pqk.run.runner import run
 from pqk.run.store import OnEvent
 from pqk.run.tune import Point, TuneResult, keep_patterns, search, write_quant_yaml
 from pqk.run.variants import Variant

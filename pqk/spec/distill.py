@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from pqk import paths
 from pqk.spec.training import Fit
-from pqk.spec.yamlfile import Section, Spec, load_spec
+from pqk.spec.yamlfile import Section, Spec, config_loader
 
 Cut = Annotated[float, Field(ge=0, le=0.6)]
 
@@ -70,12 +67,4 @@ class Distill(Spec):
         return self
 
 
-def load_distill(
-    path: Path | str | None = None, overrides: Mapping[str, Any] | None = None, origin: str = "overrides"
-) -> Distill:
-    """Read configs/distill.yaml (or `path`) and lay `overrides` (nested or dotted keys) over it.
-
-    `origin` names where the overrides come from in messages. Raises PqkError.
-    """
-    file = Path(path) if path is not None else paths.configs(paths.project_root()) / "distill.yaml"
-    return load_spec(Distill, file, overrides, origin, "distill")
+load_distill = config_loader(Distill, "distill")

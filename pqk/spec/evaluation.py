@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal, Self
+from pathlib import PurePosixPath
+from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from pqk import paths
-from pqk.spec.yamlfile import Section, Spec, load_spec
+from pqk.spec.yamlfile import Section, Spec, config_loader
 
 Metric = Literal["chamfer", "absrel", "rmse", "delta1", "reproj_px"]
 DropPct = Annotated[float, Field(ge=0, le=20)]
@@ -149,12 +147,4 @@ def loosened(base: Evaluation, changed: Evaluation) -> list[str]:
     return found
 
 
-def load_evaluation(
-    path: Path | str | None = None, overrides: Mapping[str, Any] | None = None, origin: str = "overrides"
-) -> Evaluation:
-    """Read configs/eval.yaml (or `path`) and lay `overrides` (nested or dotted keys) over it.
-
-    `origin` names where the overrides come from in messages. Raises PqkError.
-    """
-    file = Path(path) if path is not None else paths.configs(paths.project_root()) / "eval.yaml"
-    return load_spec(Evaluation, file, overrides, origin, "eval")
+load_evaluation = config_loader(Evaluation, "eval")

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from pqk import paths
 from pqk.spec.prune import Samples
 from pqk.spec.quant import Qat
-from pqk.spec.yamlfile import Section, Spec, load_spec
+from pqk.spec.yamlfile import Section, Spec, config_loader
 
 
 class GatedUnits(Section):
@@ -79,12 +76,4 @@ class Joint(Spec):
         return self
 
 
-def load_joint(
-    path: Path | str | None = None, overrides: Mapping[str, Any] | None = None, origin: str = "overrides"
-) -> Joint:
-    """Read configs/joint.yaml (or `path`) and lay `overrides` (nested or dotted keys) over it.
-
-    `origin` names where the overrides come from in messages. Raises PqkError.
-    """
-    file = Path(path) if path is not None else paths.configs(paths.project_root()) / "joint.yaml"
-    return load_spec(Joint, file, overrides, origin, "joint")
+load_joint = config_loader(Joint, "joint")

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from pqk import paths
 from pqk.spec.training import Fit
-from pqk.spec.yamlfile import Section, Spec, load_spec
+from pqk.spec.yamlfile import Section, Spec, config_loader
 
 
 class Units(Section):
@@ -79,12 +76,4 @@ class Prune(Spec):
         return self
 
 
-def load_prune(
-    path: Path | str | None = None, overrides: Mapping[str, Any] | None = None, origin: str = "overrides"
-) -> Prune:
-    """Read configs/prune.yaml (or `path`) and lay `overrides` (nested or dotted keys) over it.
-
-    `origin` names where the overrides come from in messages. Raises PqkError.
-    """
-    file = Path(path) if path is not None else paths.configs(paths.project_root()) / "prune.yaml"
-    return load_spec(Prune, file, overrides, origin, "prune")
+load_prune = config_loader(Prune, "prune")

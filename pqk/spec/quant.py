@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from pqk import paths
 from pqk.errors import nearest
 from pqk.spec.keep import split_entry
 from pqk.spec.training import Held
-from pqk.spec.yamlfile import Section, Spec, load_spec
+from pqk.spec.yamlfile import Section, Spec, config_loader
 
 KEEP_GROUPS = ("LayerNorm", "Softmax", "AttentionScales")
 """Groups of nodes that a quantizer knows how to keep in float."""
@@ -113,12 +110,4 @@ class Quant(Spec):
     trt: TensorRT = TensorRT()
 
 
-def load_quant(
-    path: Path | str | None = None, overrides: Mapping[str, Any] | None = None, origin: str = "overrides"
-) -> Quant:
-    """Read configs/quant.yaml (or `path`) and lay `overrides` (nested or dotted keys) over it.
-
-    `origin` names where the overrides come from in messages. Raises PqkError.
-    """
-    file = Path(path) if path is not None else paths.configs(paths.project_root()) / "quant.yaml"
-    return load_spec(Quant, file, overrides, origin, "quant")
+load_quant = config_loader(Quant, "quant")

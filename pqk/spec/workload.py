@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from pqk import paths
 from pqk.data.seeds import LIMIT
-from pqk.spec.yamlfile import Section, Spec, load_spec
+from pqk.spec.yamlfile import Section, Spec, config_loader
 
 SYNTHETIC = "synthetic"
 PATCH = 16
@@ -121,12 +118,4 @@ class Workload(Spec):
     seeds: Seeds
 
 
-def load_workload(
-    path: Path | str | None = None, overrides: Mapping[str, Any] | None = None, origin: str = "overrides"
-) -> Workload:
-    """Read configs/workload.yaml (or `path`) and lay `overrides` (nested or dotted keys) over it.
-
-    `origin` names where the overrides come from in messages. Raises PqkError.
-    """
-    file = Path(path) if path is not None else paths.configs(paths.project_root()) / "workload.yaml"
-    return load_spec(Workload, file, overrides, origin, "workload")
+load_workload = config_loader(Workload, "workload")

@@ -12,13 +12,14 @@ import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, Union, get_args, get_origin
+from typing import Any, Protocol, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from pqk import paths
 from pqk.errors import PqkError, nearest
 from pqk.files import sha256_json
 from pqk.paths import shown
@@ -75,6 +76,7 @@ class Spec(Section):
 
 
 AnySpec = TypeVar("AnySpec", bound=Spec)
+Loaded = TypeVar("Loaded", covariant=True)
 
 
 @dataclass(frozen=True)
@@ -265,6 +267,30 @@ def load_spec(
         return spec
     values = merge(document.values, expand(overrides, origin))
     return validate(model, Document(values, origin), path, prefix=f"{section}.")
+
+
+class ConfigLoader(Protocol[Loaded]):
+    """What reads one of the files in configs/."""
+
+    def __call__(
+        self, path: Path | str | None = None, overrides: Mapping[str, Any] | None = None, origin: str = "overrides"
+    ) -> Loaded:
+        """Read the project's file (or `path`) and lay `overrides` (nested or dotted keys) over it.
+
+        `origin` names where the overrides come from in messages. Raises PqkError.
+        """
+
+
+def config_loader(model: type[AnySpec], section: str) -> ConfigLoader[AnySpec]:
+    """The reader of configs/SECTION.yaml."""
+
+    def load(
+        path: Path | str | None = None, overrides: Mapping[str, Any] | None = None, origin: str = "overrides"
+    ) -> AnySpec:
+        file = Path(path) if path is not None else paths.configs(paths.project_root()) / f"{section}.yaml"
+        return load_spec(model, file, overrides, origin, section)
+
+    return load
 
 
 def validate(model: type[AnySpec], document: Document, source: Path, prefix: str = "") -> AnySpec:

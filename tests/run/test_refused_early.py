@@ -14,9 +14,9 @@ from pqk.data.generate import ScenePlan, make_scenes
 from pqk.errors import PqkError
 from pqk.record.schema import empty_record
 from pqk.run import stages
+from pqk.run.candidate import refuse_partial_truth
 from pqk.run.command import export_card, run_card
 from pqk.run.prepare import Request
-from pqk.run.runner import refuse_partial_truth
 
 
 @pytest.fixture

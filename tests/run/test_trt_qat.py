@@ -11,7 +11,7 @@ import pytest
 
 from backends import registry
 from backends.trt.onnx_graph import OnnxGraph, kept_nodes
-from pqk.run import runner
+from pqk.run import candidate, runner
 from pqk.run.lowering import Lowering
 from pqk.run.prepare import Request
 from pqk.spec.quant import load_quant
@@ -40,7 +40,7 @@ def run(root: Path, quantizer: str, model: Path, settings: dict[str, Any]) -> Do
 @pytest.fixture
 def low_line(monkeypatch: pytest.MonkeyPatch, project: Path) -> None:
     """A line that every quantized model is above: on random weights rounding may as well improve a score."""
-    monkeypatch.setattr(runner, "drop_limit", lambda *_: -1000.0)
+    monkeypatch.setattr(candidate, "drop_limit", lambda *_: -1000.0)
     monkeypatch.chdir(project)
 
 
@@ -67,7 +67,7 @@ def test_what_is_said_of_a_drop_where_nothing_can_be_trained(
     for absrel, limit, wanted in ((0.123, 1.0, [f"PTQ drops 2.50 %, above 1 %; {says}"]), (0.1201, 1.0, [])):
         scored = {"fp32": {"summary": {"absrel": 0.12}}, "int8": {"summary": {"absrel": absrel}}}
         said: list[str] = []
-        runner._train_if_it_drops(outcome, lowering, rows, scored, limit, said.append)
+        candidate._train_if_it_drops(outcome, lowering, rows, scored, limit, said.append)
         assert said == wanted and len(rows) == 2
 
 
