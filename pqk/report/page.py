@@ -20,6 +20,7 @@ from pqk.record.log import read_records
 from pqk.record.tsv import Row, markdown_cell
 from pqk.report.page_figures import draw
 from pqk.report.table import DASH
+from pqk.report.targets import targets_lines
 
 Record = dict[str, Any]
 PLAN = "plan.json"
@@ -161,6 +162,7 @@ def page_text(
         *_recipes_table(recipes, records, rows, metric),
         "",
         *_legend(metric),
+        *targets_lines(plan.get("targets") or [], recipes),
         "## Not run yet",
         "",
         *_missing(plan, recipes, rows),

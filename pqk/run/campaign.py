@@ -50,6 +50,7 @@ def gather(name: str, root: Path, backend: str | None) -> tuple[list[Path], dict
         files |= {path: _text(record) for path, record in named.items()}
         rows.append(_row(item, _experiment(item.step, root), named))
     about = {"plan": plan.name, "title": plan.title, "goal": plan.goal, "backend": backend, "rows": rows}
+    about["targets"] = [target.model_dump(mode="json") for target in plan.targets]
     return ledgers, {"plan.json": _text(about), **files}
 
 

@@ -60,6 +60,38 @@ class PlannedExperiment(Section):
         return self
 
 
+class Target(Section):
+    """What a card is to reach, for the page of the plan's results: one of `least` and `most`.
+
+    measure: drop_pct is the mean over all evaluations; params_cut_pct, flops_cut_pct and file_cut_pct are against the
+    Teacher; x_own_f32 and x_own_best_float are speeds against the same model in float; flops_G is of a pair, hours are
+    device hours that made the model. against: another card; then the drop is the difference of both in points, and
+    everything else the quotient. if_missed: what a reader should know where the target is missed.
+    """
+
+    card: CardId
+    measure: Literal[
+        "drop_pct",
+        "params_cut_pct",
+        "flops_cut_pct",
+        "file_cut_pct",
+        "x_own_f32",
+        "x_own_best_float",
+        "flops_G",
+        "hours",
+    ]
+    least: float | None = None
+    most: float | None = None
+    against: CardId | None = None
+    if_missed: Annotated[str, Field(min_length=1, max_length=300)] | None = None
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> Self:
+        if (self.least is None) == (self.most is None):
+            raise ValueError(f"the target {self.measure} of {self.card!r} needs one of least and most")
+        return self
+
+
 class Plan(Spec):
     """Experiments, and what an hour costs. Hours are estimates for one `device`, `rate` US dollars per hour on it.
 
@@ -75,6 +107,16 @@ class Plan(Spec):
     rate: Annotated[float, Field(ge=0, le=10_000)]
     rollback: bool = True
     experiments: Annotated[tuple[PlannedExperiment, ...], Field(strict=False, min_length=1)]
+    targets: Annotated[tuple[Target, ...], Field(strict=False)] = ()
+
+    @model_validator(mode="after")
+    def _targets_of_its_cards(self) -> Self:
+        known = [experiment.id for experiment in self.experiments]
+        for target in self.targets:
+            for card in (target.card, target.against or target.card):
+                if card not in known:
+                    raise ValueError(f"has a target for {card!r}, which is none of its experiments")
+        return self
 
     @model_validator(mode="after")
     def _each_once(self) -> Self:

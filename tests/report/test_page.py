@@ -140,6 +140,7 @@ def write(tmp_path: Path) -> Write:
         records: list[dict[str, Any]],
         runs: list[dict[str, Any]],
         files: dict[str, bytes] | None = None,
+        targets: list[dict[str, Any]] | None = None,
     ) -> Path:
         ledger = tmp_path / "results" / "all.openvino.tsv"
         write_rows(ledger, rows)
@@ -149,6 +150,7 @@ def write(tmp_path: Path) -> Write:
             run["candidate"] = next((path for path, r in own.items() if r["role"] == "candidate"), None)
             run["teachers"] = [path for path, r in own.items() if r["role"] == "teacher"]
         plan = {"plan": "results", "title": "Everything", "goal": "Rows.", "backend": "openvino", "rows": runs}
+        plan["targets"] = targets or []
         more = {path: json.dumps(r).encode() for path, r in named.items()} | {"plan.json": json.dumps(plan).encode()}
         folder = tmp_path / "deliverables" / "demo"
         freeze.freeze(folder, [(ledger, freeze.tables_of([ledger])[0][1])], "abc", more | (files or {}))
@@ -209,6 +211,46 @@ def test_every_planned_run_is_on_the_page(write: Write) -> None:
     for target in linked:
         path = page.parent / target
         assert path.exists() and (path.is_dir() or 2000 < path.stat().st_size < 100_000)
+
+
+def test_targets_reached_missed_and_not_measured(write: Write) -> None:
+    teachers = [record("A1", "teacher"), record("D1", "teacher")]
+    found = [record("A1", "candidate"), int8("D1")]
+    rows = [row(found[0], 0), row(found[0], 1), row(found[1], 0, drop_pct=1.0), row(found[1], 1, drop_pct=2.0)]
+
+    def target(card: str, measure: str, **more: Any) -> dict[str, Any]:
+        return {
+            "card": card,
+            "measure": measure,
+            "least": None,
+            "most": None,
+            "against": None,
+            "if_missed": None,
+        } | more
+
+    targets = [
+        target("A1", "drop_pct", most=0.25),
+        target("A1", "params_cut_pct", least=25.0),
+        target("A1", "x_own_f32", least=1.26, if_missed="no | int8"),
+        target("D1", "file_cut_pct", least=75.01),
+        target("D1", "drop_pct", most=1.3, against="A1"),
+        target("D1", "hours", most=0.99, against="A1", if_missed="no | int8"),
+        target("D1", "flops_G", most=1.0, against="G1"),
+        target("G1", "hours", most=1.0),
+    ]
+    text = write(rows, [*teachers, *found], [planned("A1", "A1"), planned("D1", "D1")], targets=targets).read_text()
+    lines = text.split("## Targets")[1].split("## Not run yet")[0].strip().splitlines()
+    assert [line.strip("| ").split(" | ") for line in lines[2:10]] == [
+        ["A1, f32", "drop %", "at most 0.25", "0.25 ± 0.071", "yes"],
+        ["A1, f32", "parameters cut, %", "at least 25", "25.00", "yes"],
+        ["A1, f32", "speed, x own f32", "at least 1.26", "1.25", "**no**"],
+        ["D1, int8", "files smaller by, %", "at least 75.01", "75.00", "**no**"],
+        ["D1, int8", "drop %, beyond that of A1", "at most 1.3", "1.25", "yes"],
+        ["D1, int8", "device hours, over that of A1", "at most 0.99", "1.00", "**no**"],
+        ["D1, int8", "GFLOPs, over that of G1", "at most 1", "–", "–"],
+        ["G1", "device hours", "at most 1", "–", "–"],
+    ]
+    assert lines[11:] == ["- A1, f32: speed, x own f32; D1, int8: device hours, over that of A1: no \\| int8"]
 
 
 def test_what_is_not_in_the_ledger_is_of_its_record(write: Write) -> None:
