@@ -315,7 +315,7 @@ def _train_if_it_drops(
         say(f"{above}; {lowering.untrained}")
         return
     say(f"{above}: quantization-aware training")
-    learned = lowering.row(outcome.ctx, trained=True)
+    learned = lowering.row(outcome.ctx, trained=True, spent_hours=rows[-1].own["gpu_hours"])
     scored[learned.variant.name] = outcome.score(learned.variant)
     say(f"QAT: drop {drop(learned):.2f} %")
     rows[-1:] = [rows[-1], learned] if drop(learned) < drop(rows[-1]) else [learned, rows[-1]]

@@ -66,8 +66,11 @@ class Lowering:
         able = [f"--quantizer {name}" for name, tool in tools.items() if can_train(tool) and _takes(tool, ptq)]
         return f"the quantizer {self.quantizer!r} cannot train" + (f"; {' or '.join(able)} can" if able else "")
 
-    def row(self, ctx: Context, trained: bool = False) -> Row:
-        """The model after post-training quantization, or after quantization-aware training; made or reused."""
+    def row(self, ctx: Context, trained: bool = False, spent_hours: float = 0.0) -> Row:
+        """The model after post-training quantization, or after quantization-aware training; made or reused.
+
+        spent_hours: of the card's budget, before the training.
+        """
         ptq, shape = self.experiment.quant.ptq, self.experiment.workload.input
         made = self.made or stages.quantize(
             ctx,
@@ -78,7 +81,7 @@ class Lowering:
             self.calibration,
             ptq.model_dump(mode="json"),
             (shape.height, shape.width),
-            learning(self.experiment) if trained else None,
+            learning(self.experiment, spent_hours) if trained else None,
         )
         rest = self.experiment.quant.float_rest
         options = {**self.options} if rest == "auto" else {**self.options, "rest": rest}  # auto: the backend's best

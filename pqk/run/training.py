@@ -81,16 +81,19 @@ def train_stages(ctx: Context, experiment: Experiment, teacher: Model) -> list[T
     done: list[Trained] = []
     for method in (stage for stage in experiment.card.recipe if stage in _CODE):
         before = done[-1].model if done else None
-        done.append(_train(ctx, method, experiment, teacher, before))
+        spent = sum(stage.hours for stage in done)
+        done.append(_train(ctx, method, experiment, teacher, before, spent))
         if done[-1].failed:
             break
     return done
 
 
-def _train(ctx: Context, method: str, experiment: Experiment, teacher: Model, before: Model | None) -> Trained:
+def _train(
+    ctx: Context, method: str, experiment: Experiment, teacher: Model, before: Model | None, spent_hours: float
+) -> Trained:
     card = experiment.card
     spec = experiment.prune if method == "P" else experiment.distill
-    rules = rules_of(experiment, method, spec.train.steps_per_epoch, spec.train.warmup)
+    rules = rules_of(experiment, method, spec.train.steps_per_epoch, spec.train.warmup, spent_hours)
     asked = {
         "method": method,
         "teacher": teacher.sha256,
@@ -127,8 +130,10 @@ def _train(ctx: Context, method: str, experiment: Experiment, teacher: Model, be
     return Trained.read(method, made, f"{(before or teacher).name}+{method}")
 
 
-def rules_of(experiment: Experiment, method: str, steps_per_epoch: int, warmup: float) -> StopRules:
-    """The stop-loss of a method of the card; `warmup`: see `StopRules`."""
+def rules_of(
+    experiment: Experiment, method: str, steps_per_epoch: int, warmup: float, spent_hours: float = 0.0
+) -> StopRules:
+    """The stop-loss of a method of the card; `warmup`: see `StopRules`. spent_hours: by the stages before it."""
     card = experiment.card
     return StopRules.of(
         experiment.evaluation,
@@ -136,6 +141,7 @@ def rules_of(experiment: Experiment, method: str, steps_per_epoch: int, warmup: 
         method,
         card.recipe,
         steps_per_epoch=steps_per_epoch,
+        spent_hours=spent_hours,
         warmup=warmup,
     )
 
@@ -145,10 +151,10 @@ def lines_of(rules: StopRules) -> dict[str, Any]:
     return {name: getattr(rules, name) for name in ("line_pct", "no_improve_ckpt", "min_improvement_pct", "max_epochs")}
 
 
-def learning(experiment: Experiment) -> Learn:
-    """Quantization-aware training as the card's configs ask for it."""
+def learning(experiment: Experiment, spent_hours: float) -> Learn:
+    """Quantization-aware training as the card's configs ask for it. spent_hours: by everything before it."""
     spec = experiment.quant.qat
-    rules = rules_of(experiment, "Q", spec.steps_per_epoch, spec.warmup_epochs / spec.epochs)
+    rules = rules_of(experiment, "Q", spec.steps_per_epoch, spec.warmup_epochs / spec.epochs, spent_hours)
     return Learn(spec.model_dump(mode="json"), experiment.workload.seeds.train, asdict(rules), lines_of(rules))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 import signal
 import time
@@ -117,6 +118,14 @@ def test_recipes_share_their_stages(copied: Callable[[], Path], tiny_model: Path
     assert told["training_s"] < 3600 * pruned.record["gpu_hours"] < pruned.record["wall_s"]  # the scan counts
     assert pruned.record["rho"] == 0.1 and pruned.record["params"] < teacher["params"]
     assert "files" in " ".join(pruned.record["verdict_reasons"])
+    # What P took counts against the hours of a card that goes on from there, and is not lost.
+    card = root / "schedule" / "TaskCards" / "F1.md"
+    text = card.read_text()
+    hours = f"gpu_hours: {pruned.record['gpu_hours'] / 1.2}"
+    card.write_text(re.sub(r"gpu_hours: [\d.]+", hours, text))
+    stopped = run(root, "F1", tiny_model, "--no-rollback")
+    assert stopped.code == 1 and "GPU hours are above 120 % of the card's" in stopped.sentence
+    card.write_text(text)
     whole = run(root, "F1", tiny_model, "--no-rollback")
     assert "pruning and fine-tuning" not in made(whole) and "distillation after P" in made(whole)
     assert (whole.record["model"], whole.record["combo"]) == ("tiny+P+K", "P→K→Q")
