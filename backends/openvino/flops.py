@@ -132,13 +132,14 @@ def executed_precision_of(primitive: str, runtime: str) -> str:
 
 
 def executed_kernels(runtime_model: ov.Model, spent: Mapping[str, float], source: ov.Model, rest: str) -> list[Kernel]:
-    """Kernels of a compiled model after inference with PERF_COUNT.
+    """Kernels of a compiled model after inference with PERF_COUNT, in the order in which they run.
 
     `spent` has the microseconds of the nodes that inference ran (`profiling_info`): the runtime model also lists
     reorders of weights, which ran once while compiling. `rest` is the float precision that was compiled.
     """
     nodes = [_node(op) for op in runtime_model.get_ordered_ops()]
     nodes = [{**node, "time": spent[node["name"]]} for node in nodes if node["name"] in spent]
+    nodes.sort(key=lambda node: node["order"])
     todo = works(source)
     claims = _claim(nodes, todo)
     claimed = {id(work) for claimed_works in claims for work in claimed_works}
@@ -159,6 +160,7 @@ def _node(op: ov.Node) -> dict[str, Any]:
     return {
         **text,
         "name": op.get_friendly_name(),
+        "order": int(info["execOrder"].astype(str)),
         "originals": tuple(name for name in text["originalLayersNames"].split(",") if name),
         "shapes": [tuple(port.get_shape()) for port in op.inputs() if port.get_partial_shape().is_static],
         "out": tuple(op.output(0).get_shape()) if op.get_output_size() and op.output(0).partial_shape.is_static else (),

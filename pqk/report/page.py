@@ -320,8 +320,10 @@ def _verdict(recipe: Recipe) -> str:
     if len(told) == 1:
         (word,) = told
         reasons = _failed(recipe.runs[0][1])
-        count = f" ({len(recipe.runs)} of {len(recipe.runs)})" if len(recipe.runs) > 1 else ""
-        return f"{word}{count}" + (f": {'; '.join(reasons)}" if reasons else "")
+        many = len(recipe.runs) > 1
+        count = f" ({len(recipe.runs)} of {len(recipe.runs)})" if many else ""
+        whose = f"seed {recipe.runs[0][0]['train_seed']}: " if many else ""  # the others' are under Verdicts
+        return f"{word}{count}" + (f": {whose}{'; '.join(reasons)}" if reasons else "")
     parts = []
     for word, seeds in told.items():
         first = next(record for run, record, _ in recipe.runs if run["train_seed"] == seeds[0])
