@@ -52,8 +52,13 @@ def official_preprocess(image: np.ndarray, size: int, square_ok: bool = False) -
     return _normalise(resized[top:bottom, left:right])
 
 
-def fit_to_shape(view: View, height: int, width: int, scene: str = "") -> Frame:
+def fit_to_shape(
+    view: View, height: int, width: int, scene: str = "", jitter: np.random.Generator | None = None
+) -> Frame:
     """Load a view and bring it to (height, width): scale until it covers the shape, crop the centre.
+
+    With `jitter` the crop lies anywhere the image leaves room for it, drawn uniformly: an image of the shape's own
+    aspect ratio leaves none.
 
     The image is resampled as in `official_preprocess` (an image smaller than the shape is enlarged, bicubic), depth
     and mask by nearest neighbour. K follows exactly: with pixel corners at whole numbers a resize is a pure scaling,
@@ -72,7 +77,10 @@ def fit_to_shape(view: View, height: int, width: int, scene: str = "") -> Frame:
         )
     scale = max(height / old_height, width / old_width)
     new_width, new_height = max(width, round(old_width * scale)), max(height, round(old_height * scale))
-    left, top = (new_width - width) // 2, (new_height - height) // 2
+    if jitter is None:
+        left, top = (new_width - width) // 2, (new_height - height) // 2
+    else:
+        left, top = int(jitter.integers(new_width - width + 1)), int(jitter.integers(new_height - height + 1))
     resized = _resize(image, new_width, new_height)[top : top + height, left : left + width]
 
     K = None

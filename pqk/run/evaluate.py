@@ -42,6 +42,7 @@ def evaluate(request: dict[str, Any]) -> dict[str, Any]:
     waiting: list[tuple[dict[str, str], Future[dict[str, Any] | None]]] = []
     names: list[str] = []
     graph = PairGraph.model_validate(request["pair_graph"])
+    height, width = request["shape"]
     with ExitStack() as engines:
         # Scores are computed beside the engines: most of scoring is one thread in numpy, which frees the interpreter.
         scorer = engines.enter_context(ThreadPoolExecutor(1, "score"))
@@ -52,7 +53,7 @@ def evaluate(request: dict[str, Any]) -> dict[str, Any]:
         for folder in request["scenes"]:
             scene = open_scene(Path(folder))
             names.append(scene.name)
-            frames = load_frames(scene, request["shape"][0], request["shape"][1], request["views"])
+            frames = load_frames(scene, height, width, request["views"], request["seed"])
             truthful = reference is None
             pairs = scene_pairs(frames, graph, request["min_covisibility"], truthful)
             tokens = [runner.encode(f.image[None]) for f in frames]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 from copy import copy
 from pathlib import Path
@@ -16,12 +17,16 @@ from pqk.errors import PqkError
 from pqk.spec.workload import PairGraph
 
 
-def load_frames(scene: Scene, height: int, width: int, views: int | None = None) -> list[Frame]:
-    """The scene's first `views` images (default: all), resized and cropped to the shape. Raises PqkError."""
+def load_frames(scene: Scene, height: int, width: int, views: int | None = None, seed: int = 0) -> list[Frame]:
+    """The scene's first `views` images (default: all), resized and cropped to the shape. Raises PqkError.
+
+    Eval seed 0 crops the centre of every image; any other draws, per scene and image, where the crop lies.
+    """
     chosen = scene.views[:views] if views else scene.views
     if len(chosen) < 2:
         raise PqkError(f"{scene.root}: a scene needs at least 2 images, found {len(chosen)}")
-    return [fit_to_shape(view, height, width, scene.name) for view in chosen]
+    jitter = np.random.default_rng((seed, zlib.crc32(scene.name.encode()))) if seed else None
+    return [fit_to_shape(view, height, width, scene.name, jitter) for view in chosen]
 
 
 def scene_pairs(

@@ -7,9 +7,10 @@ What an eval seed draws:
   the test split with base seed (workload's + s), none of which any other eval seed, training or calibration shares.
   Scenes of a folder, seed s: half of them, drawn without replacement.
 - with the scenes, their pairs; and the pixels that chamfer takes.
+- where images are cropped, if they leave room: the centre for seed 0, anywhere for seed s (`run/inputs.py`).
 - Speed is timed anew for every eval seed, on a scene of it: the noise of the measurement itself.
 
-Nothing is added to pictures, and crops stay where the workload puts them.
+Nothing is added to pictures.
 """
 
 from __future__ import annotations

@@ -101,6 +101,23 @@ def test_pure_crop_is_exact(tmp_path):
     np.testing.assert_allclose(unproject(frame.depth, frame.K), unproject(depth, K)[:, left : left + 64], atol=1e-12)
 
 
+def test_a_jittered_crop_lies_anywhere_and_everything_follows(tmp_path):
+    image = noise(64, 67)
+    depth = np.random.default_rng(1).uniform(1, 9, (64, 67)).astype(np.float32)
+    K = np.array([[70.0, 0, 33.0], [0, 71.0, 33.0], [0, 0, 1]])
+    view = view_with(tmp_path, image, depth, K=K, pose=np.eye(4))
+    rng, seen = np.random.default_rng(0), set()
+    for _ in range(40):
+        frame = fit_to_shape(view, 64, 64, jitter=rng)
+        left = int(33 - frame.K[0, 2])
+        codes = np.rint((frame.image + 1) * 127.5).astype(np.uint8).transpose(1, 2, 0)
+        np.testing.assert_array_equal(codes, image[:, left : left + 64])
+        points = unproject(depth, K)[:, left : left + 64]
+        np.testing.assert_allclose(unproject(frame.depth, frame.K), points, atol=1e-12)
+        seen.add(left)
+    assert seen == {0, 1, 2, 3}
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.integers(20, 150), st.integers(20, 150), st.sampled_from([16, 32, 64, 96]), st.sampled_from([16, 48, 80]))
 def test_slanted_plane_follows_k(tmp_path_factory, old_height, old_width, height, width):

@@ -305,6 +305,27 @@ def test_scenes_of_a_folder_are_drawn_by_halves(project_copy: Path, pqk: Pqk) ->
     assert row["workload_sha256"] != digest
 
 
+def test_eval_seeds_draw_the_crop(project_copy: Path, pqk: Pqk) -> None:
+    make_scenes(project_copy / "mine", [ScenePlan("train", 9, index, 3, 64) for index in range(2)], jobs=1)
+    command = ["ledger", "eval", "tiny", "--backend", "reference", "--no-timing", "--eval-seeds", "0..4"]
+    for name, value in (("source", "mine"), ("count", "null"), ("views", "null")):
+        command += ["--set", f"workload.scenes.test.{name}={value}"]
+
+    def scores(*words: str) -> dict[str, set[float]]:
+        assert pqk(project_copy, *command, "-o", "mine.tsv", *words)[0] == 0
+        rows = read_rows(project_copy / "mine.tsv")[1:]
+        (project_copy / "mine.tsv").unlink()
+        by_scene: dict[str, list[float]] = {}
+        for row in rows:
+            by_scene.setdefault(row["scenes_sha256"], []).append(row["absrel"])
+        assert max(len(found) for found in by_scene.values()) > 1  # four draws of two scenes
+        return {scene: set(found) for scene, found in by_scene.items()}
+
+    assert all(len(found) == 1 for found in scores().values())  # square pictures leave no room
+    cropped = scores("--set", "workload.input.shape=[1, 3, 32, 64]")
+    assert any(len(found) > 1 for found in cropped.values())
+
+
 def test_killed_in_the_middle_it_goes_on(evaluated: Path, tmp_path: Path, pqk: Pqk) -> None:
     """SIGKILL after the first row: no half file, the row is kept, the others are as those of an unbroken run."""
     root = shutil.copytree(evaluated, tmp_path / "project")
