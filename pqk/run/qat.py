@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import ctypes
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from backends.base import Graph
+from backends.base import Feeds, Graph, QuantSpec, Source
 from pqk.compress.qat import qat
 from pqk.measure.footprint import peak_ram_bytes
 from pqk.run.quantize import Both, Calibrated
@@ -14,6 +15,36 @@ from pqk.run.stoploss import best_checkpoint
 from pqk.run.training import stopper, tell_progress
 from pqk.run.variants import graph_to_json
 from pqk.spec.quant import Qat
+
+_TRIMMED_EVERY = 8  # images
+
+
+class _Trimmed:
+    """Calibration feeds; every few of them, memory that is free goes back to the system.
+
+    A quantizer in torch keeps a few numbers of each image. They come to lie between the activations of one image and
+    the next, so that glibc can put nothing large there again: without this, 512 images at 512 x 512 took from 8 to
+    more than 23 GB for a network of 12 M parameters. Other C libraries have no such call and are left alone.
+    """
+
+    def __init__(self, feeds: Iterable[Feeds]) -> None:
+        self.feeds = feeds
+
+    def __iter__(self) -> Iterator[Feeds]:
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        for index, feeds in enumerate(self.feeds):
+            if trim is not None and index % _TRIMMED_EVERY == 0:
+                trim(0)
+            yield feeds
+
+
+def prepare(job: Calibrated) -> Both[Any]:
+    """Both modules as the quantizer prepares them for training, calibrated in a bounded amount of memory."""
+
+    def prepared(source: Source, spec: QuantSpec, feeds: Iterable[Feeds]) -> Any:
+        return job.quantizer.prepare(source, spec, _Trimmed(feeds))
+
+    return job.both(prepared)
 
 
 def train_quantized(request: Mapping[str, Any]) -> dict[str, Any]:
@@ -23,7 +54,7 @@ def train_quantized(request: Mapping[str, Any]) -> dict[str, Any]:
     Raises CheckFailed when the card's hours are spent.
     """
     job = Calibrated(dict(request), modules=True)
-    prepared: Both[Any] = job.both(job.quantizer.prepare)
+    prepared = prepare(job)
     prepared_notes = list(job.quantizer.notes())
     fitted = qat(
         prepared.encoder,
