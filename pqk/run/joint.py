@@ -23,6 +23,7 @@ from pqk.models import build_model, load_model, save_model
 from pqk.run import worker
 from pqk.run.clock import clock
 from pqk.run.prepare import Model
+from pqk.run.qat import prepare
 from pqk.run.quantize import Both, Calibrated
 from pqk.run.stages import Context, Quantized, Scenes, read_graphs
 from pqk.run.stoploss import StopRules, best_checkpoint
@@ -266,7 +267,7 @@ def _settled(
 def _prepared(request: dict[str, Any]) -> tuple[Both[Any], Calibrated]:
     """Both modules of request['model'], as the quantizer prepares them, and the job that can finish them."""
     job = Calibrated(request, modules=True)
-    return job.both(job.quantizer.prepare), job
+    return prepare(job), job
 
 
 def _whole_stop(phase: Whole, rules: Mapping[str, Any]) -> Any:
