@@ -234,10 +234,7 @@ def settle(
     stop: Stop | None = None,
     report: Report | None = None,
 ) -> Fitted:
-    """The second phase: train what the cut network was prepared as, taught by the whole float Teacher; see `qat`.
-
-    Judged by AbsRel, as P and K are: a network that lost units does better where it may part from its Teacher.
-    """
+    """The second phase: train what the cut network was prepared as, taught by the whole float Teacher; see `qat`."""
     return qat(
         encoder,
         decoder,
@@ -246,7 +243,6 @@ def settle(
         seed=(seed + LIMIT // 2) % LIMIT,  # other pairs than those of the first phase
         scratch=scratch,
         device=device,
-        judged_by="absrel",
         stop=stop,
         report=report,
     )

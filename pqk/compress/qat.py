@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -81,7 +81,6 @@ def qat(
     seed: int,
     scratch: Path,
     device: str = "cpu",
-    judged_by: Literal["distance", "absrel"] = "distance",
     stop: Stop | None = None,
     report: Callable[[Progress], None] | None = None,
 ) -> Fitted:
@@ -91,8 +90,7 @@ def qat(
     teacher: the float model that they are compared with and learn from; its own weights stay.
     seed, scratch, stop, report: see `fit`. After a kill, modules prepared anew from the same model, spec and
     calibration continue from `scratch`.
-    judged_by: the best averaged weights are those nearest to the teacher on held-out pairs, or those with the lowest
-    AbsRel there; the history tells AbsRel and drop either way.
+    The best averaged weights are those nearest to the teacher on held-out pairs; the history tells AbsRel and drop too.
     Raises PqkError as `fit` does.
     """
     model = Quantized(encoder, decoder, teacher.sizes.patch_size)
@@ -117,7 +115,7 @@ def qat(
         scratch=scratch,
         device=device,
         teacher=teacher,
-        score_of=Distance(teacher, training.alpha) if judged_by == "distance" else None,
+        score_of=Distance(teacher, training.alpha),
         stop=stop,
         report=report,
     )

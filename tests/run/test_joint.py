@@ -52,7 +52,6 @@ def test_one_run_makes_a_smaller_int8_engine(finished: tuple[Path, Outcome], tin
     assert told["report"]["share"] >= told["report"]["flops_cut"] == record["rho"] == 0.06
     assert (told["steps"], len(told["history"]), len(told["gates_history"])) == (12, 3, 3)
     assert [entry["step"] for entry in told["history"]] == [6, 9, 12]
-    assert all(entry["score"] == entry["absrel"] for entry in told["history"])
     assert record["gpu_hours"] == student["gpu_hours"] == pytest.approx(told["device_s"] / 3600)
     assert told["device_s"] > told["training_s"]
     assert "PQK: 12 steps in " in record["notes"] and " % of FLOPs cut" in record["notes"]
