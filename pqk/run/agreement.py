@@ -1,15 +1,16 @@
-"""Two sides run on the same pairs: how far their outputs are apart."""
+"""Sides run on the same pairs: how far their outputs are from those of the first of them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from pqk.data.preprocess import Frame
 from pqk.data.scene import open_scene
 from pqk.errors import PqkError
 from pqk.measure.similarity import Agreement
@@ -58,41 +59,46 @@ class TorchSide:
         return None
 
 
-def open_side(side: Mapping[str, Any], shape: tuple[int, int]) -> AbstractContextManager[Side]:
+def open_side(side: Mapping[str, Any], shape: Sequence[int]) -> AbstractContextManager[Side]:
     """A side out of {'variant': ...} or {'torch': where the model is}."""
-    return TorchSide(side["torch"], *shape) if "torch" in side else Runner(Variant.from_json(side["variant"]))
+    if "torch" in side:
+        return TorchSide(side["torch"], shape[0], shape[1])
+    return Runner(Variant.from_json(side["variant"]))
 
 
 def compare(request: dict[str, Any]) -> dict[str, Any]:
-    """Agreement of `other` with `base` over some pairs, each side end to end: it decodes its own tokens.
+    """Agreement of each of `others` with `base` over some pairs, each side end to end: it decodes its own tokens.
 
-    Request: base, other (see `open_side`), scenes (folders), views, shape, pair_graph, min_covisibility, truthful,
-    pairs (how many, spread evenly over the pairs of all scenes). Returns heads (see `similarity.HeadAgreement`) and
-    the pairs. Raises PqkError.
+    Request: base (see `open_side`), others (a list of such), scenes (folders), views, shape, pair_graph,
+    min_covisibility, truthful, pairs (how many, spread evenly over the pairs of all scenes). Returns heads (for each of
+    `others` in turn: see `similarity.HeadAgreement`) and the pairs. Each side runs once, and one is open at a time;
+    memory holds the outputs of `base`, 8 MB for a pair of 512x512 pixels. Raises PqkError.
     """
+    height, width = shape = request["shape"]
     graph = PairGraph.model_validate(request["pair_graph"])
-    scenes = []
+    every: list[tuple[Frame, Frame]] = []
     for folder in request["scenes"]:
-        frames = load_frames(open_scene(Path(folder)), request["shape"][0], request["shape"][1], request["views"])
-        scenes.append((frames, scene_pairs(frames, graph, request["min_covisibility"], request["truthful"])))
-    every = [(number, i, j) for number, (_, pairs) in enumerate(scenes) for i, j in pairs]
+        frames = load_frames(open_scene(Path(folder)), height, width, request["views"])
+        pairs = scene_pairs(frames, graph, request["min_covisibility"], request["truthful"])
+        every += [(frames[i], frames[j]) for i, j in pairs]
     if not every:
         raise PqkError("there is no pair to compare")
     count = min(request["pairs"], len(every))
     chosen = [every[k * len(every) // count] for k in range(count)]
-    agreement = Agreement()
-    with ExitStack() as stack:
-        base, other = (
-            stack.enter_context(open_side(request[name], tuple(request["shape"]))) for name in ("base", "other")
-        )
-        for number, i, j in chosen:
-            frames = scenes[number][0]
-            a, b = (
-                side.decode(side.encode(frames[i].image[None]), side.encode(frames[j].image[None]))
-                for side in (base, other)
-            )
+    expected = list(_outputs(request["base"], shape, chosen))
+    heads = []
+    for other in request["others"]:
+        agreement = Agreement()
+        for a, b in zip(expected, _outputs(other, shape, chosen), strict=True):
             agreement.add(a, b)
-    return {
-        "heads": {head: asdict(found) for head, found in agreement.result().items()},
-        "pairs": [[scenes[n][0][i].scene, scenes[n][0][i].name, scenes[n][0][j].name] for n, i, j in chosen],
-    }
+        heads.append({head: asdict(found) for head, found in agreement.result().items()})
+    return {"heads": heads, "pairs": [[a.scene, a.name, b.name] for a, b in chosen]}
+
+
+def _outputs(
+    side: Mapping[str, Any], shape: Sequence[int], pairs: Sequence[tuple[Frame, Frame]]
+) -> Iterator[dict[str, np.ndarray]]:
+    """The predictions of a side for each pair, one at a time."""
+    with open_side(side, shape) as opened:
+        for first, second in pairs:
+            yield opened.decode(opened.encode(first.image[None]), opened.encode(second.image[None]))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,9 @@ _CODE = ("pqk.run.agreement",)
 RUNTIME = "reference"  # ONNX Runtime: reads every ONNX graph, and belongs to no toolchain
 
 
+Heads = Mapping[str, Mapping[str, float | None]]  # see `pqk.measure.similarity.HeadAgreement`
+
+
 @dataclass(frozen=True)
 class Row:
     """One side of one level: its record (None where it has none), and its outputs against `against`."""
@@ -43,7 +46,7 @@ class Row:
     side: str  # such as 'openvino/nncf int8'
     against: str | None = None
     record: Mapping[str, Any] | None = None
-    heads: Mapping[str, Mapping[str, float | None]] | None = None
+    heads: Heads | None = None
     metric: float | None = None  # the main metric over all test pairs
     metric_drop_pct: float | None = None
     note: str | None = None  # why there is nothing, or what to know
@@ -152,30 +155,33 @@ class _Comparer:
             "truthful": any_outcome.truthful,
         }
 
-    def heads(self, base: Variant | None, other: Variant) -> dict[str, dict[str, float | None]]:
-        """Agreement of `other` with `base`; None is the model in torch."""
+    def heads(self, base: Variant | None, others: Sequence[Variant]) -> list[Heads]:
+        """Agreement of each of `others` with `base`; None is the model in torch."""
         ctx, scenes = self.outcome.ctx, self.outcome.scenes
         request = {**self.request, "pairs": self.limits.pairs}
+        if not others:
+            return []
 
         def make(folder: Path) -> None:
             asked = {
                 "base": {"variant": base.to_json()} if base else {"torch": self.outcome.model},
-                "other": {"variant": other.to_json()},
+                "others": [{"variant": other.to_json()} for other in others],
                 "scenes": [str(path) for path in scenes.folders],
                 **request,
             }
             write_json(folder / "agreement.json", worker.call("agreement", asked))
 
-        label = f"{other.backend} {other.name} with {f'{base.backend} {base.name}' if base else 'torch'}"
-        sources = stages.sources_of(base, other) if base else (*stages.sources_of(other), *stages.MODEL_CODE)
+        names = ", ".join(f"{other.backend} {other.name}" for other in others)
+        label = f"{names} with {f'{base.backend} {base.name}' if base else 'torch'}"
+        sources = stages.sources_of(base, *others) + (() if base else stages.MODEL_CODE)
         inputs = {
             "base": stages.identity(ctx, base, None) if base else {"torch": self.outcome.onnx_float.hashes},
-            "other": stages.identity(ctx, other, None),
+            "others": [stages.identity(ctx, other, None) for other in others],
             "scenes": scenes.sha256,
             **request,
         }
         made = ctx.make("agreement", (*_CODE, *sources), inputs, make, label)
-        heads: dict[str, dict[str, float | None]] = json.loads((made.path / "agreement.json").read_text())["heads"]
+        heads: list[Heads] = json.loads((made.path / "agreement.json").read_text())["heads"]
         return heads
 
     def score(self, variant: Variant) -> float | None:
@@ -195,8 +201,8 @@ def _float_level(outcomes: Mapping[tuple[str, str], Outcome], compare: _Comparer
     for (backend, _), outcome in outcomes.items():
         for variant, record in outcome.floats():
             sides.setdefault(f"{backend} {variant.name}", (variant, record))
-    for name, (variant, known) in sides.items():
-        heads = compare.heads(None, variant)
+    found = compare.heads(None, [variant for variant, _ in sides.values()])
+    for (name, (variant, known)), heads in zip(sides.items(), found, strict=True):
         rows.append(Row("float", name, "torch f32", known, heads, *_quality(known, compare.metric)))
         if variant.precision is Precision.F32:
             worst, error = _worst(heads)
@@ -232,8 +238,7 @@ def _shared_level(outcomes: Mapping[tuple[str, str], Outcome], compare: _Compare
         sides["openvino"] = replace(sides["openvino"], options={"rest": "f32"})
     float_side = compare.outcome.onnx_float
     errors, metrics, rows = {}, {}, []
-    for name, variant in sides.items():
-        heads = compare.heads(float_side, variant)
+    for (name, variant), heads in zip(sides.items(), compare.heads(float_side, list(sides.values())), strict=True):
         errors[name] = sum(_relative(head) for head in heads.values()) / len(heads)
         metrics[name] = compare.score(variant)
         note = f"graph of {owner}/{tool}"
@@ -264,23 +269,22 @@ def _shared_level(outcomes: Mapping[tuple[str, str], Outcome], compare: _Compare
 def _recipe_level(outcomes: Mapping[tuple[str, str], Outcome], compare: _Comparer) -> Level:
     """The candidates of all quantizers, against the first of them."""
     verdict, rows = Verdict("recipe"), []
-    first: tuple[str, Variant, float | None] | None = None
-    for (backend, quantizer), outcome in outcomes.items():
-        record, variant = outcome.records[-1], outcome.variants[-1]
+    candidates = [outcome.variants[-1] for outcome in outcomes.values()]
+    against = [None, *compare.heads(candidates[0], candidates[1:])]
+    first: tuple[str, float | None] | None = None
+    for ((backend, quantizer), outcome), heads in zip(outcomes.items(), against, strict=True):
+        record = outcome.records[-1]
         name = f"{backend}/{quantizer} {record['precision']}"
         metric, drop = _quality(record, compare.metric)
         note = "emulated by ONNX Runtime, not timed" if record["measured"] == "emulated" else None
+        rows.append(Row("recipe", name, first[0] if first else None, record, heads, metric, drop, note))
         if first is None:
-            first = (name, variant, metric)
-            rows.append(Row("recipe", name, None, record, None, metric, drop, note))
-            continue
-        heads = compare.heads(first[1], variant)
-        rows.append(Row("recipe", name, first[0], record, heads, metric, drop, note))
-        if metric is not None and first[2] is not None:
-            gap, limit = _gap_pct(first[2], metric), compare.limits.recipe_metric_pct
+            first = (name, metric)
+        elif metric is not None and first[1] is not None:
+            gap, limit = _gap_pct(first[1], metric), compare.limits.recipe_metric_pct
             verdict.judge(
                 gap <= limit,
-                f"{compare.metric}: {first[0]} {first[2]:.5g}, {name} {metric:.5g}, {gap:.2g} % apart "
+                f"{compare.metric}: {first[0]} {first[1]:.5g}, {name} {metric:.5g}, {gap:.2g} % apart "
                 f"(at most {limit:g} %)",
             )
     if len(outcomes) == 1:
@@ -292,7 +296,7 @@ def _quality(record: Mapping[str, Any] | None, metric: str) -> tuple[float | Non
     return (record[metric], record["quality_drop_pct"]) if record else (None, None)
 
 
-def _worst(heads: Mapping[str, Mapping[str, float | None]]) -> tuple[str, float]:
+def _worst(heads: Heads) -> tuple[str, float]:
     worst = max(heads, key=lambda head: _relative(heads[head]))
     return worst, _relative(heads[worst])
 
