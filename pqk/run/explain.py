@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,8 @@ def _found(outcome: Outcome, task: str, about: Mapping[str, Any], asked: Mapping
     def make(folder: Path) -> None:
         graphs = {"float": _graphs(plain), "int8": _graphs(candidate)}
         request = {**graphs, **asked, "scene": str(outcome.scenes.folders[0])}
-        write_json(folder / f"{task}.json", worker.call(task, request))
+        heard = partial(outcome.ctx.tell, f"{task} {candidate.backend}")
+        write_json(folder / f"{task}.json", worker.call(task, request, heard))
 
     asked = {"backend": candidate.backend, **asked}
     inputs = {**about, "scenes": outcome.scenes.sha256, **asked}

@@ -15,9 +15,10 @@ import numpy as np
 
 from backends import registry
 from backends.base import BackendError, Feeds, Graph, Precision, Surgery, surgery_of
-from backends.rank import rank_by_groups
+from backends.rank import Progress, rank_by_groups
 from backends.reference import OnnxRuntimeEngine
 from pqk.data.scene import open_scene
+from pqk.run import worker
 from pqk.run.inputs import load_frames, scene_pairs
 from pqk.run.variants import graph_from_json, graph_to_json
 from pqk.spec.workload import PairGraph
@@ -78,7 +79,9 @@ def rank_graphs(request: dict[str, Any]) -> dict[str, Any]:
     rows: dict[str, list[dict[str, Any]]] = {"groups": [], "nodes": []}
 
     def rank(name: str, **options: Any) -> None:
-        ranked = rank_by_groups(surgery(ints[name], floats[name]), feeds[name], detail=GROUPS, **options)
+        ranked = rank_by_groups(
+            surgery(ints[name], floats[name]), feeds[name], detail=GROUPS, progress=_teller(name), **options
+        )
         for kind, shares in zip(("groups", "nodes"), ranked, strict=True):
             rows[kind] += [{"graph": name, **asdict(share)} for share in shares]
 
@@ -95,6 +98,19 @@ def rank_graphs(request: dict[str, Any]) -> dict[str, Any]:
             row["of_all"] = (row["error_all"] - row["error_without"]) / total if total else 0.0
         listed.sort(key=lambda row: -row["of_all"])
     return dict(rows)
+
+
+def _teller(graph: str) -> Progress:
+    """Says how far the ranking of a graph is: its groups, then single nodes; a graph is half of it all."""
+    half, rankings = ("encoder", "decoder").index(graph) / 2, 0
+
+    def say(done: int, total: int, name: str) -> None:
+        nonlocal rankings
+        rankings += done == 0
+        share = half + (rankings - 1 + done / total) / 4
+        worker.tell({"text": f"{graph}, {done + 1} of {total}: {name}", "share": share})
+
+    return say
 
 
 def mix_graphs(request: dict[str, Any]) -> dict[str, Any]:
