@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,6 +68,7 @@ def rank_nodes(
     names: Iterable[str] | Mapping[str, Sequence[str]] | None = None,
     after: After | None = None,
     progress: Progress | None = None,
+    known: MutableMapping[str, float] | None = None,
 ) -> list[NodeShare]:
     """Shares of the quantized graph's error, the largest first.
 
@@ -75,7 +76,8 @@ def rank_nodes(
     item that is compared; by default the float graph's outputs. names: nodes, or groups of nodes by name; by default
     every quantized node. after: computes what is compared from the outputs of all feeds (for an encoder, the decoder's
     outputs), so that errors of several graphs share one scale. progress: called with done, total and name before each
-    measurement.
+    measurement. known: errors that were measured before, by the names of the nodes that were in float, a line each;
+    those that are measured now are added.
     Everything unquantized computes in f32. Memory holds one graph with one set of changes at a time, and no activations
     but the outputs. Raises BackendError for an unknown name and when there are no feeds.
     """
@@ -87,15 +89,23 @@ def rank_nodes(
     if reference is None:
         reference = _compared(surgery.infer_plain(feeds), after)
 
+    errors = {} if known is None else known
+
+    def error(members: Sequence[str]) -> float:
+        key = "\n".join(members)
+        if key not in errors:
+            errors[key] = mean_error(_compared(surgery.infer(members, feeds), after), reference)
+        return errors[key]
+
     total = len(groups) + 1
     if progress:
         progress(0, total, "all nodes in int8")
-    error_all = mean_error(_compared(surgery.infer((), feeds), after), reference)
+    error_all = error(())
     shares = []
     for done, (name, members) in enumerate(groups.items(), 1):
         if progress:
             progress(done, total, name)
-        without = mean_error(_compared(surgery.infer(members, feeds), after), reference)
+        without = error(members)
         share = (error_all - without) / error_all if error_all else 0.0
         shares.append(NodeShare(name, tuple(members), share, error_all, without))
     return sorted(shares, key=lambda item: -item.share)
@@ -109,6 +119,7 @@ def rank_by_groups(
     least: float = 0.02,
     after: After | None = None,
     progress: Progress | None = None,
+    known: MutableMapping[str, float] | None = None,
 ) -> tuple[list[NodeShare], list[NodeShare]]:
     """Shares of the groups of `node_groups`, then of the single nodes of the `detail` worst groups; both sorted.
 
@@ -116,11 +127,12 @@ def rank_by_groups(
     """
     if reference is None and feeds:
         reference = _compared(surgery.infer_plain(feeds), after)
-    ranked = rank_nodes(surgery, feeds, reference, node_groups(surgery.nodes), after, progress)
+    known = {} if known is None else known
+    ranked = rank_nodes(surgery, feeds, reference, node_groups(surgery.nodes), after, progress, known)
     chosen = [name for group in ranked[:detail] if group.share >= least for name in group.nodes]
     if not chosen:
         return ranked, []
-    return ranked, rank_nodes(surgery, feeds, reference, chosen, after, progress)
+    return ranked, rank_nodes(surgery, feeds, reference, chosen, after, progress, known)
 
 
 def mean_error(got: Sequence[Feeds], want: Sequence[Feeds]) -> float:

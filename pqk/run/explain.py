@@ -63,7 +63,8 @@ def _found(outcome: Outcome, task: str, about: Mapping[str, Any], asked: Mapping
         graphs = {"float": _graphs(plain), "int8": _graphs(candidate)}
         request = {**graphs, **asked, "scene": str(outcome.scenes.folders[0])}
         heard = partial(outcome.ctx.tell, f"{task} {candidate.backend}")
-        write_json(folder / f"{task}.json", worker.call(task, request, heard))
+        with outcome.ctx.scratch(task, code, inputs) as scratch:
+            write_json(folder / f"{task}.json", worker.call(task, {**request, "scratch": str(scratch)}, heard))
 
     asked = {"backend": candidate.backend, **asked}
     inputs = {**about, "scenes": outcome.scenes.sha256, **asked}

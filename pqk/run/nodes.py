@@ -6,6 +6,8 @@ A few real pairs are looked at, and all activations are never held at once: nor 
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +20,7 @@ from backends.base import BackendError, Feeds, Graph, Precision, Surgery, surger
 from backends.rank import Progress, rank_by_groups
 from backends.reference import OnnxRuntimeEngine
 from pqk.data.scene import open_scene
+from pqk.files import write_json
 from pqk.run import worker
 from pqk.run.inputs import load_frames, scene_pairs
 from pqk.run.variants import graph_from_json, graph_to_json
@@ -68,7 +71,8 @@ def part_graphs(request: dict[str, Any]) -> dict[str, Any]:
 def rank_graphs(request: dict[str, Any]) -> dict[str, Any]:
     """How much of the error at the decoder's outputs is gone when one part, or one node, computes in float.
 
-    Request: that of `_feeds`, backend, and int8 (its quantized encoder and decoder). Returns groups (parts of the
+    Request: that of `_feeds`, backend, int8 (its quantized encoder and decoder), and scratch: a folder in which each
+    measured error is kept, so that a killed ranking goes on where it was. Returns groups (parts of the
     model) and nodes (single nodes of the worst parts): rows of `rank.NodeShare` with their graph and `of_all`, the
     share of both graphs' errors together, sorted by it. Encoder parts are judged by what the float decoder, in ONNX
     Runtime, makes of their tokens.
@@ -79,9 +83,9 @@ def rank_graphs(request: dict[str, Any]) -> dict[str, Any]:
     rows: dict[str, list[dict[str, Any]]] = {"groups": [], "nodes": []}
 
     def rank(name: str, **options: Any) -> None:
-        ranked = rank_by_groups(
-            surgery(ints[name], floats[name]), feeds[name], detail=GROUPS, progress=_teller(name), **options
-        )
+        known = _KeptErrors(Path(request["scratch"]) / f"{name}.json")
+        with_nodes = surgery(ints[name], floats[name])
+        ranked = rank_by_groups(with_nodes, feeds[name], detail=GROUPS, progress=_teller(name), known=known, **options)
         for kind, shares in zip(("groups", "nodes"), ranked, strict=True):
             rows[kind] += [{"graph": name, **asdict(share)} for share in shares]
 
@@ -98,6 +102,19 @@ def rank_graphs(request: dict[str, Any]) -> dict[str, Any]:
             row["of_all"] = (row["error_all"] - row["error_without"]) / total if total else 0.0
         listed.sort(key=lambda row: -row["of_all"])
     return dict(rows)
+
+
+class _KeptErrors(dict[str, float]):
+    """Errors that a file holds too, from the first one on: of a large model each takes a minute."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(json.loads(path.read_text()) if path.exists() else {})
+        self.path = path
+
+    def __setitem__(self, nodes: str, error: float) -> None:
+        super().__setitem__(nodes, error)
+        if math.isfinite(error):
+            write_json(self.path, self)
 
 
 def _teller(graph: str) -> Progress:
