@@ -24,7 +24,7 @@ run: $(STAMP)
 	  if [ $$code -eq 1 ]; then echo "a threshold failed, see the verdict above"; else exit $$code; fi; }
 
 test: lint
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,12 @@ def pytest_configure() -> None:
     cores, count = sorted(os.sched_getaffinity(0)), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     mine = cores[int(worker.removeprefix("gw")) % len(cores) :: count]
     os.sched_setaffinity(0, mine)  # the processes that tests start inherit it
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that run whole experiments come first: the last ones decide how long one process waits for the other."""
+    whole = Path(__file__).parent / "run"
+    items.sort(key=lambda item: not item.path.is_relative_to(whole))
 
 
 @pytest.fixture
