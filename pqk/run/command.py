@@ -148,7 +148,7 @@ def _progress(errors: Console) -> OnEvent:
                 errors.file.flush()
             elif time.monotonic() - spoken > 15:  # a log file gets a line now and then
                 spoken = time.monotonic()
-                errors.print(f"    {escape(line)}")
+                errors.print(f"    {escape(line)}", soft_wrap=True)
             return
         if errors.is_terminal and kind in ("done", "damaged"):
             errors.file.write("\r\x1b[2K")
