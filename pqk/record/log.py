@@ -168,4 +168,30 @@ def _upgrade(record: Any, where: str) -> Any:
         raise PqkError(f"{where}: schema_version {asked} is newer than {current}, which this pqk reads; update pqk")
     if version[0] != known[0]:
         raise PqkError(f"{where}: schema_version {asked} has another major number than {current}; write the log again")
+    if version < (1, 1, 0):
+        record = _from_1_0(record)
     return {**dict.fromkeys(load_schema()["properties"]), **record, "schema_version": current}
+
+
+def _from_1_0(record: dict[str, Any]) -> dict[str, Any]:
+    """Put what schema 1.0 measured under the names that say what it is.
+
+    Its speedup_vs_fp32 was against the Teacher in a float row and against the own model in a quantized one; its chamfer
+    drew both clouds at the same pixels; its ram_GB was the peak of a process that compiles.
+    """
+    new = dict(record)
+    speed, quantized = new.pop("speedup_vs_fp32", None), record.get("quantizer") is not None
+    hashes = record.get("hashes")
+    own_is_teacher = not (isinstance(hashes, dict) and "teacher" in hashes)
+    if not quantized or own_is_teacher:
+        new["speedup_vs_teacher_f32"] = speed
+    if quantized or own_is_teacher:
+        new["speedup_vs_own_f32"] = speed
+    if "chamfer" in new:
+        new["chamfer_paired"], new["chamfer"] = new["chamfer"], None
+    for part in ("chamfer_accuracy", "chamfer_completeness"):
+        if part in new:
+            new[part] = None
+    if "ram_GB" in new:
+        new["ram_compile_GB"], new["ram_GB"] = new["ram_GB"], None
+    return new

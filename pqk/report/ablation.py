@@ -24,14 +24,14 @@ SHOWN = (
     "quality_drop_pct",
     "absrel",
     "delta1",
-    "speedup_vs_fp32",
+    "speedup_vs_own_f32",
     "t_pair_p50_ms",
     "size_MB",
     "flops_G",
     "verdict",
     "status",
 )
-_DRAWN = ("quality_drop_pct", "speedup_vs_fp32")
+_DRAWN = ("quality_drop_pct", "speedup_vs_own_f32")
 Points = Mapping[str, Mapping[str, Any] | None]
 
 

@@ -246,7 +246,7 @@ def _recipes_table(
             _against(recipe, "flops_G", ".1f"),
             _against(recipe, "size_MB", ".1f"),
             _mean(recipe.over_records("t_pair_p50_ms"), ".1f"),
-            _mean(recipe.over_records("speedup_vs_fp32") if quantized else None, ".2f"),
+            _mean(recipe.over_records("speedup_vs_own_f32") if quantized else None, ".2f"),
             _mean(recipe.over_records("speedup_vs_best_float") if quantized else None, ".2f"),
             _mean(_inverse(recipe), ".2f"),
             _mean(recipe.int8_share, ".0%"),

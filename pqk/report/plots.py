@@ -206,7 +206,7 @@ def ablation(records: Sequence[Record]) -> Figure | str:
 
 def _speed(record: Record, before: str) -> str:
     """'1.13x f32' behind `before`; '' where it was not measured, or is the measure itself."""
-    speed = record["speedup_vs_fp32"]
+    speed = record["speedup_vs_own_f32"]
     return "" if speed is None or record["precision"] == "f32" else f"{before}{speed:.2f}x f32"
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 _CUTS = {"params_cut_pct": "params_M", "flops_cut_pct": "flops_G", "file_cut_pct": "size_MB"}
 _RECORDS = {
-    "x_own_f32": "speedup_vs_fp32",
+    "x_own_f32": "speedup_vs_own_f32",
     "x_own_best_float": "speedup_vs_best_float",
     "flops_G": "flops_G",
     "hours": "gpu_hours",

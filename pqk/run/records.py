@@ -96,7 +96,7 @@ def measured_record(
     record["size_MB"] = mine["size_bytes"] / 1e6
     record["size_ratio"] = mine["size_bytes"] / base["size_bytes"]
     if measured.timed is not None:
-        record |= _timing(measured.timed, variant, against)
+        record |= _timing(measured.timed, variant, against, measured.teacher)
         record["ram_GB"] = record["peak_memory_GB"] = measured.memory[variant.name] / 1e9
     return record
 
@@ -107,7 +107,7 @@ def judged(record: Mapping[str, Any], thresholds: Thresholds, recipe: Sequence[s
     verdict, reasons = judge_quantized(
         Measured(
             record["quality_drop_pct"],
-            record["speedup_vs_fp32"],
+            record["speedup_vs_own_f32"],
             record["speedup_vs_best_float"],
             record["size_ratio"],
             None if shares is None else shares.get(precision, 0.0),
@@ -146,8 +146,8 @@ def planned_shares(shares: Mapping[str, float]) -> str:
     )
 
 
-def _timing(timed: Mapping[str, Any], variant: Variant, against: Sequence[Variant]) -> Record:
-    """Timing columns out of the raw samples, which stay in the record."""
+def _timing(timed: Mapping[str, Any], variant: Variant, against: Sequence[Variant], teacher: Variant) -> Record:
+    """Timing columns out of the raw samples, which stay in the record. `teacher`: in f32."""
     medians = {v.name: percentile(timed[v.name]["pair"], 50) for v in against}
     best = min(against, key=lambda v: medians[v.name])
     mine = timed[variant.name]
@@ -159,7 +159,8 @@ def _timing(timed: Mapping[str, Any], variant: Variant, against: Sequence[Varian
         "t_decoder_p50_ms": percentile(mine["decoder"], 50),
         "t_scene_s": percentile(mine["scene_s"], 50) if mine["scene_s"] else None,
         "pairs_per_sec": 1000 * len(mine["pair"]) / sum(mine["pair"]),
-        "speedup_vs_fp32": medians[against[0].name] / p50,
+        "speedup_vs_teacher_f32": percentile(timed[teacher.name]["pair"], 50) / p50,
+        "speedup_vs_own_f32": medians[against[0].name] / p50,
         "speedup_vs_best_float": medians[best.name] / p50,
         "best_float": str(best.precision),
         "samples": {name: [round(x, 4) for x in mine[name]] for name in ("pair", "encoder", "decoder")},

@@ -13,7 +13,7 @@ class Measured:
     """What the thresholds look at; None is what was not measured."""
 
     drop_pct: float | None
-    speedup_vs_fp32: float | None
+    speedup_vs_own_f32: float | None
     speedup_vs_best_float: float | None
     size_ratio: float
     int8_share: float | None
@@ -33,7 +33,7 @@ def judge_quantized(
     """
     checks = [_drop(measured.drop_pct, drop_limit(recipe, limits))]
     reduction = limits.t_pair_p50_reduction_pct
-    speedup = measured.speedup_vs_fp32
+    speedup = measured.speedup_vs_own_f32
     checks.append(
         (None, "compiled, not timed: there is no t_pair to judge")
         if speedup is None

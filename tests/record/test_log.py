@@ -142,22 +142,22 @@ def test_bytes_that_are_no_text_and_missing_files(tmp_path):
 
 
 def test_versions(tmp_path, monkeypatch, make_record):
-    """A project whose schema has grown to 1.1.0 reads a log of 1.0.0; one of 1.0.0 refuses a log of 1.1.0."""
+    """A project whose schema has grown to 1.2.0 reads a log of 1.1.0; one of 1.1.0 refuses a log of 1.2.0."""
     old = make_record(absrel=0.25)
     path = write_record(tmp_path / "old.json", old)
     path_new = tmp_path / "new.json"
-    path_new.write_text(json.dumps({**old, "schema_version": "1.1.0", "cost_usd": 1.0}))
-    with pytest.raises(PqkError, match=r"new\.json: schema_version 1\.1\.0 is newer than 1\.0\.0, .*; update pqk"):
+    path_new.write_text(json.dumps({**old, "schema_version": "1.2.0", "cost_usd": 1.0}))
+    with pytest.raises(PqkError, match=r"new\.json: schema_version 1\.2\.0 is newer than 1\.1\.0, .*; update pqk"):
         read_records(path_new)
 
     schema = json.loads(schema_path().read_text())
-    schema["properties"]["schema_version"]["const"] = "1.1.0"
+    schema["properties"]["schema_version"]["const"] = "1.2.0"
     schema["properties"]["cost_usd"] = {"type": ["number", "null"], "description": "Money.", "x-group": "resources"}
     schema["required"].append("cost_usd")
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "unified_log_schema.json").write_text(json.dumps(schema))
     monkeypatch.chdir(tmp_path)
-    assert read_records(path)[0].record == {**old, "schema_version": "1.1.0", "cost_usd": None}
+    assert read_records(path)[0].record == {**old, "schema_version": "1.2.0", "cost_usd": None}
     assert read_records(path_new)[0].record["cost_usd"] == 1.0
     with pytest.raises(PqkError, match=r"old\.json: unknown field \"colour\""):
         path.write_text(json.dumps({**old, "colour": 1}))
@@ -166,8 +166,29 @@ def test_versions(tmp_path, monkeypatch, make_record):
     with pytest.raises(PqkError, match="has another major number than"):
         read_records(path)
     path.write_text(json.dumps({**old, "schema_version": "latest"}))
-    with pytest.raises(PqkError, match=r'schema_version must be "1\.1\.0", got "latest"'):
+    with pytest.raises(PqkError, match=r'schema_version must be "1\.2\.0", got "latest"'):
         read_records(path)
+
+
+def test_a_log_of_1_0_says_what_its_columns_were(tmp_path, make_record):
+    """1.0 had one speedup with two denominators, a chamfer at equal pixels, and the memory of a compiling process."""
+    new = {"speedup_vs_teacher_f32", "speedup_vs_own_f32", "chamfer_paired", "ram_compile_GB"}
+    known = dict(schema_version="1.0.0", speedup_vs_fp32=1.25, chamfer=0.2, chamfer_accuracy=0.1, ram_GB=1.5)
+    hashes = {"model": "a" * 64}
+    student = {**hashes, "teacher": "b" * 64}
+    rows = [
+        ({"precision": "f32", "hashes": hashes}, 1.25, 1.25),
+        ({"precision": "f32", "hashes": student}, 1.25, None),
+        ({"precision": "int8", "quantizer": "nncf", "hashes": hashes}, 1.25, 1.25),
+        ({"precision": "int8", "quantizer": "nncf", "hashes": student}, None, 1.25),
+    ]
+    for row, teacher, own in rows:
+        old = {name: value for name, value in make_record(**row).items() if name not in new} | known
+        (tmp_path / "old.json").write_text(json.dumps(old))
+        record = read_records(tmp_path / "old.json")[0].record
+        assert (record["speedup_vs_teacher_f32"], record["speedup_vs_own_f32"]) == (teacher, own)
+        assert (record["chamfer_paired"], record["chamfer"], record["chamfer_accuracy"]) == (0.2, None, None)
+        assert (record["ram_compile_GB"], record["ram_GB"]) == (1.5, None)
 
 
 def test_how_to_quantize_is_no_part_of_a_float_row(make_record):

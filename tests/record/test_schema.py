@@ -36,7 +36,7 @@ def test_every_column_is_described():
 def test_emulated_rule_covers_exactly_the_timing_columns():
     timing = {column.name for column in columns() if column.timing}
     assert timing == set(load_schema()["then"]["properties"])
-    named = {c.name for c in columns() if c.name.startswith(("t_", "speedup", "pairs_per_sec", "samples"))}
+    named = {c.name for c in columns() if c.name.startswith(("t_", "speedup", "pairs_per_sec", "samples", "timing", "disturbed"))}
     assert named == timing
 
 
@@ -90,7 +90,7 @@ def test_least_record_is_valid(make_record):
             {"datetime": "2025-02-30T12:00:00Z"},
             'run.json: datetime must be a day that exists, got "2025-02-30T12:00:00Z"',
         ),
-        ({"schema_version": "2.0"}, 'run.json: schema_version must be "1.0.0", got "2.0"'),
+        ({"schema_version": "2.0"}, 'run.json: schema_version must be "1.1.0", got "2.0"'),
         ({"notes": "\ud800"}, 'run.json: notes must be Unicode text, got "\\ud800"'),
     ],
 )
@@ -118,7 +118,7 @@ def test_numbers_are_finite(make_record, value):
 
 
 def test_emulated_record_carries_no_timing(make_record):
-    values = {"samples": {"pair": [1.0]}}
+    values = {"samples": {"pair": [1.0]}, "timing": {"rounds": 30}, "disturbed": True}
     for column in (column for column in columns() if column.timing):
         value = values.get(column.name, 12.5)
         validate(make_record(measured="engine", **{column.name: value}))

@@ -47,7 +47,7 @@ def record(card: str, role: str, seed: int = 0, **more: Any) -> dict[str, Any]:
         "verdict": "pass" if role == "candidate" else None,
         "verdict_reasons": ["ok: quality drop 0.5 % (at most 1 %)"] if role == "candidate" else None,
         "t_pair_p50_ms": 100.0 if role == "teacher" else 80.0,
-        "speedup_vs_fp32": 1.25,
+        "speedup_vs_own_f32": 1.25,
         "speedup_vs_best_float": 1.25,
         "executed_precision": {"f32": 1.0},
         "params_M": 12.0 if role == "teacher" else 9.0,
@@ -69,7 +69,7 @@ def int8(card: str, seed: int = 0, **more: Any) -> dict[str, Any]:
         "executed_precision": {"f32": 0.17, "int8": 0.83},
         "t_pair_p50_ms": 40.0,
         "size_MB": 12.0,
-        "speedup_vs_fp32": 2.0,
+        "speedup_vs_own_f32": 2.0,
         "speedup_vs_best_float": 1.6,
     }
     return record(card, "candidate", seed, **lowered | more)

@@ -105,8 +105,8 @@ def test_bars_show_times_and_whiskers(twelve):
 def test_speed_is_told_as_the_ratio_of_one_run(make_record):
     """Milliseconds of two runs must not be divided by each other: the ratio of the interleaved run stands beside."""
     known = {"backend": "openvino", "absrel": 0.1, "main_metric": "absrel"}
-    teacher = make_record(**known, role="teacher", precision="f32", t_pair_p50_ms=1160.0, speedup_vs_fp32=1.0)
-    candidate = make_record(**known, precision="int8", t_pair_p50_ms=466.0, speedup_vs_fp32=1.13)
+    teacher = make_record(**known, role="teacher", precision="f32", t_pair_p50_ms=1160.0, speedup_vs_own_f32=1.0)
+    candidate = make_record(**known, precision="int8", t_pair_p50_ms=466.0, speedup_vs_own_f32=1.13)
     axes = latency([teacher, candidate]).axes[0]
     assert [text.get_text() for text in axes.texts] == ["1160.00", "466.00  1.13x f32"]
     legend = tradeoff([teacher, candidate]).axes[0].get_legend()

@@ -75,13 +75,13 @@ def test_three_records_teacher_first(finished: Finished) -> None:
         assert records[precision]["quantizer"] is records[precision]["verdict"] is None
         assert records[precision]["executed_precision"] == pytest.approx({precision: 1.0})
     teacher = records["f32"]
-    assert (teacher["quality_drop_pct"], teacher["speedup_vs_fp32"], teacher["size_ratio"]) == (0, 1, 1)
+    assert (teacher["quality_drop_pct"], teacher["speedup_vs_own_f32"], teacher["size_ratio"]) == (0, 1, 1)
     candidate = records["int8"]
     assert candidate["size_ratio"] == pytest.approx(candidate["size_MB"] / teacher["size_MB"])
     assert candidate["size_ratio"] < 0.6
     expected = 100 * (candidate["absrel"] - teacher["absrel"]) / teacher["absrel"]
     assert candidate["quality_drop_pct"] == pytest.approx(expected)
-    assert candidate["speedup_vs_fp32"] == pytest.approx(teacher["t_pair_p50_ms"] / candidate["t_pair_p50_ms"])
+    assert candidate["speedup_vs_own_f32"] == pytest.approx(teacher["t_pair_p50_ms"] / candidate["t_pair_p50_ms"])
     fastest = min((records[p] for p in float_rows), key=lambda r: r["t_pair_p50_ms"])
     assert candidate["best_float"] == fastest["precision"]
     assert candidate["speedup_vs_best_float"] == pytest.approx(fastest["t_pair_p50_ms"] / candidate["t_pair_p50_ms"])

@@ -84,7 +84,7 @@ def test_an_emulating_engine_is_not_timed(root: Path, tiny_model: Path) -> None:
     for column in (
         "t_pair_p50_ms",
         "pairs_per_sec",
-        "speedup_vs_fp32",
+        "speedup_vs_own_f32",
         "best_float",
         "samples",
         "peak_memory_GB",

@@ -14,13 +14,13 @@ from pqk.spec.evaluation import Thresholds, load_evaluation
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LIMITS = load_evaluation(REPOSITORY / "configs" / "eval.yaml").thresholds
-GOOD = Measured(drop_pct=0.4, speedup_vs_fp32=2.6, speedup_vs_best_float=1.3, size_ratio=0.26, int8_share=0.91)
+GOOD = Measured(drop_pct=0.4, speedup_vs_own_f32=2.6, speedup_vs_best_float=1.3, size_ratio=0.26, int8_share=0.91)
 ORDER = [field.name for field in fields(Measured)]
 
 # name: (just good enough, just not)
 EDGES = {
     "drop_pct": (1.0, 1.0001),
-    "speedup_vs_fp32": (2.0, 1.9999),
+    "speedup_vs_own_f32": (2.0, 1.9999),
     "speedup_vs_best_float": (1.0, 0.9999),
     "size_ratio": (1 / 3.5, 1 / 3.4999),
     "int8_share": (0.80, 0.7999),
@@ -44,7 +44,7 @@ def test_each_threshold_flips_alone(name: str) -> None:
     assert [s.startswith("FAILED: ") for s in sentences] == [field == name for field in ORDER]
 
 
-@pytest.mark.parametrize("name", ["drop_pct", "speedup_vs_fp32", "speedup_vs_best_float"])
+@pytest.mark.parametrize("name", ["drop_pct", "speedup_vs_own_f32", "speedup_vs_best_float"])
 def test_what_was_not_measured_neither_passes_nor_hides_a_failure(name: str) -> None:
     verdict, sentences = judge_quantized(replace(GOOD, **{name: None}), LIMITS)
     assert verdict is None
@@ -64,7 +64,7 @@ def test_the_slack_against_the_best_float_is_said() -> None:
 measured = st.builds(
     Measured,
     drop_pct=st.none() | st.floats(-100, 100),
-    speedup_vs_fp32=st.none() | st.floats(0.01, 100),
+    speedup_vs_own_f32=st.none() | st.floats(0.01, 100),
     speedup_vs_best_float=st.none() | st.floats(0.01, 100),
     size_ratio=st.floats(0.01, 2),
     int8_share=st.floats(0, 1),
@@ -86,7 +86,7 @@ def test_the_verdict_is_the_conjunction(m: Measured, drop: float, cut: float, ra
     assert set(marks) <= {"ok", "FAILED", "?"}
     assert (verdict == "fail") == ("FAILED" in marks)
     assert (verdict == "pass") == (set(marks) == {"ok"})
-    assert marks.count("?") == [m.drop_pct, m.speedup_vs_fp32, m.speedup_vs_best_float].count(None)
+    assert marks.count("?") == [m.drop_pct, m.speedup_vs_own_f32, m.speedup_vs_best_float].count(None)
     if m.drop_pct is not None:
         assert (marks[0] == "ok") == (m.drop_pct <= drop)
     assert (marks[4] == "ok") == (m.int8_share >= share)
@@ -97,6 +97,6 @@ def test_a_better_measurement_never_fails_where_a_worse_one_passed(m: Measured, 
     if judge_quantized(m, LIMITS)[0] != "pass":
         return
     assert m.drop_pct is not None
-    assert m.speedup_vs_fp32 is not None
-    better = replace(m, drop_pct=m.drop_pct - less, speedup_vs_fp32=m.speedup_vs_fp32 * faster)
+    assert m.speedup_vs_own_f32 is not None
+    better = replace(m, drop_pct=m.drop_pct - less, speedup_vs_own_f32=m.speedup_vs_own_f32 * faster)
     assert judge_quantized(better, LIMITS)[0] == "pass"
