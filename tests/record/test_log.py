@@ -173,7 +173,7 @@ def test_versions(tmp_path, monkeypatch, make_record):
 def test_a_log_of_1_0_says_what_its_columns_were(tmp_path, make_record):
     """1.0 had one speedup with two denominators, a chamfer at equal pixels, and the memory of a compiling process."""
     new = {"speedup_vs_teacher_f32", "speedup_vs_own_f32", "chamfer_paired", "ram_compile_GB"}
-    known = dict(schema_version="1.0.0", speedup_vs_fp32=1.25, chamfer=0.2, chamfer_accuracy=0.1, ram_GB=1.5)
+    known = {"schema_version": "1.0.0", "speedup_vs_fp32": 1.25, "chamfer": 0.2, "chamfer_accuracy": 0.1, "ram_GB": 1.5}
     hashes = {"model": "a" * 64}
     student = {**hashes, "teacher": "b" * 64}
     rows = [

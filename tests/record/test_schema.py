@@ -36,7 +36,11 @@ def test_every_column_is_described():
 def test_emulated_rule_covers_exactly_the_timing_columns():
     timing = {column.name for column in columns() if column.timing}
     assert timing == set(load_schema()["then"]["properties"])
-    named = {c.name for c in columns() if c.name.startswith(("t_", "speedup", "pairs_per_sec", "samples", "timing", "disturbed"))}
+    named = {
+        c.name
+        for c in columns()
+        if c.name.startswith(("t_", "speedup", "pairs_per_sec", "samples", "timing", "disturbed"))
+    }
     assert named == timing
 
 
