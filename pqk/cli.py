@@ -49,12 +49,17 @@ def run(
     ] = None,
     qat: Annotated[bool, typer.Option(help="quantization-aware training where PTQ drops too much")] = True,
     rollback: Annotated[bool, typer.Option(help="a recipe that drops too much is run again as the table says")] = True,
+    decide: Annotated[
+        bool, typer.Option("--decide", help="add test scenes until the interval of the drop decides the verdict")
+    ] = False,
+    max_scenes: Annotated[int, typer.Option(min=2, help="with --decide: at most so many test scenes")] = 832,
     fresh: Annotated[bool, typer.Option(help="make everything anew, reuse nothing")] = False,
     json_line: Annotated[bool, typer.Option("--json", help="print the candidate's record as the last line")] = False,
 ) -> None:
     """Run a task card: Teacher in every float precision, the recipe, quality, timing, one record each.
 
-    Exit codes: 0 ok, 1 a threshold failed, 2 wrong input, 3 backend or method unavailable.
+    Exit codes: 0 ok, 1 a threshold failed, 2 wrong input, 3 backend or method unavailable, 4 undecided: the measurement
+    is too coarse to tell whether a threshold held.
     """
     from pqk.run.command import choose_backend, run_card, settings_of
     from pqk.run.prepare import Request
@@ -71,7 +76,8 @@ def run(
         settings_of(setting or []),
         qat=qat,
     )
-    raise typer.Exit(run_card(request, json_line, axes=axis or (), rollback=rollback))
+    limit = max_scenes if decide else None
+    raise typer.Exit(run_card(request, json_line, axes=axis or (), rollback=rollback, decide=limit))
 
 
 @app.command()
@@ -122,7 +128,8 @@ def tune(
 ) -> None:
     """Mixed precision: find the nodes that must stay in float for a drop under the limit, and write the quant.yaml.
 
-    Exit codes: 0 the tuned recipe is within the limit, 1 nothing is, 2 wrong input, 3 backend or method unavailable.
+    Exit codes: 0 the tuned recipe is within the limit on the test samples, 1 nothing is, 2 wrong input, 3 backend or
+    method unavailable, 4 the test samples do not tell.
     """
     from pqk.run.command import run_tune, settings_of
     from pqk.run.prepare import Request
@@ -143,9 +150,12 @@ def export(
     ] = None,
     model: Annotated[str | None, typer.Option(help="as in `pqk run`; default: the shipped one")] = None,
     setting: Annotated[list[str] | None, typer.Option("--set", help="override one value, as in `pqk run`")] = None,
+    qat: Annotated[bool, typer.Option(help="as in `pqk run`")] = True,
+    rollback: Annotated[bool, typer.Option(help="as in `pqk run`")] = True,
     fresh: Annotated[bool, typer.Option(help="make everything anew, reuse nothing")] = False,
 ) -> None:
-    """Write a card's engines as a folder that runs without pqk: graphs or plans, manifest.json, sample.py.
+    """Write the candidate that `pqk run` measures as a folder that runs without pqk: graphs or plans, manifest.json,
+    sample.py.
 
     Exit codes: 0 ok, 2 wrong input, 3 backend or method unavailable.
     """
@@ -153,8 +163,8 @@ def export(
     from pqk.run.prepare import Request
 
     chosen = choose_backend(backend)
-    request = Request(card, chosen, quantizer, model, fresh=fresh, settings=settings_of(setting or []))
-    raise typer.Exit(export_card(request, precision, out))
+    request = Request(card, chosen, quantizer, model, fresh=fresh, settings=settings_of(setting or []), qat=qat)
+    raise typer.Exit(export_card(request, precision, out, rollback))
 
 
 @app.command()

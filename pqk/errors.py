@@ -12,6 +12,7 @@ EXIT_OK = 0
 EXIT_CHECK_FAILED = 1
 EXIT_USAGE = 2
 EXIT_UNAVAILABLE = 3
+EXIT_UNDECIDED = 4  # the measurement is too coarse to tell whether a threshold held
 EXIT_CRASH = 70  # a defect of pqk itself: never to be mistaken for a failed threshold
 
 

@@ -15,7 +15,7 @@ from pqk.files import write_json
 from pqk.measure.quality import constant_depth_scores, pair_truth, score_pair, summarise
 from pqk.models.checkpoint import load_model
 from pqk.run.inputs import load_frames, scene_pairs
-from pqk.run.stages import Context, test_scenes
+from pqk.run.stages import Context, listed_scenes
 from pqk.run.store import Store
 from pqk.spec.evaluation import load_evaluation
 from pqk.spec.workload import load_workload
@@ -36,7 +36,8 @@ def bench_teacher(model: str, write: bool, command: str) -> dict[str, Any]:
     if write and not card_path.is_file():
         raise PqkError(f"{card_path} is missing; only a folder written by `pqk train teacher` has a card")
     network = load_model(model)
-    scenes = test_scenes(Context(Store(paths.store(root)), lambda *_: None, {}), workload.scenes.test, workload, root)
+    ctx = Context(Store(paths.store(root)), lambda *_: None, {})
+    scenes = listed_scenes(ctx, "test", workload.scenes.test, workload, root)
     options: dict[str, Any] = {
         "align": evaluation.quality.scale_alignment,
         "chamfer_points": evaluation.quality.chamfer_points,

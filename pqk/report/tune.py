@@ -30,7 +30,9 @@ def as_data(tuned: Tuned) -> dict[str, Any]:
         "card": tuned.card,
         "metric": tuned.metric,
         "max_drop_pct": tuned.result.max_drop,
-        "ok": tuned.ok,
+        "verdict": tuned.verdict,
+        "test_drop_pct": tuned.final.value if tuned.final else None,
+        "test_drop_interval": tuned.final.ends() if tuned.final else None,
         "quant_yaml": paths.shown(tuned.quant_yaml) if tuned.quant_yaml else None,
         "rows": rows,
         "units": [{"name": u.name, "of_all": u.of_all, "nodes": list(u.nodes)} for u in tuned.units.values()],
@@ -87,6 +89,7 @@ def print_tune(tuned: Tuned, console: Console) -> None:
         table.add_column(name, justify="right", no_wrap=True)
     for name in ("front", "winner"):
         table.add_column(name, no_wrap=True)
+    again_text = "NOT CONFIRMED" if tuned.final is None else "confirmed"
     for row in data["rows"]:
         again = row["kind"] == "confirmed"
         drop = row["quality_drop_pct"]
@@ -97,7 +100,7 @@ def print_tune(tuned: Tuned, console: Console) -> None:
             f"{row['t_pair_p50_ms']:.1f}",
             f"{row['speedup_vs_int8']:.2f}",
             "yes" if row["front"] else "",
-            "confirmed" if again and tuned.ok else "NOT CONFIRMED" if again else "winner" if row["winner"] else "",
+            again_text if again else "winner" if row["winner"] else "",
             style="bold" if row["winner"] else None,
         )
     console.print()

@@ -1,8 +1,10 @@
-"""Everything that the candidate of a run stands on, made or reused, and the choice of it. Nothing is timed here."""
+"""Runs a recipe up to its candidate: exports, trains, quantizes, and chooses on validation samples.
+
+Nothing is timed here and no test sample is scored: `pqk.run.runner` does both once, when everything is chosen.
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,14 +12,13 @@ from typing import Any
 
 from backends.base import Backend, Graph, Precision, baselines_of, lowered_to
 from pqk import paths
-from pqk.data.scene import open_scene
 from pqk.errors import PqkError
 from pqk.files import check_writable
+from pqk.measure.intervals import Interval
 from pqk.models import load_model
 from pqk.models.configs import lowest_confidence
 from pqk.record.log import refuse_to_lose
 from pqk.run import stages
-from pqk.run.inputs import load_frames, scene_pairs
 from pqk.run.joint import Joined, check_trainable, join
 from pqk.run.lowering import Lowering, Row
 from pqk.run.parts import Bought
@@ -34,7 +35,9 @@ from pqk.run.prepare import (
     load_teacher,
     usable_backend,
 )
-from pqk.run.records import common_columns, drop_pct
+from pqk.run.records import common_columns
+from pqk.run.scores import drop_of
+from pqk.run.splits import Split, test_split, validation_split
 from pqk.run.stages import ENGINE_VARIANTS, Context, Scenes
 from pqk.run.store import OnEvent
 from pqk.run.training import TRAINS, Trained, method_columns, train_stages
@@ -49,19 +52,23 @@ STUDENT = "student "
 
 @dataclass(frozen=True)
 class Outcome:
-    """A finished run: its records (Teacher first, candidate last), and what they were measured on."""
+    """A run: what was asked, what was made, and on what it is judged; once measured, its records too.
+
+    records: Teacher first, candidate last. variants: one for each record, in the same order.
+    """
 
     records: list[dict[str, Any]]
     variants: list[Variant]
-    scenes: Scenes
+    validation: Split
+    test: Split
     experiment: Experiment
-    truthful: bool  # the scenes carry ground truth, and the model is one that can be held against it
+    truthful: bool  # the test samples carry ground truth, and the model is one that can be held against it
     ctx: Context
     teacher: Model
     model: str  # what `load_model` takes: the model that is quantized, or that is the candidate itself
     onnx_float: Variant  # its exported float graphs on ONNX Runtime
     trained: Sequence[Trained]  # the stages P and K
-    scoring: Mapping[str, Any]  # what every variant is scored on and how; see `pqk.run.evaluate`
+    scoring: Mapping[str, Any]  # how every variant is scored; see `pqk.run.evaluate`
     lowered: Sequence[Row] = ()  # what stage Q made: by PTQ, and by QAT where that was called for
     parts: Sequence[Bought] = ()  # of a model that P or K made smaller: what that bought, part by part
 
@@ -77,39 +84,57 @@ class Outcome:
         hours = {stage.model.path: stage.hours for stage in self.trained}
         return hours | {str(row.variant.encoder.path): row.hours for row in self.lowered}
 
-    def score(self, variant: Variant, keep: Sequence[str] | None = None) -> dict[str, Any]:
-        """Quality of any variant on the scenes of this run; without ground truth against this run's Teacher in f32.
+    @property
+    def metric(self) -> str:
+        """The main metric, which every decision and the drop refer to."""
+        return self.experiment.evaluation.quality.main_metric
+
+    @property
+    def decides(self) -> bool:
+        """Whether validation samples tell a drop against ground truth, by which a recipe may be changed.
+
+        Where the test samples have none, both are scored against the Teacher; and random weights predict nothing.
+        """
+        return self.truthful and self.validation.truthful
+
+    def score(self, variant: Variant, keep: Sequence[str] | None = None, on: Split | None = None) -> dict[str, Any]:
+        """Scores a variant on validation samples, or on those of `on`; against the Teacher in f32 where the run has no
+        ground truth.
 
         keep: what must not run in int8 kernels; default: the card's keep-list, for a quantized variant.
         """
+        split = on or self.validation
         if keep is None:
             keep = self.experiment.quant.ptq.keep_list if variant.precision is Precision.INT8 else ()
-        reference = None if self.truthful else self.variants[0]
-        return stages.quality(self.ctx, variant, reference, self.scenes, {**self.scoring, "keep": list(keep)})
+        reference = None if self.truthful and split.truthful else self.variants[0]
+        asked = {**self.scoring, "views": split.views, "keep": list(keep)}
+        return stages.quality(self.ctx, variant, reference, split.scenes, asked)
 
-    def drop_pct(self, scores: Mapping[str, Any]) -> float | None:
-        """Drop of the main metric of what `score` returned, against this run's Teacher in f32."""
-        metric = self.experiment.evaluation.quality.main_metric
-        return drop_pct(metric, scores["summary"][metric], self.records[0][metric], self.truthful)
+    def drop(self, variant: Variant, keep: Sequence[str] | None = None) -> Interval | None:
+        """The drop of a variant on validation samples, in percent, against this run's Teacher in f32.
 
-    def floats(self) -> list[tuple[Variant, dict[str, Any]]]:
-        """The float variants of `model` with their records: the student's where the recipe made one."""
-        rows = zip(self.variants, self.records, strict=True)
-        return [(v, r) for v, r in rows if v.hashes == self.onnx_float.hashes and v.precision is not Precision.INT8]
+        None where the main metric does not tell one.
+        """
+        mine, teacher = self.score(variant, keep), self.score(self.variants[0])
+        return drop_of(self.metric, mine, teacher, self.decides)
+
+    def floats(self) -> list[Variant]:
+        """The float variants of `model`: the student's where the recipe made one."""
+        return [v for v in self.variants if v.hashes == self.onnx_float.hashes and v.precision is not Precision.INT8]
 
 
 @dataclass(frozen=True)
 class Made:
-    """A run up to where its candidate is chosen: what its stages made, and how that scores. Nothing is timed yet.
+    """A run up to where its candidate is chosen. Nothing is timed yet, and no test sample was scored.
 
-    outcome: without records. rows: Teacher first, candidate last. scored: by the name of the variant. common: the
-    columns that all records share.
+    outcome: without records. rows: Teacher first, candidate last. common: the columns that all records share. drop:
+    of the candidate on validation samples; None where nothing was decided by it.
     """
 
     outcome: Outcome
     rows: list[Row]
-    scored: dict[str, dict[str, Any]]
     common: dict[str, Any]
+    drop: Interval | None
 
 
 @dataclass(frozen=True)
@@ -142,7 +167,7 @@ def make(
     log: Path | None = None,
     known: dict[str, Any] | None = None,
 ) -> Made:
-    """Make or reuse everything of a run that its candidate stands on, score it, and choose the candidate.
+    """Make or reuse everything of a run up to its candidate, which is chosen on validation samples.
 
     `log`: a file that the caller will write records to; refused before the long stages when it holds other ones.
     `known` gets what a record of a failure tells, once the stages begin; without it nothing will be written to logs/.
@@ -157,21 +182,17 @@ def make(
     ctx = context(request, tools.backend, root, on_event)
 
     teacher, module = load_teacher(request.model, root)
-    scenes, truthful = _scenes(ctx, request, experiment, root)
-    if teacher.name.startswith("random:"):
-        truthful = False  # random weights predict nothing; only their agreement with the float model means something
+    validation, test = validation_split(ctx, experiment, root), test_split(ctx, request, experiment, root)
+    truthful = test.truthful and not teacher.random
     height, width = workload.input.height, workload.input.width
-    if request.scenes or request.images:  # a user's pictures are looked at before the long stages, not after
-        for folder in scenes.folders:
-            frames = load_frames(open_scene(folder), height, width)
-            scene_pairs(frames, workload.pair_graph, workload.min_covisibility, truthful)
     hashes = {
         "model": teacher.sha256,
         "workload": workload.sha256,
         "eval": evaluation.sha256,
         "quant": experiment.quant.sha256,
         "card": experiment.card.sha256,
-        "scenes": scenes.sha256,
+        "scenes": test.scenes.sha256,
+        "validation": validation.scenes.sha256,
     }
     commit = commit_of(root)
     common = common_columns(experiment, tools.backend.name, ctx.machine, teacher.name, truthful, commit, hashes)
@@ -226,7 +247,6 @@ def make(
         )
         rows.append(lowering.row(ctx))
     scoring = {
-        "views": None if request.scenes or request.images else workload.scenes.test.views,
         "shape": [height, width],
         "pair_graph": workload.pair_graph.model_dump(mode="json"),
         "min_covisibility": workload.min_covisibility,
@@ -237,13 +257,24 @@ def make(
     onnx_float = Variant("fp32", "reference", Precision.F32, graphs["encoder"], graphs["decoder"])
     variants = [row.variant for row in rows]
     outcome = Outcome(
-        [], variants, scenes, experiment, truthful, ctx, teacher, final.path, onnx_float, trained, scoring
+        [],
+        variants,
+        validation,
+        test,
+        experiment,
+        truthful,
+        ctx,
+        teacher,
+        final.path,
+        onnx_float,
+        trained,
+        scoring,
     )
-    scored = {variant.name: outcome.score(variant) for variant in variants}
-    if lowering is not None and lowering.made is None and request.qat and truthful:
-        _train_if_it_drops(outcome, lowering, rows, scored, drop_limit(recipe, evaluation.thresholds), say)
+    drop = None
+    if lowering is not None and lowering.made is None and request.qat and outcome.decides:
+        drop = _train_if_it_drops(outcome, lowering, rows, drop_limit(recipe, evaluation.thresholds), say)
     outcome = replace(outcome, lowered=[row for row in rows if row.lowered])
-    return Made(outcome, rows, scored, common)
+    return Made(outcome, rows, common, drop)
 
 
 def _tools(request: Request, experiment: Experiment, recipe: Sequence[str], root: Path) -> _Tools:
@@ -289,71 +320,37 @@ def _rows_of_trained(
 
 
 def _train_if_it_drops(
-    outcome: Outcome,
-    lowering: Lowering,
-    rows: list[Row],
-    scored: dict[str, dict[str, Any]],
-    limit: float,
-    say: Callable[[str], None],
-) -> None:
-    """Where the quantized model drops more than `limit` percent, train it, and add the row of what came out.
+    outcome: Outcome, lowering: Lowering, rows: list[Row], limit: float, say: Callable[[str], None]
+) -> Interval | None:
+    """Where the quantized model drops more than `limit` percent, trains it, and adds the row of what came out.
 
-    The better of the two becomes the candidate and comes last; the other one stays as a baseline. A quantizer that
-    cannot train is told of, with those that can.
+    The better of the two becomes the candidate and comes last; the other one stays as a baseline. If the quantizer
+    cannot train, says so and names those that can. Everything is decided on validation samples. Returns the drop of
+    the candidate; None where the main metric tells none.
     """
-    teacher, metric = rows[0].variant.name, outcome.experiment.evaluation.quality.main_metric
-
-    def drop(row: Row) -> float:
-        mine, base = (scored[name]["summary"][metric] for name in (row.variant.name, teacher))
-        found = drop_pct(metric, mine, base, outcome.truthful)
-        return math.inf if found is None else found
-
-    if not limit < drop(rows[-1]) < math.inf:
-        return
-    above = f"PTQ drops {drop(rows[-1]):.2f} %, above {limit:g} %"
+    drop = outcome.drop(rows[-1].variant)
+    if drop is None:
+        return None
+    if not limit < drop.value:
+        return drop
+    above = f"PTQ drops {drop.value:.2f} % on validation samples, above {limit:g} %"
     if lowering.untrained:
         say(f"{above}; {lowering.untrained}")
-        return
+        return drop
     say(f"{above}: quantization-aware training")
     learned = lowering.row(outcome.ctx, trained=True, spent_hours=rows[-1].own["gpu_hours"])
-    scored[learned.variant.name] = outcome.score(learned.variant)
-    say(f"QAT: drop {drop(learned):.2f} %")
-    rows[-1:] = [rows[-1], learned] if drop(learned) < drop(rows[-1]) else [learned, rows[-1]]
+    outcome.variants.append(learned.variant)
+    found = outcome.drop(learned.variant)
+    if found is None:
+        return drop
+    say(f"QAT: drop {found.value:.2f} % on validation samples")
+    better = found.value < drop.value
+    rows[-1:] = [rows[-1], learned] if better else [learned, rows[-1]]
     rows[-2].own["role"] = "baseline"
     outcome.variants[:] = [row.variant for row in rows]
+    return found if better else drop
 
 
 def _parameters(module: Any) -> dict[str, Any]:
     count = count_parameters(module)
     return {"params": count, "params_M": count / 1e6}
-
-
-def _scenes(ctx: Context, request: Request, experiment: Experiment, root: Path) -> tuple[Scenes, bool]:
-    """The scenes to evaluate, and whether they carry ground truth."""
-    if request.scenes and request.images:
-        raise PqkError("--scenes and --images exclude each other: scenes with ground truth, or pictures without")
-    if request.images:
-        return stages.folder_scenes(request.images), False
-    workload = experiment.workload
-    if request.scenes:
-        found = stages.folder_scenes(request.scenes)
-    else:
-        found = stages.test_scenes(ctx, workload.scenes.test, workload, root)
-    truths = {path: open_scene(path).has_ground_truth for path in found.folders}
-    for path in found.folders if request.scenes else ():
-        refuse_partial_truth(path)
-    if any(truths.values()) and not all(truths.values()):
-        without = next(path for path, has in truths.items() if not has)
-        raise PqkError(f"{without}: this scene has no ground truth while others have; evaluate them apart")
-    return found, all(truths.values())
-
-
-def refuse_partial_truth(folder: Path) -> None:
-    """Raise PqkError for a scene of which some views have depth and others have not."""
-    scene = open_scene(folder)
-    lacking = [view.name for view in scene.views if view.depth_path is None]
-    if 0 < len(lacking) < len(scene.views):
-        raise PqkError(
-            f"{folder}: view {lacking[0]!r} has no depth ({len(lacking)} of the {len(scene.views)} views have none); "
-            "add it, or take these views or all depth out of the scene"
-        )

@@ -13,20 +13,20 @@ from rich.console import Console
 from rich.markup import escape
 
 from pqk import paths
-from pqk.errors import EXIT_CHECK_FAILED, EXIT_OK, PqkError
+from pqk.errors import EXIT_CHECK_FAILED, EXIT_OK, EXIT_UNDECIDED, PqkError
 from pqk.files import check_writable
 from pqk.record.log import write_record, write_records
 from pqk.report.parts import print_parts, write_parts
 from pqk.report.table import print_table
 from pqk.run.prepare import Request
-from pqk.run.recover import run_with_rollback
 from pqk.run.runner import run
 from pqk.run.store import OnEvent
 from pqk.spec.card import Card, load_card
 from pqk.spec.yamlfile import parse_yaml
 
+_CODES = {"pass": EXIT_OK, None: EXIT_OK, "fail": EXIT_CHECK_FAILED, "undecided": EXIT_UNDECIDED}
 _DOING = {
-    "scenes": "test scenes",
+    "scenes": "generated scenes:",
     "calibration": "calibration images",
     "graphs": "ONNX export, checked against torch",
     "pruned": "pruning and fine-tuning",
@@ -34,7 +34,7 @@ _DOING = {
     "quantized": "quantization",
     "qat": "quantization-aware training",
     "joint": "pruning, distillation and quantization in one training",
-    "quality": "quality on the test scenes",
+    "quality": "quality,",
     "timing": "timing, variants interleaved",
     "memory": "peak memory",
     "parts": "time of every part, Teacher and smaller model in turns",
@@ -71,11 +71,17 @@ def settings_of(items: list[str]) -> dict[str, Any]:
 
 
 def run_card(
-    request: Request, as_json: bool, log: Path | None = None, axes: Sequence[str] = (), rollback: bool = False
+    request: Request,
+    as_json: bool,
+    log: Path | None = None,
+    axes: Sequence[str] = (),
+    rollback: bool = False,
+    decide: int | None = None,
 ) -> int:
-    """Run, report progress on stderr, print the table; returns the exit code (1 when the verdict is 'fail').
+    """Run, report progress on stderr, print the table; returns the exit code (1 for the verdict 'fail', 4 'undecided').
 
-    `axes`: of a card with a matrix, only these. `rollback`: let the rollback table act on a failed recipe.
+    `axes`: of a card with a matrix, only these. `rollback`: let the rollback table act on a failed recipe. `decide`:
+    add test scenes up to so many until the drop is decided.
     `log`: a .json file that gets the candidate's record too, or without a recipe the list of the float records.
     Raises PqkError, before anything long runs, when that file cannot be written or holds another record.
     """
@@ -90,9 +96,14 @@ def run_card(
     errors.print(f"[bold]{escape(request.card)}[/] on {escape(request.backend)}")
     card = load_card(request.card, root)
     if card.matrix or axes:
+        if decide is not None:
+            raise PqkError(f"--decide: card {card.id} is a matrix of experiments; decide single ones")
         return _run_matrix(card, request, axes, as_json, errors, began, root)
-    begin = run_with_rollback if rollback and request.recipe else run
-    outcome = begin(request, root, _progress(errors), lambda text: errors.print(f"  [green]✓[/] {escape(text)}"), log)
+
+    def say(text: str) -> None:
+        errors.print(f"  [green]✓[/] {escape(text)}")
+
+    outcome = run(request, root, _progress(errors), say, log, rollback, decide)
     records = outcome.records
     candidate = records[-1]
     if log is not None and request.recipe:
@@ -114,7 +125,7 @@ def run_card(
     errors.print(f"{time.monotonic() - began:.0f} s in all", style="dim")
     if as_json:
         print(json.dumps(candidate, allow_nan=False, ensure_ascii=False))
-    return EXIT_CHECK_FAILED if candidate["verdict"] == "fail" else EXIT_OK
+    return _CODES[candidate["verdict"]]
 
 
 def _run_matrix(
@@ -222,19 +233,21 @@ def run_tune(request: Request, max_drop: float, max_evaluations: int, out: Path 
     written = write_tune(tuned, folder)
     print_tune(tuned, Console(stderr=as_json))
     _finish(errors, began, written, as_data(tuned) if as_json else None)
-    return EXIT_OK if tuned.ok else EXIT_CHECK_FAILED
+    return _CODES[tuned.verdict]
 
 
-def export_card(request: Request, precision: str | None, out: Path) -> int:
+def export_card(request: Request, precision: str | None, out: Path, rollback: bool) -> int:
     """`pqk export`: progress on stderr, the folder on stdout; returns the exit code."""
     from pqk.run.export import export
 
     root = paths.project_root()
     errors = Console(stderr=True, highlight=False)
     errors.print(f"[bold]{escape(request.card)}[/] on {escape(request.backend)}, export")
-    found = export(
-        request, precision, out, root, _progress(errors), lambda t: errors.print(f"  [green]✓[/] {escape(t)}")
-    )
+
+    def say(text: str) -> None:
+        errors.print(f"  [green]✓[/] {escape(text)}")
+
+    found = export(request, precision, out, root, _progress(errors), say, rollback)
     print(paths.shown(found))
     return EXIT_OK
 

@@ -55,7 +55,7 @@ def export(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("outputs") / "export" / "trt", help="default: %(default)s")
     parser.add_argument("--precision", help="int8, f32, f16 ...; default: int8 when the recipe quantizes")
     asked = parser.parse_args(argv)
-    return told(lambda: export_card(_request(asked), asked.precision, asked.out))
+    return told(lambda: export_card(_request(asked), asked.precision, asked.out, rollback=False))
 
 
 def finalize_checkpoint(argv: Sequence[str] | None = None) -> int:

@@ -1,10 +1,11 @@
 """`pqk parity --explain`: where runtimes part, and which nodes of the int8 model cause its error, proved by a run.
 
-Two questions for each run, each answered on a few real pairs (`pqk.run.nodes`):
+Two questions for each run, each answered on a few validation pairs (`pqk.run.nodes`):
 
 - Float: the first node at which the backend parts from ONNX Runtime on the float graphs.
 - Int8: how much of the error at the outputs is gone when one part of the model computes in float. The worst part is
-  then really put back to float, scored on all pairs and, where the engines are real, timed beside the int8 model.
+  then really put back to float, scored on all validation pairs and, where the engines are real, timed beside the
+  int8 model.
 
 `ranking`, `with_floats` and `times_beside` are the stages of this; `pqk tune` works with the same ones.
 """
@@ -34,10 +35,11 @@ MIXED = "mixed"  # the name of every variant with nodes in float: samples of a t
 
 
 def _pairs_asked(outcome: Outcome) -> dict[str, Any]:
-    """Which pairs of a scene a worker looks at."""
+    """Which pairs of a validation scene a worker looks at."""
     return {
-        **{name: outcome.scoring[name] for name in ("views", "shape", "pair_graph", "min_covisibility")},
-        "truthful": outcome.truthful,
+        **{name: outcome.scoring[name] for name in ("shape", "pair_graph", "min_covisibility")},
+        "views": outcome.validation.views,
+        "truthful": outcome.validation.truthful,
     }
 
 
@@ -61,13 +63,13 @@ def _found(outcome: Outcome, task: str, about: Mapping[str, Any], asked: Mapping
 
     def make(folder: Path) -> None:
         graphs = {"float": _graphs(plain), "int8": _graphs(candidate)}
-        request = {**graphs, **asked, "scene": str(outcome.scenes.folders[0])}
+        request = {**graphs, **asked, "scene": str(outcome.validation.scenes.folders[0])}
         heard = partial(outcome.ctx.tell, f"{task} {candidate.backend}")
         with outcome.ctx.scratch(task, code, inputs) as scratch:
             write_json(folder / f"{task}.json", worker.call(task, {**request, "scratch": str(scratch)}, heard))
 
     asked = {"backend": candidate.backend, **asked}
-    inputs = {**about, "scenes": outcome.scenes.sha256, **asked}
+    inputs = {**about, "scenes": outcome.validation.scenes.sha256, **asked}
     code = (*_code(candidate.backend), *stages.sources_of(candidate, plain))
     made = outcome.ctx.make(task, code, inputs, make, candidate.backend)
     found: dict[str, Any] = json.loads((made.path / f"{task}.json").read_text())
@@ -117,9 +119,9 @@ def with_floats(outcome: Outcome, nodes: Mapping[str, Sequence[str]]) -> Variant
 
 def times_beside(outcome: Outcome, variant: Variant) -> tuple[list[float], list[float]]:
     """Pair times in ms of the candidate and of `variant` (named MIXED), round by round of one interleaved run."""
-    candidate, scene = outcome.variants[-1], outcome.scenes.folders[0]
+    candidate, scenes = outcome.variants[-1], outcome.validation.scenes
     asked = _pairs_asked(outcome)
-    frames = load_frames(open_scene(scene), asked["shape"][0], asked["shape"][1], asked["views"])
+    frames = load_frames(open_scene(scenes.folders[0]), asked["shape"][0], asked["shape"][1], asked["views"])
     pairs = scene_pairs(
         frames, PairGraph.model_validate(asked["pair_graph"]), asked["min_covisibility"], asked["truthful"]
     )
@@ -129,15 +131,16 @@ def times_beside(outcome: Outcome, variant: Variant) -> tuple[list[float], list[
         "pairs": [list(pair) for pair in pairs],
         "efficiency": outcome.experiment.evaluation.efficiency.model_dump(mode="json"),
     }
-    timed = stages.timing(outcome.ctx, [candidate, variant], scene, outcome.scenes.sha256, timing)["variants"]
+    timed = stages.timing(outcome.ctx, [candidate, variant], scenes.folders[0], scenes.sha256, timing)["variants"]
     return timed[candidate.name]["pair"], timed[variant.name]["pair"]
 
 
 def explain(outcome: Outcome) -> dict[str, Any]:
     """Rank the parts of a quantized run, put the worst back to float, and measure what that changes.
 
-    Returns parted, groups, nodes (see `ranking`), worst (the row chosen), proof (drop and pair time before and after,
-    in the same interleaved run) and a sentence. Of a backend that is emulated, parted and times are null.
+    Returns parted, groups, nodes (see `ranking`), worst (the row chosen), proof (drop on validation samples and pair
+    time before and after, in the same interleaved run) and a sentence. Of a backend that is emulated, parted and times
+    are null.
     Raises PqkError or BackendError for an outcome whose nodes cannot go back to float.
     """
     backend = outcome.variants[-1].backend
@@ -148,11 +151,11 @@ def explain(outcome: Outcome) -> dict[str, Any]:
     found: dict[str, Any] = {"parted": parted(outcome) if timed else None, **ranking(outcome)}
     worst = found["worst"] = found["groups"][0]
     mixed = with_floats(outcome, {worst["graph"]: worst["nodes"]})
-    after = outcome.drop_pct(outcome.score(mixed, ()))
+    before, after = outcome.drop(outcome.variants[-1]), outcome.drop(mixed, ())
     before_ms, after_ms = [percentile(t, 50) for t in times_beside(outcome, mixed)] if timed else (None, None)
     found["proof"] = {
-        "drop_before_pct": outcome.records[-1]["quality_drop_pct"],
-        "drop_after_pct": after,
+        "drop_before_pct": before.value if before else None,
+        "drop_after_pct": after.value if after else None,
         "t_pair_p50_before_ms": before_ms,
         "t_pair_p50_after_ms": after_ms,
     }
@@ -176,7 +179,7 @@ def _sentence(worst: Mapping[str, Any], proof: Mapping[str, Any]) -> str:
     drop = (
         "the drop cannot be measured"
         if before is None or after is None
-        else f"the drop goes from {before:.2f} % to {after:.2f} %"
+        else f"the drop on validation samples goes from {before:.2f} % to {after:.2f} %"
     )
     if proof["t_pair_p50_after_ms"] is None:
         time = "what that costs in time was not measured, as these engines are emulated"

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -25,42 +25,41 @@ from backends.base import Backend, Graph, Precision, lowered_to
 from pqk import paths
 from pqk.errors import PqkError, nearest
 from pqk.files import check_writable, clear_write_errors, fsync_folder, sha256_file, sha256_json, write_json
-from pqk.models import load_model
 from pqk.record.schema import empty_record
-from pqk.run import stages
-from pqk.run.joint import Joined, check_trainable, join
-from pqk.run.prepare import (
-    Request,
-    asked_experiment,
-    check_float_rest,
-    chosen_quantizer,
-    commit_of,
-    context,
-    count_parameters,
-    engine_options,
-    load_teacher,
-    usable_backend,
-)
+from pqk.run.candidate import Outcome
+from pqk.run.lowering import Row
+from pqk.run.prepare import Request, asked_experiment, chosen_quantizer, usable_backend
+from pqk.run.recover import choose
 from pqk.run.samples import sample_source
 from pqk.run.store import OnEvent
-from pqk.run.training import train_stages
 from pqk.run.variants import Runner, Variant
 from pqk.spec.card import Experiment
 from pqk.spec.recipe import JOINT, quantizes
 
 MANIFEST = "manifest.json"
 FORMAT = 1  # of the manifest; a reader refuses another
+_IDENTITY = ("exp_id", "combo", "role", "model", "backend", "quantizer", "precision")
+_METHOD = ("bits_w", "bits_a", "keep_list", "images_calibration")
+_EVIDENCE = ("commit", "workload_version", "eval_version", "hashes")
 _MEAN = _STD = [0.5, 0.5, 0.5]  # DUSt3R: pixels of [0,1] become [-1,1]
 
 
 def export(
-    request: Request, precision: str | None, out: Path, root: Path, on_event: OnEvent, say: Callable[[str], None]
+    request: Request,
+    precision: str | None,
+    out: Path,
+    root: Path,
+    on_event: OnEvent,
+    say: Callable[[str], None],
+    rollback: bool = True,
 ) -> Path:
-    """Run or reuse the card's stages up to the engines, and write the folder `out`, whole or not at all.
+    """Make or reuse the card's candidate, and write it to the folder `out`, whole or not at all.
 
-    `precision`: int8 or a float precision of the backend; None: int8 when the recipe quantizes, else the backend's
-    best float. Raises PqkError or BackendError when `out` holds anything but an earlier export, for a precision that
-    cannot be had, and for what the stages raise.
+    It is the candidate that `pqk run` measures with the same request: chosen in the same way, equal in every hash.
+    `precision`: int8 or a float precision of the backend, which asks for the float model that is quantized; None: int8
+    when the recipe quantizes, else the backend's best float. Raises PqkError or BackendError when `out` holds anything
+    but an earlier export, for a precision that cannot be had, for a recipe that its stop-loss ended, and for what the
+    stages raise.
     """
     out = out.absolute()
     _check_target(out)
@@ -69,102 +68,40 @@ def export(
     asked, label, quantizer = _precision(precision, request.quantizer, experiment, backend)
     if request.quantizer and quantizer is None:
         raise PqkError(f"--quantizer {request.quantizer}: a {asked} export is not quantized")
-    tool = quantizer
-    if experiment.card.recipe == JOINT:  # even its float model comes out of a training in quantized form
-        tool = quantizer or chosen_quantizer(backend, None, experiment.quant.ptq)
-        check_trainable(experiment.card.id, backend.name, tool, experiment.quant.ptq)
-    if quantizer is not None:
-        check_float_rest(experiment.quant.float_rest, backend)
     check_writable(out.parent)
-    ctx = context(request, backend, root, on_event)
-    workload = experiment.workload
-    shape = (workload.input.height, workload.input.width)
-
-    model, module = load_teacher(request.model, root)
-    joined: Joined | None = None
-    if tool is not None and experiment.card.recipe == JOINT:
-        images = stages.calibration_images(ctx, workload.calibration, workload, root)
-        whole = stages.export_graphs(ctx, module, model.sha256, *shape)
-        joined = join(ctx, experiment, backend.name, tool, model, whole, images)
-    trained = [joined.trained] if joined else train_stages(ctx, experiment, model)
-    if trained:
-        if trained[-1].failed:
-            raise PqkError(f"card {experiment.card.id} was stopped: {trained[-1].reason}; there is nothing to export")
-        model = trained[-1].model
-        module = load_model(model.path)
-    params = count_parameters(module)
-    graphs = stages.export_graphs(ctx, module, model.sha256, *shape)
-    del module
-    hashes = {
-        "model": model.sha256,
-        "workload": workload.sha256,
-        "eval": experiment.evaluation.sha256,
-        "quant": experiment.quant.sha256,
-        "card": experiment.card.sha256,
-    }
-    method: dict[str, Any] = {}
-    options = engine_options(experiment, backend.name)
-    if quantizer is not None:
-        ptq = experiment.quant.ptq
-        calibration = stages.calibration_images(ctx, workload.calibration, workload, root)
-        made = (joined and joined.quantized) or stages.quantize(
-            ctx, backend.name, quantizer, model.path, graphs, calibration, ptq.model_dump(mode="json"), shape
+    if quantizer is None and experiment.card.recipe != JOINT:  # whose float model comes out of the quantized training
+        float_stages = tuple(stage for stage in experiment.card.recipe if stage != "Q")
+        request = replace(request, stages=float_stages or None, recipe=bool(float_stages))
+    made, request = choose(request, root, on_event, say, rollback=rollback)
+    outcome = made.outcome
+    if outcome.trained and outcome.trained[-1].failed:
+        raise PqkError(
+            f"card {experiment.card.id} was stopped: {outcome.trained[-1].reason}; there is nothing to export"
         )
-        graphs = made.graphs
-        hashes["calibration"] = calibration.sha256
-        method = {
-            "bits_w": ptq.bits_w,
-            "bits_a": ptq.bits_a,
-            "keep_list": list(ptq.keep_list),
-            "images_calibration": made.images,
-        }
-        if experiment.quant.float_rest != "auto":
-            options["rest"] = experiment.quant.float_rest
-    hashes["engine"] = sha256_json({part: graph.sha256 for part, graph in graphs.items()})
+    row = next(row for row in reversed(made.rows) if _is_asked(row, outcome, asked))
+    own = made.common | row.own
+    variant = replace(row.variant, options={k: v for k, v in row.variant.options.items() if k != "cache_dir"})
 
     with _folder(out) as folder:
-        copies = {part: _copy(graph, folder) for part, graph in graphs.items()}
-        variant = Variant(
-            stages.ENGINE_VARIANTS[asked], backend.name, asked, copies["encoder"], copies["decoder"], options
+        copies = {"encoder": _copy(variant.encoder, folder), "decoder": _copy(variant.decoder, folder)}
+        plans, measured = _compile(
+            replace(variant, encoder=copies["encoder"], decoder=copies["decoder"]), outcome.scoring["shape"], folder
         )
-        plans, measured = _compile(variant, shape, folder)
         runtime = "openvino" if backend.name == "openvino" else "onnxruntime"
         (folder / "sample.py").write_text(sample_source(runtime), encoding="utf-8")
-        identity = {
-            "exp_id": experiment.card.id,
-            "combo": experiment.card.combo,
-            "role": "candidate" if quantizer or trained else "teacher",
-            "model": model.name,
-            "backend": backend.name,
-            "quantizer": quantizer,
-            "precision": label,
-        }
-        evidence = {
-            "commit": commit_of(root),
-            "workload_version": workload.version,
-            "eval_version": experiment.evaluation.version,
-            "hashes": hashes,
-        }
-        seeds = {
-            "seed": workload.seeds.eval,
-            "train_seed": workload.seeds.train,
-            "eval_seed": workload.seeds.eval,
-        }
-        size = {"params": params, "params_M": params / 1e6}
+        record = _record(own, label, outcome, variant)
         manifest = {
             "format": FORMAT,
             "card": experiment.card.id,
-            "recipe": list(experiment.card.recipe),
-            **identity,
-            **method,
-            "float_precision": _float_precision(asked, options),
+            "recipe": list(outcome.experiment.card.recipe),
+            **{name: record[name] for name in (*_IDENTITY, *_METHOD, *_EVIDENCE)},
+            "float_precision": _float_precision(asked, variant.options),
             "measured": measured,
-            "device": ctx.machine["device"],
+            "device": own["device"],
             "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-            "versions": ctx.machine["versions"],
-            **evidence,
+            "versions": own["versions"],
             "preprocessing": {
-                "size": list(shape),
+                "size": list(outcome.scoring["shape"]),
                 "channels": "RGB",
                 "layout": "NCHW",
                 "resize": "scale until the picture covers the size (Lanczos to shrink, else bicubic), crop the centre",
@@ -172,15 +109,29 @@ def export(
                 "mean": _MEAN,
                 "std": _STD,
             },
-            "pair_graph": workload.pair_graph.model_dump(mode="json"),
+            "pair_graph": outcome.scoring["pair_graph"],
             "graphs": {part: _describe(graph, plans.get(part)) for part, graph in copies.items()},
             "files": _files(folder, set(plans.values())),
-            # What edge_eval.py starts its record from: every field of the log's schema.
-            "record": {**empty_record(), **identity, **method, **seeds, **size, **evidence},
+            "record": record,  # what edge_eval.py starts its own from: every field of the log's schema
         }
         write_json(folder / MANIFEST, manifest)
     say(f"{len(manifest['files'])} files and {MANIFEST} in {paths.shown(out)}")
     return out
+
+
+def _is_asked(row: Row, outcome: Outcome, asked: Precision) -> bool:
+    """Whether a row is what the export asks for: the candidate itself, or its float model in the asked precision."""
+    if asked is Precision.INT8:
+        return row.own.get("role") == "candidate"
+    return row.variant.precision is asked and row.variant.hashes == outcome.onnx_float.hashes
+
+
+def _record(own: Mapping[str, Any], label: str, outcome: Outcome, variant: Variant) -> dict[str, Any]:
+    """The columns of a record that are known without a measurement."""
+    known = (*_IDENTITY, *_METHOD, *_EVIDENCE, "seed", "train_seed", "eval_seed", "params", "params_M")
+    found = {name: own[name] for name in known if name in own}
+    found["hashes"] = own["hashes"] | {"engine": sha256_json(variant.hashes)}
+    return {**empty_record(), **found, "precision": label}
 
 
 def _precision(
@@ -208,7 +159,7 @@ def _precision(
     return Precision.INT8, lowered, name or chosen_quantizer(backend, tool, ptq)
 
 
-def _float_precision(asked: Precision, options: dict[str, Any]) -> str:
+def _float_precision(asked: Precision, options: Mapping[str, Any]) -> str:
     """In what the engine computes floats: 'best' (of the device), or a precision."""
     return str(options.get("rest", "best")) if asked is Precision.INT8 else str(asked)
 
@@ -220,7 +171,7 @@ def _copy(graph: Graph, folder: Path) -> Graph:
     return replace(graph, path=folder / graph.path.name)
 
 
-def _compile(variant: Variant, shape: tuple[int, int], folder: Path) -> tuple[dict[str, str], str]:
+def _compile(variant: Variant, shape: Sequence[int], folder: Path) -> tuple[dict[str, str], str]:
     """Compile the copies and run one pair of noise: what is shipped works.
 
     Returns the plan file of each graph that has one, and 'engine' or 'emulated'. Raises PqkError for NaN or infinity.

@@ -36,7 +36,7 @@ from pqk.models.configs import lowest_confidence
 from pqk.record.ledger import COLUMNS, IDENTITY, METRICS, RESULT, add_row, identity, read_rows, refuse_mixed
 from pqk.record.tsv import Row
 from pqk.run import stages
-from pqk.run.candidate import Made, make
+from pqk.run.candidate import Made
 from pqk.run.checkpoints import (
     Checkpoint,
     agreed_seed,
@@ -58,7 +58,8 @@ from pqk.run.prepare import (
     engine_options,
     usable_backend,
 )
-from pqk.run.records import drop_pct
+from pqk.run.recover import choose
+from pqk.run.scores import drop_of
 from pqk.run.stages import ENGINE_VARIANTS, Context, Scenes
 from pqk.run.store import OnEvent, Store
 from pqk.run.variants import Variant
@@ -196,7 +197,7 @@ class Bench:
         """Of a card's own result: make or reuse it, as `pqk run --no-rollback` does, and tell what it is."""
         if self.checkpoint is not None or self._variant is not None:
             return
-        made = make(self.request, self.root, self.ctx.on_event, self.say)
+        made, _ = choose(self.request, self.root, self.ctx.on_event, self.say, rollback=False)
         outcome, candidate = made.outcome, made.rows[-1]
         self.teacher, self._variant = made.rows[0].variant, candidate.variant
         self._min_conf = outcome.scoring["min_conf"]
@@ -247,14 +248,13 @@ class Bench:
         scores = stages.quality(replace(self.ctx, on_event=on_event), variant, None, scenes, scoring)
         drop = None
         if self.teacher is not None:
-            metric = self.known["main_metric"]
             base = stages.quality(self.ctx, self.teacher, None, scenes, {**scoring, "keep": []})
-            drop = drop_pct(metric, scores["summary"][metric], base["summary"][metric], True)
+            drop = drop_of(self.known["main_metric"], scores, base, True)
         emulated = scores["measured"] == "emulated"
         return self.known | {
             "eval_seed": eval_seed,
             **{name: scores["summary"].get(name) for name in METRICS},
-            "drop_pct": drop,
+            "drop_pct": None if drop is None else drop.value,
             "fps": None if emulated or not timed else self._fps(variant, scenes, (height, width), views),
             "pairs": len(scores["pairs"]),
             "scenes": drawn,
@@ -364,7 +364,7 @@ def workload_digest(ctx: Context, workload: Workload, root: Path) -> str:
     test = workload.scenes.test
     scenes = test.model_dump(mode="json")
     if test.source != SYNTHETIC:
-        scenes = {"views": test.views, "sha256": stages.test_scenes(ctx, test, workload, root).sha256}
+        scenes = {"views": test.views, "sha256": stages.listed_scenes(ctx, "test", test, workload, root).sha256}
     return sha256_json(
         {
             "input": workload.input.model_dump(mode="json"),
@@ -392,9 +392,9 @@ def seed_scenes(ctx: Context, workload: Workload, root: Path, eval_seed: int) ->
             raise PqkError(
                 f"eval seed {eval_seed}: the base seed of the test scenes would be {base}, above {LIMIT - 1}"
             )
-        scenes = stages.test_scenes(ctx, test.model_copy(update={"seed": base}), workload, root)
+        scenes = stages.listed_scenes(ctx, "test", test.model_copy(update={"seed": base}), workload, root)
         return scenes, f"{len(scenes.folders)} generated, base seed {base}"
-    scenes = stages.test_scenes(ctx, test, workload, root)
+    scenes = stages.listed_scenes(ctx, "test", test, workload, root)
     count = len(scenes.folders)
     if eval_seed == 0:
         return scenes, f"all {count} of the list"

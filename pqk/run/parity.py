@@ -144,20 +144,21 @@ def check_names(backends: list[str], quantizers: list[str] | None) -> dict[str, 
 
 
 class _Comparer:
-    """Runs two sides on the same pairs, with the store; all outcomes share scenes, model and evaluation."""
+    """Runs sides on the same validation pairs, with the store; all outcomes share scenes, model and evaluation."""
 
     def __init__(self, any_outcome: Outcome) -> None:
         self.outcome = any_outcome
         self.limits: Parity = any_outcome.experiment.evaluation.parity
         self.metric: str = any_outcome.experiment.evaluation.quality.main_metric
         self.request = {
-            **{name: any_outcome.scoring[name] for name in ("views", "shape", "pair_graph", "min_covisibility")},
-            "truthful": any_outcome.truthful,
+            **{name: any_outcome.scoring[name] for name in ("shape", "pair_graph", "min_covisibility")},
+            "views": any_outcome.validation.views,
+            "truthful": any_outcome.validation.truthful,
         }
 
     def heads(self, base: Variant | None, others: Sequence[Variant]) -> list[Heads]:
         """Agreement of each of `others` with `base`; None is the model in torch."""
-        ctx, scenes = self.outcome.ctx, self.outcome.scenes
+        ctx, scenes = self.outcome.ctx, self.outcome.validation.scenes
         request = {**self.request, "pairs": self.limits.pairs}
         if not others:
             return []
@@ -185,7 +186,7 @@ class _Comparer:
         return heads
 
     def score(self, variant: Variant) -> float | None:
-        """The main metric of a variant over all test pairs."""
+        """The main metric of a variant over all validation pairs."""
         found: float | None = self.outcome.score(variant, ())["summary"].get(self.metric)
         return found
 
@@ -199,8 +200,9 @@ def _float_level(outcomes: Mapping[tuple[str, str], Outcome], compare: _Comparer
     plain = compare.outcome.onnx_float
     sides: dict[str, tuple[Variant, Mapping[str, Any] | None]] = {f"{RUNTIME} fp32": (plain, None)}
     for (backend, _), outcome in outcomes.items():
-        for variant, record in outcome.floats():
-            sides.setdefault(f"{backend} {variant.name}", (variant, record))
+        records = {v.name: r for v, r in zip(outcome.variants, outcome.records, strict=True)}
+        for variant in outcome.floats():
+            sides.setdefault(f"{backend} {variant.name}", (variant, records[variant.name]))
     found = compare.heads(None, [variant for variant, _ in sides.values()])
     for (name, (variant, known)), heads in zip(sides.items(), found, strict=True):
         rows.append(Row("float", name, "torch f32", known, heads, *_quality(known, compare.metric)))

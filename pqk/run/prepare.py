@@ -152,6 +152,11 @@ class Model:
     name: str
     sha256: str
 
+    @property
+    def random(self) -> bool:
+        """Whether its weights are random: it predicts nothing, and only its agreement with itself means something."""
+        return self.name.startswith("random:")
+
 
 def load_teacher(asked: str | None, root: Path) -> tuple[Model, Any]:
     """The Teacher: what it is, and itself."""

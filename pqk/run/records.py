@@ -10,16 +10,16 @@ from typing import Any
 
 from pqk.errors import EXIT_UNAVAILABLE, PqkError
 from pqk.files import sha256_json
+from pqk.measure.intervals import LEVEL, Interval
 from pqk.measure.latency import percentile
-from pqk.measure.quality import quality_drop_pct
 from pqk.record.log import read_records, record_filename, write_record
 from pqk.record.schema import empty_record
+from pqk.run.scores import drop_of, metric_intervals
 from pqk.run.variants import Variant
 from pqk.run.verdict import Measured, judge_float, judge_quantized
 from pqk.spec.card import Experiment
 from pqk.spec.evaluation import Thresholds
 
-_HIGHER_IS_BETTER = {"delta1"}
 _PARTS = {"chamfer": ("chamfer_accuracy", "chamfer_completeness")}
 Record = dict[str, Any]
 
@@ -29,13 +29,15 @@ class Measurements:
     """What the stages measured, by the name of the variant.
 
     teacher: the Teacher in f32. scored: see `pqk.run.evaluate`. timed: see `pqk.run.timing`; None where engines are
-    emulated. memory: peak bytes; empty where engines are emulated.
+    emulated. memory: peak bytes; empty where engines are emulated. level: of the drop's interval, above 95 % where the
+    scenes were looked at more than once.
     """
 
     teacher: Variant
     scored: Mapping[str, Any]
     timed: Mapping[str, Any] | None
     memory: Mapping[str, int]
+    level: float = LEVEL
 
 
 def common_columns(
@@ -91,8 +93,13 @@ def measured_record(
     # What an emulation reports is the graph's plan, and no kernel that ran.
     record["executed_precision"] = mine["executed"] if mine["measured"] == "engine" else None
     record["flops_G"] = mine["flops"] / 1e9
-    metric = record["main_metric"]
-    record["quality_drop_pct"] = drop_pct(metric, record[metric], base["summary"][metric], truthful)
+    intervals = metric_intervals(mine, metrics)
+    drop = drop_of(record["main_metric"], mine, base, truthful, measured.level)
+    if drop is not None:
+        record["quality_drop_pct"] = drop.value
+        if (ends := drop.ends()) is not None:
+            intervals["quality_drop_pct"] = ends
+    record["intervals"] = intervals or None
     record["size_MB"] = mine["size_bytes"] / 1e6
     record["size_ratio"] = mine["size_bytes"] / base["size_bytes"]
     if measured.timed is not None:
@@ -101,14 +108,28 @@ def measured_record(
     return record
 
 
+def interval_of(record: Mapping[str, Any], column: str) -> Interval | None:
+    """A column of a record with its interval; None when it was not measured.
+
+    The drop counts scenes, other columns timing rounds.
+    """
+    value = record[column]
+    if value is None:
+        return None
+    low, high = (record["intervals"] or {}).get(column, (None, None))
+    scenes = column == "quality_drop_pct"
+    groups = len(record["scenes"] or ()) if scenes else len((record["samples"] or {}).get("pair", ()))
+    return Interval(value, low, high, groups)
+
+
 def judged(record: Mapping[str, Any], thresholds: Thresholds, recipe: Sequence[str]) -> Record:
     """Verdict and reasons of a quantized candidate's record."""
     shares, precision = record["executed_precision"], record["precision"]
     verdict, reasons = judge_quantized(
         Measured(
-            record["quality_drop_pct"],
-            record["speedup_vs_own_f32"],
-            record["speedup_vs_best_float"],
+            interval_of(record, "quality_drop_pct"),
+            interval_of(record, "speedup_vs_own_f32"),
+            interval_of(record, "speedup_vs_best_float"),
             record["size_ratio"],
             None if shares is None else shares.get(precision, 0.0),
         ),
@@ -123,21 +144,10 @@ def judged_float(
     record: Mapping[str, Any], thresholds: Thresholds, recipe: Sequence[str], stopped: str | None
 ) -> Record:
     """Verdict and reasons of a float candidate, and its status when a stop-loss rule ended the recipe."""
-    verdict, reasons = judge_float(record["quality_drop_pct"], record["size_ratio"], thresholds, recipe)
+    verdict, reasons = judge_float(interval_of(record, "quality_drop_pct"), record["size_ratio"], thresholds, recipe)
     if stopped is None:
         return {"verdict": verdict, "verdict_reasons": reasons}
     return {"status": "stopped", "verdict": "fail", "verdict_reasons": [f"FAILED: stop-loss: {stopped}", *reasons]}
-
-
-def drop_pct(metric: str, value: float | None, teacher: float | None, truthful: bool) -> float | None:
-    """Loss against the Teacher in percent; None when the metric does not tell it."""
-    if value is None or teacher is None:
-        return None
-    if truthful:
-        return quality_drop_pct(value, teacher, metric in _HIGHER_IS_BETTER)
-    # the Teacher is its own truth: its error is 0, so the drop is the error against it
-    error = 1 - value if metric in _HIGHER_IS_BETTER else value
-    return 100 * error if metric in ("absrel", "delta1") else None
 
 
 def planned_shares(shares: Mapping[str, float]) -> str:

@@ -1,4 +1,7 @@
-"""`pqk run` with the rollback table: a recipe that failed by its quality is run again with the table's next move."""
+"""Chooses the candidate of `pqk run` with the rollback table: a recipe that drops too much is made again, changed.
+
+Everything is decided on validation samples; the caller scores the chosen attempt on test samples, once.
+"""
 
 from __future__ import annotations
 
@@ -9,33 +12,48 @@ from pathlib import Path
 from typing import Any
 
 from backends.base import Precision
-from pqk.run.candidate import Outcome
+from pqk.measure.intervals import Interval
+from pqk.run.candidate import Made, Outcome, make
+from pqk.run.explain import can_rank, ranking
 from pqk.run.prepare import Request
 from pqk.run.rollback import BETAS, KEEP_LIST, QAT_EPOCHS, RHO, TASK_SHARE, TUNE_EPOCHS, State, next_move
 from pqk.run.runlog import RunLog
-from pqk.run.runner import run
 from pqk.run.store import OnEvent
+from pqk.run.tune import keep_patterns
 from pqk.run.verdict import drop_limit
 from pqk.spec.card import Experiment
 
 
-def run_with_rollback(
-    request: Request, root: Path, on_event: OnEvent, say: Callable[[str], None], log: Path | None = None
-) -> Outcome:
-    """Run a card; while a stage fails by its quality and the table has a move, make it and run again.
+def choose(
+    request: Request,
+    root: Path,
+    on_event: OnEvent,
+    say: Callable[[str], None],
+    log: Path | None = None,
+    known: dict[str, Any] | None = None,
+    rollback: bool = True,
+) -> tuple[Made, Request]:
+    """Make a card's candidate; while a stage fails by its quality and the table has a move, make it again with that.
 
-    Every attempt leaves its records; those of a later one tell its moves in their notes. Attempts, moves and their cost
-    are also in logs/runs/CARD.jsonl. Only drops against ground truth count: a model without one is run once. Returns
-    the attempt with the smallest drop, of equal ones the first. Raises what `pqk.run.runner.run` raises.
+    The one way to a candidate: `pqk run`, `export`, `tune` and `ledger` all come here. rollback: False makes it once.
+
+    Returns the attempt with the smallest drop on validation samples, of equal ones the first, and the request that made
+    it, which names its moves. Attempts, moves and their cost are in logs/runs/CARD.jsonl. A model that no ground truth
+    judges is made once. Raises what `pqk.run.candidate.make` raises.
     """
-    best: Outcome | None = None
+    best: tuple[Made, Request] | None = None
     tried: tuple[str, ...] = ()
     hours: dict[str, float] = {}  # of each stage, as it went last
     paid: dict[str, float] = {}  # by where it was made: a stage that two attempts share is paid for once
     while True:
-        outcome = run(request, root, on_event, say, log)
-        experiment, record, failed = outcome.experiment, outcome.records[-1], failed_stage(outcome)
-        card, best = experiment.card, _better(best, outcome)
+        made = make(request, root, on_event, say, log, known)
+        outcome = made.outcome
+        if not (rollback and request.recipe and outcome.decides):
+            return made, request
+        if made.drop is None and not _stopped(outcome):
+            made = replace(made, drop=outcome.drop(outcome.variants[-1]))
+        failed, card = failed_stage(made), outcome.experiment.card
+        best = _better(best, (made, request))
         history = RunLog(root, card.id)
         hours |= outcome.hours
         paid |= outcome.paid
@@ -45,16 +63,18 @@ def run_with_rollback(
             recipe=list(card.recipe),
             moves=list(tried),
             hours=spent,
-            **{name: record[name] for name in ("status", "verdict", "quality_drop_pct", "wall_s")},
+            status="stopped" if _stopped(outcome) else "ok",
+            **_told(made.drop),
         )
-        if failed is None or not outcome.truthful:
+        if failed is None:
             return best
-        budget = card.budget.gpu_hours * experiment.evaluation.stop_loss.gpu_hours_overrun_pct / 100
-        state = State(failed[0], card.recipe, failed[1], _settings(experiment), (), tried, hours, budget - spent)
+        budget = card.budget.gpu_hours * outcome.experiment.evaluation.stop_loss.gpu_hours_overrun_pct / 100
+        settings, ranked = _settings(outcome.experiment), _ranked(made, failed[0], "keep-worst-nodes" in tried, say)
+        state = State(failed[0], card.recipe, failed[1], settings, ranked, tried, hours, budget - spent)
         move = next_move(state)
         if move is None:
             say(f"{failed[1]}; the rollback table has no {'further ' if tried else ''}move for it")
-            if record["status"] == "stopped":
+            if _stopped(outcome):
                 history.append("stop", why=failed[1])
             return best
         history.append("move", **move.as_data())
@@ -68,26 +88,52 @@ def run_with_rollback(
         )
 
 
-def failed_stage(outcome: Outcome) -> tuple[str, str] | None:
-    """The stage whose quality failed, and one sentence with the numbers; None when none did.
+def failed_stage(made: Made) -> tuple[str, str] | None:
+    """The stage whose quality failed on validation samples, and one sentence with the numbers; None when none did.
 
     A stop-loss names its stage. A drop above the success line is the last stage's, or that of the float stage before
     it where the float model is above the line already.
     """
-    record, recipe = outcome.records[-1], outcome.experiment.card.recipe
-    if record["status"] == "stopped":
+    outcome = made.outcome
+    if _stopped(outcome):
         stage = outcome.trained[-1]
         return stage.method, str(stage.reason)
+    recipe = outcome.experiment.card.recipe
     limit = drop_limit(recipe, outcome.experiment.evaluation.thresholds)
-    drop = record["quality_drop_pct"]
-    if drop is None or drop <= limit:
+    if made.drop is None or made.drop.value <= limit:
         return None
-    floats = [r["quality_drop_pct"] for _, r in outcome.floats() if r["precision"] == str(Precision.F32)]
-    if outcome.trained and floats and floats[0] is not None and floats[0] > limit:
-        drop, last = floats[0], outcome.trained[-1].method  # lost before anything was quantized
-    else:
-        last = recipe[-1]
-    return last, f"{last} ended with a drop of {drop:.2f} %, above {limit:g} %"
+    drop, last = made.drop.value, recipe[-1]
+    if outcome.trained and outcome.lowered:
+        plain = next(variant for variant in outcome.floats() if variant.precision is Precision.F32)
+        before = outcome.drop(plain)
+        if before is not None and before.value > limit:
+            drop, last = before.value, outcome.trained[-1].method  # lost before anything was quantized
+    return last, f"{last} ended with a drop of {drop:.2f} % on validation samples, above {limit:g} %"
+
+
+def _stopped(outcome: Outcome) -> bool:
+    return bool(outcome.trained) and outcome.trained[-1].failed
+
+
+def _told(drop: Interval | None) -> dict[str, Any]:
+    return {
+        "validation_drop_pct": None if drop is None else drop.value,
+        "interval": None if drop is None else drop.ends(),
+    }
+
+
+def _ranked(made: Made, stage: str, done: bool, say: Callable[[str], None]) -> tuple[tuple[str, float], ...]:
+    """Keep-list entries of the worst nodes with their share of the quantization error, where stage Q is to blame.
+
+    Empty where the backend cannot rank; not ranked again once the worst nodes are in float.
+    """
+    outcome = made.outcome
+    if stage != "Q" or done or not can_rank(outcome.variants[-1].backend):
+        return ()
+    say("ranking the nodes of the quantized model on validation samples")
+    rows = ranking(outcome)["nodes"]
+    entries = [(keep_patterns([f"{row['graph']}:{node}" for node in row["nodes"]]), row["of_all"]) for row in rows]
+    return tuple((patterns[0], share) for patterns, share in entries if len(patterns) == 1)
 
 
 def _settings(found: Experiment) -> Mapping[str, Any]:
@@ -104,12 +150,10 @@ def _settings(found: Experiment) -> Mapping[str, Any]:
     }
 
 
-def _better(best: Outcome | None, other: Outcome) -> Outcome:
+def _better(best: tuple[Made, Request] | None, other: tuple[Made, Request]) -> tuple[Made, Request]:
     """The one with the smaller drop; a stopped attempt loses to one that was finished."""
 
-    def rank(outcome: Outcome) -> tuple[bool, float]:
-        record = outcome.records[-1]
-        drop = record["quality_drop_pct"]
-        return record["status"] != "ok", math.inf if drop is None else drop
+    def rank(made: Made) -> tuple[bool, float]:
+        return _stopped(made.outcome), math.inf if made.drop is None else made.drop.value
 
-    return other if best is None or rank(other) < rank(best) else best
+    return other if best is None or rank(other[0]) < rank(best[0]) else best

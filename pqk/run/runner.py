@@ -1,9 +1,9 @@
-"""`pqk run CARD`: Teacher baselines, the recipe, and one record for each, on one backend."""
+"""`pqk run CARD`: makes the candidate, scores it and its baselines on test samples once, times them, writes records."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,67 +15,78 @@ from pqk.errors import PqkError
 from pqk.record.log import write_record
 from pqk.record.schema import validate
 from pqk.run import stages
-from pqk.run.candidate import Outcome, make
+from pqk.run.candidate import Made, Outcome
+from pqk.run.final import Final, check_decide, score_final
 from pqk.run.inputs import load_frames, scene_pairs
 from pqk.run.parts import Bought, bought, clause
-from pqk.run.prepare import Request
+from pqk.run.prepare import Request, asked_experiment
 from pqk.run.records import Measurements, judged, judged_float, measured_record, planned_shares, write_failure
+from pqk.run.recover import choose
 from pqk.run.store import OnEvent
 from pqk.run.worker import WorkerCrashed
 
 
 def run(
-    request: Request, root: Path, on_event: OnEvent, say: Callable[[str], None], log: Path | None = None
+    request: Request,
+    root: Path,
+    on_event: OnEvent,
+    say: Callable[[str], None],
+    log: Path | None = None,
+    rollback: bool = False,
+    decide: int | None = None,
 ) -> Outcome:
     """Run a card. Its records are validated and written to logs/.
 
     `log`: a file that the caller will write the candidate's record to, or without a recipe all of them; refused before
-    the long stages when it holds another one.
+    the long stages when it holds another one. rollback: let the rollback table act on a recipe that drops too much.
+    decide: add test scenes, up to so many, until the interval of the drop lies on one side of its limit.
 
     Where the engines are emulated nothing is timed: those columns are null.
-    Raises PqkError or BackendError for everything that a user can mend, and WorkerCrashed for a defect. When that comes
-    out of the stages, after all that was asked was looked at, it leaves a record of the failure in logs/.
+    Raises PqkError or BackendError for everything that a user can correct, and WorkerCrashed for a defect. When that
+    comes out of the stages, after all that was asked was looked at, it leaves a record of the failure in logs/.
     """
+    began = time.monotonic()
     known: dict[str, Any] = {}
+    if decide is not None:
+        check_decide(request, asked_experiment(request, root).workload, decide)
     try:
-        return _run(request, root, on_event, say, log, known)
+        made, request = choose(request, root, on_event, say, log, known, rollback)
+        return _measured(made, request, root, say, decide, began)
     except (PqkError, BackendError, WorkerCrashed) as error:
         if known and write_failure(root / "logs", known, error):
             say(f"a record of the failure is in {paths.shown(root / 'logs')}")
         raise
 
 
-def _run(
-    request: Request,
-    root: Path,
-    on_event: OnEvent,
-    say: Callable[[str], None],
-    log: Path | None,
-    known: dict[str, Any],
+def _measured(
+    made: Made, request: Request, root: Path, say: Callable[[str], None], decide: int | None, began: float
 ) -> Outcome:
-    """See `run`. `known` gets what a record of a failure tells, once the stages begin."""
-    began = time.monotonic()
-    made = make(request, root, on_event, say, log, known)
-    outcome, rows, scored = made.outcome, made.rows, made.scored
+    """The outcome with its records: test samples are scored here, and nowhere before."""
+    outcome, rows = made.outcome, made.rows
     evaluation, recipe = outcome.experiment.evaluation, outcome.experiment.card.recipe if request.recipe else ()
-    timed, memory = _time(outcome, scored, say)
+    final = score_final(outcome, request, root, recipe, decide, say)
+    timed, memory = _time(outcome, final, say)
     if outcome.trained:
         outcome = replace(outcome, parts=_parts(outcome))
 
-    measured = Measurements(rows[0].variant, scored, timed, memory)
+    common = made.common | {"hashes": made.common["hashes"] | {"scenes": final.sha256}}
+    measured = Measurements(rows[0].variant, final.scored, timed, memory, final.level)
     for row in rows:
         variant, metrics = row.variant, evaluation.quality.metrics
-        record = measured_record(made.common | row.own, measured, variant, row.against, outcome.truthful, metrics)
+        own = {**row.own, "hashes": {**row.own["hashes"], "scenes": final.sha256}} if "hashes" in row.own else row.own
+        record = measured_record(common | own, measured, variant, row.against, outcome.truthful, metrics)
+        if record["role"] == "candidate" and made.drop is not None:
+            record["validation_drop_pct"] = made.drop.value
         if variant.precision is Precision.INT8:
             if timed is None:
-                record["notes"] += planned_shares(scored[variant.name]["executed"])
+                record["notes"] += planned_shares(final.scored[variant.name]["executed"])
             record |= judged(record, evaluation.thresholds, recipe)
         elif record["role"] == "candidate":
             lost = outcome.trained[-1].reason if outcome.trained[-1].failed else None
             record |= judged_float(record, evaluation.thresholds, recipe, lost)
         if record["role"] == "candidate":
             record["wall_s"] = round(time.monotonic() - began, 1)
-            told = [record["notes"], clause(outcome.parts), *request.moves]
+            told = [record["notes"], clause(outcome.parts), final.note, *request.moves]
             record["notes"] = "; ".join(filter(None, told)) or None
         validate(record)
         outcome.records.append(record)
@@ -85,25 +96,23 @@ def _run(
     return outcome
 
 
-def _time(
-    outcome: Outcome, scored: Mapping[str, Mapping[str, Any]], say: Callable[[str], None]
-) -> tuple[dict[str, Any] | None, dict[str, int]]:
+def _time(outcome: Outcome, final: Final, say: Callable[[str], None]) -> tuple[dict[str, Any] | None, dict[str, int]]:
     """Interleaved samples and peak memory of every variant; None and nothing where one of them is emulated."""
-    if any(scores["measured"] == "emulated" for scores in scored.values()):
+    if any(scores["measured"] == "emulated" for scores in final.scored.values()):
         say("no device of this backend here: compiled and scored by emulation, not timed")
         return None, {}
-    scenes, experiment, scoring = outcome.scenes, outcome.experiment, outcome.scoring
+    split, experiment, scoring = outcome.validation, outcome.experiment, outcome.scoring
     height, width = scoring["shape"]
-    frames = load_frames(open_scene(scenes.folders[0]), height, width, views=scoring["views"])
-    pairs = scene_pairs(frames, experiment.workload.pair_graph, experiment.workload.min_covisibility, outcome.truthful)
+    frames = load_frames(open_scene(split.scenes.folders[0]), height, width, views=split.views)
+    pairs = scene_pairs(frames, experiment.workload.pair_graph, experiment.workload.min_covisibility, split.truthful)
     asked = {
         "shape": scoring["shape"],
-        "views": scoring["views"],
+        "views": split.views,
         "pairs": [list(p) for p in pairs],
         "efficiency": experiment.evaluation.efficiency.model_dump(mode="json"),
     }
-    timed = stages.timing(outcome.ctx, outcome.variants, scenes.folders[0], scenes.sha256, asked)["variants"]
-    return timed, {v.name: stages.memory(outcome.ctx, v) for v in outcome.variants}
+    timed = stages.timing(outcome.ctx, outcome.variants, split.scenes.folders[0], split.scenes.sha256, asked)
+    return timed["variants"], {v.name: stages.memory(outcome.ctx, v) for v in outcome.variants}
 
 
 def _parts(outcome: Outcome) -> list[Bought]:

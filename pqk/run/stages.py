@@ -129,9 +129,17 @@ class Scenes:
 
 
 def synthetic_scenes(
-    ctx: Context, stage: str, split: str, count: int, views: int, seed: int, workload: Workload, depth: bool
+    ctx: Context,
+    stage: str,
+    split: str,
+    count: int,
+    views: int,
+    seed: int,
+    workload: Workload,
+    depth: bool,
+    first: int = 0,
 ) -> Scenes:
-    """Generate (or reuse) the scenes of a split."""
+    """Generate (or reuse) `count` scenes of a split, from number `first` on."""
     plan = ScenePlan(
         split=split,
         seed=seed,
@@ -142,7 +150,7 @@ def synthetic_scenes(
         min_covisibility=workload.min_covisibility,
         depth=depth,
     )
-    plans = [replace(plan, index=i) for i in range(count)]
+    plans = [replace(plan, index=i) for i in range(first, first + count)]
 
     def make(folder: Path) -> None:
         make_scenes(folder, plans)
@@ -151,15 +159,26 @@ def synthetic_scenes(
         name: getattr(plan, name) for name in ("split", "seed", "views", "size", "k", "min_covisibility", "depth")
     }
     versions = {name: ctx.machine.get("versions", {}).get(name) for name in ("torch", "numpy", "pillow")}
-    made = ctx.make(stage, _SCENE_CODE, {**inputs, "count": count, "versions": versions}, make)
+    made = ctx.make(
+        stage,
+        _SCENE_CODE,
+        {**inputs, "first": first, "count": count, "versions": versions},
+        make,
+        split if stage == "scenes" else "",
+    )
     return Scenes(tuple(made.path / p.name for p in plans), sha256_json(made.manifest["files"]), made.path)
 
 
-def test_scenes(ctx: Context, scenes: SceneList, workload: Workload, root: Path) -> Scenes:
-    """The evaluated scenes: generated ones, or those of a folder. Raises PqkError when one is missing."""
+def listed_scenes(
+    ctx: Context, split: str, scenes: SceneList, workload: Workload, root: Path, first: int = 0
+) -> Scenes:
+    """The scenes of a list: generated ones of `split` from number `first` on, or those of a folder.
+
+    Raises PqkError when one is missing.
+    """
     if scenes.source == SYNTHETIC:
         return synthetic_scenes(
-            ctx, "scenes", "test", scenes.count or 0, scenes.views or 0, scenes.seed, workload, True
+            ctx, "scenes", split, scenes.count or 0, scenes.views or 0, scenes.seed, workload, True, first
         )
     return folder_scenes(_under(root, scenes.source), scenes.names, scenes.count)
 

@@ -1,9 +1,9 @@
 """`pqk tune CARD`: the nodes of an int8 model that must compute in float, and the quant.yaml that keeps them there.
 
 The card is run (or reused), its nodes are ranked as by `pqk parity --explain`, and `pqk.run.tune.search` asks for
-measurements: the int8 graphs with a choice of nodes back in float, scored on all pairs and timed. Every measurement is
-an artifact of the store, so a tuning that was killed goes on where it was. At the end the winner's keep-list goes
-through the whole recipe, quantizer included, and is measured again.
+measurements: the int8 graphs with a choice of nodes back in float, scored on all validation pairs and timed. Every
+measurement is an artifact of the store, so a tuning that was killed goes on where it was. At the end the winner's
+keep-list goes through the whole recipe, quantizer included, is measured again, and scored on the test samples once.
 """
 
 from __future__ import annotations
@@ -19,18 +19,20 @@ from typing import Any
 
 import yaml
 
-from backends.base import Precision
 from pqk import paths
 from pqk.errors import PqkError
 from pqk.files import check_writable
-from pqk.run import stages
+from pqk.measure.intervals import Interval
 from pqk.run.candidate import Outcome
 from pqk.run.explain import MIXED, can_rank, ranking, times_beside, with_floats
 from pqk.run.prepare import Request, asked_experiment, chosen_quantizer, usable_backend
+from pqk.run.recover import choose
 from pqk.run.runner import run
+from pqk.run.scores import drop_of
 from pqk.run.store import OnEvent
 from pqk.run.tune import Point, TuneResult, keep_patterns, search, write_quant_yaml
 from pqk.run.variants import Variant
+from pqk.run.verdict import UNDECIDED, judge_drop
 from pqk.spec.keep import GRAPHS, split_entry
 from pqk.spec.quant import load_quant
 
@@ -51,9 +53,10 @@ class Unit:
 class Tuned:
     """What `pqk tune` prints and writes. The points of `result` name units; without a ranking there are none.
 
-    `quant_yaml` is None when nothing is within the limit. `confirmed` is the winner with the same nodes in float, but
-    quantized anew with `quant_yaml`; None for plain int8, which is the card's own run. `ok`: the recipe with
-    `quant_yaml` is within the limit.
+    Drops of points are those on validation samples. `quant_yaml` is None when nothing is within the limit. `confirmed`
+    is the winner with the same nodes in float, but quantized anew with `quant_yaml`; None for plain int8, which is the
+    card's own run. `final`: drop on the test samples of the recipe with `quant_yaml`, and `verdict` what it says of the
+    limit: 'pass', 'fail' or 'undecided'.
     """
 
     card: str
@@ -62,7 +65,8 @@ class Tuned:
     result: TuneResult
     confirmed: Point | None
     quant_yaml: Path | None
-    ok: bool
+    final: Interval | None
+    verdict: str
     sentences: tuple[str, ...]
 
     @property
@@ -97,10 +101,11 @@ def tune(
     record = outcome.records[-1]
     if record["measured"] == "emulated":
         raise PqkError("pqk tune needs times, and these engines are emulated: they have none")  # told only by running
-    if record["quality_drop_pct"] is None:
+    plain = outcome.drop(outcome.variants[-1])
+    if plain is None:
         raise PqkError(f"pqk tune needs a drop, and without ground truth {record['main_metric']} tells none")
     # Plain int8 that is good enough needs no ranking, which takes as long as several measurements.
-    ranked = [] if record["quality_drop_pct"] <= max_drop else units_of(ranking(outcome))
+    ranked = [] if plain.value <= max_drop else units_of(ranking(outcome))
     units = {unit.name: unit for unit in ranked}
     kept = outcome.experiment.quant.ptq.keep_list
 
@@ -110,7 +115,7 @@ def tune(
             # The keep-list is checked here too: these nodes must not run in int8 kernels.
             drop, time = _measure(outcome, with_floats(outcome, _by_graph(nodes)), (*kept, *keep_patterns(nodes)))
         else:
-            drop, time = float(record["quality_drop_pct"]), float(record["t_pair_p50_ms"])
+            drop, time = plain.value, float(record["t_pair_p50_ms"])
         say(f"{len(nodes)} nodes in float: drop {drop:.2f} %, {time:.1f} ms")
         return drop, time
 
@@ -122,7 +127,8 @@ def tune(
         result,
         confirmed=None,
         quant_yaml=None,
-        ok=False,
+        final=None,
+        verdict="fail",
         sentences=(),
     )
     winner = result.winner
@@ -136,10 +142,17 @@ def tune(
             ),
         )
     write_quant_yaml(base, tuned.nodes(winner), out)
-    confirmed = _confirm(outcome, winner, request, out, root) if winner.names else None
-    ok = confirmed is None or confirmed.drop_pct <= max_drop
-    sentences = (_told(tuned, winner, confirmed, out), f"to use it: {use_command(request, out, root)}")
-    return replace(tuned, confirmed=confirmed, quant_yaml=out, ok=ok, sentences=sentences)
+    confirmed, chosen = None, outcome
+    if winner.names:
+        confirmed, chosen = _confirm(outcome, winner, request, out, root, say)
+    found, final = _told(tuned, winner, confirmed, out), None
+    if confirmed is None or confirmed.drop_pct <= max_drop:
+        final = _final(chosen)
+    ok, sentence = judge_drop(final, max_drop)
+    verdict = "pass" if ok is True else UNDECIDED if ok == UNDECIDED else "fail"
+    told = [found] if final is None else [found, f"on the test samples, {verdict}: {sentence}"]
+    sentences = (*told, f"to use it: {use_command(request, out, root)}")
+    return replace(tuned, confirmed=confirmed, quant_yaml=out, final=final, verdict=verdict, sentences=sentences)
 
 
 def _check(request: Request, max_drop: float, max_evaluations: int, out: Path, root: Path) -> Path:
@@ -202,29 +215,25 @@ def _by_graph(nodes: Iterable[str]) -> dict[str, list[str]]:
 
 def _measure(outcome: Outcome, variant: Variant, keep: Sequence[str]) -> tuple[float, float]:
     """Drop in percent and pair time in ms of a variant named MIXED; how times are made comparable: see `tune`."""
-    drop = outcome.drop_pct(outcome.score(variant, keep))
+    drop = outcome.drop(variant, keep)
     plain, mixed = times_beside(outcome, variant)
     slower = median(ours / theirs for ours, theirs in zip(mixed, plain, strict=True))
-    return math.nan if drop is None else drop, slower * float(outcome.records[-1]["t_pair_p50_ms"])
+    return math.nan if drop is None else drop.value, slower * float(outcome.records[-1]["t_pair_p50_ms"])
 
 
-def _confirm(outcome: Outcome, winner: Point, request: Request, out: Path, root: Path) -> Point:
+def _final(outcome: Outcome) -> Interval | None:
+    """The drop of the candidate on the test samples, which nothing looked at while it was chosen."""
+    mine, teacher = (outcome.score(outcome.variants[n], on=outcome.test) for n in (-1, 0))
+    return drop_of(outcome.metric, mine, teacher, outcome.truthful)
+
+
+def _confirm(
+    outcome: Outcome, winner: Point, request: Request, out: Path, root: Path, say: Callable[[str], None]
+) -> tuple[Point, Outcome]:
     """The winner once more, as `pqk run` makes it with the tuned quant.yaml: quantized, scored, timed."""
-    experiment = asked_experiment(replace(request, quant=out), root)
-    ptq, workload, candidate = experiment.quant.ptq, experiment.workload, outcome.variants[-1]
-    plain = outcome.onnx_float
-    made = stages.quantize(
-        outcome.ctx,
-        candidate.backend,
-        outcome.records[-1]["quantizer"],
-        outcome.model,
-        {"encoder": plain.encoder, "decoder": plain.decoder},
-        stages.calibration_images(outcome.ctx, workload.calibration, workload, root),
-        ptq.model_dump(mode="json"),
-        (workload.input.height, workload.input.width),
-    ).graphs
-    variant = Variant(MIXED, candidate.backend, Precision.INT8, made["encoder"], made["decoder"], candidate.options)
-    return Point(winner.names, *_measure(outcome, variant, ptq.keep_list))
+    made, _ = choose(replace(request, quant=out), root, outcome.ctx.on_event, say, rollback=False)
+    variant = replace(made.outcome.variants[-1], name=MIXED)
+    return Point(winner.names, *_measure(outcome, variant, made.outcome.experiment.quant.ptq.keep_list)), made.outcome
 
 
 def _told(tuned: Tuned, winner: Point, confirmed: Point | None, out: Path) -> str:

@@ -1,54 +1,64 @@
-"""Whether a candidate met the evaluation's thresholds."""
+"""Judges a candidate by the evaluation's thresholds: pass, fail, or undecided where an interval lies on both sides."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from pqk.measure.intervals import Interval, groups_to_decide
 from pqk.spec.evaluation import Thresholds
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What the thresholds look at; None is what was not measured."""
+    """What the thresholds look at; None is what was not measured.
 
-    drop_pct: float | None
-    speedup_vs_own_f32: float | None
-    speedup_vs_best_float: float | None
+    drop_pct over scenes; speedups over timing rounds, against the model's own f32 and its best float precision.
+    """
+
+    drop_pct: Interval | None
+    speedup_vs_own_f32: Interval | None
+    speedup_vs_best_float: Interval | None
     size_ratio: float
     int8_share: float | None
 
 
 Verdict = tuple[str | None, list[str]]
-Check = tuple[bool | None, str]
+Check = tuple[bool | str | None, str]
+"""Whether a threshold held: True, False, UNDECIDED, or None when what it looks at was not measured; and a sentence."""
+UNDECIDED = "undecided"
 
 
 def judge_quantized(
     measured: Measured, limits: Thresholds, recipe: Sequence[str] = ("Q",), precision: str = "int8"
 ) -> Verdict:
-    """('pass' | 'fail' | None, one sentence per threshold). None when a column that decides was not measured.
+    """('pass' | 'fail' | 'undecided' | None, one sentence per threshold). None when something was not measured.
 
-    Success of quantization: drop, median time against fp32 and best float, size, share of FLOPs in kernels of the
-    `precision` that was asked for. Where only weights are lowered (int4) all work is done in floats: no share is asked.
+    Success of quantization: drop, median time against the model's own f32 and its best float, size, share of FLOPs in
+    kernels of the `precision` that was asked for. Where only weights are lowered (int4) all work is done in floats: no
+    share is asked. A threshold holds when the whole interval lies on its good side, and fails when all of it lies on
+    the bad one.
     """
-    checks = [_drop(measured.drop_pct, drop_limit(recipe, limits))]
+    checks = [judge_drop(measured.drop_pct, drop_limit(recipe, limits))]
     reduction = limits.t_pair_p50_reduction_pct
-    speedup = measured.speedup_vs_own_f32
     checks.append(
-        (None, "compiled, not timed: there is no t_pair to judge")
-        if speedup is None
-        else (
-            1 - 1 / speedup >= reduction / 100,
-            f"t_pair p50 {_against(100 * (1 - 1 / speedup))} fp32 (at least {reduction:g} % below)",
+        _speed(
+            measured.speedup_vs_own_f32,
+            1 / (1 - reduction / 100),
+            lambda speed: f"t_pair p50 {_against(100 * (1 - 1 / speed))} the model's own f32",
+            f"at least {reduction:g} % below",
+            "there is no t_pair to judge",
         )
     )
     slack = limits.not_slower_than_best_float_pct
-    against = measured.speedup_vs_best_float
-    allowed = f"at most {slack:g} % slower" if slack else "not slower"
     checks.append(
-        (None, "compiled, not timed: there is no float precision to compare with")
-        if against is None
-        else (1 / against <= 1 + slack / 100, f"{against:.2f}x the speed of the best float precision ({allowed})")
+        _speed(
+            measured.speedup_vs_best_float,
+            1 / (1 + slack / 100),
+            lambda speed: f"{speed:.2f}x the speed of the best float precision",
+            f"at most {slack:g} % slower" if slack else "not slower",
+            "there is no float precision to compare with",
+        )
     )
     factor = 1 / measured.size_ratio
     checks.append(
@@ -68,9 +78,9 @@ def judge_quantized(
     return _verdict(checks)
 
 
-def judge_float(drop_pct: float | None, size_ratio: float, limits: Thresholds, recipe: Sequence[str]) -> Verdict:
+def judge_float(drop_pct: Interval | None, size_ratio: float, limits: Thresholds, recipe: Sequence[str]) -> Verdict:
     """The same for a recipe without quantization: the drop and, where it prunes, the size against the Teacher's."""
-    checks = [_drop(drop_pct, drop_limit(recipe, limits))]
+    checks = [judge_drop(drop_pct, drop_limit(recipe, limits))]
     if "P" in recipe:
         smaller, least = 100 * (1 - size_ratio), limits.size_reduction_p_only_pct
         checks.append((smaller >= least, f"files {smaller:.1f} % smaller (at least {least:g} %)"))
@@ -83,17 +93,47 @@ def drop_limit(recipe: Sequence[str], limits: Thresholds) -> float:
     return own.get("→".join(recipe), limits.quality_drop_mainline_pct)
 
 
-def _drop(drop: float | None, limit: float) -> Check:
+def judge_drop(drop: Interval | None, limit: float) -> Check:
+    """Whether a drop is at most `limit` percent; an interval that touches the limit from its good side is."""
     if drop is None:
         return None, f"the quality drop was not measured (limit {limit:g} %)"
-    return drop <= limit, f"quality drop {drop:.4g} % (at most {limit:g} %)"
+    if drop.low is None or drop.high is None or drop.half is None:
+        few = f"{drop.groups} scene tells no interval; at least 2 are needed"
+        return UNDECIDED, f"{few} (quality drop {drop.value:.4g} %, at most {limit:g} %)"
+    told = f"quality drop {drop.value:.4g} % ± {drop.half:.2g} % (at most {limit:g} %)"
+    if drop.high <= limit:
+        return True, told
+    if drop.low > limit:
+        return False, told
+    needed = groups_to_decide(drop, limit)
+    more = "no number of scenes would decide" if needed is None else f"about {needed} would decide"
+    known = f"{drop.groups} scenes tell the drop to +-{drop.half:.2g} %"
+    return UNDECIDED, f"{known}; {more} (drop {drop.value:.4g} %, at most {limit:g} %)"
+
+
+def _speed(speed: Interval | None, least: float, words: Callable[[float], str], asked: str, untimed: str) -> Check:
+    """Whether a speedup is at least `least`, in words of the median."""
+    if speed is None:
+        return None, f"compiled, not timed: {untimed}"
+    told = f"{words(speed.value)} ({asked})"
+    if speed.low is None or speed.high is None:
+        return UNDECIDED, f"{speed.groups} rounds tell no interval: {told}"
+    if speed.low >= least:
+        return True, told
+    if speed.high < least:
+        return False, told
+    return UNDECIDED, f"{told}; {speed.groups} rounds tell the speedup as {speed.low:.3g} to {speed.high:.3g}x"
 
 
 def _verdict(checks: Sequence[Check]) -> Verdict:
-    sentences = [f"{'?' if ok is None else 'ok' if ok else 'FAILED'}: {text}" for ok, text in checks]
-    if any(ok is False for ok, _ in checks):
+    marks = {True: "ok", False: "FAILED", None: "?", UNDECIDED: UNDECIDED}
+    sentences = [f"{marks[ok]}: {text}" for ok, text in checks]
+    found = [ok for ok, _ in checks]
+    if False in found:
         return "fail", sentences
-    return (None if any(ok is None for ok, _ in checks) else "pass"), sentences
+    if None in found:
+        return None, sentences
+    return (UNDECIDED if UNDECIDED in found else "pass"), sentences
 
 
 def _against(reduction_pct: float) -> str:
