@@ -1,7 +1,9 @@
 """Gives quality numbers their 95 % interval: the drop over scenes, a mean over scenes, paired ratios over rounds.
 
 Pairs of one scene repeat each other, so a scene is the unit that is resampled (a cluster): Miller 2024, arXiv
-2411.00640, section 2.2. Ratios are linearised (Cochran 1977, Sampling Techniques, section 6.3).
+2411.00640, section 2.2. A drop is a ratio of sums, linearised as in Cochran 1977, Sampling Techniques, section 6.3.
+With equally many pairs per scene the intervals cover as they say, from two scenes on; with 1 to 9 pairs in each of 3 to
+8 scenes they cover in about 92 % instead of 95 % (tests/measure/test_intervals.py).
 """
 
 from __future__ import annotations
@@ -58,18 +60,9 @@ def drop_interval(
         if any(mine):
             raise ValueError(f"the drop is undefined: the teacher's value is 0 and the model's is {math.fsum(mine)}")
         return Interval(0.0, 0.0, 0.0, len(set(groups)))
-    ratio = math.fsum(mine) / total
-    residuals = _sums([m - ratio * t for m, t in zip(mine, teacher, strict=True)], groups)
-    value = 100 * (ratio - 1)
-    half = _half(residuals, level)
-    if half is None:
-        low = high = None
-    else:
-        half *= 100 / abs(total)
-        low, high = value - half, value + half
-    if higher_is_better:
-        value, low, high = -value, None if high is None else -high, None if low is None else -low
-    return Interval(value + 0.0, low, high, len(residuals))
+    found = _ratio(mine, teacher, groups, level)
+    sign = -1 if higher_is_better else 1
+    return _around(100 * sign * (found.value - 1), None if found.half is None else 100 * found.half, found.groups)
 
 
 def mean_interval(values: Sequence[float], groups: Sequence[Hashable], level: float = LEVEL) -> Interval:
@@ -79,13 +72,7 @@ def mean_interval(values: Sequence[float], groups: Sequence[Hashable], level: fl
     """
     if len(values) != len(groups) or not values:
         raise ValueError(f"needs equally many values and groups, got {len(values)} and {len(groups)}")
-    mean = math.fsum(values) / len(values)
-    residuals = _sums([value - mean for value in values], groups)
-    half = _half(residuals, level)
-    if half is None:
-        return Interval(mean, None, None, len(residuals))
-    half /= len(values)
-    return Interval(mean, mean - half, mean + half, len(residuals))
+    return _ratio(values, [1.0] * len(values), groups, level)
 
 
 def difference_interval(
@@ -103,18 +90,11 @@ def difference_interval(
     """
     if not len(one) == len(other) == len(teacher) == len(groups) or not one:
         raise ValueError("needs equally many values of both models, of the teacher, and groups")
-    total = math.fsum(teacher)
-    if total == 0:
+    if math.fsum(teacher) == 0:
         raise ValueError("the difference is undefined: the teacher's values are 0")
-    differences = [a - b for a, b in zip(one, other, strict=True)]
-    ratio = math.fsum(differences) / total
-    residuals = _sums([d - ratio * t for d, t in zip(differences, teacher, strict=True)], groups)
-    value, half = 100 * ratio, _half(residuals, level)
+    found = _ratio([a - b for a, b in zip(one, other, strict=True)], teacher, groups, level)
     sign = -1 if higher_is_better else 1
-    if half is None:
-        return Interval(sign * value, None, None, len(residuals))
-    half *= 100 / abs(total)
-    return Interval(sign * value, sign * value - half, sign * value + half, len(residuals))
+    return _around(100 * sign * found.value, None if found.half is None else 100 * found.half, found.groups)
 
 
 def median_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
@@ -146,19 +126,29 @@ def groups_to_decide(interval: Interval, limit: float) -> int | None:
     return math.ceil(needed) if needed < 1e9 else None
 
 
+def _ratio(parts: Sequence[float], wholes: Sequence[float], groups: Sequence[Hashable], level: float) -> Interval:
+    """Gives sum(parts) / sum(wholes) with its interval: se = sqrt(n / (n - 1) sum r_g^2) / sum(wholes), where r_g is
+    the sum of p - ratio w over group g. No interval for a single group."""
+    total = math.fsum(wholes)
+    ratio = math.fsum(parts) / total
+    residuals = _sums([p - ratio * w for p, w in zip(parts, wholes, strict=True)], groups)
+    count = len(residuals)
+    if count < 2:
+        return Interval(ratio, None, None, count)
+    error = math.sqrt(count / (count - 1) * math.fsum(r * r for r in residuals)) / abs(total)
+    return _around(ratio, t_quantile(0.5 + level / 2, count - 1) * error, count)
+
+
+def _around(value: float, half: float | None, groups: int) -> Interval:
+    value += 0.0  # -0.0 would print as one
+    return Interval(value, None, None, groups) if half is None else Interval(value, value - half, value + half, groups)
+
+
 def _sums(values: Sequence[float], groups: Sequence[Hashable]) -> list[float]:
     found: dict[Hashable, list[float]] = {}
     for value, group in zip(values, groups, strict=True):
         found.setdefault(group, []).append(value)
     return [math.fsum(each) for each in found.values()]
-
-
-def _half(residuals: Sequence[float], level: float) -> float | None:
-    """Half the width for a sum whose clusters left these residuals; None for a single cluster."""
-    count = len(residuals)
-    if count < 2:
-        return None
-    return t_quantile(0.5 + level / 2, count - 1) * math.sqrt(count / (count - 1) * math.fsum(r * r for r in residuals))
 
 
 @cache

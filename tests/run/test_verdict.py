@@ -9,19 +9,28 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pqk.run.verdict import Measured, judge_quantized
+from pqk.measure.intervals import Interval
+from pqk.run.verdict import Measured, judge_drop, judge_quantized
 from pqk.spec.evaluation import Thresholds, load_evaluation
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LIMITS = load_evaluation(REPOSITORY / "configs" / "eval.yaml").thresholds
-GOOD = Measured(drop_pct=0.4, speedup_vs_own_f32=2.6, speedup_vs_best_float=1.3, size_ratio=0.26, int8_share=0.91)
+
+
+def exact(value: float) -> Interval:
+    """A number that is known without error."""
+    return Interval(value, value, value, 8)
+
+
+GOOD = Measured(exact(0.4), exact(2.6), exact(1.3), size_ratio=0.26, int8_share=0.91)
 ORDER = [field.name for field in fields(Measured)]
+NOISY = ("drop_pct", "speedup_vs_own_f32", "speedup_vs_best_float")
 
 # name: (just good enough, just not)
 EDGES = {
-    "drop_pct": (1.0, 1.0001),
-    "speedup_vs_own_f32": (2.0, 1.9999),
-    "speedup_vs_best_float": (1.0, 0.9999),
+    "drop_pct": (exact(1.0), exact(1.0001)),
+    "speedup_vs_own_f32": (exact(2.0), exact(1.9999)),
+    "speedup_vs_best_float": (exact(1.0), exact(0.9999)),
     "size_ratio": (1 / 3.5, 1 / 3.4999),
     "int8_share": (0.80, 0.7999),
 }
@@ -32,7 +41,7 @@ def test_all_good() -> None:
     assert verdict == "pass"
     assert len(sentences) == 5
     assert all(sentence.startswith("ok: ") for sentence in sentences)
-    assert sentences[1] == "ok: t_pair p50 61.5 % below fp32 (at least 50 % below)"
+    assert sentences[1] == "ok: t_pair p50 61.5 % below the model's own f32 (at least 50 % below)"
 
 
 @pytest.mark.parametrize("name", ORDER)
@@ -44,7 +53,7 @@ def test_each_threshold_flips_alone(name: str) -> None:
     assert [s.startswith("FAILED: ") for s in sentences] == [field == name for field in ORDER]
 
 
-@pytest.mark.parametrize("name", ["drop_pct", "speedup_vs_own_f32", "speedup_vs_best_float"])
+@pytest.mark.parametrize("name", NOISY)
 def test_what_was_not_measured_neither_passes_nor_hides_a_failure(name: str) -> None:
     verdict, sentences = judge_quantized(replace(GOOD, **{name: None}), LIMITS)
     assert verdict is None
@@ -54,18 +63,49 @@ def test_what_was_not_measured_neither_passes_nor_hides_a_failure(name: str) -> 
 
 def test_the_slack_against_the_best_float_is_said() -> None:
     slack = LIMITS.model_copy(update={"not_slower_than_best_float_pct": 5.0})
-    slower = replace(GOOD, speedup_vs_best_float=0.96)
+    slower = replace(GOOD, speedup_vs_best_float=exact(0.96))
     assert judge_quantized(slower, LIMITS)[0] == "fail"
     verdict, sentences = judge_quantized(slower, slack)
     assert verdict == "pass"
     assert "(at most 5 % slower)" in sentences[2]
 
 
+@pytest.mark.parametrize("name", NOISY)
+def test_an_interval_on_both_sides_of_its_limit_is_undecided(name: str) -> None:
+    good, bad = EDGES[name]
+    assert isinstance(good, Interval) and isinstance(bad, Interval)
+    low, high = sorted((good.value, bad.value))
+    for value in (low, high):  # whatever the number itself would say
+        verdict, sentences = judge_quantized(replace(GOOD, **{name: Interval(value, low, high, 8)}), LIMITS)
+        assert verdict == "undecided"
+        assert [s.startswith("undecided: ") for s in sentences] == [field == name for field in ORDER]
+    unknown = replace(GOOD, **{name: Interval(good.value, None, None, 1)})
+    assert judge_quantized(unknown, LIMITS)[0] == "undecided"
+    assert judge_quantized(replace(unknown, int8_share=0.1), LIMITS)[0] == "fail"
+    assert judge_quantized(replace(unknown, int8_share=None), LIMITS)[0] is None
+
+
+def test_an_undecided_drop_says_how_many_scenes_would_decide() -> None:
+    drop = Interval(0.5, -2.1, 3.1, 8)
+    assert judge_drop(drop, 1.0) == (
+        "undecided",
+        "8 scenes tell the drop to +-2.6 %; about 217 would decide (drop 0.5 %, at most 1 %)",
+    )
+    assert judge_drop(Interval(0.5, None, None, 1), 1.0)[1].startswith("1 scene tells no interval; at least 2")
+    assert judge_drop(Interval(1.0, 0.5, 1.5, 8), 1.0)[1].startswith("8 scenes tell the drop to +-0.5 %; no number")
+
+
+intervals = st.tuples(st.floats(-100, 100), st.floats(0, 10), st.floats(0, 10)).map(
+    lambda t: Interval(t[0], t[0] - t[1], t[0] + t[2], 8)
+)
+speeds = st.tuples(st.floats(0.01, 100), st.floats(0.5, 1), st.floats(1, 2)).map(
+    lambda t: Interval(t[0], t[0] * t[1], t[0] * t[2], 30)
+)
 measured = st.builds(
     Measured,
-    drop_pct=st.none() | st.floats(-100, 100),
-    speedup_vs_own_f32=st.none() | st.floats(0.01, 100),
-    speedup_vs_best_float=st.none() | st.floats(0.01, 100),
+    drop_pct=st.none() | intervals,
+    speedup_vs_own_f32=st.none() | speeds,
+    speedup_vs_best_float=st.none() | speeds,
     size_ratio=st.floats(0.01, 2),
     int8_share=st.floats(0, 1),
 )
@@ -83,12 +123,15 @@ def test_the_verdict_is_the_conjunction(m: Measured, drop: float, cut: float, ra
     )
     verdict, sentences = judge_quantized(m, limits)
     marks = [sentence.split(":")[0] for sentence in sentences]
-    assert set(marks) <= {"ok", "FAILED", "?"}
+    assert set(marks) <= {"ok", "FAILED", "?", "undecided"}
     assert (verdict == "fail") == ("FAILED" in marks)
     assert (verdict == "pass") == (set(marks) == {"ok"})
+    assert (verdict == "undecided") == (set(marks) in ({"ok", "undecided"}, {"undecided"}))
     assert marks.count("?") == [m.drop_pct, m.speedup_vs_own_f32, m.speedup_vs_best_float].count(None)
     if m.drop_pct is not None:
-        assert (marks[0] == "ok") == (m.drop_pct <= drop)
+        assert m.drop_pct.low is not None and m.drop_pct.high is not None
+        assert (marks[0] == "ok") == (m.drop_pct.high <= drop)
+        assert (marks[0] == "FAILED") == (m.drop_pct.low > drop)
     assert (marks[4] == "ok") == (m.int8_share >= share)
 
 
@@ -98,5 +141,11 @@ def test_a_better_measurement_never_fails_where_a_worse_one_passed(m: Measured, 
         return
     assert m.drop_pct is not None
     assert m.speedup_vs_own_f32 is not None
-    better = replace(m, drop_pct=m.drop_pct - less, speedup_vs_own_f32=m.speedup_vs_own_f32 * faster)
+    drop, speed = m.drop_pct, m.speedup_vs_own_f32
+    assert drop.low is not None and drop.high is not None and speed.low is not None and speed.high is not None
+    better = replace(
+        m,
+        drop_pct=Interval(drop.value - less, drop.low - less, drop.high - less, 8),
+        speedup_vs_own_f32=Interval(speed.value * faster, speed.low * faster, speed.high * faster, 30),
+    )
     assert judge_quantized(better, LIMITS)[0] == "pass"
