@@ -272,6 +272,23 @@ def bench_scenes(
     measure(views, size)
 
 
+@bench_app.command("sampling")
+def bench_sampling(
+    card: Annotated[str, typer.Argument(help="task card whose candidate is measured")] = "B1",
+    backend: Annotated[str, typer.Option(help="one whose engines run here")] = "openvino",
+    views: Annotated[str, typer.Option(help="views of a scene to try, separated by commas")] = "2,3,4,6",
+    scenes: Annotated[int, typer.Option(min=2, help="scenes to measure each on")] = 48,
+    out: Annotated[Path, typer.Option("-o", "--out", help="the table as .csv")] = Path("reports/sampling.csv"),
+) -> None:
+    """Measure how well many scenes of few views, or few of many, tell a drop at equal cost; the last line is JSON."""
+    from pqk.bench.sampling import bench_sampling as measure
+    from pqk.errors import PqkError
+
+    if not all(word.strip().isdigit() for word in views.split(",")):
+        raise PqkError(f"--views {views}: give whole numbers separated by commas, such as 2,3,4,6")
+    measure(card, backend, [int(word) for word in views.split(",")], scenes, out)
+
+
 @bench_app.command("teacher")
 def bench_teacher(
     model: Annotated[str, typer.Option(help="folder, .pth or named model")] = "models/dust3r-tiny",

@@ -292,7 +292,7 @@ def _tools(request: Request, experiment: Experiment, recipe: Sequence[str], root
     if quantizer is not None:
         check_float_rest(experiment.quant.float_rest, backend)
     options = engine_options(experiment, backend.name)
-    if not request.fresh:
+    if not request.fresh and backend.name != "reference":  # which compiles nothing that could be kept
         options["cache_dir"] = str(paths.store(root).parent / "engines")
     return _Tools(backend, quantizer, lowered, baselines_of(backend), options)
 

@@ -2,7 +2,8 @@
 
 The lines are those of `configs/eval.yaml` (`stop_loss`, `early_stop`), as the card tightens them. The training loop
 asks `StopRules.check` as it goes; the runner asks `judge` for the kind of a stop, and `at_end` when the run is over.
-Nothing here trains, and nothing here needs torch. What to do about a failed stage: `pqk.run.rollback`.
+Differences smaller than their own noise decide nothing. Nothing here trains or needs torch.
+What to do about a failed stage: `pqk.run.rollback`.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
+from pqk.measure.intervals import drop_interval
 from pqk.spec.recipe import STAGES, check_stages
 
 if TYPE_CHECKING:
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
     from pqk.spec.evaluation import Evaluation, StopLoss
 
 Kind = Literal["diverged", "over_budget", "drop", "no_improvement", "max_epochs"]
-Checkpoint = Mapping[str, float | None]
+Checkpoint = Mapping[str, Any]
 
 MAIN_LINE = (("K",), ("K", "Q"))
 """Recipes whose whole path is held to the line of K."""
@@ -68,15 +70,49 @@ def stale(history: Sequence[Checkpoint], min_improvement_pct: float) -> int:
     An improvement is a 'score' (lower is better) at least `min_improvement_pct` percent below that of the last
     improvement; the first checkpoint counts as one. So small gains add up until they count. A score that is not finite
     never counts.
+
+    Where checkpoints have the score of each held-out pair ('scores'), their difference is taken pair by pair, with its
+    95 % interval: only one whose interval is below 0 is an improvement, and only one whose interval excludes an
+    improvement counts as none. Between them the noise does not tell, and the rule waits: the count stays.
     """
-    best, count = math.inf, 0
+    best: Checkpoint | None = None
+    count = 0
     for entry in history:
-        score = _score(entry)
-        if math.isfinite(score) and (math.isinf(best) or score < best * (1 - min_improvement_pct / 100)):
-            best, count = score, 0
-        else:
+        if not math.isfinite(_score(entry)):
             count += 1
+        elif best is None:
+            best, count = entry, 0
+        else:
+            better, worse = _improved(entry, best, min_improvement_pct)
+            if better:
+                best, count = entry, 0
+            else:
+                count += worse
     return count
+
+
+def _improved(entry: Checkpoint, best: Checkpoint, least_pct: float) -> tuple[bool, bool]:
+    """Whether `entry` is surely better than `best` by `least_pct`, and whether it surely is not."""
+    enough = _score(entry) < _score(best) * (1 - least_pct / 100)
+    mine, base = entry.get("scores"), best.get("scores")
+    if not mine or not base:
+        return enough, not enough
+    change = drop_interval(mine, base, range(len(base)))
+    if change.low is None or change.high is None:
+        return enough, not enough
+    return enough and change.high < 0, change.low > -least_pct
+
+
+def untold_drop(history: Sequence[Checkpoint], line_pct: float) -> str | None:
+    """Says that the best checkpoint's drop is above a line by less than its own noise; None where it is not."""
+    best = best_checkpoint(history)
+    drop, low = (best.get("drop_pct"), best.get("drop_low")) if best else (None, None)
+    if drop is None or low is None or not low <= line_pct < drop:
+        return None
+    return (
+        f"the drop of {drop:.3g} % on held-out pairs is above the stop-loss line of {line_pct:g} % by less than its "
+        f"noise (at least {low:.3g} %), so it stops nothing"
+    )
 
 
 def best_checkpoint(history: Sequence[Checkpoint]) -> Checkpoint | None:
@@ -99,7 +135,8 @@ class StopRules:
     - **over_budget**: hours of this run times `devices`, plus the card's earlier hours, above
       `gpu_hours_overrun_pct` percent of its budget.
     - **no_improvement**: `no_improve_ckpt` checkpoints in a row without one; see `stale`.
-    - **drop**: the same, where the best checkpoint's drop is above the line. A student that was just cut begins far
+    - **drop**: the same, where the best checkpoint's drop, and the lower end of its interval ('drop_low'), is above the
+      line. A student that was just cut begins far
       above any line and comes down as the rate falls, so a drop alone, while it still shrinks, ends no run; a run that
       lost what it had stops improving too. The run's end is judged by `at_end`.
     - **max_epochs**: more than `max_epochs` epochs, where the run counts in epochs.
@@ -216,7 +253,8 @@ class StopRules:
     def _dropped(self, history: Sequence[Checkpoint], more: str) -> Stop | None:
         best = best_checkpoint(history)
         drop = best.get("drop_pct") if best else None
-        if best is None or drop is None or not drop > self.line_pct:
+        low = best.get("drop_low") if best else None
+        if best is None or drop is None or not (drop if low is None else low) > self.line_pct:
             return None
         return Stop(
             "drop",

@@ -34,7 +34,8 @@ _STAGES = "  stages:\n    - {size: 32, batch: 2, until: 0.80}\n    - {size: 64, 
 SMALLER = {
     "workload.yaml": {
         r"shape: \[1, 3, 512, 512\]": "shape: [1, 3, 64, 64]",
-        r"  test: \{source: synthetic, count: 8, views: 6": "  test: {source: synthetic, count: 2, views: 3",
+        r"(  validation: \{source: synthetic), count: \d+, views: 2": r"\1, count: 2, views: 3",
+        r"(  test: \{source: synthetic), count: \d+, views: 2": r"\1, count: 2, views: 3",
         r"images: 512(?=, views_per_scene: 8)": "images: 8",
     },
     "eval.yaml": {r"min_pairs: 30": "min_pairs: 4", r"warmup: 3": "warmup: 1", r"max_seconds: 20": "max_seconds: 5"},

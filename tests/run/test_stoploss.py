@@ -28,7 +28,7 @@ from pqk.errors import PqkError
 from pqk.run import rollback
 from pqk.run.rollback import ATTENTION, HEADS, TABLE, Move, State, next_move
 from pqk.run.runlog import RunLog
-from pqk.run.stoploss import StopRules, best_checkpoint, drop_line, stale
+from pqk.run.stoploss import StopRules, best_checkpoint, drop_line, stale, untold_drop
 from pqk.spec.evaluation import Evaluation, load_evaluation
 from pqk.spec.keep import split_entry
 from pqk.spec.quant import load_quant
@@ -103,6 +103,37 @@ def test_small_gains_add_up(rules: StopRules) -> None:
     creeping = [0.15 * 0.9995**n for n in range(20)]
     assert rules.check(seen(*creeping)) is None
     assert stale([{"score": s} for s in creeping], 0.1) < 3
+
+
+def entry(*scores: float, **more: float) -> dict[str, Any]:
+    """A checkpoint with the scores of its held-out pairs."""
+    return {"step": 1, "score": sum(scores) / len(scores), "scores": list(scores), **more}
+
+
+def test_differences_within_their_noise_decide_nothing() -> None:
+    """A mean that rises or falls by chance neither counts as an improvement nor as none; a steady change does."""
+    base = (0.10, 0.12, 0.14, 0.16)
+    noisy = [
+        tuple(s * f for s, f in zip(base, factors, strict=True))
+        for factors in ((1.1, 0.9, 1.1, 0.88), (0.9, 1.1, 0.9, 1.12))
+    ]
+    waiting = [entry(*base), *(entry(*scores) for scores in noisy * 3)]
+    assert stale(waiting, 0.1) == 0
+    assert stale([{"score": e["score"]} for e in waiting], 0.1) >= 1  # without the pairs nothing is known of the noise
+    assert stale([entry(*base), *[entry(*(1.01 * s for s in base))] * 3], 0.1) == 3  # 1 % worse in every pair
+    assert stale([entry(*base), entry(*(1.01 * s for s in base)), entry(*(0.99 * s for s in base))], 0.1) == 0
+
+
+def test_a_drop_above_the_line_by_less_than_its_noise_stops_nothing(rules: StopRules) -> None:
+    line = rules.line_pct
+    told, untold = (
+        entry(0.1, 0.1, drop_pct=line + 2, drop_low=line + 1),
+        entry(0.1, 0.1, drop_pct=line + 2, drop_low=line - 1),
+    )
+    assert rules.at_end(Progress(step=9, history=[told])) is not None
+    assert rules.at_end(Progress(step=9, history=[untold])) is None
+    assert untold_drop([told], line) is None
+    assert "by less than its noise" in (untold_drop([untold], line) or "")
 
 
 def test_drop_ends_no_run_that_still_improves(rules: StopRules) -> None:

@@ -1,0 +1,98 @@
+"""Measures how to spend the evaluation: many scenes with few pairs, or few scenes with many, at equal cost."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pqk import paths
+from pqk.errors import PqkError
+from pqk.files import write_text
+from pqk.measure.intervals import t_quantile
+from pqk.run import stages
+from pqk.run.candidate import Outcome
+from pqk.run.prepare import Request
+from pqk.run.runner import run
+from pqk.run.scores import drop_of
+from pqk.run.splits import Split
+
+SEED = 700
+"""Base seed of the validation scenes that are looked at here: apart from those of every run and training."""
+BASIS = (8, 6)
+"""Scenes and views whose inference is the budget: 72 pairs of the neighbour graph with k = 4."""
+
+
+@dataclass(frozen=True)
+class Design:
+    """Scenes of so many views, measured on `scenes` of them.
+
+    pairs: of one scene. half: of the drop's 95 % interval in percent, as measured. cost: inference of one scene, in
+    scenes of BASIS. affordable: scenes for the budget of BASIS. expected: half with that many scenes.
+    """
+
+    views: int
+    scenes: int
+    pairs: float
+    drop: float
+    half: float
+    cost: float
+    affordable: int
+    expected: float
+
+
+def bench_sampling(card: str, backend: str, views: Sequence[int], scenes: int, out: Path) -> list[Design]:
+    """Measures the drop of a card's candidate on scenes of each number of views, and what the budget buys of each.
+
+    Prints a table, its last line as JSON, and writes `out` (.csv). Raises PqkError for fewer than two scenes and for a
+    metric that tells no drop.
+    """
+    if scenes < 2 or min(views) < 2:
+        raise PqkError("bench sampling needs at least 2 scenes of at least 2 views")
+    root = paths.project_root()
+    outcome = run(Request(card, backend, qat=False), root, lambda *_: None, print)
+    wanted = dict.fromkeys((BASIS[1], *views))
+    found = {number: _measured(outcome, number, scenes, root) for number in wanted}
+    budget = BASIS[0] * found[BASIS[1]][2]
+    designs = [_design(number, scenes, *found[number], budget) for number in sorted(wanted)]
+    names = list(Design.__dataclass_fields__)
+    rows = [[getattr(design, name) for name in names] for design in designs]
+    write_text(out, "\n".join(",".join(map(str, row)) for row in [names, *rows]) + "\n")
+    print(f"{'views':>5} {'pairs':>6} {'drop %':>7} {'+-':>6} {'scenes for the budget':>22} {'+- then':>8}")
+    for d in designs:
+        print(f"{d.views:5d} {d.pairs:6.1f} {d.drop:7.2f} {d.half:6.2f} {d.affordable:22d} {d.expected:8.2f}")
+    print(json.dumps([design.__dict__ for design in designs]))
+    return designs
+
+
+def _measured(outcome: Outcome, views: int, scenes: int, root: Path) -> tuple[float, float, float, float]:
+    """Drop, half its interval, inference time of one scene for Teacher and candidate in ms, pairs of a scene."""
+    workload = outcome.experiment.workload
+    made = stages.synthetic_scenes(outcome.ctx, "scenes", "validation", scenes, views, SEED, workload, True)
+    split = Split(made, views, True)
+    mine, teacher = (outcome.score(outcome.variants[n], on=split) for n in (-1, 0))
+    drop = drop_of(outcome.metric, mine, teacher, outcome.truthful)
+    if drop is None or drop.half is None:
+        raise PqkError(f"{outcome.metric} tells no drop with an interval here")
+    pairs = len(mine["pairs"]) / scenes
+    time = sum(_time(outcome.records[n], views, pairs) for n in (-1, 0))
+    return drop.value, drop.half, time, pairs
+
+
+def _time(record: dict[str, Any], views: int, pairs: float) -> float:
+    encoder, decoder = record["t_encoder_p50_ms"], record["t_decoder_p50_ms"]
+    if encoder is None or decoder is None:
+        raise PqkError("bench sampling weighs inference by its time, and these engines are emulated: they have none")
+    return float(views * encoder + pairs * decoder)
+
+
+def _design(views: int, scenes: int, drop: float, half: float, time: float, pairs: float, budget: float) -> Design:
+    affordable = math.floor(budget / time + 1e-9)
+    expected = math.nan
+    if affordable >= 2:
+        tails = t_quantile(0.975, affordable - 1) / t_quantile(0.975, scenes - 1)
+        expected = half * math.sqrt(scenes / affordable) * tails
+    return Design(views, scenes, pairs, drop, half, BASIS[0] * time / budget, affordable, expected)
