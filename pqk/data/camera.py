@@ -40,6 +40,7 @@ MODEL_NAMES: dict[int, str] = {number: name for name, (number, _) in CAMERA_MODE
 PINHOLES = ("SIMPLE_PINHOLE", "PINHOLE")
 _FOCAL = {"f", "fx", "fy", "cx", "cy"}
 _LENS = {"k1", "k2", "k3", "k4", "d1", "d2", "d3", "p1", "p2", "sx1", "sy1"}
+LEAST_SEEN = 0.25  # of the pixels of an undistorted image must have a source; real lenses keep nearly all
 _BAND_ROWS = 256  # undistortion works on this many rows at a time, so that 24-megapixel images stay under 1 GB
 
 
@@ -141,13 +142,22 @@ def largest_radius(camera: Camera) -> float:
 def undistort_image(image: np.ndarray, camera: Camera) -> np.ndarray:
     """(H,W,3) uint8 of the distorted camera -> the same size seen by the pinhole camera `camera.K` (bilinear).
 
-    Pixels without a source are black.
+    Pixels without a source are black. Raises PqkError (one sentence, without a file name) when fewer than LEAST_SEEN of
+    the pixels have one: a network would be fed a black picture, and the camera's parameters are wrong.
     """
-    out = np.zeros_like(image)
+    out, seen_pixels = np.zeros_like(image), 0
     for rows, u, v, seen in _sources(camera, image.shape):
+        seen_pixels += int(seen.sum())
         for c in range(3):
             value = map_coordinates(image[..., c], [v - 0.5, u - 0.5], np.float32, order=1, mode="nearest")
             out[rows, :, c] = np.where(seen, np.rint(value), 0)
+    share = seen_pixels / (image.shape[0] * image.shape[1])
+    if share < LEAST_SEEN:
+        raise PqkError(
+            f"undoing the lens distortion of its camera leaves {100 * share:.2g} % of the picture, at least "
+            f"{100 * LEAST_SEEN:.0f} % are needed; check the parameters of camera {camera.camera_id} ({camera.model} "
+            f"{' '.join(f'{value:g}' for value in camera.params)})"
+        )
     return out
 
 

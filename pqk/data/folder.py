@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -10,6 +11,10 @@ from pqk.data.scene import Scene, View
 from pqk.errors import PqkError
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
+OTHER_PICTURES = set(
+    ".heic .heif .hif .avif .jxl .jp2 .j2k .jfif .jpe .mpo .gif .ppm .pgm .pnm .tga .dds .eps .psd .exr .hdr "
+    ".dng .cr2 .cr3 .nef .arw .orf .raf .rw2 .pef .srw .raw".split()
+)  # pictures that are not read; a folder that holds some says so
 MODEL_FOLDERS = ("sparse/0", "sparse", ".")  # where COLMAP and its users put the model, best first
 
 
@@ -18,7 +23,9 @@ def read_images(root: Path) -> Scene | None:
     for folder in (root, root / "images"):
         files = image_files(folder)
         if files:
-            return Scene(root.name, root, tuple(View(file.name, file) for file in files))
+            unread = unread_pictures(folder)
+            notes = (f"{folder}: {unread}; only the {len(files)} others are used",) if unread else ()
+            return Scene(root.name, root, tuple(View(file.name, file) for file in files), notes)
     return None
 
 
@@ -50,6 +57,19 @@ def image_files(folder: Path) -> list[Path]:
     for file in found:
         check_utf8(file.name, str(folder))
     return found
+
+
+def unread_pictures(folder: Path) -> str:
+    """How many pictures directly in a folder are of formats that are not read, in words with a first name; '' if none."""
+    if not folder.is_dir():
+        return ""
+    files = [p for p in folder.iterdir() if p.suffix.lower() in OTHER_PICTURES and not p.name.startswith(".")]
+    if not files:
+        return ""
+    kinds = Counter(path.suffix.lower()[1:].upper() for path in files)
+    named = " and ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+    first = min(path.name for path in files).encode("utf-8", "backslashreplace").decode()
+    return f"{named} not read ({first}{', ...' if len(files) > 1 else ''}), convert to JPEG or PNG"
 
 
 def existing(path: Path) -> Path | None:

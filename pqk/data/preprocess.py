@@ -88,8 +88,9 @@ def fit_to_shape(
         K = np.diag([new_width / old_width, new_height / old_height, 1.0]) @ view.K
         K[:2, 2] -= (left, top)
 
-    depth, mask = view.load_depth(), view.load_mask()
+    depth = view.load_depth()
     if depth is not None:
+        mask = view.load_mask()
         if mask is not None:
             depth = np.where(mask, depth, np.float32(0))
         rows = _nearest(top, height, old_height, new_height)

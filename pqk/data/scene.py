@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from pqk.data.camera import Camera, undistort_image, undistort_nearest
+from pqk.data.depth import measured_depth
+from pqk.data.picture import read_picture, upright
 from pqk.errors import PqkError
 
 log = logging.getLogger(__name__)
@@ -29,28 +31,31 @@ class View:
     K: np.ndarray | None = None  # (3,3) float64, pinhole
     world_to_cam: np.ndarray | None = None  # (4,4) float64, metres
     depth_path: Path | None = None  # raw little-endian float32, row-major H*W, metres along z; 0 or inf = unmeasured
-    mask_path: Path | None = None  # 8-bit image, 0 = ignore (or the reverse, see mask_marks_ignored)
+    mask_path: Path | None = None  # one 8-bit value a pixel, 0 = ignore (or the reverse, see mask_marks_ignored)
     distortion: Camera | None = None
     size: tuple[int, int] | None = None  # (height, width) that the camera file declares
     mask_marks_ignored: bool = False  # ETH3D: any value but 0 = ignore
 
     def load_image(self) -> np.ndarray:
-        """(H,W,3) uint8 RGB. Raises PqkError for a missing, damaged or non-8-bit image, or one of the wrong size.
+        """(H,W,3) uint8 RGB. Raises PqkError for what `read_picture` refuses, and for an image of the wrong size or
+        one of whose pixels almost none is left when its lens distortion is undone.
 
         EXIF orientation is applied, except where a calibration belongs to the pixels as they are stored.
         """
-        image = _decode(self.image_path)
-        if image.mode[0] in "IF":
-            raise PqkError(f"{self.image_path}: pixels of mode {image.mode} are not 8-bit; convert it to 8-bit RGB")
-        upright = self._upright(image)
-        pixels = np.asarray(upright.convert("RGB"))
-        return pixels if self.distortion is None else undistort_image(pixels, self.distortion)
+        pixels = np.asarray(self._oriented(*_decode(self.image_path)).convert("RGB"))
+        if self.distortion is None:
+            return pixels
+        try:
+            return undistort_image(pixels, self.distortion)
+        except PqkError as error:
+            raise PqkError(f"{self.image_path}: {error}") from error
 
     def load_depth(self) -> np.ndarray | None:
         """(H,W) float32, metres along the optical axis, 0 = no measurement; None without a depth file.
 
-        Infinite and non-positive values mean no measurement. Raises PqkError when the file is missing, when its size
-        is not 4*H*W bytes, and when it holds NaN, which no writer of this format uses and so points at a bug.
+        Infinite and non-positive values and far planes mean no measurement (`pqk.data.depth`). Raises PqkError when the
+        file is missing, when its size is not 4*H*W bytes, when it holds NaN, which no writer of this format uses and so
+        points at a bug, and when its numbers are no lengths in metres.
         """
         if self.depth_path is None:
             return None
@@ -64,25 +69,25 @@ class View:
                 f"{self.depth_path}: the depth file has {len(raw)} bytes, expected {4 * height * width} "
                 f"({width}x{height} float32 values, the size of {self.image_path.name})"
             )
-        depth = np.frombuffer(raw, dtype="<f4").reshape(height, width).astype(np.float32)
-        bad = int(np.isnan(depth).sum())
-        if bad:
-            raise PqkError(f"{self.depth_path}: {bad} of {depth.size} depth values are NaN; write 0 or inf instead")
-        depth[~np.isfinite(depth) | (depth <= 0)] = 0
+        try:
+            depth = measured_depth(np.frombuffer(raw, dtype="<f4").reshape(height, width))
+        except PqkError as error:
+            raise PqkError(f"{self.depth_path}: {error}") from error
         return depth if self.distortion is None else undistort_nearest(depth, self.distortion)
 
     def load_mask(self) -> np.ndarray | None:
         """(H,W) bool, False = ignore; None when nothing is to be ignored.
 
-        Where the image was undistorted, pixels without a source are ignored too. Raises PqkError for a missing or
-        damaged file and for a size that is not the image's.
+        A palette image is judged by its indices, an RGB image by whether any channel is above 0. Where the image was
+        undistorted, pixels without a source are ignored too. Raises PqkError for a missing or damaged file, for pixels
+        of another kind (with transparency, say) and for a size that is not the image's.
         """
         if self.mask_path is None and self.distortion is None:
             return None
         shape = self._stored_shape()
         keep = np.ones(shape, dtype=bool)
         if self.mask_path is not None:
-            values = np.asarray(_decode(self.mask_path).convert("L"))
+            values = _mask_values(self.mask_path)
             if values.shape != shape:
                 raise PqkError(
                     f"{self.mask_path}: the mask has {values.shape[1]}x{values.shape[0]} pixels, "
@@ -91,14 +96,14 @@ class View:
             keep = (values == 0) if self.mask_marks_ignored else (values != 0)
         return keep if self.distortion is None else undistort_nearest(keep, self.distortion)
 
-    def _upright(self, image: Image.Image) -> Image.Image:
-        """The image in the orientation its calibration was made for; without a calibration, as EXIF says."""
-        turned = ImageOps.exif_transpose(image)
+    def _oriented(self, image: Image.Image, orientation: int) -> Image.Image:
+        """The image as its calibration was made for, which is as stored; without a calibration, as EXIF says."""
+        turned = upright(image, orientation)
         if self.K is None:
             return turned
         if self.size is None or image.size[::-1] == self.size:
             return image
-        if turned.size[::-1] == self.size:
+        if turned.size[::-1] == self.size:  # the program that calibrated looked at EXIF
             return turned
         raise PqkError(
             f"{self.image_path}: the image has {image.size[0]}x{image.size[1]} pixels, "
@@ -106,10 +111,10 @@ class View:
         )
 
     def _stored_shape(self) -> tuple[int, int]:
-        """(height, width) of the files on disk, from the camera or the image's header."""
+        """(height, width) of the files on disk, from the camera or the image."""
         if self.size is not None:
             return self.size
-        width, height = self._upright(_decode(self.image_path)).size
+        width, height = self._oriented(*_decode(self.image_path)).size
         return height, width
 
 
@@ -141,7 +146,8 @@ def open_scene(path: Path | str) -> Scene:
     scene = _open(root)
     if scene is None:
         raise PqkError(
-            f"{root}: no scene here; expected images, or images/ with a COLMAP model in sparse/0, or the ETH3D layout"
+            f"{root}: no scene here{_unread(root)}; expected images, or images/ with a COLMAP model in sparse/0, "
+            "or the ETH3D layout"
         )
     return scene
 
@@ -156,11 +162,11 @@ def open_scenes(path: Path | str) -> list[Scene]:
     for folder in sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")):
         scene = _open(folder)
         if scene is None:
-            log.warning("%s holds no scene, skipped", folder)
+            log.warning("%s holds no scene, skipped%s", folder, _unread(folder))
         else:
             scenes.append(scene)
     if not scenes:
-        raise PqkError(f"{root}: no scene here, and none in its subfolders")
+        raise PqkError(f"{root}: no scene here, and none in its subfolders{_unread(root)}")
     return scenes
 
 
@@ -172,6 +178,14 @@ def _open(root: Path) -> Scene | None:
     return eth3d.read(root) or folder.read_colmap_project(root) or folder.read_images(root)
 
 
+def _unread(root: Path) -> str:
+    """What a folder without a scene holds in pictures that are not read, as the end of a sentence; '' if nothing."""
+    from pqk.data.folder import unread_pictures
+
+    found = unread_pictures(root) or unread_pictures(root / "images")
+    return f" ({found})" if found else ""
+
+
 def _folder(path: Path | str) -> Path:
     root = Path(path)
     if not root.exists():
@@ -181,17 +195,21 @@ def _folder(path: Path | str) -> Path:
     return root.resolve()
 
 
-def _decode(path: Path) -> Image.Image:
-    """Read and decode an image file completely."""
+def _decode(path: Path) -> tuple[Image.Image, int]:
+    """The stored pixels and the EXIF orientation of an image file."""
     try:
-        with Image.open(path) as image:
-            image.load()
-            return image
-    except FileNotFoundError as error:
-        raise PqkError(f"{path}: the image does not exist") from error
-    except UnidentifiedImageError as error:
-        raise PqkError(f"{path}: not an image, or in a format that is not supported") from error
-    except Image.DecompressionBombError as error:
-        raise PqkError(f"{path}: the image is too large ({error})") from error
-    except (OSError, ValueError, SyntaxError, EOFError) as error:
-        raise PqkError(f"{path}: the image is damaged ({error})") from error
+        return read_picture(path)
+    except ValueError as error:
+        raise PqkError(str(error)) from error
+
+
+def _mask_values(path: Path) -> np.ndarray:
+    """(H,W), one number a pixel."""
+    image = _decode(path)[0]
+    if image.mode == "RGB":
+        return np.asarray(image).max(axis=2)
+    if image.mode not in ("1", "L", "P"):
+        raise PqkError(
+            f"{path}: a mask is one value a pixel (grey, palette or RGB); pixels of mode {image.mode} are not"
+        )
+    return np.asarray(image)

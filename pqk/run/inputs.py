@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator
 from copy import copy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -98,4 +99,5 @@ class CalibrationImages:
 
     def __iter__(self) -> Iterator[np.ndarray]:
         for view in self.views:
-            yield fit_to_shape(View(view.name, view.image_path), *self.shape).image[None]
+            # with its camera, so that it is undistorted and oriented as the pictures of an evaluation are
+            yield fit_to_shape(replace(view, depth_path=None, mask_path=None), *self.shape).image[None]
