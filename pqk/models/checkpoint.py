@@ -6,12 +6,14 @@ import argparse
 import ast
 import json
 import math
+import os
 import pickle
 import zipfile
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -59,6 +61,18 @@ def load_model(path: Path | str) -> Any:
         raise PqkError(f"{path}: {error}") from error
     load_weights(model, weights, str(origin))
     return model.eval()
+
+
+def model_name(path: Path | str) -> str:
+    """The name of a model's file or folder as the user knows it: links are not followed.
+
+    A cache of the Hugging Face Hub links snapshots/REVISION/FILE to a blob that is named by its hash. A folder that is
+    such a snapshot has the name of its repository's folder, models--ORGANISATION--NAME.
+    """
+    absolute = Path(os.path.normpath(Path(path).absolute()))
+    if absolute.parent.name == "snapshots" and absolute.parents[1].name.startswith("models--"):
+        return absolute.parents[1].name
+    return absolute.name
 
 
 def save_model(model: Any, folder: Path | str, dtype: str = "float32", card: dict[str, Any] | None = None) -> Path:
@@ -113,11 +127,11 @@ def _read_folder(folder: Path) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
 
 
 def _read_pth(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Configuration and weights of an official checkpoint; only tensors, plain data and argparse.Namespace are read."""
+    """Configuration and weights of an official checkpoint; only tensors, plain data and `_harmless` types are read."""
     if path.suffix == ".safetensors":
         raise PqkError(f"{path}: give the folder that holds {CONFIG} and {WEIGHTS}, not the weights file")
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(_harmless()):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None)
     except pickle.UnpicklingError as error:
         if "GLOBAL " in str(error):
@@ -142,6 +156,24 @@ def _read_pth(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         return parse_constructor(text), dict(weights)
     except PqkError as error:
         raise PqkError(f"{path}: {error}") from error
+
+
+def _harmless() -> list[Any]:
+    """Types beyond torch's own that a checkpoint may hold beside its weights, with the names that pickles call them by.
+
+    argparse.Namespace, as official files keep their settings; numpy's scalars (a best loss); and paths, which become
+    pure ones: they name a place and cannot open it, and a Windows path is read on Linux too.
+    """
+    scalar: Any = np.float64(0).__reduce__()[0]  # type: ignore[index]
+    types = {type(np.dtype(code)) for code in (*np.typecodes["All"].replace("O", "").replace("V", ""),)}
+    paths = [
+        (pure, f"{module}.{name}{kind}Path")
+        for pure, kind in ((PurePosixPath, "Posix"), (PureWindowsPath, "Windows"))
+        for module in ("pathlib", "pathlib._local")
+        for name in ("", "Pure")
+    ]
+    scalars = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    return [argparse.Namespace, np.dtype, *types, *scalars, *paths]
 
 
 def parse_constructor(text: str) -> dict[str, Any]:

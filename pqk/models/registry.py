@@ -21,6 +21,8 @@ _UNUSED = (".refinenet4.resConfUnit1.", "mask_token")
 """Weights of the official files that no result depends on; a file may lack them."""
 _FOREIGN = ("prediction_head.", "enc_pos_embed", "dec_pos_embed")
 """Keys of pretraining files that have no place here."""
+_WRAPPERS = {"module.": "DataParallel or DistributedDataParallel", "_orig_mod.": "torch.compile"}
+"""Prefixes of keys, and what puts them there."""
 
 
 def empty_model(family: str, config: Mapping[str, Any]) -> nn.Module:
@@ -65,9 +67,16 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], origin: str) -
     """Give the model copies of the weights, in float32; `origin` names their source in error messages.
 
     Both spellings of tied DPT layers are accepted, a missing second decoder is copied from the first, dead and foreign
-    keys may be absent or present. Raises PqkError listing missing, unexpected or wrongly shaped keys.
+    keys may be absent or present. Raises PqkError listing missing, unexpected or wrongly shaped keys, for keys that a
+    wrapper of the network put a prefix before, and for a weight that is not dense, floating and finite, naming it.
     """
     given = dict(weights)
+    for prefix, wrapper in _WRAPPERS.items():
+        if given and all(key.startswith(prefix) for key in given):
+            raise PqkError(
+                f"{origin}: every key begins with {prefix!r}, as {wrapper} leaves it; "
+                f"save the state_dict of the network inside (its {prefix[:-1]}) instead"
+            )
     if not any(key.startswith("dec_blocks2") for key in given):
         for key in [key for key in given if key.startswith("dec_blocks.")]:
             given[key.replace("dec_blocks.", "dec_blocks2.", 1)] = given[key]
@@ -86,10 +95,28 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], origin: str) -
         shapes = f"{tuple(given[wrong[0]].shape)} instead of {tuple(expected[wrong[0]].shape)}"
         raise PqkError(f"{origin} has {len(wrong)} weights of another shape, first {wrong[0]}: {shapes}")
     complete = {
-        key: given[key].detach().to("cpu", torch.float32, copy=True) if key in given else torch.zeros(empty.shape)
+        key: _as_float32(given[key], key, origin) if key in given else torch.zeros(empty.shape)
         for key, empty in expected.items()
     }
     model.load_state_dict(complete, strict=True, assign=True)
+
+
+def _as_float32(weight: Tensor, key: str, origin: str) -> Tensor:
+    """A copy in float32 on the CPU. Raises PqkError for what is no weight: quantized, sparse, meta, integers, NaN."""
+    if weight.is_quantized or not weight.is_floating_point():
+        kind = "a quantized tensor" if weight.is_quantized else "no floating-point tensor"
+        raise PqkError(
+            f"{origin}: {key} is {kind} ({weight.dtype}); give the float checkpoint, pqk quantizes it itself"
+        )
+    if weight.is_meta:
+        raise PqkError(f"{origin}: {key} is a tensor of the meta device, which has a shape but no values; save it again")
+    if weight.layout != torch.strided or weight.is_nested:
+        raise PqkError(f"{origin}: {key} is not a dense tensor (its layout is {weight.layout}); save it dense")
+    copy = weight.detach().to("cpu", torch.float32, copy=True)
+    bad = copy.numel() - int(torch.isfinite(copy).sum())
+    if bad:
+        raise PqkError(f"{origin}: {bad} of the {copy.numel()} values of {key} are NaN or infinite (in float32)")
+    return copy
 
 
 def _other_name(key: str) -> str:

@@ -15,7 +15,7 @@ from backends.base import Graph, sha256_files
 from pqk import paths
 from pqk.errors import PqkError
 from pqk.files import clear_write_errors, sha256_file, sha256_json, whole_folder, write_json
-from pqk.models.checkpoint import CARD, CONFIG, load_model
+from pqk.models.checkpoint import CARD, CONFIG, load_model, model_name
 from pqk.record.freeze import safe_name
 from pqk.run.prepare import commit_of, count_parameters
 from pqk.run.variants import graph_from_json, graph_to_json
@@ -89,7 +89,7 @@ def open_checkpoint(asked: str | Path, root: Path) -> Checkpoint:
     weights = sorted(path.glob("*.safetensors")) if path.is_dir() else []
     if isinstance(card.get("sha256"), str) and card["sha256"] not in {sha256_file(file) for file in weights}:
         raise PqkError(f"{path / CARD} tells of other weights (sha256 {card['sha256']}) than those beside it")
-    name = path.resolve().name if path.is_dir() else path.resolve().stem
+    name = model_name(path) if path.is_dir() else Path(model_name(path)).stem
     return Checkpoint(loadable.resolve(), name, digest, card, path.resolve())
 
 

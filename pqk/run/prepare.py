@@ -17,7 +17,7 @@ from pqk import __version__, paths
 from pqk.cores import allowed_cores, cpu_name
 from pqk.errors import PqkError, nearest
 from pqk.files import sha256_file, sha256_json
-from pqk.models.checkpoint import load_model
+from pqk.models.checkpoint import load_model, model_name
 from pqk.run import stages
 from pqk.run.stages import Context
 from pqk.run.store import OnEvent, Store
@@ -167,7 +167,7 @@ def load_teacher(asked: str | None, root: Path) -> tuple[Model, Any]:
     model = load_model(asked)
     if asked.startswith("random:"):
         return Model(asked, asked, sha256_json({"random": asked, "code": stages.code_of(*_RANDOM_CODE)})), model
-    return describe(Path(asked), Path(asked).resolve().name), model
+    return describe(Path(asked), model_name(asked)), model
 
 
 def describe(path: Path, name: str) -> Model:
