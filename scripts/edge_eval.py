@@ -23,11 +23,19 @@ import platform
 import re
 import sys
 import time
+import warnings
+from collections import Counter
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from edge_power import PowerMeter
+
+try:
+    from PIL import Image, UnidentifiedImageError
+except ImportError:  # only --images needs it
+    Image = None
 
 FORMAT = 1  # of the manifest
 IN_THE_GRAPH = ("f32", "int8", "fp8", "int4")  # precisions that an ONNX graph itself says
@@ -36,6 +44,7 @@ MEND = (
     "without a GPU pip install openvino"
 )
 PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
+LONGEST = 20  # long side of a picture over its short one, at most
 
 
 class EdgeError(Exception):
@@ -266,28 +275,102 @@ def load_images(folder: Path | None, how: dict) -> tuple[list[np.ndarray], str]:
     if folder is None:
         noise = np.random.default_rng(0).integers(0, 256, (2, height, width, 3), dtype=np.uint8)
         return [normalised(pixels, how) for pixels in noise], "two images of noise"
-    files = sorted(p for p in folder.glob("*") if p.suffix.lower() in PICTURES and not p.name.startswith("."))
-    if len(files) < 2:
-        raise EdgeError(f"--images {folder}: it holds {len(files)} pictures, a pair needs 2")
     try:
-        from PIL import Image, ImageOps
-    except ImportError:
-        raise EdgeError(
-            "reading pictures needs Pillow (pip install pillow); without --images noise is fed", 3
-        ) from None
+        found = sorted(p for p in folder.iterdir() if not p.name.startswith(".") and p.is_file())
+    except OSError as error:
+        raise EdgeError(f"--images {folder}: cannot be read ({error.strerror})") from None
+    files = [p for p in found if p.suffix.lower() in PICTURES]
+    kinds = Counter(p.suffix.lower()[1:].upper() or "no suffix" for p in found if p not in files)
+    others = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(5)).encode("ascii", "replace").decode()
+    if len(files) < 2:
+        unread = f" (not read: {others})" if others else ""
+        raise EdgeError(f"--images {folder}: it holds {len(files)} pictures{unread}, a pair needs 2")
+    if Image is None:
+        raise EdgeError("reading pictures needs Pillow (pip install pillow); without --images noise is fed", 3)
     images = []
     for file in files:
         try:
-            picture = ImageOps.exif_transpose(Image.open(file)).convert("RGB")
-        except (OSError, ValueError) as error:
-            raise EdgeError(f"{file}: not a readable picture ({error})") from None
+            picture = upright(*read_picture(file)).convert("RGB")
+        except ValueError as error:
+            raise EdgeError(str(error)) from None
+        if max(picture.size) > LONGEST * min(picture.size):
+            raise EdgeError(f"{file}: its long side may be at most {LONGEST} times the short one, it is {picture.size}")
         scale = max(height / picture.height, width / picture.width)
         size = (max(width, round(picture.width * scale)), max(height, round(picture.height * scale)))
         kernel = Image.Resampling.LANCZOS if max(picture.size) > max(size) else Image.Resampling.BICUBIC
         left, top = (size[0] - width) // 2, (size[1] - height) // 2
         pixels = np.asarray(picture.resize(size, kernel))[top : top + height, left : left + width]
         images.append(normalised(pixels, how))
-    return images, f"{len(images)} pictures"
+    return images, f"{len(images)} pictures" + (f" (not read: {others})" if others else "")
+
+
+# The next three functions are those of pqk's own reader (pqk/data/picture.py).
+
+
+def read_picture(path: Path | str) -> tuple[Image.Image, int]:
+    """Returns the pixels of a picture as they are stored, and its orientation: EXIF tag 274, 1 to 8, else 1.
+
+    JPEG (with MPO), PNG, WEBP, BMP and TIFF are opened, recognised by their content whatever the name of the file:
+    other readers of Pillow start programs (EPS) or crash on damaged files. Of several pictures in a file the first
+    counts.
+    Raises ValueError in one sentence for a file that cannot be read, is no such picture, is damaged, is too large
+    (Pillow's limit, 179 million pixels), has more than 8 bits per channel, or has no colours that become RGB.
+    """
+    image: Any
+    try:
+        with Path(path).open("rb") as stream, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about broken EXIF, and about pictures half as large as the limit
+            # A stream, as Pillow may map the file of a path into memory, and then mixes up the sides of a turned TIFF.
+            with Image.open(stream, formats=("JPEG", "PNG", "WEBP", "BMP", "TIFF")) as image:
+                bits, orientation = 8, 1
+                if image.format == "TIFF":
+                    bits, orientation = max(image.tag_v2.get(258, (1,))), exif_orientation(image)
+                    image.load_end = lambda: None  # would turn the pixels
+                elif image.format == "PNG" and any(";16" in str(tile) for tile in image.tile):
+                    bits = 16
+                image.load()
+                if image.format != "TIFF":  # a PNG may have its EXIF behind the pixels
+                    orientation = exif_orientation(image)
+                stored = image.copy()
+    except FileNotFoundError:
+        raise ValueError(f"{path}: the image does not exist") from None
+    except UnidentifiedImageError:
+        raise ValueError(f"{path}: not an image, or not 8-bit JPEG, PNG, WEBP, BMP or TIFF, which are read") from None
+    except (Image.DecompressionBombError, MemoryError) as error:
+        raise ValueError(f"{path}: the image is too large ({str(error) or 'out of memory'})") from None
+    except Exception as error:  # what Pillow raises for a damaged file is not limited to a few kinds
+        if isinstance(error, OSError) and error.strerror:  # from the system
+            raise ValueError(f"cannot read {path}: {error.strerror.lower()}") from None
+        raise ValueError(f"{path}: the image is damaged ({str(error) or type(error).__name__})") from None
+    if bits > 8 or stored.mode[0] in "IF":
+        raise ValueError(f"{path}: the image has {bits} bits per channel, not 8-bit pixels; convert it to 8-bit RGB")
+    if stored.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"):
+        raise ValueError(f"{path}: the image has pixels of mode {stored.mode}; convert it to 8-bit RGB")
+    return stored, orientation
+
+
+def exif_orientation(image: Image.Image) -> int:
+    """Returns EXIF tag 274 of an open picture, 1 to 8; 1 where there is none or EXIF is broken. Reads no other tag."""
+    try:
+        found = image.getexif().get(274)
+    except Exception:  # what Pillow raises for broken EXIF is not limited to a few kinds
+        return 1
+    return found if isinstance(found, int) and 1 <= found <= 8 else 1
+
+
+def upright(image: Image.Image, orientation: int) -> Image.Image:
+    """Returns a stored picture as its orientation (EXIF tag 274) asks to look at it."""
+    turn = Image.Transpose
+    turns = {
+        2: turn.FLIP_LEFT_RIGHT,
+        3: turn.ROTATE_180,
+        4: turn.FLIP_TOP_BOTTOM,
+        5: turn.TRANSPOSE,
+        6: turn.ROTATE_270,
+        7: turn.TRANSVERSE,
+        8: turn.ROTATE_90,
+    }
+    return image.transpose(turns[orientation]) if orientation in turns else image
 
 
 def normalised(pixels: np.ndarray, how: dict) -> np.ndarray:
@@ -430,8 +513,10 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 def check_out(path: Path) -> None:
     """Raises EdgeError when the record cannot be written there, or something else lies there."""
-    if path.suffix != ".json" or not path.parent.is_dir():
+    if path.suffix != ".json" or not os.path.isdir(path.parent):  # noqa: PTH112 (raises nothing where it may not look)
         raise EdgeError(f"--out {path}: give the name of a .json file in a folder that exists, such as logs/edge.json")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise EdgeError(f"--out {path}: this folder cannot be written to")
     if path.exists():
         try:
             known = "exp_id" in json.loads(path.read_text(encoding="utf-8"))
@@ -452,12 +537,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--warmup", type=int, default=3, help="pairs before timing begins (default 3)")
     parser.add_argument("--runtime", choices=("auto", *RUNTIMES), default="auto", help="default: what fits the export")
     asked = parser.parse_args(arguments)
+    with contextlib.suppress(AttributeError):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path that it cannot encode must not end the script
     try:
         if asked.pairs < 1 or not 0 <= asked.seconds < float("inf"):
             raise EdgeError("--pairs must be at least 1, and --seconds a number from 0")
         check_out(asked.out)
         record = evaluate(asked)
-        write_atomically(asked.out, (json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+        content = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        try:
+            write_atomically(asked.out, content.encode())
+        except EdgeError:
+            print(json.dumps(record))  # a finished timing is not lost
+            raise
     except EdgeError as error:
         print(f"edge_eval: {' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_code

@@ -1,6 +1,7 @@
 """Power and throttling while something runs: what tegrastats, nvidia-smi, RAPL and the kernel's counters tell.
 
-Used by edge_eval.py, which lies beside it; the standard library is enough. What a device does not tell is None.
+Used by edge_eval.py, which lies beside it; the standard library is enough. What a device does not tell is None. A power
+tool that fails in any way (does not start, ends early, hangs, has to be killed) costs the power, never the measurement.
 Formats read here:
 
 - tegrastats: "NVIDIA Jetson Linux Developer Guide", tegrastats utility, table of reported statistics;
@@ -15,8 +16,11 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
+import os
 import re
 import shutil
+import signal
 import subprocess
 import threading
 import time
@@ -26,16 +30,21 @@ TOTAL_RAILS = ("VDD_IN", "POM_5V_IN", "VIN")  # the whole module; where there is
 PART_OF_ANOTHER = ("VDDQ_VDD2_1V8AO", "NC")  # fed from VIN_SYS_5V0; and inputs that are not connected
 LOWERED_CLOCKS = 0x4 | 0x8 | 0x20 | 0x40 | 0x80  # power cap, hardware, software thermal, hardware thermal, power brake
 NVIDIA_SMI_INTERVAL_MS, TEGRASTATS_INTERVAL_MS, RAPL_INTERVAL_S = 100, 100, 0.1
+ANSWER_S, END_S = 20.0, 3.0  # how long a tool may take to answer a query, and to end when it is asked to
 
 
 # Parsers. All take text that may be cut anywhere, and give None for what is not there.
 
 
 def parse_tegrastats(line: str) -> dict:
-    """One line -> rails {name: W, as it is now}, gpu_load (percent or None), gpu_mhz (or None)."""
+    """One line -> rails {name: W, as it is now}, gpu_load (percent or None), gpu_mhz (or None).
+
+    A rail is "VDD_IN 4943mW/4120mW", now and on average; since L4T R39 a third number follows (the peak), and numbers
+    have had no unit before.
+    """
     rails = {
         name: int(now) / 1000
-        for name, now in re.findall(r"(?<!\S)([A-Z][A-Z0-9_]*) (\d+)(?:mW)?/\d+(?:mW?)?(?=\s|$)", line)
+        for name, now in re.findall(r"(?<!\S)([A-Z][A-Z0-9_]*) (\d{1,9})(?:mW)?(?:/\d*(?:mW?)?){1,2}(?=\s|$)", line)
         if name not in ("RAM", "SWAP", "IRAM")
     }
     load = re.search(r"(?<!\S)GR3D_FREQ (\d+)%(?:@\[?(\d+)(?=[\],\s]))?", line)
@@ -108,46 +117,77 @@ def throttle_count(sys_root: Path = Path("/sys")) -> int | None:
 
 
 class PowerMeter:
-    """Reads power beside the timed loop: tegrastats on a Jetson, nvidia-smi for a GPU, RAPL for a CPU; else nothing."""
+    """Reads power beside the timed loop: tegrastats on a Jetson, nvidia-smi for a GPU, RAPL for a CPU; else nothing.
+
+    Nothing here raises: what goes wrong is in `fault`, in words, and leaves power and throttling unknown.
+    """
 
     def __init__(self, on_gpu: bool, gpu: str = "0") -> None:
         self.lines: list[str] = []
         self.energy: list[tuple[float, dict[str, tuple[int, int]]]] = []
         self.command: list[str] = []
+        self.fault = ""
+        self.count_before: int | None = None
+        self.count_after: int | None = None
+        self._process: subprocess.Popen | None = None
+        self._thread: threading.Thread | None = None
         self._ended = threading.Event()
         if shutil.which("tegrastats"):
             self.command = ["tegrastats", "--interval", str(TEGRASTATS_INTERVAL_MS)]
         elif on_gpu and shutil.which("nvidia-smi"):
-            for reasons in ("clocks_event_reasons.active", "clocks_throttle_reasons.active"):  # new and old name
-                query = ["nvidia-smi", "-i", gpu, f"--query-gpu=power.draw,{reasons}", "--format=csv,noheader,nounits"]
-                if subprocess.run(query, capture_output=True, check=False, timeout=60).returncode == 0:
-                    self.command = [*query, "-lms", str(NVIDIA_SMI_INTERVAL_MS)]
-                    break
+            self.command = self._nvidia_smi(gpu)
         self.rapl = not self.command and not on_gpu and bool(read_rapl())
+
+    def _nvidia_smi(self, gpu: str) -> list[str]:
+        """The command that prints power and throttling again and again; [] when it does not answer once."""
+        for reasons in ("clocks_event_reasons.active", "clocks_throttle_reasons.active"):  # new and old name
+            query = ["nvidia-smi", "-i", gpu, f"--query-gpu=power.draw,{reasons}", "--format=csv,noheader,nounits"]
+            try:
+                process = started(query, subprocess.DEVNULL)
+                code = process.wait(timeout=ANSWER_S)
+            except OSError as error:
+                self.fault = f"nvidia-smi does not start: {error.strerror or error}"
+                return []
+            except subprocess.TimeoutExpired:
+                kill(process)
+                self.fault = f"nvidia-smi did not answer in {ANSWER_S:g} s"
+                return []
+            if code == 0:
+                return [*query, "-lms", str(NVIDIA_SMI_INTERVAL_MS)]
+        self.fault = f"nvidia-smi ends with exit code {code}"
+        return []
 
     def __enter__(self) -> PowerMeter:
         self.count_before = throttle_count()
         if self.command:
-            quiet = subprocess.DEVNULL
-            self._process = subprocess.Popen(self.command, stdout=subprocess.PIPE, stderr=quiet, text=True)
-            self._thread = threading.Thread(target=self._read_lines, daemon=True)
-            self._thread.start()
-        elif self.rapl:
-            self._thread = threading.Thread(target=self._read_energy, daemon=True)
+            try:
+                self._process = started(self.command, subprocess.PIPE)
+            except OSError as error:
+                self.fault = f"{self.command[0]} does not start: {error.strerror or error}"
+        if self._process or self.rapl:
+            work = self._read_lines if self._process else self._read_energy
+            self._thread = threading.Thread(target=work, daemon=True)
             self._thread.start()
         return self
 
     def __exit__(self, *exc: object) -> None:
         self._ended.set()
-        if self.command:
-            self._process.terminate()
-            self._process.wait(timeout=10)
-        if self.command or self.rapl:
+        if self._process:
+            name = self.command[0]
+            if self._process.poll() is not None:
+                self.fault = f"{name} ended early with exit code {self._process.returncode}"
+            else:
+                self._process.terminate()
+                try:
+                    self._process.wait(timeout=END_S)
+                except subprocess.TimeoutExpired:
+                    self.fault = f"{name} did not end when it was asked to and was killed"
+            kill(self._process)  # also what it may have started
+        if self._thread:
             self._thread.join(timeout=2)
         self.count_after = throttle_count()
 
     def _read_lines(self) -> None:
-        assert self._process.stdout is not None
         for line in self._process.stdout:
             self.lines.append(line)
 
@@ -161,15 +201,29 @@ class PowerMeter:
 
     def result(self) -> dict:
         """power_avg_W, power_peak_W, throttle (each None when unknown), and `source` in words."""
+        unknown = {"power_avg_W": None, "power_peak_W": None, "throttle": None}
+        try:
+            found = unknown if self.fault else self._read()
+            if self.count_before is not None and self.count_after is not None:
+                found = {**found, "throttle": bool(found["throttle"]) or self.count_after > self.count_before}
+        except Exception as error:  # whatever a tool printed
+            self.fault, found = f"{' '.join(self.command[:1])} printed what cannot be read: {error!r}", unknown
+        if found["power_avg_W"] is None:
+            return {**found, "source": f"none ({self.fault})" if self.fault else "none"}
+        return found
+
+    def _read(self) -> dict:
+        """What the tool's lines or the counters tell; sets `fault` when a tool gave no power."""
         watts: list[float] = []
         throttle: bool | None = None
         source, average = "none", None
+        lines = list(self.lines)
         if self.command and self.command[0] == "tegrastats":
-            parsed = [parse_tegrastats(line) for line in self.lines]
+            parsed = [parse_tegrastats(line) for line in lines]
             watts, rails = tegrastats_watts(parsed)
             throttle, source = tegrastats_throttled(parsed), f"tegrastats {rails}"
         elif self.command:
-            values = [parse_nvidia_smi(line) for line in self.lines]
+            values = [parse_nvidia_smi(line) for line in lines]
             watts = [power for power, _ in values if power is not None]
             reasons = [bits for _, bits in values if bits is not None]
             throttle = any(bits & LOWERED_CLOCKS for bits in reasons) if reasons else None
@@ -177,13 +231,35 @@ class PowerMeter:
         elif self.rapl:
             watts, average = rapl_watts(self.energy)
             source = "RAPL packages"
-        if self.count_before is not None and self.count_after is not None:
-            throttle = bool(throttle) or self.count_after > self.count_before
+        if self.command and not watts:
+            self.fault = f"no power in {len(lines)} lines of {self.command[0]}"
         if average is None and watts:
             average = sum(watts) / len(watts)
         peak = max(watts) if watts else None
-        source = f"{source}, {len(watts)} samples" if watts else "none"
-        return {"power_avg_W": average, "power_peak_W": peak, "throttle": throttle, "source": source}
+        if any(value is not None and not math.isfinite(value) for value in (average, peak)):
+            raise ValueError(f"a power of {peak} W")
+        return {
+            "power_avg_W": average,
+            "power_peak_W": peak,
+            "throttle": throttle,
+            "source": f"{source}, {len(watts)} samples",
+        }
+
+
+def started(command: list[str], out: int) -> subprocess.Popen:
+    """A program without input, in a group of its own so that `kill` reaches its children. Raises OSError."""
+    quiet = subprocess.DEVNULL
+    return subprocess.Popen(
+        command, stdin=quiet, stdout=out, stderr=quiet, text=True, errors="replace", start_new_session=True
+    )
+
+
+def kill(process: subprocess.Popen) -> None:
+    """Ends a program and its children for good; one that even the kernel cannot end is left behind."""
+    with contextlib.suppress(OSError):
+        os.killpg(process.pid, signal.SIGKILL)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=END_S)
 
 
 def rapl_watts(readings: list[tuple[float, dict[str, tuple[int, int]]]]) -> tuple[list[float], float | None]:

@@ -7,7 +7,8 @@ import numpy as np
 from pqk.errors import PqkError
 
 NEAREST, FARTHEST = 1e-6, 1e5  # metres; nothing that a camera measures is nearer or farther
-FAR_PLANES = (65504.0, 65535.0, 1e10)  # written where a ray hits nothing: largest float16 and uint16, Blender's default
+# What renderers write where a ray hits nothing: the largest float16 and uint16, and Blender's default.
+FAR_PLANES = np.array([65504, 65535, 1e10], np.float32)
 
 
 def measured_depth(stored: np.ndarray) -> np.ndarray:
@@ -18,7 +19,7 @@ def measured_depth(stored: np.ndarray) -> np.ndarray:
     another type or unit, and the rest would pass for a sparse depth map.
     """
     size = np.abs(stored)
-    numbers = size[np.isfinite(size) & (size > 0) & ~np.isin(size, np.float32(FAR_PLANES))]
+    numbers = size[np.isfinite(size) & (size > 0) & ~np.isin(size, FAR_PLANES)]
     if numbers.size and numbers.max() > FARTHEST and numbers.min() < numbers.max():
         numbers = numbers[numbers < numbers.max()]  # a far plane of another value
     outside = numbers[(numbers < NEAREST) | (numbers > FARTHEST)]
@@ -30,7 +31,7 @@ def measured_depth(stored: np.ndarray) -> np.ndarray:
     bad = int(np.isnan(stored).sum())
     if bad:
         raise PqkError(f"{bad} of {stored.size} depth values are NaN; write 0 or inf instead")
-    valid = (stored >= NEAREST) & (stored <= FARTHEST) & ~np.isin(stored, np.float32(FAR_PLANES))
+    valid = (stored >= NEAREST) & (stored <= FARTHEST) & ~np.isin(stored, FAR_PLANES)
     return np.where(valid, stored, 0).astype(np.float32)
 
 

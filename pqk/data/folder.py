@@ -11,10 +11,10 @@ from pqk.data.scene import Scene, View
 from pqk.errors import PqkError
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
-OTHER_PICTURES = set(
-    ".heic .heif .hif .avif .jxl .jp2 .j2k .jfif .jpe .mpo .gif .ppm .pgm .pnm .tga .dds .eps .psd .exr .hdr "
-    ".dng .cr2 .cr3 .nef .arw .orf .raf .rw2 .pef .srw .raw".split()
-)  # pictures that are not read; a folder that holds some says so
+OTHER_PICTURES = {
+    ".heic", ".heif", ".hif", ".avif", ".jxl", ".jp2", ".j2k", ".jfif", ".jpe", ".mpo", ".gif", ".ppm", ".pgm", ".pnm",
+    ".tga", ".dds", ".eps", ".psd", ".exr", ".hdr", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2"
+}  # suffixes of pictures that are not read; a folder that holds some says so  # fmt: skip
 MODEL_FOLDERS = ("sparse/0", "sparse", ".")  # where COLMAP and its users put the model, best first
 
 
@@ -60,7 +60,7 @@ def image_files(folder: Path) -> list[Path]:
 
 
 def unread_pictures(folder: Path) -> str:
-    """How many pictures directly in a folder are of formats that are not read, in words with a first name; '' if none."""
+    """How many pictures directly in a folder are of formats that are not read, and the first of them; '' if none."""
     if not folder.is_dir():
         return ""
     files = [p for p in folder.iterdir() if p.suffix.lower() in OTHER_PICTURES and not p.name.startswith(".")]

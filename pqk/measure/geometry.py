@@ -8,6 +8,7 @@ model must not get a score from the pixels that survived.
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +20,11 @@ from pqk.errors import PqkError, nearest
 
 Array = NDArray[Any]
 
+log = logging.getLogger(__name__)
+
 ALIGNMENTS = ("median", "lstsq", "none")
 MIN_DEPTH = 1e-6  # metres; a point nearer than this, or behind the camera, has no usable projection
+REACH = 1e4  # median distances; farther points are errors of a model or a far plane, which no alignment can follow
 
 
 # Depth maps
@@ -103,6 +107,8 @@ def umeyama(source: ArrayLike, target: ArrayLike, weights: ArrayLike | None = No
     """Similarity that minimises sum_i w_i |scale R source_i + t - target_i|^2 (Umeyama 1991, equations 39 to 42).
 
     source, target: corresponding points (N, 3), N >= 3; weights (N,) >= 0, all 1 when absent.
+    Points that lie more than REACH times farther from the median point than half of the points do are left out with a
+    logged note, in source or target: a single one at 1e10 m would decide the fit alone, and all others would coincide.
     Raises PqkError for fewer than 3 points (of positive weight), for points that all coincide or lie on one line
     (the rotation is then not determined), and for non-finite numbers.
     """
@@ -118,6 +124,13 @@ def umeyama(source: ArrayLike, target: ArrayLike, weights: ArrayLike | None = No
         count = int(np.count_nonzero(w))
     if count < 3:
         raise PqkError(f"similarity alignment needs at least 3 points, got {count}")
+    near = _within_reach(x) & _within_reach(y)
+    if not near.all():
+        log.warning(
+            "%d of %d points lie more than %g times farther out than half of the points; the alignment leaves them out",
+            len(near) - int(near.sum()), len(near), REACH,
+        )  # fmt: skip
+        x, y, w = x[near], y[near], None if w is None else w[near]
 
     mean_x, mean_y = np.average(x, axis=0, weights=w), np.average(y, axis=0, weights=w)
     x, y = x - mean_x, y - mean_y
@@ -137,6 +150,13 @@ def umeyama(source: ArrayLike, target: ArrayLike, weights: ArrayLike | None = No
     rotation = (u * sign) @ vt
     scale = float(singular @ sign) / variance_x
     return Similarity(scale, rotation, mean_y - scale * rotation @ mean_x)
+
+
+def _within_reach(points: Array) -> Array:
+    """Which points (N, 3) lie no more than REACH median distances from the median point; all when that is 0."""
+    distance = np.linalg.norm(points - np.median(points, axis=0), axis=1)
+    typical = np.median(distance)
+    return (distance <= REACH * typical) | (typical == 0)
 
 
 # Point clouds

@@ -164,8 +164,8 @@ def _harmless() -> list[Any]:
     argparse.Namespace, as official files keep their settings; numpy's scalars (a best loss); and paths, which become
     pure ones: they name a place and cannot open it, and a Windows path is read on Linux too.
     """
-    scalar: Any = np.float64(0).__reduce__()[0]  # type: ignore[index]
-    types = {type(np.dtype(code)) for code in (*np.typecodes["All"].replace("O", "").replace("V", ""),)}
+    scalar: Any = np.float64(0).__reduce__()[0]
+    types = {type(np.dtype(code)) for code in np.typecodes["All"] if code not in "OV"}
     paths = [
         (pure, f"{module}.{name}{kind}Path")
         for pure, kind in ((PurePosixPath, "Posix"), (PureWindowsPath, "Windows"))

@@ -109,7 +109,7 @@ def _as_float32(weight: Tensor, key: str, origin: str) -> Tensor:
             f"{origin}: {key} is {kind} ({weight.dtype}); give the float checkpoint, pqk quantizes it itself"
         )
     if weight.is_meta:
-        raise PqkError(f"{origin}: {key} is a tensor of the meta device, which has a shape but no values; save it again")
+        raise PqkError(f"{origin}: {key} is a tensor of the meta device: a shape without values; save it again")
     if weight.layout != torch.strided or weight.is_nested:
         raise PqkError(f"{origin}: {key} is not a dense tensor (its layout is {weight.layout}); save it dense")
     copy = weight.detach().to("cpu", torch.float32, copy=True)

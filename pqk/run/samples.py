@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
+
+from pqk.data import picture
+
 _START = '''"""Run this export without pqk: python sample.py a.jpg b.jpg (numpy, Pillow and {package} are needed)."""
+
+from __future__ import annotations
 
 import json
 import sys
+import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import {module}
-from PIL import Image, ImageOps
+from PIL import Image, UnidentifiedImageError
 
 here = Path(__file__).resolve().parent
 about = json.loads((here / "manifest.json").read_text(encoding="utf-8"))
@@ -21,7 +29,12 @@ if len(sys.argv) != 3:
 
 def load(path):
     """Scale the picture until it covers the input, crop the centre, normalise: (1, 3, H, W)."""
-    picture, (height, width) = ImageOps.exif_transpose(Image.open(path)).convert("RGB"), how["size"]
+    try:
+        picture, (height, width) = upright(*read_picture(path)).convert("RGB"), how["size"]
+    except ValueError as error:
+        refuse(error)
+    if max(picture.size) > 20 * min(picture.size):
+        refuse(f"{path}: its long side may be at most 20 times the short one, it is {picture.size}")
     scale = max(height / picture.height, width / picture.width)
     size = max(width, round(picture.width * scale)), max(height, round(picture.height * scale))
     kernel = Image.Resampling.LANCZOS if max(picture.size) > max(size) else Image.Resampling.BICUBIC
@@ -29,6 +42,14 @@ def load(path):
     pixels = np.float32(picture.resize(size, kernel))[top : top + height, left : left + width]
     return ((pixels / np.float32(255) - np.float32(how["mean"])) / np.float32(how["std"])).transpose(2, 0, 1)[None]
 
+
+def refuse(sentence):
+    """End with a sentence and exit code 2."""
+    print(f"sample: {sentence}", file=sys.stderr)
+    sys.exit(2)
+
+
+{reading}
 
 '''
 
@@ -63,8 +84,18 @@ encode, decode = compiled("encoder"), compiled("decoder")
 '''
 
 
+_READING = (picture.read_picture, picture.exif_orientation, picture.upright)  # they need Pillow only
+
+
 def sample_source(runtime: str) -> str:
     """The script for 'openvino' or 'onnxruntime'."""
-    if runtime == "openvino":
-        return _START.replace("{package}", "openvino").replace("{module}", "openvino as ov") + _OPENVINO + _END
-    return _START.replace("{package}", "onnxruntime").replace("{module}", "onnxruntime") + _ONNXRUNTIME + _END
+    openvino = runtime == "openvino"
+    names = {
+        "{package}": "openvino" if openvino else "onnxruntime",
+        "{module}": "openvino as ov" if openvino else "onnxruntime",
+        "{reading}": "\n\n".join(inspect.getsource(function) for function in _READING),
+    }
+    start = _START
+    for name, text in names.items():
+        start = start.replace(name, text)
+    return start + (_OPENVINO if openvino else _ONNXRUNTIME) + _END

@@ -195,6 +195,24 @@ def test_umeyama_refuses_undetermined_alignments(seed, distance, dtype):
         umeyama((rng.normal(size=(30, 1)) * rng.normal(size=3)).astype(dtype), target)
 
 
+@pytest.mark.parametrize("far", [1e5, 1e10, -1e15, 3e38])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_umeyama_is_not_decided_by_a_few_points_far_away(caplog, far, weighted):
+    """They are left out of the fit, in either cloud, and counted in a note; the rest is aligned as without them."""
+    rng = np.random.default_rng(5)
+    scale, rotation, translation = random_similarity(rng)
+    source = rng.normal(size=(500, 3))
+    target = scale * source @ rotation.T + translation
+    source[3], target[40, 2], source[41, 1] = far, far, far
+    found = umeyama(source, target, np.ones(500) if weighted else None)
+    assert found.scale == pytest.approx(scale)
+    np.testing.assert_allclose(found.rotation, rotation, atol=1e-9)
+    assert "3 of 500 points lie more than 10000 times farther out" in caplog.text
+    caplog.clear()
+    umeyama(np.r_[np.zeros((6, 3)), np.eye(3)], np.r_[np.zeros((6, 3)), np.eye(3)])  # most points are one: none is far
+    assert not caplog.text
+
+
 def test_umeyama_refuses_bad_input():
     points = np.eye(3)
     with pytest.raises(PqkError, match="at least 3 points, got 2"):

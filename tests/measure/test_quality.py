@@ -174,6 +174,17 @@ def test_the_chamfer_sample_is_seeded():
     assert score_pair(pred, truth, chamfer_points=50)["chamfer"] == pytest.approx(0, abs=1e-6)
 
 
+def test_one_point_far_away_costs_its_own_error_and_no_more():
+    truth, pred = make_pair()
+    pixel = tuple(np.argwhere(truth.valid2)[0])
+    pred = {**pred, "pts3d_2": pred["pts3d_2"].copy()}
+    pred["pts3d_2"][pixel] = 1e10
+    found = score_pair(pred, truth)
+    assert found["absrel"] == pytest.approx(0, abs=1e-5)
+    assert found["chamfer_completeness"] < 0.1  # the others are aligned as without it
+    assert found["chamfer_accuracy"] > 1e5  # and it counts as it is
+
+
 def test_broken_predictions_are_refused():
     truth, pred = make_pair()
     rows, columns = np.nonzero(truth.valid2)
