@@ -40,7 +40,16 @@ AGX_ORIN = (
     "NC 0mW/0mW VDDQ_VDD2_1V8AO 1091mW/1091mW NC 0mW/0mW"
 )
 XAVIER = "RAM 2/15823MB GR3D_FREQ 0%@318 GPU 100/90 CPU 311/311 SOC 1555/1550 CV 0/0 VDDRQ 155/155 SYS5V 1482/1480"
-LINES = [ORIN_NX, NANO, AGX_ORIN, XAVIER]
+R39 = (  # L4T R39: now/average/peak
+    "09-20-2026 12:19:33 RAM 999/62841MB (lfb 10x4MB) CPU [0%@729,off] EMC_FREQ 3%@3199 GR3D_FREQ 97%@[1300,1300] "
+    "cpu@43.0C/43.1C tj@42.9C/43.0C VDD_GPU_SOC 22792mW/21000mW/23000mW VDD_CPU_CV 5000mW/4800mW/5100mW "
+    "VIN_SYS_5V0 3918mW/3952mW/4019mW"
+)
+R39_THOR = (
+    "RAM 8353/125749MB (lfb 31x4MB) CPU [90%@2601,off] GR3D_FREQ @[1574,1574,1574] VDD_GPU 37939mW/8660mW/37940mW "
+    "VDD_CPU_SOC_MSS 30059mW/12281mW/30060mW VIN_SYS_5V0 15486mW/7424mW/15487mW VIN 124486mW/36487mW/124487mW"
+)
+LINES = [ORIN_NX, NANO, AGX_ORIN, XAVIER, R39, R39_THOR]
 
 
 @pytest.mark.parametrize(
@@ -49,6 +58,13 @@ LINES = [ORIN_NX, NANO, AGX_ORIN, XAVIER]
         (ORIN_NX, {"VDD_IN": 4.943, "VDD_CPU_GPU_CV": 1.0, "VDD_SOC": 1.438}, 96, 918),
         (NANO, {"POM_5V_IN": 2.532, "POM_5V_GPU": 0.04, "POM_5V_CPU": 0.649}, 99, 921),
         (XAVIER, {"GPU": 0.1, "CPU": 0.311, "SOC": 1.555, "CV": 0.0, "VDDRQ": 0.155, "SYS5V": 1.482}, 0, 318),
+        (R39, {"VDD_GPU_SOC": 22.792, "VDD_CPU_CV": 5.0, "VIN_SYS_5V0": 3.918}, 97, 1300),
+        (
+            R39_THOR,
+            {"VDD_GPU": 37.939, "VDD_CPU_SOC_MSS": 30.059, "VIN_SYS_5V0": 15.486, "VIN": 124.486},
+            None,
+            None,
+        ),
         ("", {}, None, None),
         ("RAM 2/3MB GR3D_FREQ 5% VDD_IN NAmW/NAmW", {}, 5, None),
     ],
@@ -63,6 +79,9 @@ def test_tegrastats_total_or_sum() -> None:
     watts, rails = tegrastats_watts([parse_tegrastats(AGX_ORIN)])
     assert rails == "VDD_GPU_SOC+VDD_CPU_CV+VIN_SYS_5V0"
     assert watts == [pytest.approx(3.150 + 14.312 + 4.968)]
+    watts, rails = tegrastats_watts([parse_tegrastats(R39)])
+    assert (watts, rails) == ([pytest.approx(22.792 + 5.0 + 3.918)], "VDD_GPU_SOC+VDD_CPU_CV+VIN_SYS_5V0")
+    assert tegrastats_watts([parse_tegrastats(R39_THOR)]) == ([124.486], "VIN")
     assert tegrastats_watts([]) == tegrastats_watts([parse_tegrastats("RAM 1/2MB")]) == ([], "")
 
 
@@ -194,6 +213,75 @@ def test_a_meter_reads_tegrastats_while_it_runs(only_programs_here: Path) -> Non
         "source": "tegrastats VDD_IN, 2 samples",
     }
     assert (only_programs_here / "asked").read_text() == "--interval 100\n"
+
+
+@pytest.mark.parametrize(
+    ("body", "note"),
+    [
+        (
+            f"trap '' TERM\nwhile :; do echo '{ORIN_NX}'; sleep 0.02; done",
+            "did not end when it was asked to and was killed",
+        ),
+        (f"echo '{ORIN_NX}'\nexit 3", "ended early with exit code 3"),
+        ("exec sleep 60", "no power in 0 lines of tegrastats"),
+        ("echo RAM 1/2MB; exec sleep 60", "no power in 1 lines of tegrastats"),
+        (
+            f"echo '{ORIN_NX}'; printf 'VDD_IN \\377\\376\\n'; printf 'GR3D_FREQ {'9' * 5000}%%\\n'; exec sleep 60",
+            "printed what",
+        ),
+        ("sleep 60 & exec sleep 60", "no power in 0 lines"),
+    ],
+)
+def test_a_power_tool_that_fails_costs_the_power_only(
+    only_programs_here: Path, monkeypatch: pytest.MonkeyPatch, body: str, note: str
+) -> None:
+    monkeypatch.setattr(edge_power, "END_S", 0.5)
+    program(only_programs_here, "tegrastats", body)
+    began = time.monotonic()
+    with PowerMeter(on_gpu=False) as meter:
+        time.sleep(0.3)
+    result = meter.result()
+    assert time.monotonic() - began < 5
+    assert (result["power_avg_W"], result["power_peak_W"], result["throttle"]) == (None, None, None)
+    assert result["source"].startswith("none (") and note in result["source"]
+    assert meter._process.poll() is not None
+    assert not meter._thread.is_alive()  # no child of it holds the pipe open
+
+
+@pytest.mark.parametrize("content", [b"garbage", b"\x7fELF\2\1\1" + bytes(60), b"#!/no/such/interpreter\n"])
+@pytest.mark.parametrize("name", ["tegrastats", "nvidia-smi"])
+def test_a_power_tool_of_another_architecture(only_programs_here: Path, name: str, content: bytes) -> None:
+    path = only_programs_here / name
+    path.write_bytes(content)
+    path.chmod(0o755)
+    with PowerMeter(on_gpu=True) as meter:
+        pass
+    result = meter.result()
+    assert result["power_avg_W"] is None and result["source"].startswith(f"none ({name} does not start: ")
+
+
+def test_an_nvidia_smi_that_hangs_or_fails(only_programs_here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(edge_power, "ANSWER_S", 0.3)
+    program(only_programs_here, "nvidia-smi", "trap '' TERM\nsleep 1000")
+    began = time.monotonic()
+    with PowerMeter(on_gpu=True) as meter:
+        pass
+    assert time.monotonic() - began < 5
+    assert meter.result()["source"] == "none (nvidia-smi did not answer in 0.3 s)"
+    program(only_programs_here, "nvidia-smi", "exit 9")
+    with PowerMeter(on_gpu=True) as meter:
+        pass
+    assert meter.result()["source"] == "none (nvidia-smi ends with exit code 9)"
+    digits = "9" * 400  # more than a float holds
+    program(
+        only_programs_here,
+        "nvidia-smi",
+        f"echo '{digits}, 0x0000000000000000'\ncase \"$*\" in *-lms*) exec sleep 60;; esac",
+    )
+    with PowerMeter(on_gpu=True) as meter:
+        wait_for_lines(meter, 1)
+    assert meter.result()["power_peak_W"] is None
+    assert "nvidia-smi printed what cannot be read" in meter.result()["source"]
 
 
 @pytest.mark.parametrize("known", ["clocks_event_reasons.active", "clocks_throttle_reasons.active"])

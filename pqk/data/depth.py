@@ -45,8 +45,9 @@ def _likely_cause(stored: np.ndarray) -> str:
         ("the numbers are probably big-endian 32-bit integers, such as millimetres", ">i4", 1, 1e8),
     )
     for words, kind, low, high in readings:
-        values = stored.view(kind).astype(np.float64)
+        with np.errstate(invalid="ignore"):  # another type may read as NaN, which is outside of any range
+            values = stored.view(kind).astype(np.float64)
         values = values[values != 0]
-        if np.mean((values >= low) & (values <= high)) > 0.9:  # NaN, as which another type may read, is outside
+        if np.mean((values >= low) & (values <= high)) > 0.9:
             return words
     return "probably another type of number"

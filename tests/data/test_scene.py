@@ -13,6 +13,7 @@ from pqk.data.colmap import ModelImage, write_text_model
 from pqk.data.preprocess import fit_to_shape
 from pqk.data.scene import View, open_scene, open_scenes
 from pqk.errors import PqkError
+from pqk.run.inputs import CalibrationImages
 
 WIDTH, HEIGHT = 48, 32
 PINHOLE = Camera(1, "PINHOLE", WIDTH, HEIGHT, (40.0, 41.0, 23.0, 17.0))
@@ -219,6 +220,79 @@ def test_exif_orientation(tmp_path):
     assert View("a.jpg", tmp_path / "a.jpg", K=K, size=(48, 32)).load_image().shape == (48, 32, 3)
     with pytest.raises(PqkError, match="the image has 48x32 pixels, its camera is for 40x40"):
         View("a.jpg", tmp_path / "a.jpg", K=K, size=(40, 40)).load_image()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_calibration_is_for_the_stored_pixels_of_a_tiff_too(tmp_path, orientation):
+    """Of scored images and of calibration images; COLMAP does not turn them, Pillow turns a TIFF while it loads."""
+    root = write_eth3d(tmp_path / "s", names=("a.tif", "b.tif"))
+    for path in (root / "images/dslr_images_undistorted").iterdir():
+        Image.fromarray(picture()).save(path, tiffinfo={274: orientation})
+    view = open_scene(root).views[0]
+    np.testing.assert_array_equal(view.load_image(), picture())
+    for image in CalibrationImages(root, 2, 32, 48):
+        np.testing.assert_array_equal(image[0], fit_to_shape(view, 32, 48).image)
+    upright = View("a.tif", view.image_path).load_image()
+    assert upright.shape[:2] == ((HEIGHT, WIDTH) if orientation < 5 else (WIDTH, HEIGHT))
+    assert np.array_equal(upright, picture()) == (orientation == 1)
+
+
+def test_calibration_images_are_undistorted_as_the_scored_ones_are(tmp_path):
+    root = write_eth3d(tmp_path / "s", "dslr_images", FISHEYE)
+    frames = [fit_to_shape(view, 32, 48).image for view in open_scene(root).views]
+    for image, frame in zip(CalibrationImages(root, 2, 32, 48), frames, strict=True):
+        np.testing.assert_array_equal(image[0], frame)
+
+
+def test_a_mask_is_judged_by_its_values(tmp_path):
+    """A palette by index, whatever its colours; RGB by any channel; grey and black-and-white as they are."""
+    Image.fromarray(picture()).save(tmp_path / "a.png")
+    ignored = np.zeros((HEIGHT, WIDTH), np.uint8)
+    ignored[:, 24:] = 1
+    blue = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
+    blue[..., 2] = ignored
+    masks = {"grey.png": Image.fromarray(ignored), "blue.png": Image.fromarray(blue)}
+    masks["bits.png"] = Image.fromarray(ignored * 255).convert("1")
+    for name, palette in (("dark.png", (0, 0, 2, 0, 0, 0)), ("white0.png", (255, 255, 255, 0, 0, 0))):
+        masks[name] = Image.fromarray(ignored)
+        masks[name].putpalette(palette)
+    for name, mask in masks.items():
+        mask.save(tmp_path / name)
+        for marks_ignored in (True, False):
+            view = View("a.png", tmp_path / "a.png", mask_path=tmp_path / name, mask_marks_ignored=marks_ignored)
+            np.testing.assert_array_equal(view.load_mask(), (ignored == 0) == marks_ignored, err_msg=name)
+    for mode in ("RGBA", "LA", "CMYK"):
+        path = tmp_path / ("other.tif" if mode == "CMYK" else "other.png")
+        Image.fromarray(ignored).convert("RGB").convert(mode).save(path)
+        with pytest.raises(
+            PqkError, match=rf"a mask is one value a pixel \(grey, palette or RGB\).* mode {mode} are not"
+        ):
+            View("a.png", tmp_path / "a.png", mask_path=path).load_mask()
+
+
+def test_pictures_of_other_formats_are_counted_and_named(tmp_path, caplog):
+    for name in ("IMG_2.HEIC", "IMG_1.HEIC", "x.cr2", ".hidden.heic"):
+        (tmp_path / name).write_bytes(b"x")
+    sentence = r"\(1 CR2 and 2 HEIC not read \(IMG_1\.HEIC, \.\.\.\), convert to JPEG or PNG\)"
+    for function in (open_scene, open_scenes):
+        with pytest.raises(PqkError, match=sentence):
+            function(tmp_path)
+    for name in ("0.jpg", "1.jpg"):
+        Image.fromarray(picture()).save(tmp_path / name)
+    scene = open_scene(tmp_path)
+    assert [view.name for view in scene.views] == ["0.jpg", "1.jpg"]
+    assert len(scene.notes) == 1 and "1 CR2 and 2 HEIC not read (IMG_1.HEIC, ...)" in scene.notes[0]
+    assert scene.notes[0].endswith("only the 2 others are used") and scene.notes[0] in caplog.text
+    assert not open_scene(write_eth3d(tmp_path / "s")).notes
+
+
+@pytest.mark.parametrize("model", ["OPENCV", "RADIAL"])
+def test_a_camera_that_leaves_nothing_of_the_picture(tmp_path, model):
+    """Its distortion sends nearly every ray outside of the image; without a word a black picture was fed."""
+    lens = {"OPENCV": (40, 41, 23, 17, 1e6, -1e9, 0, 0), "RADIAL": (40, 23, 17, 30, 0)}[model]
+    root = write_eth3d(tmp_path / "s", "dslr_images", Camera(1, model, WIDTH, HEIGHT, lens))
+    with pytest.raises(PqkError, match=rf"000\.png: .* leaves \S+ % of the picture, .* camera 1 \({model} 40 "):
+        open_scene(root).views[0].load_image()
 
 
 def test_bad_depth(tmp_path):

@@ -5,14 +5,16 @@ import json
 import os
 import pickle
 import shutil
+from pathlib import Path, PureWindowsPath
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from pqk.errors import PqkError
 from pqk.models import build_model, load_model, save_model
-from pqk.models.checkpoint import parse_constructor
+from pqk.models.checkpoint import model_name, parse_constructor
 
 NAMES = {"pts3d_1": "pts3d_1", "conf_1": "conf_1", "pts3d_2": "pts3d_in_other_view_2", "conf_2": "conf_2"}
 
@@ -160,6 +162,84 @@ def test_wrong_keys_and_shapes(official, tmp_path):
     assert "has no 'args'" in sentence_of(path)
     torch.save({**official, "model": {"enc_norm.weight": 3}}, path)
     assert "is no tensor" in sentence_of(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda w: torch.quantize_per_tensor(w, 0.01, 0, torch.qint8), "is a quantized tensor (torch.qint8)"),
+        (lambda w: (w * 100).to(torch.int8), "is no floating-point tensor (torch.int8)"),
+        (lambda w: w > 0, "is no floating-point tensor (torch.bool)"),
+        (lambda w: w.to(torch.complex64), "is no floating-point tensor (torch.complex64)"),
+        (lambda w: w.to("meta"), "is a tensor of the meta device"),
+        (lambda w: w.to_sparse(), "is not a dense tensor (its layout is torch.sparse_coo)"),
+        (lambda w: w.to_sparse_csr(), "is not a dense tensor (its layout is torch.sparse_csr)"),
+        (lambda w: w.index_fill(0, torch.tensor([1]), torch.nan), "values of decoder_embed.weight are NaN or infinite"),
+        (lambda w: w.double() * 1e300, "are NaN or infinite (in float32)"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_tensors_that_are_no_weights(official, tmp_path, change, sentence):
+    """Each is named with file and key, whether it comes by a .pth file or, where that can hold it, by a folder."""
+    weights = {**official["model"], "decoder_embed.weight": change(official["model"]["decoder_embed.weight"])}
+    torch.save({**official, "model": weights}, tmp_path / "a.pth")
+    found = sentence_of(tmp_path / "a.pth")
+    assert found.startswith(f"{tmp_path / 'a.pth'}: ") and "decoder_embed.weight" in found and sentence in found
+
+
+def test_a_nan_in_one_weight_of_a_folder(small_config, tmp_path):
+    folder = save_model(build_model("dust3r", small_config), tmp_path / "net")
+    weights = load_file(folder / "model.safetensors")
+    weights["enc_norm.weight"][3] = torch.inf
+    save_file(weights, folder / "model.safetensors")
+    assert "model.safetensors: 1 of the 32 values of enc_norm.weight are NaN or infinite" in sentence_of(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_every_float_type_is_a_weight(official, tmp_path, dtype):
+    torch.save({**official, "model": {k: v.to(dtype) for k, v in official["model"].items()}}, tmp_path / "a.pth")
+    assert {parameter.dtype for parameter in load_model(tmp_path / "a.pth").parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("prefix", "wrapper"),
+    [
+        ("module.", "DataParallel or DistributedDataParallel"),
+        ("_orig_mod.", "torch.compile"),
+        ("module._orig_mod.", "DataParallel"),
+    ],
+)
+def test_keys_with_the_prefix_of_a_wrapper(official, tmp_path, prefix, wrapper):
+    torch.save({**official, "model": {prefix + k: v for k, v in official["model"].items()}}, tmp_path / "a.pth")
+    sentence = sentence_of(tmp_path / "a.pth")
+    assert f"every key begins with '{prefix.split('.')[0]}.', as {wrapper}" in sentence and "state_dict" in sentence
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_numbers_of_numpy_and_paths_beside_the_weights(official, tmp_path, zipped):
+    """As training scripts leave them: a best loss, an output folder, also one of Windows."""
+    scalars = [kind(1) for kind in (np.float64, np.float32, np.float16, np.int64, np.uint8, np.bool_, np.longdouble)]
+    beside = {"best": [*scalars, np.str_("x"), np.dtype("f4")], "out": Path("a/b"), "win": PureWindowsPath("c:/d")}
+    content = {**official, **beside, "args": argparse.Namespace(model=official["args"].model, out=Path("x"))}
+    torch.save(content, tmp_path / "a.pth", _use_new_zipfile_serialization=zipped)
+    assert load_model(tmp_path / "a.pth").enc_norm.weight.shape == (24,)
+    foreign = (tmp_path / "a.pth").read_bytes().replace(b"cpathlib\nPureWindowsPath", b"cpathlib\nWindowsPath")
+    if not zipped:
+        (tmp_path / "b.pth").write_bytes(foreign)  # a path of Windows itself, which Linux cannot make
+        load_model(tmp_path / "b.pth")
+
+
+def test_the_name_of_a_model(tmp_path):
+    """As it was given: a cache of the Hub links a file to a blob named by its hash, a folder to its revision."""
+    snapshot = tmp_path / "models--naver--DUSt3R_ViT.1" / "snapshots" / ("0123456789" * 4)
+    snapshot.mkdir(parents=True)
+    (tmp_path / "blob").write_bytes(b"x")
+    (snapshot / "DUSt3R.pth").symlink_to(tmp_path / "blob")
+    (tmp_path / "latest").symlink_to(snapshot)
+    assert model_name(snapshot / "DUSt3R.pth") == "DUSt3R.pth"
+    assert model_name(f"{snapshot}/") == model_name(snapshot / "x" / "..") == "models--naver--DUSt3R_ViT.1"
+    assert model_name(tmp_path / "latest") == "latest"
+    assert model_name(".") == Path.cwd().name
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,13 +14,18 @@ from typing import Any
 import numpy as np
 import pytest
 from edge_toys import QUICK, SCRIPT, edge_eval, edge_power, outputs_of
-from run_toys import Outcome, pqk
+from PIL import Image
+from run_toys import REPOSITORY, Outcome, pqk
 
 from pqk.data.pairs import pair_graph
 from pqk.data.preprocess import fit_to_shape
 from pqk.data.scene import View
 from pqk.record.log import read_records
 from pqk.record.schema import empty_record, validate
+
+sys.path.insert(0, str(REPOSITORY / "tests" / "data"))
+
+from picture_toys import TURNED, exif, png16, tiff, with_exif
 
 WITHOUT_PQK = (
     "import runpy, sys; sys.modules['pqk'] = sys.modules['backends'] = None; sys.path.insert(0, sys.argv[1]); "
@@ -164,6 +171,103 @@ def test_wrong_input_is_one_sentence(exported: Path, pictures: Path, tmp_path: P
         assert (done.code, reason in sentence(done)) == (code, True), (arguments, done.err)
     assert (tmp_path / "note.json").read_text() == '["mine"]'
     assert not out.exists()
+
+
+@pytest.fixture
+def odd_pictures(pictures: Path, tmp_path: Path) -> dict[str, Path]:
+    """One file each that no picture can be made of, and what is said of it."""
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    files = {
+        "EPS": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n", "not an image, or not 8-bit JPEG"),
+        "16 bits": (png16(np.full((64, 64, 3), 4000, np.uint16)), "16 bits per channel"),
+        "strip": (None, "20 times the short one"),
+        "bomb": (None, "the image is too large (Image size (196000000 pixels)"),
+        "cut": ((pictures / "a.png").read_bytes()[:200], "the image is damaged"),
+    }
+    found = {}
+    for name, (content, reason) in files.items():
+        path = folder / f"{name}.jpg"
+        if content is None:
+            Image.new("1", (14_000, 14_000) if name == "bomb" else (2100, 100)).save(path, "PNG")
+        else:
+            path.write_bytes(content)
+        found[reason] = path
+    return found
+
+
+def test_odd_pictures_are_one_sentence(
+    exported: Path, pictures: Path, odd_pictures: dict[str, Path], tmp_path: Path
+) -> None:
+    """In edge_eval.py, and in the sample.py of the export; broken EXIF is none of them."""
+    how = edge_eval.read_export(exported / "int8")["preprocessing"]
+    for number, (reason, path) in enumerate(odd_pictures.items()):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        for file in (path, pictures / "b.png"):
+            (folder / file.name).symlink_to(file)
+        with pytest.raises(edge_eval.EdgeError, match=re.escape(reason)):
+            edge_eval.load_images(folder, how)
+    sample = [sys.executable, "-I", exported / "int8" / "sample.py", pictures / "a.png"]
+    for reason in ("16 bits per channel", "the image is too large (Image size (196000000 pixels)"):
+        done = subprocess.run(
+            list(map(str, [*sample, odd_pictures[reason]])), capture_output=True, text=True, check=False
+        )
+        (line,) = done.stderr.splitlines()
+        assert (done.returncode, line.startswith("sample: ")) == (2, True)
+        assert reason in line
+    done = edge("--export", exported / "int8", "--out", tmp_path / "r.json", "--images", tmp_path / "0", *QUICK)
+    assert done.code == 2
+    assert "not an image" in sentence(done)
+
+
+def test_odd_exif_turns_a_picture_here_as_in_pqk(exported: Path, tmp_path: Path) -> None:
+    how = edge_eval.read_export(exported / "int8")["preprocessing"]
+    pixels = np.random.default_rng(1).integers(0, 256, (40, 90, 3), dtype=np.uint8)
+    odd = exif(TURNED, (0x010E, 12, 1, b"\x08\0\0\0"), (0x8769, 2, 1, b"\x08\0\0\0"))
+    (tmp_path / "a.jpg").write_bytes(with_exif(pixels, "JPEG", odd))
+    (tmp_path / "b.png").write_bytes(with_exif(pixels, "PNG", b"II*\0\xff\xff\xff\xff"))
+    (tmp_path / "c.tif").write_bytes(tiff(pixels, TURNED, (0x8769, 2, 1, b"\x08\0\0\0")))
+    (tmp_path / "d.heic").write_bytes(b"x")
+    images, fed = edge_eval.load_images(tmp_path, how)
+    assert fed == "3 pictures (not read: 1 HEIC)"
+    for image, name in zip(images, ("a.jpg", "b.png", "c.tif"), strict=True):
+        np.testing.assert_array_equal(image[0], fit_to_shape(View(name, tmp_path / name), 64, 64).image)
+    np.testing.assert_array_equal(images[2][0], fit_to_shape(upright_view(tmp_path, pixels), 64, 64).image)
+
+
+def upright_view(folder: Path, pixels: np.ndarray) -> View:
+    Image.fromarray(np.rot90(pixels, -1)).save(folder / "upright.bmp")
+    return View("upright.bmp", folder / "upright.bmp")
+
+
+def test_a_timing_outlives_the_power_tool(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = tmp_path / "tegrastats"
+    tool.write_text("#!/bin/sh\ntrap '' TERM\nwhile :; do echo VDD_IN 5000mW/5000mW; sleep 0.05; done\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    done = edge("--export", exported / "int8", "--out", tmp_path / "r.json", *QUICK)
+    assert (done.code, done.err) == (0, "")
+    record = json.loads((tmp_path / "r.json").read_text())
+    validate(record)
+    assert record["power_avg_W"] is record["power_peak_W"] is None
+    assert "power: none (tegrastats did not end" in record["notes"] and len(record["samples"]["pair"]) == 3
+
+
+def test_a_record_that_cannot_be_written_is_printed(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(path: Path, _: bytes) -> None:
+        raise edge_eval.EdgeError(f"cannot write {path}: No space left on device")
+
+    monkeypatch.setattr(edge_eval, "write_atomically", refuse)
+    code = edge_eval.main(["--export", str(exported / "int8"), "--out", str(tmp_path / "r.json"), *QUICK])
+    out, err = capsys.readouterr()
+    assert code == 2
+    assert "No space left" in err
+    record = json.loads(out)
+    validate(record)
+    assert len(record["samples"]["pair"]) == 3
 
 
 def test_without_tensorrt_there_is_a_reason(exported: Path, tmp_path: Path) -> None:
