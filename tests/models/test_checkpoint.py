@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from pqk.errors import PqkError
 from pqk.models import build_model, load_model, save_model
 from pqk.models.checkpoint import model_name, parse_constructor
+from pqk.run.checkpoints import open_checkpoint
+from pqk.run.prepare import load_teacher
 
 NAMES = {"pts3d_1": "pts3d_1", "conf_1": "conf_1", "pts3d_2": "pts3d_in_other_view_2", "conf_2": "conf_2"}
 
@@ -229,14 +231,15 @@ def test_numbers_of_numpy_and_paths_beside_the_weights(official, tmp_path, zippe
         load_model(tmp_path / "b.pth")
 
 
-def test_the_name_of_a_model(tmp_path):
+def test_the_name_of_a_model(case, tmp_path):
     """As it was given: a cache of the Hub links a file to a blob named by its hash, a folder to its revision."""
     snapshot = tmp_path / "models--naver--DUSt3R_ViT.1" / "snapshots" / ("0123456789" * 4)
     snapshot.mkdir(parents=True)
-    (tmp_path / "blob").write_bytes(b"x")
+    shutil.copy(case.folder / "checkpoint.pth", tmp_path / "blob")
     (snapshot / "DUSt3R.pth").symlink_to(tmp_path / "blob")
     (tmp_path / "latest").symlink_to(snapshot)
-    assert model_name(snapshot / "DUSt3R.pth") == "DUSt3R.pth"
+    assert load_teacher(str(snapshot / "DUSt3R.pth"), tmp_path)[0].name == "DUSt3R.pth"
+    assert open_checkpoint(snapshot / "DUSt3R.pth", tmp_path).name == "DUSt3R"
     assert model_name(f"{snapshot}/") == model_name(snapshot / "x" / "..") == "models--naver--DUSt3R_ViT.1"
     assert model_name(tmp_path / "latest") == "latest"
     assert model_name(".") == Path.cwd().name
