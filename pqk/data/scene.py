@@ -98,11 +98,11 @@ class View:
 
     def _oriented(self, image: Image.Image, orientation: int) -> Image.Image:
         """The image as its calibration was made for, which is as stored; without a calibration, as EXIF says."""
-        if self.K is not None and (self.size is None or image.size[::-1] == self.size):
+        if self.K is None:
+            return upright(image, orientation)
+        if self.size is None or image.size[::-1] == self.size:
             return image
         turned = upright(image, orientation)
-        if self.K is None:
-            return turned
         if turned.size[::-1] == self.size:  # the program that calibrated looked at EXIF
             return turned
         raise PqkError(
