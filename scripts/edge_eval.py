@@ -270,16 +270,16 @@ def read_export(folder: Path) -> dict:
 
 
 def load_images(folder: Path | None, how: dict) -> tuple[list[np.ndarray], str]:
-    """Feeds (1,3,H,W), and in words what they are: the pictures of a folder by name, or two of seeded noise."""
+    """Feeds (1,3,H,W), and in words what they are: a folder's pictures in natural order, or two of seeded noise."""
     height, width = how["size"]
     if folder is None:
         noise = np.random.default_rng(0).integers(0, 256, (2, height, width, 3), dtype=np.uint8)
         return [normalised(pixels, how) for pixels in noise], "two images of noise"
     try:
-        found = sorted(p for p in folder.iterdir() if not p.name.startswith(".") and p.is_file())
+        found = [p for p in folder.iterdir() if not p.name.startswith(".") and p.is_file()]
     except OSError as error:
         raise EdgeError(f"--images {folder}: cannot be read ({error.strerror})") from None
-    files = [p for p in found if p.suffix.lower() in PICTURES]
+    files = sorted((p for p in found if p.suffix.lower() in PICTURES), key=lambda file: natural(file.name))
     kinds = Counter(p.suffix.lower()[1:].upper() or "no suffix" for p in found if p not in files)
     others = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(5)).encode("ascii", "replace").decode()
     if len(files) < 2:
@@ -371,6 +371,12 @@ def upright(image: Image.Image, orientation: int) -> Image.Image:
         8: turn.ROTATE_90,
     }
     return image.transpose(turns[orientation]) if orientation in turns else image
+
+
+def natural(name: str) -> tuple[list[str | int], str]:
+    """Sort key by which frame_2 comes before frame_10, as pqk orders pictures."""
+    words = re.split(r"([0-9]+)", name)
+    return [int(word) if index % 2 else word for index, word in enumerate(words)], name
 
 
 def normalised(pixels: np.ndarray, how: dict) -> np.ndarray:

@@ -6,6 +6,7 @@ Keypoint observations and tracks are skipped when reading: the bench needs camer
 from __future__ import annotations
 
 import math
+import re
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -86,10 +87,14 @@ def rotation_to_quaternion(rotation: np.ndarray) -> np.ndarray:
 
 
 def safe_name(name: str, source: str) -> str:
-    """Return `name` if it stays inside the folder it is relative to; else PqkError naming `source`."""
+    """Return `name` if it stays inside the folder it is relative to; else PqkError naming `source`.
+
+    Colons and backslashes are parts of names here, but a name that would leave the folder where a backslash separates
+    folders is refused too.
+    """
     path = PurePosixPath(name)
-    inside = path.parts and not path.is_absolute() and ".." not in path.parts and ":" not in path.parts[0]
-    if not inside or "\0" in name or "\\" in name:
+    outside = path.is_absolute() or ".." in re.split(r"[/\\]", name) or re.match(r"(?:[A-Za-z]:)?\\", name)
+    if not path.parts or outside or "\0" in name:
         raise PqkError(f"{source}: image name {name!r} must be a relative path that stays inside the image folder")
     check_utf8(name, source)
     return name
@@ -102,27 +107,38 @@ def check_utf8(name: str, source: str) -> None:
         raise PqkError(f"{place}: the name {name!a} is not UTF-8; rename it")
 
 
+def model_paths(folder: Path) -> tuple[Path, ...]:
+    """The files of cameras and images that make the folder's model; () without one. Binary comes first, as in COLMAP.
+
+    COLMAP writes binary files and exports text on demand, so text beside binary may be out of date.
+    """
+    for ending in (".bin", ".txt"):
+        paths = (folder / f"cameras{ending}", folder / f"images{ending}")
+        if all(path.is_file() for path in paths):
+            return paths
+    return ()
+
+
 def has_model(folder: Path) -> bool:
     """Whether the folder holds a text or a binary model."""
-    return any((folder / f"cameras{end}").is_file() and (folder / f"images{end}").is_file() for end in (".txt", ".bin"))
+    return bool(model_paths(folder))
 
 
 def read_model(folder: Path | str) -> Model:
-    """Read cameras and images; text is preferred when both formats are there.
+    """Read cameras and images, from the files of `model_paths`.
 
     Raises PqkError that names the file and the line (text) or the byte (binary) for anything malformed, for an image
     whose camera is missing, for quaternions whose length is not about 1, and for image names that leave the image
     folder or are not UTF-8.
     """
     folder = Path(folder)
-    if (folder / "cameras.txt").is_file() and (folder / "images.txt").is_file():
-        cameras = list(_cameras_from_text(folder / "cameras.txt"))
-        images, images_file = list(_images_from_text(folder / "images.txt")), folder / "images.txt"
-    elif (folder / "cameras.bin").is_file() and (folder / "images.bin").is_file():
-        cameras = list(_cameras_from_binary(folder / "cameras.bin"))
-        images, images_file = list(_images_from_binary(folder / "images.bin")), folder / "images.bin"
-    else:
+    paths = model_paths(folder)
+    if not paths:
         raise PqkError(f"{folder}: no COLMAP model here; cameras.txt and images.txt (or both as .bin) are needed")
+    cameras_file, images_file = paths
+    binary = images_file.suffix == ".bin"
+    cameras = list((_cameras_from_binary if binary else _cameras_from_text)(cameras_file))
+    images = list((_images_from_binary if binary else _images_from_text)(images_file))
     by_id = {camera.camera_id: camera for camera in cameras}
     if len(by_id) != len(cameras):
         raise PqkError(f"{folder}: a camera id appears twice in the cameras file")
@@ -174,7 +190,7 @@ def _numbers(values: Iterable[float]) -> str:
 def _lines(path: Path, keep_blank: bool = False) -> Iterator[tuple[int, str]]:
     """Numbered lines without comments (and, unless asked for, without blank ones)."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise PqkError(f"{path}: not a text file (byte {error.start} is not UTF-8)") from error
     except OSError as error:
@@ -214,10 +230,23 @@ def _images_from_text(path: Path) -> Iterator[ModelImage]:
         # Every image has a second line with its keypoints, blank when there are none. A file whose blank lines were
         # stripped would lose every other image unnoticed, hence the check.
         number, observations = next(lines, (number + 1, ""))
-        if len(observations.split()) % 3:
+        if not _are_keypoints(observations.split()):
             raise PqkError(
-                f"{path} line {number}: expected keypoints as triples X Y POINT3D_ID (or a blank line) after each image"
+                f"{path} line {number}: expected keypoints as triples X Y POINT3D_ID (or a blank line) after each "
+                "image; were blank lines removed from this file?"
             )
+
+
+def _are_keypoints(words: list[str]) -> bool:
+    """Whether the words are triples of two numbers and a whole one."""
+    try:
+        for word in words[::3] + words[1::3]:
+            float(word)
+        for word in words[2::3]:
+            int(word)
+    except ValueError:
+        return False
+    return len(words) % 3 == 0
 
 
 def _image(image_id: int, pose: list[float], camera_id: int, name: str, where: str) -> ModelImage:

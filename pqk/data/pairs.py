@@ -6,7 +6,7 @@ The names complete, swin, logwin and oneref (and the filters seqK and cycK) are 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import numpy as np
 from PIL import Image
@@ -71,8 +71,8 @@ def pair_graph(
     return pairs
 
 
-def image_similarity(images: Sequence[np.ndarray], size: int = 16) -> np.ndarray:
-    """(n,n) float64 cosine similarity in [-1,1] of images (3,H,W), any float or integer range.
+def image_similarity(images: Iterable[np.ndarray], size: int = 16) -> np.ndarray:
+    """(n,n) float64 cosine similarity in [-1,1] of images (3,H,W), any float or integer range; each is looked at once.
 
     Each image is averaged down to size x size, its mean colour is taken off, and the vectors are compared. A cheap
     stand-in for retrieval features: it finds overlapping views of a slow camera, not a place seen from another side.

@@ -14,7 +14,7 @@ from pqk.data.preprocess import Frame
 from pqk.data.scene import open_scene
 from pqk.errors import PqkError
 from pqk.measure.similarity import Agreement
-from pqk.run.inputs import load_frames, scene_pairs
+from pqk.run.inputs import Frames, load_frames, scene_pairs
 from pqk.run.variants import Runner, Variant
 from pqk.spec.workload import PairGraph
 
@@ -71,20 +71,26 @@ def compare(request: dict[str, Any]) -> dict[str, Any]:
 
     Request: base (see `open_side`), others (a list of such), scenes (folders), views, shape, pair_graph,
     min_covisibility, truthful, pairs (how many, spread evenly over the pairs of all scenes). Returns heads (for each of
-    `others` in turn: see `similarity.HeadAgreement`) and the pairs. Each side runs once, and one is open at a time;
-    memory holds the outputs of `base`, 8 MB for a pair of 512x512 pixels. Raises PqkError.
+    `others` in turn: see `similarity.HeadAgreement`) and the pairs: number of the scene, two names. Each side runs
+    once, and one is open at a time; memory holds the outputs of `base`, 8 MB for a pair of 512x512 pixels. Raises
+    PqkError.
     """
     height, width = shape = request["shape"]
     graph = PairGraph.model_validate(request["pair_graph"])
-    every: list[tuple[Frame, Frame]] = []
-    for folder in request["scenes"]:
-        frames = load_frames(open_scene(Path(folder)), height, width, request["views"])
-        pairs = scene_pairs(frames, graph, request["min_covisibility"], request["truthful"])
-        every += [(frames[i], frames[j]) for i, j in pairs]
+    every: list[tuple[int, int, int]] = []
+
+    def frames_of(scene: int) -> Frames:
+        return load_frames(open_scene(Path(request["scenes"][scene])), height, width, request["views"])
+
+    for scene in range(len(request["scenes"])):
+        pairs = scene_pairs(frames_of(scene), graph, request["min_covisibility"], request["truthful"])
+        every += [(scene, i, j) for i, j in pairs]
     if not every:
         raise PqkError("there is no pair to compare")
     count = min(request["pairs"], len(every))
-    chosen = [every[k * len(every) // count] for k in range(count)]
+    taken = [every[k * len(every) // count] for k in range(count)]
+    opened = {scene: frames_of(scene) for scene, _, _ in taken}
+    chosen = [(opened[scene][i], opened[scene][j]) for scene, i, j in taken]
     expected = list(_outputs(request["base"], shape, chosen))
     heads = []
     for other in request["others"]:
@@ -92,7 +98,10 @@ def compare(request: dict[str, Any]) -> dict[str, Any]:
         for a, b in zip(expected, _outputs(other, shape, chosen), strict=True):
             agreement.add(a, b)
         heads.append({head: asdict(found) for head, found in agreement.result().items()})
-    return {"heads": heads, "pairs": [[a.scene, a.name, b.name] for a, b in chosen]}
+    return {
+        "heads": heads,
+        "pairs": [[scene, a.name, b.name] for (scene, _, _), (a, b) in zip(taken, chosen, strict=True)],
+    }
 
 
 def _outputs(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,12 +17,13 @@ from pqk.data.preprocess import Frame
 from pqk.data.scene import open_scene
 from pqk.errors import CheckFailed, PqkError
 from pqk.measure.quality import pair_truth, score_against_reference, score_pair, summarise
-from pqk.run.inputs import load_frames, scene_pairs
+from pqk.run.inputs import Kept, load_frames, scene_pairs
 from pqk.run.variants import Runner, Variant
 from pqk.spec.keep import keep_for
 from pqk.spec.workload import PairGraph
 
 _AHEAD = 4  # pairs that may wait for their scores
+_TOKENS = 512 * 2**20  # bytes of tokens that a scene keeps: 160 images of the full-size model at 512x384
 
 
 def evaluate(request: dict[str, Any]) -> dict[str, Any]:
@@ -31,15 +32,15 @@ def evaluate(request: dict[str, Any]) -> dict[str, Any]:
     Request: variant, reference (a variant whose output plays the truth, or null), scenes (folders), views, shape,
     pair_graph, min_covisibility, quality (the evaluation's section), seed, keep (keep-list or []), and, needed only
     with a reference, min_conf (the bound above which its activation gives confidences). Returns summary
-    (mean per metric), pairs (a row of scores each), measured (engine or emulated), size_bytes (files that ship),
-    executed (share of FLOPs per precision), flops, kernels (rows).
+    (mean per metric), pairs (a row of scores each, with the number of its scene), measured (engine or emulated),
+    size_bytes (files that ship), executed (share of FLOPs per precision), flops, kernels (rows).
     Pairs whose first view has fewer than quality.min_valid_pixels of ground truth are not scored.
     Raises PqkError when a score cannot be computed or no pair is left, CheckFailed when a kept node ran in an int8
     kernel.
     """
     variant = Variant.from_json(request["variant"])
     reference = Variant.from_json(request["reference"]) if request["reference"] else None
-    waiting: list[tuple[dict[str, str], Future[dict[str, Any] | None]]] = []
+    waiting: list[tuple[dict[str, Any], Future[dict[str, Any] | None]]] = []
     names: list[str] = []
     graph = PairGraph.model_validate(request["pair_graph"])
     height, width = request["shape"]
@@ -50,25 +51,27 @@ def evaluate(request: dict[str, Any]) -> dict[str, Any]:
         teacher: Runner | None = None
         if reference is not None:  # the Teacher against itself needs no second copy in memory
             teacher = runner if reference == variant else engines.enter_context(Runner(reference))
-        for folder in request["scenes"]:
+        for number, folder in enumerate(request["scenes"]):
             scene = open_scene(Path(folder))
             names.append(scene.name)
             frames = load_frames(scene, height, width, request["views"], request["seed"])
             truthful = reference is None
             pairs = scene_pairs(frames, graph, request["min_covisibility"], truthful)
-            tokens = [runner.encode(f.image[None]) for f in frames]
-            taught = [teacher.encode(f.image[None]) for f in frames] if teacher else []
+            tokens = _tokens(runner, frames)
+            taught = _tokens(teacher, frames) if teacher else tokens
             for i, j in pairs:
                 out = runner.decode(tokens[i], tokens[j])
                 if teacher:
                     job = scorer.submit(_against, out, teacher.decode(taught[i], taught[j]), request)
                 else:
                     job = scorer.submit(_against_truth, out, frames[i], frames[j], request)
-                pair = {"scene": scene.name, "first": frames[i].name, "second": frames[j].name}
+                # The scene by its number: its folder may be renamed, and the scores are still those of its content.
+                pair = {"scene": number, "first": frames.names[i], "second": frames.names[j]}
                 waiting.append((pair, job))
                 if len(waiting) > _AHEAD:  # bounds the predictions in memory, and stops soon after a failure
-                    _scores(variant, *waiting[-_AHEAD - 1])
-        rows = [{**pair, **scores} for pair, job in waiting if (scores := _scores(variant, pair, job)) is not None]
+                    _scores(variant, names, *waiting[-_AHEAD - 1])
+        found = ((pair, _scores(variant, names, pair, job)) for pair, job in waiting)
+        rows = [{**pair, **scores} for pair, scores in found if scores is not None]
         if not rows:
             wanted = request["quality"]["min_valid_pixels"]
             raise PqkError(
@@ -92,7 +95,6 @@ def evaluate(request: dict[str, Any]) -> dict[str, Any]:
     return {
         "summary": summarise(plain),
         "pairs": rows,
-        "scenes": names,
         "measured": measured,
         "size_bytes": size,
         "executed": executed_precision(of_a_pair),
@@ -101,13 +103,20 @@ def evaluate(request: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _scores(variant: Variant, pair: Mapping[str, str], job: Future[dict[str, Any] | None]) -> dict[str, Any] | None:
+def _tokens(runner: Runner, frames: Sequence[Frame]) -> Sequence[np.ndarray]:
+    """The tokens of each frame, encoded when they are asked for; see `Kept`."""
+    return Kept(len(frames), lambda k: runner.encode(frames[k].image[None]), lambda tokens: tokens.nbytes, _TOKENS)
+
+
+def _scores(
+    variant: Variant, names: Sequence[str], pair: Mapping[str, Any], job: Future[dict[str, Any] | None]
+) -> dict[str, Any] | None:
     """Wait for a pair's scores. Raises PqkError that names the pair."""
     try:
         return job.result()
     except PqkError as error:
-        where = f"{pair['first']} and {pair['second']}"
-        raise PqkError(f"{variant.name} on scene {pair['scene']}, {where}: {error}") from error
+        where = f"{names[pair['scene']]}, {pair['first']} and {pair['second']}"
+        raise PqkError(f"{variant.name} on scene {where}: {error}") from error
 
 
 def _row(kernel: Kernel) -> dict[str, Any]:

@@ -105,7 +105,7 @@ def join(
                 **asked,
                 "teacher": teacher.path,
                 **{name: graph_to_json(graph) for name, graph in graphs.items()},
-                "calibration": str(calibration.root),
+                "calibration": [str(folder) for folder in calibration.folders],
                 "out": str(folder),
                 "scratch": str(scratch),
                 "rules": asdict(rules),

@@ -71,8 +71,8 @@ class Both(Generic[Made]):
 class Calibrated:
     """The two graphs of a model with what a quantizer needs to lower them: sources, specs and calibration feeds.
 
-    Request: backend, quantizer, model (where modules are loaded from), encoder, decoder (graphs), calibration (folder
-    of scenes), shape, ptq (the config's section), out. Raises PqkError for an unknown quantizer and a calibration set
+    Request: backend, quantizer, model (where modules are loaded from), encoder, decoder (graphs), calibration (scene
+    folders), shape, ptq (the config's section), out. Raises PqkError for an unknown quantizer and a calibration set
     that is too small.
     """
 
@@ -89,7 +89,7 @@ class Calibrated:
         # Weights alone are rounded without data: one pair tells shapes and names.
         self.weights_only = self.ptq["bits_a"] > self.ptq["bits_w"]
         wanted = 2 if self.weights_only else self.ptq["calibration_images"]
-        self.images = CalibrationImages(Path(request["calibration"]), wanted, *request["shape"])
+        self.images = CalibrationImages([Path(folder) for folder in request["calibration"]], wanted, *request["shape"])
         self.graphs = {name: graph_from_json(request[name]) for name in ("encoder", "decoder")}
         needed = modules or self.quantizer.starts_from == "module"
         self.model = load_model(request["model"]) if needed else None

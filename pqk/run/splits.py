@@ -45,7 +45,7 @@ def test_split(ctx: Context, request: Request, experiment: Experiment, root: Pat
     if request.scenes and request.images:
         raise PqkError("--scenes and --images exclude each other: scenes with ground truth, or pictures without")
     if request.images:
-        found = Split(stages.folder_scenes(request.images), None, False)
+        found = Split(stages.folder_scenes(request.images, pictures=True), None, False)
     elif request.scenes:
         scenes = stages.folder_scenes(request.scenes)
         for folder in scenes.folders:

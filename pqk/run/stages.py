@@ -6,7 +6,6 @@ import ast
 import hashlib
 import importlib.util
 import json
-import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ from backends import exchange, registry
 from backends.base import Graph, Precision
 from pqk.data.generate import ScenePlan, make_scenes
 from pqk.errors import PqkError
-from pqk.files import sha256_file, sha256_json, write_json
+from pqk.files import sha256_json, write_json
 from pqk.run import worker
 from pqk.run.clock import clock
 from pqk.run.evaluate import write_evaluation
@@ -121,11 +120,16 @@ _MEMORY_CODE = ("pqk.run.variants", "pqk.measure.footprint")
 
 @dataclass(frozen=True)
 class Scenes:
-    """Scene folders in order, and the sha256 of every byte in them."""
+    """Scene folders in order, and the sha256 of what the readers take from them. `root`: the folder they lie in."""
 
     folders: tuple[Path, ...]
     sha256: str
     root: Path
+
+    @property
+    def names(self) -> list[str]:
+        """The names that the scenes have now; an artifact made of the same content may have seen other ones."""
+        return [folder.name for folder in self.folders]
 
 
 def synthetic_scenes(
@@ -183,13 +187,26 @@ def listed_scenes(
     return folder_scenes(_under(root, scenes.source), scenes.names, scenes.count)
 
 
-def folder_scenes(folder: Path, names: tuple[str, ...] | None = None, count: int | None = None) -> Scenes:
-    """Scenes that lie in a folder: all of them by name, or the listed ones in their order."""
+def folder_scenes(
+    folder: Path,
+    names: tuple[str, ...] | None = None,
+    count: int | None = None,
+    pictures: bool = False,
+    truth: bool = True,
+) -> Scenes:
+    """Scenes that lie in a folder: all of them by name, or the listed ones in their order; at most `count`.
+
+    pictures: see `open_scenes`. truth: whether depth and masks are read too, and so are part of the sha256.
+    Raises PqkError for what the readers refuse.
+    """
     from pqk.data.scene import open_scene, open_scenes
 
-    found = [open_scene(folder / name) for name in names] if names else open_scenes(folder)
-    chosen = tuple(scene.root for scene in found[:count])
-    return Scenes(chosen, _hash_folders(chosen), folder)
+    found = [open_scene(folder / name) for name in names] if names else open_scenes(folder, pictures)
+    chosen = found[:count]
+    content = [scene.content(truth) for scene in chosen]
+    if not any(scene["views"] for scene in content):
+        raise PqkError(f"{folder}: no picture of these scenes was read, so nothing says what they are")
+    return Scenes(tuple(scene.root for scene in chosen), sha256_json(content), folder)
 
 
 def calibration_images(ctx: Context, calibration: Calibration, workload: Workload, root: Path) -> Scenes:
@@ -199,7 +216,7 @@ def calibration_images(ctx: Context, calibration: Calibration, workload: Workloa
     """
     if calibration.source != SYNTHETIC:
         try:
-            return folder_scenes(_under(root, calibration.source))
+            return folder_scenes(_under(root, calibration.source), calibration.names, truth=False)
         except PqkError as error:
             raise PqkError(
                 f"the calibration set (workload.calibration.source) is empty or unreadable: {error}"
@@ -214,21 +231,6 @@ def calibration_images(ctx: Context, calibration: Calibration, workload: Workloa
 def _under(root: Path, source: str) -> Path:
     path = Path(source).expanduser()
     return path if path.is_absolute() else root / path
-
-
-def _hash_folders(folders: tuple[Path, ...]) -> str:
-    """sha256 over every file, also of those that no reader looks at: what readers read is theirs to know.
-
-    One that is forgotten here would let a stale score stand; reading a gigabyte costs a second or two.
-    """
-    files = {
-        # Names of files that no reader looks at need not be UTF-8.
-        f"{number}/{os.fsencode(path.relative_to(folder)).decode('utf-8', 'backslashreplace')}": sha256_file(path)
-        for number, folder in enumerate(folders)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-    return sha256_json(files)
 
 
 def export_graphs(ctx: Context, model: torch.nn.Module, model_sha: str, height: int, width: int) -> dict[str, Graph]:
@@ -303,7 +305,7 @@ def quantize(
             "model": model,
             "encoder": graph_to_json(graphs["encoder"]),
             "decoder": graph_to_json(graphs["decoder"]),
-            "calibration": str(calibration.root),
+            "calibration": [str(folder) for folder in calibration.folders],
             "shape": list(shape),
             "ptq": dict(ptq),
             "out": str(folder),
@@ -372,7 +374,10 @@ def trained_note(method: str, steps: int, hours: float, drop_pct: float | None) 
 def quality(
     ctx: Context, variant: Variant, reference: Variant | None, scenes: Scenes, request: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Scores, executed precision and FLOPs of a variant. `request`: see `pqk.run.evaluate`."""
+    """Scores, executed precision and FLOPs of a variant, and the scenes. `request`: see `pqk.run.evaluate`.
+
+    The scenes have the names of their folders today: a renamed copy has the same content, and so the same scores.
+    """
 
     def make(folder: Path) -> None:
         result = worker.call(
@@ -389,6 +394,9 @@ def quality(
     inputs = {**identity(ctx, variant, reference), "scenes": scenes.sha256, **request}
     made = ctx.make("quality", (*_EVAL_CODE, *sources_of(variant, reference)), inputs, make, variant.name)
     found: dict[str, Any] = json.loads((made.path / "quality.json").read_text())
+    found["scenes"] = scenes.names
+    for row in found["pairs"]:
+        row["scene"] = scenes.names[row["scene"]]
     return found
 
 

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from itertools import combinations
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from pqk.data.seeds import LIMIT
 from pqk.spec.yamlfile import Section, Spec, config_loader
@@ -17,6 +25,19 @@ STANDARD_SIDES = (384, 512, 640)
 """The square input sides that the dry run accepts in configs/workload.yaml."""
 
 BaseSeed = Annotated[int, Field(ge=0, lt=LIMIT)]
+
+
+def _plain_names(names: tuple[str, ...]) -> tuple[str, ...]:
+    for name in names:
+        if not name or name in {".", ".."} or "/" in name or "\0" in name:
+            raise ValueError(f"must hold plain folder names, and {name!r} is none")
+    if not names or len(set(names)) != len(names):
+        raise ValueError("must hold at least one name and none twice")
+    return names
+
+
+SceneNames = Annotated[tuple[str, ...], Field(strict=False), AfterValidator(_plain_names)]
+"""Folders of scenes in `source`, in their order."""
 
 
 class Input(Section):
@@ -54,25 +75,15 @@ class SceneList(Section):
     """A fixed, ordered list of scenes: generated ones, or the scenes in a folder.
 
     For `source: synthetic`, `count` scenes of `views` views each are generated from `seed`. Otherwise `source` is
-    a folder (relative to the project root, or absolute), `names` lists its scenes in order (default: all, sorted by
-    name) and `count` and `views` limit how many of them are used.
+    a folder (relative to the project root, or absolute), `names` lists its scenes in order (default: all, in the
+    natural order of their names) and `count` and `views` limit how many of them are used.
     """
 
     source: Annotated[str, Field(min_length=1)]
     count: Annotated[int | None, Field(ge=1, le=100_000)] = None
     views: Annotated[int | None, Field(ge=2, le=1000)] = None
     seed: BaseSeed = 0
-    names: Annotated[tuple[str, ...], Field(strict=False)] | None = None
-
-    @field_validator("names")
-    @classmethod
-    def _plain_names(cls, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        for name in names or ():
-            if not name or name in {".", ".."} or "/" in name or "\\" in name or "\0" in name:
-                raise ValueError(f"must hold plain folder names, and {name!r} is none")
-        if names is not None and (not names or len(set(names)) != len(names)):
-            raise ValueError("must hold at least one name and none twice")
-        return names
+    names: SceneNames | None = None
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
@@ -91,12 +102,30 @@ class SceneLists(Section):
 
 
 class Calibration(Section):
-    """The images that quantizers observe: generated, `views_per_scene` to a scene, or from a folder of scenes."""
+    """The images that quantizers observe: generated, `views_per_scene` to a scene, or from a folder of scenes.
+
+    Of a folder, `names` lists the scenes in order (default: all).
+    """
 
     source: Annotated[str, Field(min_length=1)]
     images: Annotated[int, Field(ge=2, le=100_000)]
     views_per_scene: Annotated[int, Field(ge=2, le=1000)]
     seed: BaseSeed = 0
+    names: SceneNames | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if self.source == SYNTHETIC and self.names is not None:
+            raise ValueError("with source 'synthetic' takes no 'names'")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leaves out names that are not given: a calibration set without them keeps the sha256 it always had."""
+        values: dict[str, Any] = handler(self)
+        if self.names is None:
+            del values["names"]
+        return values
 
 
 class Seeds(Section):
@@ -116,6 +145,24 @@ class Workload(Spec):
     calibration: Calibration
     min_covisibility: Annotated[float, Field(ge=0, le=1)]
     seeds: Seeds
+
+    @model_validator(mode="after")
+    def _apart(self) -> Self:
+        """Splits of one folder name their scenes, and none is named in two."""
+        splits: dict[str, SceneList | Calibration] = {
+            "scenes.validation": self.scenes.validation,
+            "scenes.test": self.scenes.test,
+            "calibration": self.calibration,
+        }
+        for (a, first), (b, second) in combinations(splits.items(), 2):
+            if first.source != second.source or first.source == SYNTHETIC:
+                continue
+            if first.names is None or second.names is None:
+                raise ValueError(f"{a} and {b} take scenes of the same source, so both need 'names'")
+            twice = [name for name in first.names if name in second.names]
+            if twice:
+                raise ValueError(f"{a} and {b} both name scene {twice[0]!r} of {first.source}; splits share no scene")
+        return self
 
 
 load_workload = config_loader(Workload, "workload")

@@ -14,6 +14,7 @@ from scipy.spatial.transform import Rotation
 from pqk.data.camera import CAMERA_MODELS, Camera
 from pqk.data.colmap import (
     ModelImage,
+    model_paths,
     quaternion_to_rotation,
     read_model,
     rotation_to_quaternion,
@@ -100,6 +101,24 @@ def test_reads_text(tmp_path):
     np.testing.assert_allclose(model.images[1].world_to_cam[:3, :3], np.diag([1, -1, -1]), atol=1e-15)
 
 
+@pytest.mark.parametrize("file", ["cameras.txt", "images.txt"])
+def test_reads_text_with_a_byte_order_mark(tmp_path, file):
+    """As editors on Windows write it, before a comment and before a number."""
+    plain = read_model(write(tmp_path))
+    for text in ((tmp_path / file).read_text(), (tmp_path / file).read_text().split("\n", 1)[1]):
+        (tmp_path / file).write_text(text, encoding="utf-8-sig")
+        assert read_model(tmp_path) == plain
+
+
+def test_binary_wins_over_text(tmp_path):
+    """As in COLMAP; text beside it was exported once, and may be out of date. Half a binary model is none."""
+    write_binary(write(tmp_path))
+    assert [image.name for image in read_model(tmp_path).images] == ["x/one.jpg", "two.png"]
+    assert [path.name for path in model_paths(tmp_path)] == ["cameras.bin", "images.bin"]
+    (tmp_path / "cameras.bin").unlink()
+    assert [image.name for image in read_model(tmp_path).images] == ["b/second image.jpg", "a.jpg"]
+
+
 def test_rounded_quaternions_are_read(tmp_path):
     model = read_model(write(tmp_path, images="1 0.95 0 0 0 0 0 0 7 a.jpg\n\n"))
     np.testing.assert_allclose(model.images[0].world_to_cam, np.eye(4), atol=1e-15)
@@ -162,6 +181,11 @@ def test_malformed_cameras(tmp_path, cameras, message):
         ("1 1 0 0 0 0 inf 0 1 a.jpg\n\n", "pose of 'a.jpg' must be finite"),
         ("1 1 0 0 0 0 0 0 1 a.jpg\n\n2 1 0 0 0 0 0 0 1 a.jpg\n\n", "'a.jpg' appears twice"),
         ("1 1 0 0 0 0 0 0 1 a.jpg\n2 1 0 0 0 0 0 0 1 b.jpg\n", "line 2: expected keypoints as triples"),
+        ("1 1 0 0 0 0 0 0 1 a b c.jpg\n2 1 0 0 0 0 0 0 1 d e f.jpg\n", "line 2: .* were blank lines removed"),
+        ("1 1 0 0 0 0 0 0 1 a.jpg\nto be done\n", "line 2: expected keypoints as triples"),
+        ("1 1 0 0 0 0 0 0 1 a.jpg\n10.5 20.5 -1 30 40 1.5\n", "line 2: expected keypoints as triples"),
+        ("1 1 0 0 0 0 0 0 1 a.jpg\n10.5 20.5 -1 30 40\n", "line 2: expected keypoints as triples"),
+        ("1 1 0 0 0 0 0 0 1 ..\\b.jpg\n\n", "must be a relative path"),
         ("1 1 0 0 0 0 0 0 1 ../../etc/passwd\n\n", "line 1: image name '../../etc/passwd' must be a relative path"),
         ("1 1 0 0 0 0 0 0 1 /etc/passwd\n\n", "must be a relative path"),
         ("1 1 0 0 0 0 0 0 1 a/../../b.jpg\n\n", "must be a relative path"),

@@ -317,7 +317,7 @@ def test_odd_views_still_give_enough_images(project: Path) -> None:
     )
     ctx = stages.Context(Store(project / "store"), lambda *event: None, {})
     made = stages.calibration_images(ctx, workload.calibration, workload, project)
-    images = CalibrationImages(made.root, 4, 64, 64)
+    images = CalibrationImages(made.folders, 4, 64, 64)
     assert [array.shape for array in images] == [(1, 3, 64, 64)] * 4
     assert [view.image_path.parents[2].name for view in images.views] == [
         "calibration-0-0000", "calibration-0-0000", "calibration-0-0001", "calibration-0-0001",

@@ -19,7 +19,7 @@ from run_toys import REPOSITORY, Outcome, pqk
 
 from pqk.data.pairs import pair_graph
 from pqk.data.preprocess import fit_to_shape
-from pqk.data.scene import View
+from pqk.data.scene import View, open_scene
 from pqk.record.log import read_records
 from pqk.record.schema import empty_record, validate
 
@@ -117,6 +117,17 @@ def test_pictures_are_fed_as_pqk_feeds_them(exported: Path, pictures: Path) -> N
     assert len(images) == len(files) == 4
     for image, file in zip(images, files, strict=True):
         np.testing.assert_array_equal(image[0], fit_to_shape(View(file.name, file), 64, 64).image)
+
+
+def test_pictures_are_ordered_as_pqk_orders_them(pictures: Path, tmp_path: Path) -> None:
+    for k, file in zip((12, 9, 10, 100), sorted(pictures.iterdir()), strict=True):
+        (tmp_path / f"frame_{k}.png").symlink_to(file)
+    how = {"size": [64, 64], "mean": [0.5] * 3, "std": [0.5] * 3}
+    images, _ = edge_eval.load_images(tmp_path, how)
+    views = open_scene(tmp_path).views
+    assert [view.name for view in views] == [f"frame_{k}.png" for k in (9, 10, 12, 100)]
+    for image, view in zip(images, views, strict=True):
+        np.testing.assert_array_equal(image[0], fit_to_shape(view, 64, 64).image)
 
 
 def test_both_runtimes_compute_what_torch_exported(exported: Path) -> None:

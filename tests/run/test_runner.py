@@ -156,6 +156,13 @@ def test_a_folder_of_photographs(copy_of: Copy, tiny_model: Path, tmp_path: Path
     assert 0 < record["quality_drop_pct"] < 50
     (teacher,) = (r for r in written(root) if r["precision"] == "f32" and r["quality_reference"] == "teacher")
     assert (teacher["absrel"], teacher["quality_drop_pct"], teacher["delta1"]) == (0, 0, 1)
+    # The same pictures under another name and behind a link: nothing is measured again, and the record says the name.
+    (tmp_path / "trip").mkdir()
+    (tmp_path / "trip" / "images").symlink_to(photos)
+    again = pqk(root, *RUN, "--model", tiny_model, "--images", tmp_path / "trip")
+    assert "…" not in again.err and again.record["scenes"] == ["trip"]
+    assert again.record["hashes"]["scenes"] == record["hashes"]["scenes"]
+    same_quality(again.record, record)
 
 
 def test_seed_and_settings_reach_the_record(copy_of: Copy, tiny_model: Path) -> None:

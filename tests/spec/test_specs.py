@@ -308,6 +308,34 @@ def test_bad_overrides_name_their_origin(configs: Path, overrides: dict[str, Any
         load_workload(overrides=overrides, origin="card")
 
 
+def test_splits_of_one_folder(configs: Path) -> None:
+    """Each split names its scenes, and no scene twice; a calibration set without names keeps its old sha256."""
+    mine = {"source": "data/rooms"}
+    splits = {
+        "scenes.validation": {**mine, "names": ["a"]},
+        "scenes.test": {**mine, "names": ["b", "c\\d"]},
+        "calibration": {**mine, "names": ["e"]},
+    }
+    workload = load_workload(overrides=splits)
+    assert workload.scenes.test.names == ("b", "c\\d") and workload.calibration.names == ("e",)
+    assert workload.model_dump(mode="json")["calibration"]["names"] == ["e"]
+    assert "names" not in load_workload().model_dump(mode="json")["calibration"]
+    for part, value, message in (
+        ("scenes.validation", {**mine, "names": ["c", "b"]}, "scenes.validation and scenes.test both name scene 'b'"),
+        (
+            "calibration",
+            {**mine, "names": ["a"]},
+            "scenes.validation and calibration both name scene 'a' of data/rooms",
+        ),
+        ("calibration", mine, "scenes.validation and calibration take scenes of the same source, so both need 'names'"),
+        ("calibration", {"names": ["a"]}, "calibration with source 'synthetic' takes no 'names'"),
+        ("calibration", {**mine, "names": []}, "must hold at least one name and none twice"),
+        ("calibration", {**mine, "names": ["../a"]}, "plain folder names, and '../a' is none"),
+    ):
+        with pytest.raises(PqkError, match=re.escape(message)):
+            load_workload(overrides={**splits, part: value})
+
+
 THRESHOLDS = list(Evaluation.model_fields["thresholds"].annotation.model_fields)  # type: ignore[union-attr]
 
 

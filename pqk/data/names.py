@@ -1,0 +1,43 @@
+"""Names of files: their natural order, and names that only look alike."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from pathlib import Path, PurePosixPath
+
+_DIGITS = re.compile(r"([0-9]+)")
+
+
+def natural(name: str) -> tuple[tuple[str | int, ...], str]:
+    """Returns a sort key by which frame_2 comes before frame_10: runs of digits count as numbers, all else as text.
+
+    Equal keys (1 and 01) go by the name. Text and numbers take turns in a key, so any two can be compared.
+    """
+    words = _DIGITS.split(name)
+    return tuple(int(word) if index % 2 else word for index, word in enumerate(words)), name
+
+
+def folded(name: str) -> str:
+    """Returns the name in one Unicode form, without case, with slashes for backslashes: alike names become equal.
+
+    Systems differ in all three: macOS stores letters and accents apart, Windows separates folders by a backslash.
+    """
+    return unicodedata.normalize("NFC", name.replace("\\", "/")).casefold()
+
+
+def look_alike(folder: Path, name: str) -> str:
+    """Returns ' (X is there, ...)' for something below `folder` whose relative path looks like `name`, or ''.
+
+    Non-ASCII letters are escaped in it, since the two would look the same. Raises OSError for a folder that cannot be
+    read.
+    """
+    here = folder
+    for part in PurePosixPath(name.replace("\\", "/")).parts:
+        entries = sorted(here.iterdir()) if here.is_dir() else []
+        alike = next((entry for entry in entries if folded(entry.name) == folded(part)), None)
+        if alike is None:
+            return ""
+        here = here / part if (here / part).exists() else alike
+    found = here.relative_to(folder).as_posix()
+    return f" ({found!a} is there, but {name!a} is another name; rename one of them)" if found != name else ""
