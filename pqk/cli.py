@@ -303,7 +303,9 @@ def bench_teacher(
 def main() -> None:
     """Entry point: a user's error becomes one sentence on stderr and the documented exit code."""
     from pqk.errors import told
+    from pqk.sources import keep_sources
 
+    keep_sources()
     sys.exit(told(lambda: app(standalone_mode=True)))
 
 

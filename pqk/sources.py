@@ -75,7 +75,7 @@ def _folders(root: str) -> tuple[str, ...]:
 @cache
 def _read(path: str) -> tuple[bytes, float]:
     """Text and time of change of a file, read once per process."""
-    with open(path, "rb") as stream:
+    with Path(path).open("rb") as stream:
         return stream.read(), os.fstat(stream.fileno()).st_mtime
 
 

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from hashlib import sha256
+from typing import NamedTuple
 
 from pqk.errors import PqkError
 from pqk.files import sha256_json
@@ -20,6 +21,7 @@ from pqk.sources import ROOTS, on_disk, source_file, source_of
 Reader = Callable[[str], bytes | None]
 """Returns the source of a module by its name, None when there is no such module."""
 
+_BLOCKS = ("body", "orelse", "finalbody", "handlers", "cases")
 _hashed: dict[str, str] = {}
 """Digest by module of everything that `code_of` has hashed in this process."""
 
@@ -45,7 +47,7 @@ def code_of(*modules: str, read: Reader = source_of) -> str:
 
 def closure(*modules: str, read: Reader = source_of) -> dict[str, bytes]:
     """Sources by name: of `modules`, of the modules of their own packages, of pqk and of backends that they import, and
-    of the packages that these lie in.
+    of the packages that these lie in. The top packages pqk and backends hold a version number, and do not count.
 
     Imports inside functions count, those for the type checker only do not. What is imported by a name in a text is not
     seen: who does that lists these modules, as backends and quantizers do in `sources`. Raises PqkError when one of
@@ -57,7 +59,7 @@ def closure(*modules: str, read: Reader = source_of) -> dict[str, bytes]:
     waiting = list(modules)
     while waiting:
         name = waiting.pop()
-        if name in whole or (name in found and isinstance(name, Top)):
+        if name in ROOTS or name in whole or (name in found and isinstance(name, Top)):
             continue
         source = read(name)
         if source is None:
@@ -67,24 +69,19 @@ def closure(*modules: str, read: Reader = source_of) -> dict[str, bytes]:
         found[str(name)] = source
         if not isinstance(name, Top):
             whole.add(name)
-        for imported, deep in _imports(source, name, _is_package(name)):
-            if imported.partition(".")[0] in roots and (deep or not isinstance(name, Top)):
-                waiting.append(imported)
-        # The top packages of ROOTS hold a version number, which decides nothing.
+        for statement in _facts(source).imports:
+            if statement.top or not isinstance(name, Top):
+                waiting += [m for m in _modules(statement, name) if m.partition(".")[0] in roots]
         parts = name.split(".")
-        waiting += [".".join(parts[:n]) for n in range(1, len(parts)) if n > 1 or parts[0] not in ROOTS]
+        waiting += [".".join(parts[:n]) for n in range(1, len(parts))]
     return found
 
 
-@cache
 def digest(source: bytes) -> str:
     """sha256 of a Python source as it is parsed: without docstrings and other bare texts, comments, positions, and
     imports for the type checker. A source that cannot be parsed counts byte for byte.
     """
-    try:
-        return sha256(ast.dump(_parsed(source)).encode("utf-8", "surrogatepass")).hexdigest()
-    except (SyntaxError, ValueError):
-        return sha256(source).hexdigest()
+    return _facts(source).digest
 
 
 def loaded() -> dict[str, str]:
@@ -125,22 +122,49 @@ def _changed(modules: list[str], task: str) -> str:
     return f"the code changed while the {task} process ran ({modules[0]}{more}): its result is not kept, run again"
 
 
+class _Import(NamedTuple):
+    """An import statement: the dots and the module behind `from` (0 and '' for a plain import), the imported names, and
+    whether it runs when the module is loaded, not when a function is called."""
+
+    level: int
+    origin: str
+    names: tuple[str, ...]
+    top: bool
+
+
+class _Facts(NamedTuple):
+    digest: str
+    imports: tuple[_Import, ...]
+
+
 @cache
-def _parsed(source: bytes) -> ast.Module:
-    """The syntax tree of a source without prose and without what only type checkers read."""
-    tree = ast.parse(source)
-    _strip(tree)
-    return tree
+def _facts(source: bytes) -> _Facts:
+    """What is kept of a source; its syntax tree is not, as that takes megabytes, which a worker may be measuring."""
+    try:
+        tree = ast.parse(source)
+        _strip(tree)
+        text = ast.dump(tree).encode("utf-8", "surrogatepass")
+    except (SyntaxError, ValueError, RecursionError):
+        return _Facts(sha256(source).hexdigest(), ())
+    return _Facts(sha256(text).hexdigest(), tuple(_imports(tree, True)))
 
 
 def _strip(node: ast.AST) -> None:
-    for name in ("body", "orelse", "finalbody", "handlers", "cases"):
+    """Take out of a syntax tree what does nothing when a program runs."""
+    for name in _BLOCKS:
         listed = getattr(node, name, None)
         if isinstance(listed, list):
-            kept = list(_running(listed))
-            setattr(node, name, kept)
-            for child in kept:
-                _strip(child)
+            setattr(node, name, list(_running(listed)))
+    for child in _children(node):
+        _strip(child)
+
+
+def _children(node: ast.AST) -> Iterator[ast.AST]:
+    """The statements, handlers and cases inside a statement."""
+    for name in _BLOCKS:
+        listed = getattr(node, name, None)
+        if isinstance(listed, list):
+            yield from listed
 
 
 def _running(statements: Iterable[ast.AST]) -> Iterator[ast.AST]:
@@ -157,36 +181,26 @@ def _for_type_checkers(test: ast.expr) -> bool:
     return name == "TYPE_CHECKING"
 
 
-@cache
-def _imports(source: bytes, module: str, is_package: bool) -> tuple[tuple[str, bool], ...]:
-    """What a source imports, or might: an imported name can be a module of its package or an object in it.
+def _imports(node: ast.AST, top: bool) -> Iterator[_Import]:
+    for child in _children(node):
+        if isinstance(child, ast.Import):
+            yield _Import(0, "", tuple(alias.name for alias in child.names), top)
+        elif isinstance(child, ast.ImportFrom):
+            yield _Import(child.level, child.module or "", tuple(alias.name for alias in child.names), top)
+        else:
+            yield from _imports(child, top and not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef))
 
-    Each with whether it is imported at the top, when the module is loaded, and not by a function.
-    """
-    try:
-        tree = _parsed(source)
-    except (SyntaxError, ValueError):
-        return ()
-    package = module.split(".") if is_package else module.split(".")[:-1]
-    found: dict[str, bool] = {}
-    waiting: list[tuple[ast.AST, bool]] = [(tree, True)]
-    while waiting:
-        node, top = waiting.pop()
-        names: list[str] = []
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            above = package[: len(package) - node.level + 1] if node.level else []
-            origin = ".".join([*above, *([node.module] if node.module else [])])
-            names = [origin, *(f"{origin}.{alias.name}" for alias in node.names)]
-        for name in names:
-            found[name] = found.get(name, False) or top
-        inner = top and not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-        for field in ("body", "orelse", "finalbody", "handlers", "cases"):
-            listed = getattr(node, field, None)
-            if isinstance(listed, list):
-                waiting += [(child, inner) for child in listed]
-    return tuple(sorted(found.items()))
+
+def _modules(found: _Import, module: str) -> list[str]:
+    """Names that an import of `module` loads, or might: an imported name is a module of its package or an object."""
+    if not found.level and not found.origin:
+        return list(found.names)
+    above: list[str] = []
+    if found.level:
+        package = module.split(".") if _is_package(module) else module.split(".")[:-1]
+        above = package[: len(package) - found.level + 1]
+    origin = ".".join(filter(None, [*above, found.origin]))
+    return [origin, *(f"{origin}.{name}" for name in found.names)]
 
 
 def _is_package(name: str) -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 from pqk.errors import told
 from pqk.run.command import export_card, run_card
 from pqk.run.prepare import Request
+from pqk.sources import keep_sources
 
 
 def quantize(argv: Sequence[str] | None = None) -> int:
@@ -88,6 +89,7 @@ def _run(name: str, what: str, argv: Sequence[str] | None, card: str = "B1", cfg
 
 
 def _parser(name: str, what: str, backend: str, card: str = "B1", cfg: str = "quant") -> argparse.ArgumentParser:
+    keep_sources()
     parser = argparse.ArgumentParser(name, description=what)
     parser.add_argument("--workload", type=Path, help="default: configs/workload.yaml")
     parser.add_argument("--eval", type=Path, help="default: configs/eval.yaml")
