@@ -396,7 +396,7 @@ def tool_code(backend: str, tool: Quantizer) -> tuple[str, ...]:
 
 
 def _top_of(part: object) -> Top:
-    """The module of a backend or quantizer by itself: what its functions import is listed in `sources` where it counts."""
+    """The module of a backend or quantizer by itself: what its functions import is in `sources` where it counts."""
     return Top(type(part).__module__)
 
 

@@ -45,8 +45,8 @@ takes long also calls it with 'progress': then the third argument is a text to s
 class Artifact:
     """One finished artifact: its folder, and the manifest that says what is in it and what made it.
 
-    Manifest keys: stage, key, inputs, files ({relative name: {sha256, bytes}}), seconds, created (ISO 8601, UTC), commit
-    (of the code that made it; None outside a repository, absent in artifacts of older versions).
+    Manifest keys: stage, key, inputs, files ({relative name: {sha256, bytes}}), seconds, created (ISO 8601, UTC), and
+    commit (of the code that made it; None outside a repository, absent in artifacts of older versions).
     """
 
     path: Path
