@@ -358,8 +358,8 @@ def _failed(record: Record) -> list[str]:
 
 def _legend(metric: str, by_date: bool) -> list[str]:
     paired = (
-        "- Records of schema 1.0 do not name their run: Teacher and candidate of one run were found by their dates, at most "
-        f"{_ONE_RUN_S / 60:g} minutes apart.",
+        "- Records of schema 1.0 do not name their run: Teacher and candidate of one run were found by their dates, at "
+        f"most {_ONE_RUN_S / 60:g} minutes apart.",
     )
     return [
         f"- `drop %`: loss of {metric} against the Teacher in f32 on the same scenes and seeds: mean ± sample standard "

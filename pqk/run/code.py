@@ -191,6 +191,7 @@ def _imports(node: ast.AST, top: bool) -> Iterator[_Import]:
             yield from _imports(child, top and not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef))
 
 
+@cache
 def _modules(found: _Import, module: str) -> list[str]:
     """Names that an import of `module` loads, or might: an imported name is a module of its package or an object."""
     if not found.level and not found.origin:
