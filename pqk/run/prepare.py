@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from pqk.spec.quant import Ptq
 
 SHIPPED = Path("models") / "dust3r-tiny"
-_PACKAGES = (
+PACKAGES = (
     "torch",
     "onnx",
     "onnxruntime",
@@ -44,6 +44,8 @@ _PACKAGES = (
     "nvidia-modelopt",
     "tensorrt",
     "tensorrt-rtx-cu13-bindings",
+    "torchao",
+    "torch-pruning",
     "numpy",
     "scipy",
     "pillow",
@@ -202,7 +204,7 @@ def _device(details: Mapping[str, str]) -> str:
 
 def _versions() -> dict[str, str]:
     found = {"python": platform.python_version(), "pqk": __version__}
-    for name in _PACKAGES:
+    for name in PACKAGES:
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -199,7 +199,9 @@ def export_graphs(ctx: Context, model: torch.nn.Module, model_sha: str, height: 
             found[name] = {**graph_to_json(graph), "path": graph.path.name}
         write_json(folder / "graphs.json", found)
 
-    versions = {name: ctx.machine["versions"].get(name) for name in ("torch", "onnx", "onnxscript")}
+    versions = {
+        name: ctx.machine["versions"].get(name) for name in ("torch", "numpy", "onnx", "onnxscript", "onnxruntime")
+    }
     made = ctx.make("graphs", MODEL_CODE, {"model": model_sha, "shape": [height, width], "versions": versions}, make)
     return read_graphs(made.path)
 

@@ -23,7 +23,7 @@ from pqk.spec.card import Experiment
 TRAINS = ("P", "K", "PQK")
 _TASK = {"P": "prune", "K": "distill"}
 _CODE = {"P": ("pqk.run.train_pruned", *LOADER_CODE), "K": ("pqk.run.train_distilled", *LOADER_CODE)}
-_TOOLS = ("torch", "numpy", "scipy", "pillow")  # that compute what a training computes
+_TOOLS = {"P": ("torch", "torch-pruning", "numpy", "scipy", "pillow"), "K": ("torch", "numpy", "scipy", "pillow")}
 _STAGE = {"P": "pruned", "K": "distilled"}
 
 
@@ -101,7 +101,7 @@ def _train(
         "seed": experiment.workload.seeds.train,
         "lines": lines_of(rules),
         "device": "cuda" if torch.cuda.is_available() else "cpu",
-        "versions": {name: ctx.machine["versions"].get(name) for name in _TOOLS},
+        "versions": {name: ctx.machine["versions"].get(name) for name in _TOOLS[method]},
     }
     label = "" if before is None else f"after {card.recipe[0]}"
 

@@ -5,6 +5,7 @@ Every file of pqk and backends is edited in turn, as it is read for the key of e
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shutil
@@ -24,7 +25,7 @@ from pqk.run import explain, stages, training, worker
 from pqk.run.code import Reader, Top, closure, code_of, digest, refuse_other
 from pqk.run.joint import join
 from pqk.run.parts import bought
-from pqk.run.prepare import Model
+from pqk.run.prepare import PACKAGES, Model
 from pqk.run.stages import Context, Learn, Scenes
 from pqk.run.store import Artifact, Store
 from pqk.run.variants import Variant
@@ -193,6 +194,27 @@ def test_another_torch_is_another_key(asked: Mapping[str, Recorder], stage: str)
     with pytest.raises(Asked):
         STAGES[stage](other)
     assert other.inputs != asked[stage].inputs
+
+
+@pytest.mark.parametrize("stage", [name for name in STAGES if name != "scenes"])
+def test_tools_that_a_stage_computes_with_are_in_its_key(stage: str) -> None:
+    """What its code imports of other packages is in the key by its version, or reads, checks and draws alone."""
+    asked = Recorder(dict.fromkeys(PACKAGES, "1"))
+    with pytest.raises(Asked):
+        STAGES[stage](asked)
+    used = {
+        name.partition(".")[0]
+        for source in closure(*asked.modules).values()
+        for node in ast.walk(ast.parse(source))
+        for name in ([alias.name for alias in node.names] if isinstance(node, ast.Import) else
+                     [node.module or ""] if isinstance(node, ast.ImportFrom) else [])
+    }  # fmt: skip
+    used -= {*sys.stdlib_module_names, "pqk", "backends", "yaml", "pydantic", "pydantic_core", "safetensors", "rich"}
+    names = {"PIL": "pillow", "torch_pruning": "torch-pruning", "neural_compressor": "neural-compressor-pt"}
+    known = asked.inputs.get("versions") or asked.inputs.get("machine", {}).get("versions")
+    if known is None:  # a measurement of several variants: each has its machine
+        known = asked.inputs["variants"][0]["machine"]["versions"]
+    assert {names.get(name, name) for name in used} <= set(known)
 
 
 def test_code_of_a_task_is_in_the_key_of_what_it_makes(asked: Mapping[str, Recorder]) -> None:

@@ -24,8 +24,8 @@ Finished = tuple[Path, Outcome]
 # What a clock or the allocator decides, and what follows from it. Everything else must be equal.
 TIMED = {column.name for column in columns() if column.timing}
 MAY_DIFFER = TIMED | {
-    "datetime", "wall_s", "gpu_hours", "best_float", "ram_GB", "vram_GB", "peak_memory_GB", "verdict",
-    "verdict_reasons",
+    "datetime", "measured_at", "run_id", "wall_s", "gpu_hours", "best_float", "ram_GB", "vram_GB", "peak_memory_GB",
+    "verdict", "verdict_reasons",
 }  # fmt: skip
 
 
