@@ -303,8 +303,11 @@ def bench_teacher(
 def main() -> None:
     """Entry point: a user's error becomes one sentence on stderr and the documented exit code."""
     from pqk.errors import told
+    from pqk.result import reported
+    from pqk.sources import keep_sources
 
-    sys.exit(told(lambda: app(standalone_mode=True)))
+    keep_sources()
+    sys.exit(told(reported(lambda: app(standalone_mode=True))))
 
 
 if __name__ == "__main__":

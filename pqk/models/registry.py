@@ -25,6 +25,11 @@ _WRAPPERS = {"module.": "DataParallel or DistributedDataParallel", "_orig_mod.":
 """Prefixes of keys, and what puts them there."""
 
 
+def family_modules() -> tuple[str, ...]:
+    """The modules that define the families, whose code decides what a loaded network computes."""
+    return tuple(target.partition(":")[0] for target in FAMILIES.values())
+
+
 def empty_model(family: str, config: Mapping[str, Any]) -> nn.Module:
     """A model of the family on the meta device: names and shapes without memory.
 

@@ -25,7 +25,8 @@ from pqk.report.targets import targets_lines
 Record = dict[str, Any]
 PLAN = "plan.json"
 _ONE_RUN_S = 300
-"""Records of one run are written together; a Teacher's that is further away in time is of another timing."""
+"""Of records without run_id, as schema 1.0 had none: those of one run were written together, so a Teacher's that is
+further away in time is of another timing."""
 
 
 @dataclass(frozen=True)
@@ -124,10 +125,16 @@ def recipes_of(plan: dict[str, Any], records: dict[str, Record], rows: Sequence[
 
 
 def _teacher(run: dict[str, Any], records: dict[str, Record]) -> Record | None:
-    """The Teacher's f32 record of the same run: written in the same minutes, so of the same interleaved timing."""
-    mine = _time(records[run["candidate"]])
+    """The Teacher's f32 record of the same run, which has its run_id; None where there is none.
+
+    A candidate without run_id is paired by date with a Teacher without one; the page says so.
+    """
+    mine = records[run["candidate"]]
     teachers = [records[path] for path in run["teachers"] if records[path]["precision"] == "f32"]
-    return next((record for record in teachers if abs(_time(record) - mine) < _ONE_RUN_S), None)
+    same = (record for record in teachers if record["run_id"] == mine["run_id"])
+    if mine["run_id"] is not None:
+        return next(same, None)
+    return next((record for record in same if abs(_time(record) - _time(mine)) < _ONE_RUN_S), None)
 
 
 def _time(record: Record) -> float:
@@ -161,7 +168,7 @@ def page_text(
         "",
         *_recipes_table(recipes, records, rows, metric),
         "",
-        *_legend(metric),
+        *_legend(metric, by_date=any(record["run_id"] is None for recipe in recipes for _, record, _ in recipe.runs)),
         *targets_lines(plan.get("targets") or [], recipes),
         "## Not run yet",
         "",
@@ -294,10 +301,16 @@ def _against(recipe: Recipe, name: str, form: str) -> str:
 
 
 def _inverse(recipe: Recipe) -> Stat | None:
-    """Speed against the Teacher in f32, within each run."""
-    return _stat([base["t_pair_p50_ms"] / record["t_pair_p50_ms"]
-                  if base and base["t_pair_p50_ms"] and record["t_pair_p50_ms"] else None
-                  for _, record, base in recipe.runs])  # fmt: skip
+    """Speed against the Teacher in f32, within each run: the record's own, and where it has none, as schema 1.0 in
+    quantized rows, that of the two medians."""
+    return _stat([_speed(record, base) for _, record, base in recipe.runs])
+
+
+def _speed(record: Record, base: Record | None) -> float | None:
+    own: float | None = record["speedup_vs_teacher_f32"]
+    if own is not None or base is None or not base["t_pair_p50_ms"] or not record["t_pair_p50_ms"]:
+        return own
+    return float(base["t_pair_p50_ms"] / record["t_pair_p50_ms"])
 
 
 def _counts(recipe: Recipe) -> str:
@@ -343,7 +356,11 @@ def _failed(record: Record) -> list[str]:
     return reasons or ([str(record["notes"])] if record["status"] in ("failed", "unavailable") else [])
 
 
-def _legend(metric: str) -> list[str]:
+def _legend(metric: str, by_date: bool) -> list[str]:
+    paired = (
+        "- Records of schema 1.0 do not name their run: Teacher and candidate of one run were found by their dates, at "
+        f"most {_ONE_RUN_S / 60:g} minutes apart.",
+    )
     return [
         f"- `drop %`: loss of {metric} against the Teacher in f32 on the same scenes and seeds: mean ± sample standard "
         "deviation over all runs. Where a row is not in the ledger yet, that of the record (eval seed 0).",
@@ -353,6 +370,7 @@ def _legend(metric: str) -> list[str]:
         "interleaved timing; `x Teacher f32`: against the Teacher, likewise.",
         "- `int8 share`: of the FLOPs, read from the engine. `hours`: device hours that made one model.",
         "- `verdict`: of the records, by `configs/eval.yaml`.",
+        *(paired if by_date else ()),
         "",
     ]
 

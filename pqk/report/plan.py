@@ -108,7 +108,14 @@ def status_data(plan: Plan, found: Sequence[Progressed], rate: float | None) -> 
     }
 
 
-_COLOURS = {"done": "green", "failed": "red", "error": "red", "stopped": "yellow", "running": "cyan"}
+_COLOURS = {
+    "done": "green",
+    "failed": "red",
+    "undecided": "yellow",
+    "error": "red",
+    "stopped": "yellow",
+    "running": "cyan",
+}
 
 
 def print_status(data: Mapping[str, Any], console: Console) -> None:

@@ -89,7 +89,8 @@ def _row(item: Progressed, experiment: Experiment | None, records: dict[str, Rec
 def _records_of(step: Step, records: Sequence[Record], backend: str, root: Path) -> list[Record]:
     """The records of a step's run: Teacher, baselines, candidate; empty when it has not run with the configs of now.
 
-    Of several candidates, such as those that the rollback table led to, the newest.
+    Of several candidates, such as those that the rollback table led to, the newest; and of the other rows those of its
+    run. Records of schema 1.0 have no run_id: of them all rows that belong to the step.
     """
     experiment = _experiment(step, root)
     if experiment is None:
@@ -107,7 +108,8 @@ def _records_of(step: Step, records: Sequence[Record], backend: str, root: Path)
 
     own = [record for record in records if belongs(record)]
     candidates = sorted((r for r in own if r["role"] == "candidate"), key=lambda r: r["datetime"])
-    return [r for r in own if r["role"] != "candidate"] + candidates[-1:]
+    runs = {r["run_id"] for r in candidates[-1:]} - {None}
+    return [r for r in own if r["role"] != "candidate" and (not runs or r["run_id"] in runs)] + candidates[-1:]
 
 
 def _ablation(card: str, root: Path) -> dict[str, bytes]:

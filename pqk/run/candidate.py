@@ -196,6 +196,7 @@ def make(
     }
     commit = commit_of(root)
     common = common_columns(experiment, tools.backend.name, ctx.machine, teacher.name, truthful, commit, hashes)
+    common["run_id"] = request.run_id
     planned = _planned(request, recipe, tools, teacher, common)
     if log is not None:
         refuse_to_lose(log, planned)

@@ -15,9 +15,10 @@ from rich.markup import escape
 from pqk import paths
 from pqk.errors import EXIT_CHECK_FAILED, EXIT_OK, EXIT_UNDECIDED, PqkError
 from pqk.files import check_writable
-from pqk.record.log import write_record, write_records
+from pqk.record.log import record_filename, write_record, write_records
 from pqk.report.parts import print_parts, write_parts
 from pqk.report.table import print_table
+from pqk.result import note
 from pqk.run.prepare import Request
 from pqk.run.runner import run
 from pqk.run.store import OnEvent
@@ -110,6 +111,7 @@ def run_card(
         write_record(log, candidate)
     elif log is not None:
         write_records(log, records)
+    _note(candidate, root)
     console = Console(stderr=as_json)
     print_table(records, console)
     if outcome.parts:
@@ -128,6 +130,19 @@ def run_card(
     return _CODES[candidate["verdict"]]
 
 
+def _note(candidate: Mapping[str, Any], root: Path) -> None:
+    """Tell the program that started this one what came out; why: the first threshold that decided the verdict."""
+    mark = {"fail": "FAILED: ", "undecided": "undecided: "}.get(candidate["verdict"] or "")
+    reasons = [text.removeprefix(mark) for text in candidate["verdict_reasons"] or () if mark and text.startswith(mark)]
+    note(
+        run_id=candidate["run_id"],
+        status=candidate["status"],
+        verdict=candidate["verdict"],
+        why=reasons[0] if reasons else None,
+        record=str(root / "logs" / record_filename(dict(candidate))),
+    )
+
+
 def _run_matrix(
     card: Card, request: Request, axes: Sequence[str], as_json: bool, errors: Console, began: float, root: Path
 ) -> int:
@@ -141,6 +156,9 @@ def _run_matrix(
     print_matrix(result, Console(stderr=as_json))
     data = {"card": card.id, "axes": result.records} if as_json else None
     _finish(errors, began, write_matrix(result, folder), data)
+    if result.failures:
+        (axis, point), why = next(iter(result.failures.items()))
+        note(why=f"{len(result.failures)} points failed, first {axis} {point}: {why}")
     return EXIT_CHECK_FAILED if result.failures else EXIT_OK
 
 

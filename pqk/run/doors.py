@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from pqk.errors import told
+from pqk.result import reported
 from pqk.run.command import export_card, run_card
 from pqk.run.prepare import Request
+from pqk.sources import keep_sources
 
 
 def quantize(argv: Sequence[str] | None = None) -> int:
@@ -55,7 +57,7 @@ def export(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("outputs") / "export" / "trt", help="default: %(default)s")
     parser.add_argument("--precision", help="int8, f32, f16 ...; default: int8 when the recipe quantizes")
     asked = parser.parse_args(argv)
-    return told(lambda: export_card(_request(asked), asked.precision, asked.out, rollback=False))
+    return told(reported(lambda: export_card(_request(asked), asked.precision, asked.out, rollback=False)))
 
 
 def finalize_checkpoint(argv: Sequence[str] | None = None) -> int:
@@ -77,17 +79,18 @@ def _ledger(verb: str, argv: Sequence[str] | None) -> int:
     from pqk.cli import app
 
     words = ["ledger", verb, *(sys.argv[1:] if argv is None else argv)]
-    return told(lambda: int(app(words, prog_name="pqk", standalone_mode=False) or 0))
+    return told(reported(lambda: int(app(words, prog_name="pqk", standalone_mode=False) or 0)))
 
 
 def _run(name: str, what: str, argv: Sequence[str] | None, card: str = "B1", cfg: str = "quant", **fields: Any) -> int:
     parser = _parser(name, what, "openvino", card, cfg)
     parser.add_argument("--log", type=Path, help="a .json file for the record, besides the one in logs/")
     asked = parser.parse_args(argv)
-    return told(lambda: run_card(_request(asked, cfg, **fields), as_json=False, log=asked.log))
+    return told(reported(lambda: run_card(_request(asked, cfg, **fields), as_json=False, log=asked.log)))
 
 
 def _parser(name: str, what: str, backend: str, card: str = "B1", cfg: str = "quant") -> argparse.ArgumentParser:
+    keep_sources()
     parser = argparse.ArgumentParser(name, description=what)
     parser.add_argument("--workload", type=Path, help="default: configs/workload.yaml")
     parser.add_argument("--eval", type=Path, help="default: configs/eval.yaml")

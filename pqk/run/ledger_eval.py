@@ -46,6 +46,7 @@ from pqk.run.checkpoints import (
     open_checkpoint,
     plain_name,
 )
+from pqk.run.code import code_of
 from pqk.run.inputs import load_frames, scene_pairs
 from pqk.run.prepare import (
     Request,
@@ -145,7 +146,7 @@ class Bench:
             "cores": self.ctx.machine["cores"],
             "workload_sha256": workload_digest(self.ctx, self.experiment.workload, root),
             "eval_sha256": sha256_json(self.experiment.evaluation.quality.model_dump(mode="json")),
-            "code_sha256": stages.code_of(*sources),
+            "code_sha256": code_of(*sources),
             "settings": json.dumps(others, sort_keys=True) if others else None,
         }
         self.made: Made | None = None

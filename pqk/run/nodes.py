@@ -21,8 +21,8 @@ from backends.rank import Progress, rank_by_groups
 from backends.reference import OnnxRuntimeEngine
 from pqk.data.scene import open_scene
 from pqk.files import write_json
-from pqk.run import worker
 from pqk.run.inputs import load_frames, scene_pairs
+from pqk.run.progress import tell
 from pqk.run.variants import graph_from_json, graph_to_json
 from pqk.spec.workload import PairGraph
 
@@ -125,7 +125,7 @@ def _teller(graph: str) -> Progress:
         nonlocal rankings
         rankings += done == 0
         share = half + (rankings - 1 + done / total) / 4
-        worker.tell({"text": f"{graph}, {done + 1} of {total}: {name}", "share": share})
+        tell({"text": f"{graph}, {done + 1} of {total}: {name}", "share": share})
 
     return say
 

@@ -2,9 +2,10 @@
 
 Where the plan has eval seeds for it, `pqk ledger eval` and `pqk ledger finalize` of its result follow.
 
-    outputs/plans/NAME/state.json    every attempt: when it began, how long it took, how it ended
-    outputs/plans/NAME/ID.log        what the experiment said
-    outputs/plans/NAME/.lock         held (flock) while the plan runs
+    outputs/plans/NAME/state.json       every attempt: when it began, how long it took, how it ended
+    outputs/plans/NAME/ID.log           what the experiment said, for a reader; the plan does not look at it
+    outputs/plans/NAME/ID.result.json   how its last command ended, as data: see `pqk.result`
+    outputs/plans/NAME/.lock            held (flock) while the plan runs
 
 An attempt is noted before it begins, and state.json is replaced in one step, so whenever the plan is killed the next
 call knows what was under way. Experiments die with their plan; what they had finished is in the artifact store.
@@ -26,16 +27,20 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pqk.errors import EXIT_CHECK_FAILED, EXIT_OK, EXIT_UNAVAILABLE, EXIT_USAGE, PqkError
+from pqk.errors import EXIT_CHECK_FAILED, EXIT_OK, EXIT_UNAVAILABLE, EXIT_UNDECIDED, EXIT_USAGE, PqkError
 from pqk.files import check_writable, clear_write_errors, sha256_json, write_json
+from pqk.result import VARIABLE
 from pqk.run.runlog import RunLog
 from pqk.run.worker import _die_with_parent, _environment
 from pqk.spec.card import load_card, resolve
 from pqk.spec.plan import TEACHER_CARD, Plan, Step
 
-STATUSES = ("done", "failed", "stopped", "error", "unavailable", "running", "waiting")
+STATUSES = ("done", "failed", "undecided", "stopped", "error", "unavailable", "running", "waiting")
+_WITHOUT_SUCCESS = ("failed", "undecided")
 _VERSION = 1
-_SAID = 300  # characters of an experiment's last words that are kept
+_SAID = 300  # characters of an experiment's reason that are kept
+_JUDGED = {EXIT_CHECK_FAILED: "fail", EXIT_UNDECIDED: "undecided"}
+"""Exit codes of a run that was measured to its end and is not a success, and the verdict that they stand for."""
 
 CommandsOf = Callable[[Step], Sequence[Sequence[str]]]
 Attempt = dict[str, Any]
@@ -53,8 +58,9 @@ class Asked:
 class Progressed:
     """How far one experiment has come.
 
-    status: done; failed (a threshold did not hold); stopped (by a stop-loss line, or interrupted: it goes on with the
-    next call); error (wrong input, or a defect); unavailable (backend or method); running; waiting. detail: why.
+    status: done; failed (a threshold did not hold); undecided (the measurement was too coarse to tell); stopped (by a
+    stop-loss line, or interrupted: it goes on with the next call); error (wrong input, or a defect); unavailable
+    (backend or method); running; waiting. detail: why.
     hours: wall hours of all its attempts, None when there is none.
     """
 
@@ -110,9 +116,9 @@ def run_plan(
 
     An experiment is done when it ended with exit code 0 and card, configs, backend, model and what it requires are
     still the same. One whose requirements are not done waits; with `keep_going`, and in a plan without rollback, a
-    requirement that failed its thresholds is as good as done: there is a result, only not the hoped one. In a plan
-    without rollback it is not run again either. `commands_of`: the command lines of a step, instead of `commands`.
-    `say` gets a line for everything that happens, `echo` every line that the experiments print.
+    requirement that failed its thresholds, or was undecided, is as good as done: there is a result, only not the hoped
+    one. In a plan without rollback it is not run again either. `commands_of`: the command lines of a step, instead of
+    `commands`. `say` gets a line for everything that happens, `echo` every line that the experiments print.
     Raises PqkError when another process runs this plan, or the disk cannot be written; KeyboardInterrupt is noted as an
     interrupted attempt and goes on.
     """
@@ -132,11 +138,11 @@ def run_plan(
             if now[step.id] == "done":
                 say(f"{step.id}: done before")
                 continue
-            if now[step.id] == "failed" and not plan.rollback and _measured(attempts, keys[step.id]):
-                say(f"{step.id}: measured before, failed ({attempts[-1]['said']})")
+            if now[step.id] in _WITHOUT_SUCCESS and not plan.rollback and _measured(attempts, keys[step.id]):
+                say(f"{step.id}: measured before, {now[step.id]} ({attempts[-1]['said']})")
                 continue
             good = {name for name, status in now.items() if status == "done"}
-            good |= {name for name, status in now.items() if status == "failed" and keep_going}
+            good |= {name for name, status in now.items() if status in _WITHOUT_SUCCESS and keep_going}
             if not plan.rollback:  # a verdict is a result; a training whose hours ran out left none
                 good |= {name for name in now if _measured(state["attempts"][name], keys[name])}
             lacking = [other for other in step.requires if other not in good]
@@ -164,12 +170,15 @@ def run_plan(
 
 
 def exit_code(found: Sequence[Progressed]) -> int:
-    """Of a plan that ran: 0 everything is done, 2 there was an error, 1 something failed or stopped, 3 unavailable."""
+    """Of a plan that ran: 0 everything is done, 2 there was an error, 1 something failed or stopped, 4 something is
+    undecided, 3 unavailable."""
     statuses = {item.status for item in found}
     if "error" in statuses:
         return EXIT_USAGE
     if statuses & {"failed", "stopped"}:
         return EXIT_CHECK_FAILED
+    if "undecided" in statuses:
+        return EXIT_UNDECIDED
     return EXIT_UNAVAILABLE if "unavailable" in statuses else EXIT_OK
 
 
@@ -203,19 +212,26 @@ def commands(step: Step, asked: Asked, rollback: bool = True) -> list[list[str]]
 
 
 def _carry_out(lines: Sequence[Sequence[str]], root: Path, log: Path, echo: Callable[[str], None]) -> dict[str, Any]:
-    """Run the command lines of an experiment, and return what its attempt tells: the exit code, what was said, and
-    whether it was measured to its end.
+    """Run the command lines of an experiment, and return what its attempt tells: the exit code, the reason, whether it
+    was measured to its end, and of a measured one run_id, verdict and record.
 
-    The first one judges: a verdict of 'fail' is a result, and what follows goes on; anything else ends it.
+    The first one judges: a verdict is a result, also 'fail' and 'undecided', and what follows goes on; anything else
+    ends it.
     """
-    code, told, failed = _execute(lines[0], root, log, echo)
-    judged = code == EXIT_OK or (code == EXIT_CHECK_FAILED and bool(failed) and not told)
-    outcome = {"exit_code": code, "said": told or failed, "measured": judged}
+    code, result = _execute(lines[0], root, log, echo)
+    judged = code == EXIT_OK or (code in _JUDGED and result.get("verdict") == _JUDGED[code])
+    outcome = {"exit_code": code, "said": _reason(result), "measured": judged}
+    outcome |= {name: result.get(name) for name in ("run_id", "verdict", "record")}
     for words in lines[1:] if judged else ():
-        code, told, _ = _execute(words, root, log, echo)
+        code, result = _execute(words, root, log, echo)
         if code != EXIT_OK:
-            return {"exit_code": code, "said": told, "measured": False}
+            return outcome | {"exit_code": code, "said": _reason(result), "measured": False}
     return outcome
+
+
+def _reason(result: Mapping[str, Any]) -> str:
+    """Why a command ended as it did, in one sentence: its error, or the threshold that decided; '' for none."""
+    return str(result.get("error") or result.get("why") or "")[:_SAID]
 
 
 def _measured(attempts: Sequence[Attempt], key: str) -> bool:
@@ -223,39 +239,45 @@ def _measured(attempts: Sequence[Attempt], key: str) -> bool:
     return bool(attempts) and attempts[-1]["key"] == key and attempts[-1].get("measured") is True
 
 
-def _execute(words: Sequence[str], root: Path, log: Path, echo: Callable[[str], None]) -> tuple[int, str, str]:
-    """Run a command to its end; its output goes to `log` and to `echo`. Returns its exit code, its error in one
-    sentence, and the first threshold that failed; '' for none.
+def _execute(words: Sequence[str], root: Path, log: Path, echo: Callable[[str], None]) -> tuple[int, dict[str, Any]]:
+    """Run a command to its end; its output goes to `log` and to `echo`, unread. Returns its exit code and its result
+    (see `pqk.result`), which is empty when it left none, as a killed one does.
     """
     parent = os.getpid()
+    answer = log.with_suffix(".result.json")
+    with clear_write_errors(answer):
+        answer.unlink(missing_ok=True)
     with clear_write_errors(log), log.open("ab", buffering=0) as kept:
         kept.write(f"== {datetime.now(UTC).isoformat(timespec='seconds')}: {shlex.join(words)}\n".encode())
         process = subprocess.Popen(
             list(words),
             cwd=root,
-            env=_environment(),
+            env={**_environment(), VARIABLE: str(answer)},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             preexec_fn=lambda: _die_with_parent(parent),
         )
         assert process.stdout is not None
-        told = failed = ""
         try:
             for raw in process.stdout:
                 kept.write(raw)
-                line = raw.decode("utf-8", errors="replace").rstrip()
-                echo(line)
-                if line.startswith("pqk: "):
-                    told = line.removeprefix("pqk: ")
-                elif line.lstrip().startswith("FAILED: ") and not failed:
-                    failed = line.strip().removeprefix("FAILED: ")
+                echo(raw.decode("utf-8", errors="replace").rstrip())
         except BaseException:
             process.kill()
             raise
         finally:
             code = process.wait()
-    return code, told[:_SAID], failed[:_SAID]
+    return code, _read_result(answer)
+
+
+def _read_result(path: Path) -> dict[str, Any]:
+    """The result that a command left; empty when there is none, or it is not one."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _status(step: Step, attempts: Sequence[Attempt], key: str | None, live: bool, root: Path) -> tuple[str, str]:
@@ -273,6 +295,8 @@ def _status(step: Step, attempts: Sequence[Attempt], key: str | None, live: bool
     if code == EXIT_CHECK_FAILED:
         why = _stopped_by(step, last["began"], root)
         return ("stopped", why) if why else ("failed", said)
+    if code == EXIT_UNDECIDED:
+        return "undecided", said
     if code == EXIT_UNAVAILABLE:
         return "unavailable", said
     how = f"exit code {code}" if code >= 0 else f"killed by signal {-code}"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import platform
+import secrets
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +21,7 @@ from pqk.errors import PqkError, nearest
 from pqk.files import sha256_file, sha256_json
 from pqk.models.checkpoint import load_model, model_name
 from pqk.run import stages
+from pqk.run.code import code_of
 from pqk.run.stages import Context
 from pqk.run.store import OnEvent, Store
 from pqk.spec.card import Experiment, load_card, resolve
@@ -30,8 +33,7 @@ if TYPE_CHECKING:
     from pqk.spec.quant import Ptq
 
 SHIPPED = Path("models") / "dust3r-tiny"
-_RANDOM_CODE = ("pqk.models.checkpoint",)
-_PACKAGES = (
+PACKAGES = (
     "torch",
     "onnx",
     "onnxruntime",
@@ -42,10 +44,17 @@ _PACKAGES = (
     "nvidia-modelopt",
     "tensorrt",
     "tensorrt-rtx-cu13-bindings",
+    "torchao",
+    "torch-pruning",
     "numpy",
     "scipy",
     "pillow",
 )
+
+
+def new_run_id() -> str:
+    """An identifier of a run that no other one has; sorted by name, runs are in the order of their begin."""
+    return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}"
 
 
 @dataclass(frozen=True)
@@ -73,6 +82,7 @@ class Request:
     distill: Path | None = None
     prune: Path | None = None
     joint: Path | None = None
+    run_id: str = field(default_factory=new_run_id, compare=False)  # shared by all records that come of this request
 
 
 def asked_experiment(request: Request, root: Path) -> Experiment:
@@ -166,7 +176,7 @@ def load_teacher(asked: str | None, root: Path) -> tuple[Model, Any]:
             raise PqkError(f"the shipped model {SHIPPED} is missing; give one with --model")
     model = load_model(asked)
     if asked.startswith("random:"):
-        return Model(asked, asked, sha256_json({"random": asked, "code": stages.code_of(*_RANDOM_CODE)})), model
+        return Model(asked, asked, sha256_json({"random": asked, "code": code_of(*stages.LOADER_CODE)})), model
     return describe(Path(asked), model_name(asked)), model
 
 
@@ -185,7 +195,7 @@ def context(request: Request, backend: Backend, root: Path, on_event: OnEvent) -
         "isa": details.get("isa"),
         "cores": allowed_cores(),
     }
-    return Context(Store(paths.store(root), fresh=request.fresh), on_event, machine)
+    return Context(Store(paths.store(root), request.fresh, commit_of(root)), on_event, machine)
 
 
 def _device(details: Mapping[str, str]) -> str:
@@ -194,7 +204,7 @@ def _device(details: Mapping[str, str]) -> str:
 
 def _versions() -> dict[str, str]:
     found = {"python": platform.python_version(), "pqk": __version__}
-    for name in _PACKAGES:
+    for name in PACKAGES:
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

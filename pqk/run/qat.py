@@ -10,9 +10,9 @@ from typing import Any
 from backends.base import Feeds, Graph, QuantSpec, Source
 from pqk.compress.qat import qat
 from pqk.measure.footprint import peak_ram_bytes
+from pqk.run.progress import tell_training
 from pqk.run.quantize import Both, Calibrated
-from pqk.run.stoploss import best_checkpoint
-from pqk.run.training import stopper, tell_progress
+from pqk.run.stoploss import best_checkpoint, stopper
 from pqk.run.variants import graph_to_json
 from pqk.spec.quant import Qat
 
@@ -50,7 +50,7 @@ def prepare(job: Calibrated) -> Both[Any]:
 def train_quantized(request: Mapping[str, Any]) -> dict[str, Any]:
     """The worker's side. Request: that of `Calibrated`, and qat (the config's section), seed, rules, scratch.
 
-    Returns what `quantize_graphs` does, and reason, steps, training_s and drop_pct as `pqk.run.training.train` does.
+    Returns what `quantize_graphs` does, and reason, steps, training_s and drop_pct as `pqk.run.trained.finish` does.
     Raises CheckFailed when the card's hours are spent.
     """
     job = Calibrated(dict(request), modules=True)
@@ -64,7 +64,7 @@ def train_quantized(request: Mapping[str, Any]) -> dict[str, Any]:
         seed=request["seed"],
         scratch=Path(request["scratch"]),
         stop=stopper(request["rules"]),
-        report=tell_progress,
+        report=tell_training,
     )
     trained: Any = fitted.model
     made: dict[str, Graph] = {}

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import ast
-import hashlib
-import importlib.util
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from backends import exchange, registry
-from backends.base import Graph, Precision
+from backends.base import Graph, Precision, Quantizer
 from pqk.data.generate import ScenePlan, make_scenes
 from pqk.errors import PqkError
 from pqk.files import sha256_json, write_json
+from pqk.models.registry import family_modules
 from pqk.run import worker
 from pqk.run.clock import clock
+from pqk.run.code import Top, code_of, refuse_edited
 from pqk.run.evaluate import write_evaluation
 from pqk.run.store import Artifact, OnEvent, Store
 from pqk.run.variants import Variant, graph_from_json, graph_to_json
@@ -66,56 +64,14 @@ class Context:
         return self.store.scratch(stage, {**inputs, "code": code_of(*modules)})
 
 
-@cache
-def code_of(*modules: str) -> str:
-    """sha256 over the sources of modules and of everything of pqk and backends that they import, wherever they do it.
-
-    A changed stage makes its artifacts anew. What is loaded by a name in a string is not seen: backends and quantizers
-    list their own modules in `sources`.
-    """
-    found: dict[str, bytes] = {}
-    waiting = list(modules)
-    while waiting:
-        name = waiting.pop()
-        if name in found:
-            continue
-        spec = importlib.util.find_spec(name)
-        if spec is None or spec.origin is None:
-            raise PqkError(f"module {name} has no source file")
-        found[name] = Path(spec.origin).read_bytes()
-        waiting += _imported(found[name])
-    digest = hashlib.sha256()
-    for name in sorted(found):
-        digest.update(hashlib.sha256(found[name]).digest())
-    return digest.hexdigest()
-
-
-@cache
-def _imported(source: bytes) -> list[str]:
-    """The modules of pqk and backends that a file imports; those only for the type checker count too."""
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            names.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names.update((node.module, *(f"{node.module}.{alias.name}" for alias in node.names)))
-    return sorted(name for name in names if name.split(".")[0] in ("pqk", "backends") and _is_module(name))
-
-
-@cache
-def _is_module(name: str) -> bool:
-    try:
-        return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:  # an object of a module, not a module of a package
-        return False
-
-
 _SCENE_CODE = ("pqk.data.generate",)
-MODEL_CODE = ("pqk.models.dust3r", "backends.exchange")
+LOADER_CODE = ("pqk.models.checkpoint", *family_modules())
+"""Code that makes a network out of a checkpoint, for stages that load one."""
+MODEL_CODE = (*LOADER_CODE, "backends.exchange")
 _QUANT_CODE = ("pqk.run.quantize",)
 _EVAL_CODE = ("pqk.run.evaluate",)
 _TIME_CODE = ("pqk.run.timing",)
-_MEMORY_CODE = ("pqk.run.variants", "pqk.measure.footprint")
+_MEMORY_CODE = ("pqk.run.memory",)
 
 
 @dataclass(frozen=True)
@@ -158,6 +114,7 @@ def synthetic_scenes(
 
     def make(folder: Path) -> None:
         make_scenes(folder, plans)
+        refuse_edited(stage, *_SCENE_CODE)
 
     inputs = {
         name: getattr(plan, name) for name in ("split", "seed", "views", "size", "k", "min_covisibility", "depth")
@@ -244,7 +201,9 @@ def export_graphs(ctx: Context, model: torch.nn.Module, model_sha: str, height: 
             found[name] = {**graph_to_json(graph), "path": graph.path.name}
         write_json(folder / "graphs.json", found)
 
-    versions = {name: ctx.machine["versions"].get(name) for name in ("torch", "onnx", "onnxscript")}
+    versions = {
+        name: ctx.machine["versions"].get(name) for name in ("torch", "numpy", "onnx", "onnxscript", "onnxruntime")
+    }
     made = ctx.make("graphs", MODEL_CODE, {"model": model_sha, "shape": [height, width], "versions": versions}, make)
     return read_graphs(made.path)
 
@@ -296,7 +255,13 @@ def quantize(
     """
     tool = registry.get(backend).quantizers()[quantizer]
     stage = "qat" if learn else "quantized"
-    code = (*_QUANT_CODE, *(("pqk.run.qat",) if learn else ()), *tool.sources)
+    loads = learn is not None or tool.starts_from == "module"
+    code = (
+        *_QUANT_CODE,
+        *(("pqk.run.qat",) if learn else ()),
+        *(LOADER_CODE if loads else ()),
+        *tool_code(backend, tool),
+    )
 
     def make(folder: Path) -> None:
         request: dict[str, Any] = {
@@ -374,7 +339,8 @@ def trained_note(method: str, steps: int, hours: float, drop_pct: float | None) 
 def quality(
     ctx: Context, variant: Variant, reference: Variant | None, scenes: Scenes, request: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Scores, executed precision and FLOPs of a variant, and the scenes. `request`: see `pqk.run.evaluate`.
+    """Scores, executed precision and FLOPs of a variant, the scenes, and the `provenance`. `request`: see
+    `pqk.run.evaluate`.
 
     The scenes have the names of their folders today: a renamed copy has the same content, and so the same scores.
     """
@@ -392,18 +358,19 @@ def quality(
         write_evaluation(folder, result)
 
     inputs = {**identity(ctx, variant, reference), "scenes": scenes.sha256, **request}
-    made = ctx.make("quality", (*_EVAL_CODE, *sources_of(variant, reference)), inputs, make, variant.name)
+    code = (*_EVAL_CODE, *sources_of(variant, reference), *keep_code(variant, request["keep"]))
+    made = ctx.make("quality", code, inputs, make, variant.name)
     found: dict[str, Any] = json.loads((made.path / "quality.json").read_text())
     found["scenes"] = scenes.names
     for row in found["pairs"]:
         row["scene"] = scenes.names[row["scene"]]
-    return found
+    return found | provenance(made)
 
 
 def timing(
     ctx: Context, variants: list[Variant], scene: Path, scenes_sha: str, request: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Interleaved samples of all variants. `request`: shape, views, pairs, efficiency."""
+    """Interleaved samples of all variants, each with its `provenance`. `request`: shape, views, pairs, efficiency."""
 
     def make(folder: Path) -> None:
         asked = {"variants": [v.to_json() for v in variants], "scene": str(scene), **request}
@@ -412,6 +379,8 @@ def timing(
     inputs = {"variants": [identity(ctx, v, None) for v in variants], "scenes": scenes_sha, **request}
     made = ctx.make("timing", (*_TIME_CODE, *sources_of(*variants)), inputs, make)
     found: dict[str, Any] = json.loads((made.path / "timing.json").read_text())
+    for samples in found["variants"].values():
+        samples |= provenance(made)
     return found
 
 
@@ -428,7 +397,32 @@ def memory(ctx: Context, variant: Variant) -> int:
 def sources_of(*variants: Variant | None) -> tuple[str, ...]:
     """Modules of the backends that run the variants."""
     found = dict.fromkeys(v.backend for v in variants if v)
-    return tuple(module for name in found for module in registry.get(name).sources)
+    own = (_top_of(registry.get(name)) for name in found)
+    return (*own, *(module for name in found for module in registry.get(name).sources))
+
+
+def tool_code(backend: str, tool: Quantizer) -> tuple[str, ...]:
+    """Modules of a quantizer, and of the backend that hands it out."""
+    return (_top_of(registry.get(backend)), *tool.sources)
+
+
+def _top_of(part: object) -> Top:
+    """The module of a backend or quantizer by itself: what its functions import is in `sources` where it counts."""
+    return Top(type(part).__module__)
+
+
+def keep_code(variant: Variant, keep: Sequence[str]) -> tuple[str, ...]:
+    """Modules of the quantizers whose code checks a keep-list in the engine; none where nothing is kept."""
+    tools = registry.get(variant.backend).quantizers().values() if keep else ()
+    return tuple(dict.fromkeys(_top_of(tool) for tool in tools))
+
+
+def provenance(made: Artifact) -> dict[str, str | None]:
+    """When an artifact was made and by which version of the code, as the columns of a record that shows it.
+
+    A reused one keeps what it had when it was made; None where its manifest does not tell.
+    """
+    return {"measured_at": made.manifest.get("created"), "measured_commit": made.manifest.get("commit")}
 
 
 def identity(ctx: Context, variant: Variant, reference: Variant | None) -> dict[str, Any]:

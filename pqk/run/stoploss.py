@@ -9,10 +9,11 @@ What to do about a failed stage: `pqk.run.rollback`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+from pqk.errors import CheckFailed
 from pqk.measure.intervals import drop_interval
 from pqk.spec.recipe import STAGES, check_stages
 
@@ -267,6 +268,22 @@ class StopRules:
             return None
         epochs = progress.step / self.steps_per_epoch
         return Stop("max_epochs", f"{epochs:.4g} epochs, and at most {self.max_epochs} are allowed")
+
+
+def stopper(rules: Mapping[str, Any]) -> Callable[[Progress], str | None]:
+    """What a training asks after every step; `rules`: the fields of `StopRules`.
+
+    Raises CheckFailed there when the card's hours are spent.
+    """
+    lines = StopRules(**rules)
+
+    def stop(progress: Progress) -> str | None:
+        found = lines.judge(progress)
+        if found is not None and found.kind == "over_budget":
+            raise CheckFailed(f"stop-loss: {found.why}; its checkpoint is kept, a larger budget goes on from there")
+        return found.why if found else None
+
+    return stop
 
 
 def _score(entry: Checkpoint) -> float:

@@ -45,7 +45,8 @@ takes long also calls it with 'progress': then the third argument is a text to s
 class Artifact:
     """One finished artifact: its folder, and the manifest that says what is in it and what made it.
 
-    Manifest keys: stage, key, inputs, files ({relative name: {sha256, bytes}}), seconds, created (ISO 8601, UTC).
+    Manifest keys: stage, key, inputs, files ({relative name: {sha256, bytes}}), seconds, created (ISO 8601, UTC), and
+    commit (of the code that made it; None outside a repository, absent in artifacts of older versions).
     """
 
     path: Path
@@ -59,12 +60,13 @@ class Store:
     """Artifacts under `root`. Safe for many processes and threads at once on one machine.
 
     A found artifact is reused when the sha256 of every file is the stated one. `fresh` makes every artifact anew the
-    first time this store is asked for it.
+    first time this store is asked for it. `commit` goes into the manifest of what is made, and into no key.
     """
 
-    def __init__(self, root: Path, fresh: bool = False) -> None:
+    def __init__(self, root: Path, fresh: bool = False, commit: str | None = None) -> None:
         self.root = Path(root)
         self.fresh = fresh
+        self.commit = commit
         self._made: set[str] = set()
         self._begun: set[str] = set()  # scratch folders that this store has handed out
 
@@ -137,6 +139,7 @@ class Store:
                     "files": _contents(temporary, sync=True),
                     "seconds": round(time.perf_counter() - begin, 3),
                     "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+                    "commit": self.commit,
                 }
                 write_json(temporary / MANIFEST, manifest | {"sha256": sha256_json(manifest)})
                 old = self._put(temporary, target)

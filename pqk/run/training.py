@@ -10,21 +10,20 @@ from typing import Any
 
 import torch
 
-from pqk.compress.fit import Stop
-from pqk.compress.train import Progress
-from pqk.errors import CheckFailed
-from pqk.files import sha256_json, write_json
+from pqk.files import write_json
 from pqk.run import worker
 from pqk.run.clock import clock
 from pqk.run.prepare import Model, describe
-from pqk.run.stages import Context, Learn, device_hours, trained_note
-from pqk.run.stoploss import StopRules, best_checkpoint
+from pqk.run.stages import LOADER_CODE, Context, Learn, device_hours, trained_note
+from pqk.run.stoploss import StopRules
 from pqk.run.store import Artifact
+from pqk.run.trained import MODEL
 from pqk.spec.card import Experiment
 
-MODEL = "model"  # the folder of the checkpoint inside the artifact
 TRAINS = ("P", "K", "PQK")
-_CODE = {"P": ("pqk.compress.prune",), "K": ("pqk.compress.distill",)}
+_TASK = {"P": "prune", "K": "distill"}
+_CODE = {"P": ("pqk.run.train_pruned", *LOADER_CODE), "K": ("pqk.run.train_distilled", *LOADER_CODE)}
+_TOOLS = {"P": ("torch", "torch-pruning", "numpy", "scipy", "pillow"), "K": ("torch", "numpy", "scipy", "pillow")}
 _STAGE = {"P": "pruned", "K": "distilled"}
 
 
@@ -102,6 +101,7 @@ def _train(
         "seed": experiment.workload.seeds.train,
         "lines": lines_of(rules),
         "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "versions": {name: ctx.machine["versions"].get(name) for name in _TOOLS[method]},
     }
     label = "" if before is None else f"after {card.recipe[0]}"
 
@@ -121,7 +121,7 @@ def _train(
                 running.keep()
                 ctx.tell(f"{_STAGE[method]} {label}".strip(), news)
 
-            result = worker.call("train", request, told)
+            result = worker.call(_TASK[method], request, told)
             result["device_s"] = running.seconds
         del result["seconds"]
         write_json(folder / "trained.json", result)
@@ -178,92 +178,3 @@ def method_columns(experiment: Experiment, trained: Sequence[Trained], hashes: M
         loss = experiment.distill.loss
         columns |= {"T": loss.temperature, "beta": loss.beta_end, "gamma": loss.gamma}
     return columns
-
-
-def train(request: Mapping[str, Any]) -> dict[str, Any]:
-    """The worker's side. Request: see `_train`; `before` is None where the method starts from the Teacher.
-
-    Writes out/model and returns failed, reason, steps, training_s, drop_pct, history and report. Raises CheckFailed
-    when the card's hours are spent: the checkpoint stays, and the same run with a larger budget goes on from there.
-    """
-    from pqk.compress.distill import distill, make_student
-    from pqk.compress.prune import finetune, prune
-    from pqk.models import load_model, save_model
-    from pqk.spec.distill import Distill
-    from pqk.spec.prune import Prune
-
-    scratch, seed = Path(request["scratch"]), request["seed"]
-    teacher = load_model(request["teacher"])
-    start = load_model(request["before"]) if request["before"] else teacher
-    rules, stop = StopRules(**request["rules"]), stopper(request["rules"])
-    report: dict[str, Any] = {}
-    text = json.dumps(request["spec"])
-    if request["method"] == "P":
-        pruning = Prune.model_validate_json(text)
-        kept = scratch / "pruned"
-        if not (kept / "report.json").exists():  # written last: a killed run prunes anew
-            small, found = prune(
-                start, pruning, seed=seed, report=lambda line: worker.tell({"text": line, "share": 0.0})
-            )
-            save_model(small, kept)
-            write_json(kept / "report.json", found.as_dict())
-        report = json.loads((kept / "report.json").read_text())
-        small = load_model(kept)
-        fitted = finetune(small, teacher, pruning, seed=seed, scratch=scratch, stop=stop, report=tell_progress)
-    else:
-        distilling = Distill.model_validate_json(text)
-        student = start if request["before"] else make_student(teacher, distilling.student)
-        fitted = distill(teacher, student, distilling, seed=seed, scratch=scratch, stop=stop, report=tell_progress)
-    best = best_checkpoint(fitted.history) or {}
-    at_end = rules.at_end(Progress(step=fitted.steps, seconds=fitted.seconds, history=fitted.history))
-    told = {
-        "failed": at_end is not None,
-        "reason": at_end.why if at_end else fitted.reason,
-        "steps": fitted.steps,
-        "training_s": fitted.seconds,
-        "drop_pct": best.get("drop_pct"),
-        "history": fitted.history,
-        "report": report,
-    }
-    save_trained(fitted.model, request, request["method"], told)
-    return told
-
-
-def save_trained(model: torch.nn.Module, request: Mapping[str, Any], method: str, told: Mapping[str, Any]) -> None:
-    """Write out/model of a training with its model card: what was asked, and what the training tells of itself."""
-    from pqk.models import save_model
-
-    card = {
-        "card": request["card"],
-        "method": method,
-        "seed": request["seed"],
-        "spec": request["spec"],
-        "spec_sha256": sha256_json(request["spec"]),
-        **told,
-    }
-    save_model(model, Path(request["out"]) / MODEL, card=card)
-
-
-def stopper(rules: Mapping[str, Any]) -> Stop:
-    """What a training asks after every step. Raises CheckFailed there when the card's hours are spent."""
-    lines = StopRules(**rules)
-
-    def stop(progress: Progress) -> str | None:
-        found = lines.judge(progress)
-        if found is not None and found.kind == "over_budget":
-            raise CheckFailed(f"stop-loss: {found.why}; its checkpoint is kept, a larger budget goes on from there")
-        return found.why if found else None
-
-    return stop
-
-
-def tell_progress(p: Progress) -> None:
-    """Progress of a training to the parent: step, loss, rate, time left, and the last validation."""
-    left = f", {p.seconds * (1 - p.share) / p.share / 60:.1f} min left" if p.share else ""
-    text = f"step {p.step}, loss {p.loss:.3f}, {p.samples_per_second:.1f} pairs/s{left}"
-    if p.history:
-        last = p.history[-1]
-        text += f", AbsRel {last['absrel']:.4f}"
-        if "drop_pct" in last:
-            text += f" (drop {last['drop_pct']:+.1f} %)"
-    worker.tell({"text": text, "share": p.share})

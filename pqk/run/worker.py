@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import errno
 import gc
+import importlib
 import json
 import os
 import signal
@@ -23,11 +24,14 @@ from typing import Any
 
 from pqk.errors import CheckFailed, NotBuilt, PqkError
 from pqk.files import clear_write_errors
+from pqk.run.code import hashed, loaded, refuse_other
+from pqk.run.progress import PREFIX
+from pqk.run.progress import tell as tell
+from pqk.sources import keep_sources
 
 Result = dict[str, Any]
 _PR_SET_PDEATHSIG = 1
 _ONLY_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)  # the user's disk, and no defect
-_TOLD = "pqk-progress "  # begins the lines on a worker's stdout that are meant for its parent
 _CANNOT_WRITE = 73  # exit code (EX_CANTCREAT) of a worker that could not write its answer; its last line says why
 
 
@@ -40,21 +44,24 @@ def call(task: str, request: dict[str, Any], on_progress: Callable[[dict[str, An
 
     on_progress: gets what the task says with `tell` while it works.
     A PqkError or BackendError of the worker is raised here with its sentence. Raises PqkError when the worker was
-    killed (SIGKILL) or the disk of the temporary files is full, WorkerCrashed when it ended in any other way.
+    killed (SIGKILL) or the disk of the temporary files is full, and when the worker ran other code than this process
+    has hashed for its keys (see `pqk.run.code`), WorkerCrashed when it ended in any other way.
     """
     with _temporary_folder() as folder:
         asked, answered = folder / "request.json", folder / "result.json"
         with clear_write_errors(asked):
-            asked.write_text(json.dumps(request))
+            asked.write_text(json.dumps({"request": request, "code": hashed()}))
         # -P: the folder that the user stands in may hold a random.py of his own.
         command = [sys.executable, "-P", "-m", "pqk.run.worker", task, str(asked), str(answered), str(os.getpid())]
         code, said = _run(command, folder / "stderr", on_progress)
         if not answered.exists():
             raise _no_answer(task, code, said)
-        result: Result = json.loads(answered.read_text())
-    if "error" in result:
+        answer = json.loads(answered.read_text())
+    if "error" in answer:
         kinds: dict[int, type[PqkError]] = {CheckFailed.exit_code: CheckFailed, NotBuilt.exit_code: NotBuilt}
-        raise kinds.get(result["exit_code"], PqkError)(result["error"])
+        raise kinds.get(answer["exit_code"], PqkError)(answer["error"])
+    refuse_other(task, hashed(), answer["code"])
+    result: Result = answer["result"]
     return result
 
 
@@ -74,8 +81,8 @@ def _run(command: list[str], errors: Path, on_progress: Callable[[dict[str, Any]
         )
         try:
             for line in process.stdout or ():
-                if on_progress and line.startswith(_TOLD):
-                    on_progress(json.loads(line.removeprefix(_TOLD)))
+                if on_progress and line.startswith(PREFIX):
+                    on_progress(json.loads(line.removeprefix(PREFIX)))
             process.wait()
         except BaseException:
             process.kill()
@@ -83,11 +90,6 @@ def _run(command: list[str], errors: Path, on_progress: Callable[[dict[str, Any]
             raise
         stream.seek(0)
         return process.returncode, stream.read().strip()
-
-
-def tell(news: dict[str, Any]) -> None:
-    """Say how far this worker is; does nothing visible where the caller does not listen."""
-    print(_TOLD + json.dumps(news), flush=True)
 
 
 @contextlib.contextmanager
@@ -116,117 +118,23 @@ def _no_answer(task: str, code: int, said: str) -> Exception:
     return WorkerCrashed(f"the {task} process ended with {how}:\n{said or 'it said nothing'}")
 
 
-def quality(request: dict[str, Any]) -> Result:
-    """Scores of every pair of every scene for one variant, its executed precision, and a teacher reference if asked."""
-    from pqk.run.evaluate import evaluate
-
-    return evaluate(request)
-
-
-def timing(request: dict[str, Any]) -> Result:
-    """Interleaved timing of several variants; see `pqk.measure.latency`."""
-    from pqk.run.timing import time_variants
-
-    return time_variants(request)
-
-
-def parts(request: dict[str, Any]) -> Result:
-    """Parameters, FLOPs and time of every part of two models; see `pqk.run.parts`."""
-    from pqk.run.parts import profile
-
-    return profile(request)
-
-
-def memory(request: dict[str, Any]) -> Result:
-    """Peak resident memory of a process that compiles one variant, always anew, and runs two pairs."""
-    from dataclasses import replace
-
-    import numpy as np
-
-    from pqk.measure.footprint import peak_ram_bytes
-    from pqk.run.variants import Runner, Variant
-
-    variant = Variant.from_json(request["variant"])
-    # a model read from the cache of compiled ones takes another peak than one compiled
-    variant = replace(variant, options={k: v for k, v in variant.options.items() if k != "cache_dir"})
-    shape = variant.encoder.inputs[0].shape
-    image = np.random.default_rng(0).uniform(-1, 1, shape).astype(np.float32)
-    with Runner(variant) as runner:
-        for _ in range(2):
-            runner.timed_pair(image, image)
-        return {"peak_bytes": peak_ram_bytes()}
-
-
-def quantize(request: dict[str, Any]) -> Result:
-    """Quantize both graphs; see `pqk.run.quantize`."""
-    from pqk.run.quantize import quantize_graphs
-
-    return quantize_graphs(request)
-
-
-def train(request: dict[str, Any]) -> Result:
-    """Prune or distil and train; see `pqk.run.training`."""
-    from pqk.run.training import train
-
-    return train(request)
-
-
-def qat(request: dict[str, Any]) -> Result:
-    """Quantization-aware training; see `pqk.run.qat`."""
-    from pqk.run.qat import train_quantized
-
-    return train_quantized(request)
-
-
-def joint(request: dict[str, Any]) -> Result:
-    """Pruning, distillation and quantization in one training; see `pqk.run.joint`."""
-    from pqk.run.joint import train_joint
-
-    return train_joint(request)
-
-
-def agreement(request: dict[str, Any]) -> Result:
-    """How far two sides are apart on the same pairs; see `pqk.run.agreement`."""
-    from pqk.run.agreement import compare
-
-    return compare(request)
-
-
-def parted(request: dict[str, Any]) -> Result:
-    """Where runtimes part on the float graphs; see `pqk.run.nodes`."""
-    from pqk.run.nodes import part_graphs
-
-    return part_graphs(request)
-
-
-def ranking(request: dict[str, Any]) -> Result:
-    """Which parts and nodes cause the int8 error; see `pqk.run.nodes`."""
-    from pqk.run.nodes import rank_graphs
-
-    return rank_graphs(request)
-
-
-def mixed(request: dict[str, Any]) -> Result:
-    """Int8 graphs with nodes in float; see `pqk.run.nodes`."""
-    from pqk.run.nodes import mix_graphs
-
-    return mix_graphs(request)
-
-
-TASKS: dict[str, Callable[[dict[str, Any]], Result]] = {
-    "quality": quality,
-    "timing": timing,
-    "parts": parts,
-    "memory": memory,
-    "quantize": quantize,
-    "train": train,
-    "qat": qat,
-    "joint": joint,
-    "agreement": agreement,
-    "parted": parted,
-    "ranking": ranking,
-    "mixed": mixed,
+TASKS = {
+    "quality": "pqk.run.evaluate:evaluate",
+    "timing": "pqk.run.timing:time_variants",
+    "parts": "pqk.run.part_profile:profile",
+    "memory": "pqk.run.memory:measure_memory",
+    "quantize": "pqk.run.quantize:quantize_graphs",
+    "prune": "pqk.run.train_pruned:train_pruned",
+    "distill": "pqk.run.train_distilled:train_distilled",
+    "qat": "pqk.run.qat:train_quantized",
+    "joint": "pqk.run.train_joint:train_joint",
+    "agreement": "pqk.run.agreement:compare",
+    "parted": "pqk.run.nodes:part_graphs",
+    "ranking": "pqk.run.nodes:rank_graphs",
+    "mixed": "pqk.run.nodes:mix_graphs",
 }
+"""Task -> module:function, which takes a request and returns a result, both plain data. As names in a text, so that a
+task's code, which is part of the key of what it makes, is its own module and what that imports."""
 
 
 def _die_with_parent(parent: int) -> None:
@@ -240,19 +148,25 @@ def main() -> None:
     """Entry point of a worker; see the module."""
     task, asked, answered, parent = sys.argv[1:5]
     _die_with_parent(int(parent))
+    keep_sources()
     began = time.monotonic()
     try:
-        result = TASKS[task](json.loads(Path(asked).read_text()))
+        given = json.loads(Path(asked).read_text())
+        module, _, function = TASKS[task].partition(":")
+        work = getattr(importlib.import_module(module), function)
+        refuse_other(task, given["code"], loaded())  # before hours of work
+        result = work(given["request"])
         result["seconds"] = time.monotonic() - began
+        answer = {"result": result, "code": loaded()}
     except Exception as error:
         code, said = getattr(error, "exit_code", None), str(error)
         if isinstance(error, OSError) and error.errno in _ONLY_WRITING:
             code, said = PqkError.exit_code, f"cannot write {error.filename or 'a file'}: {error.strerror}"
         if not isinstance(code, int):
             raise
-        result = {"error": said, "exit_code": code}
+        answer = {"error": said, "exit_code": code}
     temporary = Path(answered + ".tmp")
-    text = json.dumps(result, allow_nan=False)
+    text = json.dumps(answer, allow_nan=False)
     try:
         with clear_write_errors(answered):
             temporary.write_text(text)

@@ -268,6 +268,36 @@ def test_what_is_not_in_the_ledger_is_of_its_record(write: Write) -> None:
     assert "| 9.00 | 60.0 | 36.0 | 80.0 | – | – | – |" in text
 
 
+@pytest.mark.parametrize(("teacher_run", "ratio"), [("r1", "(-25 %)"), ("r2", ""), (None, "")])
+def test_rows_of_one_run_belong_together_whatever_their_dates(
+    write: Write, teacher_run: str | None, ratio: str
+) -> None:
+    """A Teacher of the same minute, and of another run, is not the candidate's; one of its run is, a day later too."""
+    day = "2026-01-02T00:00:00Z" if ratio else "2026-01-01T00:00:00Z"
+    teacher = record("A1", "teacher", run_id=teacher_run, datetime=day)
+    found = record("A1", "candidate", run_id="r1")
+    text = write([row(found, 0), row(found, 1)], [teacher, found], [planned("A1", "A1")]).read_text()
+    (line,) = (line for line in text.splitlines() if line.startswith("| A1 K"))
+    assert line.split(" | ")[4] == f"9.00 {ratio}".strip()
+    assert "by their dates" not in text
+
+
+def test_pairs_by_date_are_labelled(write: Write) -> None:
+    """Records of schema 1.0, which do not name their run."""
+    teacher, found = record("A1", "teacher"), record("A1", "candidate")
+    text = write([row(found, 0)], [teacher, found], [planned("A1", "A1")]).read_text()
+    assert "Teacher and candidate of one run were found by their dates, at most 5 minutes apart" in text
+    assert "| 9.00 (-25 %) |" in text
+
+
+def test_speed_against_the_teacher_is_that_of_the_record(write: Write) -> None:
+    """Of paired rounds: 1.30, where the two medians would give 1.25."""
+    teacher, found = (record("A1", role, run_id="r1", speedup_vs_teacher_f32=1.3) for role in ("teacher", "candidate"))
+    text = write([row(found, 0)], [teacher, found], [planned("A1", "A1")]).read_text()
+    (line,) = (line for line in text.splitlines() if line.startswith("| A1 K"))
+    assert line.split(" | ")[10] == "1.30"
+
+
 def test_nothing_lacks(write: Write) -> None:
     teacher, found = record("A1", "teacher"), record("A1", "candidate")
     rows = [row(found, 0), row(found, 1)]

@@ -37,9 +37,12 @@ def test_a_failure_is_a_row_of_the_table(
 ) -> None:
     monkeypatch.chdir(project)
     failing(monkeypatch, CRASH)
+    request = Request("B1", "openvino", model=str(tiny_model))
     with pytest.raises(WorkerCrashed):  # still a defect, with its own exit code and traceback
-        run_card(Request("B1", "openvino", model=str(tiny_model)), False)
+        run_card(request, False)
     (record,) = written(project)
+    assert record["run_id"] == request.run_id != Request("B1", "openvino").run_id
+    assert record["measured_at"] is record["measured_commit"] is None
     assert record["notes"] == "failed: the quantize process ended with SIGSEGV: ... last words"
     known = ("exp_id", "role", "precision", "backend", "quantizer", "status")
     assert [record[name] for name in known] == ["B1", "candidate", "int8", "openvino", "nncf", "failed"]

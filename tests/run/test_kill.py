@@ -24,8 +24,8 @@ Finished = tuple[Path, Outcome]
 # What a clock or the allocator decides, and what follows from it. Everything else must be equal.
 TIMED = {column.name for column in columns() if column.timing}
 MAY_DIFFER = TIMED | {
-    "datetime", "wall_s", "gpu_hours", "best_float", "ram_GB", "vram_GB", "peak_memory_GB", "verdict",
-    "verdict_reasons",
+    "datetime", "measured_at", "run_id", "wall_s", "gpu_hours", "best_float", "ram_GB", "vram_GB", "peak_memory_GB",
+    "verdict", "verdict_reasons",
 }  # fmt: skip
 
 
@@ -147,12 +147,12 @@ def test_a_worker_ends_with_its_parent(tmp_path: Path) -> None:
     script.write_text(
         "import sys, time\n"
         "from pqk.run import worker\n"
-        "worker.TASKS['sleep'] = lambda request: time.sleep(60) or {}\n"
+        "worker.TASKS['sleep'] = 'time:sleep'\n"
         "if len(sys.argv) > 3:\n"
         "    worker.main()\n"
         "else:\n"
         "    import os, subprocess\n"
-        "    open('request.json', 'w').write('{}')\n"
+        "    open('request.json', 'w').write('{\"request\": 60, \"code\": {}}')\n"
         "    subprocess.run([sys.executable, __file__, 'sleep', 'request.json', 'result.json', str(os.getpid())])\n"
     )
     parent = subprocess.Popen([sys.executable, script], cwd=tmp_path, env=environment())

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from backends.base import Graph, Precision, TensorInfo
-from pqk.run import qat, variants, worker
+from pqk.run import memory, qat, variants
 
 
 def test_peak_memory_is_that_of_a_fresh_compilation(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
@@ -25,12 +25,12 @@ def test_peak_memory_is_that_of_a_fresh_compilation(monkeypatch: pytest.MonkeyPa
 
         def __exit__(self, *_: object) -> None: ...
 
-    monkeypatch.setattr(variants, "Runner", Engines)
+    monkeypatch.setattr(memory, "Runner", Engines)
     image = TensorInfo("image", (1, 3, 32, 32), "float32")
     graph = Graph(tmp_path / "a.onnx", (image,), (), "0" * 64)
     options = {"cache_dir": str(tmp_path), "rest": "f32"}
     asked = variants.Variant("int8", "openvino", Precision.INT8, graph, graph, options)
-    assert worker.memory({"variant": asked.to_json()})["peak_bytes"] > 0
+    assert memory.measure_memory({"variant": asked.to_json()})["peak_bytes"] > 0
     assert seen == [{"rest": "f32"}]
 
 

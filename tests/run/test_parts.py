@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pqk.report.parts import write_parts
-from pqk.run.parts import KINDS, REST, clause, kind_of, part_of, summed
+from pqk.run.part_profile import REST, part_of
+from pqk.run.parts import KINDS, clause, kind_of, summed
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,8 @@ FAKE = textwrap.dedent("""
         RunLog(Path("."), name).append("stop", why=todo["stop"])
     for line in todo.get("say", []):
         print(line)
+    if "result" in todo:
+        Path(os.environ["PQK_RESULT"]).write_text(json.dumps({"exit_code": todo.get("code", 0), **todo["result"]}))
     if "signal" in todo:
         os.kill(os.getpid(), todo["signal"])
     sys.exit(todo.get("code", 0))
@@ -129,7 +131,7 @@ def test_everything_runs_once(toys: Path) -> None:
 
 
 def test_a_failure_holds_up_only_what_requires_it(toys: Path) -> None:
-    todo(toys, A1={"code": 1, "say": ["  ok: size", "  FAILED: quality drop 2 % (at most 1 %)", "  FAILED: speed"]})
+    todo(toys, A1={"code": 1, "result": {"verdict": "fail", "why": "quality drop 2 % (at most 1 %)"}})
     found = go(toys)
     assert ran(toys) == ["Baseline", "A1", "C1", "B1", "E1"]
     assert statuses(found) == {**dict.fromkeys(MEDIUM, "done"), "A1": "failed", "D1": "waiting"}
@@ -157,9 +159,23 @@ def test_keep_going(toys: Path) -> None:
 @pytest.mark.parametrize(
     ("how", "status", "detail", "code"),
     [
-        ({"code": 3, "say": ["pqk: stage P is not offered"]}, "unavailable", "stage P is not offered", 3),
-        ({"code": 2, "say": ["pqk: quant.yaml:3: is wrong"]}, "error", "quant.yaml:3: is wrong", 2),
+        ({"code": 3, "result": {"error": "stage P is not offered"}}, "unavailable", "stage P is not offered", 3),
+        ({"code": 2, "result": {"error": "quant.yaml:3: is wrong"}}, "error", "quant.yaml:3: is wrong", 2),
         ({"code": 70}, "error", "exit code 70", 2),
+        (
+            {"code": 4, "result": {"verdict": "undecided", "why": "8 scenes tell too little"}},
+            "undecided",
+            "8 scenes tell too little",
+            4,
+        ),
+        # what it prints is for a reader: a sentence of another command in it decides nothing
+        (
+            {"code": 1, "say": ["pqk: a lie", "FAILED: another"], "result": {"verdict": "fail", "why": "the drop"}},
+            "failed",
+            "the drop",
+            1,
+        ),
+        ({"code": 1, "say": ["pqk: a lie", "FAILED: another"]}, "failed", "", 1),
         ({"signal": int(signal.SIGKILL)}, "error", "killed by signal 9", 2),
         ({"code": 1, "stop": "2.42 GPU hours are above"}, "stopped", "2.42 GPU hours are above", 1),
     ],
@@ -178,7 +194,7 @@ def test_a_stop_of_another_attempt_is_not_taken_for_this_one(toys: Path) -> None
     todo(toys, C1={"code": 1, "stop": "hours"})
     go(toys)
     time.sleep(1.1)  # the run log counts in seconds
-    todo(toys, C1={"code": 1, "say": ["FAILED: drop"]})
+    todo(toys, C1={"code": 1, "result": {"verdict": "fail", "why": "drop"}})
     assert {i.step.id: (i.status, i.detail) for i in go(toys)}["C1"] == ("failed", "drop")
 
 
@@ -251,17 +267,19 @@ def test_a_campaign_reports_failures_and_goes_on(toys: Path) -> None:
         )
         return {item.step.id: (item.status, item.detail) for item in found}
 
+    dropped = {"verdict": "fail", "why": "quality drop 2 %"}
     todo(
         toys,
         **{
-            "A1-s0": {"code": 1, "say": ["  FAILED: quality drop 2 %"]},  # a verdict: D1-s0 needs it all the same
-            "C1": {"code": 1, "say": ["pqk: stop-loss: its hours are spent"]},  # no result: E1 and F1 wait
-            "B1-eval": {"code": 2, "say": ["pqk: results/B1.tsv: is wrong"]},
-            "G1": {"code": 3, "say": ["pqk: not offered"]},
+            "A1-s0": {"code": 1, "result": dropped},  # a verdict: D1-s0 needs it all the same
+            "A1-s1": {"code": 4, "result": {"verdict": "undecided", "why": "8 scenes"}},  # a verdict too
+            "C1": {"code": 1, "result": {"error": "stop-loss: its hours are spent"}},  # no result: E1 and F1 wait
+            "B1-eval": {"code": 2, "result": {"error": "results/B1.tsv: is wrong"}},
+            "G1": {"code": 3, "result": {"error": "not offered"}},
         },
     )
     found = go()
-    assert found["A1-s0"] == ("failed", "quality drop 2 %") and found["A1-s1"][0] == "done"
+    assert found["A1-s0"] == ("failed", "quality drop 2 %") and found["A1-s1"] == ("undecided", "8 scenes")
     assert found["B1"] == ("error", "results/B1.tsv: is wrong")
     assert found["C1"] == ("failed", "stop-loss: its hours are spent")
     assert found["E1"] == ("waiting", "for C1 (failed)") and found["D1-s0"] == (
@@ -273,12 +291,16 @@ def test_a_campaign_reports_failures_and_goes_on(toys: Path) -> None:
 
     todo(
         toys,
-        **{"A1-s0": {"code": 1, "say": ["  FAILED: quality drop 2 %"]}, "D1-s0": {"code": 1, "say": ["FAILED: a"]}},
+        **{"A1-s0": {"code": 1, "result": dropped}, "D1-s0": {"code": 1, "result": {"verdict": "fail", "why": "a"}}},
     )
     found = go()
-    assert {name for name, (status, _) in found.items() if status != "done"} == {"A1-s0", "D1-s0"}
+    assert {name for name, (status, _) in found.items() if status != "done"} == {"A1-s0", "A1-s1", "D1-s0"}
     again = ran(toys)
-    assert "A1-s0" not in again and {"C1", "C1-eval", "B1", "G1", "E1-eval", "D1-s0-eval"} <= set(again)
+    assert (
+        "A1-s0" not in again
+        and "A1-s1" not in again
+        and {"C1", "C1-eval", "B1", "G1", "E1-eval", "D1-s0-eval"} <= set(again)
+    )
     assert go()["D1-s0"] == ("failed", "a") and ran(toys) == []  # what was measured stays as it is
 
 
@@ -443,7 +465,7 @@ def test_ctrl_c_on_the_real_command(toys: Path, tiny_model: Path) -> None:
     (toys / "schedule" / "plans" / "own.yaml").write_text(OWN)
     process = start(("plan", "own", "--run", "--backend", "openvino", "--model", tiny_model), toys)
     log = folder_of("own", toys) / "Baseline.log"
-    until(lambda: log.exists() and "test scenes" in log.read_text())
+    until(lambda: log.exists() and "generated scenes" in log.read_text())
     children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)

@@ -69,6 +69,7 @@ def test_three_records_teacher_first(finished: Finished) -> None:
     records = {record["precision"]: record for record in written(root)}
     float_rows = [p for p in records if p != "int8"]
     assert records["int8"] == outcome.record
+    assert len({record["run_id"] for record in records.values()}) == 1 and outcome.record["run_id"]
     assert "f32" in float_rows
     for precision in float_rows:
         assert records[precision]["role"] == "teacher"
@@ -96,7 +97,12 @@ def test_again_reuses_every_stage(finished: Finished, copy_of: Copy, tiny_model:
     assert again.code == finished[1].code
     assert kept(again) == again.err.count("✓") - 1  # the last one says where the records are
     assert "…" not in again.err
-    same(again.record, finished[1].record, "datetime", "wall_s")
+    same(again.record, finished[1].record, "datetime", "wall_s", "run_id")
+    # the row is of now and of another run, its timing is not
+    assert again.record["run_id"] > finished[1].record["run_id"]
+    assert again.record["datetime"] > again.record["measured_at"]
+    timing = json.loads((stage_folder(root, "timing") / "manifest.json").read_text())
+    assert (again.record["measured_at"], again.record["measured_commit"]) == (timing["created"], timing["commit"])
     assert again.record["wall_s"] < 0.5 * finished[1].record["wall_s"], seconds
 
 
@@ -234,7 +240,7 @@ def test_the_doors_of_the_lab(script: str, finished: Finished, copy_of: Copy, ti
     content = json.loads(log.read_text())
     if script == "run_quant":
         assert done.returncode == finished[1].code, done.stderr
-        same(content, finished[1].record, "datetime", "wall_s")
+        same(content, finished[1].record, "datetime", "wall_s", "run_id")
     else:
         assert done.returncode == 0, done.stderr
         assert content[0]["precision"] == "f32"

@@ -19,7 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pqk.errors import PqkError
+from pqk.files import sha256_json
 from pqk.run import store
+from pqk.run.stages import provenance
 from pqk.run.store import MANIFEST, Store
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -72,6 +74,22 @@ def test_made_once_then_reused(tmp_path: Path) -> None:
     assert again.manifest["inputs"] == {"x": 1}
     assert again.manifest["files"]["a.bin"]["bytes"] == len(CONTENT["a.bin"])
     assert not leftovers(tmp_path)
+
+
+def test_an_artifact_keeps_the_commit_that_made_it(tmp_path: Path) -> None:
+    """It is no part of the key: another commit with the same code reuses the artifact, which says who made it."""
+    made = Store(tmp_path, commit="one").get_or_make("timing", {}, write_content)
+    again = Store(tmp_path, commit="two").get_or_make("timing", {}, lambda folder: pytest.fail("made twice"))
+    assert again.reused and again.key == made.key
+    assert provenance(again) == {"measured_at": made.manifest["created"], "measured_commit": "one"}
+    path = made.path / MANIFEST
+    old = {name: value for name, value in made.manifest.items() if name != "commit"}  # as earlier versions wrote it
+    path.write_text(json.dumps(old | {"sha256": sha256_json(old)}))
+    kept = Store(tmp_path, commit="two").get_or_make("timing", {}, lambda folder: pytest.fail("made twice"))
+    assert provenance(kept) == {"measured_at": made.manifest["created"], "measured_commit": None}
+    path.write_text(json.dumps({**old, "commit": "forged", "sha256": sha256_json(old)}))
+    anew = Store(tmp_path, commit="two").get_or_make("timing", {}, write_content)
+    assert not anew.reused and provenance(anew)["measured_commit"] == "two"
 
 
 def test_other_inputs_or_stage_is_another_artifact(tmp_path: Path) -> None:
