@@ -35,7 +35,7 @@ class SymmetricPairs(nn.Module):
 
 
 def depth_scores(points_1: torch.Tensor, points_2: torch.Tensor, pairs: PairBatch) -> list[dict[str, float]]:
-    """AbsRel and delta1 of each sample whose first view has a valid pixel, exactly as the evaluation scores a pair (`pair_depth`).
+    """AbsRel and delta1 of each sample whose first view has a valid pixel, as the evaluation scores it (`pair_depth`).
 
     points_1, points_2: (2B,H,W,3) of both views, in the order of `pairs.ordered()`, on any device. What the evaluation
     would refuse still gets a number, because a network in training may pass through it: NaN for points that are not
@@ -94,10 +94,11 @@ def validation_scores(
     seed: int,
     score_of: ScoreOf | None = None,
 ) -> dict[str, float]:
-    """AbsRel and delta1 of both views on the held-out pairs, in both orders, and of a constant depth on the same pixels.
+    """AbsRel and delta1 on the held-out pairs, in both orders, and of a constant depth on the same pixels.
 
-    Means over the samples that have a valid pixel; see `depth_scores`. 'score' is the mean of `score_of` over the pairs; without it, the AbsRel. Every call sees the same pairs in the same
-    batches. Raises PqkError when no pair has a valid pixel and when the depth is not finite.
+    Means over the samples of `depth_scores`. 'score' is the mean of `score_of` over the pairs; without it, the AbsRel.
+    Every call sees the same pairs in the same batches. Raises PqkError when no pair has a valid pixel and when the depth
+    is not finite.
     """
     bank = texture_bank().to(device)
     symmetric = SymmetricPairs(model).eval()

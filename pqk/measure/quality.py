@@ -5,9 +5,9 @@ z forward) and of arbitrary scale, and conf_1, conf_2 (H, W). Scores are in metr
 
 | key | meaning | best |
 | --- | --- | --- |
-| absrel, rmse, delta1 | depth of both views, each in its own camera, after one scale (`pair_depth`) | 0, 0, 1 |
-| ause | how badly the confidences rank the pixels of both views by that error (`sparsification_error`) | 0 |
-| chamfer, chamfer_accuracy, chamfer_completeness | points of both views after one similarity; clouds sampled apart | floor |
+| absrel, rmse, delta1 | depth of both views, each in its own camera, after one scale | 0, 0, 1 |
+| ause | how badly the confidences rank the pixels of both views by the error of their points | 0 |
+| chamfer, chamfer_accuracy, chamfer_completeness | points of both views after one similarity, sampled apart | floor |
 | chamfer_paired | the same, prediction and truth at the same pixels | 0 |
 | reproj_px | points of each view against their own pixels, after the scale | 0 |
 """
@@ -101,10 +101,12 @@ def score_pair(
 ) -> Scores:
     """All scores of one predicted pair (see the table at the top of this file).
 
-    Depth and confidence: see `pair_depth`; all valid pixels of both views weigh the same. Chamfer: valid points of both
-    views, after the similarity fitted on all corresponding pixels (Umeyama); prediction and truth are each sampled at
-    `chamfer_points` pixels of their own, drawn with `seed`. Reprojection: mean over the valid pixels of both views,
-    points times the depth scale, view 2's moved into camera 2 by the true relative pose.
+    Depth: see `pair_depth`; all valid pixels of both views weigh the same. Confidence: `sparsification_error`, of all
+    these pixels together, of the distance between true point and predicted point times the depth scale; that is what
+    the loss makes the confidence predict. Chamfer: valid points of both views, after the similarity fitted on all
+    corresponding pixels (Umeyama); prediction and truth are each sampled at `chamfer_points` pixels of their own, drawn
+    with `seed`. Reprojection: mean over the valid pixels of both views, points times the depth scale, view 2's moved
+    into camera 2 by the true relative pose.
     align="none" compares metric predictions as they are: scale 1 and no similarity.
 
     Raises PqkError for missing keys, wrong shapes, no valid pixel in view 1, NaN or infinity at a valid pixel (of a
@@ -115,7 +117,9 @@ def score_pair(
     _check_view_1(valids)
     count1, count2 = int(truth.valid1.sum()), int(truth.valid2.sum())
     depth = pair_depth(points, (truth.gt1, truth.gt2), valids, truth.cam1_to_cam2, align)
-    scores = depth.scores() | {"ause": sparsification_error(depth.errors, _confidence(pred, valids)[depth.counts])}
+    pairs = zip(points, (truth.gt1, truth.gt2), valids, strict=True)
+    errors = np.concatenate([np.linalg.norm(depth.scale * p[v] - g[v], axis=1) for p, g, v in pairs])
+    scores = depth.scores() | {"ause": sparsification_error(errors, _confidence(pred, valids))}
     scores |= _cloud_scores(points, (truth.gt1, truth.gt2), valids, align, chamfer_points, seed)
     total = count1 * reprojection_error(depth.scale * points[0], truth.K1, truth.valid1)
     if count2:
@@ -163,21 +167,11 @@ def score_against_reference(
 
 @dataclass(frozen=True)
 class PairDepth:
-    """Aligned and true depth of the pixels of both views that count, view 1 first (N,).
-
-    scale: what aligned it. counts: of all valid pixels, view 1 first, which ones these are.
-    """
+    """Aligned and true depth (N,) of the pixels of both views that count, view 1 first, and the scale."""
 
     depth: Array
     truth: Array
     scale: float
-    counts: Array
-
-    @property
-    def errors(self) -> Array:
-        """|depth - truth| / truth of every pixel."""
-        errors: Array = np.abs(self.depth - self.truth) / self.truth
-        return errors
 
     def scores(self) -> Scores:
         """absrel, rmse and delta1 over all these pixels."""
@@ -213,7 +207,7 @@ def pair_depth(
         depth[first:] = _depth(scale * found[1].astype(np.float64), cam1_to_cam2)
         truth[first:] = _depth(true[1].astype(np.float64), cam1_to_cam2)
     counts = truth > 0
-    return PairDepth(depth[counts], truth[counts], scale, counts)
+    return PairDepth(depth[counts], truth[counts], scale)
 
 
 def constant_depth_scores(truth: PairTruth, align: str = "median") -> Scores:
@@ -231,7 +225,7 @@ def constant_depth(
     true = np.concatenate([truths[0][valids[0]][:, 2], _depth(truths[1][valids[1]].astype(np.float64), cam1_to_cam2)])
     counts = true > 0
     scale = align_scale(np.ones(len(true)), true, None, align)
-    return PairDepth(np.full(int(counts.sum()), scale), true[counts], scale, counts)
+    return PairDepth(np.full(int(counts.sum()), scale), true[counts], scale)
 
 
 def summarise(scores: Sequence[Mapping[str, float | None]]) -> Scores:
@@ -284,7 +278,7 @@ def _cloud_scores(
     chamfer_points: int,
     seed: int,
 ) -> Scores:
-    """The chamfer distances. Both samples are drawn with the seed, so a perfect prediction is not compared with itself."""
+    """The chamfer distances. The two clouds are sampled apart: a perfect prediction is not compared with itself."""
     if chamfer_points < 3:
         raise PqkError(f"chamfer_points must be at least 3, got {chamfer_points}")
     pred_cloud = np.concatenate([p[v] for p, v in zip(points, valids, strict=True)])

@@ -116,8 +116,22 @@ def _no_answer(task: str, code: int, said: str) -> Exception:
     return WorkerCrashed(f"the {task} process ended with {how}:\n{said or 'it said nothing'}")
 
 
+def predictions(request: dict[str, Any]) -> Result:
+    """The predictions of a variant, kept; see `pqk.run.predict`."""
+    from pqk.run.predict import predict
+
+    return predict(request)
+
+
+def scores(request: dict[str, Any]) -> Result:
+    """The scores of kept predictions; see `pqk.run.scoring`."""
+    from pqk.run.scoring import score
+
+    return score(request)
+
+
 def quality(request: dict[str, Any]) -> Result:
-    """Scores of every pair of every scene for one variant, its executed precision, and a teacher reference if asked."""
+    """Predictions and their scores in one go; see `pqk.run.evaluate`."""
     from pqk.run.evaluate import evaluate
 
     return evaluate(request)
@@ -214,6 +228,8 @@ def mixed(request: dict[str, Any]) -> Result:
 
 
 TASKS: dict[str, Callable[[dict[str, Any]], Result]] = {
+    "predictions": predictions,
+    "scores": scores,
     "quality": quality,
     "timing": timing,
     "parts": parts,

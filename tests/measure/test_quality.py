@@ -24,7 +24,7 @@ from pqk.measure.quality import (
     summarise,
 )
 from pqk.models.configs import NAMED, lowest_confidence
-from pqk.run.evaluate import _against
+from pqk.run.scoring import Scorer
 
 CHAMFER = {"chamfer", "chamfer_accuracy", "chamfer_completeness", "chamfer_paired"}
 KEYS = CHAMFER | {"absrel", "rmse", "delta1", "ause", "reproj_px"}
@@ -173,16 +173,19 @@ def test_one_scale_from_both_views():
     found = pair_depth(points, gts, valids, truth.cam1_to_cam2)
     assert 1 / 1.3 < scale < 1 and found.scale == pytest.approx(scale, rel=1e-12)
     first = len(truth.gt1[truth.valid1])
-    np.testing.assert_allclose(found.errors[:first], 1 - scale, rtol=1e-5)
+    np.testing.assert_allclose(found.depth[:first] / found.truth[:first], scale, rtol=1e-5)
     alone = pair_depth(points, gts, (valids[0], valids[1] & False), truth.cam1_to_cam2)
     assert alone.scale == pytest.approx(1) and len(alone.depth) == first
 
 
 def test_confidence_is_scored_by_how_it_ranks_the_errors():
+    """The errors are distances of points, which is what a confidence is trained to predict."""
     truth, pred = make_pair()
     pred = disturbed(pred, 0.2)
     valids = (truth.valid1, truth.valid2)
-    depth = pair_depth((pred["pts3d_1"], pred["pts3d_2"]), (truth.gt1, truth.gt2), valids, truth.cam1_to_cam2)
+    scale = pair_depth((pred["pts3d_1"], pred["pts3d_2"]), (truth.gt1, truth.gt2), valids, truth.cam1_to_cam2).scale
+    both = (("pts3d_1", truth.gt1, valids[0]), ("pts3d_2", truth.gt2, valids[1]))
+    errors = np.concatenate([np.linalg.norm(scale * pred[key][v] - gt[v], axis=1) for key, gt, v in both])
 
     def with_confidence(values):
         maps = [np.full(v.shape, np.nan, np.float32) for v in valids]
@@ -190,10 +193,10 @@ def test_confidence_is_scored_by_how_it_ranks_the_errors():
         maps[0][valids[0]], maps[1][valids[1]] = values[:first], values[first:]
         return score_pair(pred | {"conf_1": maps[0], "conf_2": maps[1]}, truth)
 
-    perfect, constant = with_confidence(1 / (1e-3 + depth.errors)), score_pair(pred, truth)
+    perfect, constant = with_confidence(1 / errors), score_pair(pred, truth)
     assert perfect["ause"] == pytest.approx(0, abs=1e-6)
-    assert constant["ause"] > 0.3
-    assert with_confidence(depth.errors)["ause"] > 1.5 * constant["ause"]
+    assert constant["ause"] > 0.2
+    assert with_confidence(errors)["ause"] > 1.5 * constant["ause"]
     assert {k: v for k, v in perfect.items() if k != "ause"} == {k: v for k, v in constant.items() if k != "ause"}
     with pytest.raises(PqkError, match="NaN refused: the confidence"):
         score_pair(pred | {"conf_2": np.full_like(pred["conf_2"], np.nan)}, truth)
@@ -297,7 +300,8 @@ def test_without_truth_the_teachers_confidence_is_the_error_to_rank():
     assert score_against_reference(student, teacher)["ause"] == pytest.approx(0, abs=1e-12)
     assert score_against_reference(student | {"conf_2": 7 * teacher["conf_2"]}, teacher)["ause"] > 0.02
     for key in ("conf_1", "conf_2"):
-        for destroyed in (np.full_like(teacher[key], 2), random.permutation(teacher[key].ravel()).reshape(teacher[key].shape)):
+        shuffled = random.permutation(teacher[key].ravel()).reshape(teacher[key].shape)
+        for destroyed in (np.full_like(teacher[key], 2), shuffled):
             assert score_against_reference(student | {key: destroyed}, teacher)["ause"] > 0.05
 
 
@@ -370,5 +374,7 @@ def test_confidences_of_a_sigmoid_count():
     assert score_against_reference(reference, reference, min_conf=low)["absrel"] == pytest.approx(0, abs=1e-6)
     with pytest.raises(PqkError):
         score_against_reference(reference, reference, min_conf=lowest_confidence(official))
-    request = {"quality": {"scale_alignment": "median", "chamfer_points": 16}, "seed": 0, "min_conf": low}
-    assert _against(reference, reference, request)["delta1"] == 1
+    quality = {"scale_alignment": "median", "chamfer_points": 16}
+    with Scorer({"scenes": ["a"], "quality": quality, "seed": 0, "min_conf": low}, threads=1) as scorer:
+        scorer.add({"scene": 0, "first": "x", "second": "y"}, None, reference, reference)
+        assert scorer.result()["summary"]["delta1"] == 1
