@@ -97,8 +97,8 @@ def validation_scores(
     """AbsRel and delta1 on the held-out pairs, in both orders, and of a constant depth on the same pixels.
 
     Means over the samples of `depth_scores`. 'score' is the mean of `score_of` over the pairs; without it, the AbsRel.
-    Every call sees the same pairs in the same batches. Raises PqkError when no pair has a valid pixel and when the depth
-    is not finite.
+    Every call sees the same pairs in the same batches. Raises PqkError when no pair has a valid pixel and when the
+    depth is not finite.
     """
     bank = texture_bank().to(device)
     symmetric = SymmetricPairs(model).eval()
