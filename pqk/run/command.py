@@ -34,7 +34,7 @@ _DOING = {
     "quantized": "quantization",
     "qat": "quantization-aware training",
     "joint": "pruning, distillation and quantization in one training",
-"predictions": "predictions,",
+    "predictions": "predictions,",
     "scores": "quality,",
     "timing": "timing, variants interleaved",
     "memory": "peak memory",
