@@ -65,6 +65,6 @@ def _constant(outcome: Outcome) -> dict[str, float | None]:
         frames = load_frames(open_scene(folder), workload.input.height, workload.input.width, outcome.test.views)
         for i, j in scene_pairs(frames, workload.pair_graph, workload.min_covisibility, True):
             truth = pair_truth(frames[i], frames[j])
-            if int(truth.valid1.sum()) >= quality.min_valid_pixels:
+            if min(int(truth.valid1.sum()), int(truth.valid2.sum())) >= quality.min_valid_pixels:
                 flat.append(constant_depth_scores(truth, quality.scale_alignment))
     return summarise(flat)

@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from pqk.data.seeds import split_seed
-from pqk.data.stream import training_pairs
+from pqk.data.stream import PairBatch, training_pairs
 from pqk.data.synthetic import texture_bank
 from pqk.errors import PqkError, nearest
+from pqk.measure.quality import constant_depth, pair_depth
 from pqk.spec.training import Fit, Training, TrainSpec
 
 
@@ -32,19 +34,52 @@ class SymmetricPairs(nn.Module):
         return self.model.decode(torch.cat([a, b]), torch.cat([b, a]), (height, width), (height, width))
 
 
-def depth_scores(pred_z: torch.Tensor, gt_z: torch.Tensor, valid: torch.Tensor) -> dict[str, float]:
-    """Mean AbsRel and delta1 over samples (B,H,W) after median scaling per sample (Eigen 2014, Zhou 2017)."""
-    absrel, delta = [], []
-    for pred, gt, mask in zip(pred_z.float(), gt_z.float(), valid, strict=True):
-        if not bool(mask.any()):
+def depth_scores(points_1: torch.Tensor, points_2: torch.Tensor, pairs: PairBatch) -> list[dict[str, float]]:
+    """AbsRel and delta1 of each sample whose first view has a valid pixel, as the evaluation scores it (`pair_depth`).
+
+    points_1, points_2: (2B,H,W,3) of both views, in the order of `pairs.ordered()`, on any device. What the evaluation
+    would refuse still gets a number, because a network in training may pass through it: NaN for points that are not
+    finite, and 1 and 0, those of a depth of zero, where no scale above 0 brings the depth to that of the truth.
+    """
+    found = []
+    for points, truths, valids, pose in _samples((points_1, points_2), pairs):
+        if not valids[0].any():
             continue
-        p, g = pred[mask], gt[mask]
-        p = (p * (g.median() / p.median())).clamp(min=1e-6)
-        absrel.append(((p - g).abs() / g).mean())
-        delta.append((torch.maximum(p / g, g / p) < 1.25).float().mean())
-    if not absrel:
-        raise PqkError("no validation pair has a valid pixel; lower min_covisible")
-    return {"absrel": float(torch.stack(absrel).mean()), "delta1": float(torch.stack(delta).mean())}
+        if not all(np.isfinite(p[v]).all() for p, v in zip(points, valids, strict=True)):
+            found.append({"absrel": math.nan, "delta1": math.nan})
+            continue
+        try:
+            scores = pair_depth(points, truths, valids, pose).scores()
+        except PqkError:  # the scale
+            scores = {"absrel": 1.0, "delta1": 0.0}
+        found.append({name: float(scores[name] or 0.0) for name in ("absrel", "delta1")})
+    return found
+
+
+def constant_scores(pairs: PairBatch) -> list[dict[str, float]]:
+    """What `depth_scores` gives a network that answers one depth everywhere, each view in its own camera."""
+    found = []
+    for _, truths, valids, pose in _samples(pairs.ordered()[:2], pairs):
+        if valids[0].any():
+            scores = constant_depth(truths, valids, pose).scores()
+            found.append({name: float(scores[name] or 0.0) for name in ("absrel", "delta1")})
+    return found
+
+
+Two = tuple[np.ndarray, np.ndarray]
+
+
+def _samples(points: tuple[torch.Tensor, torch.Tensor], pairs: PairBatch) -> Iterator[tuple[Two, Two, Two, np.ndarray]]:
+    """Points, true points and valid pixels of both views, and the relative pose, of one sample after the other."""
+    tensors = (*points, *pairs.ordered(), pairs.first_to_second())
+    for p1, p2, t1, t2, v1, v2, pose in zip(*(_numpy(t) for t in tensors), strict=True):
+        yield (p1, p2), (t1, t2), (v1, v2), pose
+
+
+def _numpy(tensor: torch.Tensor) -> np.ndarray:
+    tensor = tensor.detach()
+    found: np.ndarray = (tensor.float() if tensor.is_floating_point() else tensor).cpu().numpy()
+    return found
 
 
 ScoreOf = Callable[[torch.Tensor, dict[str, torch.Tensor]], float]
@@ -59,15 +94,16 @@ def validation_scores(
     seed: int,
     score_of: ScoreOf | None = None,
 ) -> dict[str, float]:
-    """AbsRel and delta1 of view 1 on the held-out pairs, both orders, and of a constant depth on the same pixels.
+    """AbsRel and delta1 on the held-out pairs, in both orders, and of a constant depth on the same pixels.
 
-    'score' is the mean of `score_of` over the pairs; without it, the AbsRel. Every call sees the same pairs in the same
-    batches. Raises PqkError when no pair has a valid pixel and when the depth is not finite.
+    Means over the samples of `depth_scores`. 'score' is the mean of `score_of` over the pairs; without it, the AbsRel.
+    Every call sees the same pairs in the same batches. Raises PqkError when no pair has a valid pixel and when the
+    depth is not finite.
     """
     bank = texture_bank().to(device)
     symmetric = SymmetricPairs(model).eval()
-    wanted, size, count, samples = spec.validation.pairs, spec.validation.size, 0, 0
-    totals: dict[str, float] = {}
+    wanted, size, count = spec.validation.pairs, spec.validation.size, 0
+    rows: list[dict[str, float]] = []
     score = 0.0
     while count < wanted:
         n = min(8, wanted - count)
@@ -77,18 +113,11 @@ def validation_scores(
         count += n
         if score_of is not None:
             score += n * score_of(pairs.images, out)
-        gt1, _, valid1, _ = pairs.ordered()
-        usable = int(valid1.flatten(1).any(1).sum())  # a pair without overlap has no valid pixel
-        if not usable:
-            continue
-        scores = depth_scores(out["pts3d_1"][..., 2], gt1[..., 2], valid1)
-        flat = depth_scores(torch.ones_like(gt1[..., 2]), gt1[..., 2], valid1)
-        for key, value in {**scores, **{f"constant_{k}": v for k, v in flat.items()}}.items():
-            totals[key] = totals.get(key, 0.0) + value * usable
-        samples += usable
-    if not samples:
+        flat = [{f"constant_{name}": value for name, value in row.items()} for row in constant_scores(pairs)]
+        rows += [a | b for a, b in zip(depth_scores(out["pts3d_1"], out["pts3d_2"], pairs), flat, strict=True)]
+    if not rows:
         raise PqkError("no validation pair has a valid pixel; lower min_covisible")
-    means = {k: v / samples for k, v in totals.items()}
+    means = {name: math.fsum(row[name] for row in rows) / len(rows) for name in rows[0]}
     if not math.isfinite(means["absrel"]):
         raise PqkError("the depth of the model in training is not finite on the validation pairs; lower learning_rate")
     return {"score": means["absrel"] if score_of is None else score / count, **means}

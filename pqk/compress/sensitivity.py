@@ -73,23 +73,24 @@ class Probe:
 
     @torch.no_grad()
     def score(self, model: Dust3r, same_encoder: bool = False) -> Score:
-        """AbsRel of view 1, and the shift, over all pairs in both orders; not finite when the depth is not.
+        """AbsRel and the shift over all pairs in both orders; not finite when the points are not.
 
-        AbsRel hears nothing of view 2, whose points the second decoder and head make, and on few pairs it falls for
-        every second small cut. So the shift compares the points of both views with the uncut network's, X' with X:
-        the mean over valid pixels of |s X' - X| / |X|, with s = median |X| / median |X'| for each sample.
+        On few pairs AbsRel falls for every second small cut. So the shift compares the points of both views with the
+        uncut network's, X' with X: the mean over valid pixels of |s X' - X| / |X|, with s = median |X| / median |X'|
+        for each sample.
         same_encoder: spares the encoder of a network that only differs from the uncut one behind it.
         """
         tokens = self.tokens if same_encoder else self._encode(model)
-        absrel, shift, count = 0.0, 0.0, 0
+        absrel: list[float] = []
+        shift, count = 0.0, 0
         for batch, uncut, cut in zip(self.batches, self.points, self._points(model, tokens), strict=True):
-            truth, _, *valid = batch.ordered()
+            _, _, *valid = batch.ordered()
             usable = int(valid[0].flatten(1).any(1).sum())
-            absrel += usable * depth_scores(cut[0][..., 2], truth[..., 2], valid[0])["absrel"]
+            absrel += [row["absrel"] for row in depth_scores(*cut, batch)]
             both = torch.stack(valid, dim=1)
             shift += usable * _shift(torch.stack(cut, dim=1), torch.stack(uncut, dim=1), both)
             count += usable
-        return Score(absrel / count, shift / count)
+        return Score(math.fsum(absrel) / len(absrel), shift / count)
 
     @torch.no_grad()
     def _encode(self, model: Dust3r) -> list[Tensor]:

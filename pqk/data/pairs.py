@@ -14,6 +14,7 @@ from PIL import Image
 from pqk.errors import PqkError, nearest
 
 KINDS = ("neighbor", "complete", "topk", "swin", "logwin", "oneref")
+GOLDEN = (5**0.5 - 1) / 2
 Pairs = list[tuple[int, int]]
 
 
@@ -69,6 +70,25 @@ def pair_graph(
     if not pairs:
         raise PqkError(f"pair graph {kind!r} with filter {prefilter!r} leaves no pair of {n} images")
     return pairs
+
+
+def spread(pairs: Pairs, count: int | None) -> Pairs:
+    """`count` of the pairs, spread evenly over their list and in its order; all of them for None or a larger count.
+
+    They are the first ones in a fixed order of which every beginning is spread evenly: the k-th step, k = 0, 1, ...,
+    goes to place floor(n frac(k g)) of n, g being the golden ratio's 0.618, and a place that was visited is passed
+    over. So fewer pairs are always among more. Raises PqkError for a count below 1.
+    """
+    if count is None or count >= len(pairs):
+        return pairs
+    if count < 1:
+        raise PqkError(f"the pairs of a scene must be at least 1, got {count}")
+    chosen: set[int] = set()
+    step = 0
+    while len(chosen) < count:
+        chosen.add(int(len(pairs) * (step * GOLDEN % 1)))
+        step += 1
+    return [pair for place, pair in enumerate(pairs) if place in chosen]
 
 
 def image_similarity(images: Iterable[np.ndarray], size: int = 16) -> np.ndarray:

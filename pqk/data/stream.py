@@ -34,6 +34,10 @@ class PairBatch:
         valid2 = torch.cat([self.valid[:, 1], self.valid[:, 0]])
         return torch.cat([a, b]), torch.cat([b_in_a, a_in_b]), valid1, valid2
 
+    def first_to_second(self) -> torch.Tensor:
+        """Rigid motions (2B,4,4) from the first view's camera to the second's, for the samples of `ordered`."""
+        return torch.cat([self.one_to_two, invert_rigid(self.one_to_two)])
+
 
 def invert_rigid(pose: torch.Tensor) -> torch.Tensor:
     """Inverse of rigid motions (B,4,4)."""

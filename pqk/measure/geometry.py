@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -85,6 +86,57 @@ def _valid_depths(pred: ArrayLike, gt: ArrayLike, mask: ArrayLike | None) -> tup
         raise PqkError("no valid pixel: the mask and the ground-truth depth leave nothing to compare")
     _refuse_non_finite(p, "predicted depths")
     return p, g
+
+
+# Confidence
+
+
+def sparsification_error(errors: ArrayLike, confidence: ArrayLike) -> float:
+    """Area under the sparsification error curve (AUSE; Ilg et al. 2018), 0 when errors are ranked perfectly.
+
+    errors: (N,), finite and 0 or more; confidence: (N,), higher is surer, of any scale. A sparsification curve is the
+    mean error of the pixels that are left when more and more are taken away: the least confident first, or for the
+    oracle those of the largest error first. The area between the two is their mean difference over all N steps, and it
+    is divided by the mean error of all pixels. Pixels of equal confidence are taken away in random order: the exact
+    mean over all such orders is computed, so a constant scores what a random ranking scores on average. 0 where all
+    errors are 0. Raises PqkError for shapes that differ, no pixel, NaN in either and infinity in the errors.
+    """
+    e, c = np.asarray(errors, dtype=np.float64), np.asarray(confidence)
+    if e.shape != c.shape or e.ndim != 1:
+        raise PqkError(f"errors and confidence must be 1-D and of one shape, got {e.shape} and {c.shape}")
+    if not e.size:
+        raise PqkError("no valid pixel: there is no confidence to score")
+    _refuse_non_finite(e, "errors")
+    if np.isnan(c).any():
+        raise PqkError(f"NaN refused: the confidence holds {np.isnan(c).sum()} NaN of {c.size} numbers at valid pixels")
+    mean = float(e.mean())
+    if mean == 0:
+        return 0.0
+    weights = _areas(len(e))
+    order = np.argsort(c)
+    ranked = c[order]
+    starts = np.flatnonzero(np.concatenate([[True], ranked[1:] != ranked[:-1]]))
+    area = (e[order] * _means(weights, starts)).sum() - (np.sort(e)[::-1] * weights).sum()
+    return max(0.0, float(area) / mean)
+
+
+@lru_cache(maxsize=4)
+def _areas(count: int) -> Array:
+    """What each error, the one that is taken away first in front, adds to the area under a sparsification curve.
+
+    The area is the mean over k of (e_k + ... + e_N) / (N - k + 1), so e_j counts (1/N + ... + 1/(N - j + 1)) / N times.
+    """
+    weights = np.cumsum(1.0 / np.arange(count, 0, -1)) / count
+    weights.setflags(write=False)
+    return weights
+
+
+def _means(values: Array, starts: Array) -> Array:
+    """Every value replaced by the mean of its run; runs begin at `starts`."""
+    if len(starts) == len(values):
+        return values
+    counts = np.diff(np.append(starts, len(values)))
+    return np.repeat(np.add.reduceat(values, starts) / counts, counts)
 
 
 # Similarity alignment

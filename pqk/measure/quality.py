@@ -5,8 +5,10 @@ z forward) and of arbitrary scale, and conf_1, conf_2 (H, W). Scores are in metr
 
 | key | meaning | best |
 | --- | --- | --- |
-| absrel, rmse, delta1 | view 1's z against its depth, after one scale (`geometry.align_scale`) | 0, 0, 1 |
-| chamfer, chamfer_accuracy, chamfer_completeness | points of both views together, after one similarity | 0 |
+| absrel, rmse, delta1 | depth of both views, each in its own camera, after one scale | 0, 0, 1 |
+| ause | how badly the confidences rank the pixels of both views by the error of their points | 0 |
+| chamfer, chamfer_accuracy, chamfer_completeness | points of both views after one similarity, sampled apart | floor |
+| chamfer_paired | the same, prediction and truth at the same pixels | 0 |
 | reproj_px | points of each view against their own pixels, after the scale | 0 |
 """
 
@@ -15,16 +17,27 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from pqk.data.preprocess import unproject
 from pqk.errors import PqkError
-from pqk.measure.geometry import Array, abs_rel, align_scale, chamfer, delta, reprojection_error, rmse, umeyama
+from pqk.measure.geometry import (
+    Array,
+    abs_rel,
+    align_scale,
+    chamfer,
+    delta,
+    reprojection_error,
+    rmse,
+    sparsification_error,
+    umeyama,
+)
 
 Prediction = Mapping[str, Array]
 Scores = dict[str, float | None]
+CONFIDENCES = ("conf_1", "conf_2")
 
 
 class Frame(Protocol):
@@ -88,23 +101,30 @@ def score_pair(
 ) -> Scores:
     """All scores of one predicted pair (see the table at the top of this file).
 
-    Depth: view 1's valid pixels, predicted z times the scale that `align` finds there. Chamfer: valid points of both
-    views, after the similarity fitted on all corresponding pixels (Umeyama), on the same `chamfer_points` pixels of
-    prediction and truth, drawn with `seed` (so a perfect prediction scores 0). Reprojection: mean over the valid
-    pixels of both views, points times the depth scale, view 2's moved into camera 2 by the true relative pose.
+    Depth: see `pair_depth`; all valid pixels of both views weigh the same. Confidence: `sparsification_error`, of all
+    these pixels together, of the distance between true point and predicted point times the depth scale; that is what
+    the loss makes the confidence predict. Chamfer: valid points of both views, after the similarity fitted on all
+    corresponding pixels (Umeyama); prediction and truth are each sampled at `chamfer_points` pixels of their own, drawn
+    with `seed`. Reprojection: mean over the valid pixels of both views, points times the depth scale, view 2's moved
+    into camera 2 by the true relative pose.
     align="none" compares metric predictions as they are: scale 1 and no similarity.
 
-    Raises PqkError for missing keys, wrong shapes, no valid pixel in view 1, NaN or infinity at a valid pixel, and
-    predictions that no alignment fits (all points equal, depths not positive).
+    Raises PqkError for missing keys, wrong shapes, no valid pixel in view 1, NaN or infinity at a valid pixel (of a
+    confidence: NaN), and predictions that no alignment fits (all points equal, depths not positive).
     """
-    points1, points2 = _points(pred, truth.gt1.shape, truth.gt2.shape)
-    scores, scale = _aligned_scores(
-        (points1, points2), (truth.gt1, truth.gt2), (truth.valid1, truth.valid2), align, chamfer_points, seed
-    )
+    points = _points(pred, truth.gt1.shape, truth.gt2.shape)
+    valids = (truth.valid1, truth.valid2)
+    _check_view_1(valids)
     count1, count2 = int(truth.valid1.sum()), int(truth.valid2.sum())
-    total = count1 * reprojection_error(scale * points1, truth.K1, truth.valid1)
+    depth = pair_depth(points, (truth.gt1, truth.gt2), valids, truth.cam1_to_cam2, align)
+    pairs = zip(points, (truth.gt1, truth.gt2), valids, strict=True)
+    errors = np.concatenate([np.linalg.norm(depth.scale * p[v] - g[v], axis=1) for p, g, v in pairs])
+    scores = depth.scores() | {"ause": sparsification_error(errors, _confidence(pred, valids))}
+    scores |= _cloud_scores(points, (truth.gt1, truth.gt2), valids, align, chamfer_points, seed)
+    total = count1 * reprojection_error(depth.scale * points[0], truth.K1, truth.valid1)
     if count2:
-        total += count2 * reprojection_error(_move(scale * points2, truth.cam1_to_cam2), truth.K2, truth.valid2)
+        moved = _move(depth.scale * points[1], truth.cam1_to_cam2)
+        total += count2 * reprojection_error(moved, truth.K2, truth.valid2)
     scores["reproj_px"] = total / (count1 + count2)
     return scores
 
@@ -121,29 +141,91 @@ def score_against_reference(
 
     The teacher's pixels with finite points and a finite confidence above `min_conf` count: the bound of its activation,
     1 for DUSt3R's 1 + e^c, 0 for a plain sigmoid (`pqk.models.configs.lowest_confidence`). Lengths are in the
-    teacher's own unit. No intrinsics: reproj_px is None.
+    teacher's own unit. There is no pose, so view 2's depth is z in camera 1, like view 1's. ause ranks the pixels by
+    the error that the teacher expects there, 1 / its confidence: what minimises its loss c |error| - a ln c (Wang et
+    al. 2024, equation 4), up to the factor a. No intrinsics: reproj_px is None.
     Raises PqkError as `score_pair` does.
     """
     shapes = {key: np.shape(_get(reference, key, "reference")) for key in ("pts3d_1", "pts3d_2")}
-    truth1, truth2 = _points(reference, shapes["pts3d_1"], shapes["pts3d_2"], "reference")
-    points1, points2 = _points(pred, truth1.shape, truth2.shape)
+    truths = _points(reference, shapes["pts3d_1"], shapes["pts3d_2"], "reference")
+    points = _points(pred, truths[0].shape, truths[1].shape)
     valid = []
-    for points, key in ((truth1, "conf_1"), (truth2, "conf_2")):
+    for truth, key in zip(truths, CONFIDENCES, strict=True):
         conf = np.asarray(_get(reference, key, "reference"))
-        if conf.shape != points.shape[:2]:
-            raise PqkError(f"the reference's {key} has shape {conf.shape}, expected {points.shape[:2]}")
-        valid.append(np.isfinite(conf) & (conf > min_conf) & np.isfinite(points).all(axis=2))
-    scores, _ = _aligned_scores((points1, points2), (truth1, truth2), (valid[0], valid[1]), align, chamfer_points, seed)
+        if conf.shape != truth.shape[:2]:
+            raise PqkError(f"the reference's {key} has shape {conf.shape}, expected {truth.shape[:2]}")
+        valid.append(np.isfinite(conf) & (conf > min_conf) & np.isfinite(truth).all(axis=2))
+    valids = (valid[0], valid[1])
+    _check_view_1(valids)
+    scores = pair_depth(points, truths, valids, None, align).scores()
+    expected = 1 / _confidence(reference, valids).astype(np.float64)
+    scores["ause"] = sparsification_error(expected, _confidence(pred, valids))
+    scores |= _cloud_scores(points, truths, valids, align, chamfer_points, seed)
     scores["reproj_px"] = None
     return scores
 
 
-def constant_depth_scores(truth: PairTruth, align: str = "median") -> Scores:
-    """absrel, rmse and delta1 of view 1 for the predictor that answers one depth everywhere (after alignment).
+@dataclass(frozen=True)
+class PairDepth:
+    """Aligned and true depth (N,) of the pixels of both views that count, view 1 first, and the scale."""
 
-    The floor that any trained model must beat. Raises PqkError when view 1 has no valid pixel.
+    depth: Array
+    truth: Array
+    scale: float
+
+    def scores(self) -> Scores:
+        """absrel, rmse and delta1 over all these pixels."""
+        return {
+            "absrel": abs_rel(self.depth, self.truth),
+            "rmse": rmse(self.depth, self.truth),
+            "delta1": delta(self.depth, self.truth),
+        }
+
+
+def pair_depth(
+    points: tuple[Array, Array],
+    truths: tuple[Array, Array],
+    valids: tuple[Array, Array],
+    cam1_to_cam2: Array | None,
+    align: str = "median",
+) -> PairDepth:
+    """Depth of a pair's two point maps, each along the axis of its own camera. Evaluation and training share this.
+
+    points, truths: of view 1 and view 2, (H, W, 3) in camera 1; valids: (H, W) bool. One scale serves both views:
+    `align_scale` of their z in camera 1, where scaling is a factor and nothing else; pixels whose true z is not above 0
+    there do not count for it. Then view 2 is moved into camera 2 by the true relative pose. Without a pose its depth
+    is z in camera 1 too, and pixels whose true z is not above 0 do not count at all.
+    Raises PqkError for no valid pixel, NaN or infinity at a valid pixel, and a scale that is not above 0.
     """
-    return _depth_scores(np.ones(truth.valid1.shape), truth.gt1[..., 2], truth.valid1, align)[0]
+    found = [p[v] for p, v in zip(points, valids, strict=True)]
+    true = [t[v] for t, v in zip(truths, valids, strict=True)]
+    near, true_near = (np.concatenate([p[:, 2] for p in both]).astype(np.float64) for both in (found, true))
+    scale = align_scale(near, true_near, None, align)
+    depth, truth = scale * near, true_near
+    if cam1_to_cam2 is not None:
+        first = len(found[0])
+        depth[first:] = _depth(scale * found[1].astype(np.float64), cam1_to_cam2)
+        truth[first:] = _depth(true[1].astype(np.float64), cam1_to_cam2)
+    counts = truth > 0
+    return PairDepth(depth[counts], truth[counts], scale)
+
+
+def constant_depth_scores(truth: PairTruth, align: str = "median") -> Scores:
+    """absrel, rmse and delta1 for the predictor that answers one depth for every pixel of both views, after alignment.
+
+    The floor that any trained model must beat. Raises PqkError when there is no valid pixel.
+    """
+    return constant_depth((truth.gt1, truth.gt2), (truth.valid1, truth.valid2), truth.cam1_to_cam2, align).scores()
+
+
+def constant_depth(
+    truths: tuple[Array, Array], valids: tuple[Array, Array], cam1_to_cam2: Array, align: str = "median"
+) -> PairDepth:
+    """What `pair_depth` is for one depth everywhere, each view in its own camera. Arguments and errors as there."""
+    true = np.concatenate([truths[0][valids[0]][:, 2], _depth(truths[1][valids[1]].astype(np.float64), cam1_to_cam2)])
+    counts = true > 0
+    scale = align_scale(np.ones(len(true)), true, None, align)
+    return PairDepth(np.full(int(counts.sum()), scale), true[counts], scale)
 
 
 def summarise(scores: Sequence[Mapping[str, float | None]]) -> Scores:
@@ -188,43 +270,55 @@ def quality_drop_pct(value: float, teacher_value: float, higher_is_better: bool 
     return -change if higher_is_better else change
 
 
-def _aligned_scores(
+def _cloud_scores(
     points: tuple[Array, Array],
     gts: tuple[Array, Array],
     valids: tuple[Array, Array],
     align: str,
     chamfer_points: int,
     seed: int,
-) -> tuple[Scores, float]:
-    """Depth and chamfer scores, and the depth scale."""
+) -> Scores:
+    """The chamfer distances. The two clouds are sampled apart: a perfect prediction is not compared with itself."""
     if chamfer_points < 3:
         raise PqkError(f"chamfer_points must be at least 3, got {chamfer_points}")
-    scores, scale = _depth_scores(points[0][..., 2], gts[0][..., 2], valids[0], align)
     pred_cloud = np.concatenate([p[v] for p, v in zip(points, valids, strict=True)])
     gt_cloud = np.concatenate([g[v] for g, v in zip(gts, valids, strict=True)])
     similarity = None if align == "none" else umeyama(pred_cloud, gt_cloud)
+    places: list[Any] = [slice(None), slice(None)]
     if len(gt_cloud) > chamfer_points:
-        chosen = np.random.default_rng(seed).choice(len(gt_cloud), chamfer_points, replace=False)
-        pred_cloud, gt_cloud = pred_cloud[chosen], gt_cloud[chosen]
+        random = np.random.default_rng(seed)
+        places = [random.choice(len(gt_cloud), chamfer_points, replace=False) for _ in range(2)]
+    gt, same, other = gt_cloud[places[0]], pred_cloud[places[0]], pred_cloud[places[1]]
     if similarity is not None:
-        pred_cloud = similarity.apply(pred_cloud)
-    distances = chamfer(pred_cloud, gt_cloud)
+        same, other = similarity.apply(same), similarity.apply(other)
+    distances = chamfer(other, gt)
     return {
         "chamfer": distances.mean,
         "chamfer_accuracy": distances.accuracy,
         "chamfer_completeness": distances.completeness,
-        **scores,
-    }, scale
+        "chamfer_paired": chamfer(same, gt).mean,
+    }
 
 
-def _depth_scores(depth: Array, gt_depth: Array, valid: Array, align: str) -> tuple[Scores, float]:
-    scale = align_scale(depth, gt_depth, valid, align)
-    depth = scale * depth
-    return {
-        "absrel": abs_rel(depth, gt_depth, valid),
-        "rmse": rmse(depth, gt_depth, valid),
-        "delta1": delta(depth, gt_depth, valid),
-    }, scale
+def _check_view_1(valids: tuple[Array, Array]) -> None:
+    if not valids[0].any():
+        raise PqkError("no valid pixel: there is nothing to compare with in view 1")
+
+
+def _confidence(pred: Prediction, valids: tuple[Array, Array]) -> Array:
+    """The confidences of the valid pixels, view 1 first (N,). Raises PqkError for a missing or misshapen one."""
+    found = []
+    for key, valid in zip(CONFIDENCES, valids, strict=True):
+        conf = np.asarray(_get(pred, key, "prediction"))
+        if conf.shape != valid.shape:
+            raise PqkError(f"the prediction's {key} has shape {conf.shape}, expected {valid.shape}")
+        found.append(conf[valid])
+    return np.concatenate(found)
+
+
+def _depth(points: Array, cam1_to_cam2: Array) -> Array:
+    """z in camera 2 of points (N, 3) of camera 1."""
+    return points @ cam1_to_cam2[2, :3] + cam1_to_cam2[2, 3]
 
 
 def _points_in_camera(frame: Frame) -> tuple[Array, Array]:

@@ -238,15 +238,7 @@ class Bench:
             "min_conf": self._min_conf,
             "keep": list(keep),
         }
-        made: list[str] = []
-        tell = self.ctx.on_event
-
-        def on_event(kind: str, stage: str, key: str, seconds: float) -> None:
-            if kind in ("reuse", "done"):
-                made.append(key)
-            tell(kind, stage, key, seconds)
-
-        scores = stages.quality(replace(self.ctx, on_event=on_event), variant, None, scenes, scoring)
+        scores = stages.quality(self.ctx, variant, None, scenes, scoring)
         drop = None
         if self.teacher is not None:
             base = stages.quality(self.ctx, self.teacher, None, scenes, {**scoring, "keep": []})
@@ -263,7 +255,7 @@ class Bench:
             "measured": scores["measured"],
             "commit": commit_of(self.root),
             "datetime": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-            "output": paths.shown(self.ctx.store.root / "quality" / made[-1][:16], self.root),
+            "output": paths.shown(Path(scores["artifact"]), self.root),
         }
 
     def _fps(self, variant: Variant, scenes: Scenes, shape: tuple[int, int], views: int | None) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from pqk.models.registry import family_modules
 from pqk.run import worker
 from pqk.run.clock import clock
 from pqk.run.code import Top, code_of, refuse_edited
-from pqk.run.evaluate import write_evaluation
+from pqk.run.predictions import ABOUT, KERNELS, bytes_of
 from pqk.run.store import Artifact, OnEvent, Store
 from pqk.run.variants import Variant, graph_from_json, graph_to_json
 from pqk.spec.workload import SYNTHETIC, Calibration, SceneList, Workload
@@ -59,6 +60,10 @@ class Context:
         """Pass on what a worker said with `worker.tell`: a text, and the share that is done."""
         self.on_event("progress", stage, news["text"], news["share"])
 
+    def key(self, stage: str, modules: tuple[str, ...], inputs: Mapping[str, Any]) -> str:
+        """The key of what `make` makes of these arguments."""
+        return self.store.key(stage, {**inputs, "code": code_of(*modules)})
+
     def scratch(self, stage: str, modules: tuple[str, ...], inputs: Mapping[str, Any]) -> AbstractContextManager[Path]:
         """See `Store.scratch`; the arguments are those of `make`."""
         return self.store.scratch(stage, {**inputs, "code": code_of(*modules)})
@@ -69,7 +74,8 @@ LOADER_CODE = ("pqk.models.checkpoint", *family_modules())
 """Code that makes a network out of a checkpoint, for stages that load one."""
 MODEL_CODE = (*LOADER_CODE, "backends.exchange")
 _QUANT_CODE = ("pqk.run.quantize",)
-_EVAL_CODE = ("pqk.run.evaluate",)
+_PREDICT_CODE = ("pqk.run.predict",)
+_EVAL_CODE = ("pqk.run.scoring",)
 _TIME_CODE = ("pqk.run.timing",)
 _MEMORY_CODE = ("pqk.run.memory",)
 
@@ -336,35 +342,97 @@ def trained_note(method: str, steps: int, hours: float, drop_pct: float | None) 
     return told if drop_pct is None else f"{told}, best drop on held-out pairs {drop_pct:.2f} %"
 
 
+KEPT_BYTES = 8_000_000_000
+"""Predictions of all evaluations that stay in the store; those used longest ago go first."""
+ONE_BYTES = 2_000_000_000
+"""Predictions of one evaluation that are kept: 318 pairs of 512x512."""
+_SCORED = ("scale_alignment", "chamfer_points", "min_valid_pixels")  # of the evaluation's section `quality`
+
+
 def quality(
     ctx: Context, variant: Variant, reference: Variant | None, scenes: Scenes, request: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Scores, executed precision and FLOPs of a variant, the scenes, and the `provenance`. `request`: see
-    `pqk.run.evaluate`.
+    """Scores, executed precision and FLOPs of a variant.
 
-    The scenes have the names of their folders today: a renamed copy has the same content, and so the same scores.
+    reference: a variant whose predictions play the truth, or None for ground truth. request: views, shape, pair_graph,
+    min_covisibility, seed, keep and optionally pairs_per_scene, see `pqk.run.predict.run_pairs`; quality and min_conf,
+    see `pqk.run.scoring.Scorer`. Returns what both return, the scenes, artifact (folder of the scores) and the
+    `provenance`. Scenes have the names of their folders today: a renamed copy has the same content, and so the same
+    scores.
+
+    Predictions are an artifact of their own: what only changes the scores runs no engine. Scores that are there are
+    taken without a look at their predictions. Those of more than `ONE_BYTES` are not kept.
     """
+    fed: dict[str, Any] = {name: request.get(name) for name in _FED} | {"truthful": reference is None}
+    asked = {"quality": {name: request["quality"][name] for name in _SCORED}, "seed": request["seed"]}
+    if reference is not None:
+        asked["min_conf"] = request["min_conf"]
+    teacher = None if reference is None else _Predicted(ctx, reference, scenes, {**fed, "keep": []})
+    mine = _Predicted(ctx, variant, scenes, {**fed, "keep": list(request["keep"])})
+    work = {**asked, **fed, "name": variant.name, "scenes": [str(path) for path in scenes.folders]}
 
     def make(folder: Path) -> None:
-        result = worker.call(
-            "quality",
-            {
-                "variant": variant.to_json(),
-                "reference": reference.to_json() if reference else None,
-                "scenes": [str(path) for path in scenes.folders],
-                **request,
-            },
-        )
-        write_evaluation(folder, result)
+        if _most_pairs(scenes, fed) * bytes_of(1, *fed["shape"]) <= ONE_BYTES:
+            theirs = teacher.make().path if teacher else None
+            own = theirs if theirs and teacher and teacher.key == mine.key else mine.make().path
+            places = {"predictions": str(own), "reference": str(theirs) if theirs else None}
+            result = worker.call("scores", {**work, **places})
+            result |= json.loads((own / ABOUT).read_text())
+            kernels = (own / KERNELS).read_text()
+            ctx.store.trim("predictions", KEPT_BYTES)
+        else:
+            variants = {"variant": variant.to_json(), "reference": reference.to_json() if reference else None}
+            result = worker.call("quality", {**work, **variants, "keep": list(request["keep"])})
+            kernels = json.dumps(result.pop("kernels"), indent=0)
+        (folder / "quality.json").write_text(json.dumps(result, indent=1))
+        (folder / KERNELS).write_text(kernels)
 
-    inputs = {**identity(ctx, variant, reference), "scenes": scenes.sha256, **request}
-    code = (*_EVAL_CODE, *sources_of(variant, reference), *keep_code(variant, request["keep"]))
-    made = ctx.make("quality", code, inputs, make, variant.name)
+    inputs = {"predictions": mine.key, "reference": teacher.key if teacher else None, **asked}
+    made = ctx.make("scores", _EVAL_CODE, inputs, make, variant.name)
     found: dict[str, Any] = json.loads((made.path / "quality.json").read_text())
-    found["scenes"] = scenes.names
     for row in found["pairs"]:
         row["scene"] = scenes.names[row["scene"]]
-    return found | provenance(made)
+    return {**found, "scenes": scenes.names, "artifact": str(made.path), **provenance(made)}
+
+
+_FED = ("views", "shape", "pair_graph", "min_covisibility", "pairs_per_scene", "seed")
+
+
+class _Predicted:
+    """The predictions of a variant: their key, and, when they are asked for, the artifact."""
+
+    def __init__(self, ctx: Context, variant: Variant, scenes: Scenes, fed: Mapping[str, Any]) -> None:
+        self._ctx, self._variant, self._scenes, self._fed = ctx, variant, scenes, fed
+        self._code = (*_PREDICT_CODE, *sources_of(variant), *keep_code(variant, fed["keep"]))
+        self._inputs = {**identity(ctx, variant, None), "scenes": scenes.sha256, **fed}
+        self.key = ctx.key("predictions", self._code, self._inputs)
+
+    def make(self) -> Artifact:
+        """Made or reused, and marked as used just now, which keeps it from `Store.trim`."""
+        made = self._ctx.make("predictions", self._code, self._inputs, self._write, self._variant.name)
+        os.utime(made.path)
+        return made
+
+    def _write(self, folder: Path) -> None:
+        scenes = [str(path) for path in self._scenes.folders]
+        worker.call(
+            "predictions", {"variant": self._variant.to_json(), "scenes": scenes, **self._fed, "out": str(folder)}
+        )
+
+
+def _most_pairs(scenes: Scenes, fed: Mapping[str, Any]) -> int:
+    """How many pairs the scenes have at most; too little overlap may leave fewer."""
+    from pqk.data.scene import open_scene
+
+    kind, k = fed["pair_graph"]["kind"], fed["pair_graph"]["k"]
+    both = 2 if fed["pair_graph"]["symmetrize"] else 1
+    total = 0
+    for folder in scenes.folders:
+        views = len(open_scene(folder).views[: fed["views"]])
+        partners = {"neighbor": -(-k // 2), "complete": views / 2, "topk": k}[kind]
+        pairs = int(views * min(partners, views / 2)) * both
+        total += min(pairs, fed["pairs_per_scene"] or pairs)
+    return total
 
 
 def timing(

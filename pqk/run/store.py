@@ -123,6 +123,28 @@ class Store:
         yield folder
         shutil.rmtree(folder, ignore_errors=True)
 
+    def trim(self, stage: str, limit: int, spare_s: float = 3600.0) -> None:
+        """Remove the artifacts of a stage that were used longest ago, until those that are left take `limit` bytes.
+
+        Used: the time of the artifact's folder, which a caller may set. What was used within the last `spare_s` seconds
+        stays, and so does what another process is making or checking.
+        """
+        found = []
+        for folder in _folders(self.root / stage):
+            with contextlib.suppress(OSError):
+                if not folder.name.startswith("."):
+                    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+                    found.append((folder.stat().st_mtime, size, folder))
+        total = sum(size for _, size, _ in found)
+        for used, size, folder in sorted(found):
+            if total <= limit or time.time() - used < spare_s:
+                return
+            with self._try_lock(stage, folder.name) as free:
+                if free:
+                    with contextlib.suppress(OSError):
+                        _delete(folder.rename(self._temporary(folder)))
+                    total -= size
+
     def _make(self, target: Path, stage: str, key: str, inputs: Any, make: Callable[[Path], None]) -> dict[str, Any]:
         with clear_write_errors(target):
             target.parent.mkdir(parents=True, exist_ok=True)

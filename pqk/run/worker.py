@@ -119,6 +119,8 @@ def _no_answer(task: str, code: int, said: str) -> Exception:
 
 
 TASKS = {
+    "predictions": "pqk.run.predict:predict",
+    "scores": "pqk.run.scoring:score",
     "quality": "pqk.run.evaluate:evaluate",
     "timing": "pqk.run.timing:time_variants",
     "parts": "pqk.run.part_profile:profile",

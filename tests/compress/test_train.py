@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -20,8 +21,10 @@ from pqk.compress import teacher
 from pqk.compress.pairs import depth_scores, pick_device, validation_scores
 from pqk.compress.teacher import train_teacher
 from pqk.compress.train import Schedule, Trainer, parameter_groups
+from pqk.data.synthetic import texture_bank
 from pqk.errors import PqkError
 from pqk.files import sha256_file
+from pqk.measure.quality import PairTruth, constant_depth_scores, score_pair
 from pqk.models import load_model
 from pqk.models.configs import NAMED
 from pqk.spec.training import TrainSpec, load_training
@@ -274,15 +277,48 @@ def test_a_checkpoint_runs_no_code(tmp_path):
     assert not (tmp_path / "pwned").exists()
 
 
-def test_depth_scores_by_hand():
-    gt = torch.tensor([[[1.0, 2.0, 4.0]], [[1.0, 1.0, 1.0]]])
-    pred = torch.tensor([[[10.0, 20.0, 60.0]], [[3.0, 3.0, 3.0]]])
-    valid = torch.ones(2, 1, 3, dtype=torch.bool)
-    assert depth_scores(pred, gt, valid) == pytest.approx({"absrel": 0.5 / 6, "delta1": 5 / 6})
-    valid[0] = False
-    assert depth_scores(pred, gt, valid) == pytest.approx({"absrel": 0.0, "delta1": 1.0})
-    with pytest.raises(PqkError, match="no validation pair"):
-        depth_scores(pred, gt, valid & False)
+def noisy_pairs(count=2, size=48):
+    """Rendered pairs, and points that are wrong in shape, in scale and from view to view."""
+    pairs = pairs_module.training_pairs(count, size, 5, texture_bank(), min_covisible=0.0)
+    assert bool(pairs.valid.flatten(2).any(2).all())
+    gt1, gt2, _, _ = pairs.ordered()
+    draw = torch.Generator().manual_seed(1)
+    return pairs, *(k * (gt + 0.2 * torch.randn(gt.shape, generator=draw)) for k, gt in ((0.7, gt1), (0.8, gt2)))
+
+
+def test_training_and_evaluation_score_alike():
+    """One definition: the same tensors give the same AbsRel and delta1, also at an even count of pixels."""
+    pairs, points_1, points_2 = noisy_pairs()
+    gt1, gt2, valid1, valid2 = pairs.ordered()
+    rows = depth_scores(points_1, points_2, pairs)
+    assert len(rows) == len(gt1) == 4
+    constant = pairs_module.constant_scores(pairs)
+    for k, row in enumerate(rows):
+        maps = {"pts3d_1": points_1[k].numpy(), "pts3d_2": points_2[k].numpy()}
+        truth = PairTruth(
+            gt1[k].numpy(), gt2[k].numpy(), valid1[k].numpy(), valid2[k].numpy(),
+            np.eye(3), np.eye(3), pairs.first_to_second()[k].numpy().astype(np.float64),
+        )  # fmt: skip
+        conf = {name: np.ones(valid1[k].shape, np.float32) for name in ("conf_1", "conf_2")}
+        expected = score_pair(maps | conf, truth)
+        assert row == pytest.approx({"absrel": expected["absrel"], "delta1": expected["delta1"]}, abs=1e-6)
+        assert 0.02 < row["absrel"] < 1 and (int(valid1[k].sum()) + int(valid2[k].sum())) % 2 == 0
+        flat = constant_depth_scores(truth)
+        assert constant[k] == pytest.approx({"absrel": flat["absrel"], "delta1": flat["delta1"]}, abs=1e-6)
+
+
+def test_training_scores_both_views_and_what_cannot_be_aligned():
+    pairs, points_1, points_2 = noisy_pairs()
+    plain = depth_scores(points_1, points_2, pairs)
+    other = depth_scores(points_1, 1.5 * points_2, pairs)
+    assert all(a["absrel"] > b["absrel"] for a, b in zip(other, plain, strict=True))
+    behind = depth_scores(-points_1, -points_2, pairs)
+    assert behind == [{"absrel": 1.0, "delta1": 0.0}] * 4
+    points_2[0, 0, 0, 1] = torch.nan
+    pairs.valid[0, 1, 0, 0] = True
+    assert math.isnan(depth_scores(points_1, points_2, pairs)[0]["absrel"])
+    pairs.valid[0] = False
+    assert len(depth_scores(points_1, points_2, pairs)) == len(pairs_module.constant_scores(pairs)) == 2
 
 
 def test_training_learns_and_ships(tmp_path):

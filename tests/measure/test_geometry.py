@@ -12,7 +12,16 @@ from hypothesis.extra.numpy import arrays
 from scipy.spatial.transform import Rotation
 
 from pqk.errors import PqkError
-from pqk.measure.geometry import abs_rel, align_scale, chamfer, delta, reprojection_error, rmse, umeyama
+from pqk.measure.geometry import (
+    abs_rel,
+    align_scale,
+    chamfer,
+    delta,
+    reprojection_error,
+    rmse,
+    sparsification_error,
+    umeyama,
+)
 
 depths = arrays(np.float64, st.integers(1, 40), elements=st.floats(0.05, 100.0))
 seeds = st.integers(0, 2**32 - 1)
@@ -128,6 +137,68 @@ def test_wrong_options_name_the_nearest():
         align_scale(np.ones(4), np.ones(4), None, "medain")
     with pytest.raises(PqkError, match="above 1"):
         delta(np.ones(4), np.ones(4), threshold=1.0)
+
+
+# Confidence
+
+errors_and_ranks = st.integers(1, 60).flatmap(
+    lambda n: st.tuples(
+        arrays(np.float64, n, elements=st.floats(0, 10)), arrays(np.float32, n, elements=st.floats(1, 9, width=32))
+    )
+)
+
+
+def area(errors, order):
+    """Mean over k of the mean error of the k pixels that come first."""
+    return np.mean([errors[order[: k + 1]].mean() for k in range(len(errors))])
+
+
+@settings(deadline=None)
+@given(errors_and_ranks, seeds)
+def test_sparsification_error_is_the_area_between_the_curves(pair, seed):
+    errors, confidence = pair
+    rng = np.random.default_rng(seed)
+    distinct = rng.permutation(len(errors)).astype(np.float32)
+    oracle = area(errors, np.argsort(errors))
+    mean = errors.mean()
+    expected = (area(errors, np.argsort(-distinct)) - oracle) / mean if mean else 0.0
+    assert sparsification_error(errors, distinct) == pytest.approx(expected, abs=1e-9)
+    found = sparsification_error(errors, confidence)
+    assert 0 <= found == sparsification_error(errors, 2 * confidence)  # only the order matters
+    shuffled = rng.permutation(len(errors))
+    assert sparsification_error(errors[shuffled], confidence[shuffled]) == pytest.approx(found, abs=1e-9)
+    assert sparsification_error(3 * errors, confidence) == pytest.approx(found, abs=1e-9)
+    assert sparsification_error(errors, -errors) == pytest.approx(0, abs=1e-9)
+    assert found <= sparsification_error(errors, errors) + 1e-9  # the worst order of all
+
+
+def test_sparsification_error_in_closed_form():
+    errors = np.array([0.0, 1.0, 2.0])
+    # Mean of the one, two and three surest: 0, 1, 1 against the oracle's 0, 0.5, 1; the mean error is 1.
+    assert sparsification_error(errors, np.array([3.0, 1.0, 2.0])) == pytest.approx((0 + 1 + 1) / 3 - (0 + 0.5 + 1) / 3)
+    assert sparsification_error(np.zeros(3), errors) == 0
+
+
+def test_constant_confidence_scores_like_a_random_ranking():
+    rng = np.random.default_rng(0)
+    errors = rng.exponential(size=400)
+    random = [sparsification_error(errors, rng.random(400)) for _ in range(300)]
+    constant = sparsification_error(errors, np.full(400, 2.0))
+    assert constant == pytest.approx(np.mean(random), abs=3 * np.std(random) / math.sqrt(300))
+    halves = sparsification_error(errors, errors < np.median(errors))  # ties within each half
+    assert 0 < halves < 0.5 * constant
+    assert sparsification_error(errors, np.where(errors < 1, np.inf, 1.0)) < constant  # an overflow still ranks
+
+
+def test_sparsification_error_refuses_bad_input():
+    with pytest.raises(PqkError, match="NaN refused: the confidence holds 1 NaN of 2"):
+        sparsification_error(np.ones(2), np.array([1.0, np.nan]))
+    with pytest.raises(PqkError, match="NaN refused: the errors"):
+        sparsification_error(np.array([1.0, np.inf]), np.ones(2))
+    with pytest.raises(PqkError, match="no valid pixel"):
+        sparsification_error(np.ones(0), np.ones(0))
+    with pytest.raises(PqkError, match="one shape"):
+        sparsification_error(np.ones(2), np.ones(3))
 
 
 # Similarity

@@ -16,6 +16,7 @@ from pqk.errors import PqkError
 from pqk.measure.quality import (
     PairTruth,
     constant_depth_scores,
+    pair_depth,
     pair_truth,
     quality_drop_pct,
     score_against_reference,
@@ -23,10 +24,11 @@ from pqk.measure.quality import (
     summarise,
 )
 from pqk.models.configs import NAMED, lowest_confidence
-from pqk.run.evaluate import _against
+from pqk.run.scoring import Scorer
 
-KEYS = {"chamfer", "chamfer_accuracy", "chamfer_completeness", "absrel", "rmse", "delta1", "reproj_px"}
-ZERO_AT_BEST = KEYS - {"delta1"}
+CHAMFER = {"chamfer", "chamfer_accuracy", "chamfer_completeness", "chamfer_paired"}
+KEYS = CHAMFER | {"absrel", "rmse", "delta1", "ause", "reproj_px"}
+ZERO_AT_BEST = KEYS - {"delta1", "ause"}
 
 
 @dataclass(frozen=True)
@@ -109,9 +111,11 @@ def test_the_truth_at_any_scale_is_perfect(seed, factor, align):
 def test_without_alignment_the_scale_counts():
     truth, pred = make_pair()
     assert score_pair(pred, truth, "none")["absrel"] == 0
+    alone = score_pair(scaled(pred, 1.5), dataclasses.replace(truth, valid2=truth.valid2 & False), "none")
+    assert alone["absrel"] == pytest.approx(0.5, rel=1e-5)
+    assert alone["delta1"] == 0
     scores = score_pair(scaled(pred, 1.5), truth, "none")
-    assert scores["absrel"] == pytest.approx(0.5, rel=1e-5)
-    assert scores["delta1"] == 0
+    assert scores["absrel"] > 0.3
     assert scores["chamfer"] > 0.3
     assert scores["reproj_px"] > 0.5
 
@@ -143,16 +147,63 @@ def test_scores_in_closed_form():
 
 def test_view_two_counts_in_its_own_camera():
     truth, pred = make_pair(size1=(20, 20), size2=(20, 20))
-    pred["pts3d_2"] = pred["pts3d_2"] + np.float32([0.2, 0, 0])
+    perfect = score_pair(pred, truth)
+    pred["pts3d_2"] = pred["pts3d_2"] + np.float32([0.2, 0.1, 0])  # across camera 1's axis: its scale stays 1
     scores = score_pair(pred, truth)
-    assert scores["absrel"] == pytest.approx(0, abs=1e-6)
-    assert scores["chamfer"] > 0.001
     camera2 = pred["pts3d_2"][truth.valid2] @ truth.cam1_to_cam2[:3, :3].T + truth.cam1_to_cam2[:3, 3]
+    true2 = truth.gt2[truth.valid2] @ truth.cam1_to_cam2[:3, :3].T + truth.cam1_to_cam2[:3, 3]
+    share = truth.valid2.sum() / (truth.valid1.sum() + truth.valid2.sum())
+    assert perfect["absrel"] == pytest.approx(0, abs=1e-6)
+    assert scores["absrel"] == pytest.approx(np.mean(np.abs(camera2 - true2)[:, 2] / true2[:, 2]) * share, rel=1e-4)
+    assert scores["rmse"] == pytest.approx(np.sqrt(np.mean((camera2 - true2)[:, 2] ** 2) * share), rel=1e-4)
+    assert scores["absrel"] > 0.001 and scores["chamfer"] > 0.001
     projected = camera2 @ truth.K2.T
     rows, columns = np.nonzero(truth.valid2)
     error = np.linalg.norm(projected[:, :2] / projected[:, 2:] - np.stack([columns, rows], axis=1) - 0.5, axis=1)
-    share = truth.valid2.sum() / (truth.valid1.sum() + truth.valid2.sum())
     assert scores["reproj_px"] == pytest.approx(error.mean() * share, rel=1e-4)
+
+
+def test_one_scale_from_both_views():
+    """Of two views that disagree on the scale neither is right alone: the median depth of all their pixels decides."""
+    truth, pred = make_pair()
+    pred["pts3d_2"] *= np.float32(1.3)
+    points, gts, valids = (pred["pts3d_1"], pred["pts3d_2"]), (truth.gt1, truth.gt2), (truth.valid1, truth.valid2)
+    z = [np.concatenate([p[v][:, 2] for p, v in zip(both, valids, strict=True)]) for both in (points, gts)]
+    scale = np.median(z[1].astype(float)) / np.median(z[0].astype(float))
+    found = pair_depth(points, gts, valids, truth.cam1_to_cam2)
+    assert 1 / 1.3 < scale < 1 and found.scale == pytest.approx(scale, rel=1e-12)
+    first = len(truth.gt1[truth.valid1])
+    np.testing.assert_allclose(found.depth[:first] / found.truth[:first], scale, rtol=1e-5)
+    alone = pair_depth(points, gts, (valids[0], valids[1] & False), truth.cam1_to_cam2)
+    assert alone.scale == pytest.approx(1) and len(alone.depth) == first
+
+
+def test_confidence_is_scored_by_how_it_ranks_the_errors():
+    """The errors are distances of points, which is what a confidence is trained to predict."""
+    truth, pred = make_pair()
+    pred = disturbed(pred, 0.2)
+    valids = (truth.valid1, truth.valid2)
+    scale = pair_depth((pred["pts3d_1"], pred["pts3d_2"]), (truth.gt1, truth.gt2), valids, truth.cam1_to_cam2).scale
+    both = (("pts3d_1", truth.gt1, valids[0]), ("pts3d_2", truth.gt2, valids[1]))
+    errors = np.concatenate([np.linalg.norm(scale * pred[key][v] - gt[v], axis=1) for key, gt, v in both])
+
+    def with_confidence(values):
+        maps = [np.full(v.shape, np.nan, np.float32) for v in valids]
+        first = int(valids[0].sum())
+        maps[0][valids[0]], maps[1][valids[1]] = values[:first], values[first:]
+        return score_pair(pred | {"conf_1": maps[0], "conf_2": maps[1]}, truth)
+
+    perfect, constant = with_confidence(1 / errors), score_pair(pred, truth)
+    assert perfect["ause"] == pytest.approx(0, abs=1e-6)
+    assert constant["ause"] > 0.2
+    assert with_confidence(errors)["ause"] > 1.5 * constant["ause"]
+    assert {k: v for k, v in perfect.items() if k != "ause"} == {k: v for k, v in constant.items() if k != "ause"}
+    with pytest.raises(PqkError, match="NaN refused: the confidence"):
+        score_pair(pred | {"conf_2": np.full_like(pred["conf_2"], np.nan)}, truth)
+    with pytest.raises(PqkError, match="no conf_1"):
+        score_pair({k: v for k, v in pred.items() if k != "conf_1"}, truth)
+    with pytest.raises(PqkError, match="conf_2 has shape"):
+        score_pair(pred | {"conf_2": pred["conf_1"]}, truth)
 
 
 def test_invalid_pixels_do_not_matter():
@@ -171,7 +222,18 @@ def test_the_chamfer_sample_is_seeded():
     assert score_pair(noisy, truth, chamfer_points=50, seed=3) == first
     other = score_pair(noisy, truth, chamfer_points=50, seed=4)
     assert other["chamfer"] != first["chamfer"] and other["absrel"] == first["absrel"]
-    assert score_pair(pred, truth, chamfer_points=50)["chamfer"] == pytest.approx(0, abs=1e-6)
+
+
+def test_chamfer_samples_the_two_clouds_apart():
+    """A perfect prediction is not compared with its own pixels: what is left is half the distance between samples."""
+    truth, pred = make_pair()
+    perfect = score_pair(pred, truth, chamfer_points=50)
+    assert perfect["chamfer_paired"] == pytest.approx(0, abs=1e-6)
+    floors = [score_pair(pred, truth, chamfer_points=n)["chamfer"] for n in (25, 100, 400)]
+    assert floors == sorted(floors, reverse=True) and floors[2] > 0.01
+    assert perfect["chamfer"] == pytest.approx((perfect["chamfer_accuracy"] + perfect["chamfer_completeness"]) / 2)
+    assert score_pair(pred, truth, chamfer_points=10_000)["chamfer"] == pytest.approx(0, abs=1e-6)  # all points
+    assert score_pair(scaled(disturbed(pred, 0.5), 3), truth, chamfer_points=50)["chamfer"] > perfect["chamfer"]
 
 
 def test_one_point_far_away_costs_its_own_error_and_no_more():
@@ -219,13 +281,28 @@ def test_against_a_reference():
     assert same["absrel"] == pytest.approx(0, abs=1e-6) and same["delta1"] == 1
     assert same["chamfer"] == pytest.approx(0, abs=1e-6)
 
-    # With confidence where the truth is valid, the teacher's points score as the truth does.
+    # With confidence where the truth is valid, the teacher's points score as the truth does; without a pose the depth
+    # of view 2 is z in camera 1.
     teacher["conf_1"][~truth.valid1] = 1.0
     teacher["conf_2"][~truth.valid2] = np.nan
-    against_truth = score_pair(student, truth)
+    against_truth = score_pair(student, dataclasses.replace(truth, cam1_to_cam2=np.eye(4)))
     for key, value in score_against_reference(student, teacher).items():
-        if key != "reproj_px":
+        if key not in ("reproj_px", "ause"):
             assert value == pytest.approx(against_truth[key], rel=1e-6), key
+
+
+def test_without_truth_the_teachers_confidence_is_the_error_to_rank():
+    _, teacher = make_pair()
+    random = np.random.default_rng(0)
+    for key in ("conf_1", "conf_2"):
+        teacher[key] = (1 + random.exponential(size=teacher[key].shape)).astype(np.float32)
+    student = disturbed(teacher, 0.03)
+    assert score_against_reference(student, teacher)["ause"] == pytest.approx(0, abs=1e-12)
+    assert score_against_reference(student | {"conf_2": 7 * teacher["conf_2"]}, teacher)["ause"] > 0.02
+    for key in ("conf_1", "conf_2"):
+        shuffled = random.permutation(teacher[key].ravel()).reshape(teacher[key].shape)
+        for destroyed in (np.full_like(teacher[key], 2), shuffled):
+            assert score_against_reference(student | {key: destroyed}, teacher)["ause"] > 0.05
 
 
 def test_reference_without_confidence_is_refused():
@@ -239,8 +316,10 @@ def test_reference_without_confidence_is_refused():
 
 
 def test_constant_depth_baseline():
+    """One depth for the pixels of both views, each in its own camera."""
     truth, _ = make_pair()
-    z = truth.gt1[..., 2][truth.valid1].astype(float)
+    moved = truth.gt2[truth.valid2] @ truth.cam1_to_cam2[:3, :3].T + truth.cam1_to_cam2[:3, 3]
+    z = np.concatenate([truth.gt1[truth.valid1][:, 2], moved[:, 2]]).astype(float)
     scores = constant_depth_scores(truth)
     middle = np.median(z)
     assert scores.keys() == {"absrel", "rmse", "delta1"}
@@ -295,5 +374,7 @@ def test_confidences_of_a_sigmoid_count():
     assert score_against_reference(reference, reference, min_conf=low)["absrel"] == pytest.approx(0, abs=1e-6)
     with pytest.raises(PqkError):
         score_against_reference(reference, reference, min_conf=lowest_confidence(official))
-    request = {"quality": {"scale_alignment": "median", "chamfer_points": 16}, "seed": 0, "min_conf": low}
-    assert _against(reference, reference, request)["delta1"] == 1
+    quality = {"scale_alignment": "median", "chamfer_points": 16}
+    with Scorer({"scenes": ["a"], "quality": quality, "seed": 0, "min_conf": low}, threads=1) as scorer:
+        scorer.add({"scene": 0, "first": "x", "second": "y"}, None, reference, reference)
+        assert scorer.result()["summary"]["delta1"] == 1
