@@ -73,6 +73,7 @@ class Request:
     distill: Path | None = None
     prune: Path | None = None
     joint: Path | None = None
+    retime: bool = False  # measure time and memory anew, and nothing else
 
 
 def asked_experiment(request: Request, root: Path) -> Experiment:
@@ -185,7 +186,7 @@ def context(request: Request, backend: Backend, root: Path, on_event: OnEvent) -
         "isa": details.get("isa"),
         "cores": allowed_cores(),
     }
-    return Context(Store(paths.store(root), fresh=request.fresh), on_event, machine)
+    return Context(Store(paths.store(root), fresh=request.fresh), on_event, machine, request.retime)
 
 
 def _device(details: Mapping[str, str]) -> str:

@@ -124,7 +124,7 @@ def quality(request: dict[str, Any]) -> Result:
 
 
 def timing(request: dict[str, Any]) -> Result:
-    """Interleaved timing of several variants; see `pqk.measure.latency`."""
+    """Interleaved timing of several variants; see `pqk.run.timing`."""
     from pqk.run.timing import time_variants
 
     return time_variants(request)
@@ -138,23 +138,10 @@ def parts(request: dict[str, Any]) -> Result:
 
 
 def memory(request: dict[str, Any]) -> Result:
-    """Peak resident memory of a process that compiles one variant, always anew, and runs two pairs."""
-    from dataclasses import replace
+    """Host memory that one variant needs to be compiled, or to run; see `pqk.run.memory`."""
+    from pqk.run.memory import measure_memory
 
-    import numpy as np
-
-    from pqk.measure.footprint import peak_ram_bytes
-    from pqk.run.variants import Runner, Variant
-
-    variant = Variant.from_json(request["variant"])
-    # a model read from the cache of compiled ones takes another peak than one compiled
-    variant = replace(variant, options={k: v for k, v in variant.options.items() if k != "cache_dir"})
-    shape = variant.encoder.inputs[0].shape
-    image = np.random.default_rng(0).uniform(-1, 1, shape).astype(np.float32)
-    with Runner(variant) as runner:
-        for _ in range(2):
-            runner.timed_pair(image, image)
-        return {"peak_bytes": peak_ram_bytes()}
+    return measure_memory(request)
 
 
 def quantize(request: dict[str, Any]) -> Result:

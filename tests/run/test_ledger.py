@@ -180,7 +180,7 @@ def test_eval_seed_0_is_the_fixed_test_set_of_a_run(project_copy: Path, pqk: Pqk
 
     known = ("scenes", "graphs")
     events: list[tuple[str, str]] = []
-    request = Request("A1", "openvino", model=str(tiny_model), recipe=False, settings={"eval.efficiency.min_pairs": 1})
+    request = Request("A1", "openvino", model=str(tiny_model), recipe=False, settings={"eval.efficiency.min_rounds": 1})
     outcome = run(request, project_copy, lambda kind, stage, *_: events.append((kind, stage)), lambda text: None)
     assert {("reuse", name) for name in known} <= set(events)
     code, _, err = pqk(

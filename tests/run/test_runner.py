@@ -162,7 +162,7 @@ def test_seed_and_settings_reach_the_record(copy_of: Copy, tiny_model: Path) -> 
     root = copy_of()
     outcome = pqk(
         root, *RUN, "--model", tiny_model, "--seed", "7",
-        "--set", "eval.quality.chamfer_points=64", "--set", "eval.efficiency={min_pairs: 3, warmup: 0}",
+        "--set", "eval.quality.chamfer_points=64", "--set", "eval.efficiency={min_rounds: 3, warmup: 0}",
     )  # fmt: skip
     assert outcome.code in (0, 1), outcome.err
     record = outcome.record
