@@ -21,7 +21,7 @@ def peak_ram_bytes() -> int:
 
 
 def forget_peak() -> bool:
-    """Lets `peak_ram_bytes` begin anew at what is resident now; False where the system cannot (Linux from 4.0 on can)."""
+    """Lets `peak_ram_bytes` begin anew at what is resident now; False where the system cannot (Linux 4.0 can)."""
     try:
         (_PROC / "clear_refs").write_text("5")  # proc(5): resets VmHWM
     except OSError:

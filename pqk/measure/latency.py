@@ -27,7 +27,7 @@ def percentile(samples_ms: Sequence[float], q: float) -> float:
 
 
 def p95(samples_ms: Sequence[float]) -> float | None:
-    """Gives the 95th percentile in milliseconds; None below `LEAST_FOR_P95` samples. Raises PqkError as `percentile`."""
+    """Gives the 95th percentile, milliseconds; None below `LEAST_FOR_P95` samples. Raises PqkError as `percentile`."""
     return percentile(samples_ms, 95) if len(samples_ms) >= LEAST_FOR_P95 else None
 
 
@@ -35,8 +35,8 @@ def speedup(base_ms: Sequence[float], own_ms: Sequence[float]) -> Interval:
     """Gives how many times as fast as `base` something is: the median of the ratios base / own, round by round.
 
     Both ran once in every round of one timing, so what slows a whole round down cancels. The interval is that of the
-    median (`pqk.measure.intervals.median_interval`). This is the one definition of a speedup in pqk. Raises PqkError for
-    lists of unlike length, for none, and for times that are not finite and above 0.
+    median (`pqk.measure.intervals.median_interval`). This is the one definition of a speedup in pqk. Raises PqkError
+    for lists of unlike length, for none, and for times that are not finite and above 0.
     """
     base, own = np.asarray(base_ms, dtype=np.float64), np.asarray(own_ms, dtype=np.float64)
     if base.shape != own.shape or base.size == 0:

@@ -56,7 +56,7 @@ def load_now(window_s: float = WINDOW_S, read: Callable[[], Clocks] = read_clock
 
 
 def drift_pct(samples_ms: Sequence[float]) -> float | None:
-    """Gives the change of the median from the first to the last third of the rounds, in percent; None below 9 rounds."""
+    """Gives the change of the median from the first to the last third of the rounds, percent; None below 9 rounds."""
     third = len(samples_ms) // 3
     if len(samples_ms) < _LEAST_FOR_DRIFT:
         return None
@@ -84,6 +84,6 @@ def disturbances(timing: Mapping[str, Any], max_load: float, max_drift_pct: floa
 def warning(disturbed: Sequence[str]) -> str:
     """Says in one line that a timing was disturbed, by what, and what becomes of it."""
     return (
-        f"warning: the timing was disturbed: {'; '.join(disturbed)}. Do not quote its milliseconds; the next run on a quiet "
-        "machine takes it again, --retime at any time"
+        f"warning: the timing was disturbed: {'; '.join(disturbed)}. Do not quote its milliseconds; the next run on a "
+        "quiet machine takes it again, --retime at any time"
     )

@@ -323,7 +323,7 @@ def parse_seeds(text: str, limit: int = 1024) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Interval:
-    """Mean difference with a 95 % confidence interval over `n` units ('runs', 'train seeds', 'eval seeds', 'scenes')."""
+    """Mean difference with a 95 % confidence interval over `n` units: runs, train seeds, eval seeds or scenes."""
 
     mean: float
     low: float
@@ -388,8 +388,8 @@ def halves_interval(halves: Sequence[float], kept: int, count: int, whole: float
     Draws without replacement from one list overlap, and their mean comes close to that of the list, however far that is
     from other scenes. But their spread tells how far: the variance of a draw's mean around the list's is
     S^2 (1/kept - 1/count) (Cochran 1977, Sampling Techniques, theorem 2.2), that of the list's mean S^2/count. This is
-    the delete-d jackknife (Shao & Wu, Annals of Statistics 17, 1989). whole: the value over all of the list, where that is
-    known; else the mean of the draws stands for it, with the error that it has.
+    the delete-d jackknife (Shao & Wu, Annals of Statistics 17, 1989). whole: the value over all of the list, where
+    that is known; else the mean of the draws stands for it, with the error that it has.
     Raises PqkError for fewer draws than a spread needs: 2, or 1 beside `whole`.
     """
     from scipy.stats import t
@@ -418,8 +418,8 @@ def compare(a: tuple[Path, Sequence[Row]], b: tuple[Path, Sequence[Row]], metric
 
     Runs that share a checkpoint, or the scenes of an eval seed, are not independent. So besides the interval over runs
     there is one over the mean difference of each train seed and one over that of each eval seed, where there are two
-    or more of them; the widest decides. Eval seeds that drew halves of a list of scenes overlap; in place of the intervals
-    over runs and over eval seeds stands that of `halves_interval`.
+    or more of them; the widest decides. Eval seeds that drew halves of a list of scenes overlap; in place of the
+    intervals over runs and over eval seeds stands that of `halves_interval`.
     Raises PqkError for rows of different workloads or evaluations, runs of one pair that saw other scenes, two rows
     for the same seeds in one file, a metric that is not there, fewer than 2 pairs, and fps.
     """
@@ -439,8 +439,8 @@ def compare(a: tuple[Path, Sequence[Row]], b: tuple[Path, Sequence[Row]], metric
         raise PqkError(f"unknown metric {metric!r}{nearest(metric, MEASURED)}; there are {', '.join(MEASURED)}")
     if metric in NEVER_COMPARED:
         raise PqkError(
-            f"{metric} is not compared: no two rows are timed together, so their difference is also that between two states "
-            "of the machine; the speedups in the records of a run are of one interleaved timing"
+            f"{metric} is not compared: no two rows are timed together, so their difference is also that between two "
+            "states of the machine; the speedups in the records of a run are of one interleaved timing"
         )
     pairs = [(by_seeds[0][seeds], by_seeds[1][seeds]) for seeds in common]
     for (train, seed), (left, right) in zip(common, pairs, strict=True):

@@ -4,8 +4,8 @@ What an eval seed draws:
 
 - the test scenes. Seed 0: those of the workload. Generated scenes, seed s: as many scenes of the test split with base
   seed (workload's + s), none of which any other eval seed, training or calibration shares. Scenes of a folder, seed s:
-  half of them, drawn without replacement. Two halves overlap, so their scores are not independent; the ledger's intervals
-  count with that (`pqk.record.ledger.halves_interval`).
+  half of them, drawn without replacement. Two halves overlap, so their scores are not independent; the ledger's
+  intervals count with that (`pqk.record.ledger.halves_interval`).
 - with the scenes, their pairs; and the pixels that chamfer takes.
 - where images are cropped, if they leave room: the centre for seed 0, anywhere for seed s (`run/inputs.py`).
 

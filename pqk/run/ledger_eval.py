@@ -1,8 +1,8 @@
 """`pqk ledger eval`: a fixed checkpoint, or a card's own result, under several eval seeds, one TSV row each; and one
 row measured again.
 
-What an eval seed draws: see `pqk.run.eval_seed`. Speed is timed anew for every eval seed, on a scene of it: the noise of
-the measurement itself.
+What an eval seed draws: see `pqk.run.eval_seed`. Speed is timed anew for every eval seed, on a scene of it: the noise
+of the measurement itself.
 """
 
 from __future__ import annotations

@@ -24,9 +24,9 @@ def measure_memory(request: dict[str, Any]) -> dict[str, Any]:
     """Measures this process, which must be fresh.
 
     Request: variant, compiled (folder of the compiled model), step: 'compile' makes the model, leaves it in `compiled`
-    and gives peak_bytes; 'run', in another process afterwards, loads it from there and gives steady_bytes: the peak while
-    a pair runs, once pairs need no more memory than those before. Null when the model was compiled anew, or memory still
-    grew after 20 pairs. A backend that cannot keep compiled models compiles in both.
+    and gives peak_bytes; 'run', in another process afterwards, loads it from there and gives steady_bytes: the peak
+    while a pair runs, once pairs need no more memory than those before. Null when the model was compiled anew, or
+    memory still grew after 20 pairs. A backend that cannot keep compiled models compiles in both.
     """
     variant = Variant.from_json(request["variant"])
     options = {name: value for name, value in variant.options.items() if name != "cache_dir"}

@@ -406,8 +406,8 @@ def timing(
 ) -> dict[str, Any]:
     """Interleaved samples of all variants. `request`: shape, views, pairs, efficiency (all of eval.yaml's section).
 
-    Besides what `pqk.run.timing` returns: `disturbed`, a clause for each thing that disturbed the timing. A disturbed one
-    that another run left is taken again where `load`, the cores that other processes use now, is within
+    Besides what `pqk.run.timing` returns: `disturbed`, a clause for each thing that disturbed the timing. A disturbed
+    one that another run left is taken again where `load`, the cores that other processes use now, is within
     `efficiency.max_load`; and any one where the context says `retime`.
     """
     efficiency = dict(request["efficiency"])

@@ -29,7 +29,7 @@ Samples = Mapping[str, Sequence[float]]
 
 
 def time_variants(request: dict[str, Any], read: Callable[[], Clocks] = read_clocks) -> dict[str, Any]:
-    """Raw samples in milliseconds per variant (pair, encoder, decoder, device where engines tell it), seconds per scene.
+    """Raw samples in milliseconds per variant (pair, encoder, decoder, device where engines tell it), seconds a scene.
 
     Request: variants, scene (folder), shape [H, W], views, pairs (index pairs of that scene), efficiency; of the latter
     see `why_to_end`. Samples with one index are of one round and of the same pair. t_scene encodes each image once and
@@ -92,8 +92,8 @@ def why_to_end(
     """Says what ends a timing after so many rounds and seconds per variant; None: another round.
 
     'minimum': both `min_rounds` and `min_seconds` are reached. 'ceiling': `max_seconds` is, though never before
-    LEAST_ROUNDS. 'interval': every variant's speed against the first one is known to +- `enough_pct` percent, where that
-    is not null, and not before LEAST_FOR_ENOUGH rounds.
+    LEAST_ROUNDS. 'interval': every variant's speed against the first one is known to +- `enough_pct` percent, where
+    that is not null, and not before LEAST_FOR_ENOUGH rounds.
     """
     if rounds >= efficiency["min_rounds"] and seconds >= efficiency["min_seconds"]:
         return "minimum"

@@ -90,8 +90,8 @@ def tune(
 ) -> Tuned:
     """Find the fastest choice of float nodes whose drop is at most `max_drop` percent, and write its quant.yaml.
 
-    Times of all points are comparable on a noisy machine: each is the candidate's own median in the card's run, divided by
-    the speedup of one interleaved timing of both (`pqk.measure.latency.speedup`).
+    Times of all points are comparable on a noisy machine: each is the candidate's own median in the card's run, divided
+    by the speedup of one interleaved timing of both (`pqk.measure.latency.speedup`).
     Raises PqkError, before anything long runs, for a backend whose nodes cannot go back to float or whose engines are
     emulated, a limit that is no number, fewer than two evaluations, a keep-list that the card or a setting overrides,
     and a file that cannot be written; afterwards for a drop that the card's metric cannot tell.

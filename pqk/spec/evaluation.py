@@ -45,9 +45,9 @@ class Quality(Section):
 class Efficiency(Section):
     """How long a timing runs after `warmup` rounds, and what disturbs it; seconds are per variant.
 
-    It ends when both `min_rounds` and `min_seconds` are reached, at the latest at `max_seconds`, and earlier where every
-    ratio of two variants is known to +- `enough_pct` percent (null: never). It is disturbed when other processes use
-    more than `max_load` cores or times drift by more than `max_drift_pct` percent.
+    It ends when both `min_rounds` and `min_seconds` are reached, at the latest at `max_seconds`, and earlier where
+    every speedup is known to +- `enough_pct` percent (null: never). It is disturbed when other processes use more than
+    `max_load` cores or times drift by more than `max_drift_pct` percent.
     """
 
     warmup: Annotated[int, Field(ge=0, le=1000)]
