@@ -47,7 +47,7 @@ def record_of(
         name: {
             "summary": {"absrel": 0.1},
             "scenes": ["s"],
-            "pairs": [{}],
+            "pairs": [{"scene": "s", "first": "a", "second": "b", "absrel": 0.1}],
             "measured": "engine",
             "executed": {},
             "flops": 1e9,
