@@ -294,10 +294,15 @@ def _against(recipe: Recipe, name: str, form: str) -> str:
 
 
 def _inverse(recipe: Recipe) -> Stat | None:
-    """Speed against the Teacher in f32, within each run."""
-    return _stat([base["t_pair_p50_ms"] / record["t_pair_p50_ms"]
-                  if base and base["t_pair_p50_ms"] and record["t_pair_p50_ms"] else None
-                  for _, record, base in recipe.runs])  # fmt: skip
+    """Speed against the Teacher in f32; where a record of schema 1.0 does not tell it, by the medians of its run."""
+
+    def speed(record: Record, base: Record | None) -> float | None:
+        known: float | None = record["speedup_vs_teacher_f32"]
+        if known is None and base and base["t_pair_p50_ms"] and record["t_pair_p50_ms"]:
+            known = base["t_pair_p50_ms"] / record["t_pair_p50_ms"]
+        return known
+
+    return _stat([speed(record, base) for _, record, base in recipe.runs])
 
 
 def _counts(recipe: Recipe) -> str:
