@@ -173,7 +173,7 @@ def test_eval_seeds_draw_other_scenes(evaluated: Path) -> None:
         assert scored["scenes"] == [f"test-{row['eval_seed']}-0000"]
 
 
-@pytest.mark.parametrize(("seed", "folder"), [(0, False), (3, False), (3, True)])
+@pytest.mark.parametrize(("seed", "folder"), [(0, False), (3, True)])
 def test_an_eval_seed_draws_the_scenes_of_a_run(
     project_copy: Path, pqk: Pqk, tiny_model: Path, seed: int, folder: bool
 ) -> None:
