@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -163,6 +164,12 @@ def make_model(folder: Path) -> Path:
             z = head.proj.bias.view(4, -1)[2]
             z += 1.5
     return save_model(model, folder)
+
+
+def times_as_fast(record: dict[str, Any], other: dict[str, Any]) -> float:
+    """The median over rounds of the other's time over this one's, of two records of one timing."""
+    both = zip(other["samples"]["pair"], record["samples"]["pair"], strict=True)
+    return statistics.median(theirs / ours for theirs, ours in both)
 
 
 def written(root: Path) -> list[dict[str, Any]]:

@@ -11,10 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from PIL import Image
-from run_toys import REPOSITORY, Outcome, environment, pqk, written
+from run_toys import REPOSITORY, Outcome, environment, pqk, times_as_fast, written
 
 from pqk.data.scene import open_scene
 from pqk.files import sha256_json
@@ -82,17 +81,11 @@ def test_three_records_teacher_first(finished: Finished) -> None:
     assert candidate["size_ratio"] < 0.6
     expected = 100 * (candidate["absrel"] - teacher["absrel"]) / teacher["absrel"]
     assert candidate["quality_drop_pct"] == pytest.approx(expected)
-
-    def times(record: dict[str, Any], other: dict[str, Any]) -> float:
-        """How many times as fast as `other`: both ran once in each round, on the same pair."""
-        both = zip(other["samples"]["pair"], record["samples"]["pair"], strict=True)
-        return float(np.median([theirs / ours for theirs, ours in both]))
-
-    assert candidate["speedup_vs_own_f32"] == pytest.approx(times(candidate, teacher), rel=1e-3)
+    assert candidate["speedup_vs_own_f32"] == pytest.approx(times_as_fast(candidate, teacher), rel=1e-3)
     assert candidate["speedup_vs_teacher_f32"] == candidate["speedup_vs_own_f32"]  # its f32 is the Teacher's
-    fastest = max((records[p] for p in float_rows), key=lambda r: times(r, teacher))
+    fastest = max((records[p] for p in float_rows), key=lambda r: times_as_fast(r, teacher))
     assert candidate["best_float"] == fastest["precision"]
-    assert candidate["speedup_vs_best_float"] == pytest.approx(times(candidate, fastest), rel=1e-3)
+    assert candidate["speedup_vs_best_float"] == pytest.approx(times_as_fast(candidate, fastest), rel=1e-3)
     assert (candidate["timing"]["rounds"], candidate["timing"]["ended_by"]) == (4, "minimum")
     assert candidate["timing"] == teacher["timing"]
     assert (candidate["disturbed"], candidate["t_pair_p95_ms"]) == (False, None)  # of 4 rounds, whatever else ran here
