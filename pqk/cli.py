@@ -54,6 +54,7 @@ def run(
     ] = False,
     max_scenes: Annotated[int, typer.Option(min=2, help="with --decide: at most so many test scenes")] = 832,
     fresh: Annotated[bool, typer.Option(help="make everything anew, reuse nothing")] = False,
+    retime: Annotated[bool, typer.Option("--retime", help="measure time and memory anew; reuse the rest")] = False,
     json_line: Annotated[bool, typer.Option("--json", help="print the candidate's record as the last line")] = False,
 ) -> None:
     """Run a task card: Teacher in every float precision, the recipe, quality, timing, one record each.
@@ -75,6 +76,7 @@ def run(
         fresh,
         settings_of(setting or []),
         qat=qat,
+        retime=retime,
     )
     limit = max_scenes if decide else None
     raise typer.Exit(run_card(request, json_line, axes=axis or (), rollback=rollback, decide=limit))
@@ -91,6 +93,7 @@ def parity(
     seed: Annotated[int | None, typer.Option(min=0, help="train and evaluation seed")] = None,
     setting: Annotated[list[str] | None, typer.Option("--set", help="override one value, as in `pqk run`")] = None,
     fresh: Annotated[bool, typer.Option(help="make everything anew, reuse nothing")] = False,
+    retime: Annotated[bool, typer.Option("--retime", help="measure time and memory anew; reuse the rest")] = False,
     explain: Annotated[
         bool, typer.Option("--explain", help="rank the nodes of each quantized run by their error")
     ] = False,
@@ -106,7 +109,7 @@ def parity(
     names, tools = (
         [w.strip() for w in text.split(",") if w.strip()] if text else None for text in (backends, quantizers)
     )
-    request = Request(card, "", None, model, scenes, images, seed, fresh, settings_of(setting or []))
+    request = Request(card, "", None, model, scenes, images, seed, fresh, settings_of(setting or []), retime=retime)
     raise typer.Exit(run_parity(request, names or [], tools, explain, json_line))
 
 

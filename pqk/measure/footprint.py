@@ -1,4 +1,4 @@
-"""Memory and size of what ran."""
+"""Memory of this process."""
 
 from __future__ import annotations
 
@@ -6,13 +6,31 @@ import resource
 import sys
 from pathlib import Path
 
+_PROC = Path("/proc/self")
+
 
 def peak_ram_bytes() -> int:
-    """Largest resident set of this process so far, in bytes (VmHWM on Linux)."""
-    status = Path("/proc/self/status")
+    """Largest resident set of this process so far, or since `forget_peak`, in bytes (VmHWM on Linux)."""
+    status = _PROC / "status"
     if status.exists():
         for line in status.read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     scale = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+def forget_peak() -> bool:
+    """Lets `peak_ram_bytes` begin anew at what is resident now; False where the system cannot (Linux 4.0 can)."""
+    try:
+        (_PROC / "clear_refs").write_text("5")  # proc(5): resets VmHWM
+    except OSError:
+        return False
+    return True
+
+
+def ram_bytes() -> int:
+    """Resident set of this process now, in bytes."""
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)

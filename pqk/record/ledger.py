@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import math
 import os
+import re
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,6 +37,8 @@ METRICS = (
 MEASURED = (*METRICS, "drop_pct", "fps")
 """What has a mean and a spread. drop_pct: see `COLUMNS`."""
 HIGHER_IS_BETTER = ("delta1", "fps")
+NEVER_COMPARED = ("fps",)
+"""What the difference of two rows says nothing of: no two rows are timed together."""
 
 COLUMNS: dict[str, Kind] = {
     "card": "text",  # task card whose settings were laid over the configs
@@ -320,7 +323,7 @@ def parse_seeds(text: str, limit: int = 1024) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Interval:
-    """Mean difference with a 95 % confidence interval over `n` units ('runs', 'train seeds' or 'eval seeds')."""
+    """Mean difference with a 95 % confidence interval over `n` units: runs, train seeds, eval seeds or scenes."""
 
     mean: float
     low: float
@@ -331,13 +334,14 @@ class Interval:
 
 @dataclass(frozen=True)
 class Comparison:
-    """B minus A over paired runs; `interval` is the widest of those in `intervals`."""
+    """B minus A over `runs` paired runs; `interval` is the widest of those in `intervals`."""
 
     metric: str
     mean_a: float
     mean_b: float
     intervals: tuple[Interval, ...]
     notes: tuple[str, ...]
+    runs: int
 
     @property
     def interval(self) -> Interval:
@@ -354,7 +358,7 @@ class Comparison:
         percent = f", {100 * found.mean / self.mean_a:+.2f} % of A" if self.mean_a else ""
         numbers = (
             f"B - A = {found.mean:+.6g}{percent}; 95 % interval {found.low:+.6g} .. {found.high:+.6g} "
-            f"over {found.n} {found.unit}, {self.intervals[0].n} paired runs"
+            f"over {found.n} {found.unit}, {self.runs} paired runs"
         )
         if not self.distinguishable:
             return f"{self.metric}: not distinguishable ({numbers})"
@@ -378,14 +382,46 @@ def t_interval(differences: Sequence[float], unit: str = "runs") -> Interval:
     return Interval(found.mean, found.mean - half, found.mean + half, found.n, unit)
 
 
+def halves_interval(halves: Sequence[float], kept: int, count: int, whole: float | None = None) -> Interval:
+    """The mean difference over a list of `count` scenes, from draws of `kept` of them, with its 95 % interval.
+
+    Draws without replacement from one list overlap, and their mean comes close to that of the list, however far that is
+    from other scenes. But their spread tells how far: the variance of a draw's mean around the list's is
+    S^2 (1/kept - 1/count) (Cochran 1977, Sampling Techniques, theorem 2.2), that of the list's mean S^2/count. This is
+    the delete-d jackknife (Shao & Wu, Annals of Statistics 17, 1989). whole: the value over all of the list, where
+    that is known; else the mean of the draws stands for it, with the error that it has.
+    Raises PqkError for fewer draws than a spread needs: 2, or 1 beside `whole`.
+    """
+    from scipy.stats import t
+
+    centre = statistics.fmean(halves) if whole is None else whole
+    freedom = len(halves) - (whole is None)
+    if freedom < 1:
+        raise PqkError("a 95 % interval needs at least 2 draws of halves of the list of scenes, there is 1")
+    spread = sum((value - centre) ** 2 for value in halves) / freedom
+    error = math.sqrt(spread * (kept / (count - kept) + (1 / len(halves) if whole is None else 0)))
+    # Two parts of the error of `spread`: few draws, and the list's own variance (Satterthwaite 1946).
+    half = float(t.ppf(0.975, 1 / (1 / freedom + 1 / (count - 1)))) * error
+    return Interval(centre, centre - half, centre + half, count, "scenes")
+
+
+def _half_sizes(drawn: str) -> tuple[int, int]:
+    """'half: 2 of 5 of the list' -> (2, 5). Raises PqkError for another text."""
+    found = re.fullmatch(r"half: (\d+) of (\d+) of the list", drawn)
+    if found is None or not 0 < int(found[1]) < int(found[2]):
+        raise PqkError(f"cannot read what an eval seed drew: {drawn[:60]!r} should be like 'half: 2 of 5 of the list'")
+    return int(found[1]), int(found[2])
+
+
 def compare(a: tuple[Path, Sequence[Row]], b: tuple[Path, Sequence[Row]], metric: str | None = None) -> Comparison:
     """The difference B - A of a metric (default: the main one) over the (train_seed, eval_seed) that both have.
 
     Runs that share a checkpoint, or the scenes of an eval seed, are not independent. So besides the interval over runs
     there is one over the mean difference of each train seed and one over that of each eval seed, where there are two
-    or more of them; the widest decides.
+    or more of them; the widest decides. Eval seeds that drew halves of a list of scenes overlap; in place of the
+    intervals over runs and over eval seeds stands that of `halves_interval`.
     Raises PqkError for rows of different workloads or evaluations, runs of one pair that saw other scenes, two rows
-    for the same seeds in one file, a metric that is not there, and fewer than 2 pairs.
+    for the same seeds in one file, a metric that is not there, fewer than 2 pairs, and fps.
     """
     refuse_mixed([a, b])
     by_seeds = [_by_seeds(*table) for table in (a, b)]
@@ -401,6 +437,11 @@ def compare(a: tuple[Path, Sequence[Row]], b: tuple[Path, Sequence[Row]], metric
     metric = metric or names.pop()
     if metric not in MEASURED:
         raise PqkError(f"unknown metric {metric!r}{nearest(metric, MEASURED)}; there are {', '.join(MEASURED)}")
+    if metric in NEVER_COMPARED:
+        raise PqkError(
+            f"{metric} is not compared: no two rows are timed together, so their difference is also that between two "
+            "states of the machine; the speedups in the records of a run are of one interleaved timing"
+        )
     pairs = [(by_seeds[0][seeds], by_seeds[1][seeds]) for seeds in common]
     for (train, seed), (left, right) in zip(common, pairs, strict=True):
         if left["scenes_sha256"] != right["scenes_sha256"]:
@@ -412,13 +453,19 @@ def compare(a: tuple[Path, Sequence[Row]], b: tuple[Path, Sequence[Row]], metric
             if row[metric] is None:
                 raise PqkError(f"{shown(path)}: train seed {train}, eval seed {seed} has no {metric}")
     difference = {seeds: right[metric] - left[metric] for seeds, (left, right) in zip(common, pairs, strict=True)}
-    intervals = [t_interval(list(difference.values()))]
+    drawn = {seeds[1]: left["scenes"] for seeds, (left, _) in zip(common, pairs, strict=True)}
+    halves = [seed for seed in drawn if drawn[seed].startswith("half")]
+    intervals = [] if halves else [t_interval(list(difference.values()))]
     for place, unit in enumerate(("train seeds", "eval seeds")):
         groups: dict[int, list[float]] = {}
         for seeds, value in difference.items():
             groups.setdefault(seeds[place], []).append(value)
-        if 1 < len(groups) < len(common):
-            intervals.append(t_interval([statistics.fmean(values) for values in groups.values()], unit))
+        own = {seed: statistics.fmean(values) for seed, values in groups.items()}
+        if halves and unit == "eval seeds":
+            whole = next((value for seed, value in own.items() if seed not in halves), None)
+            intervals.insert(0, halves_interval([own[seed] for seed in halves], *_half_sizes(drawn[halves[0]]), whole))
+        elif 1 < len(groups) < len(common):
+            intervals.append(t_interval(list(own.values()), unit))
     left_out = [len(own) - len(common) for own in by_seeds]
     notes = [
         f"runs of {name} without a partner, left out: {count}"
@@ -428,14 +475,14 @@ def compare(a: tuple[Path, Sequence[Row]], b: tuple[Path, Sequence[Row]], metric
     if len({seeds[0] for seeds in common}) == 1:
         notes.append(f"one train seed ({common[0][0]}): the interval says nothing of other trainings")
     if any(row["scenes"].startswith("half") for row, _ in pairs):
-        notes.append("the eval seeds drew halves of one list of scenes: the interval is about these scenes")
+        notes.append("the eval seeds drew halves of one list of scenes, which overlap: more of them narrow no interval")
     for name, side in zip("AB", zip(*pairs, strict=True), strict=True):
         if any(row["measured"] == "emulated" for row in side):
             notes.append(f"{name} was emulated: another runtime computed in the engine's place")
     if len({row["device"] for pair in pairs for row in pair}) > 1:
         notes.append("the runs are from different devices")
     means = [statistics.fmean(row[metric] for row in side) for side in zip(*pairs, strict=True)]
-    return Comparison(metric, means[0], means[1], tuple(intervals), tuple(notes))
+    return Comparison(metric, means[0], means[1], tuple(intervals), tuple(notes), len(common))
 
 
 def _by_seeds(path: Path, rows: Sequence[Row]) -> dict[tuple[int, int], Row]:

@@ -301,16 +301,15 @@ def _against(recipe: Recipe, name: str, form: str) -> str:
 
 
 def _inverse(recipe: Recipe) -> Stat | None:
-    """Speed against the Teacher in f32, within each run: the record's own, and where it has none, as schema 1.0 in
-    quantized rows, that of the two medians."""
-    return _stat([_speed(record, base) for _, record, base in recipe.runs])
+    """Speed against the Teacher in f32; where a record of schema 1.0 does not tell it, by the medians of its run."""
 
+    def speed(record: Record, base: Record | None) -> float | None:
+        known: float | None = record["speedup_vs_teacher_f32"]
+        if known is None and base and base["t_pair_p50_ms"] and record["t_pair_p50_ms"]:
+            known = base["t_pair_p50_ms"] / record["t_pair_p50_ms"]
+        return known
 
-def _speed(record: Record, base: Record | None) -> float | None:
-    own: float | None = record["speedup_vs_teacher_f32"]
-    if own is not None or base is None or not base["t_pair_p50_ms"] or not record["t_pair_p50_ms"]:
-        return own
-    return float(base["t_pair_p50_ms"] / record["t_pair_p50_ms"])
+    return _stat([speed(record, base) for _, record, base in recipe.runs])
 
 
 def _counts(recipe: Recipe) -> str:

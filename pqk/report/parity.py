@@ -114,12 +114,12 @@ def _cell(value: Any) -> Any:
 
 # The short columns. Markdown shows all of them; the terminal shows two tables that fit into 80 columns.
 _AGREEMENT = ("side", "run as", "metric", "drop %", "points rel", "conf rel", "moved %")
-_SPEED = ("side", "run as", "MB", "p50 ms", "x f32", "x float", "executed")
+_SPEED = ("side", "run as", "MB", "p50 ms", "x own f32", "x float", "executed")
 _ALL = ("side", "against", *_SPEED[1:], *_AGREEMENT[2:])
 _LEFT = ("side", "against", "run as", "executed")
 _LEGEND = (
     "points rel, conf rel: mean |a - b| / mean |a| of the worse view; moved: pixels whose point moved by more than "
-    "1 % of the pair's median depth; x f32, x float: speed against float in the same interleaved timing, while p50 of "
+    "1 % of the pair's median depth; x own f32, x float: speed against float in the same interleaved timing, p50 of "
     "two sides may be of different ones."
 )
 
@@ -142,7 +142,7 @@ def _shown(row: Row) -> dict[str, str]:
         "executed": flat["executed"] or DASH,
         "MB": _number(flat["size_MB"], ".1f"),
         "p50 ms": _number(flat["t_pair_p50_ms"], ".1f"),
-        "x f32": _number(flat["speedup_vs_own_f32"], ".2f"),
+        "x own f32": _number(flat["speedup_vs_own_f32"], ".2f"),
         "x float": _number(flat["speedup_vs_best_float"], ".2f"),
         "metric": _number(row.metric, ".4f"),
         "drop %": _number(row.metric_drop_pct, "+.2f"),

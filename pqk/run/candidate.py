@@ -230,7 +230,7 @@ def make(
         if trained[-1].failed:
             say(f"stop-loss: {trained[-1].reason}" + ("; not quantized" if quantizer else ""))
             quantizer = None
-        rows += _rows_of_trained(floats, teachers, columns, is_candidate=quantizer is None)
+        rows += _rows_of_trained(floats, columns, is_candidate=quantizer is None)
     lowering: Lowering | None = None
     if quantizer is not None and calibration is not None:
         lowering = Lowering(
@@ -309,11 +309,9 @@ def _planned(
     return [{**common, "role": "candidate", "model": name, "precision": precision, "quantizer": tools.quantizer}]
 
 
-def _rows_of_trained(
-    floats: Sequence[Variant], teachers: Sequence[Variant], columns: Mapping[str, Any], is_candidate: bool
-) -> list[Row]:
+def _rows_of_trained(floats: Sequence[Variant], columns: Mapping[str, Any], is_candidate: bool) -> list[Row]:
     """The float rows of the trained model. is_candidate: the one in f32, as which it was trained, which comes last."""
-    rows = [Row(v, teachers, {**columns, "role": "baseline"}) for v in floats]
+    rows = [Row(v, floats, {**columns, "role": "baseline"}) for v in floats]
     if is_candidate:
         rows[0].own["role"] = "candidate"
         rows = [*rows[1:], rows[0]]

@@ -101,11 +101,7 @@ def run_card(
         if decide is not None:
             raise PqkError(f"--decide: card {card.id} is a matrix of experiments; decide single ones")
         return _run_matrix(card, request, axes, as_json, errors, began, root)
-
-    def say(text: str) -> None:
-        errors.print(f"  [green]✓[/] {escape(text)}")
-
-    outcome = run(request, root, _progress(errors), say, log, rollback, decide)
+    outcome = run(request, root, _progress(errors), _sayer(errors), log, rollback, decide)
     records = outcome.records
     candidate = records[-1]
     if log is not None and request.recipe:
@@ -202,6 +198,16 @@ def _begin(verb: str) -> tuple[Path, Path, Console, float]:
     folder = root / "reports" / verb
     check_writable(folder)
     return root, folder, Console(stderr=True, highlight=False), time.monotonic()
+
+
+def _sayer(errors: Console) -> Callable[[str], None]:
+    """Prints sentences of a run, a warning with another mark."""
+
+    def say(text: str) -> None:
+        mark = "[yellow]![/]" if text.startswith("warning: ") else "[green]✓[/]"
+        errors.print(f"  {mark} {escape(text)}")
+
+    return say
 
 
 def _teller(errors: Console) -> Callable[[str], None]:

@@ -23,7 +23,7 @@ from backends.base import BackendError, Precision, surgery_of
 from pqk.data.scene import open_scene
 from pqk.errors import PqkError
 from pqk.files import write_json
-from pqk.measure.latency import percentile
+from pqk.measure.latency import percentile, speedup
 from pqk.run import stages, worker
 from pqk.run.candidate import Outcome
 from pqk.run.inputs import load_frames, scene_pairs
@@ -139,8 +139,8 @@ def explain(outcome: Outcome) -> dict[str, Any]:
     """Rank the parts of a quantized run, put the worst back to float, and measure what that changes.
 
     Returns parted, groups, nodes (see `ranking`), worst (the row chosen), proof (drop on validation samples and pair
-    time before and after, in the same interleaved run) and a sentence. Of a backend that is emulated, parted and times
-    are null.
+    time before and after in the same interleaved run, and the speedup from before to after) and a sentence. Of a
+    backend that is emulated, parted and times are null.
     Raises PqkError or BackendError for an outcome whose nodes cannot go back to float.
     """
     backend = outcome.variants[-1].backend
@@ -152,12 +152,14 @@ def explain(outcome: Outcome) -> dict[str, Any]:
     worst = found["worst"] = found["groups"][0]
     mixed = with_floats(outcome, {worst["graph"]: worst["nodes"]})
     before, after = outcome.drop(outcome.variants[-1]), outcome.drop(mixed, ())
-    before_ms, after_ms = [percentile(t, 50) for t in times_beside(outcome, mixed)] if timed else (None, None)
+    times = times_beside(outcome, mixed) if timed else None
+    before_ms, after_ms = [percentile(t, 50) for t in times] if times else (None, None)
     found["proof"] = {
         "drop_before_pct": before.value if before else None,
         "drop_after_pct": after.value if after else None,
         "t_pair_p50_before_ms": before_ms,
         "t_pair_p50_after_ms": after_ms,
+        "speedup": speedup(*times).value if times else None,
     }
     found["sentence"] = _sentence(worst, found["proof"])
     return found
@@ -181,10 +183,10 @@ def _sentence(worst: Mapping[str, Any], proof: Mapping[str, Any]) -> str:
         if before is None or after is None
         else f"the drop on validation samples goes from {before:.2f} % to {after:.2f} %"
     )
-    if proof["t_pair_p50_after_ms"] is None:
+    if proof["speedup"] is None:
         time = "what that costs in time was not measured, as these engines are emulated"
     else:
-        slower = 100 * (proof["t_pair_p50_after_ms"] / proof["t_pair_p50_before_ms"] - 1)
+        slower = 100 * (1 / proof["speedup"] - 1)
         time = f"a pair takes {slower:+.1f} % time"
     return (
         f"{worst['graph']} {worst['name']}: {100 * worst['of_all']:.0f} % of the final error; with its "

@@ -1,16 +1,8 @@
 """`pqk ledger eval`: a fixed checkpoint, or a card's own result, under several eval seeds, one TSV row each; and one
 row measured again.
 
-What an eval seed draws:
-
-- the test scenes. Seed 0: those of the workload, as `pqk run` takes them. Generated scenes, seed s: as many scenes of
-  the test split with base seed (workload's + s), none of which any other eval seed, training or calibration shares.
-  Scenes of a folder, seed s: half of them, drawn without replacement.
-- with the scenes, their pairs; and the pixels that chamfer takes.
-- where images are cropped, if they leave room: the centre for seed 0, anywhere for seed s (`run/inputs.py`).
-- Speed is timed anew for every eval seed, on a scene of it: the noise of the measurement itself.
-
-Nothing is added to pictures.
+What an eval seed draws: see `pqk.run.eval_seed`. Speed is timed anew for every eval seed, on a scene of it: the noise
+of the measurement itself.
 """
 
 from __future__ import annotations
@@ -23,14 +15,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from backends.base import Backend, Precision, lowered_to
 from pqk import paths
 from pqk.data.scene import open_scene
-from pqk.data.seeds import LIMIT
 from pqk.errors import CheckFailed, PqkError, nearest
 from pqk.files import check_writable, sha256_json
+from pqk.measure.noise import warning
 from pqk.models.checkpoint import load_model
 from pqk.models.configs import lowest_confidence
 from pqk.record.ledger import COLUMNS, IDENTITY, METRICS, RESULT, add_row, identity, read_rows, refuse_mixed
@@ -47,6 +37,7 @@ from pqk.run.checkpoints import (
     plain_name,
 )
 from pqk.run.code import code_of
+from pqk.run.eval_seed import seed_scenes
 from pqk.run.inputs import load_frames, scene_pairs
 from pqk.run.prepare import (
     Request,
@@ -66,7 +57,7 @@ from pqk.run.store import OnEvent, Store
 from pqk.run.variants import Variant
 from pqk.spec.card import Experiment
 from pqk.spec.plan import TRAIN_SEED
-from pqk.spec.workload import SYNTHETIC, SceneList, Workload
+from pqk.spec.workload import SYNTHETIC, Workload
 
 _SCORED_BY = "pqk.run.evaluate"
 _ALIASES = {"fp32": "f32", "fp16": "f16"}
@@ -269,6 +260,8 @@ class Bench:
             "efficiency": self.experiment.evaluation.efficiency.model_dump(mode="json"),
         }
         timed = stages.timing(self.ctx, [variant], scenes.folders[0], scenes.sha256, asked)
+        if timed["disturbed"]:
+            self.say(warning(timed["disturbed"]))
         samples = timed["variants"][variant.name]["pair"]
         return 1000 * len(samples) / float(sum(samples))
 
@@ -374,30 +367,6 @@ def calibration_digest(ctx: Context, workload: Workload, root: Path) -> str:
     if calibration.source == SYNTHETIC:
         return sha256_json(calibration.model_dump(mode="json"))
     return stages.calibration_images(ctx, calibration, workload, root).sha256
-
-
-def seed_scenes(ctx: Context, workload: Workload, root: Path, eval_seed: int) -> tuple[Scenes, str]:
-    """The test scenes that an eval seed draws, and that in words; see the top of this file. Raises PqkError."""
-    test: SceneList = workload.scenes.test
-    if test.source == SYNTHETIC:
-        base = test.seed + eval_seed
-        if base >= LIMIT:
-            raise PqkError(
-                f"eval seed {eval_seed}: the base seed of the test scenes would be {base}, above {LIMIT - 1}"
-            )
-        scenes = stages.listed_scenes(ctx, "test", test.model_copy(update={"seed": base}), workload, root)
-        return scenes, f"{len(scenes.folders)} generated, base seed {base}"
-    scenes = stages.listed_scenes(ctx, "test", test, workload, root)
-    count = len(scenes.folders)
-    if eval_seed == 0:
-        return scenes, f"all {count} of the list"
-    if count < 2:
-        raise PqkError(
-            f"eval seed {eval_seed} draws half of the scenes, and there is one; only eval seed 0 takes it whole"
-        )
-    chosen = np.random.default_rng(eval_seed).choice(count, count // 2, replace=False)
-    names = tuple(scenes.folders[index].name for index in sorted(chosen))
-    return stages.folder_scenes(scenes.root, names), f"half: {len(names)} of {count} of the list"
 
 
 def evaluate_seeds(

@@ -82,6 +82,7 @@ class Request:
     distill: Path | None = None
     prune: Path | None = None
     joint: Path | None = None
+    retime: bool = False  # measure time and memory anew, and nothing else
     run_id: str = field(default_factory=new_run_id, compare=False)  # shared by all records that come of this request
 
 
@@ -195,7 +196,7 @@ def context(request: Request, backend: Backend, root: Path, on_event: OnEvent) -
         "isa": details.get("isa"),
         "cores": allowed_cores(),
     }
-    return Context(Store(paths.store(root), request.fresh, commit_of(root)), on_event, machine)
+    return Context(Store(paths.store(root), request.fresh, commit_of(root)), on_event, machine, request.retime)
 
 
 def _device(details: Mapping[str, str]) -> str:

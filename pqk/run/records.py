@@ -10,8 +10,8 @@ from typing import Any
 
 from pqk.errors import EXIT_UNAVAILABLE, PqkError
 from pqk.files import sha256_json
-from pqk.measure.intervals import LEVEL, Interval
-from pqk.measure.latency import percentile
+from pqk.measure.intervals import LEVEL, Interval, median_interval
+from pqk.measure.latency import p95, percentile, speedup
 from pqk.record.log import read_records, record_filename, write_record
 from pqk.record.schema import empty_record
 from pqk.run.scores import drop_of, metric_intervals
@@ -28,15 +28,15 @@ Record = dict[str, Any]
 class Measurements:
     """What the stages measured, by the name of the variant.
 
-    teacher: the Teacher in f32. scored: see `pqk.run.evaluate`. timed: see `pqk.run.timing`; None where engines are
-    emulated. memory: peak bytes; empty where engines are emulated. level: of the drop's interval, above 95 % where the
-    scenes were looked at more than once.
+    teacher: the Teacher in f32. scored: see `pqk.run.evaluate`. timed: what `stages.timing` returns; None where engines
+    are emulated. memory: what `stages.memory` returns; empty where engines are emulated. level: of the drop's interval,
+    above 95 % where the scenes were looked at more than once.
     """
 
     teacher: Variant
     scored: Mapping[str, Any]
     timed: Mapping[str, Any] | None
-    memory: Mapping[str, int]
+    memory: Mapping[str, Mapping[str, int | None]]
     level: float = LEVEL
 
 
@@ -105,8 +105,9 @@ def measured_record(
     record["size_MB"] = mine["size_bytes"] / 1e6
     record["size_ratio"] = mine["size_bytes"] / base["size_bytes"]
     if measured.timed is not None:
-        record |= _timing(measured.timed, variant, against, measured.teacher)
-        record["ram_GB"] = record["peak_memory_GB"] = measured.memory[variant.name] / 1e9
+        columns, intervals = _timing(measured.timed, variant, against, measured.teacher)
+        record |= columns | _memory(measured.memory[variant.name], on_gpu=bool((record["machine"] or {}).get("gpu")))
+        record["intervals"] = {**(record["intervals"] or {}), **intervals} or None
     return record
 
 
@@ -158,24 +159,49 @@ def planned_shares(shares: Mapping[str, float]) -> str:
     )
 
 
-def _timing(timed: Mapping[str, Any], variant: Variant, against: Sequence[Variant], teacher: Variant) -> Record:
-    """Timing columns out of the raw samples, which stay in the record. `teacher`: in f32."""
-    medians = {v.name: percentile(timed[v.name]["pair"], 50) for v in against}
-    best = min(against, key=lambda v: medians[v.name])
-    mine = timed[variant.name]
-    p50 = percentile(mine["pair"], 50)
-    return {
-        "t_pair_p50_ms": p50,
-        "t_pair_p95_ms": percentile(mine["pair"], 95),
+def _timing(
+    timed: Mapping[str, Any], variant: Variant, against: Sequence[Variant], teacher: Variant
+) -> tuple[Record, dict[str, list[float]]]:
+    """Timing columns out of the raw samples, which stay in the record, and their intervals by column.
+
+    against: the own model in float, f32 first. teacher: in f32. The best float is the one with the best speedup.
+    """
+    samples = timed["variants"]
+    mine, pairs = samples[variant.name], {name: found["pair"] for name, found in samples.items()}
+    own, device = against[0], mine.get("device")
+    best = max(against, key=lambda v: speedup(pairs[own.name], pairs[v.name]).value)
+    bases = {"teacher_f32": teacher, "own_f32": own, "best_float": best}
+    found: dict[str, Interval] = {"t_pair_p50_ms": median_interval(mine["pair"])}
+    found |= {f"speedup_vs_{name}": speedup(pairs[base.name], mine["pair"]) for name, base in bases.items()}
+    columns = {
+        **{name: interval.value for name, interval in found.items()},
+        "t_pair_p95_ms": p95(mine["pair"]),
+        "t_pair_device_p50_ms": percentile(device, 50) if device else None,
         "t_encoder_p50_ms": percentile(mine["encoder"], 50),
         "t_decoder_p50_ms": percentile(mine["decoder"], 50),
         "t_scene_s": percentile(mine["scene_s"], 50) if mine["scene_s"] else None,
         "pairs_per_sec": 1000 * len(mine["pair"]) / sum(mine["pair"]),
-        "speedup_vs_teacher_f32": percentile(timed[teacher.name]["pair"], 50) / p50,
-        "speedup_vs_own_f32": medians[against[0].name] / p50,
-        "speedup_vs_best_float": medians[best.name] / p50,
         "best_float": str(best.precision),
-        "samples": {name: [round(x, 4) for x in mine[name]] for name in ("pair", "encoder", "decoder")},
+        "samples": {
+            name: [round(x, 4) for x in mine[name]] for name in ("pair", "encoder", "decoder", "device") if name in mine
+        },
+        "timing": timed["timing"],
+        "disturbed": bool(timed["disturbed"]),
+    }
+    # A row is 1.00 times as fast as itself by definition; that has no interval.
+    itself = {f"speedup_vs_{name}" for name, base in bases.items() if base.name == variant.name}
+    ends = {name: interval.ends() for name, interval in found.items() if name not in itself}
+    return columns, {name: both for name, both in ends.items() if both is not None}
+
+
+def _memory(found: Mapping[str, int | None], on_gpu: bool) -> Record:
+    """Memory columns. What a GPU needs is not known from the host's memory."""
+    compiling, running = found["compile"], found["steady"]
+    known = [value / 1e9 for value in (compiling, running) if value is not None]
+    return {
+        "ram_GB": None if running is None else running / 1e9,
+        "ram_compile_GB": None if compiling is None else compiling / 1e9,
+        "peak_memory_GB": None if on_gpu else max(known, default=None),
     }
 
 

@@ -12,6 +12,7 @@ from backends.base import BackendError, Precision
 from pqk import paths
 from pqk.data.scene import open_scene
 from pqk.errors import PqkError
+from pqk.measure.noise import warning
 from pqk.record.log import write_record
 from pqk.record.schema import validate
 from pqk.run import stages
@@ -96,8 +97,10 @@ def _measured(
     return outcome
 
 
-def _time(outcome: Outcome, final: Final, say: Callable[[str], None]) -> tuple[dict[str, Any] | None, dict[str, int]]:
-    """Interleaved samples and peak memory of every variant; None and nothing where one of them is emulated."""
+def _time(
+    outcome: Outcome, final: Final, say: Callable[[str], None]
+) -> tuple[dict[str, Any] | None, dict[str, dict[str, int | None]]]:
+    """Interleaved samples and memory of every variant; None and nothing where one of them is emulated."""
     if any(scores["measured"] == "emulated" for scores in final.scored.values()):
         say("no device of this backend here: compiled and scored by emulation, not timed")
         return None, {}
@@ -112,7 +115,9 @@ def _time(outcome: Outcome, final: Final, say: Callable[[str], None]) -> tuple[d
         "efficiency": experiment.evaluation.efficiency.model_dump(mode="json"),
     }
     timed = stages.timing(outcome.ctx, outcome.variants, split.scenes.folders[0], split.scenes.sha256, asked)
-    return timed["variants"], {v.name: stages.memory(outcome.ctx, v) for v in outcome.variants}
+    if timed["disturbed"]:
+        say(warning(timed["disturbed"]))
+    return timed, {v.name: stages.memory(outcome.ctx, v) for v in outcome.variants}
 
 
 def _parts(outcome: Outcome) -> list[Bought]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from pqk.data.scene import open_scene
 from pqk.errors import PqkError
 from pqk.run import stages
+from pqk.run.eval_seed import draw, seed_scenes, seeded_list
 from pqk.run.inputs import load_frames, scene_pairs
 from pqk.run.prepare import Request
 from pqk.run.stages import Context, Scenes
@@ -36,25 +37,25 @@ def validation_split(ctx: Context, experiment: Experiment, root: Path) -> Split:
 
 
 def test_split(ctx: Context, request: Request, experiment: Experiment, root: Path) -> Split:
-    """Opens the scenes that a run is scored on: those asked for on the command line, else `workload.scenes.test`.
+    """Opens the scenes that a run is scored on: those asked for on the command line, else `workload.scenes.test`, as
+    the eval seed draws them.
 
     A user's scenes and pictures are looked at here, before the long stages: each must be readable and have a pair.
     Raises PqkError in one sentence for what a user must change.
     """
-    workload = experiment.workload
+    workload, seed = experiment.workload, experiment.workload.seeds.eval
     if request.scenes and request.images:
         raise PqkError("--scenes and --images exclude each other: scenes with ground truth, or pictures without")
     if request.images:
-        found = Split(stages.folder_scenes(request.images, pictures=True), None, False)
+        found = Split(draw(stages.folder_scenes(request.images, pictures=True), seed)[0], None, False)
     elif request.scenes:
-        scenes = stages.folder_scenes(request.scenes)
+        scenes, _ = draw(stages.folder_scenes(request.scenes), seed)
         for folder in scenes.folders:
             refuse_partial_truth(folder)
         found = Split(scenes, None, _truthful(scenes))
     else:
-        asked = workload.scenes.test
-        scenes = stages.listed_scenes(ctx, "test", asked, workload, root)
-        return Split(scenes, asked.views, _truthful(scenes))
+        scenes, _ = seed_scenes(ctx, workload, root, seed)
+        return Split(scenes, workload.scenes.test.views, _truthful(scenes))
     for folder in found.scenes.folders:
         frames = load_frames(open_scene(folder), workload.input.height, workload.input.width)
         scene_pairs(frames, workload.pair_graph, workload.min_covisibility, found.truthful)
@@ -64,7 +65,7 @@ def test_split(ctx: Context, request: Request, experiment: Experiment, root: Pat
 def more_test_scenes(ctx: Context, workload: Workload, root: Path, first: int, count: int) -> Split:
     """Generates test scenes number `first` to `first + count - 1`, which go on where those of the workload end."""
     asked = workload.scenes.test
-    more = asked.model_copy(update={"count": count})
+    more = seeded_list(asked, workload.seeds.eval).model_copy(update={"count": count})
     return Split(stages.listed_scenes(ctx, "test", more, workload, root, first), asked.views, True)
 
 

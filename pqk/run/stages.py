@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from backends.base import Graph, Precision, Quantizer
 from pqk.data.generate import ScenePlan, make_scenes
 from pqk.errors import PqkError
 from pqk.files import sha256_json, write_json
+from pqk.measure.noise import disturbances, load_now
 from pqk.models.registry import family_modules
 from pqk.run import worker
 from pqk.run.clock import clock
@@ -37,6 +39,7 @@ class Context:
     store: Store
     on_event: OnEvent
     machine: Mapping[str, Any]  # device name and tool versions: part of the key of everything that an engine computes
+    retime: bool = False  # time and memory are measured anew, once by this context's store
 
     def make(
         self,
@@ -45,16 +48,17 @@ class Context:
         inputs: Mapping[str, Any],
         make: Callable[[Path], None],
         label: str = "",
+        stale: Callable[[Path], bool] = lambda folder: False,
     ) -> Artifact:
         """The artifact of `inputs` and of the source of `modules`, the code that makes it.
 
-        Events name the stage with `label` behind it, such as 'quality int8'.
+        Events name the stage with `label` behind it, such as 'quality int8'. `stale`: see `Store.get_or_make`.
         """
 
         def tell(kind: str, name: str, key: str, seconds: float) -> None:
             self.on_event(kind, f"{name} {label}".strip(), key, seconds)
 
-        return self.store.get_or_make(stage, {**inputs, "code": code_of(*modules)}, make, tell)
+        return self.store.get_or_make(stage, {**inputs, "code": code_of(*modules)}, make, tell, stale)
 
     def tell(self, stage: str, news: Mapping[str, Any]) -> None:
         """Pass on what a worker said with `worker.tell`: a text, and the share that is done."""
@@ -436,30 +440,63 @@ def _most_pairs(scenes: Scenes, fed: Mapping[str, Any]) -> int:
 
 
 def timing(
-    ctx: Context, variants: list[Variant], scene: Path, scenes_sha: str, request: Mapping[str, Any]
+    ctx: Context,
+    variants: list[Variant],
+    scene: Path,
+    scenes_sha: str,
+    request: Mapping[str, Any],
+    load: Callable[[], float] = load_now,
 ) -> dict[str, Any]:
-    """Interleaved samples of all variants, each with its `provenance`. `request`: shape, views, pairs, efficiency."""
+    """Interleaved samples of all variants, each with its `provenance`.
+
+    `request`: shape, views, pairs, efficiency (all of eval.yaml's section).
+
+    Besides what `pqk.run.timing` returns: `disturbed`, a clause for each thing that disturbed the timing. A disturbed
+    one that another run left is taken again where `load`, the cores that other processes use now, is within
+    `efficiency.max_load`; and any one where the context says `retime`.
+    """
+    efficiency = dict(request["efficiency"])
+    limits = {name: efficiency.pop(name) for name in ("max_load", "max_drift_pct")}  # judge, and change no sample
 
     def make(folder: Path) -> None:
-        asked = {"variants": [v.to_json() for v in variants], "scene": str(scene), **request}
+        asked = {"variants": [v.to_json() for v in variants], "scene": str(scene), **request, "efficiency": efficiency}
         write_json(folder / "timing.json", worker.call("timing", asked))
 
+    def stale(folder: Path) -> bool:
+        found = json.loads((folder / "timing.json").read_text())
+        return ctx.retime or (bool(disturbances(found["timing"], **limits)) and load() <= limits["max_load"])
+
     inputs = {"variants": [identity(ctx, v, None) for v in variants], "scenes": scenes_sha, **request}
-    made = ctx.make("timing", (*_TIME_CODE, *sources_of(*variants)), inputs, make)
+    made = ctx.make(
+        "timing", (*_TIME_CODE, *sources_of(*variants)), {**inputs, "efficiency": efficiency}, make, stale=stale
+    )
     found: dict[str, Any] = json.loads((made.path / "timing.json").read_text())
     for samples in found["variants"].values():
         samples |= provenance(made)
-    return found
+    return {**found, "disturbed": disturbances(found["timing"], **limits)}
 
 
-def memory(ctx: Context, variant: Variant) -> int:
-    """Peak resident bytes of a fresh process that compiles and runs the variant."""
+def memory(ctx: Context, variant: Variant) -> dict[str, int | None]:
+    """Bytes of host memory: `compile`, the peak of a process that compiles the variant, and `steady`, what a process
+    holds that loads the compiled model and runs it; None where it did not settle. See `pqk.run.memory`."""
 
     def make(folder: Path) -> None:
-        write_json(folder / "memory.json", worker.call("memory", {"variant": variant.to_json()}))
+        asked = variant.to_json()
+        with tempfile.TemporaryDirectory(prefix="compiled-", dir=folder) as compiled:
+            compiling = worker.call("memory", {"variant": asked, "compiled": compiled, "step": "compile"})
+            running = worker.call("memory", {"variant": asked, "compiled": compiled, "step": "run"})
+        write_json(folder / "memory.json", {"compile": compiling["peak_bytes"], "steady": running["steady_bytes"]})
 
-    made = ctx.make("memory", (*_MEMORY_CODE, *sources_of(variant)), identity(ctx, variant, None), make, variant.name)
-    return int(json.loads((made.path / "memory.json").read_text())["peak_bytes"])
+    made = ctx.make(
+        "memory",
+        (*_MEMORY_CODE, *sources_of(variant)),
+        identity(ctx, variant, None),
+        make,
+        variant.name,
+        stale=lambda folder: ctx.retime,
+    )
+    found: dict[str, int | None] = json.loads((made.path / "memory.json").read_text())
+    return found
 
 
 def sources_of(*variants: Variant | None) -> tuple[str, ...]:

@@ -81,13 +81,18 @@ class Store:
         return sha256_json({"stage": stage, "inputs": _plain(inputs, stage)})
 
     def get_or_make(
-        self, stage: str, inputs: Mapping[str, Any], make: Callable[[Path], None], on_event: OnEvent | None = None
+        self,
+        stage: str,
+        inputs: Mapping[str, Any],
+        make: Callable[[Path], None],
+        on_event: OnEvent | None = None,
+        stale: Callable[[Path], bool] = lambda folder: False,
     ) -> Artifact:
         """The artifact of these inputs: the one that is there when it is intact, else what `make(folder)` writes.
 
         `make` gets an empty folder. When it raises, nothing is kept and its error goes on. Two callers that ask for
         the same artifact at once make it once: the other one waits. `make` may ask for other artifacts, but not for
-        its own.
+        its own. `stale` looks at an intact artifact that this store has not made itself: True makes it anew.
         Raises PqkError when the disk is full or not writable.
         """
         key = self.key(stage, inputs)
@@ -96,7 +101,8 @@ class Store:
             self._sweep(stage, key[:16])
             target = self.root / stage / key[:16]
             manifest = _intact(target, stage, key)
-            if manifest is not None and not (self.fresh and key not in self._made):
+            again = manifest is not None and key not in self._made and (self.fresh or stale(target))
+            if manifest is not None and not again:
                 tell("reuse", stage, key, float(manifest["seconds"]))
                 return Artifact(target, key, stage, True, manifest)
             if os.path.lexists(target) and manifest is None:

@@ -14,7 +14,6 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import yaml
@@ -23,6 +22,7 @@ from pqk import paths
 from pqk.errors import PqkError
 from pqk.files import check_writable
 from pqk.measure.intervals import Interval
+from pqk.measure.latency import speedup
 from pqk.run.candidate import Outcome
 from pqk.run.explain import MIXED, can_rank, ranking, times_beside, with_floats
 from pqk.run.prepare import Request, asked_experiment, chosen_quantizer, usable_backend
@@ -90,8 +90,8 @@ def tune(
 ) -> Tuned:
     """Find the fastest choice of float nodes whose drop is at most `max_drop` percent, and write its quant.yaml.
 
-    Times of all points are comparable on a noisy machine: each is the median, over the rounds of one interleaved
-    timing, of the ratio to the int8 candidate in the same round, times the candidate's own median in the card's run.
+    Times of all points are comparable on a noisy machine: each is the candidate's own median in the card's run, divided
+    by the speedup of one interleaved timing of both (`pqk.measure.latency.speedup`).
     Raises PqkError, before anything long runs, for a backend whose nodes cannot go back to float or whose engines are
     emulated, a limit that is no number, fewer than two evaluations, a keep-list that the card or a setting overrides,
     and a file that cannot be written; afterwards for a drop that the card's metric cannot tell.
@@ -217,8 +217,8 @@ def _measure(outcome: Outcome, variant: Variant, keep: Sequence[str]) -> tuple[f
     """Drop in percent and pair time in ms of a variant named MIXED; how times are made comparable: see `tune`."""
     drop = outcome.drop(variant, keep)
     plain, mixed = times_beside(outcome, variant)
-    slower = median(ours / theirs for ours, theirs in zip(mixed, plain, strict=True))
-    return math.nan if drop is None else drop.value, slower * float(outcome.records[-1]["t_pair_p50_ms"])
+    faster = speedup(plain, mixed).value
+    return math.nan if drop is None else drop.value, float(outcome.records[-1]["t_pair_p50_ms"]) / faster
 
 
 def _final(outcome: Outcome) -> Interval | None:

@@ -75,10 +75,14 @@ def graph_from_json(data: Mapping[str, Any]) -> Graph:
 
 @dataclass(frozen=True)
 class PairTimes:
-    """Milliseconds of one pair: both encodings, the decoding, and their sum."""
+    """Milliseconds of one pair: both encodings, the decoding, and their sum.
+
+    device_ms: of the whole pair on the device alone; None where an engine does not measure it.
+    """
 
     encoder_ms: tuple[float, float]
     decoder_ms: float
+    device_ms: float | None = None
 
     @property
     def pair_ms(self) -> float:

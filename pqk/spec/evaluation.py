@@ -43,11 +43,28 @@ class Quality(Section):
 
 
 class Efficiency(Section):
-    """How long each pair timing runs: after `warmup` runs, until `min_pairs` are timed or `max_seconds` are over."""
+    """How long a timing runs after `warmup` rounds, and what disturbs it; seconds are per variant.
+
+    It ends when both `min_rounds` and `min_seconds` are reached, at the latest at `max_seconds`, and earlier where
+    every speedup is known to +- `enough_pct` percent (null: never). It is disturbed when other processes use more than
+    `max_load` cores or times drift by more than `max_drift_pct` percent.
+    """
 
     warmup: Annotated[int, Field(ge=0, le=1000)]
-    min_pairs: Annotated[int, Field(ge=1, le=1_000_000)]
+    min_rounds: Annotated[int, Field(ge=1, le=1_000_000)]
+    min_seconds: Annotated[float, Field(ge=0, le=86_400)]
     max_seconds: Annotated[float, Field(gt=0, le=86_400)]
+    enough_pct: Annotated[float | None, Field(gt=0, le=100)]
+    max_load: Annotated[float, Field(ge=0, le=10_000)]
+    max_drift_pct: Annotated[float, Field(gt=0, le=1000)]
+
+    @model_validator(mode="after")
+    def _least_before_most(self) -> Self:
+        if self.min_seconds > self.max_seconds:
+            raise ValueError(
+                f"has min_seconds {self.min_seconds:g}, which must be at most max_seconds, {self.max_seconds:g}"
+            )
+        return self
 
 
 class Thresholds(Section):

@@ -27,8 +27,10 @@ from pqk.record import freeze
 from pqk.record.ledger import (
     METRICS,
     RESULT,
+    Comparison,
     add_row,
     compare,
+    halves_interval,
     parse_seeds,
     read_results,
     read_rows,
@@ -304,6 +306,52 @@ def test_what_is_left_out_is_told() -> None:
     assert any("halves of one list" in note for note in compare((A, halves[0]), (B, halves[1])).notes)
 
 
+def over_halves(draws: int, whole: bool = False) -> Comparison:
+    """A comparison of rows that differ by draws of 4 of 8 scenes, whose differences are 1 to 8 thousandths."""
+    random_state = np.random.default_rng(5)
+    scenes = np.arange(1, 9) / 1000
+    rows = []
+    for seed in range(1, draws + 1):
+        value = float(random_state.choice(scenes, 4, replace=False).mean())
+        rows.append((row(0, seed, scenes="half: 4 of 8 of the list"), value))
+    if whole:
+        rows.append((row(0, 0, scenes="all 8 of the list"), float(scenes.mean())))
+    return compare((A, [r for r, _ in rows]), (B, [r | {"absrel": r["absrel"] + value} for r, value in rows]))
+
+
+def test_more_halves_of_one_list_do_not_narrow_the_interval() -> None:
+    """Their mean comes close to the list's, not to that of other scenes: the interval stays about that of 8 scenes."""
+    of_eight = t_interval(list(np.arange(1, 9) / 1000))
+    wide = of_eight.high - of_eight.low
+    for found in (over_halves(20), over_halves(200), over_halves(200, whole=True)):
+        assert [(i.unit, i.n) for i in found.intervals] == [("scenes", 8)]
+        assert 0.7 * wide < found.interval.high - found.interval.low < 1.5 * wide
+    assert over_halves(200, whole=True).interval.mean == pytest.approx(0.0045)
+    assert "over 8 scenes, 201 paired runs" in over_halves(200, whole=True).sentence
+
+
+@pytest.mark.parametrize(("count", "kept", "draws", "whole"), [(10, 5, 4, False), (9, 4, 4, False), (20, 10, 19, True)])
+def test_the_interval_over_halves_covers_as_often_as_it_says(count: int, kept: int, draws: int, whole: bool) -> None:
+    """Of 2000 lists of scenes around 1, about 95 % of the intervals hold 1; of those over draws as runs far fewer."""
+    random_state = np.random.default_rng(0)
+    right = naive = 0
+    for _ in range(2000):
+        scenes = random_state.normal(1.0, 3.0, count)
+        halves = [float(random_state.choice(scenes, kept, replace=False).mean()) for _ in range(draws)]
+        found = halves_interval(halves, kept, count, float(scenes.mean()) if whole else None)
+        right += found.low <= 1.0 <= found.high
+        as_runs = t_interval(halves)
+        naive += as_runs.low <= 1.0 <= as_runs.high
+    assert 0.94 < right / 2000 < 0.98
+    assert naive / 2000 < 0.85
+
+
+def test_one_draw_of_a_half_has_no_spread() -> None:
+    with pytest.raises(PqkError, match="at least 2 draws of halves"):
+        halves_interval([1.0], 2, 4)
+    assert halves_interval([1.0], 2, 4, whole=1.5).mean == 1.5
+
+
 @pytest.mark.parametrize(
     ("a", "b", "metric", "sentence"),
     [
@@ -319,7 +367,9 @@ def test_what_is_left_out_is_told() -> None:
         (grid(1), [r | {"scenes_sha256": "x"} for r in grid(1)], None, "saw other pictures"),
         (grid(1), grid(1), "psnr", "unknown metric 'psnr'"),
         (grid(1), grid(1, main_metric="rmse"), None, r"different main metrics \(absrel, rmse\)"),
-        (grid(1), grid(1, fps=None), "fps", r"b\.tsv: train seed 0, eval seed 0 has no fps"),
+        (grid(1), grid(1, rmse=None), "rmse", r"b\.tsv: train seed 0, eval seed 0 has no rmse"),
+        (grid(1), grid(1), "fps", "fps is not compared: no two rows are timed together"),
+        (grid(1, 2, scenes="half of it"), grid(1, 2, scenes="half of it"), None, "cannot read what an eval seed drew"),
         ([*grid(1), row(precision="bf16")], grid(1), None, r"a\.tsv has two rows of train seed 0, eval seed 0: f32 of"),
     ],
 )

@@ -52,7 +52,7 @@ def test_no_row_is_wrapped_at_80_columns() -> None:
     assert ["trt/modelopt-fp8", "int8", "emulated", "0.1157", "+0.70", "–", "–", "–"] in lines
     assert ["openvino/nncf", "int8", "engine", "49.7", "1234.6", "12.47", "1.41", "bf16", "16.6", "%"] in lines
     assert ["int8", "83.4", "%"] in lines  # each share on a line of its own
-    assert ["side", "run", "as", "MB", "p50", "ms", "x", "f32", "x", "float", "executed"] in lines
+    assert ["side", "run", "as", "MB", "p50", "ms", "x", "own", "f32", "x", "float", "executed"] in lines
     assert [line for line in lines if line[:2] == ["reference", "fp32"]] == [
         ["reference", "fp32", "engine", "–", "–", "2.3e-06", "2.3e-06", "0.00"]
     ]

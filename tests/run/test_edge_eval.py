@@ -65,12 +65,14 @@ def test_a_record_that_the_table_shows(exported: Path, tmp_path: Path) -> None:
     assert sum(pairs) > 150  # ms: --seconds counts too, less what lies between the pairs
     assert len(record["samples"]["encoder"]) == 2 * len(record["samples"]["decoder"]) == 2 * len(pairs)
     assert record["t_pair_p50_ms"] == pytest.approx(np.percentile(pairs, 50), abs=1e-3)
-    assert record["t_pair_p95_ms"] == pytest.approx(np.percentile(pairs, 95), abs=1e-3)
+    p95 = record["t_pair_p95_ms"]  # null below 100 pairs
+    assert p95 is None if len(pairs) < 100 else p95 == pytest.approx(np.percentile(pairs, 95), abs=1e-3)
     assert record["pairs_per_sec"] == pytest.approx(1000 / np.mean(pairs), rel=1e-3)
     assert record["t_scene_s"] is None  # two images of noise are no scene
     weights = sum(p.stat().st_size for p in (exported / "int8").iterdir() if p.suffix in (".xml", ".bin"))
     assert record["size_MB"] == weights / 1e6
-    assert record["device"] and record["ram_GB"] == record["peak_memory_GB"] > 0.02
+    assert record["device"] and record["ram_compile_GB"] == record["peak_memory_GB"] > 0.02
+    assert record["ram_GB"] is None  # the steady state is not measured
     has_power = shutil.which("tegrastats") or edge_power.read_rapl()
     assert (record["power_avg_W"] is None) == (not has_power)
     assert "two images of noise" in record["notes"]

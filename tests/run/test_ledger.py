@@ -173,35 +173,34 @@ def test_eval_seeds_draw_other_scenes(evaluated: Path) -> None:
         assert {pair["scene"] for pair in scored["pairs"]} == {0}  # by number: names are no part of an artifact
 
 
-def test_eval_seed_0_is_the_fixed_test_set_of_a_run(project_copy: Path, pqk: Pqk, tiny_model: Path) -> None:
-    """Same numbers as the float row of `pqk run`, and the very artifact."""
+@pytest.mark.parametrize(("seed", "folder"), [(0, False), (3, True)])
+def test_an_eval_seed_draws_the_scenes_of_a_run(
+    project_copy: Path, pqk: Pqk, tiny_model: Path, seed: int, folder: bool
+) -> None:
+    """`pqk run --seed s` and `pqk ledger eval --eval-seeds s`: the same numbers, and the very artifact."""
     pytest.importorskip("openvino")
     from pqk.run.runner import run
 
-    known = ("scenes", "graphs")
     events: list[tuple[str, str]] = []
-    request = Request("A1", "openvino", model=str(tiny_model), recipe=False, settings={"eval.efficiency.min_pairs": 1})
+    mine, words = None, ["--no-timing", "-o", "b.tsv", "--backend", "openvino", "--eval-seeds", str(seed)]
+    if folder:
+        mine = project_copy / "mine"
+        make_scenes(mine, [ScenePlan("train", 9, index, 3, 64) for index in range(3)], jobs=1)
+        for name, value in (("source", "mine"), ("count", "null"), ("views", "null")):
+            words += ["--set", f"workload.scenes.test.{name}={value}"]
+    settings = {"eval.efficiency.min_rounds": 1}
+    request = Request("A1", "openvino", model=str(tiny_model), scenes=mine, seed=seed, recipe=False, settings=settings)
     outcome = run(request, project_copy, lambda kind, stage, *_: events.append((kind, stage)), lambda text: None)
-    assert {("reuse", name) for name in known} <= set(events)
-    code, _, err = pqk(
-        project_copy,
-        "ledger",
-        "eval",
-        "tiny",
-        "--eval-seeds",
-        "0",
-        "--backend",
-        "openvino",
-        "--no-timing",
-        "-o",
-        "b.tsv",
-    )
-    assert code == 0 and "… quality" not in err and "quality on the test scenes fp32  kept from before" in err
+    known = {("reuse", "graphs")} | ({("reuse", "scenes")} if seed == 0 else set())
+    assert known <= set(events)
+    code, _, err = pqk(project_copy, "ledger", "eval", "tiny", *words)
+    assert code == 0 and "… quality" not in err and "quality, fp32  kept from before" in err
     (row,) = read_rows(project_copy / "b.tsv")
     record = outcome.records[0]
     assert all(row[name] == record[name] for name in ("chamfer", "absrel", "rmse", "delta1", "reproj_px", "pairs"))
     assert row["checkpoint_sha256"] == record["hashes"]["model"] and row["params"] == record["params"]
     assert row["scenes_sha256"] == record["hashes"]["scenes"]
+    assert row["scenes"] == ("half: 1 of 3 of the list" if folder else f"1 generated, base seed {seed}")
     assert row["fps"] is None  # not asked for
 
 

@@ -1,55 +1,106 @@
-"""What a worker process does with its request."""
+"""Memory that a model needs to be compiled and to run, on real engines in fresh processes."""
 
 from __future__ import annotations
 
 import ctypes
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from engine_toys import PIXELS, toy_variant
 
-from backends.base import Graph, Precision, TensorInfo
-from pqk.run import memory, qat, variants
+from pqk.measure.footprint import forget_peak, ram_bytes
+from pqk.run import qat, stages, worker
+from pqk.run.stages import Context
+from pqk.run.store import Store
+from pqk.run.variants import Variant
 
-
-def test_peak_memory_is_that_of_a_fresh_compilation(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    """No compiled model from a cache, whatever the variant says; its other options stay."""
-    seen: list[dict[str, Any]] = []
-
-    class Engines:
-        def __init__(self, variant: variants.Variant) -> None:
-            seen.append(dict(variant.options))
-
-        def __enter__(self) -> Any:
-            return SimpleNamespace(timed_pair=lambda first, second: None)
-
-        def __exit__(self, *_: object) -> None: ...
-
-    monkeypatch.setattr(memory, "Runner", Engines)
-    image = TensorInfo("image", (1, 3, 32, 32), "float32")
-    graph = Graph(tmp_path / "a.onnx", (image,), (), "0" * 64)
-    options = {"cache_dir": str(tmp_path), "rest": "f32"}
-    asked = variants.Variant("int8", "openvino", Precision.INT8, graph, graph, options)
-    assert memory.measure_memory({"variant": asked.to_json()})["peak_bytes"] > 0
-    assert seen == [{"rest": "f32"}]
+WIDE, TERMS = 2048, 5
+WEIGHTS = 4 * PIXELS * WIDE
+"""Bytes of the wide toy's weights, 25 MB; its file holds TERMS matrices of that size, which the compiler adds up."""
 
 
-@pytest.mark.parametrize("library", ["glibc", "another"])
-def test_calibration_in_torch_gives_memory_back(monkeypatch: pytest.MonkeyPatch, library: str) -> None:
-    """Every eighth image of every pass, and only where the C library can."""
-    trimmed: list[int] = []
-    functions = {"malloc_trim": trimmed.append} if library == "glibc" else {}
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace(**functions))
-    images = [{"image": number} for number in range(17)]
+def measured(root: Path, variant: Variant) -> dict[str, int | None]:
+    return stages.memory(Context(Store(root), lambda *_: None, {}), variant)
+
+
+@pytest.mark.skipif(not forget_peak(), reason="this kernel cannot forget a peak")
+def test_a_compiled_model_needs_its_weights_and_compiling_needs_more(tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    small, wide = (
+        measured(tmp_path, toy_variant(tmp_path / name, name, "openvino", width, TERMS))
+        for name, width in (("small", 16), ("wide", WIDE))
+    )
+    assert small["steady"] is not None and wide["steady"] is not None
+    # Running holds the weights, and the compiled file mapped; compiling holds all that is added up as well.
+    assert 0.8 * WEIGHTS < wide["steady"] - small["steady"] < 2.5 * WEIGHTS
+    assert wide["compile"] is not None and wide["compile"] > wide["steady"] + 0.8 * TERMS * WEIGHTS
+    assert small["compile"] is not None and small["steady"] > 2e7
+    assert not list(tmp_path.glob("memory/*/compiled-*"))  # the compiled models are gone
+
+
+def test_a_model_that_was_compiled_anew_has_no_steady_state(tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    variant = toy_variant(tmp_path / "toy", "toy", "openvino").to_json()
+    request = {"variant": variant, "compiled": str(tmp_path / "compiled"), "step": "run"}
+    assert worker.call("memory", request)["steady_bytes"] is None
+    assert worker.call("memory", request)["steady_bytes"] > 2e7  # now it is there
+
+
+def test_the_reference_compiles_nothing_that_could_be_kept(tmp_path: Path) -> None:
+    found = measured(tmp_path, toy_variant(tmp_path / "toy", "toy"))
+    assert found["compile"] is not None and found["steady"] is not None
+
+
+@pytest.mark.parametrize(
+    ("grows", "settles"), [("len(kept) < 2", True), ("True", False)], ids=["at first", "without end"]
+)
+def test_memory_that_grows_without_end_is_no_steady_state(grows: str, settles: bool) -> None:
+    """In a process of its own, whose memory nothing else moves: a pair that keeps 10 MB, twice or every time."""
+    code = (
+        "from pqk.run.memory import steady_bytes\n"
+        "kept = []\n"
+        "def pair():\n"
+        f"    if {grows}: kept.append(b'1' * 10_000_000)\n"
+        "found = steady_bytes(pair)\n"
+        "print(found if found is None else found > 2e7)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(settles or None)
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="another C library than glibc")
+def test_calibration_in_torch_gives_memory_back() -> None:
+    """What the C library keeps of freed memory goes back to the system while the images pass."""
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = (
+        ctypes.c_void_p,
+        [ctypes.c_size_t],
+        [ctypes.c_void_p],
+    )
+    size, count = 65_536, 1500
+    blocks = [libc.malloc(size) for _ in range(count)]
+    for block in blocks:
+        ctypes.memset(block, 1, size)
+    for index, block in enumerate(blocks):
+        if index % 50:  # the others hold the heap open, as live objects do
+            libc.free(block)
+    before = ram_bytes()
+    images = [{"image": number} for number in range(3)]
     seen: list[Any] = []
 
     class Job:
-        quantizer = SimpleNamespace(prepare=lambda source, spec, feeds: [list(feeds), list(feeds)])
+        quantizer = SimpleNamespace(prepare=lambda source, spec, feeds: list(feeds))
 
         def both(self, lower: Any) -> Any:
             seen.extend(lower(None, None, images))
             return seen
 
     qat.prepare(Job())  # type: ignore[arg-type]
-    assert seen == [images, images]
-    assert trimmed == ([0] * 6 if library == "glibc" else [])
+    assert seen == images
+    assert before - ram_bytes() > 0.8 * size * count
+    for block in blocks[::50]:
+        libc.free(block)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_toys import Outcome, make_project, pqk, start, written
+from run_toys import Outcome, make_project, pqk, start, times_as_fast, written
 
 from pqk.files import sha256_file
 from pqk.models import load_model
@@ -72,7 +72,7 @@ def test_a_student_is_measured_beside_its_teacher(distilled: tuple[Path, Outcome
     assert student["quality_drop_pct"] == pytest.approx(drop)
     assert student["verdict"] == ("pass" if drop <= 1 else "fail")
     assert "K: 6 steps in " in student["notes"]
-    assert student["t_pair_p50_ms"] > 0 and student["speedup_vs_own_f32"] > 0
+    assert student["t_pair_p50_ms"] > 0 and student["speedup_vs_teacher_f32"] > 0
 
 
 def test_what_the_cut_bought_is_told_part_by_part(distilled: tuple[Path, Outcome]) -> None:
@@ -106,10 +106,12 @@ def test_recipes_share_their_stages(copied: Callable[[], Path], tiny_model: Path
     rows = {(r["role"], r["precision"]): r for r in written(root) if r["exp_id"] == "D1"}
     student = rows["baseline", "f32"]
     assert student["model"] == "tiny+K" and student["hashes"]["model"] == record["hashes"]["model"]
-    # A quantized row is held against the same model in float, a student against its Teacher.
-    assert record["speedup_vs_own_f32"] == pytest.approx(student["t_pair_p50_ms"] / record["t_pair_p50_ms"])
+    # Each is held against its own model in f32, and against the Teacher's.
+    assert record["speedup_vs_own_f32"] == pytest.approx(times_as_fast(record, student), rel=1e-3)
     teacher = rows["teacher", "f32"]
-    assert student["speedup_vs_own_f32"] == pytest.approx(teacher["t_pair_p50_ms"] / student["t_pair_p50_ms"])
+    assert record["speedup_vs_teacher_f32"] == pytest.approx(times_as_fast(record, teacher), rel=1e-3)
+    assert student["speedup_vs_teacher_f32"] == pytest.approx(times_as_fast(student, teacher), rel=1e-3)
+    assert student["speedup_vs_own_f32"] == teacher["speedup_vs_own_f32"] == teacher["speedup_vs_teacher_f32"] == 1
     assert record["gpu_hours"] > student["gpu_hours"] > 0  # calibration counts
     assert "K: 6 steps" in record["notes"] and "calibrated on" in record["notes"]
 

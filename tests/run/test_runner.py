@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from run_toys import REPOSITORY, Outcome, environment, pqk, written
+from run_toys import REPOSITORY, Outcome, environment, pqk, times_as_fast, written
 
 from pqk.data.scene import open_scene
 from pqk.files import sha256_json
@@ -82,10 +82,15 @@ def test_three_records_teacher_first(finished: Finished) -> None:
     assert candidate["size_ratio"] < 0.6
     expected = 100 * (candidate["absrel"] - teacher["absrel"]) / teacher["absrel"]
     assert candidate["quality_drop_pct"] == pytest.approx(expected)
-    assert candidate["speedup_vs_own_f32"] == pytest.approx(teacher["t_pair_p50_ms"] / candidate["t_pair_p50_ms"])
-    fastest = min((records[p] for p in float_rows), key=lambda r: r["t_pair_p50_ms"])
+    assert candidate["speedup_vs_own_f32"] == pytest.approx(times_as_fast(candidate, teacher), rel=1e-3)
+    assert candidate["speedup_vs_teacher_f32"] == candidate["speedup_vs_own_f32"]  # its f32 is the Teacher's
+    fastest = max((records[p] for p in float_rows), key=lambda r: times_as_fast(r, teacher))
     assert candidate["best_float"] == fastest["precision"]
-    assert candidate["speedup_vs_best_float"] == pytest.approx(fastest["t_pair_p50_ms"] / candidate["t_pair_p50_ms"])
+    assert candidate["speedup_vs_best_float"] == pytest.approx(times_as_fast(candidate, fastest), rel=1e-3)
+    assert (candidate["timing"]["rounds"], candidate["timing"]["ended_by"]) == (4, "minimum")
+    assert candidate["timing"] == teacher["timing"]
+    assert (candidate["disturbed"], candidate["t_pair_p95_ms"]) == (False, None)  # of 4 rounds, whatever else ran here
+    assert candidate["peak_memory_GB"] == max(candidate["ram_GB"], candidate["ram_compile_GB"]) > 0.05
     assert candidate["flops_G"] == pytest.approx(teacher["flops_G"], rel=0.05)
 
 
@@ -104,6 +109,25 @@ def test_again_reuses_every_stage(finished: Finished, copy_of: Copy, tiny_model:
     timing = json.loads((stage_folder(root, "timing") / "manifest.json").read_text())
     assert (again.record["measured_at"], again.record["measured_commit"]) == (timing["created"], timing["commit"])
     assert again.record["wall_s"] < 0.5 * finished[1].record["wall_s"], seconds
+
+
+def test_retime_measures_time_and_memory_anew(finished: Finished, copy_of: Copy, tiny_model: Path) -> None:
+    """... and nothing else; where a second process uses a core, one line warns and the rows are marked."""
+    root = copy_of()
+    burner = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        again = pqk(root, *RUN, "--model", tiny_model, "--retime", "--set", "eval.efficiency.max_load=0.1")
+    finally:
+        burner.kill()
+        burner.wait()
+    made = [line.split()[1] for line in again.err.splitlines() if line.strip().startswith("…")]
+    assert made == ["timing,", *["peak"] * (len(made) - 1)] and len(made) > 2, again.err
+    assert again.record["samples"] != finished[1].record["samples"]
+    assert again.record["absrel"] == finished[1].record["absrel"]
+    warned = [line for line in again.err.splitlines() if "warning: the timing was disturbed" in line]
+    assert len(warned) == 1 and "other processes used " in warned[0] and "(at most 0.1)" in warned[0]
+    assert again.record["disturbed"] is True
+    assert all(r["disturbed"] is False for r in written(root) if r["hashes"]["eval"] != again.record["hashes"]["eval"])
 
 
 @pytest.mark.slow
@@ -175,15 +199,18 @@ def test_seed_and_settings_reach_the_record(copy_of: Copy, tiny_model: Path) -> 
     root = copy_of()
     outcome = pqk(
         root, *RUN, "--model", tiny_model, "--seed", "7",
-        "--set", "eval.quality.chamfer_points=64", "--set", "eval.efficiency={min_pairs: 3, warmup: 0}",
+        "--set", "eval.quality.chamfer_points=64", "--set", "eval.efficiency={min_rounds: 3, warmup: 0}",
     )  # fmt: skip
     assert outcome.code in (0, 1), outcome.err
     record = outcome.record
     assert (record["seed"], record["train_seed"], record["eval_seed"]) == (7, 7, 7)
     assert len(record["samples"]["pair"]) == 3
     plain = next(r for r in written(root) if r["seed"] == 0 and r["precision"] == "int8")
-    assert record["absrel"] == plain["absrel"]  # the depth metrics draw no random numbers
-    assert record["chamfer"] != plain["chamfer"]
+    assert record["scenes"] == [
+        "test-7-0000",
+        "test-7-0001",
+    ]  # other scenes of the same split, as the ledger draws them
+    assert record["absrel"] != plain["absrel"] and record["chamfer"] != plain["chamfer"]
     assert record["hashes"]["card"] == plain["hashes"]["card"]
     assert record["hashes"]["eval"] != plain["hashes"]["eval"]
     precisions = [r["precision"] for r in written(root)]

@@ -1,0 +1,89 @@
+"""Tells how quiet a machine is while times are taken: cores that other processes use, and times that drift.
+
+`pqk.run.timing` reads the load before, during and after its rounds; `disturbances` says what is wrong with a timing.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+WINDOW_S = 0.3
+"""A look at the load: 30 ticks of the kernel's accounting, so that one core counts to about 3 %."""
+
+_LEAST_FOR_DRIFT = 9  # rounds: three in each third
+
+
+@dataclass(frozen=True)
+class Clocks:
+    """Seconds since some moment: of the wall, of the allowed cores being busy (added up), and of this process's CPU."""
+
+    wall: float
+    busy: float
+    own: float
+
+
+def read_clocks() -> Clocks:
+    """Reads them now. Time that a hypervisor gave to other machines (steal) counts as busy."""
+    import psutil
+
+    cores = psutil.cpu_times(percpu=True)
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(len(cores))
+    chosen = [cores[index] for index in allowed if index < len(cores)]
+    # guest time is part of user time already
+    idle = ("idle", "iowait", "guest", "guest_nice")
+    busy = sum(sum(core) - sum(getattr(core, name, 0.0) for name in idle) for core in chosen)
+    return Clocks(time.monotonic(), busy, time.process_time())
+
+
+def load_between(begin: Clocks, end: Clocks) -> float:
+    """Gives the cores that other processes used between two readings: 1.0 is one whole core of the allowed ones."""
+    wall = end.wall - begin.wall
+    others = (end.busy - begin.busy) - (end.own - begin.own)
+    return max(0.0, others) / wall if wall > 0 else 0.0
+
+
+def load_now(window_s: float = WINDOW_S, read: Callable[[], Clocks] = read_clocks) -> float:
+    """Watches for `window_s` seconds and gives the cores that other processes used meanwhile."""
+    begin = read()
+    time.sleep(window_s)
+    return load_between(begin, read())
+
+
+def drift_pct(samples_ms: Sequence[float]) -> float | None:
+    """Gives the change of the median from the first to the last third of the rounds, percent; None below 9 rounds."""
+    third = len(samples_ms) // 3
+    if len(samples_ms) < _LEAST_FOR_DRIFT:
+        return None
+    first, last = (float(np.median(part)) for part in (samples_ms[:third], samples_ms[-third:]))
+    return 100 * (last / first - 1) if first > 0 else None
+
+
+def disturbances(timing: Mapping[str, Any], max_load: float, max_drift_pct: float) -> list[str]:
+    """Says what disturbed a timing, a clause each; empty when nothing did.
+
+    timing: `load_before`, `load_during` and `load_after` in cores, `drift_pct`; see `pqk.run.timing`. max_load,
+    max_drift_pct: section `efficiency` of eval.yaml.
+    """
+    found = []
+    loads = {when: timing[f"load_{when}"] for when in ("before", "during", "after")}
+    worst = max(loads, key=lambda when: loads[when])
+    if loads[worst] > max_load:
+        found.append(f"other processes used {loads[worst]:.1f} cores {worst} it (at most {max_load:g})")
+    drift = timing["drift_pct"]
+    if drift is not None and abs(drift) > max_drift_pct:
+        found.append(f"times drifted by {drift:+.0f} % over its rounds (at most {max_drift_pct:g} %)")
+    return found
+
+
+def warning(disturbed: Sequence[str]) -> str:
+    """Says in one line that a timing was disturbed, by what, and what becomes of it."""
+    return (
+        f"warning: the timing was disturbed: {'; '.join(disturbed)}. Do not quote its milliseconds; the next run on a "
+        "quiet machine takes it again, --retime at any time"
+    )

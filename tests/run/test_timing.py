@@ -1,0 +1,193 @@
+"""Interleaved timing on small real engines: its order, when it ends, and what becomes of a disturbed one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from engine_toys import SIDE, toy_variant
+
+from pqk.data.generate import ScenePlan, make_scenes
+from pqk.measure.noise import Clocks, disturbances
+from pqk.run import stages
+from pqk.run.stages import Context
+from pqk.run.store import Store
+from pqk.run.timing import time_variants, why_to_end
+from pqk.run.variants import PairTimes, Runner
+
+EFFICIENCY = {"warmup": 1, "min_rounds": 12, "min_seconds": 0.0, "max_seconds": 20.0, "enough_pct": None}
+Asked = Callable[..., dict[str, Any]]
+
+
+def quiet() -> Iterator[Clocks]:
+    """Readings of a machine on which nothing else runs."""
+    wall = 0.0
+    while True:
+        yield Clocks(wall, busy=2 * wall, own=2 * wall)
+        wall += 1.0
+
+
+@pytest.fixture(scope="module")
+def toys(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
+    """The folder of a scene of three views, and three variants."""
+    root = tmp_path_factory.mktemp("timing")
+    (scene,) = make_scenes(root / "scenes", [ScenePlan("test", 0, 0, 3, 64)], jobs=1)
+    return scene, [toy_variant(root / name, name) for name in ("one", "two", "three")]
+
+
+@pytest.fixture
+def asked(toys: tuple[Path, list[Any]]) -> Asked:
+    def request(**efficiency: Any) -> dict[str, Any]:
+        return {
+            "variants": [variant.to_json() for variant in toys[1]],
+            "scene": str(toys[0]),
+            "shape": [SIDE, SIDE],
+            "views": 3,
+            "pairs": [[0, 1], [1, 2]],
+            "efficiency": {**EFFICIENCY, **efficiency},
+        }
+
+    return request
+
+
+def test_the_order_is_drawn_anew_in_each_round(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+    real = Runner.timed_pair
+
+    def heard(self: Runner, image_1: np.ndarray, image_2: np.ndarray) -> PairTimes:
+        ran.append(self.variant.name)
+        return real(self, image_1, image_2)
+
+    monkeypatch.setattr(Runner, "timed_pair", heard)
+    found = time_variants(asked(min_rounds=40))
+    names = ["one", "two", "three"]
+    timed = ran[3:]  # after one round of warm-up
+    rounds = [timed[k : k + 3] for k in range(0, len(timed), 3)]
+    assert len(rounds) == found["timing"]["rounds"] == 40
+    assert all(sorted(each) == sorted(names) for each in rounds)
+    # Everyone runs after everyone else; in a rotation 'two' would always run after 'one'.
+    before = {pair for each in rounds for pair in pairwise(each)}
+    assert before == {(a, b) for a in names for b in names if a != b}
+    # The recorded seed gives the very order.
+    random = np.random.default_rng(found["timing"]["order_seed"])
+    assert rounds == [[names[k] for k in random.permutation(3)] for _ in range(40)]
+    for samples in found["variants"].values():
+        assert (len(samples["pair"]), len(samples["encoder"]), len(samples["decoder"])) == (40, 80, 40)
+        assert len(samples["scene_s"]) == 2 and "device" not in samples
+
+
+@pytest.mark.parametrize(
+    ("rounds", "seconds", "efficiency", "ended"),
+    [
+        (12, 0.0, {}, "minimum"),
+        (11, 5.0, {}, None),
+        (12, 1.0, {"min_seconds": 2.0}, None),  # both are least, and neither is most
+        (900, 2.0, {"min_seconds": 2.0}, "minimum"),
+        (4, 20.0, {}, "ceiling"),
+        (2, 99.0, {}, None),
+        (3, 99.0, {}, "ceiling"),
+    ],
+)
+def test_when_a_timing_ends(rounds: int, seconds: float, efficiency: dict[str, Any], ended: str | None) -> None:
+    assert why_to_end(rounds, seconds, [[1.0] * rounds] * 2, {**EFFICIENCY, **efficiency}) == ended
+
+
+def test_an_interval_may_end_a_timing_early() -> None:
+    steady, noisy = [1.0 + 0.0001 * (k % 7) for k in range(10)], [1.0 + 0.1 * (k % 7) for k in range(10)]
+    early = {**EFFICIENCY, "min_rounds": 100, "enough_pct": 1.0}
+    assert why_to_end(10, 0.1, [steady, steady], early) == "interval"
+    assert why_to_end(10, 0.1, [steady, steady, noisy], early) is None  # every ratio must be known
+    assert why_to_end(9, 0.1, [steady[:9], steady[:9]], early) is None
+    assert why_to_end(10, 0.1, [steady], early) is None  # there is no ratio
+    assert why_to_end(10, 0.1, [steady, steady], {**early, "enough_pct": None}) is None
+
+
+def test_a_quick_model_is_timed_for_the_least_time(asked: Asked) -> None:
+    found = time_variants(asked(min_rounds=3, min_seconds=0.1))
+    assert found["timing"]["ended_by"] == "minimum" and found["timing"]["rounds"] > 30
+    assert 0.3 <= found["timing"]["seconds"] < 5  # of three variants
+    ceiling = time_variants(asked(min_rounds=10**6, max_seconds=0.05))
+    assert ceiling["timing"]["ended_by"] == "ceiling" and ceiling["timing"]["rounds"] < 10**5
+
+
+def test_times_on_the_device_are_kept(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an engine that tells them, as one on a GPU does; a double stands for it here."""
+
+    def timed_pair(self: Runner, image_1: np.ndarray, image_2: np.ndarray) -> PairTimes:
+        return PairTimes((1.0, 2.0), 3.0, 0.5 if self.variant.name == "two" else None)
+
+    monkeypatch.setattr(Runner, "timed_pair", timed_pair)
+    found = time_variants(asked())["variants"]
+    assert found["two"]["device"] == [0.5] * 12 and found["two"]["pair"] == [6.0] * 12
+    assert "device" not in found["one"]
+
+
+def test_a_quiet_timing_is_not_marked(asked: Asked) -> None:
+    readings = quiet()
+    timing = time_variants(asked(), read=lambda: next(readings))["timing"]
+    assert (timing["load_before"], timing["load_during"], timing["load_after"]) == (0, 0, 0)
+    assert timing["own_cores"] == 2
+    assert timing["drift_pct"] is not None
+    assert disturbances({**timing, "drift_pct": 0.0}, max_load=0.25, max_drift_pct=10) == []
+
+
+@pytest.fixture
+def burner() -> Iterator[None]:
+    """A second process that uses one whole core."""
+    process = subprocess.Popen([sys.executable, "-c", "print(1, flush=True)\nwhile True: pass"], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.readline()
+    yield
+    process.kill()
+    process.wait()
+
+
+def test_a_disturbed_timing_is_marked_and_taken_again(
+    toys: tuple[Path, list[Any]], asked: Asked, tmp_path: Path, burner: None
+) -> None:
+    """The load that a real second process makes is in it; whether the machine is quiet afterwards is stated here."""
+    scene, variants = toys
+    request = {name: asked(min_rounds=3)[name] for name in ("shape", "views", "pairs")}
+    events: list[str] = []
+
+    def time(load: float, max_load: float = 0.25, retime: bool = False) -> dict[str, Any]:
+        ctx = Context(Store(tmp_path), lambda kind, *_: events.append(kind), {}, retime)
+        limits = {"max_load": max_load, "max_drift_pct": 1000.0}
+        events.clear()
+        asked_now = {**request, "efficiency": {**EFFICIENCY, "min_rounds": 3, **limits}}
+        return stages.timing(ctx, variants[:1], scene, "0" * 64, asked_now, load=lambda: load)
+
+    first = time(load=0.0)
+    assert events == ["make", "done"]
+    (clause,) = first["disturbed"]
+    assert clause.startswith("other processes used ") and clause.endswith("(at most 0.25)")
+    assert max(first["timing"][f"load_{when}"] for when in ("before", "during", "after")) > 0.25
+    samples = first["variants"]["one"]["pair"]
+
+    assert time(load=0.9)["variants"]["one"]["pair"] == samples and events == ["reuse"]  # still not quiet
+    calm = time(load=0.0, max_load=1000.0)  # a limit judges samples, and makes none
+    assert (calm["disturbed"], calm["variants"]["one"]["pair"], events) == ([], samples, ["reuse"])
+    again = time(load=0.1)
+    assert events == ["make", "done"] and again["variants"]["one"]["pair"] != samples
+    (stored,) = tmp_path.glob("timing/*/timing.json")
+    assert json.loads(stored.read_text())["variants"] == again["variants"]
+    assert time(load=9.0, max_load=1000.0, retime=True)["variants"] != again["variants"] and events == ["make", "done"]
+
+
+def test_one_run_retimes_once(toys: tuple[Path, list[Any]], asked: Asked, tmp_path: Path) -> None:
+    """What a run has timed itself it reuses, as the attempts of a rollback do."""
+    scene, variants = toys
+    request = {name: asked()[name] for name in ("shape", "views", "pairs")}
+    request["efficiency"] = {**EFFICIENCY, "min_rounds": 3, "max_load": 1000.0, "max_drift_pct": 1000.0}
+    events: list[str] = []
+    ctx = Context(Store(tmp_path), lambda kind, *_: events.append(kind), {}, retime=True)
+    for _ in range(2):
+        stages.timing(ctx, variants[:1], scene, "0" * 64, request)
+    assert events == ["make", "done", "reuse"]
