@@ -87,7 +87,7 @@ def measured_record(
     record["datetime"] = _now()
     record["hashes"] = common["hashes"] | {"engine": sha256_json(variant.hashes)}
     record |= {"scenes": base["scenes"], "pairs": len(base["pairs"]), "measured": mine["measured"]}
-    taken = mine if measured.timed is None else measured.timed[variant.name]
+    taken = mine if measured.timed is None else measured.timed["variants"][variant.name]
     record |= {name: taken.get(name) for name in ("measured_at", "measured_commit")}  # a reused one keeps its own
     for metric in metrics:
         for name in (metric, *_PARTS.get(metric, ())):
