@@ -60,7 +60,10 @@ def settings_of(items: list[str]) -> dict[str, Any]:
             raise PqkError(f"--set {name} is given twice")
         try:
             values = parse_yaml(f"value: {text}", "--set").values
-        except PqkError:
+        except PqkError as error:
+            reason = str(error).removeprefix("--set:1: value")  # in what is valid YAML, but not plain
+            if reason != str(error):
+                raise PqkError(f"--set {item}: the value{reason}") from None
             raise PqkError(
                 f"--set {item}: the value is not plain YAML (a number, a text, true, null, a list ...)"
             ) from None

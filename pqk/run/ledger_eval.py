@@ -260,7 +260,7 @@ class Bench:
             "scenes": drawn,
             "scenes_sha256": scenes.sha256,
             "measured": scores["measured"],
-            "commit": commit_of(self.root),
+            "commit": commit_of(),
             "datetime": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             "output": paths.shown(self.ctx.store.root / "quality" / made[-1][:16], self.root),
         }

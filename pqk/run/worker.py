@@ -6,27 +6,24 @@ dies with its parent, so that a killed run leaves nothing behind that would dist
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import errno
 import gc
 import json
 import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from pqk.errors import CheckFailed, NotBuilt, PqkError
-from pqk.files import clear_write_errors
+from pqk.files import clear_write_errors, temporary_folder
+from pqk.oserrors import refusal
 
 Result = dict[str, Any]
 _PR_SET_PDEATHSIG = 1
-_ONLY_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)  # the user's disk, and no defect
 _TOLD = "pqk-progress "  # begins the lines on a worker's stdout that are meant for its parent
 _CANNOT_WRITE = 73  # exit code (EX_CANTCREAT) of a worker that could not write its answer; its last line says why
 
@@ -42,7 +39,7 @@ def call(task: str, request: dict[str, Any], on_progress: Callable[[dict[str, An
     A PqkError or BackendError of the worker is raised here with its sentence. Raises PqkError when the worker was
     killed (SIGKILL) or the disk of the temporary files is full, WorkerCrashed when it ended in any other way.
     """
-    with _temporary_folder() as folder:
+    with temporary_folder("worker") as folder:
         asked, answered = folder / "request.json", folder / "result.json"
         with clear_write_errors(asked):
             asked.write_text(json.dumps(request))
@@ -70,7 +67,7 @@ def _run(command: list[str], errors: Path, on_progress: Callable[[dict[str, Any]
             text=True,
             encoding="utf-8",
             errors="replace",
-            env=_environment(),
+            env=_environment() | _places(errors.parent),
         )
         try:
             for line in process.stdout or ():
@@ -90,12 +87,13 @@ def tell(news: dict[str, Any]) -> None:
     print(_TOLD + json.dumps(news), flush=True)
 
 
-@contextlib.contextmanager
-def _temporary_folder() -> Iterator[Path]:
-    with contextlib.ExitStack() as stack:
-        with clear_write_errors(tempfile.gettempdir()):
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="pqk-worker-"))
-        yield Path(folder)
+def _places(folder: Path) -> dict[str, str]:
+    """Where a worker and its libraries may leave files: its own folder, which goes with it, however it ends."""
+    try:
+        Path.home()
+    except RuntimeError:  # a container's user without a name; libraries ask for a home when they are imported
+        return {"TMPDIR": str(folder), "HOME": str(folder)}
+    return {"TMPDIR": str(folder)}
 
 
 def _environment() -> dict[str, str]:
@@ -246,8 +244,9 @@ def main() -> None:
         result["seconds"] = time.monotonic() - began
     except Exception as error:
         code, said = getattr(error, "exit_code", None), str(error)
-        if isinstance(error, OSError) and error.errno in _ONLY_WRITING:
-            code, said = PqkError.exit_code, f"cannot write {error.filename or 'a file'}: {error.strerror}"
+        refused = refusal(error)
+        if code is None and refused is not None:
+            code, said = PqkError.exit_code, refused
         if not isinstance(code, int):
             raise
         result = {"error": said, "exit_code": code}
