@@ -71,11 +71,13 @@ def _coloured(text: str) -> str:
     """Headings in bold, names of verbs, arguments and options in cyan; only in a terminal that shows colours."""
     if not sys.stdout.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
         return text
-    text = re.sub(r"^(Usage:|\w+:$)", lambda found: typer.style(found[0], bold=True), text, flags=re.MULTILINE)
-    name = r"^(  )(\S+(?:[ ,/]+-\S+)*)(?= |$)"
-    head, mark, rest = text.partition("\n\n")
-    parts = re.split(r"(?m)^(?=\x1b\[1m\w+:)", rest)
-    listed = [
-        re.sub(name, lambda m: m[1] + typer.style(m[2], fg="cyan"), part, flags=re.MULTILINE) for part in parts[1:]
-    ]
-    return head + mark + parts[0] + "".join(listed)
+    lines, listing = [], False
+    for line in text.splitlines():
+        heading = re.fullmatch(r"\w+:", line)
+        listing = listing or heading is not None
+        if heading or line.startswith("Usage:"):
+            line = re.sub(r"^\w+:", lambda found: typer.style(found[0], bold=True), line)
+        elif listing:  # two spaces, then `name`, `-o, --out` or `--qat / --no-qat`
+            line = re.sub(r"^  (\S+(?:[ ,/]+-\S+)*)", lambda found: "  " + typer.style(found[1], fg="cyan"), line)
+        lines.append(line)
+    return "\n".join(lines)

@@ -158,9 +158,8 @@ class OpenVINOEngine(Engine):
                 if cache is None:
                     raise
                 cache = None
-                compiled = ov.Core().compile_model(
-                    model, "CPU", {k: v for k, v in settings.items() if k != "CACHE_DIR"}
-                )
+                del settings["CACHE_DIR"]
+                compiled = ov.Core().compile_model(model, "CPU", settings)
             if cache:
                 _seal(cache)
         except RuntimeError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -61,9 +62,9 @@ def settings_of(items: list[str]) -> dict[str, Any]:
         try:
             values = parse_yaml(f"value: {text}", "--set").values
         except PqkError as error:
-            reason = str(error).removeprefix("--set:1: value")  # in what is valid YAML, but not plain
-            if reason != str(error):
-                raise PqkError(f"--set {item}: the value{reason}") from None
+            number = re.search(r" is .* base \d+.*", str(error))
+            if number:
+                raise PqkError(f"--set {item}: the value{number[0]}") from None
             raise PqkError(
                 f"--set {item}: the value is not plain YAML (a number, a text, true, null, a list ...)"
             ) from None

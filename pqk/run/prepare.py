@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from pqk.spec.quant import Ptq
 
 SHIPPED = Path("models") / "dust3r-tiny"
+_PACKAGE = Path(__file__).resolve().parents[1]
 _RANDOM_CODE = ("pqk.models.checkpoint",)
 _PACKAGES = (
     "torch",
@@ -205,7 +206,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def commit_of(package: Path = Path(__file__).resolve().parents[1]) -> str | None:
+def commit_of(package: Path = _PACKAGE) -> str | None:
     """The git commit of the checkout that holds the running code, '-dirty' when files differ from it.
 
     None outside a repository, and where the repository around the package does not track it, as when it is installed
