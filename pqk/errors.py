@@ -7,6 +7,7 @@ import difflib
 import sys
 import traceback
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 from pqk.oserrors import refusal
 from pqk.output import StreamFailed, flush_streams, safe_streams
@@ -57,6 +58,7 @@ def told(work: Callable[[], int]) -> int:
     with safe_streams():
         try:
             try:
+                Path.cwd()  # at once: libraries that load others crash without one
                 code = work()
             except SystemExit as end:
                 code = end.code if isinstance(end.code, int) else int(end.code is not None)

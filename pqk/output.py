@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import errno
 import io
@@ -16,6 +17,26 @@ EXIT_PIPE_CLOSED = 141
 """What a shell reports for a program that SIGPIPE ended: 128 + 13."""
 
 
+_REPLACED = "pqk.replaced"  # the name of `_replaced` among the error handlers of codecs
+_PLAIN = {"✓": "+", "…": ".", "·": "-", "▸": ">", "–": "-", "—": "-", "→": ">", "×": "x", "≥": ">", "≤": "<"}
+
+
+def _replaced(error: UnicodeError) -> tuple[str, int]:
+    """Returns a plain character for each that the encoding lacks, so that tables keep their columns: '?' for most.
+
+    A byte of a file's name that is not UTF-8 (a lone surrogate in Python's texts) becomes \\xNN.
+    """
+    assert isinstance(error, UnicodeEncodeError)
+    signs = error.object[error.start : error.end]
+    plain = [
+        f"\\x{ord(sign) - 0xDC00:02x}" if "\udc80" <= sign <= "\udcff" else _PLAIN.get(sign, "?") for sign in signs
+    ]
+    return "".join(plain), error.end
+
+
+codecs.register_error(_REPLACED, _replaced)
+
+
 class StreamFailed(Exception):
     """A standard stream that cannot be written; its text is one sentence. Exit code 2."""
 
@@ -28,7 +49,7 @@ class _Stream(io.TextIOWrapper):
     def __init__(self, stream: io.TextIOWrapper, called: str) -> None:
         # a second wrapper around the same bytes: `detach` gives them back
         super().__init__(
-            stream.buffer, encoding=stream.encoding, errors="replace", line_buffering=stream.line_buffering
+            stream.buffer, encoding=stream.encoding, errors=_REPLACED, line_buffering=stream.line_buffering
         )
         self.called = called
 

@@ -115,6 +115,8 @@ def read_text(path: Path | str) -> str:
     """The UTF-8 text of a file of at most 1 MB; raises PqkError with one sentence when that cannot be read."""
     file, name = Path(path), shown(path)
     if not file.exists():
+        if file.is_symlink():
+            raise PqkError(f"cannot read {name}: it is a link, and what it leads to is not there or leads back to it")
         beside = file.parent.iterdir() if file.parent.is_dir() else ()
         siblings = [path.stem for path in beside if path.suffix == file.suffix]
         raise PqkError(f"{name}: no such file{nearest(file.stem, siblings)}")
