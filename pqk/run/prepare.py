@@ -179,15 +179,17 @@ def describe(path: Path, name: str) -> Model:
 
 
 def context(request: Request, backend: Backend, root: Path, on_event: OnEvent) -> Context:
-    """The store, and the machine: device, instruction sets, cores and versions are part of every measurement's key."""
+    """The store, and the machine: device, instruction sets, cores and their quota, and versions.
+
+    They are part of every measurement's key.
+    """
     details = backend.availability().details
-    quota = cpu_quota()
     machine = {
         "device": _device(details),
         "versions": _versions(),
         "isa": details.get("isa"),
         "cores": affinity_cores(),
-        **({"cpu_quota": quota} if quota is not None else {}),
+        "cpu_quota": cpu_quota(),
     }
     return Context(Store(paths.store(root), fresh=request.fresh), on_event, machine)
 
