@@ -8,14 +8,13 @@ from typing import Annotated
 
 import typer
 
+from pqk.cli_help import finish, group
 from pqk.cli_ledger import app as ledger_app
 
-app = typer.Typer(
-    no_args_is_help=True, add_completion=False, help="A bench for compressing feed-forward 3D transformers."
-)
-train_app = typer.Typer(no_args_is_help=True, help="Train models.")
-data_app = typer.Typer(no_args_is_help=True, help="Make and look at scenes.")
-bench_app = typer.Typer(no_args_is_help=True, help="Long measurements that are no tests.")
+app = group("A bench for compressing feed-forward 3D transformers.")
+train_app = group("Train models.")
+data_app = group("Make and look at scenes.")
+bench_app = group("Long measurements that are no tests.")
 app.add_typer(train_app, name="train")
 app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
@@ -301,6 +300,9 @@ def bench_teacher(
     from pqk.bench.teacher import bench_teacher as measure
 
     measure(model, write, "pqk " + " ".join(sys.argv[1:]))
+
+
+finish(app, train_app, data_app, bench_app, ledger_app)
 
 
 def main() -> None:

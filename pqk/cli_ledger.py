@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, help="Evidence: fixed checkpoints, train and eval seeds, frozen deliverables.")
+from pqk.cli_help import group
+
+app = group("Evidence: fixed checkpoints, train and eval seeds, frozen deliverables.")
 
 _Results = Annotated[Path | None, typer.Option("--results", help="folder of .tsv files; default: results/")]
 

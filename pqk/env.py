@@ -11,7 +11,7 @@ from rich.table import Table
 
 from backends import registry
 from pqk import __version__
-from pqk.cores import allowed_cores
+from pqk.cores import affinity_cores, cpu_quota
 
 
 def show_environment(as_json: bool) -> None:
@@ -21,7 +21,8 @@ def show_environment(as_json: bool) -> None:
         "pqk": __version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()}",
-        "cores": allowed_cores(),
+        "cores": affinity_cores(),
+        "cpu_quota": cpu_quota(),
     }
     if as_json:
         backends = {
@@ -38,7 +39,7 @@ def show_environment(as_json: bool) -> None:
         print(json.dumps({**machine, "backends": backends}))
         return
     console = Console(highlight=False)
-    console.print("  ".join(f"{name} {value}" for name, value in machine.items()))
+    console.print("  ".join(f"{name} {value}" for name, value in machine.items() if value is not None))
     table = Table(show_lines=True)
     for title in ("backend", "state", "what is there, or what mends it"):
         table.add_column(title)

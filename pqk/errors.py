@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-import errno
 import sys
 import traceback
 from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from pqk.oserrors import refusal
+from pqk.output import StreamFailed, flush_streams, safe_streams
 
 EXIT_OK = 0
 EXIT_CHECK_FAILED = 1
 EXIT_USAGE = 2
 EXIT_UNAVAILABLE = 3
 EXIT_UNDECIDED = 4  # the measurement is too coarse to tell whether a threshold held
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
 EXIT_CRASH = 70  # a defect of pqk itself: never to be mistaken for a failed threshold
 
 
@@ -34,25 +39,49 @@ class NotBuilt(PqkError):
     exit_code = EXIT_UNAVAILABLE
 
 
+class Interrupted(PqkError):
+    """Ctrl-C (SIGINT). Exit code 130."""
+
+    exit_code = EXIT_INTERRUPTED
+
+    def __init__(self) -> None:
+        super().__init__("interrupted; finished stages are kept, and the same command continues from there")
+
+
 def told(work: Callable[[], int]) -> int:
     """Run `work` and return its exit code; a user's error becomes one sentence on stderr and its own exit code.
 
-    A user's error is any exception with an `exit_code`, so that `backends` needs no import from here; and the system's
-    word that a name is too long, which any look at a given path may raise. Any other is a defect: its traceback is
-    printed and the code is 70.
+    A user's error is any exception with an `exit_code`, so that `backends` needs no import from here, and what the
+    system refuses (`pqk.oserrors.refusal`). Ctrl-C becomes one line and code 130, a closed pipe code 141. Any other
+    exception is a defect: its traceback is printed and the code is 70.
     """
-    try:
-        return work()
-    except Exception as error:
-        code = getattr(error, "exit_code", None)
-        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
-            print(f"pqk: {error.filename}: the name is too long", file=sys.stderr)
-            return EXIT_USAGE
-        if not isinstance(code, int):
-            traceback.print_exc()
-            return EXIT_CRASH
-        print(f"pqk: {' '.join(str(error).split())}", file=sys.stderr)
-        return code
+    with safe_streams():
+        try:
+            try:
+                Path.cwd()  # at once: libraries that load others crash without one
+                code = work()
+            except SystemExit as end:
+                code = end.code if isinstance(end.code, int) else int(end.code is not None)
+            except KeyboardInterrupt:
+                raise Interrupted from None
+            flush_streams()
+            return code
+        except SystemExit as end:  # of a stream that is closed
+            return int(end.code or 0)
+        except Exception as error:
+            return _explain(error)
+
+
+def _explain(error: Exception) -> int:
+    """Print what the user must know of an error, and return the exit code; a stderr that fails gets nothing."""
+    code, said = getattr(error, "exit_code", None), refusal(error)
+    with contextlib.suppress(StreamFailed, SystemExit):
+        if isinstance(code, int) or said is not None:
+            print(f"pqk: {' '.join((said or str(error)).split())}", file=sys.stderr, flush=True)
+        else:
+            traceback.print_exception(error)
+            sys.stderr.flush()
+    return code if isinstance(code, int) else EXIT_CRASH if said is None else EXIT_USAGE
 
 
 def nearest(word: str, allowed: Iterable[str]) -> str:

@@ -3,31 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from pqk.errors import PqkError
+from pqk.locks import lock
+from pqk.oserrors import cannot_read, cannot_write
 
-_SENTENCES = {
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EROFS: "the file system is read-only",
-    errno.EACCES: "no permission to write",
-    errno.EPERM: "no permission to write",
-    errno.ENOTDIR: "a parent of it is a file, not a folder",
-    errno.EISDIR: "it is a folder",
-    errno.EEXIST: "something else is there under this name",
-    errno.ENOTEMPTY: "something else is there under this name",
-    errno.ENAMETOOLONG: "the name is too long",
-    errno.EFBIG: "the file is larger than this system allows",
-}
+_OWNER = ".owner"
+"""A file in a temporary folder, locked while its maker lives."""
 
 
 @contextlib.contextmanager
@@ -36,9 +27,42 @@ def clear_write_errors(path: Path | str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in _SENTENCES:
-            raise PqkError(f"cannot write {path}: {_SENTENCES[error.errno]}") from error
+        sentence = cannot_write(path, error)
+        if sentence is not None:
+            raise PqkError(sentence) from error
         raise
+
+
+def check_readable(path: Path | str) -> None:
+    """Raises PqkError when a file cannot be opened: libraries that read it would call it damaged."""
+    try:
+        Path(path).open("rb").close()
+    except OSError as error:
+        raise PqkError(cannot_read(path, error)) from error
+
+
+def matching(folder: Path, pattern: str) -> list[Path]:
+    """Returns what `folder` holds by a pattern of names such as '*.md', sorted; nothing when there is no such folder.
+
+    Raises PermissionError for a folder that may not be read; `Path.glob` would find nothing there.
+    """
+    try:
+        return sorted(path for path in folder.iterdir() if fnmatchcase(path.name, pattern))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def below(folder: Path) -> list[Path]:
+    """Returns all files and folders below `folder`, sorted; links to folders are not followed.
+
+    Raises OSError for a folder that cannot be read; `Path.rglob` would leave it out.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    found = os.walk(folder, onerror=refuse)
+    return sorted(Path(parent) / name for parent, folders, files in found for name in (*folders, *files))
 
 
 @contextlib.contextmanager
@@ -81,7 +105,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
             raise PqkError(taken)
         for old in target.parent.iterdir():
             maker = old.name.removeprefix(f".{target.name}.").removesuffix(".tmp")
-            if old.name == f".{target.name}.{maker}.tmp" and maker.isdigit() and not _alive(int(maker)):
+            if old.name == f".{target.name}.{maker}.tmp" and maker.isdigit() and not alive(int(maker)):
                 shutil.rmtree(old, ignore_errors=True)
         temporary = target.parent / f".{target.name}.{os.getpid()}.tmp"
         temporary.mkdir()
@@ -101,7 +125,48 @@ def whole_folder(target: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _alive(process: int) -> bool:
+@contextlib.contextmanager
+def temporary_folder(kind: str) -> Iterator[Path]:
+    """Yields a new folder `pqk-KIND-...` where the system keeps temporary files, and removes it at the end.
+
+    What a killed process left behind is removed by the next caller of the same kind: nobody holds its lock.
+    Raises PqkError when the disk is full, and FileNotFoundError when no folder for temporary files can be written.
+    """
+    parent = Path(tempfile.gettempdir())
+    with clear_write_errors(parent):
+        _sweep(parent, f"pqk-{kind}-")
+        folder = Path(tempfile.mkdtemp(prefix=f"pqk-{kind}-", dir=parent))
+        try:
+            handle = os.open(folder / f"{_OWNER}.new", os.O_RDWR | os.O_CREAT, 0o600)
+            with contextlib.suppress(PqkError):  # no locks there: then it is not swept
+                lock(handle, folder / _OWNER)
+            (folder / f"{_OWNER}.new").rename(folder / _OWNER)  # locked before others can find it
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(handle)
+
+
+def _sweep(parent: Path, prefix: str) -> None:
+    """Removes this user's temporary folders whose maker is gone. Process ids would not do: containers share folders."""
+    for folder in matching(parent, f"{prefix}*"):
+        with contextlib.suppress(OSError, PqkError):
+            if folder.is_symlink() or folder.stat().st_uid != os.geteuid():
+                continue
+            handle = os.open(folder / _OWNER, os.O_RDWR | os.O_NOFOLLOW)
+            try:
+                if lock(handle, folder / _OWNER, wait=False):
+                    shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(handle)
+
+
+def alive(process: int) -> bool:
+    """Tells whether a process of this number runs, whoever owns it."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pqk.errors import PqkError
+from pqk.oserrors import printable
 
 MARK = Path("configs") / "workload.yaml"
 """The file that makes a folder a project root."""
@@ -13,12 +14,15 @@ MARK = Path("configs") / "workload.yaml"
 def project_root(start: Path | str | None = None) -> Path:
     """The nearest of `start` (default: the current directory) and its parents that holds configs/workload.yaml.
 
-    Without one, the repository that this package lies in. Raises PqkError when that is no project either.
+    Without one, the repository that this package lies in. Raises PqkError when that is no project either, and when its
+    path is not UTF-8: exporters, engines and JSON cannot name files there.
     """
     begin = Path(start).resolve() if start is not None else Path.cwd()
     repository = Path(__file__).resolve().parents[1]
     for folder in (begin, *begin.parents, repository):
         if (folder / MARK).is_file():
+            if printable(folder) != str(folder):
+                raise PqkError(f"the path of the project is not UTF-8: {printable(folder)}; rename that folder")
             return folder
     raise PqkError(f"no project here: neither {begin} nor a parent of it holds {MARK}; change into a checkout of pqk")
 

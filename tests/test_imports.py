@@ -93,7 +93,10 @@ def test_starting_imports_nothing_heavy(start: str) -> None:
 
 
 def test_help_imports_nothing_heavy_and_answers_at_once() -> None:
-    """CPU time, as other work on the machine must not decide; the best of three."""
+    """CPU time, as other work on the machine must not decide; the best of five.
+
+    With rich, whose layout typer takes unless it is asked not to, it was twice as much.
+    """
     code = (
         "import sys\nfrom pqk.cli import main\nsys.argv = ['pqk', '--help']\n"
         "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code\n"
@@ -102,12 +105,23 @@ def test_help_imports_nothing_heavy_and_answers_at_once() -> None:
         [sys.executable, "-c", code + SHOW_MODULES], cwd=REPOSITORY, capture_output=True, text=True, check=True
     )
     assert "bench" in done.stdout
-    assert set(json.loads(done.stdout.splitlines()[-1])) & set(HEAVY) == set()
+    assert set(json.loads(done.stdout.splitlines()[-1])) & {*HEAVY, "rich", "yaml", "pydantic", "numpy"} == set()
     seconds = []
-    for _ in range(3):
+    for _ in range(5):
         before = os.times()
         subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, stdout=subprocess.DEVNULL, check=True)
         after = os.times()
         spent = (after.children_user + after.children_system) - (before.children_user + before.children_system)
         seconds.append(spent)
-    assert min(seconds) < 0.4, seconds
+    assert min(seconds) < 0.25, seconds
+
+
+def test_help_names_every_verb_with_a_whole_sentence() -> None:
+    env = os.environ | {"COLUMNS": "100"}
+    for words, verbs in (([], ("run", "ledger")), (["ledger"], ("finalize", "compare"))):
+        command = [sys.executable, "-m", "pqk.cli", *words, "--help"]
+        done = subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True, check=True)
+        assert all(f"\n  {verb} " in done.stdout for verb in verbs)
+        lines = done.stdout.splitlines()
+        assert not [line for line in lines[1:] if line.endswith("...") or "\x1b" in line]
+        assert max(map(len, lines)) <= 100

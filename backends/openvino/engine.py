@@ -152,7 +152,14 @@ class OpenVINOEngine(Engine):
         if cache:
             _drop_untrusted(cache)
         try:
-            compiled = ov.Core().compile_model(model, "CPU", settings)
+            try:
+                compiled = ov.Core().compile_model(model, "CPU", settings)
+            except RuntimeError:  # another process may have deleted the folder while this one used it
+                if cache is None:
+                    raise
+                cache = None
+                del settings["CACHE_DIR"]
+                compiled = ov.Core().compile_model(model, "CPU", settings)
             if cache:
                 _seal(cache)
         except RuntimeError as error:

@@ -20,7 +20,9 @@ from __future__ import annotations
 
 import contextlib
 import operator
+import os
 import re
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -134,7 +136,9 @@ def _prepare(module: torch.nn.Module, example: tuple[torch.Tensor, ...], spec: Q
 
     try:
         import torchao  # noqa: F401  (INC asks for it too late to say so clearly)
-        from neural_compressor.torch.quantization import StaticQuantConfig, prepare
+
+        with _own_logs():
+            from neural_compressor.torch.quantization import StaticQuantConfig, prepare
     except ImportError as error:
         raise Unavailable(f"quantizer 'inc' cannot run: {error}; {MEND}") from error
     config = StaticQuantConfig(
@@ -149,6 +153,23 @@ def _prepare(module: torch.nn.Module, example: tuple[torch.Tensor, ...], spec: Q
         return prepare(exported, config)
     except Exception as error:
         raise BackendError(f"Intel Neural Compressor cannot export {type(module).__name__}: {_first(error)}") from error
+
+
+@contextlib.contextmanager
+def _own_logs() -> Iterator[None]:
+    """While INC is imported, its log goes into a temporary folder: it would make ~/.habana_logs, or fail without HOME.
+
+    A folder that the user names in HABANA_LOGS is left to INC.
+    """
+    if "HABANA_LOGS" in os.environ:
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="pqk-inc-") as folder:
+        os.environ["HABANA_LOGS"] = folder
+        try:
+            yield
+        finally:
+            del os.environ["HABANA_LOGS"]
 
 
 def _first(error: Exception) -> str:

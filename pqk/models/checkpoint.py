@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pqk.errors import PqkError, nearest
-from pqk.files import atomic_path, clear_write_errors, write_json
+from pqk.files import atomic_path, check_readable, clear_write_errors, write_json
 from pqk.models.configs import NAMED
 from pqk.models.registry import build_model, empty_model, load_weights
 
@@ -113,6 +113,7 @@ def _read_folder(folder: Path) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise PqkError(f"{folder} is not a model folder: it has no {name}")
+        check_readable(folder / name)
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))  # Infinity is accepted, as the hub writes it
     except (ValueError, RecursionError) as error:
@@ -130,6 +131,7 @@ def _read_pth(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Configuration and weights of an official checkpoint; only tensors, plain data and `_harmless` types are read."""
     if path.suffix == ".safetensors":
         raise PqkError(f"{path}: give the folder that holds {CONFIG} and {WEIGHTS}, not the weights file")
+    check_readable(path)
     try:
         with torch.serialization.safe_globals(_harmless()):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None)

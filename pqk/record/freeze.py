@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pqk.errors import PqkError
-from pqk.files import clear_write_errors, sha256_file, whole_folder
+from pqk.files import below, clear_write_errors, sha256_file, whole_folder
 from pqk.record.ledger import (
     COLUMNS,
     HIGHER_IS_BETTER,
@@ -97,7 +97,7 @@ def _files(folder: Path) -> list[Row]:
             "bytes": path.stat().st_size,
             "sha256": sha256_file(path),
         }
-        for path in sorted(folder.rglob("*"))
+        for path in below(folder)
         if path.is_file()
     ]
 

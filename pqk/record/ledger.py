@@ -7,7 +7,6 @@ and the digests of everything that decides it. Nothing here runs a model; `pqk.r
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import math
 import os
 import re
@@ -18,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from pqk.errors import PqkError, nearest
-from pqk.files import clear_write_errors, sha256_file
+from pqk.files import clear_write_errors, matching, sha256_file
+from pqk.locks import lock
 from pqk.paths import shown
 from pqk.record.tsv import Kind, Row, read_table, write_table
 
@@ -157,7 +157,7 @@ def _alone(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        lock(handle, folder)
         yield
     finally:
         os.close(handle)
@@ -214,7 +214,7 @@ def read_results(folder: Path) -> list[tuple[Path, list[Row]]]:
     """All ledgers (`*.tsv`) of a folder, by name. Raises PqkError when there is none, or they must not be mixed."""
     if not folder.is_dir():
         raise PqkError(f"no folder {folder}; pqk ledger eval writes results into one")
-    files = sorted(path for path in folder.glob("*.tsv") if not path.name.startswith("."))
+    files = [path for path in matching(folder, "*.tsv") if not path.name.startswith(".")]
     tables = [(path, read_rows(path)) for path in files]
     if not any(rows for _, rows in tables):
         raise PqkError(f"{folder} holds no results (*.tsv); make some with pqk ledger eval")

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from pqk.errors import PqkError
-from pqk.files import write_json
+from pqk.files import matching, write_json
+from pqk.oserrors import cannot_read
 from pqk.record.schema import SCHEMA_FILE, load_schema, schema_version, validate
 
 # Two records that agree in all of these are the same measurement made again; the newer one may replace the older.
@@ -122,8 +123,8 @@ def _files(sources: Iterable[Path]) -> list[Path]:
     files: list[Path] = []
     for source in sources:
         if source.is_dir():
-            found = (p for p in source.glob("*.json") if p.name != SCHEMA_FILE.name and not p.name.startswith("."))
-            files += sorted(found, key=lambda p: p.name)
+            found = matching(source, "*.json")
+            files += [p for p in found if p.name != SCHEMA_FILE.name and not p.name.startswith(".")]
         elif source.is_file():
             files.append(source)
         else:
@@ -147,7 +148,7 @@ def _read_json(file: Path) -> Any:
         text = file.read_text(encoding="utf-8-sig")
         return json.loads(text, parse_constant=refuse, object_pairs_hook=no_duplicates)
     except OSError as error:
-        raise PqkError(f"cannot read {file}: {error.strerror}") from error
+        raise PqkError(cannot_read(file, error)) from error
     except RecursionError as error:
         raise PqkError(f"{file}: not a log: nested too deeply") from error
     except ValueError as error:

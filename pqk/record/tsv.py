@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from pqk.errors import PqkError, nearest
 from pqk.files import write_text
+from pqk.oserrors import cannot_read
 
 Kind = Literal["text", "int", "float"]
 Row = dict[str, Any]
@@ -116,7 +117,7 @@ def read_table(path: Path, columns: Mapping[str, Kind], required: Sequence[str] 
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise PqkError(f"cannot read {path}: {error.strerror}") from error
+        raise PqkError(cannot_read(path, error)) from error
     except UnicodeDecodeError as error:
         raise PqkError(f"{path} is not UTF-8 text") from error
     lines = text.split("\n")  # not splitlines: a cell may hold what Python takes for a line's end

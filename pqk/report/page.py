@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pqk.errors import CheckFailed, PqkError
-from pqk.files import write_text
+from pqk.files import matching, write_text
 from pqk.paths import shown
 from pqk.record.freeze import check_files, spread
 from pqk.record.ledger import Stat, seeds_text, stat
@@ -419,7 +419,7 @@ def _verdicts(recipes: Sequence[Recipe]) -> list[str]:
 
 
 def _ablations(deliverable: Path, plan: dict[str, Any], out: Path) -> list[str]:
-    tables = sorted((deliverable / "ablation").glob("*.md"))
+    tables = matching(deliverable / "ablation", "*.md")
     if not any(run["matrix"] for run in plan["rows"]):
         return []
     lines = ["## Ablations", ""]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pqk.errors import PqkError
+from pqk.files import matching
 from pqk.record.ledger import parse_seeds
 from pqk.record.log import read_records, record_filename
 from pqk.run.plan import Progressed, asked_backend, progress
@@ -114,7 +115,7 @@ def _records_of(step: Step, records: Sequence[Record], backend: str, root: Path)
 
 def _ablation(card: str, root: Path) -> dict[str, bytes]:
     folder = root / "reports" / "ablation" / card
-    found = sorted(path for path in folder.glob("*.*") if path.suffix in (".csv", ".md", ".png"))
+    found = [path for path in matching(folder, "*.*") if path.suffix in (".csv", ".md", ".png")]
     return {f"{ABLATION}/{path.name}": path.read_bytes() for path in found}
 
 

@@ -194,7 +194,7 @@ def make(
         "scenes": test.scenes.sha256,
         "validation": validation.scenes.sha256,
     }
-    commit = commit_of(root)
+    commit = commit_of()
     common = common_columns(experiment, tools.backend.name, ctx.machine, teacher.name, truthful, commit, hashes)
     common["run_id"] = request.run_id
     planned = _planned(request, recipe, tools, teacher, common)

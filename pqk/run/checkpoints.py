@@ -14,7 +14,16 @@ from typing import Any
 from backends.base import Graph, sha256_files
 from pqk import paths
 from pqk.errors import PqkError
-from pqk.files import clear_write_errors, sha256_file, sha256_json, whole_folder, write_json
+from pqk.files import (
+    below,
+    check_readable,
+    clear_write_errors,
+    matching,
+    sha256_file,
+    sha256_json,
+    whole_folder,
+    write_json,
+)
 from pqk.models.checkpoint import CARD, CONFIG, load_model, model_name
 from pqk.record.freeze import safe_name
 from pqk.run.prepare import commit_of, count_parameters
@@ -86,7 +95,7 @@ def open_checkpoint(asked: str | Path, root: Path) -> Checkpoint:
             f"{path} was changed after it was finalized: its sha256 is {digest}, its model card tells "
             f"{finalized.get('checkpoint_sha256')}"
         )
-    weights = sorted(path.glob("*.safetensors")) if path.is_dir() else []
+    weights = matching(path, "*.safetensors")
     if isinstance(card.get("sha256"), str) and card["sha256"] not in {sha256_file(file) for file in weights}:
         raise PqkError(f"{path / CARD} tells of other weights (sha256 {card['sha256']}) than those beside it")
     name = model_name(path) if path.is_dir() else Path(model_name(path)).stem
@@ -103,6 +112,7 @@ def _read(path: Path) -> tuple[Path, str]:
 
 def _graphs(folder: Path) -> dict[str, Graph]:
     """The graphs of a kept result with their digests as they are now. Raises PqkError."""
+    check_readable(folder / GRAPHS)
     try:
         told = json.loads((folder / GRAPHS).read_text(encoding="utf-8"))
         found = {name: graph_from_json({**told[name], "path": folder / told[name]["path"]}) for name in told}
@@ -124,14 +134,15 @@ def _files(path: Path) -> tuple[Path, list[Path]]:
     if path.is_file():
         return path, [path]
     if (path / CONFIG).is_file():
-        return path, [path / CONFIG, *sorted(path.glob("*.safetensors"))]
-    official = sorted(path.glob("*.pth"))
+        return path, [path / CONFIG, *matching(path, "*.safetensors")]
+    official = matching(path, "*.pth")
     if len(official) != 1:
         raise PqkError(f"{path} is no checkpoint: it has no {CONFIG}")
     return official[0], official
 
 
 def _read_card(path: Path) -> dict[str, Any]:
+    check_readable(path)
     try:
         card = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -188,7 +199,7 @@ def finalize(
             "train_seed": seed,
             "card": task_card,
             "source": paths.shown(found.path, root),
-            **_stamp(root),
+            **_stamp(),
         }
         write_json(new / CARD, {**found.card, FINALIZED: about})
     return open_checkpoint(target, root), True
@@ -227,16 +238,16 @@ def keep_result(
             raise PqkError(f"{float_model} or its graphs were changed while they were copied; run the card again")
         copies = {
             path.relative_to(new).as_posix(): {"sha256": sha256_file(path), "bytes": path.stat().st_size}
-            for path in sorted(new.rglob("*"))
+            for path in below(new)
             if path.is_file()
         }
-        told_of = {"name": name, "checkpoint_sha256": digest, "files": copies, **about, **_stamp(root)}
+        told_of = {"name": name, "checkpoint_sha256": digest, "files": copies, **about, **_stamp()}
         write_json(new / CARD, {FINALIZED: told_of})
     return open_checkpoint(target, root), True
 
 
-def _stamp(root: Path) -> dict[str, Any]:
-    return {"commit": commit_of(root), "datetime": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")}
+def _stamp() -> dict[str, Any]:
+    return {"commit": commit_of(), "datetime": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")}
 
 
 def plain_name(name: str) -> str:

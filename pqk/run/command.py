@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -62,7 +63,10 @@ def settings_of(items: list[str]) -> dict[str, Any]:
             raise PqkError(f"--set {name} is given twice")
         try:
             values = parse_yaml(f"value: {text}", "--set").values
-        except PqkError:
+        except PqkError as error:
+            number = re.search(r" is .* base \d+.*", str(error))
+            if number:
+                raise PqkError(f"--set {item}: the value{number[0]}") from None
             raise PqkError(
                 f"--set {item}: the value is not plain YAML (a number, a text, true, null, a list ...)"
             ) from None

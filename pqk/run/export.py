@@ -8,12 +8,8 @@ sample.py              feeds two pictures; numpy, Pillow and the runtime only
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,9 +20,10 @@ import numpy as np
 from backends.base import Backend, Graph, Precision, lowered_to
 from pqk import paths
 from pqk.errors import PqkError, nearest
-from pqk.files import check_writable, clear_write_errors, fsync_folder, sha256_file, sha256_json, write_json
+from pqk.files import sha256_file, sha256_json, write_json
 from pqk.record.schema import empty_record
 from pqk.run.candidate import Outcome
+from pqk.run.export_target import MANIFEST, export_folder, target_of
 from pqk.run.lowering import Row
 from pqk.run.prepare import Request, asked_experiment, chosen_quantizer, usable_backend
 from pqk.run.recover import choose
@@ -36,7 +33,6 @@ from pqk.run.variants import Runner, Variant
 from pqk.spec.card import Experiment
 from pqk.spec.recipe import JOINT, quantizes
 
-MANIFEST = "manifest.json"
 FORMAT = 1  # of the manifest; a reader refuses another
 _IDENTITY = ("exp_id", "combo", "role", "model", "backend", "quantizer", "precision")
 _METHOD = ("bits_w", "bits_a", "keep_list", "images_calibration")
@@ -61,14 +57,12 @@ def export(
     but an earlier export, for a precision that cannot be had, for a recipe that its stop-loss ended, and for what the
     stages raise.
     """
-    out = out.absolute()
-    _check_target(out)
+    out = target_of(out)
     experiment = asked_experiment(request, root)
     backend = usable_backend(request.backend)
     asked, label, quantizer = _precision(precision, request.quantizer, experiment, backend)
     if request.quantizer and quantizer is None:
         raise PqkError(f"--quantizer {request.quantizer}: a {asked} export is not quantized")
-    check_writable(out.parent)
     if quantizer is None and experiment.card.recipe != JOINT:  # whose float model comes out of the quantized training
         float_stages = tuple(stage for stage in experiment.card.recipe if stage != "Q")
         request = replace(request, stages=float_stages or None, recipe=bool(float_stages))
@@ -82,7 +76,7 @@ def export(
     own = made.common | row.own
     variant = replace(row.variant, options={k: v for k, v in row.variant.options.items() if k != "cache_dir"})
 
-    with _folder(out) as folder:
+    with export_folder(out) as folder:
         copies = {"encoder": _copy(variant.encoder, folder), "decoder": _copy(variant.decoder, folder)}
         plans, measured = _compile(
             replace(variant, encoder=copies["encoder"], decoder=copies["decoder"]), outcome.scoring["shape"], folder
@@ -213,45 +207,3 @@ def _files(folder: Path, plans: set[str]) -> dict[str, dict[str, Any]]:
         }
         for path in sorted(folder.iterdir())
     }
-
-
-def _check_target(out: Path) -> None:
-    """Raise PqkError when `out` exists and is neither an empty folder nor an earlier export."""
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise PqkError(f"-o {out}: it is a file, not a folder")
-    if not any(out.iterdir()):
-        return
-    try:
-        found = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
-        known = set(found["files"]) | {MANIFEST}
-    except (OSError, ValueError, TypeError, KeyError):
-        raise PqkError(f"-o {out}: the folder is not empty and holds no earlier export; choose another") from None
-    # A plan of another name was built on the device by edge_eval.py, out of a graph that is here.
-    strange = sorted(path.name for path in out.iterdir() if path.name not in known and path.suffix != ".plan")
-    if strange:
-        raise PqkError(f"-o {out}: beside an earlier export it holds {strange[0]!r}, which would be lost")
-
-
-@contextmanager
-def _folder(out: Path) -> Iterator[Path]:
-    """A temporary folder beside `out` that takes its place when everything in it is on disk."""
-    with clear_write_errors(out):
-        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
-        try:
-            yield folder
-            for path in folder.iterdir():
-                with path.open("rb") as stream:
-                    os.fsync(stream.fileno())
-            fsync_folder(folder)
-            folder.chmod(0o755)
-            _check_target(out)  # another process may have come first
-            old = folder.with_suffix(".old")
-            if out.exists():
-                out.replace(old)
-            folder.replace(out)
-            fsync_folder(out.parent)
-            shutil.rmtree(old, ignore_errors=True)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)

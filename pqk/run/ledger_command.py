@@ -173,7 +173,7 @@ def freeze_results(
     if plan:
         files, more = gather(plan, root, backend)
     tables = freeze.tables_of(files) if files else ledger.read_results(results or root / "results")
-    for note in freeze.freeze(folder, tables, commit_of(root), more):
+    for note in freeze.freeze(folder, tables, commit_of(), more):
         print(printable(note))
     print(f"sha256 of {freeze.MANIFEST}: {sha256_file(folder / freeze.MANIFEST)}")
     print(paths.shown(folder))

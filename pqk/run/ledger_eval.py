@@ -244,7 +244,7 @@ class Bench:
             "scenes": drawn,
             "scenes_sha256": scenes.sha256,
             "measured": scores["measured"],
-            "commit": commit_of(self.root),
+            "commit": commit_of(),
             "datetime": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             "output": paths.shown(Path(scores["artifact"]), self.root),
         }

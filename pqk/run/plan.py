@@ -14,7 +14,6 @@ call knows what was under way. Experiments die with their plan; what they had fi
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shlex
@@ -29,6 +28,8 @@ from typing import Any
 
 from pqk.errors import EXIT_CHECK_FAILED, EXIT_OK, EXIT_UNAVAILABLE, EXIT_UNDECIDED, EXIT_USAGE, PqkError
 from pqk.files import check_writable, clear_write_errors, sha256_json, write_json
+from pqk.locks import lock
+from pqk.oserrors import cannot_read, says_nothing
 from pqk.result import VARIABLE
 from pqk.run.runlog import RunLog
 from pqk.run.worker import _die_with_parent, _environment
@@ -352,6 +353,8 @@ def _read(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {"version": _VERSION, "asked": None, "attempts": {}}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, OSError) and says_nothing(error):
+            raise PqkError(cannot_read(path, error)) from error
         raise PqkError(f"{path}: not the state of a plan ({error}); remove it to begin anew") from error
     return dict(state)
 
@@ -378,25 +381,22 @@ def _close_interrupted(state: Mapping[str, Any], folder: Path) -> None:
 
 @contextlib.contextmanager
 def _lock(folder: Path, name: str) -> Iterator[None]:
-    with (folder / ".lock").open("a") as handle:
-        for again in (True, False):
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError:
-                if not again:
-                    raise PqkError(f"plan {name} is running already; see `pqk plan status {name}`") from None
-                time.sleep(0.2)  # `pqk plan status` may be looking at it
+    path = folder / ".lock"
+    with clear_write_errors(path):
+        handle = path.open("a")
+    with handle:
+        if not lock(handle.fileno(), path, wait=False):
+            time.sleep(0.2)  # `pqk plan status` may be looking at it
+            if not lock(handle.fileno(), path, wait=False):
+                raise PqkError(f"plan {name} is running already; see `pqk plan status {name}`")
         yield
 
 
 def _locked(folder: Path) -> bool:
     """Whether some process runs the plan."""
+    path = folder / ".lock"
     try:
-        with (folder / ".lock").open("r") as handle:
-            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        with path.open("r") as handle:
+            return not lock(handle.fileno(), path, shared=True, wait=False)
     except FileNotFoundError:
         return False
-    except BlockingIOError:
-        return True
-    return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import secrets
 import subprocess
@@ -16,9 +17,9 @@ from backends import registry
 from backends.base import Backend, Unavailable, rests_of
 from backends.quantspec import check_installed, check_settings
 from pqk import __version__, paths
-from pqk.cores import allowed_cores, cpu_name
+from pqk.cores import affinity_cores, cpu_name, cpu_quota
 from pqk.errors import PqkError, nearest
-from pqk.files import sha256_file, sha256_json
+from pqk.files import matching, sha256_file, sha256_json
 from pqk.models.checkpoint import load_model, model_name
 from pqk.run import stages
 from pqk.run.code import code_of
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from pqk.spec.quant import Ptq
 
 SHIPPED = Path("models") / "dust3r-tiny"
+_PACKAGE = Path(__file__).resolve().parents[1]
 PACKAGES = (
     "torch",
     "onnx",
@@ -183,20 +185,24 @@ def load_teacher(asked: str | None, root: Path) -> tuple[Model, Any]:
 
 def describe(path: Path, name: str) -> Model:
     """The model in a file or folder, under the name that records give it. Its card does not count in the sha256."""
-    files = [path / "config.json", *sorted(path.glob("*.safetensors"))] if path.is_dir() else [path]
+    files = [path / "config.json", *matching(path, "*.safetensors")] if path.is_dir() else [path]
     return Model(str(path.resolve()), name, sha256_json({p.name: sha256_file(p) for p in files}))
 
 
 def context(request: Request, backend: Backend, root: Path, on_event: OnEvent) -> Context:
-    """The store, and the machine: device, instruction sets, cores and versions are part of every measurement's key."""
+    """The store, and the machine: device, instruction sets, cores and their quota, and versions.
+
+    They are part of every measurement's key.
+    """
     details = backend.availability().details
     machine = {
         "device": _device(details),
         "versions": _versions(),
         "isa": details.get("isa"),
-        "cores": allowed_cores(),
+        "cores": affinity_cores(),
+        "cpu_quota": cpu_quota(),
     }
-    return Context(Store(paths.store(root), request.fresh, commit_of(root)), on_event, machine, request.retime)
+    return Context(Store(paths.store(root), request.fresh, commit_of()), on_event, machine, request.retime)
 
 
 def _device(details: Mapping[str, str]) -> str:
@@ -213,13 +219,23 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def commit_of(root: Path) -> str | None:
-    """The git commit of the project, '-dirty' when files differ from it; None outside a repository."""
+def commit_of(package: Path = _PACKAGE) -> str | None:
+    """The git commit of the checkout that holds the running code, '-dirty' when files differ from it.
+
+    None outside a repository, and where the repository around the package does not track it, as when it is installed
+    inside another project. GIT_* variables of the caller, which would name another repository, do not count.
+    """
+    own = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(package), *words]
+        env = {**own, "GIT_OPTIONAL_LOCKS": "0"}  # asking writes nothing
+        done = subprocess.run(command, env=env, capture_output=True, text=True, errors="replace", check=True)
+        return done.stdout.strip()
+
     try:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
-        state = subprocess.run(
-            ["git", "status", "--porcelain", "-uno"], cwd=root, capture_output=True, text=True, check=True
-        )
+        git("ls-files", "--error-unmatch", "__init__.py")
+        head, changed = git("rev-parse", "HEAD"), git("status", "--porcelain", "-uno")
     except (OSError, subprocess.CalledProcessError):
         return None
-    return head.stdout.strip() + ("-dirty" if state.stdout.strip() else "")
+    return head + ("-dirty" if changed else "")

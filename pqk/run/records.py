@@ -57,6 +57,7 @@ def common_columns(
         "model": model,
         "backend": backend,
         "device": machine["device"],
+        "cpu_quota": machine["cpu_quota"],
         "seed": workload.seeds.eval,
         "train_seed": workload.seeds.train,
         "eval_seed": workload.seeds.eval,

@@ -6,7 +6,6 @@ A process that is killed while it writes leaves at most one torn line, which rea
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
@@ -17,6 +16,8 @@ from typing import Any
 
 from pqk.errors import PqkError
 from pqk.files import clear_write_errors, fsync_folder
+from pqk.locks import lock
+from pqk.oserrors import cannot_read
 
 
 class RunLog:
@@ -39,7 +40,7 @@ class RunLog:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX)  # released when the file is closed
+                lock(handle, self.path)  # released when the file is closed
                 if _torn(handle):
                     line = b"\n" + line
                 while line:
@@ -61,7 +62,7 @@ class RunLog:
         except FileNotFoundError:
             return []
         except OSError as error:
-            raise PqkError(f"cannot read {self.path}: {error.strerror}") from error
+            raise PqkError(cannot_read(self.path, error)) from error
         entries = []
         for line in raw.split(b"\n"):
             try:

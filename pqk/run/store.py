@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import json
 import os
 import re
@@ -28,7 +27,9 @@ from pathlib import Path
 from typing import Any
 
 from pqk.errors import PqkError
-from pqk.files import clear_write_errors, fsync_folder, sha256_file, sha256_json, write_json
+from pqk.files import below, clear_write_errors, fsync_folder, sha256_file, sha256_json, write_json
+from pqk.locks import lock, unlock
+from pqk.oserrors import says_nothing
 
 MANIFEST = "manifest.json"
 _STAGE = re.compile(r"[a-z][a-z0-9_-]{0,47}")
@@ -211,8 +212,11 @@ class Store:
                 if free:
                     shutil.rmtree(folder, ignore_errors=True)
 
+    def _lock_path(self, stage: str, short: str) -> Path:
+        return self.root / ".locks" / f"{stage}-{short}.lock"
+
     def _open_lock(self, stage: str, short: str) -> int:
-        path = self.root / ".locks" / f"{stage}-{short}.lock"
+        path = self._lock_path(stage, short)
         with clear_write_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             # Lock files are never deleted: a process could then lock a file that no one else can see.
@@ -222,11 +226,10 @@ class Store:
     def _lock(self, stage: str, short: str, waiting: Callable[[], None]) -> Iterator[None]:
         handle = self._open_lock(stage, short)
         try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            path = self._lock_path(stage, short)
+            if not lock(handle, path, wait=False):
                 waiting()
-                fcntl.flock(handle, fcntl.LOCK_EX)
+                lock(handle, path)
             yield
         finally:
             _unlock(handle)
@@ -235,12 +238,7 @@ class Store:
     def _try_lock(self, stage: str, short: str) -> Iterator[bool]:
         handle = self._open_lock(stage, short)
         try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield False
-            else:
-                yield True
+            yield lock(handle, self._lock_path(stage, short), wait=False)
         finally:
             _unlock(handle)
 
@@ -262,7 +260,7 @@ def _delete(path: Path) -> None:
 
 def _unlock(handle: int) -> None:
     """Release and close. A worker process forked inside `make` would otherwise keep the lock that it inherited."""
-    fcntl.flock(handle, fcntl.LOCK_UN)
+    unlock(handle)
     os.close(handle)
 
 
@@ -304,7 +302,7 @@ def _folders(parent: Path) -> list[Path]:
 def _names(folder: Path) -> list[str]:
     """Relative names of all files below the folder, sorted. Raises PqkError for links and special files."""
     names = []
-    for path in folder.rglob("*"):
+    for path in below(folder):
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
             raise PqkError(f"{path}: an artifact holds only plain files and folders")
         if path.is_file():
@@ -324,23 +322,31 @@ def _contents(folder: Path, sync: bool) -> dict[str, dict[str, Any]]:
                 os.fsync(stream.fileno())
         files[name] = {"sha256": sha256_file(path), "bytes": path.stat().st_size}
     if sync:
-        for below in (folder, *(p for p in folder.rglob("*") if p.is_dir())):
-            fsync_folder(below)
+        for part in (folder, *(p for p in below(folder) if p.is_dir())):
+            fsync_folder(part)
     return files
 
 
 def _read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest without its own hash, or None when it is missing, damaged or not a manifest."""
+    """The manifest without its own hash, or None when it is missing, damaged or not a manifest.
+
+    Raises PermissionError and its like: what may not be read is not damaged.
+    """
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         stated = manifest.pop("sha256")
         return manifest if stated == sha256_json(manifest) else None
-    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
+        if says_nothing(error):
+            raise
         return None
 
 
 def _intact(folder: Path, stage: str, key: str) -> dict[str, Any] | None:
-    """The manifest when the artifact is exactly what it says (no file missing, surplus or changed), else None."""
+    """The manifest when the artifact is exactly what it says (no file missing, surplus or changed), else None.
+
+    Raises PermissionError and its like.
+    """
     manifest = _read_manifest(folder)
     if folder.is_symlink() or manifest is None or manifest.get("stage") != stage or manifest.get("key") != key:
         return None
@@ -354,6 +360,8 @@ def _intact(folder: Path, stage: str, key: str) -> dict[str, Any] | None:
                 return None
             if sha256_file(path) != stated["sha256"]:
                 return None
-    except (OSError, PqkError):
+    except (OSError, PqkError) as error:
+        if says_nothing(error):
+            raise
         return None
     return manifest

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import shlex
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +19,7 @@ import yaml
 
 from pqk import paths
 from pqk.errors import PqkError
-from pqk.files import check_writable
+from pqk.files import check_writable, temporary_folder
 from pqk.measure.intervals import Interval
 from pqk.measure.latency import speedup
 from pqk.run.candidate import Outcome
@@ -181,8 +180,8 @@ def _check(request: Request, max_drop: float, max_evaluations: int, out: Path, r
             f"-o {out}: give a new file; this is {'a folder' if out.is_dir() else 'what tuning starts from'}"
         )
     check_writable(out.parent)
-    with tempfile.TemporaryDirectory(prefix="pqk-tune-") as folder:
-        write_quant_yaml(base, ["encoder:a/b"], Path(folder) / "quant.yaml")  # a list in an odd style is told now
+    with temporary_folder("tune") as folder:
+        write_quant_yaml(base, ["encoder:a/b"], folder / "quant.yaml")  # a list in an odd style is told now
     return base
 
 

@@ -6,9 +6,7 @@ dies with its parent, so that a killed run leaves nothing behind that would dist
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import errno
 import gc
 import importlib
 import json
@@ -16,14 +14,14 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from pqk.errors import CheckFailed, NotBuilt, PqkError
-from pqk.files import clear_write_errors
+from pqk.files import clear_write_errors, temporary_folder
+from pqk.oserrors import refusal
 from pqk.run.code import hashed, loaded, refuse_other
 from pqk.run.progress import PREFIX
 from pqk.run.progress import tell as tell
@@ -31,7 +29,6 @@ from pqk.sources import keep_sources
 
 Result = dict[str, Any]
 _PR_SET_PDEATHSIG = 1
-_ONLY_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)  # the user's disk, and no defect
 _CANNOT_WRITE = 73  # exit code (EX_CANTCREAT) of a worker that could not write its answer; its last line says why
 
 
@@ -47,7 +44,7 @@ def call(task: str, request: dict[str, Any], on_progress: Callable[[dict[str, An
     killed (SIGKILL) or the disk of the temporary files is full, and when the worker ran other code than this process
     has hashed for its keys (see `pqk.run.code`), WorkerCrashed when it ended in any other way.
     """
-    with _temporary_folder() as folder:
+    with temporary_folder("worker") as folder:
         asked, answered = folder / "request.json", folder / "result.json"
         with clear_write_errors(asked):
             asked.write_text(json.dumps({"request": request, "code": hashed()}))
@@ -77,7 +74,7 @@ def _run(command: list[str], errors: Path, on_progress: Callable[[dict[str, Any]
             text=True,
             encoding="utf-8",
             errors="replace",
-            env=_environment(),
+            env=_environment() | _places(errors.parent),
         )
         try:
             for line in process.stdout or ():
@@ -92,12 +89,13 @@ def _run(command: list[str], errors: Path, on_progress: Callable[[dict[str, Any]
         return process.returncode, stream.read().strip()
 
 
-@contextlib.contextmanager
-def _temporary_folder() -> Iterator[Path]:
-    with contextlib.ExitStack() as stack:
-        with clear_write_errors(tempfile.gettempdir()):
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="pqk-worker-"))
-        yield Path(folder)
+def _places(folder: Path) -> dict[str, str]:
+    """Where a worker and its libraries may leave files: its own folder, which goes with it, however it ends."""
+    try:
+        Path.home()
+    except RuntimeError:  # a container's user without a name; libraries ask for a home when they are imported
+        return {"TMPDIR": str(folder), "HOME": str(folder)}
+    return {"TMPDIR": str(folder)}
 
 
 def _environment() -> dict[str, str]:
@@ -162,8 +160,9 @@ def main() -> None:
         answer = {"result": result, "code": loaded()}
     except Exception as error:
         code, said = getattr(error, "exit_code", None), str(error)
-        if isinstance(error, OSError) and error.errno in _ONLY_WRITING:
-            code, said = PqkError.exit_code, f"cannot write {error.filename or 'a file'}: {error.strerror}"
+        refused = refusal(error)
+        if code is None and refused is not None:
+            code, said = PqkError.exit_code, refused
         if not isinstance(code, int):
             raise
         answer = {"error": said, "exit_code": code}

@@ -12,7 +12,7 @@ from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from pqk import paths
 from pqk.errors import PqkError, nearest
-from pqk.files import sha256_json
+from pqk.files import matching, sha256_json
 from pqk.spec.distill import Distill, load_distill
 from pqk.spec.evaluation import Evaluation, load_evaluation, loosened
 from pqk.spec.joint import Joint, load_joint
@@ -148,7 +148,7 @@ class Experiment:
 def list_cards(root: Path | None = None) -> list[str]:
     """Ids of the cards in schedule/TaskCards, sorted; the template and a README are not among them."""
     folder = paths.task_cards(root or paths.project_root())
-    stems = (path.stem for path in folder.glob("*.md"))
+    stems = (path.stem for path in matching(folder, "*.md"))
     return sorted(stem for stem in stems if re.match(ID_PATTERN, stem) and stem not in _NOT_CARDS)
 
 

@@ -12,6 +12,7 @@ from pydantic import Field, field_validator, model_validator
 
 from pqk import paths
 from pqk.errors import PqkError, nearest
+from pqk.files import matching
 from pqk.record.ledger import parse_seeds, seeds_text
 from pqk.spec.card import ABLATION, ID_PATTERN, Card, CardId, list_cards, load_card
 from pqk.spec.yamlfile import Section, Spec, load_spec
@@ -163,7 +164,7 @@ def plans_folder(root: Path) -> Path:
 def list_plans(root: Path | None = None) -> list[str]:
     """Names of the plans in schedule/plans, sorted."""
     base = root or paths.project_root()
-    stems = sorted(path.stem for path in plans_folder(base).glob("*.yaml") if re.match(ID_PATTERN, path.stem))
+    stems = sorted(path.stem for path in matching(plans_folder(base), "*.yaml") if re.match(ID_PATTERN, path.stem))
     return [stem for stem in stems if stem != STATUS]
 
 

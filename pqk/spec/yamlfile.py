@@ -22,6 +22,7 @@ from pydantic_core import ErrorDetails
 from pqk import paths
 from pqk.errors import PqkError, nearest
 from pqk.files import sha256_json
+from pqk.oserrors import cannot_read
 from pqk.paths import shown
 
 MAX_BYTES = 1_000_000
@@ -114,6 +115,8 @@ def read_text(path: Path | str) -> str:
     """The UTF-8 text of a file of at most 1 MB; raises PqkError with one sentence when that cannot be read."""
     file, name = Path(path), shown(path)
     if not file.exists():
+        if file.is_symlink():
+            raise PqkError(f"cannot read {name}: it is a link, and what it leads to is not there or leads back to it")
         beside = file.parent.iterdir() if file.parent.is_dir() else ()
         siblings = [path.stem for path in beside if path.suffix == file.suffix]
         raise PqkError(f"{name}: no such file{nearest(file.stem, siblings)}")
@@ -126,7 +129,7 @@ def read_text(path: Path | str) -> str:
     except UnicodeDecodeError as error:
         raise PqkError(f"{name}: is not UTF-8 text (byte {error.start} cannot be read)") from None
     except OSError as error:
-        raise PqkError(f"{name}: cannot be read: {error.strerror}") from None
+        raise PqkError(cannot_read(name, error)) from None
 
 
 def parse_yaml(text: str, where: str, first_line: int = 1) -> Document:
@@ -196,6 +199,11 @@ def _walk(node: yaml.Node, key: Key, lines: dict[Key, int], seen: set[int], wher
             _walk(item, (*key, index), lines, seen, where, first_line)
     elif node.tag.endswith((":int", ":float")) and ":" in node.value:
         raise PqkError(f"{place}: {key_text(key)} is read as a number in base 60; put text in quotes")
+    elif node.tag.endswith((":int", ":float")) and re.match(r"[-+]?0[0-9_]", node.value):
+        raise PqkError(
+            f"{place}: {key_text(key)} is {node.value}, which YAML may read in base 8: write the number without "
+            "leading zeros; put text in quotes"
+        )
     elif node.tag.endswith(":float") and not math.isfinite(_number(node.value)):
         raise PqkError(f"{place}: {key_text(key)} is {node.value} but must be a finite number")
 

@@ -25,7 +25,7 @@ pytest.importorskip("nncf")
 from backends.openvino.backend import INC
 from backends.openvino.cpu import saturates
 from backends.openvino.engine import OpenVINOEngine, best_float, read_model
-from backends.openvino.inc import INCQuantizer
+from backends.openvino.inc import INCQuantizer, _own_logs
 from backends.openvino.nncf import check_keep
 
 ITEMS = 6
@@ -212,7 +212,7 @@ from backend_toys import Calibration, image, toy
 from backends.base import QuantSpec, Source
 from backends.exchange import describe_onnx
 from backends.openvino.engine import read_model
-from backends.openvino.inc import INCQuantizer
+from backends.openvino.inc import INCQuantizer, _own_logs
 graph = describe_onnx(sys.argv[3])
 read_model(graph.path)  # moves the process-wide counter of automatic node names
 source = Source("q", toy(), {"image": image()}, ("tokens", "map"), graph)
@@ -361,3 +361,26 @@ def test_availability_shows_the_version_without_importing(inc):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=100)
     assert INC in done.stdout
     assert done.stdout.split()[-2:] == ["False", "False"]
+
+
+def test_the_log_of_inc_goes_into_a_temporary_folder(inc, tmp_path):
+    """Importing it makes ~/.habana_logs, and fails where the home is no folder, as containers have it."""
+    code = (
+        "import os\nfrom backends.openvino.inc import _own_logs\nwith _own_logs():\n"
+        "    from neural_compressor.torch.quantization import StaticQuantConfig\nassert 'HABANA_LOGS' not in os.environ"
+    )
+    env = {name: value for name, value in os.environ.items() if name != "HABANA_LOGS"}
+    env |= {"HOME": "/dev/null", "TMPDIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not [path for path in tmp_path.rglob("*") if "inc" in path.name]
+
+
+def test_a_log_folder_of_the_user_is_kept(monkeypatch):
+    monkeypatch.setenv("HABANA_LOGS", "mine")
+    with _own_logs():
+        assert os.environ["HABANA_LOGS"] == "mine"
+    monkeypatch.delenv("HABANA_LOGS")
+    with _own_logs():
+        assert Path(os.environ["HABANA_LOGS"]).is_dir()
+    assert "HABANA_LOGS" not in os.environ

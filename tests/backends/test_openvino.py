@@ -277,6 +277,17 @@ def test_a_damaged_compiled_model_is_made_again(source, tmp_path):
         np.testing.assert_array_equal(engine.infer(feeds)["map"], want["map"])
 
 
+def test_a_cache_that_cannot_be_used_is_done_without(source, tmp_path):
+    """As when another process deletes the compiled models while this one compiles."""
+    file = tmp_path / "file"
+    file.write_text("no folder")
+    with OpenVINOEngine(source.graph, Precision.F32) as engine:
+        want = engine.infer({"image": image().numpy()})
+    with OpenVINOEngine(source.graph, Precision.F32, {"cache_dir": file / "cache"}) as engine:
+        assert not engine.loaded_from_cache
+        np.testing.assert_array_equal(engine.infer({"image": image().numpy()})["map"], want["map"])
+
+
 def test_counting_in_the_engine_itself_gives_the_same_kernels(source):
     with OpenVINOEngine(source.graph, Precision.F32, {"perf_count": True, "snippets": False}) as engine:
         kernels = engine.kernels()

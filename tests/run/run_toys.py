@@ -136,6 +136,18 @@ def pqk(root: Path, *arguments: str | Path) -> Outcome:
     return Outcome(process.returncode, out, err)
 
 
+def many(
+    root: Path, scratch: Path, cases: Sequence[tuple[str | None, Sequence[str]]], prefix: Sequence[str] = ()
+) -> list[tuple[int, str]]:
+    """Exit code and stderr of many commands of pqk, run by one process; see `many_commands`."""
+    asked = scratch / "cases.json"
+    asked.write_text(json.dumps(cases))
+    command = [*prefix, sys.executable, str(Path(__file__).with_name("many_commands.py")), str(root), str(asked)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [(code, said) for code, said in json.loads(done.stdout.splitlines()[-1])]
+
+
 def make_project(root: Path) -> Path:
     """A project whose workload is tiny: 2 test scenes of 3 views of 64x64, 8 calibration images, 4 timed pairs."""
     shutil.copytree(REPOSITORY / "configs", root / "configs")

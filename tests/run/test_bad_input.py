@@ -111,6 +111,10 @@ def test_settings(setting: str, words: str, project: Path, refused: Refused) -> 
         ([" =1"], "write it as KEY=VALUE"),
         (["a.b=!!bool x"], "not plain YAML"),
         (['a.b=!!int ""'], "not plain YAML"),
+        (["a.b=064"], "--set a.b=064: the value is 064, which YAML may read in base 8: write the number without lead"),
+        (["a.b=[1, 010]"], "is 010, which YAML may read in base 8"),
+        (["a.b={c: -0777}"], "is -0777, which YAML may read in base 8"),
+        (["a.b=1:30"], "the value is read as a number in base 60; put text in quotes"),
     ],
 )
 def test_settings_that_would_be_dropped(items: list[str], words: str) -> None:
@@ -120,6 +124,8 @@ def test_settings_that_would_be_dropped(items: list[str], words: str) -> None:
 
 def test_several_settings() -> None:
     assert settings_of(["a.b=1", "a.c=[x, y]", "a.d=null"]) == {"a.b": 1, "a.c": ["x", "y"], "a.d": None}
+    numbers = ["a.b=0", "a.c=0.5", "a.d=-0", "a.e=0.0e-3", "a.f=0x10", "a.g='064'", "a.h=10"]
+    assert list(settings_of(numbers).values()) == [0, 0.5, 0, 0.0, 16, "064", 10]
 
 
 def test_a_card_is_blamed_for_its_own_mistake(project: Path, refused: Refused) -> None:

@@ -206,6 +206,21 @@ def test_the_shipped_configs_hold_the_numbers_of_the_lab(configs: Path) -> None:
         ("workload.yaml", "min_covisibility: 0.30", "min_covisibility: .nan", "must be a finite number"),
         ("workload.yaml", "min_covisibility: 0.30", "min_covisibility: -.inf", "must be a finite number"),
         ("workload.yaml", "min_covisibility: 0.30", "min_covisibility: 1:30", "is read as a number in base 60"),
+        ("workload.yaml", "  k: 4", "  k: 010", "k is 010, which YAML may read in base 8: write the number without"),
+        ("workload.yaml", "  k: 4", "  k: +0_7", "k is [+]0_7, which YAML may read in base 8"),
+        ("workload.yaml", "  k: 4", "  k: 08", "k is '08' but must be a whole number"),
+        (
+            "workload.yaml",
+            "min_covisibility: 0.30",
+            "min_covisibility: 00.30",
+            "is 00.30, which YAML may read in base 8",
+        ),
+        (
+            "workload.yaml",
+            "min_covisibility: 0.30",
+            "min_covisibility: -01.5",
+            "is -01.5, which YAML may read in base 8",
+        ),
         ("workload.yaml", "min_covisibility: 0.30", "min_covisibility: 1e999", "must be a finite number"),
         (
             "workload.yaml",
