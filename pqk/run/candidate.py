@@ -118,6 +118,16 @@ class Outcome:
         mine, teacher = self.score(variant, keep), self.score(self.variants[0])
         return drop_of(self.metric, mine, teacher, self.decides)
 
+    def time(self, variants: Sequence[Variant]) -> dict[str, Any]:
+        """Times variants side by side on validation pictures; see `pqk.run.stages.timing`."""
+        asked = {
+            "shape": self.scoring["shape"],
+            "views": self.validation.views,
+            "pair_graph": self.scoring["pair_graph"],
+            "efficiency": self.experiment.evaluation.efficiency.model_dump(mode="json"),
+        }
+        return stages.timing(self.ctx, list(variants), self.validation.scenes, asked)
+
     def floats(self) -> list[Variant]:
         """The float variants of `model`: the student's where the recipe made one."""
         return [v for v in self.variants if v.hashes == self.onnx_float.hashes and v.precision is not Precision.INT8]

@@ -20,15 +20,12 @@ from typing import Any
 
 from backends import registry
 from backends.base import BackendError, Precision, surgery_of
-from pqk.data.scene import open_scene
 from pqk.errors import PqkError
 from pqk.files import write_json
 from pqk.measure.latency import percentile, speedup
 from pqk.run import stages, worker
 from pqk.run.candidate import Outcome
-from pqk.run.inputs import load_frames, scene_pairs
 from pqk.run.variants import Variant, graph_from_json, graph_to_json
-from pqk.spec.workload import PairGraph
 
 _CODE = ("pqk.run.nodes",)
 MIXED = "mixed"  # the name of every variant with nodes in float: samples of a timing are kept under it
@@ -119,19 +116,8 @@ def with_floats(outcome: Outcome, nodes: Mapping[str, Sequence[str]]) -> Variant
 
 def times_beside(outcome: Outcome, variant: Variant) -> tuple[list[float], list[float]]:
     """Pair times in ms of the candidate and of `variant` (named MIXED), round by round of one interleaved run."""
-    candidate, scenes = outcome.variants[-1], outcome.validation.scenes
-    asked = _pairs_asked(outcome)
-    frames = load_frames(open_scene(scenes.folders[0]), asked["shape"][0], asked["shape"][1], asked["views"])
-    pairs = scene_pairs(
-        frames, PairGraph.model_validate(asked["pair_graph"]), asked["min_covisibility"], asked["truthful"]
-    )
-    timing = {
-        "shape": asked["shape"],
-        "views": asked["views"],
-        "pairs": [list(pair) for pair in pairs],
-        "efficiency": outcome.experiment.evaluation.efficiency.model_dump(mode="json"),
-    }
-    timed = stages.timing(outcome.ctx, [candidate, variant], scenes.folders[0], scenes.sha256, timing)["variants"]
+    candidate = outcome.variants[-1]
+    timed = outcome.time([candidate, variant])["variants"]
     return timed[candidate.name]["pair"], timed[variant.name]["pair"]
 
 

@@ -38,7 +38,6 @@ from pqk.run.checkpoints import (
 )
 from pqk.run.code import code_of
 from pqk.run.eval_seed import seed_scenes
-from pqk.run.inputs import load_frames, scene_pairs
 from pqk.run.prepare import (
     Request,
     asked_experiment,
@@ -251,15 +250,13 @@ class Bench:
 
     def _fps(self, variant: Variant, scenes: Scenes, shape: tuple[int, int], views: int | None) -> float:
         workload = self.experiment.workload
-        frames = load_frames(open_scene(scenes.folders[0]), *shape, views=views)
-        pairs = scene_pairs(frames, workload.pair_graph, workload.min_covisibility, True)
         asked = {
             "shape": list(shape),
             "views": views,
-            "pairs": [list(pair) for pair in pairs],
+            "pair_graph": workload.pair_graph.model_dump(mode="json"),
             "efficiency": self.experiment.evaluation.efficiency.model_dump(mode="json"),
         }
-        timed = stages.timing(self.ctx, [variant], scenes.folders[0], scenes.sha256, asked)
+        timed = stages.timing(self.ctx, [variant], scenes, asked)
         if timed["disturbed"]:
             self.say(warning(timed["disturbed"]))
         samples = timed["variants"][variant.name]["pair"]

@@ -10,7 +10,6 @@ from typing import Any
 
 from backends.base import BackendError, Precision
 from pqk import paths
-from pqk.data.scene import open_scene
 from pqk.errors import PqkError
 from pqk.measure.noise import warning
 from pqk.record.log import write_record
@@ -18,7 +17,6 @@ from pqk.record.schema import validate
 from pqk.run import stages
 from pqk.run.candidate import Made, Outcome
 from pqk.run.final import Final, check_decide, score_final
-from pqk.run.inputs import load_frames, scene_pairs
 from pqk.run.parts import Bought, bought, clause
 from pqk.run.prepare import Request, asked_experiment
 from pqk.run.records import Measurements, judged, judged_float, measured_record, planned_shares, write_failure
@@ -104,17 +102,7 @@ def _time(
     if any(scores["measured"] == "emulated" for scores in final.scored.values()):
         say("no device of this backend here: compiled and scored by emulation, not timed")
         return None, {}
-    split, experiment, scoring = outcome.validation, outcome.experiment, outcome.scoring
-    height, width = scoring["shape"]
-    frames = load_frames(open_scene(split.scenes.folders[0]), height, width, views=split.views)
-    pairs = scene_pairs(frames, experiment.workload.pair_graph, experiment.workload.min_covisibility, split.truthful)
-    asked = {
-        "shape": scoring["shape"],
-        "views": split.views,
-        "pairs": [list(p) for p in pairs],
-        "efficiency": experiment.evaluation.efficiency.model_dump(mode="json"),
-    }
-    timed = stages.timing(outcome.ctx, outcome.variants, split.scenes.folders[0], split.scenes.sha256, asked)
+    timed = outcome.time(outcome.variants)
     if timed["disturbed"]:
         say(warning(timed["disturbed"]))
     return timed, {v.name: stages.memory(outcome.ctx, v) for v in outcome.variants}

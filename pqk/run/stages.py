@@ -442,14 +442,13 @@ def _most_pairs(scenes: Scenes, fed: Mapping[str, Any]) -> int:
 def timing(
     ctx: Context,
     variants: list[Variant],
-    scene: Path,
-    scenes_sha: str,
+    scenes: Scenes,
     request: Mapping[str, Any],
     load: Callable[[], float] = load_now,
 ) -> dict[str, Any]:
     """Interleaved samples of all variants, each with its `provenance`.
 
-    `request`: shape, views, pairs, efficiency (all of eval.yaml's section).
+    `request`: shape, views, pair_graph, efficiency (all of eval.yaml's section); see `pqk.run.timing`.
 
     Besides what `pqk.run.timing` returns: `disturbed`, a clause for each thing that disturbed the timing. A disturbed
     one that another run left is taken again where `load`, the cores that other processes use now, is within
@@ -459,14 +458,15 @@ def timing(
     limits = {name: efficiency.pop(name) for name in ("max_load", "max_drift_pct")}  # judge, and change no sample
 
     def make(folder: Path) -> None:
-        asked = {"variants": [v.to_json() for v in variants], "scene": str(scene), **request, "efficiency": efficiency}
+        folders = [str(path) for path in scenes.folders]
+        asked = {"variants": [v.to_json() for v in variants], "scenes": folders, **request, "efficiency": efficiency}
         write_json(folder / "timing.json", worker.call("timing", asked))
 
     def stale(folder: Path) -> bool:
         found = json.loads((folder / "timing.json").read_text())
         return ctx.retime or (bool(disturbances(found["timing"], **limits)) and load() <= limits["max_load"])
 
-    inputs = {"variants": [identity(ctx, v, None) for v in variants], "scenes": scenes_sha, **request}
+    inputs = {"variants": [identity(ctx, v, None) for v in variants], "scenes": scenes.sha256, **request}
     made = ctx.make(
         "timing", (*_TIME_CODE, *sources_of(*variants)), {**inputs, "efficiency": efficiency}, make, stale=stale
     )

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from pqk.data.pairs import image_similarity, pair_graph
 from pqk.data.scene import open_scene
 from pqk.measure.latency import speedup
 from pqk.measure.noise import Clocks, drift_pct, load_between, load_now, read_clocks
@@ -18,6 +19,9 @@ from pqk.run.variants import Runner, Variant
 
 ORDER_SEED = 0
 """Of the order in each round: in a fixed rotation a variant would always run after the same other one."""
+
+VIEWS = 6
+"""Images of the scene that is timed, put together out of several where these have fewer."""
 
 LEAST_ROUNDS = 3
 """Timed whatever the ceiling says: a median needs them."""
@@ -31,15 +35,18 @@ Samples = Mapping[str, Sequence[float]]
 def time_variants(request: dict[str, Any], read: Callable[[], Clocks] = read_clocks) -> dict[str, Any]:
     """Raw samples in milliseconds per variant (pair, encoder, decoder, device where engines tell it), seconds a scene.
 
-    Request: variants, scene (folder), shape [H, W], views, pairs (index pairs of that scene), efficiency; of the latter
-    see `why_to_end`. Samples with one index are of one round and of the same pair. t_scene encodes each image once and
-    decodes every pair; it is the median of two rounds. `timing` says how it went: rounds, seconds, what ended it, seed
-    of the order, drift in percent (of the variant that drifted most), and loads in cores (`pqk.measure.noise`).
+    Request: variants, scenes (folders), shape [H, W], views, pair_graph, efficiency; of the latter see `why_to_end`.
+    Fed are the first VIEWS images of the scenes and the pairs of the pair graph over them, whatever they share: what is
+    in a picture moves no time. Samples with one index are of one round and of the same pair. t_scene encodes each image
+    once and decodes every pair; it is the median of two rounds. `timing` says how it went: rounds, seconds, what ended
+    it, seed of the order, drift in percent (of the variant that drifted most), and loads in cores
+    (`pqk.measure.noise`).
     """
     variants = [Variant.from_json(v) for v in request["variants"]]
-    frames = load_frames(open_scene(Path(request["scene"])), request["shape"][0], request["shape"][1], request["views"])
-    images = [frame.image[None] for frame in frames]
-    pairs = [(int(i), int(j)) for i, j in request["pairs"]]
+    images = timed_images(request["scenes"], request["shape"], request["views"])
+    graph = request["pair_graph"]
+    alike = image_similarity(image[0] for image in images) if graph["kind"] == "topk" else None
+    pairs = pair_graph(len(images), graph["kind"], graph["k"], graph["symmetrize"], alike)
     efficiency = request["efficiency"]
     runners = [Runner(variant) for variant in variants]
     names = [variant.name for variant in variants]
@@ -84,6 +91,17 @@ def time_variants(request: dict[str, Any], read: Callable[[], Clocks] = read_clo
             "own_cores": round((end.own - begin.own) / (end.wall - begin.wall), 3),
         },
     }
+
+
+def timed_images(scenes: Sequence[str], shape: Sequence[int], views: int | None) -> list[np.ndarray]:
+    """The first VIEWS images (1,3,H,W) of the scenes, `views` of each at most, in their order."""
+    images: list[np.ndarray] = []
+    for folder in scenes:
+        frames = load_frames(open_scene(Path(folder)), shape[0], shape[1], views)
+        images += [frames[k].image[None] for k in range(min(len(frames), VIEWS - len(images)))]
+        if len(images) == VIEWS:
+            break
+    return images
 
 
 def why_to_end(

@@ -104,7 +104,7 @@ STAGES: dict[str, Callable[[Context], Any]] = {
     "quantize inc": lambda ctx: _quantize(ctx, False, "inc"),
     "qat": lambda ctx: _quantize(ctx, True),
     "quality": lambda ctx: stages.quality(ctx, variant(Precision.INT8), variant(), SCENES, SCORING),
-    "timing": lambda ctx: stages.timing(ctx, [variant()], Path("scene"), "sha", {"efficiency": {}}),
+    "timing": lambda ctx: stages.timing(ctx, [variant()], SCENES, {"efficiency": {}}),
     "memory": lambda ctx: stages.memory(ctx, variant()),
     "parts": lambda ctx: bought(ctx, variant(), variant(), TEACHER, TEACHER),
 }

@@ -17,7 +17,7 @@ from engine_toys import SIDE, toy_variant
 from pqk.data.generate import ScenePlan, make_scenes
 from pqk.measure.noise import Clocks, disturbances
 from pqk.run import stages
-from pqk.run.stages import Context
+from pqk.run.stages import Context, Scenes
 from pqk.run.store import Store
 from pqk.run.timing import time_variants, why_to_end
 from pqk.run.variants import PairTimes, Runner
@@ -47,10 +47,10 @@ def asked(toys: tuple[Path, list[Any]]) -> Asked:
     def request(**efficiency: Any) -> dict[str, Any]:
         return {
             "variants": [variant.to_json() for variant in toys[1]],
-            "scene": str(toys[0]),
+            "scenes": [str(toys[0])],
             "shape": [SIDE, SIDE],
             "views": 3,
-            "pairs": [[0, 1], [1, 2]],
+            "pair_graph": {"kind": "neighbor", "k": 2, "symmetrize": False},
             "efficiency": {**EFFICIENCY, **efficiency},
         }
 
@@ -154,7 +154,7 @@ def test_a_disturbed_timing_is_marked_and_taken_again(
 ) -> None:
     """The load that a real second process makes is in it; whether the machine is quiet afterwards is stated here."""
     scene, variants = toys
-    request = {name: asked(min_rounds=3)[name] for name in ("shape", "views", "pairs")}
+    request = {name: asked(min_rounds=3)[name] for name in ("shape", "views", "pair_graph")}
     events: list[str] = []
 
     def time(load: float, max_load: float = 0.25, retime: bool = False) -> dict[str, Any]:
@@ -162,7 +162,7 @@ def test_a_disturbed_timing_is_marked_and_taken_again(
         limits = {"max_load": max_load, "max_drift_pct": 1000.0}
         events.clear()
         asked_now = {**request, "efficiency": {**EFFICIENCY, "min_rounds": 3, **limits}}
-        return stages.timing(ctx, variants[:1], scene, "0" * 64, asked_now, load=lambda: load)
+        return stages.timing(ctx, variants[:1], Scenes((scene,), "0" * 64, scene), asked_now, load=lambda: load)
 
     first = time(load=0.0)
     assert events == ["make", "done"]
@@ -184,10 +184,10 @@ def test_a_disturbed_timing_is_marked_and_taken_again(
 def test_one_run_retimes_once(toys: tuple[Path, list[Any]], asked: Asked, tmp_path: Path) -> None:
     """What a run has timed itself it reuses, as the attempts of a rollback do."""
     scene, variants = toys
-    request = {name: asked()[name] for name in ("shape", "views", "pairs")}
+    request = {name: asked()[name] for name in ("shape", "views", "pair_graph")}
     request["efficiency"] = {**EFFICIENCY, "min_rounds": 3, "max_load": 1000.0, "max_drift_pct": 1000.0}
     events: list[str] = []
     ctx = Context(Store(tmp_path), lambda kind, *_: events.append(kind), {}, retime=True)
     for _ in range(2):
-        stages.timing(ctx, variants[:1], scene, "0" * 64, request)
+        stages.timing(ctx, variants[:1], Scenes((scene,), "0" * 64, scene), request)
     assert events == ["make", "done", "reuse"]
