@@ -37,7 +37,7 @@ from pqk.run.prepare import (
 )
 from pqk.run.records import common_columns
 from pqk.run.scores import drop_of
-from pqk.run.splits import Split, test_split, validation_split
+from pqk.run.splits import Split, check_apart, test_split, validation_split
 from pqk.run.stages import ENGINE_VARIANTS, Context, Scenes
 from pqk.run.store import OnEvent
 from pqk.run.training import TRAINS, Trained, method_columns, train_stages
@@ -108,7 +108,8 @@ class Outcome:
             keep = self.experiment.quant.ptq.keep_list if variant.precision is Precision.INT8 else ()
         reference = None if self.truthful and split.truthful else self.variants[0]
         asked = {**self.scoring, "views": split.views, "keep": list(keep)}
-        return stages.quality(self.ctx, variant, reference, split.scenes, asked)
+        where = "validation" if split is self.validation else "test"
+        return stages.quality(self.ctx, variant, reference, split.scenes, asked, where)
 
     def drop(self, variant: Variant, keep: Sequence[str] | None = None) -> Interval | None:
         """The drop of a variant on validation samples, in percent, against this run's Teacher in f32.
@@ -213,6 +214,7 @@ def make(
     calibration: Scenes | None = None
     if tools.quantizer is not None:
         calibration = stages.calibration_images(ctx, workload.calibration, workload, root)
+    check_apart(request, workload, validation, test, calibration)
     if known is not None:
         known |= planned[-1]
     graphs = stages.export_graphs(ctx, module, teacher.sha256, height, width)

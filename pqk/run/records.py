@@ -67,8 +67,14 @@ def common_columns(
         "workload_version": workload.version,
         "eval_version": evaluation.version,
         "versions": machine["versions"],
+        "machine": {name: _plain(value) for name, value in machine.items() if name != "versions"},
         "hashes": dict(hashes),
     }
+
+
+def _plain(value: Any) -> Any:
+    """A property of the machine as one value of a table."""
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
 
 
 def measured_record(

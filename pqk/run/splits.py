@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from pqk.data.overlap import refuse_overlap
 from pqk.data.scene import open_scene
 from pqk.errors import PqkError
 from pqk.run import stages
@@ -67,6 +68,21 @@ def more_test_scenes(ctx: Context, workload: Workload, root: Path, first: int, c
     asked = workload.scenes.test
     more = seeded_list(asked, workload.seeds.eval).model_copy(update={"count": count})
     return Split(stages.listed_scenes(ctx, "test", more, workload, root, first), asked.views, True)
+
+
+def check_apart(
+    request: Request, workload: Workload, validation: Split, test: Split, calibration: Scenes | None
+) -> None:
+    """Raise PqkError when two splits share a scene or a picture of the user; seeds keep generated ones apart."""
+    scenes = workload.scenes
+    own: dict[str, Scenes] = {}
+    if scenes.validation.source != SYNTHETIC:
+        own["validation"] = validation.scenes
+    if request.scenes or request.images or scenes.test.source != SYNTHETIC:
+        own["test"] = test.scenes
+    if calibration is not None and workload.calibration.source != SYNTHETIC:
+        own["calibration"] = calibration
+    refuse_overlap({name: [open_scene(folder) for folder in found.folders] for name, found in own.items()})
 
 
 def can_grow(request: Request, workload: Workload) -> bool:

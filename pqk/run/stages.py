@@ -354,7 +354,12 @@ _SCORED = ("scale_alignment", "chamfer_points", "min_valid_pixels")  # of the ev
 
 
 def quality(
-    ctx: Context, variant: Variant, reference: Variant | None, scenes: Scenes, request: Mapping[str, Any]
+    ctx: Context,
+    variant: Variant,
+    reference: Variant | None,
+    scenes: Scenes,
+    request: Mapping[str, Any],
+    where: str = "test",
 ) -> dict[str, Any]:
     """Scores, executed precision and FLOPs of a variant.
 
@@ -392,7 +397,7 @@ def quality(
         (folder / KERNELS).write_text(kernels)
 
     inputs = {"predictions": mine.key, "reference": teacher.key if teacher else None, **asked}
-    made = ctx.make("scores", _EVAL_CODE, inputs, make, variant.name)
+    made = ctx.make("scores", _EVAL_CODE, inputs, make, f"{variant.name} on {where} samples")
     found: dict[str, Any] = json.loads((made.path / "quality.json").read_text())
     for row in found["pairs"]:
         row["scene"] = scenes.names[row["scene"]]
