@@ -32,6 +32,7 @@ class Kept(Sequence[T]):
     def __init__(self, count: int, make: Callable[[int], T], size: Callable[[T], int], limit: int) -> None:
         self._count, self._make, self._size, self._limit = count, make, size, limit
         self._items: dict[int, T] = {}  # the one used last comes last
+        self._held = 0  # bytes
 
     def __len__(self) -> int:
         return self._count
@@ -46,11 +47,14 @@ class Kept(Sequence[T]):
         if isinstance(index, slice):
             return [self[k] for k in range(*index.indices(self._count))]
         index = range(self._count)[index]
-        item = self._items.pop(index) if index in self._items else self._make(index)
+        if index in self._items:
+            item = self._items.pop(index)
+        else:
+            item = self._make(index)
+            self._held += self._size(item)
         self._items[index] = item
-        held = sum(self._size(kept) for kept in self._items.values())
-        while held > self._limit and len(self._items) > 2:
-            held -= self._size(self._items.pop(next(iter(self._items))))
+        while self._held > self._limit and len(self._items) > 2:
+            self._held -= self._size(self._items.pop(next(iter(self._items))))
         return item
 
 
