@@ -125,14 +125,13 @@ def _error(want: np.ndarray, got: np.ndarray, tolerance: float, output: str) -> 
     error = difference / largest if largest else difference
     if not error <= tolerance:
         raise BackendError(
-            f"{output} differs from torch by {error:.3g} of its largest value {largest:.3g}; "
-            f"{tolerance:.3g} is allowed"
+            f"{output} differs from torch by {error:.3g} of its largest value {largest:.3g}; {tolerance:.3g} is allowed"
         )
     return error
 
 
 def draws(example: Mapping[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
-    """Returns `example` and shuffled copies of it from a fixed seed: one, or two where the example is not varied itself.
+    """Returns `example` and shuffled copies of it from a fixed seed: one, or two where the example is not varied.
 
     A shuffled input holds the example's values in another order, so it stays in the range that the module expects. A
     constant float input c is drawn from [0, 2c] instead, or from [-1, 1] for c = 0; constant integers stay. The example

@@ -175,11 +175,11 @@ class Dust3r(nn.Module):
         return dict(zip(OUTPUTS, run_decoder(self, tokens1, tokens2, grid1, grid2, rope1, rope2), strict=True))
 
     def graphs(self, height: int, width: int) -> dict[str, GraphSpec]:
-        """Returns the two exportable graphs for views of one size (height x width), batch 1; they share these weights.
+        """Returns the two exportable graphs for views of one size (height x width), batch 1, with these weights.
 
-        Example inputs are random, from a fixed seed: an image uniform in [-1, 1], and normal tokens, other ones for each
-        view. Of equal tokens attention makes the same value whatever its scale, its RoPE or the order of tokens is, and
-        of two equal views the exchange is invisible: an export checked on constants may be wrong in all of these.
+        Example inputs are random, from a fixed seed: an image uniform in [-1, 1], and normal tokens, other ones for
+        each view. Of equal tokens attention makes the same value whatever its scale, its RoPE or the order of tokens
+        is, and of two equal views the exchange is invisible: an export checked on constants may be wrong in all that.
         """
         rows, cols = self._grid((height, width))
         device = self.mask_token.device

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from backends import registry
-from backends.base import Kernel, executed_precision
+from backends.base import Kernel, executed_precision, matched_by_size
 from pqk.data.preprocess import Frame
 from pqk.data.scene import open_scene
 from pqk.errors import CheckFailed, PqkError
@@ -96,6 +96,7 @@ def evaluate(request: dict[str, Any]) -> dict[str, Any]:
         "measured": measured,
         "size_bytes": size,
         "executed": executed_precision(of_a_pair),
+        "matched_by_size": matched_by_size(of_a_pair),
         "flops": sum(k.flops for k in of_a_pair),
         "kernels": {name: [_row(k) for k in listed] for name, listed in kernels.items()},
     }
@@ -111,7 +112,7 @@ def _scores(variant: Variant, pair: Mapping[str, str], job: Future[dict[str, Any
 
 
 def _row(kernel: Kernel) -> dict[str, Any]:
-    shown = ("name", "type", "implementation", "precision", "time_us", "flops")
+    shown = ("name", "type", "implementation", "precision", "time_us", "flops", "matched")
     return {name: getattr(kernel, name) for name in shown}
 
 

@@ -172,19 +172,31 @@ def describe(path: Path, name: str) -> Model:
 
 
 def context(request: Request, backend: Backend, root: Path, on_event: OnEvent) -> Context:
-    """The store, and the machine: device, instruction sets, cores and versions are part of every measurement's key."""
+    """Returns the store, and the machine, which is part of every measurement's key.
+
+    It holds the device that computes, instruction sets and cores of the CPU and the versions of tools; where a GPU
+    computes also the CPU's name, the driver, the CUDA version and the GPU's clock settings.
+    """
     details = backend.availability().details
     machine = {
         "device": _device(details),
         "versions": _versions(),
         "isa": details.get("isa"),
         "cores": allowed_cores(),
+        **_gpu(details),
     }
     return Context(Store(paths.store(root), fresh=request.fresh), on_event, machine)
 
 
 def _device(details: Mapping[str, str]) -> str:
-    return str(details.get("cpu") or cpu_name())
+    """The GPU where one runs the engines, else the CPU."""
+    return str(details.get("device") or details.get("cpu") or cpu_name())
+
+
+def _gpu(details: Mapping[str, str]) -> dict[str, str]:
+    if "device" not in details:
+        return {}
+    return {"cpu": cpu_name(), **{name: details[name] for name in ("driver", "cuda", "clocks") if name in details}}
 
 
 def _versions() -> dict[str, str]:

@@ -71,9 +71,7 @@ def test_an_exporter_that_breaks_attention_writes_no_file(
     right_rope = layers.apply_rope
     wrong = torch.jit.is_tracing
     if how == "RoPE":
-        monkeypatch.setattr(
-            layers, "apply_rope", lambda x, rope, width: x if wrong() else right_rope(x, rope, width)
-        )
+        monkeypatch.setattr(layers, "apply_rope", lambda x, rope, width: x if wrong() else right_rope(x, rope, width))
     else:
 
         def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
