@@ -88,7 +88,7 @@ def lost_channels(tool: str, layers: Iterable[tuple[str, np.ndarray, np.ndarray]
         return []
     count = sum(len(channels) for _, channels in lost)
     listed = _short([f"{name} {_short([str(channel) for channel in channels], ', ')}" for name, channels in lost], "; ")
-    return [f"{tool} leaves {count} output channels of very small weights one step or none: {listed}"]
+    return [f"{tool} leaves output channels of very small weights one step or none ({count} in all): {listed}"]
 
 
 def _short(words: list[str], sign: str) -> str:

@@ -260,7 +260,7 @@ def _ignored(
     name_nodes(model)
     kept = set(kept_nodes(model, spec.keep))
     heavy = _heavy_onnx(source.graph.path)
-    if set(spec.keep) - set(GROUPS) and not all(name.startswith("/") for name, _ in heavy):
+    if set(spec.keep) - set(GROUPS) and not all(name.startswith("/") for name, _, _ in heavy):
         raise BackendError(
             f"{source.name}: keep patterns need node names of the tracing exporter ('/block/fc1/MatMul') for "
             "quantization-aware training; keep groups, or export the graph with it"
@@ -268,24 +268,29 @@ def _ignored(
     nodes = iter(heavy)
     ignored, able = [], []
     for name, kind in _heavy_torch(module, example):
-        twins = [next(nodes, ("", ""))]
+        twins = [next(nodes, ("", "", ""))]
         if kind == "scaled_dot_product_attention":
-            twins.append(next(nodes, ("", "")))
-        if any(onnx_kind not in _HEAVY[kind] for _, onnx_kind in twins):
+            twins.append(next(nodes, ("", "", "")))
+        if any(onnx_kind not in _HEAVY[kind] for _, onnx_kind, _ in twins):
             raise BackendError(f"{source.name}: {name} of the module is {twins[0][0] or 'nothing'} in its graph")
-        if any(node in kept or any(other.startswith(f"{node}/") for other in kept) for node, _ in twins):
+        known = [node for name, _, output in twins for node in (name, output) if node]
+        if any(node in kept or any(other.startswith(f"{node}/") for other in kept) for node in known):
             ignored.append(name)
         able.append(name)
     check_left(source.name, able, ignored, spec.keep)
     return kept, ignored
 
 
-def _heavy_onnx(path: Path) -> list[tuple[str, str]]:
+def _heavy_onnx(path: Path) -> list[tuple[str, str, str]]:
+    """Name and type of each heavy node in order, and '' or the graph's output that it is, after which OpenVINO calls
+    it."""
     import onnx
 
     kinds = {kind for kinds in _HEAVY.values() for kind in kinds}
-    nodes = onnx.load(str(path), load_external_data=False).graph.node
-    return [(node.name, node.op_type) for node in nodes if node.op_type in kinds]
+    graph = onnx.load(str(path), load_external_data=False).graph
+    outputs = {value.name for value in graph.output}
+    heavy = [node for node in graph.node if node.op_type in kinds]
+    return [(n.name, n.op_type, n.output[0] if n.output[0] in outputs else "") for n in heavy]
 
 
 def _heavy_torch(module: nn.Module, example: tuple[torch.Tensor, ...]) -> list[tuple[str, str]]:

@@ -50,23 +50,25 @@ def watched(items: CalibrationItems) -> Iterator[None]:
 
 
 def _with_sums(model: ov.Model) -> ov.Model:
-    """A copy of `model` that also gives the sum of each operand of its matmuls and convolutions, in order."""
+    """A copy of `model` that also gives the sum of each operand of its matmuls and convolutions, in order.
+
+    Those that Softmax makes are left out: they are large, and finite where the operands before it are.
+    """
     import openvino.opset13 as ops
 
     copy = model.clone()
     live = live_operations(copy)
-    inputs = {parameter.get_friendly_name() for parameter in copy.get_parameters()}
-    computed = inputs | {op.get_friendly_name() for op in live}
+    computed = {op.get_friendly_name() for op in [*copy.get_parameters(), *live] if op.get_type_name() != "Softmax"}
     results: dict[str, Any] = {}
     for op in [op for op in live if op.get_type_name() in MATMULS | CONVOLUTIONS]:
         for value in op.input_values():
-            name = value.get_any_name() if value.get_names() else value.get_node().get_friendly_name()
-            if value.get_node().get_friendly_name() not in computed or name in results:
-                continue
-            axes = np.arange(value.get_partial_shape().rank.get_length(), dtype=np.int64)
-            total = ops.reduce_sum(value, ops.constant(axes), False)
-            total.output(0).get_tensor().set_names({_SUM + name})
-            results[name] = ops.result(total)
+            maker = value.get_node().get_friendly_name()
+            name = value.get_any_name() if value.get_names() else maker
+            if maker in computed and name not in results:
+                axes = np.arange(value.get_partial_shape().rank.get_length(), dtype=np.int64)
+                total = ops.reduce_sum(value, ops.constant(axes), False)
+                total.output(0).get_tensor().set_names({_SUM + name})
+                results[name] = ops.result(total)
     copy.add_results(list(results.values()))
     return copy
 

@@ -94,6 +94,7 @@ class Calibrated:
         needed = modules or self.quantizer.starts_from == "module"
         self.model = load_model(request["model"]) if needed else None
         self.modules = self.model.graphs(*request["shape"]) if self.model is not None else {}
+        self._notes: dict[str, list[str]] = {}
 
     def source(self, name: str) -> Source:
         """The graph of that name and, where they are needed, its module and example inputs."""
@@ -124,14 +125,17 @@ class Calibrated:
         )
 
     def both(self, lower: Callable[[Source, QuantSpec, Iterable[Feeds]], Made]) -> Both[Made]:
-        """`lower` applied to both graphs. A BackendError is told with a hint where the keep-list is at fault."""
+        """`lower` applied to both graphs. A BackendError names the graph where an item of its calibration
+        set is at fault, and has a hint where the keep-list is."""
 
         def lowered(name: str, samples: int, calibration: Iterable[Feeds]) -> Made:
             try:
-                return lower(self.source(name), self.spec(name, samples), calibration)
+                made = lower(self.source(name), self.spec(name, samples), calibration)
+                self._notes[name] = list(self.quantizer.notes())
+                return made
             except BackendError as error:
                 more = hint(self.ptq["keep_list"], name, str(error))
-                if not more:
+                if not more and not str(error).startswith("calibration item"):
                     raise
                 raise type(error)(f"{name}: {error}{more}") from error
 
@@ -152,6 +156,13 @@ class Calibrated:
             del tokens
         return Both(*made, len(self.images), len(chosen) // 2)
 
+    def notes(self) -> list[str]:
+        """Returns what the quantizer said of both graphs; what it said of one alone begins with that graph's name."""
+        every = list(dict.fromkeys(note for notes in self._notes.values() for note in notes))
+        shared = [note for note in every if all(note in notes for notes in self._notes.values())]
+        own = [f"{name}: {note}" for name, notes in self._notes.items() for note in notes if note not in shared]
+        return [*shared, *own]
+
 
 def quantize_graphs(request: dict[str, Any]) -> dict[str, Any]:
     """Quantize encoder and decoder into `out`. Request: see `Calibrated`.
@@ -166,6 +177,6 @@ def quantize_graphs(request: dict[str, Any]) -> dict[str, Any]:
         "decoder": graph_to_json(made.decoder),
         "images": 0 if job.weights_only else made.images,
         "pairs": 0 if job.weights_only else made.pairs,
-        "notes": list(job.quantizer.notes()),
+        "notes": job.notes(),
         "peak_bytes": peak_ram_bytes(),
     }
