@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -125,8 +125,11 @@ class Calibrated:
         )
 
     def both(self, lower: Callable[[Source, QuantSpec, Iterable[Feeds]], Made]) -> Both[Made]:
-        """`lower` applied to both graphs. A BackendError names the graph where an item of its calibration
-        set is at fault, and has a hint where the keep-list is."""
+        """Returns what `lower` makes of both graphs.
+
+        A BackendError names the graph where an item of its calibration set is at fault, and has a hint where an entry
+        of the keep-list is.
+        """
 
         def lowered(name: str, samples: int, calibration: Iterable[Feeds]) -> Made:
             try:
@@ -157,11 +160,15 @@ class Calibrated:
         return Both(*made, len(self.images), len(chosen) // 2)
 
     def notes(self) -> list[str]:
-        """Returns what the quantizer said of both graphs; what it said of one alone begins with that graph's name."""
-        every = list(dict.fromkeys(note for notes in self._notes.values() for note in notes))
-        shared = [note for note in every if all(note in notes for notes in self._notes.values())]
-        own = [f"{name}: {note}" for name, notes in self._notes.items() for note in notes if note not in shared]
-        return [*shared, *own]
+        """Returns what the quantizer said of the graphs that it lowered; see `merge_notes`."""
+        return merge_notes(self._notes)
+
+
+def merge_notes(of_graphs: Mapping[str, Sequence[str]]) -> list[str]:
+    """Returns the notes of several graphs: those of all first, then the others, each behind the name of its graph."""
+    every = dict.fromkeys(note for notes in of_graphs.values() for note in notes)
+    shared = [note for note in every if all(note in notes for notes in of_graphs.values())]
+    return shared + [f"{name}: {note}" for name, notes in of_graphs.items() for note in notes if note not in shared]
 
 
 def quantize_graphs(request: dict[str, Any]) -> dict[str, Any]:

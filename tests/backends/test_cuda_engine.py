@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -235,3 +238,12 @@ def test_the_gpu_is_the_machine_in_keys_and_records(
     if cuda.provider() is None:
         assert {"driver", "cuda", "clocks"}.isdisjoint(machine())
         assert machine()["device"] == backend.availability().details["cpu"]
+
+
+@pytest.mark.skipif(bool(cuda.devices()), reason="a device is here")
+def test_the_checks_for_a_device_say_that_there_is_none() -> None:
+    script = Path(__file__).parents[1] / "gpu" / "run.sh"
+    environment = {**os.environ, "PYTHON": sys.executable}
+    done = subprocess.run(["sh", str(script)], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 3
+    assert done.stderr.strip() == "there is no CUDA device here: nothing was checked"
