@@ -4,7 +4,8 @@ A backend must provide: `name`, `sources`, `availability()`, `quantizers()`, `fl
 `compile(graph, precision, options)`, `kept_in_int8(engine, keep, kernels)`. What it may leave out is read through
 `baselines_of`, `rests_of` and `surgery_of`, which say what its absence means.
 A quantizer must provide: `name`, `quantize(source, spec, calibration)`.
-An engine must provide: `_infer(feeds)`, `kernels()`, `close()`; everything else is inherited.
+An engine must provide: `_infer(feeds)`, `kernels()`, `close()`; everything else is inherited. One that runs on a device
+with memory of its own may set `on_device`, `last_device_ms` and override `infer_on_device`.
 Everything here imports without any vendor package.
 """
 
@@ -17,7 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypeAlias
 
 import numpy as np
 
@@ -25,6 +26,23 @@ if TYPE_CHECKING:
     import torch
 
 Feeds = dict[str, np.ndarray]
+
+
+class DeviceArray(ABC):
+    """Values in the memory of a device, made by an engine and valid while that engine is open.
+
+    What one engine leaves on the device another one there reads without a copy over the host. `numpy` copies them to
+    the host; it raises BackendError when the engine is closed.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    @abstractmethod
+    def numpy(self) -> np.ndarray: ...
+
+
+Array: TypeAlias = np.ndarray | DeviceArray
 
 
 class BackendError(Exception):
@@ -40,9 +58,13 @@ class Unavailable(BackendError):
 
 
 class Precision(StrEnum):
-    """The precision asked of an engine. What was executed is read back from `Engine.kernels()`."""
+    """The precision asked of an engine. What was executed is read back from `Engine.kernels()`.
+
+    TF32: floats of 32 bits whose products are rounded to 10 bits of mantissa (NVIDIA's tensor cores).
+    """
 
     F32 = "f32"
+    TF32 = "tf32"
     BF16 = "bf16"
     F16 = "f16"
     INT8 = "int8"
@@ -118,8 +140,9 @@ class QuantSpec:
 class Kernel:
     """One executed node: its type, the implementation and precision that ran, its time and its work.
 
-    `precision` is 'int8', 'bf16', 'f16', 'f32', another numpy-like name, or 'unknown'. `flops` counts two per
-    multiply-add of matmuls and convolutions. `originals` are the names of the graph's nodes that it executes.
+    `precision` is 'int8', 'bf16', 'f16', 'tf32', 'f32', another numpy-like name, or 'unknown'. `flops` counts two per
+    multiply-add of matmuls and convolutions. `originals` are the names of the graph's nodes that it executes. `matched`
+    says how its FLOPs were found: by 'name', or by 'size' when only equal FLOPs tell which nodes it executes.
     """
 
     name: str
@@ -129,6 +152,7 @@ class Kernel:
     time_us: float
     flops: float = 0.0
     originals: tuple[str, ...] = ()
+    matched: str = "name"
 
 
 @dataclass(frozen=True)
@@ -151,15 +175,28 @@ class Engine(ABC):
     """A compiled graph: arrays in, arrays out. A context manager that frees its device memory on exit.
 
     `measured` is 'engine', or 'emulated' when another runtime computes in its place: then its time means nothing.
+    `on_device`: it reads device arrays where they are, and `infer_on_device` leaves its outputs there.
+    `last_device_ms`: milliseconds of the last run on the device, between two marks on its queue, without copies; None
+    where the engine does not measure it, as on a CPU, whose host time is its time.
     """
 
     measured: str = "engine"
+    on_device: bool = False
+    last_device_ms: float | None = None
     graph: Graph
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
 
-    def infer(self, feeds: Feeds) -> Feeds:
-        """Run once. Raises BackendError when a name, a shape or a dtype is not what the graph declares."""
+    def infer(self, feeds: Mapping[str, Array]) -> Feeds:
+        """Runs once and returns host arrays. Raises BackendError when a name, shape or dtype is not the graph's."""
+        return self._infer(self._checked(feeds))
+
+    def infer_on_device(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Runs once like `infer`; outputs stay on the device where the engine has one of its own (`on_device`)."""
+        return dict(self.infer(feeds))
+
+    def _checked(self, feeds: Mapping[str, Array]) -> Any:
+        """Returns `feeds` as `_infer` takes them: device arrays only where the engine reads them."""
         known = {t.name: t for t in self.inputs}
         if set(feeds) != set(known):
             raise BackendError(f"inputs must be {sorted(known)}, got {sorted(feeds)}")
@@ -169,7 +206,7 @@ class Engine(ABC):
                 raise BackendError(
                     f"input {name!r} must be {want.dtype}{list(want.shape)}, got {array.dtype.name}{list(array.shape)}"
                 )
-        return self._infer(feeds)
+        return {k: v.numpy() if isinstance(v, DeviceArray) and not self.on_device else v for k, v in feeds.items()}
 
     @abstractmethod
     def _infer(self, feeds: Feeds) -> Feeds: ...
@@ -339,3 +376,13 @@ def executed_precision(kernels: Iterable[Kernel]) -> dict[str, float]:
             total[kernel.precision] = total.get(kernel.precision, 0.0) + kernel.flops
     everything = sum(total.values())
     return {name: value / everything for name, value in sorted(total.items())} if everything else {}
+
+
+def matched_by_size(kernels: Iterable[Kernel]) -> float | None:
+    """Share of the FLOPs that were given to kernels by equal size alone; None when no kernel carries FLOPs.
+
+    Two layers of one size may have been exchanged there, so `executed_precision` is uncertain by at most this share.
+    """
+    found = [kernel for kernel in kernels if kernel.flops > 0]
+    everything = sum(kernel.flops for kernel in found)
+    return sum(k.flops for k in found if k.matched == "size") / everything if everything else None

@@ -1,18 +1,28 @@
-"""The calibration set as a quantizer sees it: bounded, checked, counted, one item in memory."""
+"""The calibration set as a quantizer sees it: bounded, checked, counted, one item in memory.
+
+An item that is finite itself may still give NaN or inf inside the model: a range made of it is worthless (or, as least
+and largest values pass over NaN, right by luck alone), so every quantizer refuses it with the sentence of `not_finite`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from backends.base import BackendError, Feeds, TensorInfo
 
+if TYPE_CHECKING:
+    import torch
+
 
 class CalibrationItems:
     """The first `wanted` items of `source`, made, checked, handed on and dropped one by one; iterating starts anew.
 
-    `passes` counts how often iterating was begun, `used` the items of the longest pass. Raises BackendError for an
+    `passes` counts how often iterating was begun, `used` the items of the longest pass; `index` is the position of the
+    item that was handed on last. Raises BackendError for an
     iterator, which cannot start anew; while iterating, for an item whose names, shapes or types are not those of
     `inputs` or that holds a value which is not finite, and at the end for a set that is empty or smaller than `wanted`.
     """
@@ -27,6 +37,7 @@ class CalibrationItems:
         self.wanted = wanted
         self.passes = 0
         self.used = 0
+        self.index = 0
 
     def __iter__(self) -> Iterator[Feeds]:
         self.passes += 1
@@ -35,6 +46,7 @@ class CalibrationItems:
             if count == self.wanted:
                 return
             self._check(item, count)
+            self.index = count
             count += 1
             self.used = max(self.used, count)
             yield item
@@ -55,3 +67,48 @@ class CalibrationItems:
                 )
             if not np.isfinite(array).all():
                 raise BackendError(f"calibration item {index}: {name!r} holds a value that is not finite")
+
+
+def not_finite(tensor: str, item: int) -> BackendError:
+    """The refusal of a calibration item (counted from 0) that gives NaN or inf in a tensor inside the model."""
+    return BackendError(
+        f"calibration item {item} gives a value that is not finite (NaN or inf) in the tensor {tensor!r} of the float "
+        "model, so no range can be measured there: take the item out of the calibration set, or correct the model"
+    )
+
+
+@contextlib.contextmanager
+def finite_layers(layers: Iterable[tuple[str, torch.nn.Module]], items: CalibrationItems) -> Iterator[None]:
+    """While it lasts, the inputs of `layers` (by name) are checked in every forward pass of an item of `items`.
+
+    Raises BackendError (see `not_finite`) from inside that pass.
+    """
+    import torch
+
+    def look(name: str, args: tuple[Any, ...]) -> None:
+        # A sum is not finite when one of its terms is not, and costs no copy of the tensor.
+        values = [x.detach() for x in args if torch.is_tensor(x) and x.is_floating_point()]
+        if not all(bool(torch.isfinite(x.sum())) for x in values):
+            raise not_finite(f"input of {name}", items.index)
+
+    handles = [layer.register_forward_pre_hook(lambda _, args, name=name: look(name, args)) for name, layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def check_finite(
+    module: torch.nn.Module,
+    layers: Sequence[tuple[str, torch.nn.Module]],
+    names: Sequence[str],
+    items: CalibrationItems,
+) -> None:
+    """Run the float `module` over `items` (inputs in the order of `names`) and raise BackendError at the first one that
+    gives NaN or inf in an input of `layers`."""
+    import torch
+
+    with finite_layers(layers, items), torch.no_grad():
+        for feeds in items:
+            module(*(torch.from_numpy(feeds[name]) for name in names))

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from backends.base import BackendError, Quantizer, QuantSpec, Source, Unavailable, lowered_to, nearest
 
 WEIGHT_RANGES = ("auto", "full", "half")
+_SHOWN = 8  # channels of a layer, and layers, that a note lists
 
 
 def check_settings(quantizer: Quantizer, asked: Any, others: Iterable[Quantizer] = (), section: str = "") -> None:
@@ -58,6 +61,48 @@ def _instead(able: list[str]) -> str:
 
 def _shown(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
+
+
+def check_left(graph: str, able: Iterable[str], kept: Iterable[str], keep: Sequence[str]) -> None:
+    """Refuse a graph of which nothing would be quantized, with one sentence for all quantizers.
+
+    able: its matmuls and convolutions that the quantizer lowers; kept: those nodes that the keep-list `keep` protects.
+    Raises BackendError.
+    """
+    if set(able) <= set(kept):
+        raise nothing_left(graph, keep)
+
+
+def lost_channels(tool: str, layers: Iterable[tuple[str, np.ndarray, np.ndarray]]) -> list[str]:
+    """A note on output channels whose weights are rounded to one step of the quantizer or to none; empty without any.
+
+    layers: name, largest magnitude of each output channel's weights, and the steps that this is, both of shape
+    (channels,). Channels that are zero in float are none of them.
+    """
+    lost = []
+    for name, magnitudes, steps in layers:
+        channels = np.flatnonzero((magnitudes > 0) & (np.rint(steps) <= 1)).tolist()
+        if channels:
+            lost.append((name, channels))
+    if not lost:
+        return []
+    count = sum(len(channels) for _, channels in lost)
+    listed = _short([f"{name} {_short([str(channel) for channel in channels], ', ')}" for name, channels in lost], "; ")
+    return [f"{tool} leaves output channels of very small weights one step or none ({count} in all): {listed}"]
+
+
+def _short(words: list[str], sign: str) -> str:
+    more = f"{sign}and {len(words) - _SHOWN} more" if len(words) > _SHOWN else ""
+    return sign.join(words[:_SHOWN]) + more
+
+
+def nothing_left(graph: str, keep: Sequence[str]) -> BackendError:
+    """The refusal of a graph of which nothing is quantized."""
+    listed = f"the keep-list ({', '.join(keep)})" if keep else "the keep-list (empty)"
+    return BackendError(
+        f"{graph}: nothing is left to quantize: {listed} leaves it no matmul or convolution that can be lowered; "
+        "keep less of this graph, or run without quantization"
+    )
 
 
 def check_common(spec: QuantSpec, source: Source) -> None:

@@ -115,8 +115,12 @@ class OnnxRuntimeEngine(Engine):
         if profile_prefix is not None:
             settings.enable_profiling = True
             settings.profile_file_prefix = str(profile_prefix)
+        # It drops a Relu in front of every QuantizeLinear to fp8, as if that had no negative values.
+        wrong = [] if self.options["fuse_qdq"] else ["ReluQuantRewrite"]
         try:
-            return onnxruntime.InferenceSession(str(self.graph.path), settings, providers=["CPUExecutionProvider"])
+            return onnxruntime.InferenceSession(
+                str(self.graph.path), settings, providers=["CPUExecutionProvider"], disabled_optimizers=wrong
+            )
         except Exception as error:
             raise BackendError(f"ONNX Runtime cannot load {self.graph.path.name}: {error}") from error
 

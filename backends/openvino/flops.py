@@ -16,6 +16,9 @@ What was found on a CPU with AVX-512 VNNI and bf16 (OpenVINO 2026.4), and holds 
   probabilities are not quantized. So a MatMul inside such a Subgraph is reported as int8 only where both of its
   inputs come from FakeQuantize in the source model, else as a second kernel in the engine's float precision.
 - An elementwise Subgraph that ends in FakeQuantize runs in float and only writes int8.
+
+A matmul or convolution whose originals name no operation takes one of equal FLOPs that is left. Layers of one size may
+be exchanged there, so such kernels are marked `matched="size"`.
 """
 
 from __future__ import annotations
@@ -141,11 +144,11 @@ def executed_kernels(runtime_model: ov.Model, spent: Mapping[str, float], source
     nodes = [{**node, "time": spent[node["name"]]} for node in nodes if node["name"] in spent]
     nodes.sort(key=lambda node: node["order"])
     todo = works(source)
-    claims = _claim(nodes, todo)
+    claims, by_size = _claim(nodes, todo)
     claimed = {id(work) for claimed_works in claims for work in claimed_works}
     kernels: list[Kernel] = []
-    for node, claim in zip(nodes, claims, strict=True):
-        kernels += _kernels_of(node, claim, rest)
+    for index, (node, claim) in enumerate(zip(nodes, claims, strict=True)):
+        kernels += _kernels_of(node, claim, rest, "size" if index in by_size else "name")
     missing = sum(work.flops for work in todo if id(work) not in claimed)
     if missing:
         names = tuple(work.name for work in todo if id(work) not in claimed)
@@ -167,8 +170,11 @@ def _node(op: ov.Node) -> dict[str, Any]:
     }
 
 
-def _claim(nodes: list[dict[str, Any]], todo: list[Work]) -> list[list[Work]]:
-    """Which works each executed node did: by name first, then matmul-like nodes without work by equal FLOPs."""
+def _claim(nodes: list[dict[str, Any]], todo: list[Work]) -> tuple[list[list[Work]], set[int]]:
+    """Which works each executed node did: by name first, then matmul-like nodes without work by equal FLOPs.
+
+    Also the positions of the nodes that were matched by FLOPs.
+    """
     by_alias = {alias: work for work in reversed(todo) for alias in work.aliases}
     taken: set[int] = set()
     claims: list[list[Work]] = []
@@ -180,13 +186,15 @@ def _claim(nodes: list[dict[str, Any]], todo: list[Work]) -> list[list[Work]]:
                 taken.add(id(work))
                 mine.append(work)
         claims.append(mine)
-    for node, mine in zip(nodes, claims, strict=True):
+    by_size: set[int] = set()
+    for index, (node, mine) in enumerate(zip(nodes, claims, strict=True)):
         size = 0.0 if mine else _node_flops(node)
         match = next((work for work in todo if size and id(work) not in taken and work.flops == size), None)
         if match is not None:
             taken.add(id(match))
             mine.append(match)
-    return claims
+            by_size.add(index)
+    return claims, by_size
 
 
 def _node_flops(node: dict[str, Any]) -> float:
@@ -204,7 +212,7 @@ def _node_flops(node: dict[str, Any]) -> float:
     return 0.0
 
 
-def _kernels_of(node: dict[str, Any], claim: list[Work], rest: str) -> list[Kernel]:
+def _kernels_of(node: dict[str, Any], claim: list[Work], rest: str, matched: str) -> list[Kernel]:
     """One kernel per executed node; two for a Subgraph whose matmuls differ in precision: the first has the time."""
     precision = executed_precision_of(node["primitiveType"], node["runtimePrecision"])
     groups: dict[str, list[Work]] = {}
@@ -225,6 +233,7 @@ def _kernels_of(node: dict[str, Any], claim: list[Work], rest: str) -> list[Kern
                 time_us=node["time"] if first else 0.0,
                 flops=sum(work.flops for work in group),
                 originals=(*(work.name for work in group), *(others if first else ())),
+                matched=matched,
             )
         )
     return kernels

@@ -27,16 +27,17 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from backends.base import BackendError, Feeds, Graph, QuantSpec, Source, TensorInfo, Unavailable, nearest
-from backends.calibration import CalibrationItems
+from backends.calibration import CalibrationItems, not_finite
 from backends.openvino.cpu import half_range, weight_range_notes
 from backends.openvino.engine import write_ir
 from backends.openvino.flops import CONVOLUTIONS, MATMULS, from_fake_quantize
 from backends.openvino.nncf import GROUPS, Report, check_spec, kept_nodes, name_nodes
 from backends.openvino.passes import flatten_tables, share_constants, split_tables
-from backends.quantspec import check_settings
+from backends.quantspec import check_left, check_settings, lost_channels, nothing_left
 from backends.quiet import quiet
 
 if TYPE_CHECKING:
+    import numpy as np
     import openvino as ov
     import torch
 
@@ -76,7 +77,7 @@ class INCQuantizer:
 
     def notes(self) -> list[str]:
         """Sentences on the last `quantize` that belong beside its results."""
-        return weight_range_notes(self.report.half_range)
+        return [*weight_range_notes(self.report.half_range), *self.report.notes]
 
     def quantize(self, source: Source, spec: QuantSpec, calibration: Iterable[Feeds]) -> Graph:
         """Write `<spec.output_dir>/<source.name>.xml` and `.bin` (int8 weights) and return that graph.
@@ -85,8 +86,8 @@ class INCQuantizer:
         iterated once, items are used and dropped one by one, and only the first `spec.calibration_samples` of them.
         The module is left as it was. The same input gives the same bytes.
         Raises Unavailable without INC, and BackendError for a spec that it cannot follow, a keep pattern without a
-        match, a module that cannot be exported, and a calibration set that is empty, too small or does not fit the
-        inputs; nothing is written then.
+        match, a keep-list that leaves nothing, a module that cannot be exported, and a calibration set that is empty,
+        too small, does not fit the inputs or gives NaN or inf inside; nothing is written then.
         """
         import torch
 
@@ -102,9 +103,12 @@ class INCQuantizer:
                 prepared = _prepare(module, example, spec)
                 named = _named(prepared)
                 kept = _kept(named, spec.keep)
+                able = (name for node, name in named.items() if _aten(node) in _QUANTIZED)
+                check_left(source.name, able, kept, spec.keep)
                 _strip(prepared, {node for node, name in named.items() if name in kept})
-                _observe(prepared, names, items)
+                _observe(prepared, names, items, named)
                 _set_ranges(prepared, _LARGEST[half], spec.symmetric_activations)
+                notes = lost_channels("Intel Neural Compressor", _weight_steps(prepared, named))
                 model = _convert(prepared, example, list(named.items()))
         finally:
             for part, training in modes:
@@ -116,7 +120,9 @@ class INCQuantizer:
         share_constants(model)
         name_nodes(model)
         _check_kept(model, spec.keep)
-        self.report = Report(items.passes, items.used, tuple(sorted(kept)), half)
+        if not any(op.get_type_name() == "FakeQuantize" for op in model.get_ops()):
+            raise nothing_left(source.name, spec.keep)
+        self.report = Report(items.passes, items.used, tuple(sorted(kept)), half, tuple(notes))
         return write_ir(model, spec.output_dir / f"{source.name}.xml")
 
 
@@ -248,7 +254,31 @@ def _observers(prepared: torch.fx.GraphModule) -> list[tuple[str, Any, str]]:
     return [(name, prepared.get_submodule(name), weight) for name, weight in found.items()]
 
 
-def _observe(prepared: torch.fx.GraphModule, names: list[str], items: CalibrationItems) -> None:
+def _readers(prepared: torch.fx.GraphModule, named: Mapping[torch.fx.Node, str]) -> dict[str, str]:
+    """The name of the first linear layer or convolution that reads an observed tensor, by the observer's name."""
+    found: dict[str, str] = {}
+    for node, name in named.items():
+        for feeding in node.all_input_nodes:
+            if _is_observer(feeding):
+                found.setdefault(str(feeding.target), name)
+    return found
+
+
+def _weight_steps(
+    prepared: torch.fx.GraphModule, named: Mapping[torch.fx.Node, str]
+) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Of each quantized weight the reading layer's name, and per output channel its magnitude, also in steps."""
+    readers = _readers(prepared, named)
+    for name, observer, weight in _observers(prepared):
+        if weight:
+            magnitudes = operator.attrgetter(weight)(prepared).detach().abs().flatten(1).amax(1)
+            steps = magnitudes / observer.calculate_qparams()[0]
+            yield readers.get(name, weight), magnitudes.numpy(), steps.numpy()
+
+
+def _observe(
+    prepared: torch.fx.GraphModule, names: list[str], items: CalibrationItems, named: Mapping[torch.fx.Node, str]
+) -> None:
     """Run the calibration set. With weight 1/k for item k, the observers' moving average is the mean.
 
     Observers of weights look once and stand aside while the set runs: each item would show them the same again. Those
@@ -257,19 +287,22 @@ def _observe(prepared: torch.fx.GraphModule, names: list[str], items: Calibratio
     import torch
 
     class InOrder(torch.nn.Module):
-        def __init__(self, observer: torch.nn.Module) -> None:
+        def __init__(self, observer: Any, reader: str) -> None:
             super().__init__()
-            self.observer = observer
+            self.observer, self.reader = observer, reader
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             self.observer(x.permute(sorted(range(x.dim()), key=x.stride, reverse=True)))
+            if not torch.isfinite(self.observer.min_val + self.observer.max_val):  # NaN is least and largest in torch
+                raise not_finite(f"input of {self.reader}", items.index)
             return x
 
-    observers = _observers(prepared)
+    observers, readers = _observers(prepared), _readers(prepared, named)
     for name, observer, weight in observers:
         if weight:
             observer(operator.attrgetter(weight)(prepared))
-        prepared.set_submodule(name, torch.nn.Identity() if weight else InOrder(observer))
+        in_place = torch.nn.Identity() if weight else InOrder(observer, readers.get(name, name))
+        prepared.set_submodule(name, in_place)
     with _channels_last(prepared):
         for count, feeds in enumerate(items, 1):
             for _, observer, weight in observers:
@@ -310,6 +343,8 @@ def _set_ranges(prepared: torch.fx.GraphModule, largest: int, symmetric: bool) -
     for _, observer, weight in _observers(prepared):
         if weight:
             observer.quant_min, observer.quant_max = -largest, largest
+            # A step is at least this: by default 1.2e-7, of which a channel of very small weights would be made zero.
+            observer.eps.fill_(torch.finfo(torch.float32).tiny)
         elif symmetric and observer.min_val >= 0:
             observer.dtype, observer.qscheme = torch.uint8, torch.per_tensor_affine
             observer.quant_min, observer.quant_max = 0, 255

@@ -21,7 +21,8 @@ from backends.openvino.cpu import half_range, weight_range_notes
 from backends.openvino.engine import OpenVINOEngine, read_model, write_ir
 from backends.openvino.flops import CONVOLUTIONS, MATMULS, live_operations
 from backends.openvino.passes import fold_constants, share_constants, split_tables
-from backends.quantspec import check_common
+from backends.openvino.statistics import watched, weight_magnitudes
+from backends.quantspec import check_common, check_left, lost_channels, nothing_left
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -45,6 +46,7 @@ class Report:
     items: int = 0
     kept: tuple[str, ...] = ()
     half_range: bool = False
+    notes: tuple[str, ...] = ()
 
 
 class NNCFQuantizer:
@@ -61,7 +63,7 @@ class NNCFQuantizer:
 
     def notes(self) -> list[str]:
         """Sentences on the last `quantize` that belong beside its results."""
-        return weight_range_notes(self.report.half_range)
+        return [*weight_range_notes(self.report.half_range), *self.report.notes]
 
     def quantize(self, source: Source, spec: QuantSpec, calibration: Iterable[Feeds]) -> Graph:
         """Write `<spec.output_dir>/<source.name>.xml` and `.bin` (int8 weights) and return that graph.
@@ -69,8 +71,9 @@ class NNCFQuantizer:
         `calibration` is iterated several times (see the module), so it must be a collection or an object whose
         `__iter__` starts anew, not a generator; items are made, used and dropped one by one. Only the first
         `spec.calibration_samples` items are used. The same input gives the same bytes.
-        Raises BackendError for a spec that NNCF cannot follow, a keep pattern without a match, an empty calibration
-        set, too few items, or an item that does not fit the graph's inputs; nothing is written then.
+        Raises BackendError for a spec that NNCF cannot follow, a keep pattern without a match, a keep-list that leaves
+        nothing, an empty calibration set, too few items, and an item that does not fit the graph's inputs or gives NaN
+        or inf inside; nothing is written then.
         """
         import nncf
 
@@ -80,8 +83,11 @@ class NNCFQuantizer:
         fold_constants(model)
         name_nodes(model)
         kept = kept_nodes(model, spec.keep)
+        heavy = [op for op in live_operations(model) if op.get_type_name() in MATMULS | CONVOLUTIONS]
+        check_left(source.name, (op.get_friendly_name() for op in heavy), kept, spec.keep)
+        before = weight_magnitudes(model)
         items = CalibrationItems(calibration, source.graph.inputs, spec.calibration_samples)
-        with _quiet(self.progress):
+        with _quiet(self.progress), watched(items):
             try:
                 quantized = nncf.quantize(
                     model,
@@ -96,10 +102,14 @@ class NNCFQuantizer:
             except (nncf.ValidationError, nncf.InternalError, RuntimeError) as error:
                 raise BackendError(f"NNCF cannot quantize {source.graph.path.name}: {error}") from error
         del model
+        if not any(op.get_type_name() == "FakeQuantize" for op in quantized.get_ops()):
+            raise nothing_left(source.name, spec.keep)
         split_tables(quantized)
         share_constants(quantized)
         name_nodes(quantized)
-        self.report = Report(items.passes, items.used, tuple(sorted(kept)), half_range(spec.weight_range))
+        after = weight_magnitudes(quantized)
+        notes = lost_channels("NNCF", ((name, before[name], after[name]) for name in after if name in before))
+        self.report = Report(items.passes, items.used, tuple(sorted(kept)), half_range(spec.weight_range), tuple(notes))
         return write_ir(quantized, spec.output_dir / f"{source.name}.xml")
 
     def prepare(self, source: Source, spec: QuantSpec, calibration: Iterable[Feeds]) -> torch.nn.Module:

@@ -15,21 +15,23 @@ import copy
 import dataclasses
 import math
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from backends.base import BackendError, Feeds, Graph, QuantSpec, Source
-from backends.calibration import CalibrationItems
+from backends.calibration import CalibrationItems, check_finite
 from backends.exchange import export
 from backends.openvino.cpu import half_range
 from backends.openvino.engine import read_model, write_ir
 from backends.openvino.flops import CONVOLUTIONS, MATMULS, is_quantized
 from backends.openvino.nncf import GROUPS, Report, advanced_parameters, check_spec, kept_nodes, name_nodes, preset
 from backends.openvino.passes import fold_constants, share_constants, split_tables
+from backends.quantspec import check_left, lost_channels, nothing_left
 from backends.quiet import quiet
 
 if TYPE_CHECKING:
@@ -137,7 +139,8 @@ def prepare(source: Source, spec: QuantSpec, calibration: Iterable[Feeds]) -> tu
     are trainable. `calibration` as for `NNCFQuantizer.quantize`. Biases are trained, so `bias_correction` does not
     apply. The same input gives the same module.
     Raises BackendError for a spec that NNCF cannot follow, a source without module or ONNX graph, a keep pattern
-    without a match, and a calibration set that is empty, too small, or does not fit.
+    without a match, a keep-list that leaves nothing, and a calibration set that is empty, too small, does not fit or
+    gives NaN or inf inside.
     """
     import nncf
     from nncf.torch.function_hook.wrapper import get_hook_storage
@@ -147,6 +150,7 @@ def prepare(source: Source, spec: QuantSpec, calibration: Iterable[Feeds]) -> tu
     assert module is not None
     example = tuple(torch.as_tensor(value) for value in source.example.values())
     kept, ignored = _ignored(module, example, source, spec)
+    weighted = [(name, part) for name, part in module.named_modules() if _has_matrix(part)]
     items = CalibrationItems(calibration, source.graph.inputs, spec.calibration_samples)
 
     def inputs(feeds: Feeds) -> Any:
@@ -168,6 +172,7 @@ def prepare(source: Source, spec: QuantSpec, calibration: Iterable[Feeds]) -> tu
                 advanced_parameters=advanced_parameters(plain),
             )
         except (nncf.ValidationError, nncf.InternalError, RuntimeError) as error:
+            check_finite(module, weighted, names, items)  # is it an item that it cannot take?
             raise BackendError(f"NNCF cannot quantize the module {source.name!r}: {error}") from error
     half = half_range(spec.weight_range)
     storage, made = get_hook_storage(prepared), dict[int, FakeQuantizer]()
@@ -175,8 +180,15 @@ def prepare(source: Source, spec: QuantSpec, calibration: Iterable[Feeds]) -> tu
         if id(quantizer) not in made:
             made[id(quantizer)] = _learner(quantizer, half and name.startswith("pre_hooks."))
         storage.set_submodule(name, made[id(quantizer)])
+    if not made:
+        raise nothing_left(source.name, spec.keep)
+    if not all(bool(torch.isfinite(quantizer.start).all()) for quantizer in made.values()):
+        check_finite(module, weighted, names, items)
+        raise BackendError(f"NNCF measured a range of the module {source.name!r} that is not finite")
     _one_per_weight(prepared, example)
-    return prepared.requires_grad_(True), Report(items.passes, items.used, tuple(sorted(kept)), half)
+    notes = lost_channels("NNCF", _weight_steps(prepared, example))
+    report = Report(items.passes, items.used, tuple(sorted(kept)), half, tuple(notes))
+    return prepared.requires_grad_(True), report
 
 
 def finish(module: nn.Module, source: Source, spec: QuantSpec) -> Graph:
@@ -248,30 +260,37 @@ def _ignored(
     name_nodes(model)
     kept = set(kept_nodes(model, spec.keep))
     heavy = _heavy_onnx(source.graph.path)
-    if set(spec.keep) - set(GROUPS) and not all(name.startswith("/") for name, _ in heavy):
+    if set(spec.keep) - set(GROUPS) and not all(name.startswith("/") for name, _, _ in heavy):
         raise BackendError(
             f"{source.name}: keep patterns need node names of the tracing exporter ('/block/fc1/MatMul') for "
             "quantization-aware training; keep groups, or export the graph with it"
         )
     nodes = iter(heavy)
-    ignored = []
+    ignored, able = [], []
     for name, kind in _heavy_torch(module, example):
-        twins = [next(nodes, ("", ""))]
+        twins = [next(nodes, ("", "", ""))]
         if kind == "scaled_dot_product_attention":
-            twins.append(next(nodes, ("", "")))
-        if any(onnx_kind not in _HEAVY[kind] for _, onnx_kind in twins):
+            twins.append(next(nodes, ("", "", "")))
+        if any(onnx_kind not in _HEAVY[kind] for _, onnx_kind, _ in twins):
             raise BackendError(f"{source.name}: {name} of the module is {twins[0][0] or 'nothing'} in its graph")
-        if any(node in kept or any(other.startswith(f"{node}/") for other in kept) for node, _ in twins):
+        known = [node for name, _, output in twins for node in (name, output) if node]
+        if any(node in kept or any(other.startswith(f"{node}/") for other in kept) for node in known):
             ignored.append(name)
+        able.append(name)
+    check_left(source.name, able, ignored, spec.keep)
     return kept, ignored
 
 
-def _heavy_onnx(path: Path) -> list[tuple[str, str]]:
+def _heavy_onnx(path: Path) -> list[tuple[str, str, str]]:
+    """Name and type of each heavy node in order, and '' or the graph's output that it is, after which OpenVINO calls
+    it."""
     import onnx
 
     kinds = {kind for kinds in _HEAVY.values() for kind in kinds}
-    nodes = onnx.load(str(path), load_external_data=False).graph.node
-    return [(node.name, node.op_type) for node in nodes if node.op_type in kinds]
+    graph = onnx.load(str(path), load_external_data=False).graph
+    outputs = {value.name for value in graph.output}
+    heavy = [node for node in graph.node if node.op_type in kinds]
+    return [(n.name, n.op_type, n.output[0] if n.output[0] in outputs else "") for n in heavy]
 
 
 def _heavy_torch(module: nn.Module, example: tuple[torch.Tensor, ...]) -> list[tuple[str, str]]:
@@ -317,6 +336,20 @@ def _weights(module: nn.Module, example: tuple[torch.Tensor, ...]) -> dict[str, 
         for handle in handles:
             handle.remove()
     return found
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, nn.Parameter) and weight.dim() > 1
+
+
+def _weight_steps(module: nn.Module, example: tuple[torch.Tensor, ...]) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Of each quantized weight its name, and per output channel its magnitude, also in steps of its quantizer."""
+    quantizers, names = fake_quantizers(module), {id(p): name for name, p in module.named_parameters()}
+    for name, weight in _weights(module, example).items():
+        step, axis = quantizers[name].step(), quantizers[name].axis or 0
+        magnitudes = weight.detach().transpose(0, axis).flatten(1).abs().amax(1)
+        yield names.get(id(weight), name), magnitudes.numpy(), (magnitudes / step).numpy()
 
 
 def _one_per_weight(module: nn.Module, example: tuple[torch.Tensor, ...]) -> None:

@@ -34,6 +34,7 @@ class TensorRTBackend:
     sources: tuple[str, ...] = (
         "backends.trt.engine",
         "backends.trt.builder",
+        "backends.trt.inspector",
         "backends.trt.onnx_graph",
         "backends.trt.cuda",
         "backends.reference",
@@ -42,7 +43,9 @@ class TensorRTBackend:
     def availability(self) -> Availability:
         """Versions, devices and what this machine can do; or what is missing and what installs it.
 
-        `details` holds `gpu` (name and compute capability) where there is one, else `cpu`; `isa` of the CPU; `can`.
+        `details` holds `gpu` (names and compute capabilities) where there is one, else `cpu`; `isa` of the CPU; `can`.
+        Where a GPU runs the engines, `device` is its name; `driver`, `cuda` and `clocks` are what else decides its
+        times (see `cuda.identity`).
         """
         from backends.trt import builder, cuda
 
@@ -62,6 +65,8 @@ class TensorRTBackend:
         if here:
             details["gpu"] = ", ".join(f"{d.name} ({d.capability})" for d in here)
             details["can"] = "builds and runs engines" if cuda.provider() else NO_PROVIDER
+            if cuda.provider():
+                details |= {"device": here[0].name, **cuda.identity(here[0])}
         else:
             details["cpu"] = _cpu_name()
             details["can"] = AHEAD_OF_TIME
@@ -78,9 +83,13 @@ class TensorRTBackend:
         return {quantizer.name: quantizer for quantizer in listed}
 
     def float_precisions(self) -> Sequence[Precision]:
-        """F32 and F16; without a device both are emulated. Raises Unavailable."""
+        """F32 and F16, TF32 between them where the device has it; without a device both are emulated. Raises
+        Unavailable."""
         self._require()
-        return [Precision.F32, Precision.F16]
+        from backends.trt.cuda import provider
+        from backends.trt.engine import has_tf32
+
+        return [Precision.F32, *([Precision.TF32] if provider() and has_tf32() else []), Precision.F16]
 
     def baselines(self) -> Sequence[Precision]:
         """The float precisions that are worth a row: what is not timed is no base of a speedup, so F32 alone without a

@@ -93,9 +93,10 @@ def check_options(options: Mapping[str, Any]) -> None:
         raise BackendError(f"option 'target' must be a compute capability such as '8.9', or null, got {target!r}")
 
 
-def build_plan(graph: Graph, options: Mapping[str, Any], folder: Path) -> Path:
+def build_plan(graph: Graph, options: Mapping[str, Any], folder: Path, tf32: bool = False) -> Path:
     """Build (or find) `<folder>/<stem>-<key>.plan` and its `.json` manifest; returns the plan's path.
 
+    `tf32`: products of 32-bit floats may be rounded to TF32, which TensorRT allows by default and f32 is not.
     The key is made of the graph's sha256, the options and TensorRT's version. The graph is parsed from its file, so its
     weights may lie beside it and exceed 2 GB. Raises BackendError that names the node and the reason when the graph is
     refused, and when the target is not one that this TensorRT builds for.
@@ -109,6 +110,7 @@ def build_plan(graph: Graph, options: Mapping[str, Any], folder: Path) -> Path:
         "target": target,
         "workspace_mb": options["workspace_mb"],
         "optimization_level": options["optimization_level"],
+        "tf32": tf32,
     }
     key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
     plan = folder / f"{graph.path.stem}-{key}.plan"
@@ -215,6 +217,8 @@ def _serialize(module: Any, graph: Graph, made_of: Mapping[str, Any], timing: Pa
         raise BackendError(_refused(title, graph, parser, logger.errors))
     config = builder.create_builder_config()
     config.profiling_verbosity = module.ProfilingVerbosity.DETAILED
+    flag = module.BuilderFlag.TF32  # set by default
+    config.set_flag(flag) if made_of["tf32"] else config.clear_flag(flag)
     config.set_memory_pool_limit(module.MemoryPoolType.WORKSPACE, made_of["workspace_mb"] << 20)
     if made_of["optimization_level"] is not None:
         config.builder_optimization_level = made_of["optimization_level"]

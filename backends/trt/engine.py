@@ -7,19 +7,19 @@ graph: TensorRT does not open a plan without a driver, so which layers it fused 
 
 from __future__ import annotations
 
-import json
-import re
 import shutil
 import tempfile
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from backends.base import (
+    Array,
     BackendError,
+    DeviceArray,
     Engine,
     Feeds,
     Graph,
@@ -32,8 +32,9 @@ from backends.base import (
 )
 from backends.reference import OnnxRuntimeEngine
 from backends.trt import builder
-from backends.trt.cuda import devices, provider
-from backends.trt.onnx_graph import CONVOLUTIONS, MATMULS, OnnxGraph
+from backends.trt.cuda import Buffer, CudaArray, HostBuffer, devices, provider
+from backends.trt.inspector import layer_kernels as layer_kernels
+from backends.trt.onnx_graph import OnnxGraph
 
 OPTIONS: dict[str, Any] = {
     **builder.OPTIONS,
@@ -43,15 +44,13 @@ OPTIONS: dict[str, Any] = {
     "rest": "f32",  # of a quantized graph: the type that its floats have
 }
 _PROFILED_RUNS = 3
-_WEIGHTED = {"CONVOLUTION", "DECONVOLUTION", "GEMM", "MATRIX_MULTIPLY", "MATRIXMULTIPLY", "FULLYCONNECTED"}
-_DATATYPES = [("int8", "int8"), ("fp8", "fp8"), ("e4m3", "fp8"), ("bf16", "bf16"), ("bfloat16", "bf16")]
-_DATATYPES += [("half", "f16"), ("fp16", "f16"), ("float16", "f16"), ("float", "f32"), ("fp32", "f32")]
 
 
 def make_engine(graph: Graph, precision: Precision, options: Mapping[str, Any] | None = None) -> Engine:
     """Build the plan of an ONNX graph and open it: on the device that is here, else emulated.
 
-    F32, F16 and BF16 take a float graph; INT8 takes a graph with Q/DQ nodes and lets them say what is int8 or fp8.
+    F32, TF32, F16 and BF16 take a float graph; INT8 takes a graph with Q/DQ nodes, which say what is int8 or fp8. Only
+    TF32 lets products of 32-bit floats be rounded to it: TensorRT would do so by default.
     Raises BackendError for an option, a graph or a precision that does not fit, and when TensorRT refuses the graph.
     """
     if graph.format != "onnx":
@@ -61,6 +60,9 @@ def make_engine(graph: Graph, precision: Precision, options: Mapping[str, Any] |
     check_threads(chosen["threads"])
     if chosen["rest"] != "f32":
         raise BackendError(f"option 'rest' must be 'f32', in which TensorRT's Q/DQ graphs are, got {chosen['rest']!r}")
+    kind = provider()
+    if precision == Precision.TF32 and (kind is None or not has_tf32()):
+        raise BackendError("tf32 is computed by CUDA devices of compute capability 8.0 and above, and none is here")
     found = OnnxGraph(graph.path)
     if precision == Precision.INT8 and not found.has_qdq():
         raise BackendError(f"{graph.path.name} holds no Q/DQ nodes: quantize it before compiling it as int8")
@@ -72,8 +74,8 @@ def make_engine(graph: Graph, precision: Precision, options: Mapping[str, Any] |
         built_from = graph
         if precision in (Precision.F16, Precision.BF16):
             built_from = builder.half_graph(graph, precision, Path(own))
-        plan = builder.build_plan(built_from, chosen, folder) if chosen["build"] else None
-        kind = provider()
+        tf32 = precision == Precision.TF32
+        plan = builder.build_plan(built_from, chosen, folder, tf32) if chosen["build"] else None
         if kind is None or plan is None:
             return EmulatedEngine(graph, built_from, plan, precision, chosen, Path(own))
         cuda = kind()
@@ -85,6 +87,12 @@ def make_engine(graph: Graph, precision: Precision, options: Mapping[str, Any] |
     except BaseException:
         shutil.rmtree(own, ignore_errors=True)
         raise
+
+
+def has_tf32() -> bool:
+    """Whether the device that runs engines here multiplies in TF32: from compute capability 8.0 on (CUDA C++ guide)."""
+    here = devices()
+    return bool(here) and int(here[0].capability.split(".")[0]) >= 8
 
 
 class _PlanEngine(Engine):
@@ -159,9 +167,10 @@ class EmulatedEngine(_PlanEngine):
 
 
 class TensorRTEngine(_PlanEngine):
-    """A plan on a CUDA device: one context, one stream, static buffers."""
+    """A plan on a CUDA device: one context, one stream, static buffers, and page-locked host memory for every copy."""
 
     measured = "engine"
+    on_device = True
 
     def __init__(
         self, graph: Graph, plan: Path, precision: Precision, options: Mapping[str, Any], cuda: Any, own: Path
@@ -178,8 +187,8 @@ class TensorRTEngine(_PlanEngine):
             reason = self._logger.errors[0].splitlines()[0] if self._logger.errors else "no reason given"
             raise BackendError(f"{plan.name} cannot be loaded on this device: {reason}")
         self._context = self._engine.create_execution_context()
-        self._arrays: dict[str, np.ndarray] = {}
-        self._addresses: dict[str, int] = {}
+        self._host: dict[str, HostBuffer] = {}
+        self._buffers: dict[str, Buffer] = {}
         for info in (*self.inputs, *self.outputs):
             self._bind(info)
         self._launch = self._enqueue
@@ -194,33 +203,57 @@ class TensorRTEngine(_PlanEngine):
             raise BackendError(
                 f"the engine's {info.name!r} is {np.dtype(dtype).name}{list(shape)}, not as in its graph"
             )
-        self._arrays[info.name] = np.empty(shape, dtype)
-        self._addresses[info.name] = self._cuda.allocate(self._arrays[info.name].nbytes)
-        self._context.set_tensor_address(info.name, self._addresses[info.name])
+        self._host[info.name] = self._cuda.pinned(shape, dtype)
+        self._buffers[info.name] = self._cuda.allocate(self._host[info.name].array.nbytes)
+        self._context.set_tensor_address(info.name, self._buffers[info.name].address)
 
     def _enqueue(self) -> None:
         if not self._context.execute_async_v3(self._cuda.stream):
             raise BackendError(f"TensorRT could not run {self.graph.path.name}: {self._logger.errors[:1]}")
 
-    def _upload(self, feeds: Feeds) -> None:
+    def _upload(self, feeds: Mapping[str, Array]) -> None:
         if self._context is None:
             raise BackendError("this engine is closed")
         for name, array in feeds.items():
-            self._cuda.upload(self._addresses[name], array)
+            if isinstance(array, CudaArray) and isinstance(array.cuda, type(self._cuda)):
+                self._cuda.copy(self._buffers[name], array.buffer, self._host[name].array.nbytes)
+                continue
+            self._host[name].array[...] = array.numpy() if isinstance(array, DeviceArray) else array
+            self._cuda.upload(self._buffers[name], self._host[name])
 
-    def _infer(self, feeds: Feeds) -> Feeds:
+    def _infer(self, feeds: Mapping[str, Array]) -> Feeds:
         self._upload(feeds)
-        self._launch()
-        found = {}
+        spent = self._cuda.timed(self._launch)
         for info in self.outputs:
-            self._cuda.download(self._addresses[info.name], self._arrays[info.name])
-            found[info.name] = self._arrays[info.name].copy()
-        return found
+            self._cuda.download(self._host[info.name], self._buffers[info.name])
+        self._finish(spent)
+        return {info.name: self._host[info.name].array.copy() for info in self.outputs}
+
+    def infer_on_device(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Runs once; each output is copied on the device into an array of its own, which later runs leave alone."""
+        self._upload(self._checked(feeds))
+        spent = self._cuda.timed(self._launch)
+        made: dict[str, Array] = {}
+        for info in self.outputs:
+            host = self._host[info.name].array
+            buffer = self._cuda.allocate(host.nbytes)
+            self._cuda.copy(buffer, self._buffers[info.name], host.nbytes)
+            made[info.name] = CudaArray(self._cuda, buffer, host.shape, host.dtype)
+        self._finish(spent)
+        return made
+
+    def _finish(self, spent: Callable[[], float]) -> None:
+        """Waits for the device, so that results may be read and the next run may overwrite what this one read."""
+        self._cuda.synchronize()
+        self.last_device_ms = spent()
 
     def device_ms(self, feeds: Feeds) -> float:
         """Milliseconds of one run on the device between two CUDA events, without the copies."""
         self._upload(feeds)
-        return float(self._cuda.elapsed_ms(self._launch))
+        spent = self._cuda.timed(self._launch)
+        self._finish(spent)
+        assert self.last_device_ms is not None
+        return self.last_device_ms
 
     def kernels(self) -> list[Kernel]:
         """The engine's layers from TensorRT's inspector, with mean times of a few runs on zeros (microseconds)."""
@@ -229,7 +262,10 @@ class TensorRTEngine(_PlanEngine):
         form = self._module.LayerInformationFormat.JSON
         text = self._engine.create_engine_inspector().get_engine_information(form)
         self._upload({t.name: np.zeros(t.shape, t.dtype) for t in self.inputs})
-        return layer_kernels(text, self._layer_times(), OnnxGraph(self.graph.path))
+        self._cuda.synchronize()
+        return layer_kernels(
+            text, self._layer_times(), OnnxGraph(self.graph.path), tf32=self.precision == Precision.TF32
+        )
 
     def _layer_times(self) -> dict[str, float]:
         times: dict[str, float] = {}
@@ -244,8 +280,8 @@ class TensorRTEngine(_PlanEngine):
         # A context of its own: a profiler makes every run synchronous, and cannot be taken off again.
         context = self._engine.create_execution_context()
         context.profiler = Profiler(self._module.IProfiler)
-        for name, address in self._addresses.items():
-            context.set_tensor_address(name, address)
+        for name, buffer in self._buffers.items():
+            context.set_tensor_address(name, buffer.address)
         for _ in range(_PROFILED_RUNS):
             context.execute_async_v3(self._cuda.stream)
             self._cuda.synchronize()
@@ -256,6 +292,7 @@ class TensorRTEngine(_PlanEngine):
             self._launch = self._enqueue
             self._cuda.synchronize()
             self._context = self._engine = self._runtime = None
+            self._buffers, self._host = {}, {}
             self._cuda.close()
         super().close()
 
@@ -274,44 +311,3 @@ def check_plan(plan: Path, module: Any) -> None:
         raise BackendError(
             f"{plan.name} was built for {manifest.get('target')}, the devices here are {found or 'none'}"
         )
-
-
-def layer_kernels(inspected: str, times: Mapping[str, float], graph: OnnxGraph) -> list[Kernel]:
-    """Kernels of the inspector's JSON (detailed verbosity; TensorRT's Developer Guide, 'Engine Inspector').
-
-    A layer's `Metadata` names its ONNX nodes as `[ONNX Layer: NAME]`; a node's FLOPs go to the first layer that names
-    it with a matmul's or convolution's type, else to the first one. What no layer names becomes a kernel 'unknown'.
-    A layer's precision is the one of its first input, in whose type a matmul reads its operands.
-    """
-    layers = [layer for layer in json.loads(inspected).get("Layers", []) if isinstance(layer, dict)]
-    work = {n.name: graph.flops(n) for n in graph.work() if n.op_type in MATMULS | CONVOLUTIONS}
-    names = [re.findall(r"\[ONNX Layer: ([^\]]+)\]", layer.get("Metadata", "")) for layer in layers]
-    owner: dict[str, int] = {}
-    order = sorted(range(len(layers)), key=lambda k: (_kind(layers[k]) not in _WEIGHTED, k))
-    for k in order:
-        for name in names[k]:
-            owner.setdefault(name, k)
-    kernels = []
-    for k, layer in enumerate(layers):
-        title = str(layer.get("Name", f"layer {k}"))
-        flops = sum(work[name] for name in dict.fromkeys(names[k]) if name in work and owner[name] == k)
-        tactic = str(layer.get("TacticName") or layer.get("LayerType", ""))
-        precision, originals = _layer_precision(layer), tuple(dict.fromkeys(names[k]))
-        kernels.append(
-            Kernel(title, str(layer.get("LayerType", "")), tactic, precision, times.get(title, 0.0), flops, originals)
-        )
-    missing = tuple(name for name in work if name not in owner)
-    if missing:
-        total = sum(work[name] for name in missing)
-        kernels.append(Kernel("(not attributed)", "unknown", "unknown", "unknown", 0.0, total, missing))
-    return kernels
-
-
-def _kind(layer: Mapping[str, Any]) -> str:
-    return str(layer.get("ParameterType") or layer.get("LayerType", "")).upper()
-
-
-def _layer_precision(layer: Mapping[str, Any]) -> str:
-    ports = layer.get("Inputs") or layer.get("Outputs") or [{}]
-    text = str(ports[0].get("Format/Datatype") or ports[0].get("Format") or "").lower()
-    return next((precision for word, precision in _DATATYPES if word in text), "unknown")

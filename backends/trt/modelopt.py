@@ -21,7 +21,7 @@ import numpy as np
 from backends.base import BackendError, Feeds, Graph, QuantSpec, Source
 from backends.calibration import CalibrationItems
 from backends.openvino.cpu import saturates
-from backends.quantspec import check_common, check_settings
+from backends.quantspec import check_common, check_left, check_settings, nothing_left
 from backends.quiet import quiet
 from backends.trt.onnx_graph import CONVOLUTIONS, MATMULS, MOVES, OnnxGraph, kept_nodes, name_nodes
 from backends.trt.ranges import largest_magnitudes, quantized_tensors, set_ranges
@@ -91,6 +91,10 @@ class ModelOptQuantizer:
         if original.has_qdq():
             raise BackendError(f"{source.graph.path.name} is quantized already")
         kept = kept_nodes(original, spec.keep)
+        lowered = MATMULS if number_format in ("fp8", "int4") else MATMULS | CONVOLUTIONS
+        check_left(source.name, (n.name for n in original.work() if n.op_type in lowered), kept, spec.keep)
+        read = list(dict.fromkeys(name for n in original.work() if n.op_type in lowered for name in n.input))
+        read = [name for name in read if name in original.live]
         # ModelOpt's fp8 convolutions are wrong by most of their output (two of them: mean error 0.79 against 0.03).
         convolutions = [n.name for n in original.work() if n.op_type in CONVOLUTIONS] if number_format == "fp8" else []
         floats = {*kept, *convolutions}
@@ -104,7 +108,12 @@ class ModelOptQuantizer:
         spec.output_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{source.name}.", dir=spec.output_dir) as folder:
             one = CalibrationItems(calibration, source.graph.inputs, 1)
-            made = _modelopt(source.graph, number_format, one, sorted(floats), Path(folder))
+            try:
+                made = _modelopt(source.graph, number_format, one, sorted(floats), Path(folder))
+            except BackendError:
+                if number_format != "int4":  # is it the item that it cannot take?
+                    largest_magnitudes(Path(folder) / "given.onnx", source.graph.inputs, read, one)
+                raise
             import onnx
 
             model = onnx.load(str(made))
@@ -114,6 +123,8 @@ class ModelOptQuantizer:
             tidy(model)  # before the float graph is loaded beside it: a large model's float weights are gone then
             if number_format != "int4":  # rounding weights needs no data
                 tensors = quantized_tensors(model)
+                if not tensors:
+                    raise nothing_left(source.name, spec.keep)
                 ranges = largest_magnitudes(Path(folder) / "given.onnx", source.graph.inputs, tensors, items)
                 set_ranges(model, ranges)
                 tidy(model)

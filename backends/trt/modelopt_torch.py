@@ -15,16 +15,16 @@ from __future__ import annotations
 import copy
 import math
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from backends.base import BackendError, Feeds, Graph, QuantSpec, Source, Unavailable
-from backends.calibration import CalibrationItems
+from backends.calibration import CalibrationItems, finite_layers
 from backends.exchange import export
-from backends.quantspec import check_common, check_installed, check_settings
+from backends.quantspec import check_common, check_installed, check_left, check_settings, lost_channels, nothing_left
 from backends.quiet import quiet
 from backends.trt.modelopt import (
     NO_CORRECTION,
@@ -87,9 +87,9 @@ class ModelOptTorchQuantizer:
             shared: dict[int, Any] = {} if smooth else {id(p): p for p in module.parameters()}
             prepared = calibrated(copy.deepcopy(module, shared).eval(), source, spec, items)
             export_rounding(prepared, source, made)
+            notes = [*common_notes(spec, half, module), *lost_channels("ModelOpt", weight_steps(prepared))]
             del prepared
             graph, heavy = complete(made, source, spec, kept, half)
-        notes = common_notes(spec, half)
         if spec.bias_correction != "none":
             notes.append(NO_CORRECTION)
         self.report = Report(items.used, tuple(sorted(kept)), heavy, half, tuple(notes))
@@ -128,7 +128,7 @@ def check(quantizer: ModelOptTorchQuantizer, source: Source, spec: QuantSpec) ->
 
 def kept_in(source: Source, keep: Sequence[str]) -> dict[str, str]:
     """Names and types of the kept nodes of the source's graph. Raises BackendError where the graph that will be made
-    has no node of such a name."""
+    has no node of such a name, and where all that could be quantized is kept."""
     graph = OnnxGraph(source.graph.path)
     if graph.has_qdq():
         raise BackendError(f"{source.graph.path.name} is quantized already")
@@ -140,8 +140,11 @@ def kept_in(source: Source, keep: Sequence[str]) -> dict[str, str]:
                 f"keep entry {entry!r} names {strange[0]!r}, which no module's name can express, as ModelOpt's torch "
                 f"mode needs it: keep groups ({', '.join(GROUPS)}) alone, or take the quantizer modelopt"
             )
+    kept = kept_nodes(graph, keep)
+    heavy = [node for node in graph.work() if node.op_type in MATMULS | CONVOLUTIONS]
+    check_left(source.name, (node.name for node in heavy if node.input[1] not in graph.live), kept, keep)
     # What a group protects is never quantized here, so it need not be found again by its name.
-    return {name: kind for name, kind in kept_nodes(graph, keep).items() if name.startswith("/")}
+    return {name: kind for name, kind in kept.items() if name.startswith("/")}
 
 
 def calibrated(
@@ -157,10 +160,15 @@ def calibrated(
     except ImportError as error:
         raise Unavailable(f"quantizer 'modelopt-torch' cannot run: {error}; {MEND}") from error
     names = list(source.example)
+    unsmoothed = dead_columns(module, spec)
 
     def run_set(model: torch.nn.Module) -> None:
-        for feeds in items:
-            model(*(torch.from_numpy(feeds[name]) for name in names))
+        for name in unsmoothed:  # one range for all channels: ModelOpt passes over such a layer when it smooths
+            layer: Any = model.get_submodule(name)
+            layer.input_quantizer.axis = None
+        with finite_layers(heavy_layers(model), items):
+            for feeds in items:
+                model(*(torch.from_numpy(feeds[name]) for name in names))
 
     smooth = {"method": "smoothquant", "alpha": spec.smooth_quant_alpha}
     algorithm = smooth if spec.smooth_quant_alpha is not None else "max"
@@ -195,6 +203,8 @@ def complete(
     model = onnx.load(str(made))
     lift_scales(model)
     free_kept(model, {*kept, *feeding_transposes(model, kept)})
+    if not any(node.op_type == "QuantizeLinear" for node in model.graph.node):
+        raise nothing_left(source.name, spec.keep)
     store_weights(model, half)
     turn_weights(model)
     tidy(model)
@@ -208,12 +218,39 @@ def complete(
     return graph, tuple(n.name for n in found.work() if n.op_type in MATMULS | CONVOLUTIONS and n.name in touched)
 
 
-def common_notes(spec: QuantSpec, half: bool) -> list[str]:
-    """What is to be told of a graph, trained or not."""
+def common_notes(spec: QuantSpec, half: bool, module: torch.nn.Module) -> list[str]:
+    """What is to be told of a graph of the float `module`, trained or not."""
     notes = ["attention stays in float", *range_notes(half)]
     if spec.smooth_quant_alpha is not None:
         notes.insert(0, f"linear layers are smoothed with alpha {spec.smooth_quant_alpha:g}")
+        dead = dead_columns(module, spec)
+        if dead:
+            listed = [f"{name} (column {', '.join(map(str, columns[:8]))})" for name, columns in list(dead.items())[:8]]
+            more = f" and {len(dead) - 8} more" if len(dead) > 8 else ""
+            notes.insert(
+                1, f"not smoothed, as columns of their weights are zero or nearly so: {'; '.join(listed)}{more}"
+            )
     return notes
+
+
+def dead_columns(module: torch.nn.Module, spec: QuantSpec) -> dict[str, list[int]]:
+    """Linear layers with input columns whose weights are all zero, or so small that there is nothing to smooth with.
+
+    SmoothQuant scales column j by max|w_j|^(1 - alpha) / max|x_j|^alpha. ModelOpt fails where that is 2^-31 or less;
+    below a numerator of 1e-6, activations of ordinary size are enough to get there. Empty without SmoothQuant.
+    """
+    from torch import nn
+
+    alpha = spec.smooth_quant_alpha
+    if alpha is None:
+        return {}
+    found = {}
+    for name, layer in heavy_layers(module):
+        if isinstance(layer, nn.Linear):
+            columns = (layer.weight.detach().abs().amax(0) ** (1 - alpha) <= 1e-6).nonzero().flatten().tolist()
+            if columns:
+                found[name] = columns
+    return found
 
 
 def layers(module: torch.nn.Module, weights: str, floats: Iterable[str] = ()) -> list[dict[str, Any]]:
@@ -236,6 +273,19 @@ def layers(module: torch.nn.Module, weights: str, floats: Iterable[str] = ()) ->
             cfg = {"num_bits": 8, "axis": along}
             found.append({"quantizer_name": f"{first}{kind}_quantizer", "cfg": cfg, "enable": True})
     return found
+
+
+def weight_steps(module: torch.nn.Module) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Of each layer that rounds its weight the name, and per output channel its magnitude, also in steps of 127."""
+    for name, layer in heavy_layers(module):
+        rounding = getattr(layer, "weight_quantizer", None)
+        if rounding is None or not rounding.is_enabled or rounding.amax is None:
+            continue
+        axis = int(bool(getattr(layer, "transposed", False)))
+        weight: Any = layer.weight
+        magnitudes = weight.detach().transpose(0, axis).flatten(1).abs().amax(1)
+        steps = 127 * magnitudes / rounding.amax.detach().flatten()
+        yield name, magnitudes.numpy(), steps.nan_to_num(0).numpy()
 
 
 def heavy_layers(module: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:

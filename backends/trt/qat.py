@@ -18,6 +18,7 @@ from torch import nn
 
 from backends.base import BackendError, Feeds, Graph, QuantSpec, Source
 from backends.calibration import CalibrationItems
+from backends.quantspec import lost_channels, nothing_left
 from backends.trt.modelopt import Report
 from backends.trt.modelopt_torch import (
     calibrated,
@@ -27,6 +28,7 @@ from backends.trt.modelopt_torch import (
     export_rounding,
     heavy_layers,
     kept_in,
+    weight_steps,
 )
 from backends.trt.onnx_graph import CONVOLUTIONS, MATMULS, OnnxGraph
 
@@ -53,11 +55,13 @@ def prepare(
     items = CalibrationItems(calibration, source.graph.inputs, spec.calibration_samples)
     half = spec.weight_range == "half"
     prepared = calibrated(copy.deepcopy(module).eval(), source, spec, items, floats)
+    if not _rounded(prepared):
+        raise nothing_left(source.name, spec.keep)
     for layer in _rounded(prepared):
         layer.weight_quantizer.narrow_range = True  # -127..127: a weight that grows past its range ends there
         if half:
             layer.weight_quantizer.num_bits = _HALF_BITS
-    notes = [*common_notes(spec, half), LEARNED]
+    notes = [*common_notes(spec, half, module), LEARNED, *lost_channels("ModelOpt", weight_steps(prepared))]
     return prepared.requires_grad_(True), Report(items.used, tuple(sorted(kept)), (), half, tuple(notes))
 
 

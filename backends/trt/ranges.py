@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from backends.base import BackendError, Feeds, Graph, TensorInfo
+from backends.calibration import not_finite
 from backends.reference import OnnxRuntimeEngine
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def largest_magnitudes(
     """max|x| of each tensor over all items. Only one item is in memory at a time.
 
     Writes `<stem>.ranges.onnx` beside `path`, so that external weights are found. Raises BackendError for a tensor that
-    the graph does not compute.
+    the graph does not compute, and for an item that gives NaN or inf in one of the tensors.
     """
     import onnx
 
@@ -37,10 +38,11 @@ def largest_magnitudes(
     if missing:
         raise BackendError(f"{path.name} computes no tensor {missing[0]!r}, so it has no range")
     del graph.output[:]
-    # Two reductions read the tensor where it is; of Abs there would be a copy.
+    # Reductions read the tensor where it is; of Abs there would be a copy. Least and largest values pass over NaN, sums
+    # do not.
     names = []
     for k, tensor in enumerate(tensors):
-        for kind in ("ReduceMin", "ReduceMax"):
+        for kind in ("ReduceMin", "ReduceMax", "ReduceSum"):
             names.append(f"range.{kind}.{k}")
             graph.node.append(onnx.helper.make_node(kind, [tensor], [names[-1]], names[-1], keepdims=0))
             graph.output.append(onnx.helper.make_tensor_value_info(names[-1], onnx.TensorProto.FLOAT, []))
@@ -49,12 +51,17 @@ def largest_magnitudes(
     del model
     outputs = tuple(TensorInfo(name, (), "float32") for name in names)
     largest = np.zeros(len(tensors), np.float32)
-    with OnnxRuntimeEngine(Graph(reduced, tuple(inputs), outputs, "")) as engine:
-        for item in items:
-            found = engine.infer(item)
-            ends = np.array([found[name] for name in names], np.float32).reshape(-1, 2)
-            largest = np.maximum(largest, np.abs(ends).max(axis=1))
-    reduced.unlink()
+    try:
+        with OnnxRuntimeEngine(Graph(reduced, tuple(inputs), outputs, "")) as engine:
+            for index, item in enumerate(items):
+                found = engine.infer(item)
+                reductions = np.array([found[name] for name in names], np.float32).reshape(-1, 3)
+                broken = ~np.isfinite(reductions).all(axis=1)
+                if broken.any():
+                    raise not_finite(tensors[int(broken.argmax())], index)
+                largest = np.maximum(largest, np.abs(reductions[:, :2]).max(axis=1))
+    finally:
+        reduced.unlink()
     return dict(zip(tensors, largest.tolist(), strict=True))
 
 

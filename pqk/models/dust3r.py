@@ -175,17 +175,23 @@ class Dust3r(nn.Module):
         return dict(zip(OUTPUTS, run_decoder(self, tokens1, tokens2, grid1, grid2, rope1, rope2), strict=True))
 
     def graphs(self, height: int, width: int) -> dict[str, GraphSpec]:
-        """The two exportable graphs for views of one size (height x width), batch 1; they share these weights."""
+        """Returns the two exportable graphs for views of one size (height x width), batch 1, with these weights.
+
+        Example inputs are random, from a fixed seed: an image uniform in [-1, 1], and normal tokens, other ones for
+        each view. Of equal tokens attention makes the same value whatever its scale, its RoPE or the order of tokens
+        is, and of two equal views the exchange is invisible: an export checked on constants may be wrong in all that.
+        """
         rows, cols = self._grid((height, width))
         device = self.mask_token.device
-        image = torch.zeros(1, 3, height, width, device=device)
-        tokens = torch.zeros(1, rows * cols, self.sizes.enc_dim, device=device)
+        generator = torch.Generator().manual_seed(0)
+        image = torch.rand(1, 3, height, width, generator=generator).mul_(2).sub_(1).to(device)
+        tokens_1, tokens_2 = torch.randn(2, 1, rows * cols, self.sizes.enc_dim, generator=generator).to(device)
         encoder = EncoderGraph(self, rows, cols).to(device).train(self.training)
         decoder = DecoderGraph(self, rows, cols).to(device).train(self.training)
         return {
             "encoder": GraphSpec(encoder, {"image": image}, ("image",), ("tokens",)),
             "decoder": GraphSpec(
-                decoder, {"tokens_1": tokens, "tokens_2": tokens.clone()}, ("tokens_1", "tokens_2"), OUTPUTS
+                decoder, {"tokens_1": tokens_1, "tokens_2": tokens_2}, ("tokens_1", "tokens_2"), OUTPUTS
             ),
         }
 

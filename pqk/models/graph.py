@@ -13,7 +13,8 @@ class GraphSpec:
 
     module: takes the inputs in the order of `input_names` and returns one tensor, or a tuple in the order of
     `output_names`. It shares its weights with the model it was taken from.
-    inputs: example inputs, batch 1.
+    inputs: example inputs, batch 1: values as the model meets them, random and no two alike, so that a check of an
+    export on them sees every operation.
     """
 
     module: nn.Module

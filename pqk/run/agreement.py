@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from backends.base import Array
 from pqk.data.preprocess import Frame
 from pqk.data.scene import open_scene
 from pqk.errors import PqkError
@@ -22,9 +23,9 @@ from pqk.spec.workload import PairGraph
 class Side(Protocol):
     """Whatever turns images into tokens and tokens into predictions."""
 
-    def encode(self, image: np.ndarray) -> np.ndarray: ...
+    def encode(self, image: np.ndarray) -> Array: ...
 
-    def decode(self, tokens_1: np.ndarray, tokens_2: np.ndarray) -> dict[str, np.ndarray]: ...
+    def decode(self, tokens_1: Array, tokens_2: Array) -> dict[str, np.ndarray]: ...
 
 
 class TorchSide:
@@ -47,7 +48,7 @@ class TorchSide:
         """Image (1,3,H,W) -> tokens (1,N,C)."""
         return self.encoder.infer({"image": image})["tokens"]
 
-    def decode(self, tokens_1: np.ndarray, tokens_2: np.ndarray) -> dict[str, np.ndarray]:
+    def decode(self, tokens_1: Array, tokens_2: Array) -> dict[str, np.ndarray]:
         """Tokens of two images -> pts3d_1, conf_1, pts3d_2, conf_2 without the batch axis."""
         out = self.decoder.infer({"tokens_1": tokens_1, "tokens_2": tokens_2})
         return {name: array[0] for name, array in out.items()}

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from backends import registry
-from backends.base import Kernel, executed_precision
+from backends.base import Kernel, executed_precision, matched_by_size
 from pqk.data.pairs import spread
 from pqk.data.preprocess import Frame
 from pqk.data.scene import open_scene
@@ -51,7 +51,8 @@ def run_pairs(request: Mapping[str, Any], take: Take) -> dict[str, Any]:
     Request: variant, reference (a variant to run beside it, or absent), scenes (folders), views, shape, pair_graph,
     min_covisibility, truthful (whether pairs are chosen by their ground truth), pairs_per_scene (how many of each
     scene, see `pqk.data.pairs.spread`; null or absent: all), seed, keep (keep-list or []). Returns measured
-    (engine or emulated), size_bytes (files that ship), executed (share of FLOPs per precision), flops, kernels (rows).
+    (engine or emulated), size_bytes (files that ship), executed (share of FLOPs per precision), matched_by_size (share
+    of FLOPs whose kernel only their number tells), flops, kernels (rows).
     Raises CheckFailed when a kept node ran in an int8 kernel, PqkError for what the scenes and engines raise.
     """
     variant = Variant.from_json(request["variant"])
@@ -92,6 +93,7 @@ def run_pairs(request: Mapping[str, Any], take: Take) -> dict[str, Any]:
         "measured": measured,
         "size_bytes": size,
         "executed": executed_precision(of_a_pair),
+        "matched_by_size": matched_by_size(of_a_pair),
         "flops": sum(k.flops for k in of_a_pair),
         "kernels": {name: [_row(k) for k in listed] for name, listed in kernels.items()},
     }
@@ -113,5 +115,5 @@ def _decoded(runner: Runner, frames: Sequence[Frame], pairs: list[tuple[int, int
 
 
 def _row(kernel: Kernel) -> dict[str, Any]:
-    shown = ("name", "type", "implementation", "precision", "time_us", "flops")
+    shown = ("name", "type", "implementation", "precision", "time_us", "flops", "matched")
     return {name: getattr(kernel, name) for name in shown}

@@ -190,9 +190,10 @@ def describe(path: Path, name: str) -> Model:
 
 
 def context(request: Request, backend: Backend, root: Path, on_event: OnEvent) -> Context:
-    """The store, and the machine: device, instruction sets, cores and their quota, and versions.
+    """Returns the store, and the machine, which is part of every measurement's key.
 
-    They are part of every measurement's key.
+    It holds the device that computes, instruction sets, cores and CPU quota, and the versions of tools; where a GPU
+    computes also the CPU's name, the driver, the CUDA version and the GPU's clock settings.
     """
     details = backend.availability().details
     machine = {
@@ -201,12 +202,20 @@ def context(request: Request, backend: Backend, root: Path, on_event: OnEvent) -
         "isa": details.get("isa"),
         "cores": affinity_cores(),
         "cpu_quota": cpu_quota(),
+        **_gpu(details),
     }
     return Context(Store(paths.store(root), request.fresh, commit_of()), on_event, machine, request.retime)
 
 
 def _device(details: Mapping[str, str]) -> str:
-    return str(details.get("cpu") or cpu_name())
+    """The GPU where one runs the engines, else the CPU."""
+    return str(details.get("device") or details.get("cpu") or cpu_name())
+
+
+def _gpu(details: Mapping[str, str]) -> dict[str, str]:
+    if "device" not in details:
+        return {}
+    return {"cpu": cpu_name(), **{name: details[name] for name in ("driver", "cuda", "clocks") if name in details}}
 
 
 def _versions() -> dict[str, str]:

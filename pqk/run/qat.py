@@ -55,7 +55,7 @@ def train_quantized(request: Mapping[str, Any]) -> dict[str, Any]:
     """
     job = Calibrated(dict(request), modules=True)
     prepared = prepare(job)
-    prepared_notes = list(job.quantizer.notes())
+    prepared_notes = job.notes()
     fitted = qat(
         prepared.encoder,
         prepared.decoder,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -94,6 +94,7 @@ class Calibrated:
         needed = modules or self.quantizer.starts_from == "module"
         self.model = load_model(request["model"]) if needed else None
         self.modules = self.model.graphs(*request["shape"]) if self.model is not None else {}
+        self._notes: dict[str, list[str]] = {}
 
     def source(self, name: str) -> Source:
         """The graph of that name and, where they are needed, its module and example inputs."""
@@ -124,14 +125,20 @@ class Calibrated:
         )
 
     def both(self, lower: Callable[[Source, QuantSpec, Iterable[Feeds]], Made]) -> Both[Made]:
-        """`lower` applied to both graphs. A BackendError is told with a hint where the keep-list is at fault."""
+        """Returns what `lower` makes of both graphs.
+
+        A BackendError names the graph where an item of its calibration set is at fault, and has a hint where an entry
+        of the keep-list is.
+        """
 
         def lowered(name: str, samples: int, calibration: Iterable[Feeds]) -> Made:
             try:
-                return lower(self.source(name), self.spec(name, samples), calibration)
+                made = lower(self.source(name), self.spec(name, samples), calibration)
+                self._notes[name] = list(self.quantizer.notes())
+                return made
             except BackendError as error:
                 more = hint(self.ptq["keep_list"], name, str(error))
-                if not more:
+                if not more and not str(error).startswith("calibration item"):
                     raise
                 raise type(error)(f"{name}: {error}{more}") from error
 
@@ -152,6 +159,17 @@ class Calibrated:
             del tokens
         return Both(*made, len(self.images), len(chosen) // 2)
 
+    def notes(self) -> list[str]:
+        """Returns what the quantizer said of the graphs that it lowered; see `merge_notes`."""
+        return merge_notes(self._notes)
+
+
+def merge_notes(of_graphs: Mapping[str, Sequence[str]]) -> list[str]:
+    """Returns the notes of several graphs: those of all first, then the others, each behind the name of its graph."""
+    every = dict.fromkeys(note for notes in of_graphs.values() for note in notes)
+    shared = [note for note in every if all(note in notes for notes in of_graphs.values())]
+    return shared + [f"{name}: {note}" for name, notes in of_graphs.items() for note in notes if note not in shared]
+
 
 def quantize_graphs(request: dict[str, Any]) -> dict[str, Any]:
     """Quantize encoder and decoder into `out`. Request: see `Calibrated`.
@@ -166,6 +184,6 @@ def quantize_graphs(request: dict[str, Any]) -> dict[str, Any]:
         "decoder": graph_to_json(made.decoder),
         "images": 0 if job.weights_only else made.images,
         "pairs": 0 if job.weights_only else made.pairs,
-        "notes": list(job.quantizer.notes()),
+        "notes": job.notes(),
         "peak_bytes": peak_ram_bytes(),
     }

@@ -100,7 +100,9 @@ def measured_record(
         for name in (metric, *_PARTS.get(metric, ())):
             record[name] = mine["summary"].get(name)
     # What an emulation reports is the graph's plan, and no kernel that ran.
-    record["executed_precision"] = mine["executed"] if mine["measured"] == "engine" else None
+    if mine["measured"] == "engine":
+        record["executed_precision"] = mine["executed"]
+        record["executed_matched_by_size"] = mine["matched_by_size"]
     record["flops_G"] = mine["flops"] / 1e9
     intervals = metric_intervals(mine, metrics)
     drop = drop_of(record["main_metric"], mine, base, truthful, measured.level)

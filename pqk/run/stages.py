@@ -29,7 +29,7 @@ from pqk.spec.workload import SYNTHETIC, Calibration, SceneList, Workload
 if TYPE_CHECKING:
     import torch
 
-ENGINE_VARIANTS = {Precision.F32: "fp32", Precision.BF16: "bf16", Precision.F16: "fp16", Precision.INT8: "int8"}
+ENGINE_VARIANTS = {p: {Precision.F32: "fp32", Precision.F16: "fp16"}.get(p, str(p)) for p in Precision}
 
 
 @dataclass

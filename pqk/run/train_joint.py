@@ -113,7 +113,7 @@ def _settled(
         }
         own = {name: graph_to_json(graph) for name, graph in graphs.items()}
         prepared, job = _prepared({**request, **own, "model": str(Path(request["scratch"]) / "cut")})
-        notes = list(job.quantizer.notes())
+        notes = job.notes()
         fitted = settle(
             prepared.encoder,
             prepared.decoder,

@@ -15,7 +15,7 @@ from backend_toys import Calibration, error, image, linear_graph, quantized, ref
 
 import backends
 from backends import registry
-from backends.base import BackendError, Precision, QuantSpec, Source, executed_precision
+from backends.base import BackendError, Precision, QuantSpec, Source, executed_precision, matched_by_size
 
 pytest.importorskip("openvino")
 pytest.importorskip("nncf")
@@ -394,8 +394,24 @@ def test_work_that_no_kernel_claims_is_reported_as_unknown(source):
 def test_a_convolution_whose_names_were_lost_is_found_by_its_shape(source, monkeypatch):
     monkeypatch.setattr(work, "_aliases", lambda op: (op.get_friendly_name() + " renamed",))
     with OpenVINOEngine(source.graph, Precision.F32, {"snippets": False}) as engine:
-        share = executed_precision(engine.kernels())
-    assert share == {"f32": 1.0}
+        kernels = engine.kernels()
+    assert executed_precision(kernels) == {"f32": 1.0}
+    assert matched_by_size(kernels) == 1.0
+    assert {k.matched for k in kernels if k.flops} == {"size"}
+
+
+def test_work_that_only_its_size_tells_is_marked_with_its_share(source, monkeypatch):
+    """Two layers of one size, of which the names are lost: either may be the other."""
+    aliases = work._aliases
+    with OpenVINOEngine(source.graph, Precision.F32) as engine:
+        assert matched_by_size(engine.kernels()) == 0.0
+        monkeypatch.setattr(work, "_aliases", lambda op: () if "fc1/MatMul" in op.get_friendly_name() else aliases(op))
+        kernels = engine.kernels()
+    by_size = [k for k in kernels if k.matched == "size"]
+    assert len(by_size) == 2
+    assert all(k.type == "FullyConnected" and k.flops == 2 * 64 * 64 * 256 for k in by_size)
+    assert matched_by_size(kernels) == pytest.approx(2 * 2 * 64 * 64 * 256 / toy_flops())
+    assert matched_by_size([]) is None
 
 
 class TwoScales(torch.nn.Module):
