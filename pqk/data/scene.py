@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from pqk.data.names import look_alike, natural
 from pqk.data.picture import read_picture, upright
 from pqk.errors import PqkError
 from pqk.files import sha256_file
+from pqk.oserrors import cannot_read
 
 log = logging.getLogger(__name__)
 
@@ -284,8 +284,7 @@ def _subfolders(root: Path) -> list[Path]:
 
 def unreadable(error: OSError, path: Path) -> PqkError:
     """Returns the error for a file or folder that the system does not let us read, in one sentence."""
-    reason = "the name is too long" if error.errno == errno.ENAMETOOLONG else (error.strerror or str(error)).lower()
-    return PqkError(f"cannot read {error.filename or path}: {reason}")
+    return PqkError(cannot_read(error.filename or path, error))
 
 
 def _sha256(path: Path) -> str:
