@@ -191,7 +191,7 @@ def test_an_eval_seed_draws_the_scenes_of_a_run(
     settings = {"eval.efficiency.min_rounds": 1}
     request = Request("A1", "openvino", model=str(tiny_model), scenes=mine, seed=seed, recipe=False, settings=settings)
     outcome = run(request, project_copy, lambda kind, stage, *_: events.append((kind, stage)), lambda text: None)
-    known = {("reuse", "graphs")} | ({("reuse", "scenes")} if seed == 0 else set())
+    known = {("reuse", "graphs")} | ({("reuse", "scenes test")} if seed == 0 else set())
     assert known <= set(events)
     code, _, err = pqk(project_copy, "ledger", "eval", "tiny", *words)
     assert code == 0 and "… quality" not in err and "quality, fp32  kept from before" in err
