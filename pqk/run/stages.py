@@ -79,7 +79,7 @@ LOADER_CODE = ("pqk.models.checkpoint", *family_modules())
 MODEL_CODE = (*LOADER_CODE, "backends.exchange")
 _QUANT_CODE = ("pqk.run.quantize",)
 _PREDICT_CODE = ("pqk.run.predict",)
-_EVAL_CODE = ("pqk.run.scoring",)
+_EVAL_CODE = ("pqk.run.scoring", "pqk.run.evaluate")  # which of the two depends on the size of the predictions
 _TIME_CODE = ("pqk.run.timing",)
 _MEMORY_CODE = ("pqk.run.memory",)
 
