@@ -28,6 +28,7 @@ from pqk.record.ledger import (
     SUMMARY,
     VARIANT,
     read_rows,
+    read_runs,
     refuse_mixed,
     summarise_files,
     telling,
@@ -42,7 +43,8 @@ MANIFEST = "manifest.tsv"
 RUNS = "runs.tsv"
 MANIFEST_COLUMNS: dict[str, Kind] = {"kind": "text", "path": "text", "bytes": "int", "sha256": "text"}
 RUN_COLUMNS: dict[str, Kind] = {"file": "text", **COLUMNS}
-UNITS = {"chamfer": "m", "chamfer_accuracy": "m", "chamfer_completeness": "m", "rmse": "m", "reproj_px": "px"}
+UNITS = dict.fromkeys(("chamfer", "chamfer_accuracy", "chamfer_completeness", "chamfer_paired", "rmse"), "m")
+UNITS |= {"reproj_px": "px"}
 UNITS |= {"fps": "pairs/s", "drop_pct": "% of the main metric"}
 _ABOUT = {
     "plan.json": "what was planned, and how far each run is",
@@ -133,7 +135,7 @@ def check_files(folder: Path) -> tuple[list[str], list[Row]]:
         said.append(f"the manifest does not list {RUNS}")
     if said:
         return said, []
-    runs = read_table(folder / RUNS, RUN_COLUMNS, ("file", *REQUIRED))
+    runs = read_runs(folder / RUNS, RUN_COLUMNS, ("file", *REQUIRED))
     listed = {row["sha256"] for row in stated if row["kind"] == "checkpoint"}
     used = {row["checkpoint_sha256"]: row["checkpoint"] for row in runs}
     said += [f"checkpoint {name} is not in the manifest" for digest, name in used.items() if digest not in listed]

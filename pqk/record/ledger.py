@@ -28,10 +28,12 @@ METRICS = (
     "chamfer",
     "chamfer_accuracy",
     "chamfer_completeness",
+    "chamfer_paired",
     "absrel",
     "absrel_p95",
     "rmse",
     "delta1",
+    "ause",
     "reproj_px",
 )
 """Quality, as `pqk.measure.quality.summarise` gives it."""
@@ -89,6 +91,9 @@ _MAY_BE_NULL = (
     "commit",
     "output",
 )
+LATER = ("chamfer_paired", "ause")
+"""Columns that tables of older versions do not have."""
+_SAMPLED_APART = ("chamfer", "chamfer_accuracy", "chamfer_completeness")
 REQUIRED = tuple(name for name in COLUMNS if name not in _MAY_BE_NULL)
 
 IDENTITY = (
@@ -119,9 +124,22 @@ def identity(row: Mapping[str, object]) -> tuple[object, ...]:
     return tuple(row[name] for name in IDENTITY)
 
 
+def read_runs(path: Path, columns: Mapping[str, Kind], required: Sequence[str]) -> list[Row]:
+    """The rows of a table of runs, as `read_table` does; those of older versions under the names of this one.
+
+    Before chamfer_paired there was only its measurement, and that was called chamfer.
+    """
+    rows = read_table(path, columns, required, LATER)
+    for row in rows:
+        if row["chamfer_paired"] is None and row["chamfer"] is not None:
+            row |= {"chamfer_paired": row["chamfer"], **dict.fromkeys(_SAMPLED_APART)}
+            row["main_metric"] = "chamfer_paired" if row["main_metric"] == "chamfer" else row["main_metric"]
+    return rows
+
+
 def read_rows(path: Path) -> list[Row]:
     """The rows of one TSV file, checked. PqkError as `read_table` raises, and for a run that is there twice."""
-    rows = read_table(path, COLUMNS, REQUIRED)
+    rows = read_runs(path, COLUMNS, REQUIRED)
     seen: dict[tuple[object, ...], int] = {}
     for number, row in enumerate(rows, 2):
         metric = row["main_metric"]

@@ -111,10 +111,12 @@ def table_text(columns: Mapping[str, Kind], rows: Iterable[Mapping[str, Any]], w
     return "\n".join(lines) + "\n"
 
 
-def read_table(path: Path, columns: Mapping[str, Kind], required: Sequence[str] = ()) -> list[Row]:
+def read_table(
+    path: Path, columns: Mapping[str, Kind], required: Sequence[str] = (), later: Sequence[str] = ()
+) -> list[Row]:
     """The rows of a table, in their order; its columns may stand in any order.
 
-    Raises PqkError, with the line, for a file that is not UTF-8, a missing or unknown column, a row of another length,
+    later: columns that tables of older versions do not have; such a row has None there. Raises PqkError, with the line, for a file that is not UTF-8, a missing or unknown column, a row of another length,
     a cell of the wrong kind, and an empty cell in a column that is `required`.
     """
     try:
@@ -132,7 +134,7 @@ def read_table(path: Path, columns: Mapping[str, Kind], required: Sequence[str] 
     for name in names:
         if name not in columns or names.count(name) > 1:
             raise PqkError(f"{path}:1: unknown or repeated column {name[:60]!r}{nearest(name, columns)}")
-    missing = [name for name in columns if name not in names]
+    missing = [name for name in columns if name not in names and name not in later]
     if missing:
         raise PqkError(f"{path}:1: the column {missing[0]!r} is missing; this is no table of that kind")
     rows = []
@@ -140,7 +142,7 @@ def read_table(path: Path, columns: Mapping[str, Kind], required: Sequence[str] 
         cells = line.rstrip("\r").split("\t")
         if len(cells) != len(names):
             raise PqkError(f"{path}:{number}: {len(cells)} cells where the first line has {len(names)}")
-        row: Row = {}
+        row: Row = dict.fromkeys(later)
         for name, cell in zip(names, cells, strict=True):
             try:
                 row[name] = value_of(cell, columns[name])

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from pqk.spec.yamlfile import Section, Spec, config_loader
 
-Metric = Literal["chamfer", "absrel", "rmse", "delta1", "reproj_px"]
+Metric = Literal["chamfer", "absrel", "rmse", "delta1", "ause", "reproj_px", "chamfer_paired"]
 DropPct = Annotated[float, Field(ge=0, le=20)]
 CutPct = Annotated[float, Field(ge=0, le=95)]
 
@@ -73,6 +73,7 @@ class Thresholds(Section):
     quality_drop_mainline_pct: DropPct
     quality_drop_q_only_pct: DropPct
     quality_drop_p_only_pct: DropPct
+    ause_rise: Annotated[float, Field(ge=0, le=1)]
     t_pair_p50_reduction_pct: CutPct
     size_reduction_p_only_pct: CutPct
     size_ratio_min: Annotated[float, Field(ge=1, le=8)]

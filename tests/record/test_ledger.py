@@ -155,6 +155,20 @@ def test_wrong_ledgers(results: Results, rows: list[Row], sentence: str) -> None
         read_rows(results(a=rows) / "a.tsv")
 
 
+def test_a_ledger_of_an_older_version(results: Results) -> None:
+    """It has no ause, and what was called chamfer drew both clouds at the same pixels."""
+    path = results(a=[row(main_metric="chamfer", chamfer=0.2)]) / "a.tsv"
+    names, cells = (line.split("\t") for line in path.read_text().splitlines())
+    keep = [place for place, name in enumerate(names) if name not in ("ause", "chamfer_paired")]
+    path.write_text("".join("\t".join(line[place] for place in keep) + "\n" for line in (names, cells)))
+    (old,) = read_rows(path)
+    assert (old["chamfer_paired"], old["chamfer"], old["chamfer_accuracy"], old["ause"]) == (0.2, None, None, None)
+    assert old["main_metric"] == "chamfer_paired" and old["absrel"] == 0.1
+    frozen = REPOSITORY / "deliverables" / "results-3"
+    said, runs = freeze.check_files(frozen)
+    assert said == [] and len(runs) == 65 and all(run["chamfer_paired"] > 0 for run in runs)
+
+
 @settings(deadline=None)
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=30))
 def test_statistics(values: list[float]) -> None:
