@@ -129,12 +129,12 @@ def whole_folder(target: Path) -> Iterator[Path]:
 def temporary_folder(kind: str) -> Iterator[Path]:
     """Yields a new folder `pqk-KIND-...` where the system keeps temporary files, and removes it at the end.
 
-    What a killed process left behind is removed by the next caller of the same kind: nobody holds its lock.
+    What a killed process left behind is removed by the next caller, or by `sweep_temporary`.
     Raises PqkError when the disk is full, and FileNotFoundError when no folder for temporary files can be written.
     """
     parent = Path(tempfile.gettempdir())
     with clear_write_errors(parent):
-        _sweep(parent, f"pqk-{kind}-")
+        sweep_temporary(parent)
         folder = Path(tempfile.mkdtemp(prefix=f"pqk-{kind}-", dir=parent))
         try:
             handle = os.open(folder / f"{_OWNER}.new", os.O_RDWR | os.O_CREAT, 0o600)
@@ -151,9 +151,13 @@ def temporary_folder(kind: str) -> Iterator[Path]:
         os.close(handle)
 
 
-def _sweep(parent: Path, prefix: str) -> None:
-    """Removes this user's temporary folders whose maker is gone. Process ids would not do: containers share folders."""
-    for folder in matching(parent, f"{prefix}*"):
+def sweep_temporary(parent: Path | None = None) -> None:
+    """Removes this user's folders of `temporary_folder` whose maker is gone: nobody holds their lock.
+
+    parent: where to look; default: where the system keeps temporary files. Process ids would not do, as containers
+    share folders.
+    """
+    for folder in matching(parent or Path(tempfile.gettempdir()), "pqk-*-*"):
         with contextlib.suppress(OSError, PqkError):
             if folder.is_symlink() or folder.stat().st_uid != os.geteuid():
                 continue

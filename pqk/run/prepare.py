@@ -19,7 +19,7 @@ from backends.quantspec import check_installed, check_settings
 from pqk import __version__, paths
 from pqk.cores import affinity_cores, cpu_name, cpu_quota
 from pqk.errors import PqkError, nearest
-from pqk.files import matching, sha256_file, sha256_json
+from pqk.files import matching, sha256_file, sha256_json, sweep_temporary
 from pqk.models.checkpoint import load_model, model_name
 from pqk.run import stages
 from pqk.run.code import code_of
@@ -195,6 +195,7 @@ def context(request: Request, backend: Backend, root: Path, on_event: OnEvent) -
     It holds the device that computes, instruction sets, cores and CPU quota, and the versions of tools; where a GPU
     computes also the CPU's name, the driver, the CUDA version and the GPU's clock settings.
     """
+    sweep_temporary()
     details = backend.availability().details
     machine = {
         "device": _device(details),

@@ -109,10 +109,9 @@ def test_an_artifact_of_another_user_is_not_damaged(name: str, tmp_path: Path) -
 
 WORKER = """
 import os, sys
-from pathlib import Path
 from pqk.run import worker
 
-worker.TASKS["read"] = lambda request: {"text": Path(request["path"]).read_text()}
+worker.TASKS["read"] = "builtins:open"
 sys.argv[1:1] = ["read"]
 sys.argv.append(str(os.getppid()))
 worker.main()
@@ -122,7 +121,7 @@ worker.main()
 def test_in_a_worker(tmp_path: Path) -> None:
     """What a worker may not read is an answer for its parent, and no traceback."""
     asked, answered, secret = (tmp_path / name for name in ("asked.json", "answered.json", "secret"))
-    asked.write_text(json.dumps({"path": str(secret)}))
+    asked.write_text(json.dumps({"request": str(secret), "code": {}}))
     secret.touch(mode=0)
     command = [*PLAIN, sys.executable, "-c", WORKER, str(asked), str(answered)]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True)

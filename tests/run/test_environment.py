@@ -232,7 +232,7 @@ def test_temporary_folders_of_the_dead_are_swept(tmp_path: Path, monkeypatch: py
     foreign.mkdir()  # no lock of ours in it: not ours to remove
     link.symlink_to(dead)
     assert dead.is_dir()
-    with temporary_folder("worker") as own:
+    with temporary_folder("tune") as own:
         assert own.is_dir() and own.parent == tmp_path
         assert not dead.exists() and alive.is_dir() and foreign.is_dir() and link.is_symlink()
         with temporary_folder("worker"):
