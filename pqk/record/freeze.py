@@ -3,6 +3,7 @@
 deliverables/NAME/runs.tsv       every run, and the file that it was in
 deliverables/NAME/summary.tsv    mean and sample standard deviation: per file and train seed, per file, pooled
 deliverables/NAME/figures/       mean and standard deviation of each metric
+deliverables/NAME/scores/        the scores of every pair of each run (`pqk.record.pair_scores`)
 deliverables/NAME/README.md      what this is, and the main numbers
 deliverables/NAME/manifest.tsv   sha256 of all of these, and of the checkpoints (which are not copied)
 
@@ -31,6 +32,7 @@ from pqk.record.ledger import (
     summarise_files,
     telling,
 )
+from pqk.record.pair_scores import SCORES
 from pqk.record.tsv import Kind, Row, markdown_cell, read_table, write_table
 
 if TYPE_CHECKING:
@@ -47,6 +49,9 @@ _ABOUT = {
     "records": "a record of `pqk run`: Teacher, baseline or candidate",
     "ablation": "a table or figure of the ablations",
 }
+_SCORES_LINE = (
+    f"| `{SCORES}/NAME.tsv` | the scores of every pair of a run; NAME is the last part of its `output` in `runs.tsv` |"
+)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
 
 
@@ -191,6 +196,7 @@ def _figure(metric: str, lines: Sequence[Row], runs: Sequence[Row]) -> Figure:
             capsize=4,
             zorder=2,
         )
+    axes.ticklabel_format(axis="x", style="plain", useOffset=False)
     axes.set_yticks(range(len(lines)), [f" {label(line)} (n = {line['n']})" for line in lines])
     axes.set_ylim(len(lines) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
@@ -237,6 +243,7 @@ def _readme(
     seeds = {(row["train_seed"], row["eval_seed"]) for row in runs}
     devices = sorted({row["device"] for row in runs})
     commits = sorted({row["commit"] or "unknown" for row in runs})
+    listed = [name_of for name_of in more if not name_of.startswith(f"{SCORES}/")]
     parts = [
         f"# {name}",
         "",
@@ -265,7 +272,8 @@ def _readme(
         "| `summary.tsv` | mean and std of every metric: per file and train seed, per file, over all files |",
         "| `manifest.tsv` | sha256 of each file here, and of the checkpoints, which are not copied |",
         *(f"| `figures/{figure}` | {figure.removesuffix('.png')}: mean and std, and every run |" for figure in figures),
-        *(f"| `{name_of}` | {_ABOUT.get(name_of.partition('/')[0], 'of the plan')} |" for name_of in more),
+        *(f"| `{name_of}` | {_ABOUT.get(name_of.partition('/')[0], 'of the plan')} |" for name_of in listed),
+        *([_SCORES_LINE] if len(listed) < len(more) else []),
         "",
         "Digests that all runs share:",
         "",

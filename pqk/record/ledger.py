@@ -19,7 +19,9 @@ from typing import Any
 from pqk.errors import PqkError, nearest
 from pqk.files import clear_write_errors, matching, sha256_file
 from pqk.locks import lock
+from pqk.measure.intervals import difference_interval, mean_interval
 from pqk.paths import shown
+from pqk.record.pair_scores import Scores, paired
 from pqk.record.tsv import Kind, Row, read_table, write_table
 
 METRICS = (
@@ -37,6 +39,8 @@ METRICS = (
 MEASURED = (*METRICS, "drop_pct", "fps")
 """What has a mean and a spread. drop_pct: see `COLUMNS`."""
 HIGHER_IS_BETTER = ("delta1", "fps")
+PER_PAIR = tuple(name for name in (*METRICS, "drop_pct") if name != "absrel_p95")
+"""What the scores of single pairs add up to."""
 NEVER_COMPARED = ("fps",)
 """What the difference of two rows says nothing of: no two rows are timed together."""
 
@@ -102,8 +106,9 @@ IDENTITY = (
     "config_sha256",
 )
 """Two rows that agree in all of these are the same run; the newer one replaces the older."""
-RESULT = ("card", "train_seed", "eval_seed", "backend", "device", "isa", "settings")
-"""Two rows of a recipe's own result that agree in these are the same run, whatever the recipe came to."""
+RESULT = ("card", "train_seed", "eval_seed", "backend", "quantizer", "device", "isa", "settings")
+"""Two rows of a recipe's own result that agree in these are the same run, whatever the recipe came to. A result in
+float, as a stop-loss leaves, has no quantizer and is that of every quantizer."""
 VARIANT = ("card", "backend", "quantizer", "precision", "device", "isa", "measured", "config_sha256")
 """What runs must share before a mean over them says something."""
 DIGESTS = ("workload_sha256", "eval_sha256")
@@ -146,8 +151,14 @@ def add_row(path: Path, row: Row, same: Sequence[str] = IDENTITY) -> None:
     with _alone(path.parent):
         rows = read_rows(path) if path.exists() else []
         refuse_mixed([(path, rows), (path, [row])])
-        others = [old for old in rows if identity(old) != identity(row) and any(old[n] != row[n] for n in same)]
-        write_rows(path, [*others, row])
+        write_rows(path, [*(old for old in rows if not _same_run(old, row, same)), row])
+
+
+def _same_run(old: Row, row: Row, same: Sequence[str]) -> bool:
+    if identity(old) == identity(row):
+        return True
+    unlike = {name for name in same if old[name] != row[name]}
+    return unlike <= ({"quantizer"} if None in (old["quantizer"], row["quantizer"]) else set())
 
 
 @contextlib.contextmanager
@@ -413,13 +424,19 @@ def _half_sizes(drawn: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def compare(a: tuple[Path, Sequence[Row]], b: tuple[Path, Sequence[Row]], metric: str | None = None) -> Comparison:
+def compare(
+    a: tuple[Path, Sequence[Row]],
+    b: tuple[Path, Sequence[Row]],
+    metric: str | None = None,
+    scores: Scores | None = None,
+) -> Comparison:
     """The difference B - A of a metric (default: the main one) over the (train_seed, eval_seed) that both have.
 
-    Runs that share a checkpoint, or the scenes of an eval seed, are not independent. So besides the interval over runs
-    there is one over the mean difference of each train seed and one over that of each eval seed, where there are two
-    or more of them; the widest decides. Eval seeds that drew halves of a list of scenes overlap; in place of the
-    intervals over runs and over eval seeds stands that of `halves_interval`.
+    Where `scores` finds those of every pair, they are compared pair by pair, and the interval is over scenes. Else runs
+    are what is compared; those that share a checkpoint, or the scenes of an eval seed, are not independent. So besides
+    the interval over runs there is one over the mean difference of each eval seed, and in both cases one over that of
+    each train seed, where there are two or more of them; the widest decides. Eval seeds that drew halves of a list of
+    scenes overlap; without scores the intervals over runs and over eval seeds give way to that of `halves_interval`.
     Raises PqkError for rows of different workloads or evaluations, runs of one pair that saw other scenes, two rows
     for the same seeds in one file, a metric that is not there, fewer than 2 pairs, and fps.
     """
@@ -455,8 +472,12 @@ def compare(a: tuple[Path, Sequence[Row]], b: tuple[Path, Sequence[Row]], metric
     difference = {seeds: right[metric] - left[metric] for seeds, (left, right) in zip(common, pairs, strict=True)}
     drawn = {seeds[1]: left["scenes"] for seeds, (left, _) in zip(common, pairs, strict=True)}
     halves = [seed for seed in drawn if drawn[seed].startswith("half")]
+    over_scenes = None if scores is None else _over_scenes(pairs, metric, scores)
     intervals = [] if halves else [t_interval(list(difference.values()))]
+    intervals = intervals if over_scenes is None else [over_scenes]
     for place, unit in enumerate(("train seeds", "eval seeds")):
+        if over_scenes is not None and unit == "eval seeds":
+            continue
         groups: dict[int, list[float]] = {}
         for seeds, value in difference.items():
             groups.setdefault(seeds[place], []).append(value)
@@ -474,7 +495,9 @@ def compare(a: tuple[Path, Sequence[Row]], b: tuple[Path, Sequence[Row]], metric
     ]
     if len({seeds[0] for seeds in common}) == 1:
         notes.append(f"one train seed ({common[0][0]}): the interval says nothing of other trainings")
-    if any(row["scenes"].startswith("half") for row, _ in pairs):
+    if scores is not None and over_scenes is None and metric in PER_PAIR:
+        notes.append("no scores per pair of these runs are here: the interval is over runs, and wider than over scenes")
+    if halves:
         notes.append("the eval seeds drew halves of one list of scenes, which overlap: more of them narrow no interval")
     for name, side in zip("AB", zip(*pairs, strict=True), strict=True):
         if any(row["measured"] == "emulated" for row in side):
@@ -483,6 +506,29 @@ def compare(a: tuple[Path, Sequence[Row]], b: tuple[Path, Sequence[Row]], metric
         notes.append("the runs are from different devices")
     means = [statistics.fmean(row[metric] for row in side) for side in zip(*pairs, strict=True)]
     return Comparison(metric, means[0], means[1], tuple(intervals), tuple(notes), len(common))
+
+
+def _over_scenes(pairs: Sequence[tuple[Row, Row]], metric: str, scores: Scores) -> Interval | None:
+    """The interval over scenes of B - A, paired pair by pair; None where scores are gone, or there is one scene.
+
+    Of the drop: in points, the difference as a share of A (`difference_interval`), times A's share of the Teacher.
+    """
+    if metric not in PER_PAIR:
+        return None
+    name = pairs[0][0]["main_metric"] if metric == "drop_pct" else metric
+    found = paired(pairs, name, scores)
+    if found is None:
+        return None
+    (left, right), scenes = found
+    if metric == "drop_pct":
+        share = 1 + statistics.fmean(row["drop_pct"] for row, _ in pairs) / 100
+        interval = difference_interval(right, left, left, scenes, name in HIGHER_IS_BETTER)
+    else:
+        share = 1.0
+        interval = mean_interval([b - a for a, b in zip(left, right, strict=True)], scenes)
+    if interval.low is None or interval.high is None:
+        return None
+    return Interval(share * interval.value, share * interval.low, share * interval.high, interval.groups, "scenes")
 
 
 def _by_seeds(path: Path, rows: Sequence[Row]) -> dict[tuple[int, int], Row]:

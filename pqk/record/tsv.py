@@ -5,7 +5,8 @@ r"""Tables as tab-separated text that any program reads: one line per row, exact
 | backslash, tab, line feed, carriage return | `\\`, `\t`, `\n`, `\r` |
 | any other character that is not printable | `\u` and four hexadecimal digits, or `\U` and eight |
 | a quotation mark at the start, which readers of CSV take for a quoted cell | `\u0022` |
-| a start that a spreadsheet takes for a formula (=, +, -, @) | an apostrophe before it |
+| a start that a spreadsheet takes for a formula (`pqk.record.formulas`) | an apostrophe before it |
+| a semicolon, where a formula would start behind one | `\u003b` |
 
 An empty cell is null. Numbers are written so that reading gives the same float64 again.
 """
@@ -21,11 +22,11 @@ from typing import Any, Literal
 from pqk.errors import PqkError, nearest
 from pqk.files import write_text
 from pqk.oserrors import cannot_read
+from pqk.record.formulas import escape_splits, holds_formula, starts_formula
 
 Kind = Literal["text", "int", "float"]
 Row = dict[str, Any]
 
-_FORMULA = ("=", "+", "-", "@")
 _PLAIN = {"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"}
 _BACK = {"\\": "\\", "t": "\t", "n": "\n", "r": "\r"}
 _ESCAPE = re.compile(r"\\(?:([\\tnr])|u([0-9a-f]{4})|U([0-9a-f]{8})|(.?))", re.DOTALL)
@@ -46,7 +47,9 @@ def cell_of(value: Any) -> str:
     text = "".join(_escaped(char) for char in value)
     if text.startswith('"'):
         text = "\\u0022" + text[1:]
-    return f"'{text}" if text.lstrip("'").startswith(_FORMULA) else text
+    if holds_formula(text):
+        text = escape_splits(text)
+    return f"'{text}" if starts_formula(text.lstrip("'")) else text
 
 
 def _escaped(char: str) -> str:
@@ -68,7 +71,7 @@ def value_of(cell: str, kind: Kind) -> Any:
         if not math.isfinite(number):
             raise ValueError(f"{cell[:40]!r} is too large")
         return number
-    if cell.startswith("'") and cell.lstrip("'").startswith(_FORMULA):
+    if cell.startswith("'") and starts_formula(cell.lstrip("'")):
         cell = cell[1:]
     return _ESCAPE.sub(_character, cell)
 

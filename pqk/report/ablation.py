@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from pqk.files import atomic_path, write_text
 from pqk.record.schema import columns
-from pqk.report.plots import PALETTE, axis_label, blank_figure
-from pqk.report.table import DASH, cell_text, safe_text
+from pqk.report.plots import PALETTE, bars_of, blank_figure
+from pqk.report.table import DASH, csv_text, value_text, with_ends
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,11 +38,20 @@ def rows_of(points: Points) -> list[list[str]]:
     known = {column.name: column for column in columns()}
     rows = [["point", *(known[name].short or name for name in SHOWN)]]
     for label, record in points.items():
-        values = [cell_text(record[name], known[name]) if record else DASH for name in SHOWN]
+        values = [value_text(record, known[name]) if record else DASH for name in SHOWN]
         if record is None:
             values[-1] = "failed"
         rows.append([label, *values])
     return rows
+
+
+def _csv_rows(points: Points) -> list[list[Any]]:
+    """The heading and one row per point with exact values, and the ends of an interval behind its column."""
+    shown, records = with_ends([record for record in points.values() if record])
+    names = [c.name for name in SHOWN for c in shown if c.name in (name, f"{name}_low", f"{name}_high")]
+    known = iter(records)
+    rows = [[label, *map((next(known) if record else {}).get, names)] for label, record in points.items()]
+    return [["point", *names], *rows]
 
 
 def print_matrix(result: MatrixResult, console: Console) -> None:
@@ -71,12 +78,7 @@ def write_matrix(result: MatrixResult, folder: Path) -> list[Path]:
     written = []
     for axis, points in result.records.items():
         rows = rows_of(points)
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["point", *SHOWN])
-        for label, record in points.items():
-            writer.writerow([safe_text(label), *(record[name] if record else None for name in SHOWN)])
-        write_text(folder / f"{axis}.csv", text.getvalue())
+        write_text(folder / f"{axis}.csv", csv_text(_csv_rows(points)))
         lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
         lines.insert(1, "|" + " --- |" * len(rows[0]))
         write_text(folder / f"{axis}.md", f"# {result.card.id} {axis}\n\n" + "\n".join(lines) + "\n")
@@ -99,20 +101,8 @@ def _draw(title: str, points: Points) -> Figure | None:
         return None
     figure, axes = blank_figure(9.0, max(1.8, 0.42 * len(points) + 1.1), len(drawn))
     for number, (axis, column) in enumerate(zip(axes, drawn, strict=True)):
-        values = [record[column.name] if record else None for record in points.values()]
-        axis.barh(range(len(points)), [value or 0.0 for value in values], color=PALETTE[number], height=0.62)
-        for row, value in enumerate(values):
-            axis.annotate(
-                DASH if value is None else cell_text(value, column),
-                (max(value or 0.0, 0.0), row),
-                xytext=(4, 0),
-                textcoords="offset points",
-                va="center",
-            )
+        bars_of(axis, list(points.values()), column, PALETTE[number])
         axis.set_yticks(range(len(points)), list(points) if number == 0 else [""] * len(points))
         axis.set_ylim(len(points) - 0.5, -0.5)
-        axis.axvline(0.0, color="#333333", linewidth=0.8)
-        axis.margins(x=0.2)
-        axis.set_xlabel(axis_label(column))
     axes[0].set_title(title, fontsize=10, loc="left")
     return figure

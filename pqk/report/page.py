@@ -13,11 +13,14 @@ from typing import Any
 
 from pqk.errors import CheckFailed, PqkError
 from pqk.files import matching, write_text
+from pqk.measure.intervals import Interval
 from pqk.paths import shown
 from pqk.record.freeze import check_files, spread
 from pqk.record.ledger import Stat, seeds_text, stat
 from pqk.record.log import read_records
+from pqk.record.pair_scores import SCORES, Scores, scores_in
 from pqk.record.tsv import Row, markdown_cell
+from pqk.report.drops import Drop, difference_of, drop_of, drop_of_record
 from pqk.report.page_figures import draw
 from pqk.report.table import DASH
 from pqk.report.targets import targets_lines
@@ -34,6 +37,7 @@ class Recipe:
     """A card in one precision: its planned runs, the records of their candidates, and its evaluations.
 
     runs: (planned run, candidate's record, the Teacher's f32 record of the same run or None), by train seed.
+    teachers: evaluations of the Teacher in f32. scores: finds those of the pairs of an evaluation.
     """
 
     card: str
@@ -42,6 +46,8 @@ class Recipe:
     planned: list[dict[str, Any]]
     runs: list[tuple[dict[str, Any], Record, Record | None]]
     rows: list[Row]
+    teachers: list[Row]
+    scores: Scores
 
     def over_runs(self, name: str) -> Stat | None:
         """Mean and std of a column over the evaluations; None where one of them lacks it."""
@@ -58,9 +64,21 @@ class Recipe:
                       for _, record, base in self.runs])  # fmt: skip
 
     @property
-    def drop(self) -> Stat | None:
+    def drop(self) -> Drop | None:
         """Of the evaluations in the ledger; before there are any, of the records."""
-        return self.over_runs("drop_pct") if self.rows else self.over_records("quality_drop_pct")
+        if self.rows:
+            return drop_of(self.rows, self.teachers, self.scores)
+        if len(self.runs) == 1:
+            return drop_of_record(self.runs[0][1])
+        found = self.over_records("quality_drop_pct")
+        return None if found is None else Drop(Interval(found.mean, None, None, found.n), "records")
+
+    def drop_of_run(self, run: dict[str, Any], record: Record | None) -> Drop | None:
+        """Of the evaluations of one train seed; before there are any, of its record."""
+        own = [row for row in self.rows if row["train_seed"] == run["train_seed"]]
+        if own:
+            return drop_of(own, self.teachers, self.scores)
+        return None if record is None else drop_of_record(record)
 
     @property
     def int8_share(self) -> Stat | None:
@@ -87,7 +105,7 @@ def write_page(deliverable: Path, out: Path) -> list[Path]:
         raise PqkError(f"{shown(deliverable)} was frozen without a plan: pqk ledger freeze NAME --plan PLAN")
     plan = json.loads((deliverable / PLAN).read_text(encoding="utf-8"))
     records = {f"records/{item.source.name}": item.record for item in _records(deliverable)}
-    recipes = recipes_of(plan, records, rows)
+    recipes = recipes_of(plan, records, rows, scores_in(deliverable))
     figures = draw(recipes, out.with_suffix(""))
     write_text(out, page_text(deliverable, plan, records, rows, recipes, figures, out))
     return [*figures, out]
@@ -98,12 +116,17 @@ def _records(deliverable: Path) -> list[Any]:
     return read_records(folder) if folder.is_dir() else []
 
 
-def recipes_of(plan: dict[str, Any], records: dict[str, Record], rows: Sequence[Row]) -> list[Recipe]:
+def recipes_of(plan: dict[str, Any], records: dict[str, Record], rows: Sequence[Row], scores: Scores) -> list[Recipe]:
     """The recipes of a plan that something was measured of, in its order.
 
-    One whose train seeds ended in unlike precisions, as a stop-loss does, is told apart by them.
+    One whose train seeds ended in unlike precisions, as a stop-loss does, is told apart by them; so is one that was
+    made by several quantizers.
     """
     found = []
+    teachers = {record["hashes"]["model"] for record in records.values() if record["role"] == "teacher"}
+    teachers |= {row["teacher_sha256"] for row in rows}
+    taught = [row for row in rows if row["checkpoint_sha256"] in teachers and row["precision"] == "f32"]
+    taught = [row for row in taught if row["backend"] == plan["backend"] and row["settings"] is None]
     for card in dict.fromkeys(run["card"] for run in plan["rows"] if run["card"] and not run["matrix"]):
         planned = [run for run in plan["rows"] if run["card"] == card]
         runs = [(run, records[run["candidate"]], _teacher(run, records)) for run in planned if run["candidate"]]
@@ -117,10 +140,13 @@ def recipes_of(plan: dict[str, Any], records: dict[str, Record], rows: Sequence[
             and (row["train_seed"], row["eval_seed"]) in seeds
             and row["settings"] is None  # the card as it stands
         ]
-        for precision in dict.fromkeys([*(r["precision"] for _, r, _ in runs), *(row["precision"] for row in own)]):
-            chosen = [run for run in runs if run[1]["precision"] == precision]
-            evaluated = [row for row in own if row["precision"] == precision]
-            found.append(Recipe(card, planned[0]["combo"], precision, planned, chosen, evaluated))
+        kinds = [(found["precision"], found["quantizer"]) for found in (*(record for _, record, _ in runs), *own)]
+        for kind in dict.fromkeys(kinds):
+            chosen = [run for run in runs if (run[1]["precision"], run[1]["quantizer"]) == kind]
+            evaluated = [row for row in own if (row["precision"], row["quantizer"]) == kind]
+            several = len({precision for precision, _ in kinds}) < len(set(kinds))
+            precision = f"{kind[0]} {kind[1]}" if several and kind[1] else kind[0]
+            found.append(Recipe(card, planned[0]["combo"], precision, planned, chosen, evaluated, taught, scores))
     return found
 
 
@@ -169,6 +195,14 @@ def page_text(
         *_recipes_table(recipes, records, rows, metric),
         "",
         *_legend(metric, by_date=any(record["run_id"] is None for recipe in recipes for _, record, _ in recipe.runs)),
+        "## Drops",
+        "",
+        *_drops(recipes, deliverable),
+        "",
+        "## Paired comparisons",
+        "",
+        *_comparisons(recipes),
+        "",
         *targets_lines(plan.get("targets") or [], recipes),
         "## Not run yet",
         "",
@@ -247,7 +281,7 @@ def _recipes_table(
         cells = [
             markdown_cell(f"{recipe.card} {recipe.combo}, {recipe.precision}{how}"),
             _counts(recipe),
-            _mean(recipe.drop, "+.2f"),
+            DASH if recipe.drop is None else recipe.drop.text,
             _mean(quality, ".4f"),
             _against(recipe, "params_M", ".2f"),
             _against(recipe, "flops_G", ".1f"),
@@ -323,31 +357,43 @@ def _counts(recipe: Recipe) -> str:
 
 
 def _verdict(recipe: Recipe) -> str:
-    """'pass', or 'fail: why'; with the train seeds where they differ."""
-    told: dict[str, list[int]] = {}
+    """'pass', or 'fail: why'; with the train seeds where there are several."""
+    told: dict[str, list[tuple[int, list[str]]]] = {}
     for run, record, _ in recipe.runs:
-        told.setdefault(_judged(record), []).append(run["train_seed"])
-    if not told:
-        return "no record"
-    if len(told) == 1:
-        (word,) = told
-        reasons = _failed(recipe.runs[0][1])
-        many = len(recipe.runs) > 1
-        count = f" ({len(recipe.runs)} of {len(recipe.runs)})" if many else ""
-        whose = f"seed {recipe.runs[0][0]['train_seed']}: " if many else ""  # the others' are under Verdicts
-        return f"{word}{count}" + (f": {whose}{'; '.join(reasons)}" if reasons else "")
+        word, reasons = _judged(recipe, run, record)
+        told.setdefault(word, []).append((run["train_seed"], reasons))
     parts = []
     for word, seeds in told.items():
-        first = next(record for run, record, _ in recipe.runs if run["train_seed"] == seeds[0])
-        reasons = _failed(first)
-        parts.append(f"{word} (seed {seeds_text(seeds)})" + (f": {'; '.join(reasons)}" if reasons else ""))
-    return "; ".join(parts)
+        seed, reasons = seeds[0]
+        whose = f" (seed {seeds_text(each for each, _ in seeds)})" if len(recipe.runs) > 1 else ""
+        first = f"seed {seed}: " if len(seeds) > 1 else ""  # the others' are under Verdicts
+        parts.append(f"{word}{whose}" + (f": {first}{'; '.join(reasons)}" if reasons else ""))
+    return "; ".join(parts) or "no record"
 
 
-def _judged(record: Record) -> str:
-    if record["status"] != "ok":
-        return str(record["status"])
-    return str(record["verdict"] or "not judged")
+def _judged(recipe: Recipe, run: dict[str, Any], record: Record) -> tuple[str, list[str]]:
+    """The verdict on a run, and what speaks against a pass: its drop by all its evaluations, the rest by its record."""
+    drop, limit = recipe.drop_of_run(run, record), run["drop_limit_pct"]
+    word = None if drop is None or limit is None else drop.judged(limit)
+    if record["status"] != "ok" or drop is None or word is None:
+        return _recorded(record), _failed(record)
+    rest = _beside_the_drop(record)
+    reasons = [text.partition(": ")[2] for text in rest if not text.startswith("ok: ")]
+    reasons += [] if word == "pass" else [drop.sentence(limit)]
+    if word == "fail" or any(text.startswith("FAILED: ") for text in rest):
+        return "fail", reasons
+    if word == "undecided" or any(text.startswith("undecided: ") for text in rest):
+        return "undecided", reasons
+    return ("not judged" if reasons or record["verdict"] is None else "pass"), reasons
+
+
+def _beside_the_drop(record: Record) -> list[str]:
+    """The reasons of a record's verdict without that of its drop, which always comes first (`pqk.run.verdict`)."""
+    return list(record["verdict_reasons"] or [])[1:]
+
+
+def _recorded(record: Record) -> str:
+    return str(record["status"]) if record["status"] != "ok" else str(record["verdict"] or "not judged")
 
 
 def _failed(record: Record) -> list[str]:
@@ -361,17 +407,95 @@ def _legend(metric: str, by_date: bool) -> list[str]:
         f"most {_ONE_RUN_S / 60:g} minutes apart.",
     )
     return [
-        f"- `drop %`: loss of {metric} against the Teacher in f32 on the same scenes and seeds: mean ± sample standard "
-        "deviation over all runs. Where a row is not in the ledger yet, that of the record (eval seed 0).",
+        f"- `drop %`: loss of {metric} against the Teacher in f32 on the same scenes and seeds, with its 95 % interval "
+        f"(see Drops). `{metric}`: mean ± sample standard deviation over all runs. Where a row is not in the ledger, "
+        "both are of the record (eval seed 0).",
         "- `params`, `GFLOPs` of a pair, `file`: with the change against the Teacher. `p50`: median time of a pair at "
         "batch size 1. Milliseconds of two rows are from different moments; the ratios beside them are not:",
         "- `x own f32`, `x own best float`: speed of the quantized model against the same model in float, within one "
         "interleaved timing; `x Teacher f32`: against the Teacher, likewise.",
         "- `int8 share`: of the FLOPs, read from the engine. `hours`: device hours that made one model.",
-        "- `verdict`: of the records, by `configs/eval.yaml`.",
+        "- `verdict`: of the drop by its interval under Drops, of everything else by the record (`configs/eval.yaml`).",
         *(paired if by_date else ()),
         "",
     ]
+
+
+def _drops(recipes: Sequence[Recipe], deliverable: Path) -> list[str]:
+    """A row per run: its drop with the interval, what that says of the limit, and what the record alone would say."""
+    headings = ("run", "drop %, 95 % interval", "over", "at most", "by the interval", "by the record alone")
+    table = [_line(headings), _line(["---"] * len(headings))]
+    undecided, units = [], set()
+    for recipe in recipes:
+        records = {run["id"]: record for run, record, _ in recipe.runs}
+        evaluated = {row["train_seed"] for row in recipe.rows}
+        for run in recipe.planned:
+            record = records.get(run["id"])
+            drop = recipe.drop_of_run(run, record)
+            if drop is None or (record is None and run["train_seed"] not in evaluated):
+                continue
+            limit = run["drop_limit_pct"]
+            word = None if limit is None else drop.judged(limit)
+            units.add(drop.unit)
+            alone, one_draw = DASH, None if record is None else record["quality_drop_pct"]
+            if one_draw is not None and limit is not None:
+                own = None if record is None else drop_of_record(record)
+                told = own.judged(limit) if own is not None else None
+                alone = f"{one_draw:+.2f}: {told or ('pass' if one_draw <= limit else 'fail')}"
+            if word == "undecided":
+                undecided.append(f"{run['id']} ({alone.partition(': ')[2] or 'no record'})")
+            least = DASH if limit is None else f"{limit:g}"
+            table.append(_line([markdown_cell(run["id"]), drop.text, drop.over, least, word or DASH, alone]))
+    said = []
+    if "draws" in units:
+        draws = [record["scenes"] for recipe in recipes for _, record, _ in recipe.runs if record["scenes"]]
+        size = f" of {len(draws[0])} scenes" if draws else ""
+        said.append(
+            f"A draw{size} shares no scene with another, so it is what an interval is over: the mean over draws, by "
+            "Student's t."
+        )
+    if "scenes" in units:
+        said.append(
+            "Over scenes: ratio of sums over pairs, linearised, with scenes as clusters (docs/methods.md, Evidence)."
+        )
+    if not (deliverable / SCORES).is_dir():
+        said.append("The deliverable does not hold the scores of single pairs, which would give intervals over scenes.")
+    said.append("Nothing here is about other trainings of a recipe.")
+    lines = [" ".join(said), "", *table]
+    if undecided:
+        lines += [
+            "",
+            f"Their drop leaves undecided: {markdown_cell(', '.join(undecided))}. In brackets: what the record says of "
+            "its drop, which is a statement about one draw.",
+        ]
+    return lines
+
+
+def _comparisons(recipes: Sequence[Recipe]) -> list[str]:
+    """The pairs of recipes whose drops differ by more than their interval; of the others how many there are."""
+    found = []
+    for place, one in enumerate(recipes):
+        for other in recipes[place + 1 :]:
+            drop = difference_of(other.rows, one.rows, other.teachers, other.scores)
+            if drop is not None and drop.interval.low is not None and drop.interval.high is not None:
+                apart = not drop.interval.low <= 0 <= drop.interval.high
+                found.append((apart, [_name(other), _name(one), drop.text, drop.over]))
+    if not found:
+        return ["No two recipes were evaluated on two draws of the same scenes."]
+    count = "1 pair of recipes" if len(found) == 1 else f"{len(found)} pairs of recipes"
+    lines = [
+        f"By how many points one drop exceeds another, on the same scenes: {count}. Listed are those that are "
+        f"distinguishable, {sum(apart for apart, _ in found)}, where the 95 % interval does not hold 0. "
+        "Of pairs that do not differ one in twenty is listed by chance."
+    ]
+    rows = [_line(cells) for apart, cells in found if apart]
+    if rows:
+        lines += ["", _line(["recipe", "against", "points, 95 % interval", "over"]), _line(["---"] * 4), *rows]
+    return lines
+
+
+def _name(recipe: Recipe) -> str:
+    return markdown_cell(f"{recipe.card} {recipe.combo}, {recipe.precision}")
 
 
 def _missing(plan: dict[str, Any], recipes: Sequence[Recipe], rows: Sequence[Row]) -> list[str]:
@@ -413,8 +537,16 @@ def _verdicts(recipes: Sequence[Recipe]) -> list[str]:
     lines = []
     for recipe in recipes:
         for run, record, _ in recipe.runs:
-            lines.append(f"- **{markdown_cell(run['id'])}** ({recipe.precision}): {_judged(record)}")
-            lines += [f"  - {markdown_cell(reason)}" for reason in record["verdict_reasons"] or _failed(record)]
+            word, _ = _judged(recipe, run, record)
+            lines.append(f"- **{markdown_cell(run['id'])}** ({recipe.precision}): {word}")
+            drop, limit = recipe.drop_of_run(run, record), run["drop_limit_pct"]
+            decided = None if drop is None or limit is None else drop.judged(limit)
+            if record["status"] != "ok" or drop is None or decided is None:
+                reasons = record["verdict_reasons"] or _failed(record)
+            else:
+                prefix = {"pass": "ok", "fail": "FAILED"}.get(decided, decided)
+                reasons = [f"{prefix}: {drop.sentence(limit)}", *_beside_the_drop(record)]
+            lines += [f"  - {markdown_cell(reason)}" for reason in reasons]
     return lines or ["No recipe has run yet."]
 
 
@@ -423,6 +555,12 @@ def _ablations(deliverable: Path, plan: dict[str, Any], out: Path) -> list[str]:
     if not any(run["matrix"] for run in plan["rows"]):
         return []
     lines = ["## Ablations", ""]
+    if tables:
+        lines += [
+            "Each point was scored on one draw of scenes (eval seed 0): how far a draw may be off is seen under Drops. "
+            "A drop without an interval, and the verdict beside it, are statements about that draw.",
+            "",
+        ]
     for path in tables:
         heading, _, table = path.read_text(encoding="utf-8").partition("\n")
         lines += [f"### {heading.lstrip('# ')}", "", table.strip(), ""]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pqk.files import atomic_path
-from pqk.report.plots import MARKERS, PALETTE, blank_figure, pareto_front
+from pqk.report.plots import MARKERS, PALETTE, THRESHOLD_COLOUR, blank_figure, error_bar, pareto_front
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -51,38 +51,42 @@ def _tradeoff(recipes: Sequence[Recipe]) -> Figure | None:
         return None
     figure, axes = blank_figure(5.4 * len(panels), 4.4, len(panels))
     for axis, (title, points) in zip(axes, panels, strict=True):
-        places = [(1.0, 0.0), *((x.mean, r.drop.mean) for r, x in points if r.drop)]
+        places = [(1.0, 0.0), *((x.mean, r.drop.interval.value) for r, x in points if r.drop)]
         front = [places[index] for index in pareto_front(places)]
         axis.plot(*zip(*front, strict=True), "--", color="#777777", linewidth=1.1, zorder=1)
         axis.plot(1.0, 0.0, "*", color="#333333", markersize=13, label=" Teacher f32")
         for recipe, x in points:
             assert recipe.drop is not None
+            drop = recipe.drop.interval
             number = list(recipes).index(recipe)
             failed = any(record["verdict"] == "fail" for _, record, _ in recipe.runs)
             colour = PALETTE[number % len(PALETTE)]
-            axis.errorbar(
+            if drop.low is not None and drop.high is not None:
+                error_bar(axis, x.mean, (drop.low, drop.high), colour, upright=True)
+            axis.plot(
                 x.mean,
-                recipe.drop.mean,
-                yerr=recipe.drop.std,
-                fmt=MARKERS[number % len(MARKERS)],
+                drop.value,
+                MARKERS[number % len(MARKERS)],
                 color=colour,
                 markerfacecolor="white" if failed else colour,
                 markersize=8,
-                capsize=3,
+                linestyle="none",
                 label=f" {recipe.card} {recipe.combo} {recipe.precision}",
             )
         _grid(axis)
         axis.set_xlabel(f"{title}, lower is better")
         axis.set_xlim(left=0)
-    axes[0].set_ylabel("drop of the main metric (%), mean ± std")
-    axes[0].set_title("hollow: failed its verdict; dashed: Pareto front", fontsize=9, loc="left")
+        for limit in sorted({r.planned[0]["drop_limit_pct"] for r, _ in points} - {None}):
+            axis.axhline(limit, color=THRESHOLD_COLOUR, linewidth=1.1, linestyle=":", zorder=1.6)
+    axes[0].set_ylabel("drop of the main metric (%), with its 95 % interval")
+    axes[0].set_title("hollow: its record failed; dashed: Pareto front; dotted: limits", fontsize=9, loc="left")
     axes[-1].legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, borderaxespad=0.0)
     figure.tight_layout()
     return figure
 
 
 def _drop(recipes: Sequence[Recipe]) -> Figure | None:
-    """The drop of each recipe: mean, sample standard deviation, every run, and the limit of its verdict."""
+    """The drop of each recipe with its 95 % interval, every run, and the limit of its verdict."""
     shown = [recipe for recipe in recipes if recipe.drop is not None]
     if not shown:
         return None
@@ -92,21 +96,25 @@ def _drop(recipes: Sequence[Recipe]) -> Figure | None:
         runs = [row["drop_pct"] for row in recipe.rows]
         axis.plot(runs, [place] * len(runs), "|", color="#999999", markersize=11, zorder=1)
         limit = recipe.planned[0]["drop_limit_pct"]
-        axis.plot([limit, limit], [place - 0.35, place + 0.35], color="#D55E00", linewidth=2, zorder=1)
-        axis.errorbar(recipe.drop.mean, place, xerr=recipe.drop.std, fmt="o", color=PALETTE[0], capsize=4, zorder=2)
-    axis.set_yticks(range(len(shown)), [f"{r.card} {r.combo} {r.precision} (n = {_n(r)})" for r in shown])
+        if limit is not None:
+            axis.plot([limit, limit], [place - 0.35, place + 0.35], color=THRESHOLD_COLOUR, linewidth=2, zorder=1)
+        found = recipe.drop.interval
+        if found.low is not None and found.high is not None:
+            error_bar(axis, place, (found.low, found.high), PALETTE[0])
+        axis.plot(found.value, place, "o", color=PALETTE[0], zorder=2)
+    axis.set_yticks(range(len(shown)), [f"{r.card} {r.combo} {r.precision} ({_over(r)})" for r in shown])
     axis.set_ylim(len(shown) - 0.5, -0.5)
     axis.axvline(0.0, color="#333333", linewidth=0.8)
     _grid(axis)
     axis.set_xlabel(
         "drop of the main metric against the Teacher (%), lower is better\n"
-        "mean ± std; strokes: single runs; orange: at most this much"
+        "bars: 95 % interval; strokes: single runs; orange: at most this much"
     )
     return figure
 
 
-def _n(recipe: Recipe) -> int:
-    return recipe.drop.n if recipe.drop else 0
+def _over(recipe: Recipe) -> str:
+    return recipe.drop.over if recipe.drop else ""
 
 
 def _grid(axis: Axes) -> None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pqk.files import atomic_path, write_json
-from pqk.report.table import DASH, printable, safe_text
+from pqk.files import atomic_path, write_json, write_text
+from pqk.report.table import DASH, csv_text, printable
 from pqk.report.workbook import put
 
 if TYPE_CHECKING:
@@ -76,18 +74,13 @@ def write_parity(result: Result, folder: Path) -> list[Path]:
     data = as_data(result)
     rows: list[dict[str, Any]] = data["rows"]
     columns = _columns(rows)
-    cells = [[_cell(row.get(name)) for name in columns] for row in rows]
     made = [folder / f"{result.card}.{ending}" for ending in ("json", "csv", "xlsx", "md")]
     write_json(made[0], data)
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerows([columns, *cells])
-    with atomic_path(made[1]) as temporary:
-        temporary.write_text(text.getvalue(), encoding="utf-8")
+    lines: list[list[Any]] = [list(columns), *([row.get(name) for name in columns] for row in rows)]
+    write_text(made[1], csv_text(lines))
     book = Workbook()
     sheet = book.worksheets[0]
     sheet.title = "parity"
-    lines: list[list[Any]] = [list(columns), *([row.get(name) for name in columns] for row in rows)]
     for number, line in enumerate(lines, start=1):
         for index, value in enumerate(line, start=1):
             put(sheet.cell(number, index), value)
@@ -106,10 +99,6 @@ def write_parity(result: Result, folder: Path) -> list[Path]:
     with atomic_path(made[3]) as temporary:
         temporary.write_text(_markdown(result), encoding="utf-8")
     return made
-
-
-def _cell(value: Any) -> Any:
-    return safe_text(value) if isinstance(value, str) else value
 
 
 # The short columns. Markdown shows all of them; the terminal shows two tables that fit into 80 columns.

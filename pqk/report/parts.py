@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pqk.files import write_text
-from pqk.report.table import DASH
+from pqk.report.table import DASH, csv_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -78,15 +76,12 @@ def write_parts(rows: Sequence[Bought], path: Path) -> Path:
     FLOPs (two per multiply-add) and milliseconds are those of one pair, two encodings and one decoding; the ratio of
     times is taken within each round, and a part is `faster` when that is below 1 in every round.
     """
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(_HEADING)
+    lines: list[list[Any]] = [list(_HEADING)]
     for row in rows:
         sizes = [round(4 * count / 1e6, 6) for count in row.params]
         flops = [round(count / 1e9, 6) for count in row.flops]
         times = [round(ms, 3) for ms in row.time_ms] if row.time_ms else [None, None]
         ratio = [round(value, 4) for value in row.ratio] if row.ratio else [None, None, None]
-        faster = None if row.faster is None else str(row.faster).lower()
-        writer.writerow([row.name, row.kind, *row.params, *sizes, *flops, *times, *ratio, faster])
-    write_text(path, text.getvalue())
+        lines.append([row.name, row.kind, *row.params, *sizes, *flops, *times, *ratio, row.faster])
+    write_text(path, csv_text(lines))
     return path

@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING
 
 from pqk.files import atomic_path
 from pqk.record.schema import Column, columns
-from pqk.report.table import Record, cell_text, row_label, shares_text
+from pqk.report.table import DASH, Record, cell_text, interval_of, interval_text, row_label, shares_text, value_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
+
+    from pqk.spec.evaluation import Thresholds
 
 # Okabe and Ito's palette (https://jfly.uni-koeln.de/color), told apart with every common colour blindness; the yellow
 # is left out, it is too faint on white. Seven colours and nine markers give 63 different pairs.
@@ -30,17 +33,30 @@ PRECISION_COLOURS = {
     "tf32": "#E69F00",
     "f32": "#0072B2",
 }
+THRESHOLD_COLOUR = "#D55E00"
+SHOWN = 40  # records that a plot names: more make it unreadable, and large
+LEAST_DROP_SPAN = 1.0  # percent: an axis of drops is at least so wide, or as wide as its thresholds
+_LEAST_SPAN = 0.02  # of the median: an axis of other values is at least so wide
 _LABEL_LENGTH = 44
+_DROP = "quality_drop_pct"
+_SPEEDS = ("speedup_vs_teacher_f32", "speedup_vs_own_f32", "speedup_vs_best_float")
 _ABLATION = re.compile(r"(H|Ablation)\b", re.IGNORECASE)
 _LOG_RATIO = 10.0  # a time axis that spans more than this is logarithmic
 
+Say = Callable[[str], None]
+Line = tuple[str, float]
+"""A threshold: what it asks for, and its value."""
 
-def draw_plots(records: Sequence[Record], folder: Path | str) -> tuple[list[Path], list[str]]:
-    """Draw the plots for which there is data; return the files written and one sentence per plot left out.
 
-    Only runs with status ok are drawn. A plot of an earlier call that has no data any more is removed.
+def draw_plots(
+    records: Sequence[Record], folder: Path | str, thresholds: Thresholds | None = None
+) -> tuple[list[Path], list[str]]:
+    """Draws the plots for which there is data; returns the files written and a sentence per plot or records left out.
+
+    Only runs with status ok are drawn, of many the newest. thresholds: those of the evaluation, drawn as lines. A plot
+    of an earlier call that has no data any more is removed.
     """
-    drawings: dict[str, Callable[[Sequence[Record]], Figure | str]] = {
+    drawings: dict[str, Callable[[Sequence[Record], Thresholds | None, Say], Figure | str]] = {
         "tradeoff": tradeoff,
         "latency": latency,
         "precision": precision,
@@ -49,21 +65,35 @@ def draw_plots(records: Sequence[Record], folder: Path | str) -> tuple[list[Path
     import matplotlib
 
     ended_well = [record for record in records if record["status"] == "ok"]
-    written, left_out = [], []
+    written: list[Path] = []
+    said: list[str] = []
     for name, draw in drawings.items():
         path = Path(folder) / f"{name}.png"
         # A label is data: "$" in it is no formula.
         with matplotlib.rc_context({"text.parse_math": False, "font.size": 10}), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Glyph .* missing from")
-            figure = draw(ended_well)
+            figure = draw(ended_well, thresholds, said.append)
             if isinstance(figure, str):
                 path.unlink(missing_ok=True)
-                left_out.append(f"{path.name} is left out: {figure}")
+                said.append(f"{path.name} is left out: {figure}")
                 continue
             with atomic_path(path) as temporary:
                 figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight", metadata={"Software": None})
             written.append(path)
-    return written, left_out
+    return written, said
+
+
+def _unheard(sentence: str) -> None:
+    """Drops what a plot leaves out, for a caller that draws a figure alone."""
+
+
+def _newest(rows: Sequence[Record], name: str, say: Say) -> list[Record]:
+    """Gives at most `SHOWN` rows, the newest, in the order that they had."""
+    if len(rows) <= SHOWN:
+        return list(rows)
+    say(f"{name}.png shows the {SHOWN} newest of {len(rows)} records; --logs FOLDER draws others")
+    chosen = sorted(range(len(rows)), key=lambda index: rows[index]["datetime"])[-SHOWN:]
+    return [rows[index] for index in sorted(chosen)]
 
 
 def pareto_front(points: Sequence[tuple[float, float]], higher_is_better: bool = False) -> list[int]:
@@ -79,75 +109,191 @@ def pareto_front(points: Sequence[tuple[float, float]], higher_is_better: bool =
     return front
 
 
-def tradeoff(records: Sequence[Record]) -> Figure | str:
-    """Median pair time against the main quality metric, one marker per record, with the Pareto front."""
-    chosen = Counter(record["main_metric"] for record in records if record["main_metric"])
-    quality = _column(chosen.most_common(1)[0][0] if chosen else "absrel")
+def tradeoff(records: Sequence[Record], thresholds: Thresholds | None = None, say: Say = _unheard) -> Figure | str:
+    """Draws quality against median pair time, one marker per record, with the Pareto front and the limits.
+
+    Quality is the drop where any record has an interval of it, else the main metric. Of many records all are dots, and
+    the front and the newest are named.
+    """
     time = _column("t_pair_p50_ms")
+    quality = _quality_axis([record for record in records if record[time.name] is not None])
     rows = [record for record in records if record[time.name] is not None and record[quality.name] is not None]
     if not rows:
         return f"no record has both {time.name} and {quality.name}"
-    figure, (axes,) = blank_figure(8.0, max(4.8, 0.26 * len(rows) + 1.5))
     points = [(record[time.name], record[quality.name]) for record in rows]
     front = pareto_front(points, quality.better == "higher")
+    named = _named(rows, front)
+    figure, (axes,) = blank_figure(8.0, max(4.8, 0.26 * len(named) + 1.5))
+    if len(named) < len(rows):
+        say(f"tradeoff.png names {len(named)} of {len(rows)} records, the front and the newest; dots are the others")
+        others = [points[index] for index in sorted(set(range(len(rows))) - set(named))]
+        axes.plot(*zip(*others, strict=True), ".", color="#BBBBBB", markersize=4, zorder=0)
     if len({points[index] for index in front}) > 1:
         axes.plot(*zip(*(points[i] for i in front), strict=True), "--", color="#777777", linewidth=1.2, zorder=1)
     handles = []
-    for index, record in enumerate(rows):
-        colour = PALETTE[index % len(PALETTE)]
-        failed = record["verdict"] == "fail"
+    ends: list[float] = [y for _, y in points]
+    for number, index in enumerate(named):
+        record, colour = rows[index], PALETTE[number % len(PALETTE)]
+        interval = interval_of(record, quality.name)
+        if interval is not None:
+            error_bar(axes, points[index][0], interval, colour, upright=True)
+            ends += interval
         handles += axes.plot(
             *points[index],
-            MARKERS[index % len(MARKERS)],
+            MARKERS[number % len(MARKERS)],
             color=colour,
-            markerfacecolor="white" if failed else colour,
+            fillstyle="bottom" if record["verdict"] == "undecided" else "full",
+            markerfacecolor="white" if record["verdict"] == "fail" else colour,
+            markerfacecoloralt="white",
             markersize=9,
             markeredgewidth=1.6,
             linestyle="none",
         )
-    _time_axis(axes, [x for x, _ in points])
+    lines = _quality_lines(rows, quality, thresholds)
+    for number, (_, value) in enumerate(lines):
+        dashes = (0, (1 + 2 * number, 2))
+        handles.append(axes.axhline(value, color=THRESHOLD_COLOUR, linewidth=1.3, linestyle=dashes, zorder=1.6))
+    relative = quality.unit == "%"
+    axes.set_ylim(_limits([*ends, *(value for _, value in lines), *([0.0] if relative else [])], relative))
+    times = [x for x, _ in points]
+    if not _log_time(axes, times):
+        axes.set_xlim(_limits(times))
     axes.set_xlabel(axis_label(time) + _caution(rows))
     axes.set_ylabel(axis_label(quality))
-    axes.margins(0.08)
     axes.grid(True, color="#DDDDDD", linewidth=0.7)
-    axes.set_title("quality against time (hollow: failed its verdict; dashed: Pareto front)", fontsize=10, loc="left")
+    bars = "; bars: 95 % interval" if len(ends) > len(points) else ""
+    axes.set_title(
+        f"quality against time (hollow: failed its verdict; half: undecided; dashed: Pareto front{bars})",
+        fontsize=9,
+        loc="left",
+    )
     # The leading space keeps a label that begins with "_" in the legend.
-    labels = [f" {_label(record)}{_speed(record, ', ')}" for record in rows]
+    labels = [f" {_label(rows[index])}{_speed(rows[index], ', ')}" for index in named]
+    labels += [f" {what}" for what, _ in lines]
     axes.legend(handles, labels, loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, borderaxespad=0.0)
     return figure
 
 
-def latency(records: Sequence[Record]) -> Figure | str:
-    """Bars of the median pair time, with a whisker up to the 95th percentile."""
+def _quality_axis(rows: Sequence[Record]) -> Column:
+    if any(interval_of(record, _DROP) and record[_DROP] is not None for record in rows):
+        return _column(_DROP)
+    chosen = Counter(record["main_metric"] for record in rows if record["main_metric"])
+    return _column(chosen.most_common(1)[0][0] if chosen else "absrel")
+
+
+def _named(rows: Sequence[Record], front: Sequence[int]) -> list[int]:
+    """Gives the indices of the rows that the legend names: all, or the front and then the newest."""
+    if len(rows) <= SHOWN:
+        return list(range(len(rows)))
+    newest = sorted(set(range(len(rows))) - set(front), key=lambda index: rows[index]["datetime"], reverse=True)
+    return sorted([*front, *newest][:SHOWN])
+
+
+def _quality_lines(rows: Sequence[Record], quality: Column, thresholds: Thresholds | None) -> list[Line]:
+    """Gives the drops that are allowed, on an axis of drops or, where all rows have one Teacher, of its metric."""
+    drops = drop_lines(rows, thresholds)
+    if quality.name == _DROP:
+        return drops
+    taught = {r[quality.name] for r in rows if r["role"] == "teacher" and r["precision"] == "f32"}
+    if len(taught) != 1 or any(record["quality_reference"] == "teacher" for record in rows):
+        return []
+    teacher, sign = taught.pop(), -1 if quality.better == "higher" else 1
+    return [(f"{what} on the Teacher", teacher * (1 + sign * value / 100)) for what, value in drops]
+
+
+def drop_lines(rows: Sequence[Record], thresholds: Thresholds | None) -> list[Line]:
+    """Gives the drops that the recipes of these rows may have, each value once, with the recipes that it is for."""
+    if thresholds is None:
+        return []
+    own = {"Q-only": thresholds.quality_drop_q_only_pct, "P-only": thresholds.quality_drop_p_only_pct}
+    found: dict[float, list[str]] = {}
+    for record in rows:
+        if record["role"] == "candidate":
+            combo = record["combo"]
+            name = combo if combo in own else "mainline"
+            names = found.setdefault(own.get(combo, thresholds.quality_drop_mainline_pct), [])
+            names.extend([] if name in names else [name])
+    return [(f"limit: drop of {value:g} % ({', '.join(names)})", value) for value, names in sorted(found.items())]
+
+
+def latency(records: Sequence[Record], thresholds: Thresholds | None = None, say: Say = _unheard) -> Figure | str:
+    """Draws bars of the median pair time with a whisker up to the 95th percentile, and speeds with their intervals."""
     p50, p95 = _column("t_pair_p50_ms"), _column("t_pair_p95_ms")
     rows = [record for record in records if record[p50.name] is not None]
     if not rows:
         return f"no record has {p50.name}"
-    figure, (axes,) = _bars(rows)
+    rows = _newest(rows, "latency", say)
+    speeds = [column for column in map(_column, _SPEEDS) if any(_compared(record, column) for record in rows)]
+    figure, panels = _bars(rows, 2 if speeds else 1)
+    axes = panels[0]
     times = [record[p50.name] for record in rows]
     tails = [max(record[p95.name] or 0.0, record[p50.name]) for record in rows]
-    whiskers = [[0.0] * len(rows), [tail - time for tail, time in zip(tails, times, strict=True)]]
     axes.barh(range(len(rows)), times, color=PALETTE[5], height=0.62)
-    axes.errorbar(times, range(len(rows)), xerr=whiskers, fmt="none", ecolor="#333333", capsize=3, linewidth=1.2)
+    long = [index for index, record in enumerate(rows) if record[p95.name] is not None]
+    if long:
+        whiskers = [[0.0] * len(long), [tails[index] - times[index] for index in long]]
+        at = [times[index] for index in long]
+        axes.errorbar(at, long, xerr=whiskers, fmt="none", ecolor="#333333", capsize=3, linewidth=1.2)
     for index, (record, tail) in enumerate(zip(rows, tails, strict=True)):
+        interval = interval_of(record, p50.name)
+        if interval is not None:
+            error_bar(axes, index, interval, PALETTE[0])
         axes.annotate(
-            cell_text(record[p50.name], p50) + _speed(record, "  "),
+            cell_text(record[p50.name], p50) + _speed(record, "  ", False),
             (tail, index),
             xytext=(6, 0),
             textcoords="offset points",
             va="center",
         )
-    axes.set_xlim(0, max(tails) * 1.15 or 1.0)
-    axes.set_xlabel(f"{axis_label(p50)}, whisker: {p95.name}{_caution(rows)}")
+    axes.set_xlim(0, max(tails) * (1.4 if speeds else 1.15) or 1.0)
+    axes.set_xlabel(f"{axis_label(p50)}{f', whisker: {p95.name}' if long else ''}{_caution(rows)}")
+    if speeds:
+        _speeds(panels[1], rows, speeds, thresholds)
     return figure
 
 
-def precision(records: Sequence[Record]) -> Figure | str:
-    """Stacked shares of the precision that was executed."""
+def _compared(record: Record, column: Column) -> bool:
+    """Says whether a speedup compares a row with another one: a row in f32 is its own f32."""
+    mine = record["precision"] == "f32" and (record["role"] == "teacher" or column.name != "speedup_vs_teacher_f32")
+    return record[column.name] is not None and not mine
+
+
+def _speeds(axes: Axes, rows: Sequence[Record], speeds: Sequence[Column], thresholds: Thresholds | None) -> None:
+    """Draws each row's speedups as marks with their intervals, and what the thresholds ask of them as lines."""
+    asked: dict[str, Line] = {}
+    if thresholds is not None and any(record["quantizer"] for record in rows):
+        reduction, slack = thresholds.t_pair_p50_reduction_pct, thresholds.not_slower_than_best_float_pct
+        asked["speedup_vs_own_f32"] = (f"limit: {reduction:g} % below own f32", 1 / (1 - reduction / 100))
+        text = f"limit: {slack:g} % slower than best float" if slack else "limit: not slower than best float"
+        asked["speedup_vs_best_float"] = (text, 1 / (1 + slack / 100))
+    seen = [1.0]
+    for number, column in enumerate(speeds):
+        colour, place = PALETTE[number], 0.22 * (number - (len(speeds) - 1) / 2)
+        own = [(index + place, record) for index, record in enumerate(rows) if _compared(record, column)]
+        values = [record[column.name] for _, record in own]
+        axes.plot(values, [y for y, _ in own], MARKERS[number], color=colour, markersize=5, label=f" {column.short}")
+        seen += values
+        for y, record in own:
+            interval = interval_of(record, column.name)
+            if interval is not None:
+                error_bar(axes, y, interval, colour)
+                seen += interval
+        if column.name in asked:
+            what, value = asked[column.name]
+            axes.axvline(value, color=colour, linewidth=1.3, linestyle=(0, (1 + 2 * number, 2)), label=f" {what}")
+            seen.append(value)
+    axes.set_xlim(_limits(seen))
+    axes.set_xlabel("speed (x), higher is better; bars: 95 % interval")
+    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, borderaxespad=0.0)
+
+
+def precision(records: Sequence[Record], thresholds: Thresholds | None = None, say: Say = _unheard) -> Figure | str:
+    """Draws the stacked shares of the precision that was executed, and the least share of int8."""
     name = "executed_precision"
     rows = [record for record in records if record[name]]
     if not rows:
         return f"no record has {name}"
+    rows = _newest(rows, "precision", say)
     figure, (axes,) = _bars(rows)
     known = {precision for record in rows for precision in record[name]}
     names = [key for key in PRECISION_COLOURS if key in known] + sorted(known - set(PRECISION_COLOURS))
@@ -167,47 +313,94 @@ def precision(records: Sequence[Record]) -> Figure | str:
             va="center",
             fontsize=9,
         )
+    count = len(names)
+    if thresholds is not None and any(record["quantizer"] for record in rows):
+        least = 100 * thresholds.int8_flops_share_min
+        axes.axvline(least, color="#000000", linewidth=1.3, linestyle=":", label=f" limit: int8 at least {least:g} %")
+        count += 1
     axes.set_xlim(0, 100)
     axes.set_xlabel("share of matmul and convolution FLOPs (%)")
-    axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=len(names), frameon=False)
+    axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=count, frameon=False)
     return figure
 
 
-def ablation(records: Sequence[Record]) -> Figure | str:
-    """The records of the ablation study (class H): quality drop and, when timed, the median pair time."""
+def ablation(records: Sequence[Record], thresholds: Thresholds | None = None, say: Say = _unheard) -> Figure | str:
+    """Draws the records of the ablation study (class H): drop with its interval and, when timed, median pair time."""
     rows = [record for record in records if _ABLATION.match(record["combo"] or "")]
-    drawn = [_column("quality_drop_pct"), _column("t_pair_p50_ms")]
+    drawn = [_column(_DROP), _column("t_pair_p50_ms")]
     drawn = [column for column in drawn if any(record[column.name] is not None for record in rows)]
     if not rows:
         return "no record of an ablation (combo H or Ablation)"
     if not drawn:
         return "no record of an ablation (combo H or Ablation) has quality_drop_pct or t_pair_p50_ms"
+    rows = _newest(rows, "ablation", say)
     figure, axes = _bars(rows, len(drawn))
     for axis, column, colour in zip(axes, drawn, PALETTE, strict=False):
-        values = [record[column.name] or 0.0 for record in rows]
-        axis.barh(range(len(rows)), values, color=colour, height=0.62)
-        low, high = min(0.0, *values), max(0.0, *values)
-        axis.axvline(0.0, color="#333333", linewidth=0.8)
-        for index, record in enumerate(rows):
-            end = values[index]
-            axis.annotate(
-                cell_text(record[column.name], column),
-                (end, index),
-                xytext=(-4 if end < 0 else 4, 0),
-                textcoords="offset points",
-                va="center",
-                ha="right" if end < 0 else "left",
-            )
-        room = 0.22 * (high - low or 1.0)
-        axis.set_xlim(low - (room if low < 0 else 0.0), high + room)
-        axis.set_xlabel(axis_label(column))
+        bars_of(axis, rows, column, colour, drop_lines(rows, thresholds) if column.name == _DROP else [])
     return figure
 
 
-def _speed(record: Record, before: str) -> str:
-    """'1.13x f32' behind `before`; '' where it was not measured, or is the measure itself."""
-    speed = record["speedup_vs_own_f32"]
-    return "" if speed is None or record["precision"] == "f32" else f"{before}{speed:.2f}x f32"
+def bars_of(axis: Axes, rows: Sequence[Record | None], column: Column, colour: str, lines: Sequence[Line] = ()) -> None:
+    """Draws a column as horizontal bars from 0, each with its interval and its value as text.
+
+    rows: from top to bottom; None, or a record without a value, is a dash. lines: thresholds.
+    """
+    axis.axvline(0.0, color="#333333", linewidth=0.8)
+    seen = [0.0]
+    texts = [DASH if record is None else value_text(record, column) for record in rows]
+    for index, record in enumerate(rows):
+        value = None if record is None else record[column.name]
+        interval = None if record is None or value is None else interval_of(record, column.name)
+        axis.barh([index], [value or 0.0], color=colour, height=0.62)
+        if interval is not None:
+            error_bar(axis, index, interval, "#333333")
+        seen += [value or 0.0, *(interval or ())]
+        axis.annotate(
+            texts[index],
+            (max(0.0, value or 0.0, *(interval or ())), index),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            bbox={"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 0.5},
+        )
+    for what, value in lines:
+        axis.axvline(value, color=THRESHOLD_COLOUR, linewidth=1.3, linestyle=":", label=f" {what}")
+    if lines:
+        axis.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), frameon=False)
+    low, high = _limits([*seen, *(value for _, value in lines)], column.unit == "%")
+    share = min(0.6, 0.024 * max(map(len, texts)))  # of the panel, for the texts
+    axis.set_xlim(low if min(seen) < 0 else 0.0, high + (high - low) * share / (1 - share))
+    axis.set_xlabel(axis_label(column))
+
+
+def error_bar(axes: Axes, place: float, interval: tuple[float, float], colour: str, upright: bool = False) -> None:
+    """Draws an interval with caps at `place` of the other axis, wherever the value lies in it."""
+    middle, half = (interval[0] + interval[1]) / 2, (interval[1] - interval[0]) / 2
+    if upright:
+        axes.errorbar([place], [middle], yerr=[half], fmt="none", ecolor=colour, capsize=3, linewidth=1.2, zorder=2)
+    else:
+        axes.errorbar([middle], [place], xerr=[half], fmt="none", ecolor=colour, capsize=3, linewidth=1.2, zorder=2)
+
+
+def _limits(values: Sequence[float], relative: bool = False) -> tuple[float, float]:
+    """Gives the ends of an axis: all values and a margin, and never so little that noise fills the picture.
+
+    relative: the values are drops in percent.
+    """
+    low, high = min(values), max(values)
+    middle = sorted(values)[len(values) // 2]
+    least = LEAST_DROP_SPAN if relative else _LEAST_SPAN * abs(middle) or 1.0
+    half = max(high - low, least) * 0.54
+    return (low + high) / 2 - half, (low + high) / 2 + half
+
+
+def _speed(record: Record, before: str, interval: bool = True) -> str:
+    """'1.13x f32' behind `before`, and its interval; '' where it was not measured, or is the measure itself."""
+    column = _column("speedup_vs_own_f32")
+    speed = record[column.name]
+    if speed is None or record["precision"] == "f32":
+        return ""
+    return f"{before}{speed:.2f}x f32 {interval_text(record, column) if interval else ''}".rstrip()
 
 
 def _caution(rows: Sequence[Record]) -> str:
@@ -217,13 +410,28 @@ def _caution(rows: Sequence[Record]) -> str:
 
 
 def blank_figure(width: float, height: float, panels: int = 1) -> tuple[Figure, list[Axes]]:
+    """Gives a figure (inches) with panels side by side; numbers beside an axis are whole, without a common offset."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height))
     axes = [figure.add_subplot(1, panels, number + 1) for number in range(panels)]
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
+    figure.subplots_adjust(wspace=0.25)
+    for panel in axes:
+        panel.spines[["top", "right"]].set_visible(False)
+        for axis in (panel.xaxis, panel.yaxis):
+            plain_numbers(axis)
     return figure, axes
+
+
+def plain_numbers(axis: Axis) -> None:
+    """Writes every number beside an axis by itself: 0.1149, and not 9e-5 with +1.148e-1 in a corner."""
+    from matplotlib.ticker import FuncFormatter
+
+    def text(value: float, _: int | None) -> str:
+        low, high = axis.get_view_interval()
+        return f"{0.0 if abs(value) < 1e-9 * abs(high - low) else value:.6g}"
+
+    axis.set_major_formatter(FuncFormatter(text))
 
 
 def _bars(rows: Sequence[Record], panels: int = 1) -> tuple[Figure, list[Axes]]:
@@ -238,14 +446,18 @@ def _bars(rows: Sequence[Record], panels: int = 1) -> tuple[Figure, list[Axes]]:
     return figure, axes
 
 
-def _time_axis(axes: Axes, times: Sequence[float]) -> None:
-    if min(times) > 0 and max(times) / min(times) > _LOG_RATIO:
-        from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+def _log_time(axes: Axes, times: Sequence[float]) -> bool:
+    """Makes the axis of time logarithmic where the times differ by much; returns whether it did."""
+    if not (min(times) > 0 and max(times) / min(times) > _LOG_RATIO):
+        return False
+    from matplotlib.ticker import LogLocator, NullFormatter
 
-        axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    plain_numbers(axes.xaxis)
+    axes.margins(x=0.08)
+    return True
 
 
 def axis_label(column: Column) -> str:

@@ -7,13 +7,14 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pqk import paths
 from pqk.errors import EXIT_OK, PqkError
 from pqk.files import atomic_path, write_json
+from pqk.record.formulas import escape_splits, holds_formula, safe_text
 from pqk.record.log import read_records
 from pqk.record.schema import Column, columns, load_schema
 
@@ -21,13 +22,19 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from pqk.spec.evaluation import Thresholds
+
 Record = Mapping[str, Any]
+_Layout = Mapping[str, str]
 
 DASH = "–"
 _MODEL_WIDTH = 26
 _EXP_WIDTH = 12
+_LAYOUTS: tuple[_Layout, ...] = ({"%": " ", "x": " "}, {"%": " ", "x": "\n"}, {"%": "\n", "x": "\n"}, {"%": "\n"})
+"""How the terminal shows intervals, the widest first: by unit of the column, what stands between value and interval.
+Columns of other units show none: their intervals are of single models and say nothing of a difference."""
 _PRECISIONS = ("f32", "tf32", "bf16", "f16", "fp8", "int8", "int4")
-_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
+_BARE = re.compile(r"[\w.:/%+-]+( [\w.:/%+-]+)*", re.ASCII)  # a CSV cell that needs no quotes
 
 
 @dataclass(frozen=True)
@@ -56,26 +63,51 @@ class Places:
         return cls(root / report.table, root / report.summary_csv, root / report.summary_json, root / report.plots)
 
 
+def _thresholds(root: Path) -> Thresholds | None:
+    """Those of the project's configs/eval.yaml; None where there is no such file."""
+    from pqk.spec.evaluation import load_evaluation
+
+    file = paths.configs(root) / "eval.yaml"
+    return load_evaluation(file).thresholds if file.is_file() else None
+
+
 def build_reports(
-    logs_folder: Path | str, reports: Places | Path, say: Callable[[str], None] | None = None
+    logs_folder: Path | str,
+    reports: Places | Path,
+    say: Callable[[str], None] | None = None,
+    thresholds: Thresholds | None = None,
 ) -> list[Path]:
     """Write the summary as CSV and JSON, the workbook and the plots from all logs; return the files written.
 
-    `reports`: the places, or a folder for all of them. `say` is told, in one sentence each, which plots were left out
-    and why. The same logs give the same bytes of CSV and JSON. Raises PqkError before anything is written when a log
-    is invalid or there is no record at all.
+    `reports`: the places, or a folder for all of them. `say` is told, in one sentence each, which plots and which of
+    their records were left out, and why. `thresholds` are lines in the plots. The same logs give the same bytes of CSV
+    and JSON. Raises PqkError before anything is written when a log is invalid or there is no record at all.
     """
-    from pqk.report.plots import draw_plots
-    from pqk.report.workbook import write_workbook
+    return _write_reports(_all_records(logs_folder), reports, say, thresholds)
 
+
+def _all_records(logs_folder: Path | str) -> list[Record]:
     records = ordered(item.record for item in read_records(logs_folder))
     if not records:
         raise PqkError(f"no records in {logs_folder}: run an experiment first")
+    return records
+
+
+def _write_reports(
+    records: Sequence[Record],
+    reports: Places | Path,
+    say: Callable[[str], None] | None,
+    thresholds: Thresholds | None,
+) -> list[Path]:
+    from pqk.report.plots import draw_plots
+    from pqk.report.workbook import write_workbook
+
     places = reports if isinstance(reports, Places) else Places.in_folder(reports)
     write_csv(places.summary_csv, records)
-    write_json(places.summary_json, [{column.name: record[column.name] for column in columns()} for record in records])
+    names = [column.name for column in columns()]
+    write_json(places.summary_json, [{name: record[name] for name in names} for record in records])
     write_workbook(places.table, records)
-    plots, left_out = draw_plots(records, places.plots)
+    plots, left_out = draw_plots(records, places.plots, thresholds)
     for sentence in left_out:
         if say:
             say(sentence)
@@ -109,19 +141,24 @@ def ordered(records: Iterable[Record]) -> list[Record]:
 
 
 def write_csv(path: Path | str, records: Sequence[Record]) -> None:
-    """One row per record, one column per field; null is empty, lists and objects are JSON, numbers are exact.
+    """Writes one row per record, one column per field; null is empty, lists and objects are JSON, numbers are exact.
 
-    A text that a spreadsheet would take for a formula gets a leading apostrophe (see `safe_text`).
+    Behind a column that any record has an interval of come its two ends, NAME_low and NAME_high.
     """
-    names = [column.name for column in columns()]
-    rows = [names, *([_csv_cell(record[name]) for name in names] for record in records)]
+    shown, rows = with_ends(records)
+    names = [column.name for column in shown]
     with atomic_path(path) as temporary:
-        temporary.write_bytes("".join(",".join(map(_quoted, row)) + "\n" for row in rows).encode())
+        temporary.write_bytes(csv_text([names, *([row[name] for name in names] for row in rows)]).encode())
+
+
+def csv_text(rows: Iterable[Iterable[Any]]) -> str:
+    """Gives rows as CSV: null is empty, text cannot start a formula (see `safe_text`), everything else is JSON."""
+    return "".join(",".join(_quoted(_csv_cell(value)) for value in row) + "\n" for row in rows)
 
 
 def _quoted(text: str) -> str:
-    """Quote as RFC 4180 does; Python's csv.writer leaves a lone carriage return bare, and readers take it for a row."""
-    return '"' + text.replace('"', '""') + '"' if any(char in text for char in ',"\r\n') else text
+    """Quotes all but plain words and numbers, more than RFC 4180 asks for: readers differ in what splits a cell."""
+    return text if not text or _BARE.fullmatch(text) else '"' + text.replace('"', '""') + '"'
 
 
 def _csv_cell(value: Any) -> str:
@@ -129,12 +166,8 @@ def _csv_cell(value: Any) -> str:
         return ""
     if isinstance(value, str):
         return safe_text(value)
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-
-
-def safe_text(text: str) -> str:
-    """Put an apostrophe before a text that begins like a spreadsheet formula (=, +, -, @, tab, carriage return)."""
-    return f"'{text}" if text.startswith(_FORMULA_STARTS) else text
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return escape_splits(text) if holds_formula(text) else text
 
 
 def cell_text(value: Any, column: Column) -> str:
@@ -152,6 +185,55 @@ def cell_text(value: Any, column: Column) -> str:
     if isinstance(value, dict):
         return json.dumps(value, ensure_ascii=False)
     return str(value)
+
+
+def interval_of(record: Record, name: str) -> tuple[float, float] | None:
+    """Gives the 95 % interval (low, high) of a record's column; None where there is none."""
+    ends = (record["intervals"] or {}).get(name)
+    return None if ends is None else (min(ends), max(ends))
+
+
+def interval_text(record: Record, column: Column) -> str:
+    """Gives an interval for people: '±0.48', or '[+0.10, +1.62]' where its halves differ; '' for none."""
+    value, ends = record[column.name], interval_of(record, column.name)
+    if ends is None or not isinstance(value, int | float):
+        return ""
+    halves = [format(half, column.format.removeprefix("+")) for half in (value - ends[0], ends[1] - value)]
+    if halves[0] == halves[1]:
+        return f"±{halves[0]}"
+    return f"[{ends[0]:{column.format}}, {ends[1]:{column.format}}]"
+
+
+def value_text(record: Record, column: Column) -> str:
+    """Gives a record's value with its interval, for people: '+0.77 ±0.48'."""
+    return f"{cell_text(record[column.name], column)} {interval_text(record, column)}".rstrip()
+
+
+def with_ends(records: Sequence[Record]) -> tuple[list[Column], list[Record]]:
+    """Adds, behind each column of numbers that any record has an interval of, its ends as NAME_low and NAME_high."""
+    known = {name for record in records for name in record["intervals"] or {}}
+    shown: list[Column] = []
+    for column in columns():
+        shown.append(column)
+        if column.name in known and column.kind in ("number", "integer"):
+            shown += [
+                replace(
+                    column,
+                    name=f"{column.name}_{end}",
+                    better="",
+                    short="",
+                    format=column.format if column.kind == "number" else "",
+                    description=f"{word} end of the 95 % interval of {column.name}.",
+                )
+                for end, word in (("low", "Lower"), ("high", "Upper"))
+            ]
+    rows: list[Record] = []
+    for record in records:
+        ends: dict[str, float | None] = {}
+        for name in known:
+            ends[f"{name}_low"], ends[f"{name}_high"] = interval_of(record, name) or (None, None)
+        rows.append({**record, **ends})
+    return shown, rows
 
 
 def shares_text(shares: Mapping[str, float]) -> str:
@@ -235,7 +317,7 @@ def print_table(records: Iterable[Record], console: Console) -> None:
 
     Shown are the columns with a heading (`x-short`) in the schema and those named as main metric, if any row has a
     value there, and model and scenes where the rows differ in them. Best values are bold, null is a dash, a row that
-    was emulated or did not end well says so.
+    was emulated or did not end well says so. Drops and speeds have their 95 % interval, the latter where it fits.
     """
     rows = ordered(records)
     if not rows:
@@ -252,15 +334,27 @@ def print_table(records: Iterable[Record], console: Console) -> None:
     best = best_rows(rows)
     judged = [column for column in shown if column.name == "verdict"]
     measured = [column for column in shown if column.name != "verdict"]
-    whole = _terminal_table(rows, [*measured, *judged], best)
-    if console.measure(whole, options=console.options.update(max_width=10_000)).maximum <= console.width:
-        console.print(whole)
+    labels, scenes = _row_labels(rows), told_apart(rows, "scenes")
+
+    def table(part: Sequence[Column], layouts: Sequence[_Layout], title: str | None = None) -> tuple[Table, bool]:
+        """The first layout that fits into the console, else the last one; and whether it fits."""
+        for layout in layouts:
+            made = _terminal_table(rows, part, best, labels, scenes, layout, title)
+            width = console.measure(made, options=console.options.update(max_width=10_000)).maximum
+            if width <= console.width:
+                return made, True
+        return made, False
+
+    with_intervals = any(record["intervals"] for record in rows)
+    layouts = _LAYOUTS if with_intervals else _LAYOUTS[-1:]
+    if table([*measured, *judged], layouts[-2:-1] or layouts)[1]:
+        console.print(table([*measured, *judged], layouts[:-1] or layouts)[0])
         return
     for title, groups in (("quality", ("quality",)), ("speed and size", ("efficiency", "resources", "edge"))):
         part = [column for column in measured if column.group in groups]
         if part or title == "quality":
             console.print()
-            console.print(_terminal_table(rows, [*part, *(judged if title == "quality" else [])], best, title))
+            console.print(table([*part, *(judged if title == "quality" else [])], layouts, title)[0])
 
 
 def _row_labels(rows: Sequence[Record]) -> list[str]:
@@ -290,7 +384,13 @@ def _row_labels(rows: Sequence[Record]) -> list[str]:
 
 
 def _terminal_table(
-    rows: Sequence[Record], shown: Sequence[Column], best: Mapping[str, set[int]], title: str | None = None
+    rows: Sequence[Record],
+    shown: Sequence[Column],
+    best: Mapping[str, set[int]],
+    labels: Sequence[str],
+    scenes: Sequence[str] | None,
+    layout: _Layout,
+    title: str | None = None,
 ) -> Table:
     from rich import box
     from rich.table import Table
@@ -300,14 +400,12 @@ def _terminal_table(
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0, title=title, title_justify="left")
     table.add_column("exp", overflow="fold", max_width=_EXP_WIDTH)
     table.add_column("row", no_wrap=True)
-    scenes = told_apart(rows, "scenes")
     if scenes:
         table.add_column("scenes", overflow="fold", max_width=_EXP_WIDTH)
     for column in shown:
         numeric = column.kind in ("number", "integer")
         heading = Text(printable(column.short or column.name))
         table.add_column(heading, justify="right" if numeric else "left", no_wrap=True)
-    labels = _row_labels(rows)
     for index, record in enumerate(rows):
         cells = [Text(printable(record["exp_id"])), Text(labels[index])]
         cells += [Text(printable(scenes[index]))] if scenes else []
@@ -317,6 +415,8 @@ def _terminal_table(
                 text = "\n".join(printable(part) for part in text.split(" / "))
             else:
                 text = printable(text)
+                interval = interval_text(record, column) if layout.get(column.unit) else ""
+                text += f"{layout[column.unit]}{interval}" if interval else ""
             cells.append(Text(text, style="bold" if index in best.get(column.name, ()) else ""))
         table.add_row(*cells)
     return table
@@ -332,8 +432,9 @@ def main(arguments: Sequence[str] | None = None, root: Path = Path()) -> int:
 
     try:
         logs = options.logs or root / "logs"
-        written = build_reports(logs, options.reports or Places.of_project(root), say=print)
-        print_table((item.record for item in read_records(logs)), Console())
+        records = _all_records(logs)
+        written = _write_reports(records, options.reports or Places.of_project(root), print, _thresholds(root))
+        print_table(records, Console())
     except PqkError as error:
         print(f"pqk: {printable(str(error))}", file=sys.stderr)
         return error.exit_code

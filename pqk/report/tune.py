@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pqk import paths
 from pqk.files import write_json, write_text
-from pqk.report.table import DASH, safe_text
+from pqk.report.table import DASH, csv_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -60,12 +58,8 @@ def write_tune(tuned: Tuned, folder: Path) -> list[Path]:
     made = [folder / f"{tuned.card}.{ending}" for ending in ("json", "csv", "png")]
     data = as_data(tuned)
     write_json(made[0], data)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(data["rows"][0]), lineterminator="\n")
-    writer.writeheader()
-    for row in data["rows"]:
-        writer.writerow({**row, "units": safe_text(" ".join(row["units"]))})
-    write_text(made[1], text.getvalue())
+    rows = [{**row, "units": " ".join(row["units"])} for row in data["rows"]]
+    write_text(made[1], csv_text([list(rows[0]), *(row.values() for row in rows)]))
     draw_pareto(tuned.result, made[2], {name: unit.nodes for name, unit in tuned.units.items()}, tuned.confirmed)
     return made
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pqk.files import atomic_path
-from pqk.record.schema import Column, columns, schema_version
-from pqk.report.table import Record, best_rows, cell_text, safe_text
+from pqk.record.formulas import safe_text
+from pqk.record.schema import Column, schema_version
+from pqk.report.table import Record, best_rows, cell_text, with_ends
 
 if TYPE_CHECKING:
     from openpyxl import Workbook
@@ -28,19 +29,20 @@ def write_workbook(path: Path | str, records: Sequence[Record]) -> None:
 
     Each of the four sheets has the identity columns and those of its group; 'all' has every column; 'about' explains
     them. Row 1 holds the names, row 2 the units. Best values are bold, null cells are empty, text that looks like a
-    formula is defused, and every column name comes from the schema.
+    formula is defused, and every column name comes from the schema. Behind a column that any record has an interval of
+    come its two ends, NAME_low and NAME_high.
     """
     from openpyxl import Workbook
 
     book = Workbook()
     book.remove(book.worksheets[0])
-    every = columns()
+    every, rows = with_ends(records)
     best = best_rows(records)
     identity = [column for column in every if column.group == "identity"]
     for sheet in SHEETS:
         own = [column for column in every if sheet in (column.group, column.also)]
-        _fill(book.create_sheet(sheet), [*identity, *own], records, best)
-    _fill(book.create_sheet("all"), every, records, best)
+        _fill(book.create_sheet(sheet), [*identity, *own], rows, best)
+    _fill(book.create_sheet("all"), every, rows, best)
     _explain(book, every)
     with atomic_path(path) as temporary:
         book.save(temporary)
@@ -59,19 +61,22 @@ def number_format(printf: str) -> str:
 
 
 def _fill(sheet: Worksheet, shown: Sequence[Column], records: Sequence[Record], best: Mapping[str, set[int]]) -> None:
-    from openpyxl.styles import Alignment, Font
+    from openpyxl.styles import Font
     from openpyxl.utils import get_column_letter
 
+    bold = Font(bold=True)
     _style_header(sheet, [column.name for column in shown], [column.unit for column in shown])
     for index, record in enumerate(records):
         for position, column in enumerate(shown, start=1):
+            value = _cell_value(record[column.name], column)
+            if value is None:
+                continue
             cell = sheet.cell(row=index + HEADER_ROWS + 1, column=position)
-            put(cell, _cell_value(record[column.name], column))
-            cell.alignment = Alignment(vertical="top")
+            put(cell, value)
             if isinstance(cell.value, int | float) and not isinstance(cell.value, bool):
                 cell.number_format = number_format(column.format)
             if index in best.get(column.name, ()):
-                cell.font = Font(bold=True)
+                cell.font = bold
     for position, column in enumerate(shown, start=1):
         longest = max([len(column.name), *(len(cell_text(record[column.name], column)) for record in records)])
         sheet.column_dimensions[get_column_letter(position)].width = min(longest, 40) + 2

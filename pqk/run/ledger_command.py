@@ -13,7 +13,9 @@ from pqk import paths
 from pqk.errors import EXIT_CHECK_FAILED, EXIT_OK, PqkError
 from pqk.files import check_writable, sha256_file
 from pqk.record import freeze, ledger
+from pqk.record.pair_scores import files_of, scores_here
 from pqk.record.tsv import Row, write_table
+from pqk.report.drops import drop_of
 from pqk.report.table import printable
 
 
@@ -113,6 +115,9 @@ def evaluate(
         if values:
             found = ledger.stat(values)
             errors.print(f"{name} {found.mean:.5g}{freeze.spread(found.std)} (mean ± sample std, n = {found.n})")
+    drop = drop_of(rows, (), lambda row: None)
+    if drop is not None and drop.interval.half is not None:
+        errors.print(f"drop {escape(drop.text)} %, 95 % interval over {drop.over}")
     print(json.dumps(rows, allow_nan=False, ensure_ascii=False) if as_json else paths.shown(file))
     return EXIT_OK
 
@@ -173,7 +178,8 @@ def freeze_results(
     if plan:
         files, more = gather(plan, root, backend)
     tables = freeze.tables_of(files) if files else ledger.read_results(results or root / "results")
-    for note in freeze.freeze(folder, tables, commit_of(), more):
+    scores, gone = files_of([row for _, rows in tables for row in rows], root)
+    for note in [*freeze.freeze(folder, tables, commit_of(), more | scores), *gone]:
         print(printable(note))
     print(f"sha256 of {freeze.MANIFEST}: {sha256_file(folder / freeze.MANIFEST)}")
     print(paths.shown(folder))
@@ -262,7 +268,8 @@ def _how_to_keep(row: Row) -> str:
 
 def compare(a: Path, b: Path, metric: str | None) -> int:
     """`pqk ledger compare`: the difference with its interval, in one sentence."""
-    found = ledger.compare((a, ledger.read_rows(a)), (b, ledger.read_rows(b)), metric)
+    scores = scores_here(paths.project_root())
+    found = ledger.compare((a, ledger.read_rows(a)), (b, ledger.read_rows(b)), metric, scores)
     print(f"A {printable(paths.shown(a))}: mean {found.mean_a:.6g}")
     print(f"B {printable(paths.shown(b))}: mean {found.mean_b:.6g}")
     for interval in found.intervals:

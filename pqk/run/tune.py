@@ -188,6 +188,7 @@ def draw_pareto(
         figure = Figure(figsize=(8.0, 4.8))
         axes = figure.add_subplot()
         axes.spines[["top", "right"]].set_visible(False)
+        axes.ticklabel_format(style="plain", useOffset=False)
         axes.grid(True, color="#DDDDDD", linewidth=0.7)
         axes.set_axisbelow(True)
         front = [(p.t_pair_p50_ms, p.drop_pct) for p in result.front if math.isfinite(p.drop_pct)]

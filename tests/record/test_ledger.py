@@ -503,3 +503,23 @@ def test_a_recipe_has_one_result(tmp_path: Path) -> None:
     summary, _ = summarise_files([(path, [r for r in read_rows(path) if r["precision"] == "int8"])])
     means = {line["isa"]: line["drop_pct_mean"] for line in summary if line["scope"] == "file"}
     assert means == {"amx": 0.7, "avx2": 1.0}
+
+
+def test_two_quantizers_in_one_file_do_not_replace_each_other(tmp_path: Path) -> None:
+    """Two eval seeds of nncf and of inc; a result in float, as a stop-loss leaves it, is that of both."""
+    path = tmp_path / "D1.tsv"
+    for quantizer in ("nncf", "inc", "nncf"):
+        for seed in (0, 1):
+            made = {"quantizer": quantizer, "precision": "int8", "checkpoint_sha256": f"{quantizer}-graphs"}
+            add_row(path, row(seed=seed, card="D1", **made), RESULT)
+    assert sorted((r["quantizer"], r["eval_seed"]) for r in read_rows(path)) == [
+        ("inc", 0),
+        ("inc", 1),
+        ("nncf", 0),
+        ("nncf", 1),
+    ]
+    again = {"quantizer": "inc", "precision": "int8", "checkpoint_sha256": "inc-other"}
+    add_row(path, row(card="D1", **again), RESULT)
+    assert [r["checkpoint_sha256"] for r in read_rows(path) if r["quantizer"] == "inc"] == ["inc-graphs", "inc-other"]
+    add_row(path, row(seed=1, card="D1", checkpoint_sha256="stopped"), RESULT)
+    assert sorted(r["checkpoint_sha256"] for r in read_rows(path)) == ["inc-other", "nncf-graphs", "stopped"]

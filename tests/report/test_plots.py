@@ -1,4 +1,5 @@
 import itertools
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -6,8 +7,11 @@ from hypothesis import strategies as st
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
-from pqk.report.plots import ablation, draw_plots, latency, pareto_front, precision, tradeoff
+from pqk.report.plots import SHOWN, ablation, draw_plots, latency, pareto_front, precision, tradeoff
 from pqk.report.table import row_label
+from pqk.spec.evaluation import load_evaluation
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -139,3 +143,136 @@ def test_front_is_what_none_dominates(cloud, higher):
     front = pareto_front(cloud, higher)
     assert set(front) == want and len(front) == len(want)
     assert [cloud[i][0] for i in front] == sorted(cloud[i][0] for i in front)
+
+
+# Intervals, limits, axes
+
+
+@pytest.fixture(scope="module")
+def limits():
+    return load_evaluation(ROOT / "configs" / "eval.yaml").thresholds
+
+
+@pytest.fixture
+def close(make_record):
+    """The Teacher and a candidate that differ by 0.03 %, as B1 does."""
+    known = {"backend": "openvino", "main_metric": "absrel", "measured": "engine", "combo": "Q-only"}
+    teacher = make_record(
+        **known,
+        role="teacher",
+        precision="f32",
+        absrel=0.11494710657,
+        quality_drop_pct=0.0,
+        t_pair_p50_ms=1160.0,
+        speedup_vs_own_f32=1.0,
+        executed_precision={"f32": 1.0},
+    )
+    candidate = make_record(
+        **known,
+        quantizer="nncf",
+        precision="int8",
+        absrel=0.11491262244,
+        quality_drop_pct=-0.03,
+        t_pair_p50_ms=1159.9,
+        speedup_vs_own_f32=2.47,
+        speedup_vs_best_float=2.47,
+        executed_precision={"int8": 0.83, "f32": 0.17},
+        verdict="undecided",
+    )
+    return [teacher, candidate]
+
+
+def ticks(figure, axis):
+    FigureCanvasAgg(figure).draw()
+    return [text.get_text() for text in axis.get_ticklabels() if text.get_text()], axis.get_offset_text().get_text()
+
+
+def test_axes_have_no_offset_and_noise_does_not_fill_them(close, limits):
+    """0.1149 beside the axis, not 1e-5 with 1.149e-1 in a corner."""
+    for thresholds in (None, limits):
+        figure = tradeoff(close, thresholds)
+        axes = figure.axes[0]
+        for axis in (axes.xaxis, axes.yaxis):
+            labels, offset = ticks(figure, axis)
+            assert offset == "" and len(set(labels)) == len(labels) >= 3
+        low, high = axes.get_ylim()
+        assert high - low > 0.01 * 0.1149  # 0.03 % is a small part of it
+        assert axes.get_xlim()[1] - axes.get_xlim()[0] > 0.01 * 1160
+    assert axes.get_ylim()[1] > 0.11494710657 * 1.01  # the limit is in the picture
+
+
+def error_bars(axes):
+    """The intervals drawn: [((x0, y0), (x1, y1)), ...]."""
+    return [tuple(map(tuple, s)) for c in axes.collections for s in c.get_segments()]
+
+
+def test_intervals_and_limits_are_drawn(close, limits):
+    close[1]["intervals"] = {"quality_drop_pct": [-0.51, 0.45], "speedup_vs_own_f32": [2.44, 2.52]}
+    axes = tradeoff(close, limits).axes[0]
+    assert axes.get_ylabel() == "quality_drop_pct (%), lower is better"
+    ((start, end),) = error_bars(axes)
+    assert start == pytest.approx((1159.9, -0.51)) and end == pytest.approx((1159.9, 0.45))
+    assert [t.get_text().strip() for t in axes.get_legend().get_texts()][-1] == "limit: drop of 1 % (Q-only)"
+    assert 1.0 in [line.get_ydata()[0] for line in axes.lines if line.get_linestyle() not in ("-", "None")]
+    low, high = axes.get_ylim()
+    assert low < -0.51 and high > 1.0
+    (marker,) = [line for line in axes.lines if line.get_fillstyle() == "bottom"]  # undecided
+    assert marker.get_ydata()[0] == -0.03
+
+    speeds = latency(close, limits).axes[1]
+    ((start, end),) = error_bars(speeds)
+    assert (start[0], end[0]) == pytest.approx((2.44, 2.52)) and speeds.get_xlim()[0] < 1.0
+    names = [t.get_text().strip() for t in speeds.get_legend().get_texts()]
+    assert names == ["x own f32", "limit: 50 % below own f32", "x float", "limit: not slower than best float"]
+    assert {line.get_xdata()[0] for line in speeds.lines if len(set(line.get_xdata())) == 1} >= {2.0, 1.0}
+
+    shares = precision(close, limits).axes[0]
+    assert "limit: int8 at least 80 %" in [t.get_text().strip() for t in shares.get_legend().get_texts()]
+    assert shares.lines[-1].get_xdata()[0] == 80
+
+    ablated = ablation([{**close[1], "combo": "H"}], limits).axes[0]
+    assert [(a[0], b[0]) for a, b in error_bars(ablated)] == [pytest.approx((-0.51, 0.45))]
+    assert ablated.texts[0].get_text() == "-0.03 ±0.48" and ablated.get_xlim()[1] > 1.0
+
+
+@pytest.mark.parametrize("draw", [tradeoff, latency, precision, ablation])
+def test_no_text_overlaps_with_intervals(twelve, limits, draw):
+    for number, record in enumerate(twelve):
+        drop = record["quality_drop_pct"]
+        record["speedup_vs_own_f32"] = 1 + 0.1 * number
+        record["intervals"] = {"quality_drop_pct": [drop - 0.7, drop + 1.1], "speedup_vs_own_f32": [1.0, 1.5]}
+    test_no_text_overlaps_for_twelve_records(twelve, lambda rows: draw(rows, limits))
+
+
+def test_an_interval_beside_its_value_and_extreme_numbers(tmp_path, close, limits):
+    """Ends in the wrong order, or that do not hold the value, and numbers that no measurement has."""
+    close[1]["intervals"] = {"quality_drop_pct": [3.0, 2.0], "t_pair_p50_ms": [1e-3, 1e-3], "absrel": [0.0, 1e300]}
+    close.append({**close[1], "quality_drop_pct": 1e300, "t_pair_p50_ms": 1e200, "intervals": None})
+    paths, _ = draw_plots(close, tmp_path, limits)
+    assert [path.name for path in paths] == ["tradeoff.png", "latency.png", "precision.png"]
+    for path in paths:
+        with Image.open(path) as picture:
+            assert picture.width < 4000 and picture.height < 4000
+
+
+def test_many_records_are_named_in_part(tmp_path, twelve, limits):
+    """1,500 records: bounded pictures, and a sentence on what they leave out; the newest are shown."""
+    many = []
+    for number in range(1500):
+        day = f"2025-{1 + number // 140:02d}-{1 + number % 28:02d}T00:00:{number // 28 % 60:02d}Z"
+        time = 100.0 + (number * 7919) % 1500
+        changes = {"exp_id": f"H{number}", "datetime": day, "t_pair_p50_ms": time, "absrel": 0.1 + 1 / time}
+        many.append({**twelve[number % 12], **changes})
+    paths, said = draw_plots(many, tmp_path, limits)
+    assert [path.name for path in paths] == ["tradeoff.png", "latency.png", "precision.png", "ablation.png"]
+    assert sum(path.stat().st_size for path in paths) < 2_000_000
+    assert said[0].startswith(f"tradeoff.png names {SHOWN} of 1500 records")
+    assert said[1:] == [
+        f"{name}.png shows the {SHOWN} newest of 1500 records; --logs FOLDER draws others"
+        for name in ("latency", "precision", "ablation")
+    ]
+    newest = {record["exp_id"] for record in sorted(many, key=lambda record: record["datetime"])[-SHOWN:]}
+    labels = [text.get_text() for text in latency(many).axes[0].get_yticklabels()]
+    assert {label.split()[0] for label in labels} == newest
+    dots = [line for line in tradeoff(many, limits).axes[0].lines if line.get_marker() == "."]
+    assert len(dots[0].get_xdata()) == 1500 - SHOWN

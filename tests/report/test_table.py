@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from pqk.errors import PqkError
+from pqk.record.formulas import safe_text
 from pqk.record.log import read_records, write_record, write_records
 from pqk.record.schema import columns, empty_record, load_schema, validate
 from pqk.report.table import (
@@ -22,7 +23,6 @@ from pqk.report.table import (
     main,
     ordered,
     print_table,
-    safe_text,
     shares_text,
     told_apart,
     write_csv,
@@ -261,6 +261,113 @@ def test_formulas_are_defused(tmp_path, make_record, start):
     assert not any(row[c.name].startswith(("=", "+", "@", "\t", "\r")) for c in columns())
 
 
+LOOK_ALIKE = [
+    "\n=1+1",
+    "\n\n =1+1",
+    " =1+1",
+    "\u00a0=1+1",
+    "\ufeff=1+1",
+    "\u200b@SUM(A1)",
+    "\x00-1",
+    "\uff1d1+1",
+    "\uff0b1",
+    "\uff0d1",
+    "\uff20SUM(A1)",
+    "\ufe661",
+    "\u22121",
+    "\u207a1",
+    "a;=1+1",
+    "a; \uff1d1+1",
+    "a\n=1+1",
+    "a\t=1+1",
+    "a\u2028=1+1",
+    ";;@x",
+    '=HYPERLINK("http://x";"y");=2',
+]
+
+
+def runs(cell):
+    """Whether a spreadsheet may run a cell, told apart from the code: by names, not by categories."""
+    seen = cell.lstrip("".join(map(chr, (*range(33), 0x85, 0xA0, 0x200B, 0x2028, 0x2029, 0x3000, 0xFEFF))))
+    return seen[:1] in set("=+-@\uff1d\uff0b\uff0d\uff20\ufe66\u2212\u207a")
+
+
+@pytest.mark.parametrize("bad", LOOK_ALIKE)
+def test_no_reader_finds_a_formula(tmp_path, make_record, bad):
+    """Whatever it splits at: also a semicolon, which ignores quotes that do not begin a cell, or a line break."""
+    record = make_record(exp_id="x" + bad, model=bad, notes=bad, keep_list=[bad, "x" + bad], versions={"tool": bad})
+    write_csv(tmp_path / "t.csv", [record])
+    text = (tmp_path / "t.csv").read_bytes().decode()
+    head, line = csv.reader(io.StringIO(text, newline=""))
+    row = dict(zip(head, line, strict=True))
+    assert row["notes"].startswith("'") and row["model"] == row["notes"] == safe_text(bad)
+    assert f"""\"{safe_text(bad).replace('"', '""')}\"""" in text  # quoted
+    assert json.loads(row["keep_list"]) == [bad, "x" + bad] and json.loads(row["versions"]) == {"tool": bad}
+    for cells in (line, *csv.reader(text.splitlines(), delimiter=";"), *csv.reader(text.splitlines(), delimiter="\t")):
+        assert not any(runs(cell) for cell in cells if not cell.startswith("-0")), cells
+
+
+@pytest.mark.parametrize("text", ["", "B1", "K→Q", "a - b", "1 = 1", "a;b", "x\ty", "n/a", "'=1", "openvino/nncf", "–"])
+def test_other_text_stays_as_it_is(text):
+    assert safe_text(text) == text
+
+
+def with_intervals(make_record, drop=0.77, ends=(0.29, 1.25), speed=(2.44, 2.5), **more):
+    """The rows of a run as schema 1.1 has them."""
+    rows = bench(make_record)[:3]
+    rows[0] |= {"quality_drop_pct": drop, "speedup_vs_own_f32": 2.47, "speedup_vs_teacher_f32": 2.47}
+    found = {"quality_drop_pct": list(ends), "speedup_vs_own_f32": list(speed)}
+    rows[0] |= {"intervals": found | {"speedup_vs_teacher_f32": [2.44, 2.52]}, "exp_id": "B1"} | more
+    return rows
+
+
+def test_drops_and_speeds_have_their_interval(make_record):
+    wide = "\n".join(lines_of(with_intervals(make_record), 160))
+    assert "+0.77 ±0.48" in wide and "2.47 ±0.03" in wide and "2.47 [2.44, 2.52]" in wide
+    assert "±" not in "\n".join(lines_of(bench(make_record), 160))
+    skew = "\n".join(lines_of(with_intervals(make_record, ends=(-0.1, 1.25)), 160))
+    assert "+0.77 [-0.10, +1.25]" in skew
+
+
+@pytest.mark.parametrize("width", [120, 80])
+@pytest.mark.parametrize("ends", [(0.29, 1.25), (-10.5, 11.25)])
+def test_a_table_with_intervals_fits(make_record, width, ends):
+    known = {"verdict": "undecided", "rmse": 0.5, "delta1": 0.9, "quality_reference": "ground_truth"}
+    rows = with_intervals(make_record, ends=ends, **known)
+    lines = lines_of(rows, width)
+    text = "\n".join(lines)
+    assert max(map(len, lines)) <= width and "…" not in text and "undecided" in text
+    assert ("±0.48" if ends[0] > 0 else "[-10.50, +11.25]") in text
+    if width == 120:
+        assert "[2.44, 2.52]" in text and "±0.03" in text
+
+
+def test_ends_of_intervals_are_columns(tmp_path, make_record):
+    """Of every column that any record has an interval of, right after it; a name that is no column is left alone."""
+    rows = ordered(with_intervals(make_record))
+    rows[0]["intervals"] = {"absrel": [0.05, 0.07], "no such": [1.0, 2.0], "verdict": [1.0, 2.0]}
+    write_csv(tmp_path / "t.csv", rows)
+    with (tmp_path / "t.csv").open(encoding="utf-8", newline="") as stream:
+        lines = list(csv.DictReader(stream))
+    names = list(lines[0])
+    for name in ("quality_drop_pct", "speedup_vs_own_f32", "absrel"):
+        place = names.index(name)
+        assert names[place + 1 : place + 3] == [f"{name}_low", f"{name}_high"]
+    assert [name for name in names if name.endswith("_low")] == [
+        "absrel_low",
+        "quality_drop_pct_low",
+        "speedup_vs_teacher_f32_low",
+        "speedup_vs_own_f32_low",
+    ]
+    assert (float(lines[-1]["quality_drop_pct_low"]), float(lines[-1]["quality_drop_pct_high"])) == (0.29, 1.25)
+    assert lines[0]["quality_drop_pct_low"] == "" and lines[0]["absrel_high"] == "0.07"
+    assert json.loads(lines[-1]["intervals"]) == rows[-1]["intervals"]
+    write_record(tmp_path / "logs", rows[-1])
+    build_reports(tmp_path / "logs", tmp_path / "reports")
+    (kept,) = json.loads((tmp_path / "reports" / "summary.json").read_text())
+    assert kept["intervals"] == rows[-1]["intervals"] and "quality_drop_pct_low" not in kept
+
+
 def test_reports_of_two_experiments_merge_and_repeat(tmp_path, make_record):
     logs, reports = tmp_path / "logs", tmp_path / "reports"
     for record in bench(make_record):
@@ -348,3 +455,22 @@ def test_import_is_light():
 def test_empty_record_needs_its_identity():
     with pytest.raises(PqkError, match=r"^record: datetime must be"):
         validate(empty_record())
+
+
+def test_ablation_tables_have_intervals(tmp_path, make_record):
+    """As text beside the drop in the markdown, as numbers in the CSV; a point that failed has none."""
+    from pqk.report.ablation import write_matrix
+    from pqk.run.matrix import MatrixResult
+    from pqk.spec.card import load_card
+
+    known = {"quality_drop_pct": 0.5, "intervals": {"quality_drop_pct": [0.25, 0.75]}}
+    points = {"8 images": make_record(**known), "=2;=3": make_record(quality_drop_pct=1.0), "none": None}
+    files = write_matrix(MatrixResult(load_card("H1", ROOT), {"size": points}, {}), tmp_path)
+    assert [path.name for path in files] == ["size.csv", "size.md", "size.png"]
+    rows = list(csv.DictReader((tmp_path / "size.csv").open(newline="")))
+    assert [(row["quality_drop_pct"], row["quality_drop_pct_low"], row["quality_drop_pct_high"]) for row in rows] == [
+        ("0.5", "0.25", "0.75"),
+        ("1.0", "", ""),
+        ("", "", ""),
+    ]
+    assert rows[1]["point"] == "'=2;'=3" and "| +0.50 ±0.25 |" in (tmp_path / "size.md").read_text()

@@ -89,3 +89,28 @@ def test_control_characters_in_text(tmp_path, make_record):
     sheet = load_workbook(tmp_path / "t.xlsx")["all"]
     assert cell(sheet, "exp_id", 0).value == "a\N{REPLACEMENT CHARACTER}b"
     assert cell(sheet, "notes", 0).value.startswith("'")
+
+
+def test_ends_of_intervals_are_numbers_beside_their_column(tmp_path, make_record):
+    records = [make_record(quality_drop_pct=0.5, intervals={"quality_drop_pct": [-0.25, 1.25]}), make_record(seed=1)]
+    write_workbook(tmp_path / "t.xlsx", records)
+    book = load_workbook(tmp_path / "t.xlsx")
+    for sheet in (book["quality"], book["all"]):
+        names = [c.value for c in sheet[1]]
+        place = names.index("quality_drop_pct")
+        assert names[place + 1 : place + 3] == ["quality_drop_pct_low", "quality_drop_pct_high"]
+        assert cell(sheet, "quality_drop_pct_low", 0).value == -0.25
+        assert cell(sheet, "quality_drop_pct_high", 0).value == 1.25
+        assert cell(sheet, "quality_drop_pct_low", 0).number_format == "+0.00;-0.00;0.00"
+        assert cell(sheet, "quality_drop_pct_high", 1).value is None
+    about = {row[0]: row[4] for row in book["about"].iter_rows(min_row=2, values_only=True)}
+    assert about["quality_drop_pct_low"] == "Lower end of the 95 % interval of quality_drop_pct."
+
+
+@pytest.mark.parametrize("bad", ["\n=1+1", "\uff1d1+1", " @x", "a;=1+1"])
+def test_look_alikes_of_formulas(tmp_path, make_record, bad):
+    write_workbook(tmp_path / "t.xlsx", [make_record(model=bad, notes=bad)])
+    sheet = load_workbook(tmp_path / "t.xlsx")["all"]
+    for name in ("model", "notes"):
+        found = cell(sheet, name, 0)
+        assert found.value.startswith("'") and found.data_type == "s" and ";=" not in found.value

@@ -126,7 +126,7 @@ def test_from_the_command_line(
     assert code == 0, err
     assert out.splitlines() == ["docs/results/tradeoff.png", "docs/results/drop.png", "docs/results.md"]
     text = (campaign / "docs" / "results.md").read_text()
-    assert "| A1 K-only, f32 | 2 train x 5 eval | +0.20 ± 0.15 |" in text and "KL only" in text
+    assert "| A1 K-only, f32 | 2 train x 5 eval | +0.20 [+0.00, +0.40] |" in text and "KL only" in text
     missing = text.split("## Not run yet")[1].split("## Verdicts")[0]
     for name in ("Baseline", "A1-s2", "B1", "C1", "C1-rho30", "D1-s0", "E1", "F1", "G1", "H1"):
         assert f"- {name}: not " in missing

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from pqk.cli import app
 from pqk.errors import told
 from pqk.models import load_model
 from pqk.record.ledger import METRICS, read_rows
+from pqk.record.pair_scores import scores_here, scores_in
 from pqk.run.prepare import count_parameters
 
 pytest.importorskip("openvino")
@@ -69,13 +71,22 @@ def test_the_result_of_a_run_is_the_one_of_its_record(
     first, second = read_rows(root / "results" / "B1.openvino.tsv")
     assert first["absrel"] == row["absrel"] and first["scenes_sha256"] != second["scenes_sha256"]
     assert second["drop_pct"] is not None and second["fps"] > 0
+    file = "results/B1.openvino.tsv"
+    same = ledger(root, "compare", file, file)  # from the scores of every pair, which the store has
+    assert same.code == 0 and re.search(r"B - A over [2-9] scenes: \+0, ", same.out), same.out + same.err
 
 
 def test_kept_graphs_are_measured_again(copy_of: Callable[[], Path], tiny_model: Path, ledger: Ledger) -> None:
     root = copy_of()
     words = of("B1", tiny_model)
     assert ledger(root, "eval", *words, *QUICK).code == 0
-    assert ledger(root, "freeze", "demo").code == 0
+    frozen = ledger(root, "freeze", "demo")
+    assert frozen.code == 0 and "scores per pair" not in frozen.out
+    (evaluated,) = read_rows(root / "results" / "B1.openvino.tsv")
+    (kept_scores,) = (root / "deliverables" / "demo" / "scores").iterdir()
+    assert kept_scores.name == f"{Path(evaluated['output']).name}.tsv"
+    pairs = scores_in(root / "deliverables" / "demo")(evaluated)
+    assert pairs is not None and pairs == scores_here(root)(evaluated) and len(pairs) == evaluated["pairs"]
     lacking = ledger(root, "verify", "demo")
     assert lacking.code == 2 and "pqk ledger finalize --card B1 --train-seed 0 --backend openvino" in lacking.sentence
     kept = ledger(root, "finalize", *words)

@@ -1,0 +1,154 @@
+"""The scores of every pair behind a row of the ledger: read from the store, kept in a deliverable, and paired.
+
+A row names the folder of its scores (`output`); a deliverable keeps them as scores/NAME.tsv, NAME being the last part
+of that folder, which is the hash of everything that made them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pqk import paths
+from pqk.errors import PqkError
+from pqk.files import matching
+from pqk.oserrors import cannot_read
+from pqk.record.tsv import Kind, Row, read_table, table_text
+
+SCORES = "scores"
+_FILE = "quality.json"
+_PAIR = ("scene", "first", "second")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,79}")
+
+Scores = Callable[[Row], list[Row] | None]
+"""Finds the scores of a row's pairs: scene, first, second (image names), and each metric. None where they are gone."""
+
+
+def scores_here(root: Path) -> Scores:
+    """Finds scores in the project's store or, where they were deleted there, in one of its deliverables."""
+    deliverables = [path for path in matching(root / "deliverables", "*") if (path / SCORES).is_dir()]
+
+    def find(row: Row) -> list[Row] | None:
+        found = _stored(row, root)
+        for folder in [] if found is not None else deliverables:
+            found = found if found is not None else scores_in(folder)(row)
+        return found
+
+    return find
+
+
+def scores_in(deliverable: Path) -> Scores:
+    """Finds scores in a deliverable."""
+
+    def find(row: Row) -> list[Row] | None:
+        name = _name_of(row)
+        path = None if name is None else deliverable / name
+        if path is None or not path.is_file():
+            return None
+        return _checked(row, _read(path), path)
+
+    return find
+
+
+def files_of(rows: Sequence[Row], root: Path) -> tuple[dict[str, bytes], list[str]]:
+    """Gives the scores of rows as files of a deliverable, by relative name, and a sentence where some are gone.
+
+    Raises PqkError for scores that are not those of their row.
+    """
+    files: dict[str, bytes] = {}
+    find, gone = scores_here(root), 0
+    for row in rows:
+        name = _name_of(row)
+        found = find(row) if name is not None else None
+        if name is None or found is None:
+            gone += 1
+        elif name not in files:
+            metrics = [key for key in found[0] if key not in _PAIR]
+            columns: dict[str, Kind] = {**dict.fromkeys(_PAIR, "text"), **dict.fromkeys(metrics, "float")}
+            files[name] = table_text(columns, found, name).encode()
+    if not gone:
+        return files, []
+    return files, [
+        f"scores per pair of {gone} of {len(rows)} runs are not in outputs/store any more, so the deliverable has none "
+        "of them and their intervals are wider; evaluate these runs again with pqk ledger eval, in a new file (-o)"
+    ]
+
+
+def paired(runs: Sequence[Sequence[Row]], metric: str, scores: Scores) -> tuple[list[list[float]], list[str]] | None:
+    """Gives a metric of the same pairs in each of several evaluations, and the scene of each pair.
+
+    runs: the rows of one evaluation each, on the same scenes; all of one draw after those of another. A scene that
+    several draws share has one name. None where scores are gone, or are of other pairs.
+    """
+    values: list[list[float]] = []
+    scenes: list[str] = []
+    for rows in runs:
+        tables: list[dict[tuple[str, ...], float]] = []
+        for row in rows:
+            found = scores(row)
+            if found is None or any(pair.get(metric) is None for pair in found):
+                return None
+            tables.append({tuple(pair[name] for name in _PAIR): pair[metric] for pair in found})
+        if any(table.keys() != tables[0].keys() for table in tables):
+            return None
+        values = values or [[] for _ in rows]
+        for own, table in zip(values, tables, strict=True):
+            own += [table[key] for key in tables[0]]
+        scenes += [key[0] for key in tables[0]]
+    return (values, scenes) if values else None
+
+
+def _name_of(row: Mapping[str, Any]) -> str | None:
+    name = Path(row["output"] or "").name
+    return f"{SCORES}/{name}.tsv" if _NAME.fullmatch(name) else None
+
+
+def _stored(row: Row, root: Path) -> list[Row] | None:
+    """Reads the scores that a row names in the project's store, and nowhere else."""
+    store = paths.store(root).resolve()
+    try:
+        folder = (root / (row["output"] or "")).resolve()
+    except (ValueError, OSError, RuntimeError):  # a null character, a loop of links
+        return None
+    path = folder / _FILE
+    if not folder.is_relative_to(store) or not path.is_file():
+        return None
+    try:
+        pairs = json.loads(path.read_text(encoding="utf-8"))["pairs"]
+    except OSError as error:
+        raise PqkError(cannot_read(path, error)) from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise PqkError(f"{path} holds no scores of pairs") from error
+    return _checked(row, pairs, path)
+
+
+def _read(path: Path) -> list[Row]:
+    try:
+        with path.open(encoding="utf-8") as stream:
+            names = stream.readline().rstrip("\r\n").split("\t")
+    except OSError as error:
+        raise PqkError(cannot_read(path, error)) from error
+    except UnicodeDecodeError as error:
+        raise PqkError(f"{path} is not UTF-8 text") from error
+    return read_table(path, {name: "text" if name in _PAIR else "float" for name in (*_PAIR, *names)}, _PAIR)
+
+
+def _checked(row: Row, pairs: Any, path: Path) -> list[Row]:
+    """Gives the pairs when they are as many as the row says, with its mean. Raises PqkError."""
+    metric, where = row["main_metric"], paths.shown(path)
+    if not isinstance(pairs, list) or not all(isinstance(pair, dict) and set(_PAIR) <= set(pair) for pair in pairs):
+        raise PqkError(f"{where} holds no scores of pairs")
+    values = [pair.get(metric) for pair in pairs]
+    if not pairs or not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
+        raise PqkError(f"{where}: not every pair has a {metric}")
+    mean = math.fsum(values) / len(values)
+    if len(pairs) != row["pairs"] or not math.isclose(mean, row[metric], rel_tol=1e-9):
+        raise PqkError(
+            f"{where} is not what the row was made from: {len(pairs)} pairs with a mean {metric} of {mean:.8g}, the "
+            f"row says {row['pairs']} and {row[metric]:.8g}; evaluate it again"
+        )
+    return pairs
