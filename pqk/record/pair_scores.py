@@ -15,6 +15,8 @@ from typing import Any
 
 from pqk import paths
 from pqk.errors import PqkError
+from pqk.files import matching
+from pqk.oserrors import cannot_read
 from pqk.record.tsv import Kind, Row, read_table, table_text
 
 SCORES = "scores"
@@ -28,7 +30,7 @@ Scores = Callable[[Row], list[Row] | None]
 
 def scores_here(root: Path) -> Scores:
     """Finds scores in the project's store or, where they were deleted there, in one of its deliverables."""
-    deliverables = sorted(path for path in (root / "deliverables").glob("*") if (path / SCORES).is_dir())
+    deliverables = [path for path in matching(root / "deliverables", "*") if (path / SCORES).is_dir()]
 
     def find(row: Row) -> list[Row] | None:
         found = _stored(row, root)
@@ -118,7 +120,7 @@ def _stored(row: Row, root: Path) -> list[Row] | None:
     try:
         pairs = json.loads(path.read_text(encoding="utf-8"))["pairs"]
     except OSError as error:
-        raise PqkError(f"cannot read {path}: {error.strerror}") from error
+        raise PqkError(cannot_read(path, error)) from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise PqkError(f"{path} holds no scores of pairs") from error
     return _checked(row, pairs, path)
@@ -129,7 +131,7 @@ def _read(path: Path) -> list[Row]:
         with path.open(encoding="utf-8") as stream:
             names = stream.readline().rstrip("\r\n").split("\t")
     except OSError as error:
-        raise PqkError(f"cannot read {path}: {error.strerror}") from error
+        raise PqkError(cannot_read(path, error)) from error
     except UnicodeDecodeError as error:
         raise PqkError(f"{path} is not UTF-8 text") from error
     return read_table(path, {name: "text" if name in _PAIR else "float" for name in (*_PAIR, *names)}, _PAIR)

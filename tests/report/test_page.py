@@ -13,7 +13,7 @@ import pytest
 from scipy import stats
 
 from pqk.errors import CheckFailed, PqkError
-from pqk.measure.intervals import drop_interval
+from pqk.measure.intervals import Interval, drop_interval
 from pqk.record import freeze
 from pqk.record.ledger import COLUMNS, METRICS, write_rows
 from pqk.record.log import record_filename
@@ -402,8 +402,9 @@ def test_scores_of_pairs_give_intervals_over_scenes(write: Write) -> None:
 def test_the_drop_is_the_first_reason_of_a_verdict() -> None:
     """The page puts its own sentence in the place of the first one."""
     limits = load_evaluation(ROOT / "configs" / "eval.yaml").thresholds
-    measured = Measured(0.5, 2.0, 2.0, 0.25, 0.9)
-    for verdict in (judge_quantized(measured, limits), judge_float(0.5, 0.7, limits, ("P",))):
+    drop, speed = Interval(0.5, 0.2, 0.8, 8), Interval(2.0, 1.9, 2.1, 30)
+    measured = Measured(drop, speed, speed, 0.25, 0.9)
+    for verdict in (judge_quantized(measured, limits), judge_float(drop, 0.7, limits, ("P",))):
         assert "drop" in verdict[1][0] and not any("drop" in reason for reason in verdict[1][1:])
 
 
