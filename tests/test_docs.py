@@ -16,7 +16,6 @@ import typer
 
 from pqk.cli import app
 from pqk.spec.card import Overrides, list_cards
-from pqk.spec.workload import load_workload
 
 ROOT = Path(__file__).resolve().parents[1]
 READMES = [ROOT / "README.md", ROOT / "README.zh-CN.md"]
@@ -195,7 +194,6 @@ def test_examples_that_change_the_config_hold(tmp_path: Path) -> None:
     assert len(blocks) == 1
     (tmp_path / "mini.yaml").write_text(blocks[0], "utf-8")
     assert load_training(tmp_path / "mini.yaml").steps == 3
-    assert load_workload(ROOT / "configs" / "workload.yaml").scenes.test.views == 6  # as howto-own-scenes.md says
 
 
 def test_the_example_card_is_a_card(tmp_path: Path) -> None:

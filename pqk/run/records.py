@@ -134,8 +134,10 @@ def interval_of(record: Mapping[str, Any], column: str) -> Interval | None:
     return Interval(value, low, high, groups)
 
 
-def judged(record: Mapping[str, Any], thresholds: Thresholds, recipe: Sequence[str]) -> Record:
-    """Verdict and reasons of a quantized candidate's record."""
+def judged(
+    record: Mapping[str, Any], thresholds: Thresholds, recipe: Sequence[str], ause_rise: Interval | None = None
+) -> Record:
+    """Verdict and reasons of a quantized candidate's record. ause_rise: above the Teacher's, see `scores.rise_of`."""
     shares, precision = record["executed_precision"], record["precision"]
     verdict, reasons = judge_quantized(
         Measured(
@@ -144,6 +146,7 @@ def judged(record: Mapping[str, Any], thresholds: Thresholds, recipe: Sequence[s
             interval_of(record, "speedup_vs_best_float"),
             record["size_ratio"],
             None if shares is None else shares.get(precision, 0.0),
+            ause_rise,
         ),
         thresholds,
         recipe,
@@ -153,10 +156,15 @@ def judged(record: Mapping[str, Any], thresholds: Thresholds, recipe: Sequence[s
 
 
 def judged_float(
-    record: Mapping[str, Any], thresholds: Thresholds, recipe: Sequence[str], stopped: str | None
+    record: Mapping[str, Any],
+    thresholds: Thresholds,
+    recipe: Sequence[str],
+    stopped: str | None,
+    ause_rise: Interval | None = None,
 ) -> Record:
     """Verdict and reasons of a float candidate, and its status when a stop-loss rule ended the recipe."""
-    verdict, reasons = judge_float(interval_of(record, "quality_drop_pct"), record["size_ratio"], thresholds, recipe)
+    drop = interval_of(record, "quality_drop_pct")
+    verdict, reasons = judge_float(drop, record["size_ratio"], thresholds, recipe, ause_rise)
     if stopped is None:
         return {"verdict": verdict, "verdict_reasons": reasons}
     return {"status": "stopped", "verdict": "fail", "verdict_reasons": [f"FAILED: stop-loss: {stopped}", *reasons]}

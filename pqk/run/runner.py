@@ -21,8 +21,12 @@ from pqk.run.parts import Bought, bought, clause
 from pqk.run.prepare import Request, asked_experiment
 from pqk.run.records import Measurements, judged, judged_float, measured_record, planned_shares, write_failure
 from pqk.run.recover import choose
+from pqk.run.scores import rise_of
 from pqk.run.store import OnEvent
 from pqk.run.worker import WorkerCrashed
+
+CONFIDENCE = "ause"
+"""The metric by which confidences are judged beside the main one."""
 
 
 def run(
@@ -76,13 +80,16 @@ def _measured(
         record = measured_record(common | own, measured, variant, row.against, outcome.truthful, metrics)
         if record["role"] == "candidate" and made.drop is not None:
             record["validation_drop_pct"] = made.drop.value
+        rise = rise_of(CONFIDENCE, final.scored[variant.name], final.scored[rows[0].variant.name])
+        if CONFIDENCE not in metrics:
+            rise = None
         if variant.precision is Precision.INT8:
             if timed is None:
                 record["notes"] += planned_shares(final.scored[variant.name]["executed"])
-            record |= judged(record, evaluation.thresholds, recipe)
+            record |= judged(record, evaluation.thresholds, recipe, rise)
         elif record["role"] == "candidate":
             lost = outcome.trained[-1].reason if outcome.trained[-1].failed else None
-            record |= judged_float(record, evaluation.thresholds, recipe, lost)
+            record |= judged_float(record, evaluation.thresholds, recipe, lost, rise)
         if record["role"] == "candidate":
             record["wall_s"] = round(time.monotonic() - began, 1)
             told = [record["notes"], clause(outcome.parts), final.note, *request.moves]

@@ -34,12 +34,24 @@ def drop_of(metric: str, mine: Scores, teacher: Scores, truthful: bool, level: f
     base = _column(teacher, metric)
     if base is None:
         return None
-    if _pairs(mine) != _pairs(teacher):
-        raise PqkError("a drop compares scores on the same pairs, and these two models were scored on different ones")
+    _refuse_others(mine, teacher)
     try:
         return drop_interval(values, base, groups, higher, level)
     except ValueError as error:
         raise PqkError(f"{metric}: {error}") from error
+
+
+def rise_of(metric: str, mine: Scores, teacher: Scores) -> Interval | None:
+    """Gives by how much a metric is above the Teacher's, with its interval over scenes; None where it was not measured.
+
+    Raises PqkError when the two were scored on other pairs.
+    """
+    values, base = _column(mine, metric), _column(teacher, metric)
+    if values is None or base is None:
+        return None
+    _refuse_others(mine, teacher)
+    differences = [value - other for value, other in zip(values, base, strict=True)]
+    return mean_interval(differences, [row["scene"] for row in mine["pairs"]])
 
 
 def metric_intervals(scores: Scores, metrics: Sequence[str]) -> dict[str, list[float]]:
@@ -67,6 +79,11 @@ def together(parts: Sequence[Scores]) -> dict[str, Any]:
 def _column(scores: Scores, metric: str) -> list[float] | None:
     values = [row.get(metric) for row in scores["pairs"]]
     return None if any(value is None for value in values) else values
+
+
+def _refuse_others(mine: Scores, teacher: Scores) -> None:
+    if _pairs(mine) != _pairs(teacher):
+        raise PqkError("a drop compares scores on the same pairs, and these two models were scored on different ones")
 
 
 def _pairs(scores: Scores) -> list[tuple[str, ...]]:

@@ -14,6 +14,7 @@ class Measured:
     """What the thresholds look at; None is what was not measured.
 
     drop_pct over scenes; speedups over timing rounds, against the model's own f32 and its best float precision.
+    ause_rise: of the confidences' sparsification error above the Teacher's, over scenes; None where not asked for.
     """
 
     drop_pct: Interval | None
@@ -21,6 +22,7 @@ class Measured:
     speedup_vs_best_float: Interval | None
     size_ratio: float
     int8_share: float | None
+    ause_rise: Interval | None = None
 
 
 Verdict = tuple[str | None, list[str]]
@@ -75,16 +77,23 @@ def judge_quantized(
                 f"(at least {100 * limits.int8_flops_share_min:g} %)",
             )
         )
-    return _verdict(checks)
+    return _verdict([*checks, *_confidence(measured.ause_rise, limits.ause_rise)])
 
 
-def judge_float(drop_pct: Interval | None, size_ratio: float, limits: Thresholds, recipe: Sequence[str]) -> Verdict:
-    """The same for a recipe without quantization: the drop and, where it prunes, the size against the Teacher's."""
+def judge_float(
+    drop_pct: Interval | None,
+    size_ratio: float,
+    limits: Thresholds,
+    recipe: Sequence[str],
+    ause_rise: Interval | None = None,
+) -> Verdict:
+    """The same for a recipe without quantization: drop, confidence and, where it prunes, the size against the
+    Teacher's."""
     checks = [judge_drop(drop_pct, drop_limit(recipe, limits))]
     if "P" in recipe:
         smaller, least = 100 * (1 - size_ratio), limits.size_reduction_p_only_pct
         checks.append((smaller >= least, f"files {smaller:.1f} % smaller (at least {least:g} %)"))
-    return _verdict(checks)
+    return _verdict([*checks, *_confidence(ause_rise, limits.ause_rise)])
 
 
 def drop_limit(recipe: Sequence[str], limits: Thresholds) -> float:
@@ -109,6 +118,20 @@ def judge_drop(drop: Interval | None, limit: float) -> Check:
     more = "no number of scenes would decide" if needed is None else f"about {needed} would decide"
     known = f"{drop.groups} scenes tell the drop to +-{drop.half:.2g} %"
     return UNDECIDED, f"{known}; {more} (drop {drop.value:.4g} %, at most {limit:g} %)"
+
+
+def _confidence(rise: Interval | None, most: float) -> list[Check]:
+    """Whether the confidences still rank the pixels: a destroyed confidence map leaves the depth as it is."""
+    if rise is None:
+        return []
+    told = f"confidence: ause {rise.value:+.3g} against the Teacher (at most +{most:g})"
+    if rise.low is None or rise.high is None:
+        return [(UNDECIDED, f"{told}; {rise.groups} scene tells no interval")]
+    if rise.high <= most:
+        return [(True, told)]
+    if rise.low > most:
+        return [(False, told)]
+    return [(UNDECIDED, f"{told}; {rise.groups} scenes tell it as {rise.low:.3g} to {rise.high:.3g}")]
 
 
 def _speed(speed: Interval | None, least: float, words: Callable[[float], str], asked: str, untimed: str) -> Check:

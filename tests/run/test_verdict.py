@@ -22,7 +22,7 @@ def exact(value: float) -> Interval:
     return Interval(value, value, value, 8)
 
 
-GOOD = Measured(exact(0.4), exact(2.6), exact(1.3), size_ratio=0.26, int8_share=0.91)
+GOOD = Measured(exact(0.4), exact(2.6), exact(1.3), size_ratio=0.26, int8_share=0.91, ause_rise=exact(0.01))
 ORDER = [field.name for field in fields(Measured)]
 NOISY = ("drop_pct", "speedup_vs_own_f32", "speedup_vs_best_float")
 
@@ -33,13 +33,18 @@ EDGES = {
     "speedup_vs_best_float": (exact(1.0), exact(0.9999)),
     "size_ratio": (1 / 3.5, 1 / 3.4999),
     "int8_share": (0.80, 0.7999),
+    "ause_rise": (exact(0.03), exact(0.0301)),
 }
 
 
 def test_all_good() -> None:
     verdict, sentences = judge_quantized(GOOD, LIMITS)
     assert verdict == "pass"
-    assert len(sentences) == 5
+    assert len(sentences) == 6
+    assert judge_quantized(replace(GOOD, ause_rise=None), LIMITS) == (
+        "pass",
+        sentences[:5],
+    )  # where it is not asked for
     assert all(sentence.startswith("ok: ") for sentence in sentences)
     assert sentences[1] == "ok: t_pair p50 61.5 % below the model's own f32 (at least 50 % below)"
 
@@ -70,7 +75,7 @@ def test_the_slack_against_the_best_float_is_said() -> None:
     assert "(at most 5 % slower)" in sentences[2]
 
 
-@pytest.mark.parametrize("name", NOISY)
+@pytest.mark.parametrize("name", [*NOISY, "ause_rise"])
 def test_an_interval_on_both_sides_of_its_limit_is_undecided(name: str) -> None:
     good, bad = EDGES[name]
     assert isinstance(good, Interval) and isinstance(bad, Interval)

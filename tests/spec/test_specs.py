@@ -46,7 +46,10 @@ def test_the_shipped_configs_hold_the_numbers_of_the_lab(configs: Path) -> None:
     assert workload.input.shape == (1, 3, 512, 512)
     assert (workload.pair_graph.kind, workload.pair_graph.k) == ("neighbor", 4)
     assert workload.calibration.images == quant.ptq.calibration_images == 512
-    assert set(evaluation.quality.metrics) == {"chamfer", "absrel", "rmse", "delta1", "reproj_px"}
+    assert set(evaluation.quality.metrics) == {
+        *("chamfer", "absrel", "rmse", "delta1", "reproj_px"),
+        *("ause", "chamfer_paired"),
+    }
     assert evaluation.thresholds.quality_drop_mainline_pct == 1.0
     assert evaluation.thresholds.t_pair_p50_reduction_pct == 50
     assert evaluation.stop_loss.no_improve_ckpt == 3
@@ -160,15 +163,15 @@ def test_the_shipped_configs_hold_the_numbers_of_the_lab(configs: Path) -> None:
         ),
         (
             "workload.yaml",
-            "{source: synthetic, count: 8, views: 6",
-            "{source: synthetic, count: 8",
+            "{source: synthetic, count: 52, views: 2",
+            "{source: synthetic, count: 52",
             "needs both 'count' and 'views'",
         ),
-        ("workload.yaml", "count: 8, views: 6", "count: 8, views: 6, names: [a]", "takes no 'names'"),
+        ("workload.yaml", "count: 52, views: 2", "count: 52, views: 2, names: [a]", "takes no 'names'"),
         (
             "workload.yaml",
-            "synthetic, count: 8",
-            "data/eth3d, names: [../a], count: 8",
+            "synthetic, count: 52",
+            "data/eth3d, names: [../a], count: 52",
             "plain folder names, and '../a' is none",
         ),
         ("eval.yaml", "plots: reports/plots", "plots: ../plots", "must be a relative path inside the project"),
