@@ -13,6 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pqk.errors import EXIT_USAGE
+from pqk.oserrors import refusal
+
 VARIABLE = "PQK_RESULT"
 _noted: dict[str, Any] = {}
 
@@ -37,9 +40,10 @@ def reported(work: Callable[[], int]) -> Callable[[], int]:
             _write(asked, end.code if isinstance(end.code, int) else int(end.code is not None), None)
             raise
         except Exception as error:
-            known = getattr(error, "exit_code", None)
-            if isinstance(known, int):
-                _write(asked, known, " ".join(str(error).split()))
+            known, refused = getattr(error, "exit_code", None), refusal(error)
+            if isinstance(known, int) or refused is not None:
+                code = known if isinstance(known, int) else EXIT_USAGE
+                _write(asked, code, " ".join((refused or str(error)).split()))
             else:  # a defect
                 _write(asked, None, repr(error))
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import signal
@@ -17,9 +18,10 @@ from run_toys import REPOSITORY, environment, many
 
 from pqk import files
 from pqk.cli import main
-from pqk.errors import PqkError
+from pqk.errors import PqkError, told
 from pqk.files import temporary_folder
 from pqk.oserrors import refusal
+from pqk.result import reported
 
 PQK = [sys.executable, "-m", "pqk.cli"]
 
@@ -86,8 +88,6 @@ def test_what_an_encoding_lacks_is_replaced(encoding: str) -> None:
 
 def test_the_rest_of_the_streams_stays(capsys: pytest.CaptureFixture[str]) -> None:
     """A stream that a test or another program put there is left alone."""
-    from pqk.errors import told
-
     assert told(lambda: print("here") or 3) == 3  # type: ignore[func-returns-value]
     assert capsys.readouterr().out == "here\n"
 
@@ -292,3 +292,15 @@ def test_a_disk_that_is_full_of_temporary_files(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(files.tempfile, "mkdtemp", full)
     with pytest.raises(PqkError, match=f"cannot write {tmp_path}: the disk is full"), temporary_folder("worker"):
         pass
+
+
+def test_a_refusal_reaches_whoever_asked_for_the_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`pqk plan --run` reads how its commands ended: a full disk is an error with a sentence, and no defect."""
+    monkeypatch.setenv("PQK_RESULT", str(tmp_path / "result.json"))
+
+    def work() -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "x")
+
+    assert told(reported(work)) == 2
+    found = json.loads((tmp_path / "result.json").read_text())
+    assert (found["exit_code"], found["error"]) == (2, "cannot write x: the disk is full")
