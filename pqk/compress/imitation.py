@@ -35,18 +35,24 @@ def imitation_loss(got: Mapping[str, Tensor], aim: Mapping[str, Tensor], alpha: 
 
 
 class Distance:
-    """Mean `imitation_loss` on held-out pairs: `score_of` of `fit`. The Teacher answers each batch of them once."""
+    """`imitation_loss` of each held-out pair: `score_of` of `fit`. The Teacher answers each batch of them once."""
 
     def __init__(self, teacher: nn.Module, alpha: float) -> None:
         """teacher: on the device of the training, and not changed by it. alpha: see `imitation_loss`."""
         self.answer, self.alpha = SymmetricPairs(teacher).eval(), alpha
         self.known: list[tuple[Tensor, dict[str, Tensor]]] = []  # images of a batch, and the Teacher's answer
 
-    def __call__(self, images: Tensor, out: dict[str, Tensor]) -> float:
-        """Images (B, 2, 3, H, W) and the outputs for both orders of each pair."""
+    def __call__(self, images: Tensor, out: dict[str, Tensor]) -> list[float]:
+        """Gives the distance of each pair: images (B, 2, 3, H, W) and the outputs (2B, ...) for both of its orders."""
         with torch.no_grad():
             aim = next((known for seen, known in self.known if torch.equal(seen, images)), None)
             if aim is None:
                 aim = self.answer(images)
                 self.known.append((images, aim))
-            return float(imitation_loss(out, aim, self.alpha))
+            count = len(images)
+            orders = [torch.tensor([pair, count + pair], device=images.device) for pair in range(count)]
+            return [float(imitation_loss(_of(out, both), _of(aim, both), self.alpha)) for both in orders]
+
+
+def _of(outputs: Mapping[str, Tensor], samples: Tensor) -> dict[str, Tensor]:
+    return {name: values[samples] for name, values in outputs.items()}

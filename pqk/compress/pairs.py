@@ -82,8 +82,8 @@ def _numpy(tensor: torch.Tensor) -> np.ndarray:
     return found
 
 
-ScoreOf = Callable[[torch.Tensor, dict[str, torch.Tensor]], float]
-"""Images (B, 2, 3, H, W) of held-out pairs and the outputs for them -> their mean score, lower is better."""
+ScoreOf = Callable[[torch.Tensor, dict[str, torch.Tensor]], list[float]]
+"""Images (B, 2, 3, H, W) of held-out pairs and the outputs for them -> the score of each pair, lower is better."""
 
 
 def validation_scores(
@@ -93,10 +93,11 @@ def validation_scores(
     autocast: bool,
     seed: int,
     score_of: ScoreOf | None = None,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """AbsRel and delta1 on the held-out pairs, in both orders, and of a constant depth on the same pixels.
 
     Means over the samples of `depth_scores`. 'score' is the mean of `score_of` over the pairs; without it, the AbsRel.
+    'scores' has one of each pair, and 'absrels' the AbsRel of each pair that has a valid pixel, for paired differences.
     Every call sees the same pairs in the same batches. Raises PqkError when no pair has a valid pixel and when the
     depth is not finite.
     """
@@ -104,15 +105,18 @@ def validation_scores(
     symmetric = SymmetricPairs(model).eval()
     wanted, size, count = spec.validation.pairs, spec.validation.size, 0
     rows: list[dict[str, float]] = []
-    score = 0.0
+    whose: list[int] = []  # the pair of each row
+    scores: list[float] = []
     while count < wanted:
         n = min(8, wanted - count)
         pairs = training_pairs(n, size, split_seed("validation", seed, count), bank, **scenery(spec))
         with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
             out = symmetric(pairs.images)
-        count += n
         if score_of is not None:
-            score += n * score_of(pairs.images, out)
+            scores += score_of(pairs.images, out)
+        seen = pairs.ordered()[2].flatten(1).any(1).tolist()
+        whose += [count + k % n for k, valid in enumerate(seen) if valid]
+        count += n
         flat = [{f"constant_{name}": value for name, value in row.items()} for row in constant_scores(pairs)]
         rows += [a | b for a, b in zip(depth_scores(out["pts3d_1"], out["pts3d_2"], pairs), flat, strict=True)]
     if not rows:
@@ -120,7 +124,17 @@ def validation_scores(
     means = {name: math.fsum(row[name] for row in rows) / len(rows) for name in rows[0]}
     if not math.isfinite(means["absrel"]):
         raise PqkError("the depth of the model in training is not finite on the validation pairs; lower learning_rate")
-    return {"score": means["absrel"] if score_of is None else score / count, **means}
+    of_pairs: dict[int, list[float]] = {}
+    for pair, row in zip(whose, rows, strict=True):
+        of_pairs.setdefault(pair, []).append(row["absrel"])
+    absrels = [math.fsum(orders) / len(orders) for orders in of_pairs.values()]
+    score = means["absrel"] if score_of is None else math.fsum(scores) / count
+    return {"score": score, **means, "scores": scores or absrels, "absrels": absrels}
+
+
+def means_of(scores: dict[str, Any]) -> dict[str, float]:
+    """What `validation_scores` returns, without the lists of single pairs."""
+    return {name: value for name, value in scores.items() if isinstance(value, float)}
 
 
 def scenery(spec: Training) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from pqk.compress.losses import confidence_loss
-from pqk.compress.pairs import SymmetricPairs, pick_device, scenery, validation_scores
+from pqk.compress.pairs import SymmetricPairs, means_of, pick_device, scenery, validation_scores
 from pqk.compress.train import Progress, Schedule, Trainer, world
 from pqk.cores import allowed_cores, cpu_name
 from pqk.data.seeds import INDICES, split_seed
@@ -119,10 +119,10 @@ def train_teacher(
         with torch.autocast(where.type, enabled=False):
             return confidence_loss(prediction, gt1, gt2, valid1, valid2, spec.alpha)[0]
 
-    def scored(weights: dict[str, torch.Tensor]) -> dict[str, float]:
+    def scored(weights: dict[str, torch.Tensor]) -> dict[str, Any]:
         # a fresh module, so that validation never touches the one in training
         frozen = build_model("dust3r", model.config, weights).to(where).eval()
-        return validation_scores(frozen, spec, where, autocast, spec.seed)
+        return means_of(validation_scores(frozen, spec, where, autocast, spec.seed))
 
     outcome = trainer.run(
         loss_of,
@@ -139,7 +139,7 @@ def train_teacher(
         best = build_model("dust3r", model.config, trainer.best_averaged())
 
         def card_of(shipped: nn.Module) -> dict[str, Any]:
-            scores = validation_scores(shipped.to(where), spec, where, autocast, spec.seed)
+            scores = means_of(validation_scores(shipped.to(where), spec, where, autocast, spec.seed))
             card = model_card(spec, trainer.progress, scores, where, outcome, minutes, command)
             if init is not None:
                 card["init"] = {"weights": start, "card": _read_json(Path(init) / "model_card.json")}

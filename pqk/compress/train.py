@@ -29,7 +29,7 @@ class Progress:
     samples_per_second: float = 0.0
     best: float = math.inf
     stale: int = 0
-    history: list[dict[str, float]] = field(default_factory=list)
+    history: list[dict[str, Any]] = field(default_factory=list)
     reason: str | None = None  # why the run was stopped, in one sentence
 
 
@@ -148,7 +148,7 @@ class Trainer:
         """The averaged weights of the best validation, float32; the present ones where nothing was validated."""
         return self.averaged() if self.best is None else {k: v.clone() for k, v in self.best.items()}
 
-    def judge(self, validate: Callable[[dict[str, torch.Tensor]], dict[str, float]]) -> None:
+    def judge(self, validate: Callable[[dict[str, torch.Tensor]], dict[str, Any]]) -> None:
         """Validate the averaged weights, and keep them when they are the best so far."""
         p = self.progress
         scores = validate(self.averaged())
@@ -181,7 +181,7 @@ class Trainer:
         loss_of: Callable[[nn.Module, int, float], torch.Tensor],
         *,
         wrapped: nn.Module | None = None,
-        validate: Callable[[dict[str, torch.Tensor]], dict[str, float]] | None = None,
+        validate: Callable[[dict[str, torch.Tensor]], dict[str, Any]] | None = None,
         every: int = 1000,
         patience: int = 8,
         checkpoint: Path | None = None,

@@ -12,7 +12,7 @@ from pqk.compress.qat import qat
 from pqk.measure.footprint import peak_ram_bytes
 from pqk.run.progress import tell_training
 from pqk.run.quantize import Both, Calibrated
-from pqk.run.stoploss import best_checkpoint, stopper
+from pqk.run.stoploss import best_checkpoint, stopper, untold_drop
 from pqk.run.variants import graph_to_json
 from pqk.spec.quant import Qat
 
@@ -81,4 +81,5 @@ def train_quantized(request: Mapping[str, Any]) -> dict[str, Any]:
         "steps": fitted.steps,
         "training_s": fitted.seconds,
         "drop_pct": best.get("drop_pct"),
+        "waited": untold_drop(fitted.history, request["rules"]["line_pct"]),
     }

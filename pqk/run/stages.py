@@ -325,6 +325,7 @@ def quantize(
     if learn is not None:
         notes.append(trained_note("QAT", about["steps"], about["training_s"] / 3600, about["drop_pct"]))
         notes += [f"QAT ended early: {about['reason']}"] if about["reason"] else []
+        notes += [about["waited"]] if about["waited"] else []
     return Quantized(
         read_graphs(made.path), about["images"], about["pairs"], "; ".join(notes), device_hours(made, about)
     )

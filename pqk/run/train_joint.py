@@ -20,7 +20,7 @@ from pqk.models import build_model, load_model, save_model
 from pqk.run.progress import tell, tell_training
 from pqk.run.qat import prepare
 from pqk.run.quantize import Both, Calibrated
-from pqk.run.stoploss import StopRules, best_checkpoint, stopper
+from pqk.run.stoploss import StopRules, best_checkpoint, stopper, untold_drop
 from pqk.run.trained import save_trained
 from pqk.run.variants import graph_to_json
 from pqk.spec.joint import Joint
@@ -48,6 +48,7 @@ def train_joint(request: Mapping[str, Any]) -> dict[str, Any]:
         "steps": about["steps"],
         "training_s": about["seconds"],
         "drop_pct": None,
+        "waited": None,
         "history": [],
         "report": about["report"],
         "gates_history": about["history"],
@@ -134,6 +135,7 @@ def _settled(
             "steps": end.step,
             "training_s": end.seconds,
             "drop_pct": best.get("drop_pct"),
+            "waited": untold_drop(end.history, rules.line_pct),
             "history": end.history,
         }
         trained: Any = fitted.model

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pqk.compress.train import Progress
 from pqk.files import sha256_json
-from pqk.run.stoploss import StopRules, best_checkpoint
+from pqk.run.stoploss import StopRules, best_checkpoint, untold_drop
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +23,8 @@ MODEL = "model"
 
 
 def finish(fitted: Fitted, request: Mapping[str, Any], method: str, report: Mapping[str, Any]) -> dict[str, Any]:
-    """Write out/model of a training that ended; returns failed, reason, steps, training_s, drop_pct, history, report.
+    """Write out/model of a training that ended; returns failed, reason, steps, training_s, drop_pct, waited, history
+    and report. waited: that a drop above the stop-loss line is smaller than its noise; None where it is not.
 
     request: card, method, seed, spec, rules (the fields of `StopRules`) and out. report: of the cut before it.
     """
@@ -36,6 +37,7 @@ def finish(fitted: Fitted, request: Mapping[str, Any], method: str, report: Mapp
         "steps": fitted.steps,
         "training_s": fitted.seconds,
         "drop_pct": best.get("drop_pct"),
+        "waited": untold_drop(fitted.history, request["rules"]["line_pct"]),
         "history": fitted.history,
         "report": dict(report),
     }

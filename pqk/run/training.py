@@ -45,6 +45,7 @@ class Trained:
     hours: float
     training_hours: float
     drop_pct: float | None
+    waited: str | None
     report: Mapping[str, Any]
 
     @classmethod
@@ -60,6 +61,7 @@ class Trained:
             device_hours(made, found),
             found["training_s"] / 3600,
             found["drop_pct"],
+            found["waited"],
             found["report"],
         )
 
@@ -69,7 +71,8 @@ class Trained:
         told = trained_note(self.method, self.steps, self.training_hours, self.drop_pct)
         if self.report:
             told += f", {100 * self.report['share']:.1f} % of {self.report['measure']} cut"
-        return told + (f"; {self.method} ended early: {self.reason}" if self.reason else "")
+        told += f"; {self.method} ended early: {self.reason}" if self.reason else ""
+        return told + (f"; {self.waited}" if self.waited else "")
 
 
 def train_stages(ctx: Context, experiment: Experiment, teacher: Model) -> list[Trained]:
