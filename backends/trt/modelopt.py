@@ -111,8 +111,9 @@ class ModelOptQuantizer:
             try:
                 made = _modelopt(source.graph, number_format, one, sorted(floats), Path(folder))
             except BackendError:
-                if number_format != "int4":  # is it the item that it cannot take?
-                    largest_magnitudes(Path(folder) / "given.onnx", source.graph.inputs, read, one)
+                given = Path(folder) / "given.onnx"  # not there when the item is refused before ModelOpt sees it
+                if number_format != "int4" and given.exists():  # is it the item that ModelOpt cannot take?
+                    largest_magnitudes(given, source.graph.inputs, read, one)
                 raise
             import onnx
 

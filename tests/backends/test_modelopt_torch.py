@@ -190,11 +190,13 @@ def test_kept_patterns_stay_float(alpha, source, tmp_path):
         assert len(backend.kept_in_int8(engine, ("blocks.1/fc1/MatMul",), kernels)) == 1
 
 
-def test_with_everything_kept_it_is_the_float_graph(source, want, tmp_path):
+def test_with_all_but_the_last_layer_kept_it_is_the_float_graph_up_to_there(source, want, tmp_path):
     """Smoothed weights and the division of what they multiply cancel out."""
-    graph, quantizer = quantize(source, tmp_path, keep=(".*/.*",), smooth_quant_alpha=0.5)
-    assert quantizer.report.quantized == ()
-    assert all(error(array, want[name]) < 1e-5 for name, array in emulate(graph, FEEDS).items())
+    graph, quantizer = quantize(source, tmp_path, keep=(r"/(?!out/).*/.*", "/embed/"), smooth_quant_alpha=0.5)
+    assert quantizer.report.quantized == ("/out/Conv",)
+    got = emulate(graph, FEEDS)
+    assert error(got["tokens"], want["tokens"]) < 1e-5
+    assert 1e-4 < error(got["map"], want["map"]) < 0.05
 
 
 class Names(nn.Module):
