@@ -115,7 +115,8 @@ def measured_record(
     record["size_ratio"] = mine["size_bytes"] / base["size_bytes"]
     if measured.timed is not None:
         columns, intervals = _timing(measured.timed, variant, against, measured.teacher)
-        record |= columns | _memory(measured.memory[variant.name], on_gpu=bool((record["machine"] or {}).get("gpu")))
+        on_gpu = "cpu" in (record["machine"] or {})  # beside the device, which is the CPU elsewhere
+        record |= columns | _memory(measured.memory[variant.name], on_gpu)
         record["intervals"] = {**(record["intervals"] or {}), **intervals} or None
     return record
 

@@ -537,16 +537,3 @@ def test_two_quantizers_in_one_file_do_not_replace_each_other(tmp_path: Path) ->
     assert [r["checkpoint_sha256"] for r in read_rows(path) if r["quantizer"] == "inc"] == ["inc-graphs", "inc-other"]
     add_row(path, row(seed=1, card="D1", checkpoint_sha256="stopped"), RESULT)
     assert sorted(r["checkpoint_sha256"] for r in read_rows(path)) == ["inc-other", "nncf-graphs", "stopped"]
-
-
-def test_halves_of_one_list_do_not_narrow_the_interval() -> None:
-    """Draws that overlap: their spread is the standard error already, however many there are (methods.md, Evidence)."""
-    noise = np.random.default_rng(0)
-    widths = {}
-    for count in (4, 16):
-        rows = grid(1, count, scenes="half: 4 of 8 of the list")
-        other = [r | {"absrel": r["absrel"] + noise.normal(0, 1e-3)} for r in rows]
-        found = compare((A, rows), (B, other)).interval
-        own = [b["absrel"] - a["absrel"] for a, b in zip(rows, other, strict=True)]
-        widths[count] = (found.high - found.low) / 2 / np.std(own, ddof=1)
-    assert widths == pytest.approx({count: stats.t.ppf(0.975, count - 1) for count in widths})

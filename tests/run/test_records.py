@@ -50,6 +50,7 @@ def record_of(
             "pairs": [{"scene": "s", "first": "a", "second": "b", "absrel": 0.1}],
             "measured": "engine",
             "executed": {},
+            "matched_by_size": None,
             "flops": 1e9,
             "size_bytes": 1000,
         }
@@ -146,7 +147,7 @@ def test_memory_of_compiling_and_of_running(compiling: float | None, steady: flo
     assert record["ram_compile_GB"] == (compiling and compiling / 1e9)
     assert record["ram_GB"] == (steady and steady / 1e9)
     assert record["peak_memory_GB"] == peak
-    on_gpu = record_of(INT8, [TEACHER], pairs, memory=about, common={"machine": {"gpu": "NVIDIA H200"}})
+    on_gpu = record_of(INT8, [TEACHER], pairs, memory=about, common={"machine": {"device": "NVIDIA H200", "cpu": "x"}})
     assert on_gpu["peak_memory_GB"] is None  # that is the device's, which is not measured
 
 
