@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pqk.oserrors import refusal
+
 VARIABLE = "PQK_RESULT"
 _noted: dict[str, Any] = {}
 
@@ -37,11 +39,9 @@ def reported(work: Callable[[], int]) -> Callable[[], int]:
             _write(asked, end.code if isinstance(end.code, int) else int(end.code is not None), None)
             raise
         except Exception as error:
-            known = getattr(error, "exit_code", None)
-            if isinstance(known, int):
-                _write(asked, known, " ".join(str(error).split()))
-            else:  # a defect
-                _write(asked, None, repr(error))
+            known, said = getattr(error, "exit_code", None), refusal(error)
+            text = str(error) if isinstance(known, int) else said or repr(error)  # the last one: of a defect
+            _write(asked, known if isinstance(known, int) else None, " ".join(text.split()))
             raise
         _write(asked, code, None)
         return code

@@ -223,7 +223,7 @@ def test_another_torch_is_another_key(asked: Mapping[str, Recorder], stage: str)
 
 @pytest.mark.parametrize("stage", [name for name in STAGES if name not in ("scenes", "scores")])
 def test_tools_that_a_stage_computes_with_are_in_its_key(stage: str) -> None:
-    """What its code imports of other packages is in the key by its version, or only reads, checks, watches and draws."""
+    """What its code imports of other packages is in the key by its version, or only reads, checks and draws."""
     asked = recorded(stage, dict.fromkeys(PACKAGES, "1"))
     used = {
         name.partition(".")[0]
