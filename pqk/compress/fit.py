@@ -26,8 +26,8 @@ from pqk.measure.intervals import drop_interval
 from pqk.spec.training import Fit
 
 VALIDATION_SEED = 1
-"""Every method, whatever its training seed, is judged on the same held-out pairs. Those of seed 0 chose the Teacher, and
-`scenes.validation`, which decides between models, has a seed of its own."""
+"""Every method, whatever its training seed, is judged on the same held-out pairs. Those of seed 0 chose the Teacher,
+and `scenes.validation`, which decides between models, has a seed of its own."""
 
 LossOf = Callable[[nn.Module, PairBatch, float], torch.Tensor]
 Stop = Callable[[Progress], str | None]
