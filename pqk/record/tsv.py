@@ -116,8 +116,9 @@ def read_table(
 ) -> list[Row]:
     """The rows of a table, in their order; its columns may stand in any order.
 
-    later: columns that tables of older versions do not have; such a row has None there. Raises PqkError, with the line, for a file that is not UTF-8, a missing or unknown column, a row of another length,
-    a cell of the wrong kind, and an empty cell in a column that is `required`.
+    later: columns that tables of older versions do not have; such a row has None there. Raises PqkError, with the line,
+    for a file that is not UTF-8, a missing or unknown column, a row of another length, a cell of the wrong
+    kind, and an empty cell in a column that is `required`.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
