@@ -72,6 +72,13 @@ def pair_graph(
     return pairs
 
 
+def most_pairs(n: int, kind: str, k: int, symmetrize: bool) -> int:
+    """How many pairs `pair_graph` gives for neighbor and complete, and at most for topk."""
+    whole, reach = n * (n - 1) // 2, -(-k // 2)
+    most = {"neighbor": reach * n - reach * (reach + 1) // 2 if reach < n else whole, "topk": min(n * k, whole)}
+    return most.get(kind, whole) * (2 if symmetrize else 1)
+
+
 def spread(pairs: Pairs, count: int | None) -> Pairs:
     """`count` of the pairs, spread evenly over their list and in its order; all of them for None or a larger count.
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from backends import exchange, registry
 from backends.base import Graph, Precision, Quantizer
 from pqk.data.generate import ScenePlan, make_scenes
+from pqk.data.pairs import most_pairs
 from pqk.errors import PqkError
 from pqk.files import sha256_json, write_json
 from pqk.measure.noise import disturbances, load_now
@@ -350,7 +351,7 @@ def trained_note(method: str, steps: int, hours: float, drop_pct: float | None) 
 KEPT_BYTES = 8_000_000_000
 """Predictions of all evaluations that stay in the store; those used longest ago go first."""
 ONE_BYTES = 2_000_000_000
-"""Predictions of one evaluation that are kept: 318 pairs of 512x512."""
+"""Predictions of one evaluation that are kept: 238 pairs of 512x512."""
 _SCORED = ("scale_alignment", "chamfer_points", "min_valid_pixels")  # of the evaluation's section `quality`
 
 
@@ -434,15 +435,8 @@ def _most_pairs(scenes: Scenes, fed: Mapping[str, Any]) -> int:
     """How many pairs the scenes have at most; too little overlap may leave fewer."""
     from pqk.data.scene import open_scene
 
-    kind, k = fed["pair_graph"]["kind"], fed["pair_graph"]["k"]
-    both = 2 if fed["pair_graph"]["symmetrize"] else 1
-    total = 0
-    for folder in scenes.folders:
-        views = len(open_scene(folder).views[: fed["views"]])
-        partners = {"neighbor": -(-k // 2), "complete": views / 2, "topk": k}[kind]
-        pairs = int(views * min(partners, views / 2)) * both
-        total += min(pairs, fed["pairs_per_scene"] or pairs)
-    return total
+    counts = [most_pairs(len(open_scene(p).views[: fed["views"]]), **fed["pair_graph"]) for p in scenes.folders]
+    return sum(min(count, fed["pairs_per_scene"] or count) for count in counts)
 
 
 def timing(

@@ -1,0 +1,228 @@
+"""Predictions and scores as two artifacts: what runs an engine again and what does not, and what is kept how long."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from run_toys import REPOSITORY
+
+from backends.base import Precision
+from pqk.data.generate import ScenePlan, make_scenes
+from pqk.data.pairs import most_pairs, pair_graph, spread
+from pqk.errors import PqkError
+from pqk.models import load_model
+from pqk.run import stages
+from pqk.run.evaluate import evaluate
+from pqk.run.predict import predict
+from pqk.run.predictions import Predictions, Writer, bytes_of
+from pqk.run.scoring import score
+from pqk.run.stages import Context
+from pqk.run.store import Store
+from pqk.run.variants import Variant
+from pqk.spec.evaluation import load_evaluation
+
+QUALITY = load_evaluation(REPOSITORY / "configs" / "eval.yaml").quality.model_dump(mode="json")
+AGAIN = ("artifact", "created")
+REQUEST: dict[str, Any] = {
+    "views": None,
+    "shape": [64, 64],
+    "pair_graph": {"kind": "neighbor", "k": 4, "symmetrize": False},
+    "min_covisibility": 0.2,
+    "quality": QUALITY,
+    "seed": 0,
+    "min_conf": 1.0,
+    "keep": [],
+}
+
+
+@dataclass
+class Bench:
+    """Two variants of a tiny model over two scenes, a store, and what the store did ('make predictions' ...)."""
+
+    ctx: Context
+    plain: Variant
+    other: Variant
+    scenes: stages.Scenes
+    said: list[str] = field(default_factory=list)
+
+    def quality(self, variant: Variant, reference: Variant | None = None, **changes: Any) -> dict[str, Any]:
+        self.said.clear()
+        return stages.quality(self.ctx, variant, reference, self.scenes, {**REQUEST, **changes})
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> tuple[dict[str, Any], Path, list[Path]]:
+    """Exported graphs of the tiny model and of one with a rounded decoder, and two scenes of three views."""
+    folder = tmp_path_factory.mktemp("parts")
+    ctx = Context(Store(folder / "store"), lambda *_: None, {"versions": {}})
+    plain = stages.export_graphs(ctx, load_model(str(tiny_model)), "a" * 64, 64, 64)
+    decoder = onnx.load(plain["decoder"].path)
+    for weight in decoder.graph.initializer:
+        values = onnx.numpy_helper.to_array(weight)
+        if values.dtype == np.float32:
+            rounded = (1.02 * values.astype(np.float16)).astype(np.float32)
+            weight.CopyFrom(onnx.numpy_helper.from_array(rounded, weight.name))
+    onnx.save(decoder, folder / "other.onnx")
+    other = replace(plain["decoder"], path=folder / "other.onnx", sha256="d" * 64)
+    graphs = {"plain": plain, "other": {**plain, "decoder": other}}
+    plans = [ScenePlan("validation", 9, k, 3, 64, 4, 0.2, True) for k in range(2)]
+    return graphs, folder, make_scenes(folder / "scenes", plans, jobs=1)
+
+
+@pytest.fixture
+def bench(
+    parts: tuple[dict[str, Any], Path, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Bench]:
+    graphs, _, folders = parts
+    tasks = {"predictions": predict, "scores": score, "quality": evaluate}
+    monkeypatch.setattr(stages.worker, "call", lambda task, request: tasks[task](json.loads(json.dumps(request))))
+    variants = [
+        Variant(name, "reference", Precision.F32, graph["encoder"], graph["decoder"]) for name, graph in graphs.items()
+    ]
+    scenes = stages.Scenes(tuple(folders), "c" * 64, folders[0].parent)
+    said: list[str] = []
+
+    def on_event(kind: str, stage: str, key: str, seconds: float) -> None:
+        said.append(f"{kind} {stage.split()[0]}")
+
+    yield Bench(Context(Store(tmp_path / "store"), on_event, {"versions": {}}), *variants, scenes, said)
+
+
+def test_a_changed_metric_runs_no_engine(bench: Bench) -> None:
+    first = bench.quality(bench.plain)
+    assert bench.said == ["make scores", "make predictions", "done predictions", "done scores"]
+    assert [row["scene"] for row in first["pairs"]] == [name for name in first["scenes"] for _ in range(3)]
+    assert first.keys() >= {"summary", "measured", "size_bytes", "executed", "flops", "artifact", "created"}
+    assert {p.name for p in Path(first["artifact"]).iterdir()} == {"quality.json", "kernels.json", "manifest.json"}
+
+    for name, value in (("chamfer_points", 64), ("scale_alignment", "lstsq"), ("min_valid_pixels", 5)):
+        again = bench.quality(bench.plain, quality={**QUALITY, name: value})
+        assert bench.said == ["make scores", "reuse predictions", "done scores"], name
+        assert {k: again[k] for k in ("executed", "flops", "size_bytes")} == {
+            k: first[k] for k in ("executed", "flops", "size_bytes")
+        }
+    assert again["summary"] == first["summary"]
+    again = bench.quality(bench.plain, quality={**QUALITY, "main_metric": "rmse", "metrics": ["rmse"]})
+    assert bench.said == ["reuse scores"] and again == first
+    bench.quality(bench.plain, seed=3)  # another crop, and another sample of points
+    assert bench.said[1] == "make predictions"
+
+
+def test_kept_scores_need_no_predictions(bench: Bench) -> None:
+    first = bench.quality(bench.plain)
+    shutil.rmtree(bench.ctx.store.root / "predictions")
+    assert bench.quality(bench.plain) == first and bench.said == ["reuse scores"]
+    bench.quality(bench.plain, quality={**QUALITY, "chamfer_points": 64})
+    assert bench.said == ["make scores", "make predictions", "done predictions", "done scores"]
+
+
+@pytest.mark.parametrize("truthful", [True, False])
+def test_kept_predictions_score_as_live_ones(bench: Bench, truthful: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is rounded; and what is too large to be kept is scored beside the engines."""
+    reference = None if truthful else bench.plain
+    kept = bench.quality(bench.other, reference)
+    monkeypatch.setattr(stages, "ONE_BYTES", bytes_of(5, 64, 64))
+    bench.ctx.store.root = bench.ctx.store.root.parent / "another"
+    live = bench.quality(bench.other, reference)
+    assert bench.said == ["make scores", "done scores"]
+    assert len(kept["pairs"]) == 6 and not (bench.ctx.store.root / "predictions").exists()
+    assert {k: v for k, v in kept.items() if k not in AGAIN} == {k: v for k, v in live.items() if k not in AGAIN}
+    monkeypatch.setattr(stages, "ONE_BYTES", bytes_of(6, 64, 64))
+    bench.ctx.store.root = bench.ctx.store.root.parent / "third"
+    bench.quality(bench.other, reference)
+    assert "make predictions" in bench.said
+
+
+def test_a_reference_is_predicted_once(bench: Bench) -> None:
+    teacher = bench.quality(bench.plain, bench.plain)
+    assert teacher["summary"]["absrel"] == 0 and teacher["summary"]["delta1"] == 1
+    assert teacher["summary"]["ause"] == pytest.approx(0, abs=1e-12) and teacher["summary"]["reproj_px"] is None
+    assert bench.said.count("make predictions") == 1
+    assert bench.quality(bench.other, bench.plain)["summary"]["absrel"] > 0
+    assert bench.said.count("make predictions") == 1 and bench.said.count("reuse predictions") == 1
+    bench.quality(bench.other)
+    assert bench.said.count("make predictions") == 1  # pairs are chosen by their ground truth
+
+
+def test_a_part_of_the_pairs(bench: Bench) -> None:
+    whole, part = bench.quality(bench.plain), bench.quality(bench.plain, pairs_per_scene=2)
+    assert [row["scene"] for row in part["pairs"]] == [name for name in whole["scenes"] for _ in range(2)]
+    assert all(row in whole["pairs"] for row in part["pairs"])
+    with pytest.raises(PqkError, match="must be at least 1, got 0"):
+        bench.quality(bench.plain, pairs_per_scene=0)
+
+
+def test_spread_is_even_and_nested() -> None:
+    pairs = pair_graph(12, "neighbor", 4, symmetrize=True)
+    before: set[tuple[int, int]] = set()
+    for count in range(1, len(pairs) + 1):
+        chosen = spread(pairs, count)
+        assert len(chosen) == count and chosen == [pair for pair in pairs if pair in chosen] and before <= set(chosen)
+        before = set(chosen)
+        places = [-1, *(pairs.index(pair) for pair in chosen), len(pairs)]
+        assert max(b - a for a, b in pairwise(places)) <= 2.7 * len(pairs) / count + 1, count
+    assert spread(pairs, None) == spread(pairs, 10**6) == pairs
+
+
+def test_most_pairs_are_counted() -> None:
+    random = np.random.default_rng(0)
+    for n in range(2, 9):
+        for k in range(1, 10):
+            for both in (False, True):
+                for kind in ("neighbor", "complete"):
+                    assert most_pairs(n, kind, k, both) == len(pair_graph(n, kind, k, both))
+                similarity = random.random((n, n))
+                assert most_pairs(n, "topk", k, both) >= len(pair_graph(n, "topk", k, both, similarity))
+
+
+def test_kept_arrays_come_back_in_their_shapes(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    pairs = [
+        {"pts3d_1": random.normal(size=(*a, 3)), "conf_1": random.random(a), "pts3d_2": random.normal(size=(*b, 3)),
+         "conf_2": random.random(b)}
+        for a, b in (((4, 6), (6, 4)), ((5, 5), (3, 3)))
+    ]  # fmt: skip
+    with Writer(tmp_path) as writer:
+        for place, arrays in enumerate(pairs):
+            writer.add({"scene": 0, "first": "a", "second": "\u00e9", "places": [0, place]}, arrays)
+    assert (tmp_path / "pairs.bin").stat().st_size == 4 * (4 * 24 * 2 + 4 * (25 + 9))
+    with Predictions(tmp_path) as kept:
+        assert [pair["places"] for pair in kept.pairs] == [[0, 0], [0, 1]]
+        for place in (1, 0):
+            found = kept.arrays(place)
+            assert found.keys() == pairs[place].keys()
+            for name, values in pairs[place].items():
+                np.testing.assert_array_equal(found[name], values.astype(np.float32))
+    with pytest.raises(PqkError, match="no conf_1"), Writer(tmp_path) as writer:
+        writer.add({}, {"pts3d_1": np.zeros((1, 1, 3))})
+
+
+def test_the_oldest_predictions_make_room(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    made = [
+        store.get_or_make("predictions", {"k": k}, lambda f: (f / "x").write_bytes(b"0" * 1000) or None)
+        for k in range(4)
+    ]
+    for age, artifact in zip((4000, 9000, 8000, 10), made, strict=True):
+        now = artifact.path.stat().st_mtime
+        os.utime(artifact.path, (now, now - age))
+    size = sum(p.stat().st_size for p in made[0].path.iterdir())
+    store.trim("predictions", 4 * size)
+    assert all(artifact.path.is_dir() for artifact in made)
+    store.trim("predictions", 2 * size)
+    assert [artifact.path.is_dir() for artifact in made] == [True, False, False, True]
+    store.trim("predictions", 0)  # what was used within the last hour stays
+    assert [artifact.path.is_dir() for artifact in made] == [False, False, False, True]
+    assert not list((tmp_path / "predictions").glob(".*"))
+    assert not store.get_or_make("predictions", {"k": 1}, lambda f: (f / "x").touch()).reused
+    Store(tmp_path).trim("nothing", 0)
