@@ -513,7 +513,7 @@ def compare(
     ]
     if len({seeds[0] for seeds in common}) == 1:
         notes.append(f"one train seed ({common[0][0]}): the interval says nothing of other trainings")
-    if scores is not None and over_scenes is None and metric in PER_PAIR:
+    if scores is not None and over_scenes is None and metric in PER_PAIR and len(halves) < len(drawn):
         notes.append("no scores per pair of these runs are here: the interval is over runs, and wider than over scenes")
     if halves:
         notes.append("the eval seeds drew halves of one list of scenes, which overlap: more of them narrow no interval")

@@ -25,7 +25,8 @@ _PAIR = ("scene", "first", "second")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,79}")
 
 Scores = Callable[[Row], list[Row] | None]
-"""Finds the scores of a row's pairs: scene, first, second (image names), and each metric. None where they are gone."""
+"""Finds the scores of a row's pairs: scene (its place in the draw), first, second (image names), and each metric. None
+where they are gone."""
 
 
 def scores_here(root: Path) -> Scores:
@@ -81,9 +82,11 @@ def files_of(rows: Sequence[Row], root: Path) -> tuple[dict[str, bytes], list[st
 def paired(runs: Sequence[Sequence[Row]], metric: str, scores: Scores) -> tuple[list[list[float]], list[str]] | None:
     """Gives a metric of the same pairs in each of several evaluations, and the scene of each pair.
 
-    runs: the rows of one evaluation each, on the same scenes; all of one draw after those of another. A scene that
-    several draws share has one name. None where scores are gone, or are of other pairs.
+    runs: for each draw of scenes the rows that were evaluated on it. Halves of a list are left out: they repeat its
+    scenes, which the draw of the whole list has all of. None where scores are gone, or are of other pairs, or nothing
+    is left.
     """
+    runs = [rows for rows in runs if not rows[0]["scenes"].startswith("half")]
     values: list[list[float]] = []
     scenes: list[str] = []
     for rows in runs:
@@ -98,7 +101,7 @@ def paired(runs: Sequence[Sequence[Row]], metric: str, scores: Scores) -> tuple[
         values = values or [[] for _ in rows]
         for own, table in zip(values, tables, strict=True):
             own += [table[key] for key in tables[0]]
-        scenes += [key[0] for key in tables[0]]
+        scenes += [f"{rows[0]['scenes_sha256']}/{key[0]}" for key in tables[0]]
     return (values, scenes) if values else None
 
 
@@ -151,4 +154,4 @@ def _checked(row: Row, pairs: Any, path: Path) -> list[Row]:
             f"{where} is not what the row was made from: {len(pairs)} pairs with a mean {metric} of {mean:.8g}, the "
             f"row says {row['pairs']} and {row[metric]:.8g}; evaluate it again"
         )
-    return pairs
+    return [{name: str(value) if name in _PAIR else value for name, value in pair.items()} for pair in pairs]

@@ -32,7 +32,7 @@ def evaluation(card: str, seed: int, shift: float, noise: float, train: int = 0)
         level = 0.1 + 0.04 * hard.random()
         for pair in range(PAIRS):
             value = level * (1 + 0.1 * hard.random()) * (1 + shift) + noise * own.normal()
-            names = {"scene": f"test-{seed}-{scene:04d}", "first": f"{pair}.jpg", "second": f"{pair + 1}.jpg"}
+            names = {"scene": scene, "first": f"{pair}.jpg", "second": f"{pair + 1}.jpg"}
             pairs.append({**names, "absrel": value, "delta1": 1 - value, "reproj_px": None})
     means = {name: math.fsum(pair[name] for pair in pairs) / len(pairs) for name in ("absrel", "delta1")}
     row: Row = {
@@ -114,6 +114,21 @@ def test_a_difference_of_drops_is_in_points(tmp_path: Path, make: Make) -> None:
     assert better.sentence.startswith("delta1: B is better") and better.interval.unit == "scenes"
 
 
+def test_halves_of_a_list_are_not_counted_beside_it(tmp_path: Path, make: Make) -> None:
+    """Eval seed 0 has all scenes of the list; more halves of it must not pass for more scenes."""
+    a, b = make("A1", draws=3), make("D1", 0.02, 1e-3, draws=3)
+    for rows in (a, b):
+        rows[0]["scenes"] = f"all {SCENES} of the list"
+        for row in rows[1:]:
+            row["scenes"] = f"half: {SCENES} of {2 * SCENES} of the list"
+    found = compare((A, a), (B, b), scores=scores_here(tmp_path))
+    assert [(i.unit, i.n) for i in found.intervals] == [("scenes", SCENES)]
+    assert found.interval.mean == pytest.approx(b[0]["absrel"] - a[0]["absrel"])
+    halves = compare((A, a[1:]), (B, b[1:]), scores=scores_here(tmp_path))
+    assert halves.interval == compare((A, a[1:]), (B, b[1:])).interval
+    assert not any("no scores per pair" in note for note in halves.notes)
+
+
 def test_trainings_are_no_scenes(tmp_path: Path, make: Make) -> None:
     """Several train seeds: a scene of all of them is one group, and there is an interval over trainings beside it."""
     found = compare((A, make("A1", trains=3)), (B, make("D1", 0.02, 1e-3, trains=3)), scores=scores_here(tmp_path))
@@ -176,6 +191,7 @@ def test_only_the_store_is_read(tmp_path: Path, make: Make, output: str | None) 
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
+        ('{"pairs": [7]}', "holds no scores of pairs"),
         ("{", "holds no scores of pairs"),
         ("[]", "holds no scores of pairs"),
         ('{"pairs": [{"scene": "a"}]}', "holds no scores of pairs"),
