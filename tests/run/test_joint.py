@@ -32,7 +32,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> tupl
     """A project in which G1 has run, undisturbed."""
     root = make_project(tmp_path_factory.mktemp("joint") / "project")
     outcome = pqk(root, *COMMAND, "--model", tiny_model)
-    assert outcome.code in (0, 1), outcome.err
+    assert outcome.code in (0, 1, 4), outcome.err
     return root, outcome
 
 
@@ -79,7 +79,7 @@ def test_killed_in_both_phases_and_started_again(
         assert list(scratch.glob(f"joint-*/{phase}/checkpoint.pt")), phase
         assert not list((root / "outputs" / "store" / "joint").glob("[0-9a-f]*")), phase
     outcome = pqk(root, *COMMAND, "--model", tiny_model)
-    assert outcome.code in (0, 1), outcome.err
+    assert outcome.code in (0, 1, 4), outcome.err
     assert {p.name: sha256_file(p) for p in artifact(root).glob("*coder.*")} == whole
     assert not list(scratch.glob("*"))
     same = ("absrel", "params", "size_MB", "hashes")

@@ -91,7 +91,7 @@ def test_killed_at_every_stage(project: Path, finished: Finished, tiny_model: Pa
         whole(project)
         assert not list((project / "logs").glob("B1-*"))
     last = pqk(project, *command(tiny_model))
-    assert last.code in (0, 1), last.err
+    assert last.code in (0, 1, 4), last.err
     assert last.err.count("kept from before") >= 5
     assert lasting(last.record) == lasting(finished[1].record)
     assert len(read_records(project / "logs")) == len(read_records(finished[0] / "logs"))
@@ -120,7 +120,7 @@ def test_killed_at_random_moments(half: Path, finished: Finished, tiny_model: Pa
         kill(process)
         whole(half)
     last = pqk(half, *command(tiny_model))
-    assert last.code in (0, 1), last.err
+    assert last.code in (0, 1, 4), last.err
     assert lasting(last.record) == lasting(finished[1].record)
 
 
@@ -132,7 +132,7 @@ def test_two_at_once(half: Path, finished: Finished, tiny_model: Path) -> None:
         out, err = process.communicate(timeout=240)
         outcomes.append(Outcome(process.returncode, out, err))
     first, second = outcomes
-    assert first.code in (0, 1), first.err
+    assert first.code in (0, 1, 4), first.err
     assert second.code == first.code, second.err
     assert lasting(first.record) == lasting(second.record) == lasting(finished[1].record)
     assert first.record["samples"] == second.record["samples"]  # one of them timed, the other waited for it

@@ -158,7 +158,7 @@ def test_the_better_of_ptq_and_qat_is_the_result(copy_of: Callable[[], Path], ti
     run = ledger(
         root, "B1", "--backend", "openvino", "--model", tiny_model, "--no-rollback", "--json", *line, verb="run"
     )
-    assert run.code in (0, 1) and "… quantization" not in run.err, run.err
+    assert run.code in (0, 1, 4) and "… quantization" not in run.err, run.err
     (record,) = (r for r in written(root) if r["main_metric"] == "delta1" and r["role"] == "candidate")
     assert record["hashes"]["engine"] == row["checkpoint_sha256"] and record["quality_drop_pct"] == row["drop_pct"]
     assert row["lowered"] == ("QAT" if "QAT: " in record["notes"] else "PTQ")

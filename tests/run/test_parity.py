@@ -149,7 +149,7 @@ def test_explain_of_an_emulated_backend_has_no_time(compared: tuple[Path, Outcom
         pytest.skip(available.reason or "a CUDA device runs the engines here")
     root, _ = compared
     outcome = pqk(root, "parity", "B1", "--backends", "trt", "--explain", "--json", "--model", tiny_model)
-    assert outcome.code in (0, 1), outcome.err
+    assert outcome.code in (0, 1, 4), outcome.err
     found = data(outcome)["explanation"]["trt/modelopt"]
     check_explained(found, root)
     assert found["parted"] is None

@@ -157,7 +157,7 @@ def test_a_folder_of_scenes(finished: Finished, copy_of: Copy, tiny_model: Path,
             shutil.copytree(scene, folder / scene.name)
     (folder / "test-0-0001" / "notes.txt").write_text("a file that belongs to no scene")
     outcome = pqk(root, *RUN, "--model", tiny_model, "--scenes", folder)
-    assert outcome.code in (0, 1)
+    assert outcome.code in (0, 1, 4)
     same_quality(outcome.record, finished[1].record)
     assert outcome.record["hashes"]["scenes"] != finished[1].record["hashes"]["scenes"]
     assert (
@@ -176,7 +176,7 @@ def test_a_folder_of_photographs(copy_of: Copy, tiny_model: Path, tmp_path: Path
         picture = Image.fromarray(view.load_image()).resize((90 + 20 * number, 80))
         picture.save(photos / name)
     outcome = pqk(root, *RUN, "--model", tiny_model, "--images", photos)
-    assert outcome.code in (0, 1)
+    assert outcome.code in (0, 1, 4)
     record = outcome.record
     assert record["quality_reference"] == "teacher"
     assert record["scenes"] == ["holiday"]
@@ -201,7 +201,7 @@ def test_seed_and_settings_reach_the_record(copy_of: Copy, tiny_model: Path) -> 
         root, *RUN, "--model", tiny_model, "--seed", "7",
         "--set", "eval.quality.chamfer_points=64", "--set", "eval.efficiency={min_rounds: 3, warmup: 0}",
     )  # fmt: skip
-    assert outcome.code in (0, 1), outcome.err
+    assert outcome.code in (0, 1, 4), outcome.err
     record = outcome.record
     assert (record["seed"], record["train_seed"], record["eval_seed"]) == (7, 7, 7)
     assert len(record["samples"]["pair"]) == 3

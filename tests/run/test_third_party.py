@@ -45,7 +45,7 @@ def test_it_is_listed(root: Path) -> None:
 
 def test_it_runs_a_card_and_is_compared(root: Path, tiny_model: Path) -> None:
     outcome = pqk(root, "run", "B1", "--backend", "ortchain", "--model", tiny_model, "--json", *OWN)
-    assert outcome.code in (0, 1), outcome.err
+    assert outcome.code in (0, 1, 4), outcome.err
     record = outcome.record
     validate(record)
     assert (record["backend"], record["quantizer"], record["measured"]) == ("ortchain", "ortq", "engine")
@@ -54,7 +54,7 @@ def test_it_runs_a_card_and_is_compared(root: Path, tiny_model: Path) -> None:
     # The same Q/DQ graph on two runtimes: small rounding differences, but the same answer within the int8 noise.
     options = ("--backends", "openvino,ortchain", "--quantizers", "nncf,ortq", "--json", "--model", tiny_model, *OWN)
     outcome = pqk(root, "parity", "B1", *options)
-    assert outcome.code in (0, 1), outcome.err
+    assert outcome.code in (0, 1, 4), outcome.err
     found: dict[str, Any] = json.loads(outcome.out.splitlines()[-1])
     sides = [(row["level"], row["side"]) for row in found["rows"]]
     assert ("float", "ortchain fp32") in sides
@@ -76,7 +76,7 @@ def test_an_emulating_engine_is_not_timed(root: Path, tiny_model: Path) -> None:
     outcome = pqk(
         root, "run", "B1", "--backend", "ortchain", "--model", tiny_model, "--json", *OWN, ORTCHAIN_EMULATED="1"
     )
-    assert outcome.code in (0, 1), outcome.err
+    assert outcome.code in (0, 1, 4), outcome.err
     record = outcome.record
     validate(record)
     assert record["measured"] == "emulated"

@@ -42,7 +42,7 @@ def test_a_record_says_what_was_made(
 ) -> None:
     once = ("--no-rollback", "--json")  # at four bits no move of the table would bring this model below its line
     done = pqk(root, "run", "B1", "--backend", "trt", "--model", tiny_model, *asked, *once)
-    assert done.code in (0, 1), done.err
+    assert done.code in (0, 1, 4), done.err
     record = done.record
     assert (record["precision"], record["bits_w"], record["bits_a"]) == (precision, *bits)
     assert record["images_calibration"] == images
@@ -76,7 +76,7 @@ def test_the_torch_mode_smooths_and_keeps_what_the_card_asks(root: Path, tiny_mo
     settings = [word for value in asked for word in ("--set", value)]
     tool = ("--backend", "trt", "--quantizer", "modelopt-torch")
     done = pqk(root, "run", "B1", *tool, "--model", tiny_model, *settings, *QUICK, "--json")
-    assert done.code in (0, 1), done.err
+    assert done.code in (0, 1, 4), done.err
     record = done.record
     assert (record["precision"], record["quantizer"], record["keep_list"]) == ("int8", "modelopt-torch", keep)
     assert "linear layers are smoothed with alpha 0.5; attention stays in float" in record["notes"]
