@@ -75,9 +75,7 @@ def normalised(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Source]:
 
 
 @each
-@pytest.mark.parametrize(
-    ("kind", "bad", "rows"), [("nan", 2, slice(None)), ("nan", 0, slice(5, 6)), ("inf", 1, slice(3, 4))]
-)
+@pytest.mark.parametrize(("kind", "bad", "rows"), [("nan", 0, slice(5, 6)), ("inf", 2, slice(None))])
 def test_an_item_that_gives_no_numbers_inside_is_refused(
     backend: str, name: str, kind: str, bad: int, rows: slice, normalised: dict[str, Source], tmp_path: Path
 ) -> None:
@@ -205,8 +203,7 @@ def float_outputs(module: nn.Module, x: np.ndarray) -> np.ndarray:
         return module(torch.from_numpy(x)).numpy()
 
 
-@pytest.mark.parametrize("factor", [0.0, 1e-20])
-@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize(("alpha", "factor"), [(0.0, 0.0), (0.5, 0.0), (0.5, 1e-20), (1.0, 0.0)])
 def test_smoothing_leaves_a_layer_with_a_dead_column_as_it_is(alpha: float, factor: float, tmp_path: Path) -> None:
     quantizer = tool("trt", "modelopt-torch")
     module = TwoLayers(columns={3: factor, 7: factor})
