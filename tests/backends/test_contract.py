@@ -226,7 +226,10 @@ def test_int8_is_within_the_bound_of_the_simulation(engine: Engine, side: Side, 
     assert (difference <= bound).all(), f"{(difference / bound).max():.3g} times the bound"
     assert 20 * bound.mean() < np.abs(want - small().exact(x)).mean()
     if side.backend != "reference":  # ONNX Runtime may compute Q/DQ nodes in floats, as they are defined
-        assert executed_precision(engine.kernels()) == {"int8": 1.0}
+        kernels = engine.kernels()
+        # With AVX-512, OpenVINO makes one float kernel of two small layers, and that is what must be told then.
+        fused = all(k.type == "Subgraph" and "avx512" in k.implementation for k in kernels)
+        assert executed_precision(kernels) == {"f32" if fused else "int8": 1.0}
 
 
 @each(COMPILED)
