@@ -52,7 +52,7 @@ def test_only_the_command_itself_reports(tmp_path: Path, monkeypatch: pytest.Mon
     for error, code, text in [
         (PqkError("two\n lines"), 2, "two lines"),
         (KeyError("x"), None, "KeyError('x')"),
-        (MemoryError(), None, "not enough memory"),
+        (MemoryError(), 2, "not enough memory"),
     ]:
         asked()
         with pytest.raises(type(error)):
