@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from run_toys import Outcome, environment, pqk, written
+
+from pqk.errors import PqkError
+from pqk.run import recover
+from pqk.run.candidate import Made
+from pqk.run.prepare import Request
 
 WATCH = """
 import os, sys
@@ -120,3 +127,32 @@ def test_a_drop_is_decided_with_more_scenes(copy_of: Callable[[], Path], tiny_mo
         assert "look 1 of at most 2" in looked["notes"]
     else:
         assert len(looked["scenes"]) == 4
+
+
+def test_the_worst_ranked_nodes_stay_in_float_first(
+    copy_of: Callable[[], Path], tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first rung for a quantization that drops too much asks for a ranking, on validation samples."""
+    root, asked, real = copy_of(), [], recover.make
+    monkeypatch.chdir(root)
+
+    def make(request: Request, *rest: Any) -> Made:
+        asked.append(request)
+        if len(asked) == 2:
+            raise PqkError("enough")
+        return real(request, *rest)
+
+    monkeypatch.setattr(recover, "make", make)
+    settings = {"eval.quality.main_metric": "delta1", "eval.thresholds.quality_drop_q_only_pct": 0.0}
+    said: list[str] = []
+    request = Request("B1", "openvino", model=str(tiny_model), settings=settings)
+    with pytest.raises(PqkError, match="enough"):
+        recover.choose(request, root, lambda *_: None, said.append)
+    assert "ranking the nodes of the quantized model on validation samples" in said
+    first, second = asked
+    (move,) = second.moves
+    assert move.startswith("rollback keep-worst-nodes: Q ended with a drop of ") and "on validation samples" in move
+    listed = second.settings["quant.ptq.keep_list"]
+    added = listed[3:]
+    assert listed[:3] == ["LayerNorm", "Softmax", "AttentionScales"] and 1 <= len(added) <= 4
+    assert all(re.match(r"(encoder|decoder):\^", entry) for entry in added) and first.moves == ()

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from run_toys import Outcome
+from run_toys import Outcome, pqk
 
 from pqk.data.generate import ScenePlan, make_scenes
 from pqk.errors import PqkError
 from pqk.record.schema import empty_record
 from pqk.run import stages
-from pqk.run.candidate import refuse_partial_truth
 from pqk.run.command import export_card, run_card
 from pqk.run.prepare import Request
+from pqk.run.splits import refuse_partial_truth
 
 
 @pytest.fixture
@@ -90,3 +91,17 @@ def test_a_log_of_the_same_measurement_is_replaced(
     written = json.loads(log.read_text())
     assert written["hashes"] == finished[1].record["hashes"]
     assert written["datetime"] > finished[1].record["datetime"]
+
+
+def test_one_folder_for_calibration_and_test_is_refused(project: Path, tiny_model: Path, tmp_path: Path) -> None:
+    """... and so is a copy of it under another name, before anything is exported."""
+    rooms = tmp_path / "rooms"
+    make_scenes(rooms, [ScenePlan("test", 5, index, 3, 64) for index in range(2)], jobs=1)
+    copied = shutil.copytree(rooms, tmp_path / "copied")
+    for calibration, word in ((rooms, "share a folder"), (copied, "share a picture")):
+        words = ("run", "B1", "--backend", "openvino", "--model", tiny_model, "--scenes", rooms)
+        images = ("workload.calibration.images=4", "quant.ptq.calibration_images=4")
+        sets = [f"--set={item}" for item in (f"workload.calibration.source={calibration}", *images)]
+        refused = pqk(project, *words, *sets)
+        assert refused.code == 2 and "splits test and calibration" in refused.sentence and word in refused.sentence
+        assert "ONNX export" not in refused.err
