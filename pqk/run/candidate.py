@@ -193,7 +193,7 @@ def make(
     ctx = context(request, tools.backend, root, on_event)
 
     teacher, module = load_teacher(request.model, root)
-    validation, test = validation_split(ctx, experiment, root), test_split(ctx, request, experiment, root)
+    test, validation = test_split(ctx, request, experiment, root), validation_split(ctx, experiment, root)
     truthful = test.truthful and not teacher.random
     height, width = workload.input.height, workload.input.width
     hashes = {
@@ -342,6 +342,7 @@ def _train_if_it_drops(
     drop = outcome.drop(rows[-1].variant)
     if drop is None:
         return None
+    rows[-1].own["validation_drop_pct"] = drop.value
     if not limit < drop.value:
         return drop
     above = f"PTQ drops {drop.value:.2f} % on validation samples, above {limit:g} %"
@@ -354,6 +355,7 @@ def _train_if_it_drops(
     found = outcome.drop(learned.variant)
     if found is None:
         return drop
+    learned.own["validation_drop_pct"] = found.value
     say(f"QAT: drop {found.value:.2f} % on validation samples")
     better = found.value < drop.value
     rows[-1:] = [rows[-1], learned] if better else [learned, rows[-1]]

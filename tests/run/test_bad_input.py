@@ -193,7 +193,7 @@ def test_truncated_official_checkpoint(project: Path, refused: Refused, tmp_path
 @pytest.fixture
 def scenes(finished: tuple[Path, Outcome], tmp_path: Path) -> Path:
     """A folder with the two generated test scenes."""
-    (made,) = (p for p in (finished[0] / "outputs/store/scenes").iterdir() if not p.name.startswith("."))
+    (made,) = (p for p in (finished[0] / "outputs/store/scenes").iterdir() if (p / "test-0-0000").is_dir())
     folder = tmp_path / "scenes"
     for scene in made.iterdir():
         if scene.is_dir():
@@ -276,7 +276,7 @@ def test_too_few_valid_pixels_everywhere(copy_of: Copy, refused: Refused, tiny_m
             depth.tofile(path)
     loose = ("--set", "workload.min_covisibility=0.0")
     sentence = refused(copy_of(), "--model", tiny_model, "--scenes", scenes, *loose)
-    assert "no pair to evaluate: none of test-0-0000, test-0-0001 has a view with 100 valid depth pixels" in sentence
+    assert "no pair to evaluate: none of test-0-0000, test-0-0001 has two views with 100 valid depth pixels" in sentence
     sentence = refused(copy_of(), "--model", tiny_model, "--scenes", scenes, "--set", "workload.min_covisibility=1.0")
     assert "no pair shares 100% of its view (min_covisibility)" in sentence
 
@@ -292,7 +292,9 @@ def test_model_whose_depths_cannot_be_aligned(
     tensors["downstream_head1.proj.bias"] = -tensors["downstream_head1.proj.bias"]
     save_file(tensors, model / "model.safetensors")
     sentence = refused(copy_of(), "--model", model)
-    assert re.match(r"fp32 on scene test-0-0000, 000\.jpg and 001\.jpg: scale alignment \(median\) failed", sentence)
+    assert re.match(
+        r"int8 on scene validation-2-0000, 000\.jpg and 001\.jpg: scale alignment \(median\) failed", sentence
+    )
 
 
 # ---------------------------------------------------------------- calibration
@@ -405,7 +407,7 @@ def test_read_only_folders(disk: Path, copy_of: Copy, refused: Refused, tiny_mod
     ("removed", "free_kb"),
     [
         ("scenes", 60), ("graphs", 20), ("graphs", 1000), ("quantized", 0), ("quantized", 200),
-        ("quality", 0), ("timing", 0), ("timing", 8),
+        ("scores", 0), ("timing", 0), ("timing", 8),
     ],
 )  # fmt: skip
 def test_full_disk(

@@ -146,7 +146,7 @@ def test_quantization_is_trained_where_it_drops_too_much(
     assert "quantization-aware training" in made(outcome) and "PTQ drops " in outcome.err
     rows = {r["role"]: r for r in written(root) if r["precision"] == "int8" and r["main_metric"] == "delta1"}
     assert rows["candidate"] == outcome.record
-    assert rows["candidate"]["quality_drop_pct"] <= rows["baseline"]["quality_drop_pct"]
+    assert rows["candidate"]["validation_drop_pct"] <= rows["baseline"]["validation_drop_pct"]
     (trained,) = (r for r in rows.values() if "QAT: 4 steps in " in r["notes"])
     (plain,) = (r for r in rows.values() if r is not trained)
     assert trained["gpu_hours"] > 0 and plain["gpu_hours"] > 0
@@ -176,7 +176,7 @@ def test_stop_loss_and_the_rollback_table_act_by_themselves(copied: Callable[[],
     assert record["verdict_reasons"][0].startswith("FAILED: stop-loss: diverged") and record["absrel"] > 0
     assert record["beta"] == 0.35 and "rollback smaller-beta: " in record["notes"]
     assert "; not quantized" in outcome.err
-    assert outcome.code == (0 if attempts[-1]["verdict"] == "pass" else 1)
+    assert outcome.code == 1
 
 
 def test_killed_in_training_and_started_again(

@@ -58,16 +58,18 @@ def test_what_is_said_of_a_drop_where_nothing_can_be_trained(
 ) -> None:
     pytest.importorskip("requests", reason="ModelOpt's torch mode needs requests")
     pytest.importorskip("huggingface_hub", reason="ModelOpt's torch mode needs huggingface_hub")
-    evaluation = SimpleNamespace(quality=SimpleNamespace(main_metric="absrel"))
     experiment: Any = SimpleNamespace(quant=SimpleNamespace(ptq=load_quant().ptq.model_copy(update=changes)))
     nothing: Any = None
     lowering = Lowering(experiment, "trt", quantizer, "int8", nothing, {}, nothing, (), {}, {})
-    outcome: Any = SimpleNamespace(experiment=SimpleNamespace(evaluation=evaluation), truthful=True)
-    rows: list[Any] = [SimpleNamespace(variant=SimpleNamespace(name=name)) for name in ("fp32", "int8")]
-    for absrel, limit, wanted in ((0.123, 1.0, [f"PTQ drops 2.50 %, above 1 %; {says}"]), (0.1201, 1.0, [])):
-        scored = {"fp32": {"summary": {"absrel": 0.12}}, "int8": {"summary": {"absrel": absrel}}}
+    rows: list[Any] = [SimpleNamespace(variant=name, own={}) for name in ("fp32", "int8")]
+    for drop, limit, wanted in (
+        (2.5, 1.0, [f"PTQ drops 2.50 % on validation samples, above 1 %; {says}"]),
+        (0.1, 1.0, []),
+    ):
+        found = Interval(drop, drop - 1, drop + 1, 8)
+        outcome: Any = SimpleNamespace(drop=lambda variant, found=found: found)
         said: list[str] = []
-        candidate._train_if_it_drops(outcome, lowering, rows, scored, limit, said.append)
+        assert candidate._train_if_it_drops(outcome, lowering, rows, limit, said.append) == found
         assert said == wanted and len(rows) == 2
 
 
@@ -78,13 +80,13 @@ def test_the_torch_mode_trains_where_ptq_drops_too_much(low_line: None, project:
     settings = {"quant.ptq.keep_list": keep}
     records, said, made = run(project, "modelopt-torch", tiny_model, settings)
     assert ": quantization-aware training\n" in said and "QAT: drop " in said
-    assert made >= {"quantized", "qat", "quality"}
+    assert made >= {"quantized", "qat", "scores"}
     plain, trained = sorted((r for r in records if r["precision"] == "int8"), key=lambda r: "QAT: " in r["notes"])
     assert "QAT: 4 steps in " in trained["notes"] and "weights and biases were trained" in trained["notes"]
     assert trained["gpu_hours"] > 0 and plain["gpu_hours"] > 0
     assert trained["hashes"]["engine"] != plain["hashes"]["engine"]
     assert {trained["role"], plain["role"]} == {"candidate", "baseline"} and records[-1]["role"] == "candidate"
-    assert records[-1]["quality_drop_pct"] == min(r["quality_drop_pct"] for r in (plain, trained))
+    assert records[-1]["validation_drop_pct"] == min(r["validation_drop_pct"] for r in (plain, trained))
     assert trained["quantizer"] == "modelopt-torch" and trained["keep_list"] == keep
     (folder,) = (m.parent for m in (project / "outputs" / "store" / "qat").glob("*/manifest.json"))
     about = json.loads((folder / "about.json").read_text())
@@ -96,4 +98,4 @@ def test_the_torch_mode_trains_where_ptq_drops_too_much(low_line: None, project:
         kept = kept_nodes(graph, [name])
         assert kept and all(graph.precision(node) == "f32" for node in graph.work() if node.name in kept)
     assert encoder.has_qdq() and decoder.has_qdq()
-    assert not run(project, "modelopt-torch", tiny_model, settings)[2] & {"quantized", "qat", "quality"}
+    assert not run(project, "modelopt-torch", tiny_model, settings)[2] & {"quantized", "qat", "scores"}
