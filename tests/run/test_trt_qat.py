@@ -11,6 +11,7 @@ import pytest
 
 from backends import registry
 from backends.trt.onnx_graph import OnnxGraph, kept_nodes
+from pqk.measure.intervals import Interval
 from pqk.run import candidate, runner
 from pqk.run.lowering import Lowering
 from pqk.run.prepare import Request
