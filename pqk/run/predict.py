@@ -17,6 +17,7 @@ from pqk.data.pairs import spread
 from pqk.data.preprocess import Frame
 from pqk.data.scene import open_scene
 from pqk.errors import CheckFailed
+from pqk.files import clear_write_errors
 from pqk.run.inputs import Kept, load_frames, scene_pairs
 from pqk.run.predictions import ABOUT, KERNELS, Writer
 from pqk.run.variants import Runner, Variant
@@ -41,8 +42,9 @@ def predict(request: dict[str, Any]) -> dict[str, Any]:
     out = Path(request["out"])
     with Writer(out) as writer:
         about = run_pairs(request, lambda pair, frames, arrays, reference: writer.add(pair, arrays))
-    (out / KERNELS).write_text(json.dumps(about.pop("kernels"), indent=0))
-    (out / ABOUT).write_text(json.dumps(about, indent=1))
+    with clear_write_errors(out):
+        (out / KERNELS).write_text(json.dumps(about.pop("kernels"), indent=0))
+        (out / ABOUT).write_text(json.dumps(about, indent=1))
     return {}
 
 

@@ -276,7 +276,7 @@ def test_too_few_valid_pixels_everywhere(copy_of: Copy, refused: Refused, tiny_m
             depth.tofile(path)
     loose = ("--set", "workload.min_covisibility=0.0")
     sentence = refused(copy_of(), "--model", tiny_model, "--scenes", scenes, *loose)
-    assert "no pair to evaluate: none of test-0-0000, test-0-0001 has a view with 100 valid depth pixels" in sentence
+    assert "no pair to evaluate: none of test-0-0000, test-0-0001 has two views with 100 valid depth pixels" in sentence
     sentence = refused(copy_of(), "--model", tiny_model, "--scenes", scenes, "--set", "workload.min_covisibility=1.0")
     assert "no pair shares 100% of its view (min_covisibility)" in sentence
 
@@ -405,7 +405,7 @@ def test_read_only_folders(disk: Path, copy_of: Copy, refused: Refused, tiny_mod
     ("removed", "free_kb"),
     [
         ("scenes", 60), ("graphs", 20), ("graphs", 1000), ("quantized", 0), ("quantized", 200),
-        ("quality", 0), ("timing", 0), ("timing", 8),
+        ("predictions", 200), ("scores", 0), ("timing", 0), ("timing", 8),
     ],
 )  # fmt: skip
 def test_full_disk(
@@ -413,7 +413,8 @@ def test_full_disk(
 ) -> None:
     """A disk that fills up in the stage `removed`: one sentence, nothing half-written, and then it goes on."""
     root = shutil.copytree(finished[0], disk / "project")
-    shutil.rmtree(root / "outputs" / "store" / removed)
+    for stage in ("predictions", "scores") if removed == "predictions" else (removed,):
+        shutil.rmtree(root / "outputs" / "store" / stage)
     for record in (root / "logs").glob("B1-*.json"):
         record.unlink()
     room = os.statvfs(disk)

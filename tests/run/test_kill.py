@@ -80,7 +80,8 @@ def test_killed_at_every_stage(project: Path, finished: Finished, tiny_model: Pa
         "graphs": "ONNX export",
         "calibration": "calibration images",
         "quantized": "quantization",
-        "quality": "quality on the test scenes",
+        "predictions": "predictions, ",
+        "scores": "quality, ",
         "timing": "timing",
         "memory": "peak memory",
     }
@@ -102,7 +103,7 @@ def test_killed_at_every_stage(project: Path, finished: Finished, tiny_model: Pa
 def half(copy_of: Callable[[], Path]) -> Iterator[Path]:
     """The finished project without its later stages and compiled models."""
     root = copy_of()
-    for stage in ("quantized", "quality", "timing", "memory"):
+    for stage in ("quantized", "predictions", "scores", "timing", "memory"):
         shutil.rmtree(root / "outputs" / "store" / stage)
     shutil.rmtree(root / "outputs" / "engines")
     for record in (root / "logs").glob("B1-*.json"):

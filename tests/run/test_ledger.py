@@ -329,7 +329,7 @@ def test_eval_seeds_draw_the_crop(project_copy: Path, pqk: Pqk) -> None:
 def test_killed_in_the_middle_it_goes_on(evaluated: Path, tmp_path: Path, pqk: Pqk) -> None:
     """SIGKILL after the first row: no half file, the row is kept, the others are as those of an unbroken run."""
     root = shutil.copytree(evaluated, tmp_path / "project")
-    shutil.rmtree(root / "outputs" / "store" / "quality")
+    shutil.rmtree(root / "outputs" / "store" / "scores")
     command = ("ledger", "eval", "tiny", "--eval-seeds", "0..1", "--backend", "reference", "--no-timing", "-o", "k.tsv")
     process = start(command, root)
     assert process.stderr is not None

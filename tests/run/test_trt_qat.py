@@ -78,7 +78,7 @@ def test_the_torch_mode_trains_where_ptq_drops_too_much(low_line: None, project:
     settings = {"quant.ptq.keep_list": keep}
     records, said, made = run(project, "modelopt-torch", tiny_model, settings)
     assert ": quantization-aware training\n" in said and "QAT: drop " in said
-    assert made >= {"quantized", "qat", "quality"}
+    assert made >= {"quantized", "qat", "scores"}
     plain, trained = sorted((r for r in records if r["precision"] == "int8"), key=lambda r: "QAT: " in r["notes"])
     assert "QAT: 4 steps in " in trained["notes"] and "weights and biases were trained" in trained["notes"]
     assert trained["gpu_hours"] > 0 and plain["gpu_hours"] > 0
@@ -96,4 +96,4 @@ def test_the_torch_mode_trains_where_ptq_drops_too_much(low_line: None, project:
         kept = kept_nodes(graph, [name])
         assert kept and all(graph.precision(node) == "f32" for node in graph.work() if node.name in kept)
     assert encoder.has_qdq() and decoder.has_qdq()
-    assert not run(project, "modelopt-torch", tiny_model, settings)[2] & {"quantized", "qat", "quality"}
+    assert not run(project, "modelopt-torch", tiny_model, settings)[2] & {"quantized", "qat", "predictions", "scores"}
