@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,18 +12,20 @@ from typing import Any, Protocol
 import numpy as np
 
 from backends import registry
-from backends.base import Kernel, executed_precision, matched_by_size
+from backends.base import Array, Kernel, executed_precision, matched_by_size
 from pqk.data.pairs import spread
 from pqk.data.preprocess import Frame
 from pqk.data.scene import open_scene
 from pqk.errors import CheckFailed
-from pqk.run.inputs import load_frames, scene_pairs
+from pqk.files import clear_write_errors
+from pqk.run.inputs import Kept, load_frames, scene_pairs
 from pqk.run.predictions import ABOUT, KERNELS, Writer
 from pqk.run.variants import Runner, Variant
 from pqk.spec.keep import keep_for
 from pqk.spec.workload import PairGraph
 
 Arrays = dict[str, np.ndarray]
+_TOKENS = 512 * 2**20  # bytes of tokens that a scene keeps: 160 images of the full-size model at 512x384
 
 
 class Take(Protocol):
@@ -40,8 +42,9 @@ def predict(request: dict[str, Any]) -> dict[str, Any]:
     out = Path(request["out"])
     with Writer(out) as writer:
         about = run_pairs(request, lambda pair, frames, arrays, reference: writer.add(pair, arrays))
-    (out / KERNELS).write_text(json.dumps(about.pop("kernels"), indent=0))
-    (out / ABOUT).write_text(json.dumps(about, indent=1))
+    with clear_write_errors(out):
+        (out / KERNELS).write_text(json.dumps(about.pop("kernels"), indent=0))
+        (out / ABOUT).write_text(json.dumps(about, indent=1))
     return {}
 
 
@@ -74,7 +77,7 @@ def run_pairs(request: Mapping[str, Any], take: Take) -> dict[str, Any]:
                 taught = _decoded(teacher, frames, pairs)
             for (i, j), arrays, other in zip(pairs, predicted, taught, strict=True):
                 # The scene by its place: a folder that is renamed later still has the same predictions.
-                pair = {"scene": number, "first": frames[i].name, "second": frames[j].name, "places": [i, j]}
+                pair = {"scene": number, "first": frames.names[i], "second": frames.names[j], "places": [i, j]}
                 take(pair, (frames[i], frames[j]), arrays, arrays if teacher is runner else other)
         if teacher is not None and teacher is not runner:
             teacher.close()  # profiling may compile once more, and a large model leaves no room for three
@@ -100,18 +103,14 @@ def run_pairs(request: Mapping[str, Any], take: Take) -> dict[str, Any]:
 
 
 def _decoded(runner: Runner, frames: Sequence[Frame], pairs: list[tuple[int, int]]) -> Iterator[Arrays]:
-    """The predictions of each pair; an image is encoded before its first pair and forgotten after its last one."""
-    left = Counter(place for pair in pairs for place in pair)
-    tokens: dict[int, Any] = {}
-    for pair in pairs:
-        for place in pair:
-            if place not in tokens:
-                tokens[place] = runner.encode(frames[place].image[None])
-        yield runner.decode(*(tokens[place] for place in pair))
-        left.subtract(pair)
-        for place in pair:
-            if not left[place]:
-                del tokens[place]
+    """The predictions of each pair. An image is encoded when it is needed, and again where too many came between."""
+    tokens = Kept(len(frames), lambda k: runner.encode(frames[k].image[None]), _bytes_of, _TOKENS)
+    for first, second in pairs:
+        yield runner.decode(tokens[first], tokens[second])
+
+
+def _bytes_of(tokens: Array) -> int:
+    return math.prod(tokens.shape) * tokens.dtype.itemsize
 
 
 def _row(kernel: Kernel) -> dict[str, Any]:

@@ -12,6 +12,7 @@ A pair of 512x512 takes 8.4 MB. Nothing is rounded: half of it, float16, moves t
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ from typing import Any, Self
 import numpy as np
 
 from pqk.errors import PqkError
+from pqk.files import clear_write_errors
 
 NAMES = ("pts3d_1", "conf_1", "pts3d_2", "conf_2")
 ABOUT, KERNELS = "about.json", "kernels.json"
@@ -41,20 +43,26 @@ class Writer:
         self._index: list[dict[str, Any]] = []
 
     def __enter__(self) -> Self:
-        self._stream = (self._folder / _ARRAYS).open("wb")
+        with clear_write_errors(self._folder / _ARRAYS):
+            self._stream = (self._folder / _ARRAYS).open("wb")
         return self
 
     def add(self, pair: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
-        """Append a pair. Raises PqkError when one of `NAMES` is missing."""
+        """Append a pair. Raises PqkError when one of `NAMES` is missing, and when it cannot be written."""
         for name in NAMES:
             if name not in arrays:
                 raise PqkError(f"the prediction has no {name}; it has {', '.join(arrays) or 'nothing'}")
-            self._stream.write(np.ascontiguousarray(arrays[name], dtype="<f4").data)
+            with clear_write_errors(self._folder / _ARRAYS):
+                self._stream.write(np.ascontiguousarray(arrays[name], dtype="<f4").data)
         self._index.append({**pair, "shapes": [list(arrays[name].shape) for name in NAMES]})
 
     def __exit__(self, kind: object, *exc: object) -> None:
-        self._stream.close()
-        if kind is None:
+        if kind is not None:
+            with contextlib.suppress(OSError):  # the error that is on its way says more
+                self._stream.close()
+            return
+        with clear_write_errors(self._folder):
+            self._stream.close()
             (self._folder / _INDEX).write_text(json.dumps(self._index))
 
 

@@ -64,7 +64,7 @@ class Scorer:
             wanted = self._request["quality"]["min_valid_pixels"]
             raise PqkError(
                 f"there is no pair to evaluate: none of {', '.join(self._scenes)} has two views with {wanted} valid "
-                "depth pixels each (quality.min_valid_pixels)"
+                "depth pixels (quality.min_valid_pixels)"
             )
         plain = [{k: v for k, v in row.items() if k not in ("scene", "first", "second")} for row in self._rows]
         return {"summary": summarise(plain), "pairs": self._rows}

@@ -378,8 +378,8 @@ def quality(
     asked = {"quality": {name: request["quality"][name] for name in _SCORED}, "seed": request["seed"]}
     if reference is not None:
         asked["min_conf"] = request["min_conf"]
-    teacher = None if reference is None else _Predicted(ctx, reference, scenes, {**fed, "keep": []})
-    mine = _Predicted(ctx, variant, scenes, {**fed, "keep": list(request["keep"])})
+    teacher = None if reference is None else _Predicted(ctx, reference, scenes, {**fed, "keep": []}, where)
+    mine = _Predicted(ctx, variant, scenes, {**fed, "keep": list(request["keep"])}, where)
     work = {**asked, **fed, "name": variant.name, "scenes": [str(path) for path in scenes.folders]}
 
     def make(folder: Path) -> None:
@@ -412,15 +412,16 @@ _FED = ("views", "shape", "pair_graph", "min_covisibility", "pairs_per_scene", "
 class _Predicted:
     """The predictions of a variant: their key, and, when they are asked for, the artifact."""
 
-    def __init__(self, ctx: Context, variant: Variant, scenes: Scenes, fed: Mapping[str, Any]) -> None:
+    def __init__(self, ctx: Context, variant: Variant, scenes: Scenes, fed: Mapping[str, Any], where: str) -> None:
         self._ctx, self._variant, self._scenes, self._fed = ctx, variant, scenes, fed
+        self._label = f"{variant.name} on {where} samples"
         self._code = (*_PREDICT_CODE, *sources_of(variant), *keep_code(variant, fed["keep"]))
         self._inputs = {**identity(ctx, variant, None), "scenes": scenes.sha256, **fed}
         self.key = ctx.key("predictions", self._code, self._inputs)
 
     def make(self) -> Artifact:
         """Made or reused, and marked as used just now, which keeps it from `Store.trim`."""
-        made = self._ctx.make("predictions", self._code, self._inputs, self._write, self._variant.name)
+        made = self._ctx.make("predictions", self._code, self._inputs, self._write, self._label)
         os.utime(made.path)
         return made
 

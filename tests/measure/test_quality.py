@@ -242,7 +242,12 @@ def test_one_point_far_away_costs_its_own_error_and_no_more():
     pred = {**pred, "pts3d_2": pred["pts3d_2"].copy()}
     pred["pts3d_2"][pixel] = 1e10
     found = score_pair(pred, truth)
-    assert found["absrel"] == pytest.approx(0, abs=1e-5)
+    row, offset = truth.cam1_to_cam2[2, :3], truth.cam1_to_cam2[2, 3]
+    depth, true = pred["pts3d_2"][pixel] @ row + offset, truth.gt2[pixel] @ row + offset
+    assert found["absrel"] == pytest.approx(
+        abs(depth - true) / true / (truth.valid1.sum() + truth.valid2.sum()), rel=1e-3
+    )
+    assert found["delta1"] == pytest.approx(1, abs=0.005)
     assert found["chamfer_completeness"] < 0.1  # the others are aligned as without it
     assert found["chamfer_accuracy"] > 1e5  # and it counts as it is
 

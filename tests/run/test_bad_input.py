@@ -407,7 +407,7 @@ def test_read_only_folders(disk: Path, copy_of: Copy, refused: Refused, tiny_mod
     ("removed", "free_kb"),
     [
         ("scenes", 60), ("graphs", 20), ("graphs", 1000), ("quantized", 0), ("quantized", 200),
-        ("scores", 0), ("timing", 0), ("timing", 8),
+        ("predictions", 200), ("scores", 0), ("timing", 0), ("timing", 8),
     ],
 )  # fmt: skip
 def test_full_disk(
@@ -415,7 +415,8 @@ def test_full_disk(
 ) -> None:
     """A disk that fills up in the stage `removed`: one sentence, nothing half-written, and then it goes on."""
     root = shutil.copytree(finished[0], disk / "project")
-    shutil.rmtree(root / "outputs" / "store" / removed)
+    for stage in ("predictions", "scores") if removed == "predictions" else (removed,):
+        shutil.rmtree(root / "outputs" / "store" / stage)
     for record in (root / "logs").glob("B1-*.json"):
         record.unlink()
     room = os.statvfs(disk)

@@ -81,8 +81,8 @@ def test_killed_at_every_stage(project: Path, finished: Finished, tiny_model: Pa
         "graphs": "ONNX export",
         "calibration": "calibration images",
         "quantized": "quantization",
-        "predictions": "predictions,",
-        "scores": "quality,",
+        "predictions": "predictions, ",
+        "scores": "quality, ",
         "timing": "timing",
         "memory": "peak memory",
     }

@@ -32,7 +32,7 @@ from pqk.run.variants import Variant
 from pqk.spec.evaluation import load_evaluation
 
 QUALITY = load_evaluation(REPOSITORY / "configs" / "eval.yaml").quality.model_dump(mode="json")
-AGAIN = ("artifact", "created")
+AGAIN = ("artifact", "measured_at")
 REQUEST: dict[str, Any] = {
     "views": None,
     "shape": [64, 64],
@@ -102,7 +102,7 @@ def test_a_changed_metric_runs_no_engine(bench: Bench) -> None:
     first = bench.quality(bench.plain)
     assert bench.said == ["make scores", "make predictions", "done predictions", "done scores"]
     assert [row["scene"] for row in first["pairs"]] == [name for name in first["scenes"] for _ in range(3)]
-    assert first.keys() >= {"summary", "measured", "size_bytes", "executed", "flops", "artifact", "created"}
+    assert first.keys() >= {"summary", "measured", "size_bytes", "executed", "flops", "artifact", "measured_at"}
     assert {p.name for p in Path(first["artifact"]).iterdir()} == {"quality.json", "kernels.json", "manifest.json"}
 
     for name, value in (("chamfer_points", 64), ("scale_alignment", "lstsq"), ("min_valid_pixels", 5)):

@@ -99,4 +99,4 @@ def test_the_torch_mode_trains_where_ptq_drops_too_much(low_line: None, project:
         kept = kept_nodes(graph, [name])
         assert kept and all(graph.precision(node) == "f32" for node in graph.work() if node.name in kept)
     assert encoder.has_qdq() and decoder.has_qdq()
-    assert not run(project, "modelopt-torch", tiny_model, settings)[2] & {"quantized", "qat", "scores"}
+    assert not run(project, "modelopt-torch", tiny_model, settings)[2] & {"quantized", "qat", "predictions", "scores"}
