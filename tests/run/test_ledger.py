@@ -194,7 +194,7 @@ def test_an_eval_seed_draws_the_scenes_of_a_run(
     known = {("reuse", "graphs")} | ({("reuse", "scenes test")} if seed == 0 else set())
     assert known <= set(events)
     code, _, err = pqk(project_copy, "ledger", "eval", "tiny", *words)
-    assert code == 0 and "… quality" not in err and "quality, fp32  kept from before" in err
+    assert code == 0 and "… quality" not in err and "quality, fp32 on test samples  kept from before" in err
     (row,) = read_rows(project_copy / "b.tsv")
     record = outcome.records[0]
     assert all(row[name] == record[name] for name in ("chamfer", "absrel", "rmse", "delta1", "reproj_px", "pairs"))
