@@ -165,7 +165,7 @@ def test_two_engines_at_once_do_not_disturb_each_other(side: Side, graph_of: Any
         def work(index: int) -> None:
             found[index] = [run((one, two)[index], inputs[index]).copy() for _ in range(50)]
 
-        threads = [threading.Thread(target=work, args=(index,)) for index in (0, 1, 4)]
+        threads = [threading.Thread(target=work, args=(index,)) for index in (0, 1)]
         for thread in threads:
             thread.start()
         for thread in threads:

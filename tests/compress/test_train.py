@@ -588,7 +588,7 @@ def test_two_processes_hold_the_same_weights(tmp_path):
     config.write_text(SPEC.replace("steps: 2", "steps: 6").replace("every: 1}", "every: 2, patience: 100}"))
     ran = torchrun(script, config, out)
     assert ran.returncode == 0, ran.stderr
-    first, second = (torch.load(out / f"rank{rank}.pt", weights_only=True) for rank in (0, 1, 4))
+    first, second = (torch.load(out / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
     for part in ("model", "ema"):
         assert all(torch.equal(value, second[part][key]) for key, value in first[part].items())
     assert first["outcome"] == second["outcome"] == "done"

@@ -523,7 +523,7 @@ def test_two_quantizers_in_one_file_do_not_replace_each_other(tmp_path: Path) ->
     """Two eval seeds of nncf and of inc; a result in float, as a stop-loss leaves it, is that of both."""
     path = tmp_path / "D1.tsv"
     for quantizer in ("nncf", "inc", "nncf"):
-        for seed in (0, 1, 4):
+        for seed in (0, 1):
             made = {"quantizer": quantizer, "precision": "int8", "checkpoint_sha256": f"{quantizer}-graphs"}
             add_row(path, row(seed=seed, card="D1", **made), RESULT)
     assert sorted((r["quantizer"], r["eval_seed"]) for r in read_rows(path)) == [

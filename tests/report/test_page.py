@@ -176,16 +176,16 @@ def write(tmp_path: Path) -> Write:
 
 
 def test_every_planned_run_is_on_the_page(write: Write) -> None:
-    teachers = [record(card, "teacher", seed) for card in ("A1", "D1") for seed in (0, 1, 4)]
-    students = [record("A1", "candidate", seed) for seed in (0, 1, 4)]
+    teachers = [record(card, "teacher", seed) for card in ("A1", "D1") for seed in (0, 1)]
+    students = [record("A1", "candidate", seed) for seed in (0, 1)]
     slow = "FAILED: t_pair p50 13.1 % below fp32 (at least 50 % below)"
     failed = int8("D1", 1, verdict="fail", verdict_reasons=["ok: a", slow], t_pair_p50_ms=50.0)
     small = [int8("D1"), failed]
-    rows = [row(r, seed) for r in [*students, *small, teachers[0]] for seed in (0, 1, 4)]
+    rows = [row(r, seed) for r in [*students, *small, teachers[0]] for seed in (0, 1)]
     rows = [r for r in rows if (r["card"], r["train_seed"], r["eval_seed"]) != ("D1", 1, 1)]
     rows = [r | ({"card": "B1"} if r["teacher_sha256"] is None else {}) for r in rows]
     runs = [planned("Baseline", None, None)]
-    runs += [planned(f"{card}-s{seed}", card, seed) for card in ("A1", "D1") for seed in (0, 1, 4)]
+    runs += [planned(f"{card}-s{seed}", card, seed) for card in ("A1", "D1") for seed in (0, 1)]
     runs += [
         planned("E1", "E1", status="waiting"),
         planned("G1", "G1", status="unavailable", detail="not | offered"),
@@ -333,7 +333,7 @@ def test_nothing_lacks(write: Write) -> None:
 
 def test_rows_of_another_checkpoint_are_told(write: Write) -> None:
     teacher, found = record("A1", "teacher"), record("A1", "candidate")
-    rows = [row(found, seed, checkpoint_sha256="other") for seed in (0, 1, 4)]
+    rows = [row(found, seed, checkpoint_sha256="other") for seed in (0, 1)]
     text = write(rows, [teacher, found], [planned("A1", "A1")]).read_text()
     assert "A1: its evaluations are of another checkpoint than its record" in text
 

@@ -69,10 +69,10 @@ def ledger(root: Path, name: str, records: list[dict[str, Any]]) -> None:
 @pytest.fixture
 def campaign(project: Path) -> Path:
     """A1 has run with the train seeds 0 and 1, B1 has not, and other things lie beside them."""
-    for seed in (0, 1, 4):
+    for seed in (0, 1):
         record(project, "A1", "teacher", seed, day=2)
     record(project, "A1", "candidate", 0)  # an earlier attempt
-    ledger(project, "A1", [record(project, "A1", "candidate", seed, day=2) for seed in (0, 1, 4)])
+    ledger(project, "A1", [record(project, "A1", "candidate", seed, day=2) for seed in (0, 1)])
     other = {"hashes": {"workload": "1" * 64, "eval": "2" * 64, "model": "3" * 64}}
     record(project, "D1", "candidate", 0, **other)  # of other configs
     record(project, "D1", "candidate", 1, backend="trt")
