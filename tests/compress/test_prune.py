@@ -384,7 +384,7 @@ def test_the_scan_measures_what_a_cut_does(model, slots) -> None:
         assert probe.score(small) == pytest.approx(score, abs=1e-5) and score.shift > 0, name
     last = next(slot for slot in slots if slot.name == "dec_blocks2.2.ffn")  # feeds the points of view 2 alone
     absrel, shift = scores[last.name][last.sizes([0.6])[0]]
-    assert absrel == pytest.approx(probe.absrel, abs=1e-6) and shift > 1e-3
+    assert abs(absrel - probe.absrel) > 1e-4 and shift > 1e-3  # both views count
 
 
 def test_refit_hands_over_to_a_twin() -> None:

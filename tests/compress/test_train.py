@@ -18,7 +18,7 @@ from torch import nn
 
 from pqk.compress import pairs as pairs_module
 from pqk.compress import teacher
-from pqk.compress.pairs import depth_scores, pick_device, validation_scores
+from pqk.compress.pairs import depth_scores, means_of, pick_device, validation_scores
 from pqk.compress.teacher import train_teacher
 from pqk.compress.train import Schedule, Trainer, parameter_groups
 from pqk.data.synthetic import texture_bank
@@ -337,7 +337,7 @@ def test_training_learns_and_ships(tmp_path):
     assert (card["steps"], card["outcome"], card["dtype"], card["command"]) == (60, "done", "float16", "x")
     assert [h["step"] for h in card["history"]] == [30, 60]
     model = load_model(out)
-    again = validation_scores(model, spec, CPU, False, spec.seed)
+    again = means_of(validation_scores(model, spec, CPU, False, spec.seed))
     assert {k: card["validation"][k] for k in again} == pytest.approx(again)
     checkpoint = torch.load(out / "checkpoint.pt", weights_only=True)
     for key, value in model.state_dict().items():
