@@ -26,7 +26,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,79}")
 
 Scores = Callable[[Row], list[Row] | None]
 """Finds the scores of a row's pairs: scene (its place in the draw), first, second (image names), and each metric. None
-where they are gone."""
+where they are gone, or are not what the row was made from."""
 
 
 def scores_here(root: Path) -> Scores:
@@ -56,10 +56,7 @@ def scores_in(deliverable: Path) -> Scores:
 
 
 def files_of(rows: Sequence[Row], root: Path) -> tuple[dict[str, bytes], list[str]]:
-    """Gives the scores of rows as files of a deliverable, by relative name, and a sentence where some are gone.
-
-    Raises PqkError for scores that are not those of their row.
-    """
+    """Gives the scores of rows as files of a deliverable, by relative name, and a sentence where some are missing."""
     files: dict[str, bytes] = {}
     find, gone = scores_here(root), 0
     for row in rows:
@@ -74,8 +71,8 @@ def files_of(rows: Sequence[Row], root: Path) -> tuple[dict[str, bytes], list[st
     if not gone:
         return files, []
     return files, [
-        f"scores per pair of {gone} of {len(rows)} runs are not in outputs/store any more, so the deliverable has none "
-        "of them and their intervals are wider; evaluate these runs again with pqk ledger eval, in a new file (-o)"
+        f"scores per pair of {gone} of {len(rows)} runs are not in outputs/store, or have another mean than the row: "
+        "the deliverable lacks them, and its intervals are wider; evaluate these runs again (pqk ledger eval -o NEW)"
     ]
 
 
@@ -140,8 +137,11 @@ def _read(path: Path) -> list[Row]:
     return read_table(path, {name: "text" if name in _PAIR else "float" for name in (*_PAIR, *names)}, _PAIR)
 
 
-def _checked(row: Row, pairs: Any, path: Path) -> list[Row]:
-    """Gives the pairs when they are as many as the row says, with its mean. Raises PqkError."""
+def _checked(row: Row, pairs: Any, path: Path) -> list[Row] | None:
+    """Gives the pairs when they are as many as the row says, with its mean; else None, as they are another row's.
+
+    Raises PqkError for what holds no scores.
+    """
     metric, where = row["main_metric"], paths.shown(path)
     if not isinstance(pairs, list) or not all(isinstance(pair, dict) and set(_PAIR) <= set(pair) for pair in pairs):
         raise PqkError(f"{where} holds no scores of pairs")
@@ -150,8 +150,5 @@ def _checked(row: Row, pairs: Any, path: Path) -> list[Row]:
         raise PqkError(f"{where}: not every pair has a {metric}")
     mean = math.fsum(values) / len(values)
     if len(pairs) != row["pairs"] or not math.isclose(mean, row[metric], rel_tol=1e-9):
-        raise PqkError(
-            f"{where} is not what the row was made from: {len(pairs)} pairs with a mean {metric} of {mean:.8g}, the "
-            f"row says {row['pairs']} and {row[metric]:.8g}; evaluate it again"
-        )
+        return None
     return [{name: str(value) if name in _PAIR else value for name, value in pair.items()} for pair in pairs]
