@@ -395,18 +395,18 @@ def _limits(values: Sequence[float], relative: bool = False) -> tuple[float, flo
 
 
 def _speed(record: Record, before: str, interval: bool = True) -> str:
-    """'1.13x f32' behind `before`, and its interval; '' where it was not measured, or is the measure itself."""
+    """'1.13x own f32' behind `before`, and its interval; '' where it was not measured, or is the measure itself."""
     column = _column("speedup_vs_own_f32")
     speed = record[column.name]
     if speed is None or record["precision"] == "f32":
         return ""
-    return f"{before}{speed:.2f}x f32 {interval_text(record, column) if interval else ''}".rstrip()
+    return f"{before}{speed:.2f}x own f32 {interval_text(record, column) if interval else ''}".rstrip()
 
 
 def _caution(rows: Sequence[Record]) -> str:
     """A line for the time axis: milliseconds of runs at different moments must not be divided by each other."""
     shown = any(_speed(record, "") for record in rows)
-    return "\nms are of each row's own run; x f32 is the ratio within one interleaved run" if shown else ""
+    return "\nms are of each row's own run; x own f32 is the ratio within one interleaved run" if shown else ""
 
 
 def blank_figure(width: float, height: float, panels: int = 1) -> tuple[Figure, list[Axes]]:

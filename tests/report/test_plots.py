@@ -112,9 +112,9 @@ def test_speed_is_told_as_the_ratio_of_one_run(make_record):
     teacher = make_record(**known, role="teacher", precision="f32", t_pair_p50_ms=1160.0, speedup_vs_own_f32=1.0)
     candidate = make_record(**known, precision="int8", t_pair_p50_ms=466.0, speedup_vs_own_f32=1.13)
     axes = latency([teacher, candidate]).axes[0]
-    assert [text.get_text() for text in axes.texts] == ["1160.00", "466.00  1.13x f32"]
+    assert [text.get_text() for text in axes.texts] == ["1160.00", "466.00  1.13x own f32"]
     legend = tradeoff([teacher, candidate]).axes[0].get_legend()
-    assert [text.get_text().endswith(", 1.13x f32") for text in legend.get_texts()] == [False, True]
+    assert [text.get_text().endswith(", 1.13x own f32") for text in legend.get_texts()] == [False, True]
     assert "own run" in axes.get_xlabel()
 
 
