@@ -251,7 +251,7 @@ def test_dry_run_passes_on_what_is_shipped(project: Path, capsys: pytest.Capture
     [
         ("configs/workload.yaml", "512, 512]", "256, 256]", "shape is .1, 3, 256, 256. but must be .* 384, 512"),
         ("configs/workload.yaml", "512, 512]", "512, 384]", "H = W out of 384, 512, 640"),
-        ("configs/workload.yaml", "# v1.0:", "# v0.9:", r":1: the first line must be a comment '# v1\.0: what"),
+        ("configs/workload.yaml", "# v1.1:", "# v0.9:", r":1: the first line must be a comment '# v1\.1: what"),
         ("configs/workload.yaml", "images: 512", "images: 100", "calibration.images is 100 but must be at least 512"),
         ("configs/quant.yaml", "images: 512", "images: 100", "ptq.calibration_images is 100 but must be at least 512"),
         ("configs/workload.yaml", "  k: 4", "  k: 0", "pair_graph.k is 0"),

@@ -82,7 +82,7 @@ def test_the_shipped_configs_hold_the_numbers_of_the_lab(configs: Path) -> None:
         ("workload.yaml", "  k: 4", "  k: 4.5", "pair_graph.k is 4.5 but must be a whole number"),
         ("workload.yaml", "  k: 4", "  k:", "pair_graph.k is null but must be a whole number"),
         ("workload.yaml", "symmetrize: false", "symmetrize: 1", "symmetrize is 1 but must be true or false"),
-        ("workload.yaml", 'version: "1.0"', "version: 1.0", r"version is 1\.0 but must be text \(put it in quotes\)"),
+        ("workload.yaml", 'version: "1.1"', "version: 1.1", r"version is 1\.1 but must be text \(put it in quotes\)"),
         ("workload.yaml", "[1, 3, 512, 512]", "512", "input.shape is 512 but must be a list"),
         ("workload.yaml", "[1, 3, 512, 512]", "[1, 3, 512, x]", r"input.shape\[3\] is 'x' but must be a whole number"),
         ("workload.yaml", "{train: 0, eval: 0}", "0", "seeds is 0 but must be a mapping"),
@@ -227,7 +227,7 @@ def test_the_shipped_configs_hold_the_numbers_of_the_lab(configs: Path) -> None:
         ("workload.yaml", "min_covisibility: 0.30", "min_covisibility: 1e999", "must be a finite number"),
         (
             "workload.yaml",
-            'version: "1.0"',
+            'version: "1.1"',
             "version: 2025-10-08",
             "version is read as 'timestamp'; put text in quotes",
         ),
