@@ -28,6 +28,10 @@ pytest.importorskip("nncf")
 Copy = Callable[[], Path]
 
 
+UNDECIDED = 4
+"""What pictures of one scene end with: their drop has no interval over scenes."""
+
+
 def data(outcome: Outcome) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(outcome.out.splitlines()[-1])
     return found
@@ -58,8 +62,9 @@ def tuned(root: Path, asked: tuple[str | Path, ...], plain: Outcome) -> Outcome:
 
 
 def test_plain_int8_that_is_good_enough_is_the_winner(root: Path, plain: Outcome) -> None:
-    assert plain.code == 0, plain.err
+    assert plain.code == UNDECIDED, plain.err
     found = data(plain)
+    assert found["verdict"] == "undecided" and "1 scene tells no interval" in found["sentences"][1]
     (row,) = found["rows"]
     assert (row["units"], row["float_nodes"], row["winner"], row["speedup_vs_int8"]) == ([], 0, True, 1.0)
     assert 0 < row["quality_drop_pct"] < 100
@@ -70,14 +75,14 @@ def test_plain_int8_that_is_good_enough_is_the_winner(root: Path, plain: Outcome
 
 
 def test_the_winner_is_within_the_limit_when_quantized_anew(root: Path, tuned: Outcome) -> None:
-    assert tuned.code == 0, tuned.err
+    assert tuned.code == UNDECIDED, tuned.err
     found = data(tuned)
     *searched, confirmed = found["rows"]
     assert 2 <= len(searched) <= 3
     assert searched[0]["units"] == [] and searched[0]["quality_drop_pct"] > found["max_drop_pct"]
     (winner,) = [row for row in searched if row["winner"]]
     assert (confirmed["kind"], confirmed["winner"], confirmed["units"]) == ("confirmed", True, winner["units"])
-    assert found["ok"] and winner["float_nodes"] == confirmed["float_nodes"] > 0
+    assert found["test_drop_pct"] > 0 and winner["float_nodes"] == confirmed["float_nodes"] > 0
     assert max(winner["quality_drop_pct"], confirmed["quality_drop_pct"]) <= found["max_drop_pct"]
     assert any(row["front"] for row in searched) and not confirmed["front"]
     for row in found["rows"]:
@@ -122,7 +127,7 @@ def test_the_command_at_the_end_runs_the_tuned_recipe(root: Path, tuned: Outcome
         (root / target).write_bytes(original)
     assert outcome.code in (0, 1, 4), outcome.err
     assert outcome.record["keep_list"] == [*before, *added]
-    assert outcome.record["quality_drop_pct"] == winner["quality_drop_pct"]
+    assert outcome.record["quality_drop_pct"] == found["test_drop_pct"]
     assert "✓ quantization  kept from before" in outcome.err
 
 
@@ -131,7 +136,7 @@ def test_a_limit_that_nothing_reaches_is_exit_1(root: Path, asked: tuple[str | P
     outcome = pqk(root, *asked, "--max-drop=-1", "--max-evaluations", "3", "-o", "none.yaml")
     assert outcome.code == 1, outcome.err
     found = data(outcome)
-    assert not found["ok"] and found["quant_yaml"] is None and not out.exists()
+    assert found["verdict"] == "fail" and found["quant_yaml"] is None and not out.exists()
     assert not any(row["winner"] for row in found["rows"])
     # The last choice is everything but the unit with the least share of each graph, as each must have an int8 node.
     left = {unit["name"]: unit["name"].split(":")[0] for unit in found["units"]}
@@ -191,10 +196,10 @@ def test_inc_is_tuned_with_inc(root: Path, asked: tuple[str | Path, ...]) -> Non
     pytest.importorskip("torchao", reason="needs torchao: pip install 'pqk[inc]'")
     inc = (*asked, "--quantizer", "inc", "-o", "inc.yaml")
     plain = pqk(root, *inc, "--max-drop", "100")
-    assert plain.code == 0, plain.err
+    assert plain.code == UNDECIDED, plain.err
     half = data(plain)["rows"][0]["quality_drop_pct"] / 2
     outcome = pqk(root, *inc, "--max-drop", f"{half:.9f}", "--max-evaluations", "2")
-    assert outcome.code == 0, outcome.err
+    assert outcome.code == UNDECIDED, outcome.err
     found = data(outcome)
     *_, confirmed = found["rows"]
     assert confirmed["kind"] == "confirmed" and confirmed["quality_drop_pct"] <= found["max_drop_pct"]
