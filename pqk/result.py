@@ -34,6 +34,7 @@ def reported(work: Callable[[], int]) -> Callable[[], int]:
 
     def run() -> int:
         asked = os.environ.pop(VARIABLE, None)
+        _noted.clear()
         try:
             code = work()
         except SystemExit as end:  # how the parser of the command line ends, also when all went well

@@ -142,7 +142,7 @@ def executed_kernels(runtime_model: ov.Model, spent: Mapping[str, float], source
     """
     nodes = [_node(op) for op in runtime_model.get_ordered_ops()]
     nodes = [{**node, "time": spent[node["name"]]} for node in nodes if node["name"] in spent]
-    nodes.sort(key=lambda node: node["order"])
+    nodes.sort(key=lambda node: (node["order"], node["name"]))
     todo = works(source)
     claims, by_size = _claim(nodes, todo)
     claimed = {id(work) for claimed_works in claims for work in claimed_works}

@@ -265,7 +265,7 @@ def run_tune(request: Request, max_drop: float, max_evaluations: int, out: Path 
     return _CODES[tuned.verdict]
 
 
-def export_card(request: Request, precision: str | None, out: Path, rollback: bool) -> int:
+def export_card(request: Request, precision: str | None, out: Path, rollback: bool = True) -> int:
     """`pqk export`: progress on stderr, the folder on stdout; returns the exit code."""
     from pqk.run.export import export
 

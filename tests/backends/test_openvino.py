@@ -304,7 +304,8 @@ def test_every_call_times_the_kernels_anew(source, monkeypatch):
     with OpenVINOEngine(source.graph, Precision.F32) as engine:
         calls = [engine.kernels() for _ in range(4)]
     assert len(compiled) == 2  # to run, and to count times
-    assert len({tuple(k.name for k in kernels) for kernels in calls}) == 1  # in the order of execution
+    # In the order of execution; a kernel below the clock's microsecond is not always seen, and has no FLOPs.
+    assert len({tuple(k.name for k in kernels if k.flops) for kernels in calls}) == 1
     assert all(sum(k.time_us for k in kernels) > 0 for kernels in calls)
     assert len({tuple(k.time_us for k in kernels) for kernels in calls}) > 1
 

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from backends.base import QuantSpec, Source
 from backends.exchange import export
 from pqk.compress import fit as fit_module
+from pqk.compress.fit import VALIDATION_SEED
 from pqk.compress.imitation import NEAREST, imitation_loss
 from pqk.compress.pairs import SymmetricPairs
 from pqk.compress.qat import Quantized, qat, training_of
@@ -167,7 +168,7 @@ def test_training_brings_the_rounded_model_nearer_to_the_teacher(teacher, ready,
             return float(imitation_loss(SymmetricPairs(model)(images), SymmetricPairs(teacher)(images), 0.2))
 
     def held_out(model) -> float:
-        images = training_pairs(2, 48, split_seed("validation", 0, 0), texture_bank()).images
+        images = training_pairs(2, 48, split_seed("validation", VALIDATION_SEED, 0), texture_bank()).images
         with torch.no_grad():
             return float(imitation_loss(SymmetricPairs(model)(images), SymmetricPairs(teacher)(images), 0.2))
 

@@ -118,7 +118,8 @@ def test_only_the_listed_metrics_are_recorded(finished: tuple[Path, Outcome]) ->
 
     record = dict(finished[1].record)
     summary = dict.fromkeys(("chamfer", "chamfer_accuracy", "chamfer_completeness", "absrel", "rmse"), 0.5)
-    about = {"measured": "engine", "executed": {}, "flops": 1e9, "size_bytes": 1, "scenes": ["a"], "pairs": [{}]}
+    about = {"measured": "engine", "executed": {}, "matched_by_size": 0.0, "flops": 1e9, "size_bytes": 1}
+    about |= {"scenes": ["a"], "pairs": [{"scene": "a", "first": "x", "second": "y"}]}
     graph = Graph(Path("toy.onnx"), (), (), "0" * 64)
     teacher = Variant("fp32", "openvino", Precision.F32, graph, graph)
     measured = Measurements(teacher, {"fp32": {"summary": summary, **about}}, None, {})

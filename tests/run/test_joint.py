@@ -56,7 +56,7 @@ def test_one_run_makes_a_smaller_int8_engine(finished: tuple[Path, Outcome], tin
     assert told["device_s"] > told["training_s"]
     assert "PQK: 12 steps in " in record["notes"] and " % of FLOPs cut" in record["notes"]
     assert "calibrated on 8 images" in record["notes"]
-    assert record["verdict"] in ("pass", "fail") and "quality drop" in record["verdict_reasons"][0]
+    assert record["verdict"] in ("pass", "fail", "undecided") and " drop " in record["verdict_reasons"][0]
     assert record["hashes"]["joint"] and record["hashes"]["teacher"] == teacher["hashes"]["model"]
 
 

@@ -49,8 +49,8 @@ def test_the_last_line_is_the_candidates_record(finished: Finished) -> None:
     assert record["quality_reference"] == "ground_truth"
     assert record["scenes"] == ["test-0-0000", "test-0-0001"]
     assert record["images_calibration"] == 8
-    assert outcome.code == (1 if record["verdict"] == "fail" else 0)
-    assert len(record["verdict_reasons"]) == 5
+    assert outcome.code == {"fail": 1, "undecided": 4, "pass": 0}[record["verdict"]]
+    assert len(record["verdict_reasons"]) == 6
     assert record["executed_precision"]["int8"] > 0.5
     assert sum(record["executed_precision"].values()) == pytest.approx(1)
     # The columns follow from the raw samples and the files that the record was made from.
@@ -267,7 +267,8 @@ def test_the_doors_of_the_lab(script: str, finished: Finished, copy_of: Copy, ti
     content = json.loads(log.read_text())
     if script == "run_quant":
         assert done.returncode == finished[1].code, done.stderr
-        same(content, finished[1].record, "datetime", "wall_s", "run_id")
+        # the script decides nothing between PTQ and QAT
+        same(content, finished[1].record, "datetime", "wall_s", "run_id", "validation_drop_pct")
     else:
         assert done.returncode == 0, done.stderr
         assert content[0]["precision"] == "f32"
