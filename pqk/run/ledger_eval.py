@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from backends.base import Backend, Precision, lowered_to
+from backends.base import Backend, Graph, Precision, lowered_to
 from pqk import paths
 from pqk.data.scene import open_scene
 from pqk.errors import CheckFailed, PqkError, nearest
@@ -38,7 +38,9 @@ from pqk.run.checkpoints import (
 )
 from pqk.run.code import code_of
 from pqk.run.eval_seed import seed_scenes
+from pqk.run.lowering import Lowering
 from pqk.run.prepare import (
+    Model,
     Request,
     asked_experiment,
     check_float_rest,
@@ -276,29 +278,32 @@ class Bench:
         options = dict(self.options)
         if self.cached and self.backend.name != "reference":  # which compiles nothing that could be kept
             options["cache_dir"] = str(paths.store(self.root).parent / "engines")
-        rest = self.experiment.quant.float_rest
-        if self.known["quantizer"] and rest != "auto":
-            options["rest"] = rest
         if self.kept is not None:
             graphs = kept_graphs(self.checkpoint)
         else:
             graphs = stages.export_graphs(self.ctx, model, self.checkpoint.sha256, *shape)
         del model
-        precision = Precision.INT8 if self.known["quantizer"] else Precision(self.known["precision"])
-        name = self.known["precision"] if self.known["quantizer"] else ENGINE_VARIANTS[precision]
-        if self.known["quantizer"] and self.kept is None:
-            graphs = stages.quantize(
-                self.ctx,
-                self.backend.name,
-                self.known["quantizer"],
-                str(self.checkpoint.path),
-                graphs,
-                stages.calibration_images(self.ctx, workload.calibration, workload, self.root),
-                self.experiment.quant.ptq.model_dump(mode="json"),
-                shape,
-            ).graphs
-        self._variant = Variant(name, self.backend.name, precision, graphs["encoder"], graphs["decoder"], options)
+        self._variant = self._of(graphs, options)
         return self._variant
+
+    def _of(self, graphs: Mapping[str, Graph], options: Mapping[str, Any]) -> Variant:
+        """The asked engine of a checkpoint's graphs: in float, quantized as a recipe's stage Q does, or as kept."""
+        assert self.checkpoint is not None
+        quantizer, precision, experiment = self.known["quantizer"], self.known["precision"], self.experiment
+        parts = graphs["encoder"], graphs["decoder"]
+        if quantizer is None:
+            name, asked = ENGINE_VARIANTS[Precision(precision)], Precision(precision)
+            return Variant(name, self.backend.name, asked, *parts, options)
+        if self.kept is not None:
+            rest = experiment.quant.float_rest
+            own = {**options} if rest == "auto" else {**options, "rest": rest}
+            return Variant(precision, self.backend.name, Precision.INT8, *parts, own)
+        calibration = stages.calibration_images(
+            self.ctx, experiment.workload.calibration, experiment.workload, self.root
+        )
+        model = Model(str(self.checkpoint.path), self.checkpoint.name, self.checkpoint.sha256)
+        about = (experiment, self.backend.name, quantizer, precision, model, graphs, calibration)
+        return Lowering(*about, floats=(), columns={"hashes": {}}, options=options).row(self.ctx).variant
 
 
 def _check_result_asked(asked: Asked) -> None:
