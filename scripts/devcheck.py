@@ -1,5 +1,5 @@
 """Dry run: check the configs, the task cards and the log schema without a model or data."""
 
-from pqk.spec.check import main
+from pqk.cli.check import main
 
 raise SystemExit(main())

@@ -304,7 +304,7 @@ def load_images(folder: Path | None, how: dict) -> tuple[list[np.ndarray], str]:
     return images, f"{len(images)} pictures" + (f" (not read: {others})" if others else "")
 
 
-# The next three functions are those of pqk's own reader (pqk/data/picture.py).
+# The next three functions are those of pqk's own reader (pqk/data/scenes/picture.py).
 
 
 def read_picture(path: Path | str) -> tuple[Image.Image, int]:

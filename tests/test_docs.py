@@ -15,7 +15,7 @@ import pytest
 import typer
 
 from pqk.cli import app
-from pqk.spec.card import Overrides, list_cards
+from pqk.settings.card import Overrides, list_cards
 
 ROOT = Path(__file__).resolve().parents[1]
 READMES = [ROOT / "README.md", ROOT / "README.zh-CN.md"]
@@ -188,7 +188,7 @@ def test_the_table_of_fields_is_up_to_date(monkeypatch: pytest.MonkeyPatch, tmp_
 
 def test_examples_that_change_the_config_hold(tmp_path: Path) -> None:
     page = (ROOT / "docs" / "howto-train-teacher.md").read_text("utf-8")
-    from pqk.spec.training import load_training
+    from pqk.settings.training import load_training
 
     blocks = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
     assert len(blocks) == 1
@@ -197,7 +197,7 @@ def test_examples_that_change_the_config_hold(tmp_path: Path) -> None:
 
 
 def test_the_example_card_is_a_card(tmp_path: Path) -> None:
-    from pqk.spec.card import read_card, resolve
+    from pqk.settings.card import read_card, resolve
 
     page = (ROOT / "docs" / "howto-add-a-task-card.md").read_text("utf-8")
     (block,) = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)

@@ -49,9 +49,9 @@ def within(names: set[str], package: str) -> set[str]:
 
 def test_the_walk_sees_something() -> None:
     assert len(MODULES) > 50
-    assert within(MODULES["pqk.run.runner"], "backends")
+    assert within(MODULES["pqk.recipe.runner"], "backends")
     assert within(MODULES["backends.registry"], "backends.openvino")
-    assert within(MODULES["pqk.models.registry"], "pqk.models.dust3r")
+    assert within(MODULES["pqk.families.registry"], "pqk.families.dust3r.model")
 
 
 def test_backends_never_import_pqk() -> None:

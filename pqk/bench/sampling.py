@@ -12,13 +12,13 @@ from typing import Any
 from pqk import paths
 from pqk.errors import PqkError
 from pqk.files import write_text
-from pqk.measure.intervals import t_quantile
-from pqk.run import stages
-from pqk.run.candidate import Outcome
-from pqk.run.prepare import Request
-from pqk.run.runner import run
-from pqk.run.scores import drop_of
-from pqk.run.splits import Split
+from pqk.measure.scores import drop_of
+from pqk.recipe import stages
+from pqk.recipe.candidate import Outcome
+from pqk.recipe.request import Request
+from pqk.recipe.runner import run
+from pqk.recipe.splits import Split
+from pqk.stats.intervals import t_quantile
 
 SEED = 700
 """Base seed of the validation scenes that are looked at here: apart from those of every run and training."""

@@ -19,7 +19,7 @@ def bench_scenes(views: int = 512, size: int = 512) -> dict[str, Any]:
     Prints and returns {views, size, seconds, views_per_second}; the temporary files are deleted.
     Raises PqkError when `views` is no positive multiple of 8 or `size` is not a possible one.
     """
-    from pqk.data.generate import ScenePlan, make_scenes
+    from pqk.data.render.generate import ScenePlan, make_scenes
 
     if views < VIEWS_PER_SCENE or views % VIEWS_PER_SCENE:
         raise PqkError(f"the number of views must be a positive multiple of {VIEWS_PER_SCENE}, got {views}")

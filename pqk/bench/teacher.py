@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from pqk import paths
-from pqk.data.scene import open_scene
+from pqk.data.scenes.scene import open_scene
 from pqk.errors import PqkError
+from pqk.families.dust3r.inputs import load_frames, scene_pairs
+from pqk.families.dust3r.scoring import constant_depth_scores, pair_truth, summarise
 from pqk.files import write_json
-from pqk.measure.quality import constant_depth_scores, pair_truth, summarise
-from pqk.run.candidate import Outcome, make
-from pqk.run.inputs import load_frames, scene_pairs
-from pqk.run.prepare import Request
-from pqk.run.scores import metric_intervals
+from pqk.measure.scores import metric_intervals
+from pqk.recipe.candidate import Outcome, make
+from pqk.recipe.request import Request
 
 CARD = "B1"
 """Whose workload and evaluation count; it has no overrides."""

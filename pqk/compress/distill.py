@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pqk.compress.fit import Fitted, Stop, fit
-from pqk.compress.losses import Prediction, confidence_loss, masked_mean, normalise_jointly
-from pqk.compress.pairs import SymmetricPairs
-from pqk.compress.student import evenly, make_student
-from pqk.compress.train import Progress
-from pqk.data.stream import PairBatch
-from pqk.models.layers import initialize
-from pqk.spec.distill import Distill
+from pqk.compress.cut.student import evenly, make_student
+from pqk.compress.train.fit import Fitted, Stop, fit
+from pqk.compress.train.loop import Progress
+from pqk.compress.train.pairs import SymmetricPairs
+from pqk.data.render.stream import PairBatch
+from pqk.families.dust3r.layers import initialize
+from pqk.families.dust3r.losses import Prediction, confidence_loss, masked_mean, normalise_jointly
+from pqk.settings.distill import Distill
 
 __all__ = ["distill", "laplace_kl", "make_student", "softened_kl"]
 

@@ -2,7 +2,7 @@
 
 While gates are driven from open to shut, the network already rounds as its int8 engine will and learns from the float
 Teacher. Then what is shut is cut out, and what is left is trained on in the same way, with ranges calibrated anew.
-The toolchain prepares the modules of both phases; see `pqk.run.joint`.
+The toolchain prepares the modules of both phases; see `pqk.recipe.joint`.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pqk.compress.cost import FLOPS_SIDE, Costs
-from pqk.compress.fit import Fitted, Stop, fit
-from pqk.compress.gates import Gated, Layout, Price, fold, kept_units, layouts_of, shut, starting_logits
-from pqk.compress.importance import importances
-from pqk.compress.losses import confidence_loss
-from pqk.compress.pairs import SymmetricPairs
-from pqk.compress.prune import Removed
+from pqk.compress.cut.cost import FLOPS_SIDE, Costs
+from pqk.compress.cut.gates import Gated, Layout, Price, fold, kept_units, layouts_of, shut, starting_logits
+from pqk.compress.cut.importance import importances
+from pqk.compress.cut.prune import Removed
+from pqk.compress.cut.refit import moments, refit
+from pqk.compress.cut.units import Slot, cut, slots_of
 from pqk.compress.qat import Quantized, imitation_loss, qat, training_of
-from pqk.compress.refit import moments, refit
-from pqk.compress.train import Progress
-from pqk.compress.units import Slot, cut, slots_of
-from pqk.data.seeds import LIMIT
-from pqk.data.stream import PairBatch
+from pqk.compress.train.fit import Fitted, Stop, fit
+from pqk.compress.train.loop import Progress
+from pqk.compress.train.pairs import SymmetricPairs
+from pqk.data.render.stream import PairBatch
 from pqk.errors import PqkError
+from pqk.families.dust3r.losses import confidence_loss
+from pqk.families.dust3r.model import Dust3r
 from pqk.models import build_model
-from pqk.models.dust3r import Dust3r
-from pqk.spec.joint import Joint
-from pqk.spec.prune import Prune, Sensitivity, Units
-from pqk.spec.quant import Qat
-from pqk.spec.training import Fit
+from pqk.settings.joint import Joint
+from pqk.settings.prune import Prune, Sensitivity, Units
+from pqk.settings.quant import Qat
+from pqk.settings.seeds import LIMIT
+from pqk.settings.training import Fit
 
 Report = Callable[[Progress], None]
 

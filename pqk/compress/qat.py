@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pqk.compress.fit import Fitted, Stop, fit
-from pqk.compress.imitation import Distance, imitation_loss
-from pqk.compress.losses import confidence_loss
-from pqk.compress.pairs import SymmetricPairs
-from pqk.compress.train import Progress
-from pqk.data.stream import PairBatch
+from pqk.compress.train.fit import Fitted, Stop, fit
+from pqk.compress.train.imitation import Distance, imitation_loss
+from pqk.compress.train.loop import Progress
+from pqk.compress.train.pairs import SymmetricPairs
+from pqk.data.render.stream import PairBatch
 from pqk.errors import PqkError
-from pqk.models.dust3r import OUTPUTS
-from pqk.spec.quant import Qat
-from pqk.spec.training import Fit, Stage
+from pqk.families.dust3r.losses import confidence_loss
+from pqk.families.dust3r.model import OUTPUTS
+from pqk.settings.quant import Qat
+from pqk.settings.training import Fit, Stage
 
 
 class Quantized(nn.Module):

@@ -1,6 +1,7 @@
 """Tells how quiet a machine is while times are taken: cores that other processes use, and times that drift.
 
-`pqk.run.timing` reads the load before, during and after its rounds; `disturbances` says what is wrong with a timing.
+`pqk.measure.timing` reads the load before, during and after its rounds; `disturbances` says what is wrong with a
+timing.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def drift_pct(samples_ms: Sequence[float]) -> float | None:
 def disturbances(timing: Mapping[str, Any], max_load: float, max_drift_pct: float) -> list[str]:
     """Says what disturbed a timing, a clause each; empty when nothing did.
 
-    timing: `load_before`, `load_during` and `load_after` in cores, `drift_pct`; see `pqk.run.timing`. max_load,
+    timing: `load_before`, `load_during` and `load_after` in cores, `drift_pct`; see `pqk.measure.timing`. max_load,
     max_drift_pct: section `efficiency` of eval.yaml.
     """
     found = []

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from pqk.errors import PqkError
-from pqk.measure.geometry import Array
+from pqk.families.metrics.geometry import Array
 
 HEADS = ("pts3d_1", "pts3d_2", "conf_1", "conf_2")
 POINTS = ("pts3d_1", "pts3d_2")

@@ -1,7 +1,7 @@
 """The evidence ledger: one TSV row per evaluation of a fixed checkpoint, its statistics, and paired comparisons.
 
 A row says which training made the checkpoint (train_seed), which draw it was evaluated on (eval_seed), what came out,
-and the digests of everything that decides it. Nothing here runs a model; `pqk.run.ledger_eval` makes the rows.
+and the digests of everything that decides it. Nothing here runs a model; `pqk.study.ledger_eval` makes the rows.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from typing import Any
 from pqk.errors import PqkError, nearest
 from pqk.files import clear_write_errors, matching, sha256_file
 from pqk.locks import lock
-from pqk.measure.intervals import difference_interval, mean_interval
 from pqk.paths import shown
 from pqk.record.pair_scores import Scores, paired
 from pqk.record.tsv import Kind, Row, read_table, write_table
+from pqk.settings.seeds import seeds_text
+from pqk.stats.intervals import difference_interval, mean_interval
 
 METRICS = (
     "chamfer",
@@ -36,7 +37,7 @@ METRICS = (
     "ause",
     "reproj_px",
 )
-"""Quality, as `pqk.measure.quality.summarise` gives it."""
+"""Quality, as `pqk.families.dust3r.scoring.summarise` gives it."""
 
 MEASURED = (*METRICS, "drop_pct", "fps")
 """What has a mean and a spread. drop_pct: see `COLUMNS`."""
@@ -320,31 +321,6 @@ def _line(scope: str, rows: Sequence[Row]) -> Row:
             found = stat(values)
             line |= {f"{name}_mean": found.mean, f"{name}_std": found.std}
     return line
-
-
-def seeds_text(seeds: Iterable[int]) -> str:
-    """{0, 1, 2, 5} -> '0..2,5'; the inverse of `parse_seeds`."""
-    runs: list[list[int]] = []
-    for seed in sorted(seeds):
-        if runs and seed == runs[-1][1] + 1:
-            runs[-1][1] = seed
-        else:
-            runs.append([seed, seed])
-    return ",".join(str(a) if a == b else f"{a}..{b}" for a, b in runs)
-
-
-def parse_seeds(text: str, limit: int = 1024) -> tuple[int, ...]:
-    """'0..4', '3' or '0,2,5..7' as ascending seeds below `limit`. Raises PqkError."""
-    seeds: set[int] = set()
-    for part in text.split(","):
-        first, dots, last = part.strip().partition("..")
-        ends = (first, last if dots else first)
-        if not all(end.isascii() and end.isdigit() and len(end) < 10 for end in ends) or int(ends[0]) > int(ends[1]):
-            raise PqkError(f"seeds {text!r}: write them as 0..4, or 0,2,5")
-        if int(ends[1]) >= limit:
-            raise PqkError(f"seeds {text!r}: a seed must be below {limit}")
-        seeds.update(range(int(ends[0]), int(ends[1]) + 1))
-    return tuple(sorted(seeds))
 
 
 # Comparison

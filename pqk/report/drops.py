@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pqk.measure.intervals import Interval, difference_interval, drop_interval, groups_to_decide, mean_interval
 from pqk.record.ledger import HIGHER_IS_BETTER
 from pqk.record.pair_scores import Scores, paired
 from pqk.record.tsv import Row
 from pqk.report.table import interval_of
+from pqk.stats.intervals import Interval, difference_interval, drop_interval, groups_to_decide, mean_interval
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-    from pqk.spec.evaluation import Thresholds
+    from pqk.settings.evaluation import Thresholds
 
 # Okabe and Ito's palette (https://jfly.uni-koeln.de/color), told apart with every common colour blindness; the yellow
 # is left out, it is too faint on white. Seven colours and nine markers give 63 different pairs.

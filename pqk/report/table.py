@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from pqk.spec.evaluation import Thresholds
+    from pqk.settings.evaluation import Thresholds
 
 Record = Mapping[str, Any]
 _Layout = Mapping[str, str]
@@ -54,7 +54,7 @@ class Places:
     @classmethod
     def of_project(cls, root: Path) -> Places:
         """As configs/eval.yaml names them in `report`, below the project's root; without that file in reports/."""
-        from pqk.spec.evaluation import load_evaluation
+        from pqk.settings.evaluation import load_evaluation
 
         file = paths.configs(root) / "eval.yaml"
         if not file.is_file():
@@ -65,7 +65,7 @@ class Places:
 
 def _thresholds(root: Path) -> Thresholds | None:
     """Those of the project's configs/eval.yaml; None where there is no such file."""
-    from pqk.spec.evaluation import load_evaluation
+    from pqk.settings.evaluation import load_evaluation
 
     file = paths.configs(root) / "eval.yaml"
     return load_evaluation(file).thresholds if file.is_file() else None

@@ -217,7 +217,7 @@ def test_the_gpu_is_the_machine_in_keys_and_records(
     providers: list[FakeCuda], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two GPUs behind one CPU, and one GPU under two drivers, never share a key; on a CPU nothing is added."""
-    from pqk.run.prepare import Request, context
+    from pqk.recipe.request import Request, context
 
     backend = registry.get("trt")
 

@@ -21,13 +21,13 @@ from scipy.integrate import dblquad, quad
 from torch import nn
 
 from pqk.compress.distill import PairsWithFeatures, distill, feature_loss, laplace_kl, make_student, softened_kl
-from pqk.compress.fit import Fitted
-from pqk.compress.losses import confidence_loss
-from pqk.compress.pairs import SymmetricPairs
+from pqk.compress.train.fit import Fitted
+from pqk.compress.train.pairs import SymmetricPairs
 from pqk.errors import PqkError
+from pqk.families.dust3r.losses import confidence_loss
 from pqk.models import build_model
-from pqk.spec.distill import Distill, StudentCut, load_distill
-from pqk.spec.yamlfile import SpecError
+from pqk.settings.distill import Distill, StudentCut, load_distill
+from pqk.settings.yamlfile import SpecError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIG = REPOSITORY / "configs" / "distill.yaml"
@@ -322,9 +322,9 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from pqk.compress.distill import distill, make_student
-from pqk.compress.train import Trainer
+from pqk.compress.train.loop import Trainer
 from pqk.models import build_model
-from pqk.spec.distill import load_distill
+from pqk.settings.distill import load_distill
 
 Trainer.run.__kwdefaults__["save_every_s"] = 0.0  # as if every step took minutes
 asked = json.loads(sys.argv[1])

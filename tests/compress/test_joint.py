@@ -13,18 +13,18 @@ from pydantic import ValidationError
 
 from backends.base import QuantSpec, Source
 from backends.exchange import export
-from pqk.compress import fit as fit_module
-from pqk.compress.cost import Costs
-from pqk.compress.gates import Gate, Gated, Price, fold, kept_units, owners, shut, starting_logits
+from pqk.compress.cut.cost import Costs
+from pqk.compress.cut.gates import Gate, Gated, Price, fold, kept_units, owners, shut, starting_logits
+from pqk.compress.cut.units import cut
 from pqk.compress.joint import GatePlan, Whole, close_gates, cut_gates, float_weights, phases
-from pqk.compress.pairs import SymmetricPairs
 from pqk.compress.qat import Quantized
-from pqk.compress.train import Progress, Trainer
-from pqk.compress.units import cut
+from pqk.compress.train.loop import Progress, Trainer
+from pqk.compress.train.loop import fit as fit_module
+from pqk.compress.train.pairs import SymmetricPairs
 from pqk.errors import PqkError
 from pqk.models import build_model
-from pqk.run.prepare import count_parameters
-from pqk.spec.joint import Joint, load_joint
+from pqk.recipe.request import count_parameters
+from pqk.settings.joint import Joint, load_joint
 
 SIZE = 32
 TINY = {

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from pqk.compress.losses import (
+from pqk.errors import PqkError
+from pqk.families.dust3r.losses import (
     confidence_loss,
     normalise_jointly,
     regression_loss,
     scale_shift_invariant_error,
     to_camera1,
 )
-from pqk.errors import PqkError
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TOLERANCE = 1e-5  # of the largest value of the tensor

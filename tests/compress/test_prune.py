@@ -13,22 +13,22 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pqk.compress.cost import Costs
-from pqk.compress.importance import importances, most_important
-from pqk.compress.losses import confidence_loss
-from pqk.compress.pairs import SymmetricPairs, scenery
-from pqk.compress.prune import finetune, prune
-from pqk.compress.refit import moments, refit
-from pqk.compress.sensitivity import Probe, Score, Step, even_steps, kept, scan, spend, steps_by_scan, taken_over
-from pqk.compress.units import Slot, cut, may_drop, silenced, slots_of, smaller_config
-from pqk.data.seeds import split_seed
-from pqk.data.stream import training_pairs
-from pqk.data.synthetic import texture_bank
+from pqk.compress.cut.cost import Costs
+from pqk.compress.cut.importance import importances, most_important
+from pqk.compress.cut.prune import finetune, prune
+from pqk.compress.cut.refit import moments, refit
+from pqk.compress.cut.sensitivity import Probe, Score, Step, even_steps, kept, scan, spend, steps_by_scan, taken_over
+from pqk.compress.cut.units import Slot, cut, may_drop, silenced, slots_of, smaller_config
+from pqk.compress.train.pairs import SymmetricPairs, scenery
+from pqk.data.render.stream import training_pairs
+from pqk.data.render.synthetic import texture_bank
 from pqk.errors import PqkError
+from pqk.families.dust3r.losses import confidence_loss
+from pqk.families.dust3r.model import OUTPUTS, Dust3r
 from pqk.models import build_model, load_model, save_model
-from pqk.models.dust3r import OUTPUTS, Dust3r
-from pqk.spec.prune import Prune, Units, load_prune
-from pqk.spec.yamlfile import expand, merge
+from pqk.settings.prune import Prune, Units, load_prune
+from pqk.settings.seeds import split_seed
+from pqk.settings.yamlfile import expand, merge
 
 torch_pruning = pytest.importorskip("torch_pruning")
 

@@ -12,17 +12,17 @@ from pydantic import ValidationError
 
 from backends.base import QuantSpec, Source
 from backends.exchange import export
-from pqk.compress import fit as fit_module
-from pqk.compress.fit import VALIDATION_SEED
-from pqk.compress.imitation import NEAREST, imitation_loss
-from pqk.compress.pairs import SymmetricPairs
 from pqk.compress.qat import Quantized, qat, training_of
-from pqk.compress.train import Trainer
-from pqk.data.seeds import split_seed
-from pqk.data.stream import training_pairs
-from pqk.data.synthetic import texture_bank
+from pqk.compress.train.fit import VALIDATION_SEED
+from pqk.compress.train.imitation import NEAREST, imitation_loss
+from pqk.compress.train.loop import Trainer
+from pqk.compress.train.loop import fit as fit_module
+from pqk.compress.train.pairs import SymmetricPairs
+from pqk.data.render.stream import training_pairs
+from pqk.data.render.synthetic import texture_bank
 from pqk.models import build_model
-from pqk.spec.quant import Qat, load_quant
+from pqk.settings.quant import Qat, load_quant
+from pqk.settings.seeds import split_seed
 
 SIZE = 32
 TINY = {

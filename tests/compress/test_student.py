@@ -15,11 +15,11 @@ from torch._subclasses import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from pqk.compress.student import _fold, evenly, make_student, remaining
+from pqk.compress.cut.student import _fold, evenly, make_student, remaining
 from pqk.errors import PqkError
+from pqk.families.dust3r.configs import NAMED
 from pqk.models import build_model, load_model, save_model
-from pqk.models.configs import NAMED
-from pqk.spec.distill import StudentCut, load_distill
+from pqk.settings.distill import StudentCut, load_distill
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SMALL = {

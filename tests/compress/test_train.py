@@ -16,18 +16,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from pqk.compress import pairs as pairs_module
-from pqk.compress import teacher
-from pqk.compress.pairs import depth_scores, means_of, pick_device, validation_scores
-from pqk.compress.teacher import train_teacher
-from pqk.compress.train import Schedule, Trainer, parameter_groups
-from pqk.data.synthetic import texture_bank
+from pqk.compress.train.loop import Schedule, Trainer, parameter_groups, teacher
+from pqk.compress.train.loop import pairs as pairs_module
+from pqk.compress.train.pairs import depth_scores, means_of, pick_device, validation_scores
+from pqk.compress.train.teacher import train_teacher
+from pqk.data.render.synthetic import texture_bank
 from pqk.errors import PqkError
+from pqk.families.dust3r.configs import NAMED
+from pqk.families.dust3r.scoring import PairTruth, constant_depth_scores, score_pair
 from pqk.files import sha256_file
-from pqk.measure.quality import PairTruth, constant_depth_scores, score_pair
 from pqk.models import load_model
-from pqk.models.configs import NAMED
-from pqk.spec.training import TrainSpec, load_training
+from pqk.settings.training import TrainSpec, load_training
 
 CPU = torch.device("cpu")
 TINY = {
@@ -555,10 +554,10 @@ def test_two_processes_from_the_command_line(tmp_path):
 RANKS = """
 import os, sys, torch
 from pathlib import Path
-from pqk.compress import teacher
-from pqk.compress.train import Trainer
-from pqk.models.configs import NAMED
-from pqk.spec.training import load_training
+from pqk.compress.train.loop import teacher
+from pqk.compress.train.loop import Trainer
+from pqk.families.dust3r.configs import NAMED
+from pqk.settings.training import load_training
 
 NAMED["dust3r-tiny"] = {**NAMED["dust3r-tiny"], "head_type": "linear", "enc_depth": 1, "dec_depth": 1,
                         "dec_blocks": None, "dec_blocks2": None, "enc_embed_dim": 32, "dec_embed_dim": 32}

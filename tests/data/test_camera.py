@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pqk.data import camera as camera_module
-from pqk.data.camera import CAMERA_MODELS, Camera, distort, largest_radius, undistort_image, undistort_nearest
+from pqk.data.scenes import camera as camera_module
+from pqk.data.scenes.camera import CAMERA_MODELS, Camera, distort, largest_radius, undistort_image, undistort_nearest
 from pqk.errors import PqkError
 
 WIDTH, HEIGHT = 160, 120

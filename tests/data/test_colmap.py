@@ -11,8 +11,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
-from pqk.data.camera import CAMERA_MODELS, Camera
-from pqk.data.colmap import (
+from pqk.data.scenes.camera import CAMERA_MODELS, Camera
+from pqk.data.scenes.colmap import (
     ModelImage,
     model_paths,
     quaternion_to_rotation,

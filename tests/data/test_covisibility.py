@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pqk.data.covisibility import LEAST, covisibility
+from pqk.data.scenes.covisibility import LEAST, covisibility
 
 K = np.array([[40.0, 0, 32.0], [0, 40.0, 24.0], [0, 0, 1]])
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pqk.data.depth import measured_depth
-from pqk.data.scene import View
+from pqk.data.scenes.depth import measured_depth
+from pqk.data.scenes.scene import View
 from pqk.errors import PqkError
 
 METRES = np.random.default_rng(0).uniform(0.5, 9, (30, 40)).astype("<f4")

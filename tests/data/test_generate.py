@@ -18,11 +18,11 @@ import psutil
 import pytest
 import torch
 
-from pqk.data.covisibility import covisibility
-from pqk.data.generate import CLOSEST, ScenePlan, find_scene, make_scenes
-from pqk.data.pairs import pair_graph
-from pqk.data.scene import open_scene, open_scenes
-from pqk.data.synthetic import render, texture_bank
+from pqk.data.render.generate import CLOSEST, ScenePlan, find_scene, make_scenes
+from pqk.data.render.synthetic import render, texture_bank
+from pqk.data.scenes.covisibility import covisibility
+from pqk.data.scenes.pairs import pair_graph
+from pqk.data.scenes.scene import open_scene, open_scenes
 from pqk.errors import PqkError
 from pqk.files import sha256_file
 
@@ -127,7 +127,7 @@ def test_killed_in_the_middle(tmp_path, jobs):
     """After kill -9 there are whole scenes and hidden leftovers only, no worker lives on, a second run completes."""
     out = tmp_path / "scenes"
     code = (
-        "import sys; from pathlib import Path; from pqk.data.generate import ScenePlan, make_scenes\n"
+        "import sys; from pathlib import Path; from pqk.data.render.generate import ScenePlan, make_scenes\n"
         "if __name__ == '__main__':\n"
         f"    plans = [ScenePlan('test', 3, i, views=4, size=64) for i in range(200)]\n"
         f"    make_scenes(Path({str(out)!r}), plans, jobs={jobs})\n"
@@ -207,7 +207,7 @@ def test_read_only_folder(tmp_path):
 
 def test_full_disk_leaves_nothing(tmp_path, monkeypatch):
     """The disk is full at the last file: the sentence says so and no folder stays."""
-    from pqk.data import generate
+    from pqk.data.render import generate
 
     def full(path, value):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -220,7 +220,7 @@ def test_full_disk_leaves_nothing(tmp_path, monkeypatch):
 
 def test_as_many_processes_as_allowed_cores(tmp_path, monkeypatch):
     """Not as many as the machine has: a container may be allowed two of 200."""
-    from pqk.data import generate
+    from pqk.data.render import generate
 
     asked = []
 

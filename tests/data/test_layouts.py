@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pqk.data.camera import Camera
-from pqk.data.colmap import ModelImage, write_text_model
-from pqk.data.scene import open_scene, open_scenes
+from pqk.data.scenes.camera import Camera
+from pqk.data.scenes.colmap import ModelImage, write_text_model
+from pqk.data.scenes.scene import open_scene, open_scenes
 from pqk.errors import PqkError
-from pqk.run.stages import folder_scenes
+from pqk.recipe.stages import folder_scenes
 
 WIDTH, HEIGHT = 48, 32
 NAMES = ("0.png", "1.png", "2.png")

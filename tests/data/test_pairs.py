@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter
 
-from pqk.data.pairs import image_similarity, pair_graph
+from pqk.data.scenes.pairs import image_similarity, pair_graph
 from pqk.errors import PqkError
 
 CASE = json.loads((Path(__file__).parents[1] / "golden" / "dust3r_pairs" / "case.json").read_text())

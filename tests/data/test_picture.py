@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pqk.data import picture
-from pqk.data.picture import read_picture, upright
-from pqk.run.samples import sample_source
+from pqk.data.scenes import picture
+from pqk.data.scenes.picture import read_picture, upright
+from pqk.export.sample_source import sample_source
 
 sys.path.insert(0, str(Path(__file__).parent))
 

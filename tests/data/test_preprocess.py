@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pqk.data.preprocess import fit_to_shape, official_preprocess, official_size, unproject
-from pqk.data.scene import View
+from pqk.data.scenes.preprocess import fit_to_shape, official_preprocess, official_size, unproject
+from pqk.data.scenes.scene import View
 from pqk.errors import PqkError
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "dust3r_preprocess"

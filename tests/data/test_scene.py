@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pqk.data.camera import Camera
-from pqk.data.colmap import ModelImage, write_text_model
-from pqk.data.preprocess import fit_to_shape
-from pqk.data.scene import View, open_scene, open_scenes
+from pqk.data.scenes.camera import Camera
+from pqk.data.scenes.colmap import ModelImage, write_text_model
+from pqk.data.scenes.preprocess import fit_to_shape
+from pqk.data.scenes.scene import View, open_scene, open_scenes
 from pqk.errors import PqkError
-from pqk.run.inputs import CalibrationImages
+from pqk.families.dust3r.inputs import CalibrationImages
 
 WIDTH, HEIGHT = 48, 32
 PINHOLE = Camera(1, "PINHOLE", WIDTH, HEIGHT, (40.0, 41.0, 23.0, 17.0))
@@ -327,7 +327,7 @@ def test_names_that_are_not_utf8(tmp_path):
     """Refused where a picture or a scene has such a name; other files are not looked at."""
     import os
 
-    from pqk.run.stages import folder_scenes
+    from pqk.recipe.stages import folder_scenes
 
     folder = tmp_path / "room"
     folder.mkdir()

@@ -12,12 +12,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pqk.data.intersect import BOX, CYLINDER, ELLIPSOID, SceneBatch, nearest_hit
-from pqk.data.raytrace import pixel_rays, trace
-from pqk.data.seeds import INDICES, LIMIT, SPLITS, split_seed
-from pqk.data.shade import normal_and_uv
-from pqk.data.stream import covisible_share, invert_rigid, training_pairs
-from pqk.data.synthetic import MARGIN, NEAREST, expose, render, sample_scenes, texture_bank
+from pqk.data.render.intersect import BOX, CYLINDER, ELLIPSOID, SceneBatch, nearest_hit
+from pqk.data.render.raytrace import pixel_rays, trace
+from pqk.data.render.shade import normal_and_uv
+from pqk.data.render.stream import covisible_share, invert_rigid, training_pairs
+from pqk.data.render.synthetic import MARGIN, NEAREST, expose, render, sample_scenes, texture_bank
+from pqk.settings.seeds import INDICES, LIMIT, SPLITS, split_seed
 
 SIZE = 48
 

@@ -17,9 +17,9 @@ from backends.base import Graph, Precision, executed_precision
 from backends.trt import cuda
 from backends.trt.cuda import CudaArray, provider
 from backends.trt.engine import has_tf32
+from pqk.engines.variant import Runner, Variant
 from pqk.models import build_model
-from pqk.run.prepare import Request, context
-from pqk.run.variants import Runner, Variant
+from pqk.recipe.request import Request, context
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(provider() is None, reason="needs a CUDA device")]
 NET = network(1024, 2048)

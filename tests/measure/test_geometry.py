@@ -12,7 +12,7 @@ from hypothesis.extra.numpy import arrays
 from scipy.spatial.transform import Rotation
 
 from pqk.errors import PqkError
-from pqk.measure.geometry import (
+from pqk.families.metrics.geometry import (
     abs_rel,
     align_scale,
     chamfer,

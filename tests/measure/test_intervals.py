@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pqk.measure.intervals import (
+from pqk.stats.intervals import (
     difference_interval,
     drop_interval,
     groups_to_decide,

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from pqk.errors import PqkError
 from pqk.measure.footprint import peak_ram_bytes
-from pqk.measure.latency import p95, percentile, speedup
+from pqk.stats.latency import p95, percentile, speedup
 
 times = st.lists(st.floats(1e-3, 1e5), min_size=1, max_size=50)
 

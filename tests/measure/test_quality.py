@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
 from pqk.errors import PqkError
-from pqk.measure.quality import (
+from pqk.families.dust3r.configs import NAMED, lowest_confidence
+from pqk.families.dust3r.scoring import (
     PairTruth,
     constant_depth_scores,
     pair_depth,
@@ -23,8 +24,7 @@ from pqk.measure.quality import (
     score_pair,
     summarise,
 )
-from pqk.models.configs import NAMED, lowest_confidence
-from pqk.run.scoring import Scorer
+from pqk.measure.scoring import Scorer
 
 CHAMFER = {"chamfer", "chamfer_accuracy", "chamfer_completeness", "chamfer_paired"}
 KEYS = CHAMFER | {"absrel", "rmse", "delta1", "ause", "reproj_px"}

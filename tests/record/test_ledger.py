@@ -23,7 +23,7 @@ from scipy import stats
 
 from pqk.errors import PqkError
 from pqk.files import whole_folder
-from pqk.record import freeze
+from pqk.record import deliverable as freeze
 from pqk.record.ledger import (
     METRICS,
     RESULT,
@@ -31,10 +31,8 @@ from pqk.record.ledger import (
     add_row,
     compare,
     halves_interval,
-    parse_seeds,
     read_results,
     read_rows,
-    seeds_text,
     stat,
     summarise_files,
     t_interval,
@@ -42,6 +40,7 @@ from pqk.record.ledger import (
     write_rows,
 )
 from pqk.record.tsv import Row, read_table
+from pqk.settings.seeds import parse_seeds, seeds_text
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

@@ -14,7 +14,7 @@ import pytest
 from scipy import stats
 
 from pqk.errors import PqkError
-from pqk.record import freeze
+from pqk.record import deliverable as freeze
 from pqk.record.ledger import COLUMNS, METRICS, compare, write_rows
 from pqk.record.pair_scores import files_of, paired, scores_here, scores_in
 from pqk.record.tsv import Row

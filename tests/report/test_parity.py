@@ -7,9 +7,9 @@ from typing import Any
 
 from rich.console import Console
 
+from pqk.parity.parity import Result, Row, Verdict
+from pqk.parity.report import as_data, print_parity
 from pqk.record.schema import empty_record
-from pqk.report.parity import as_data, print_parity
-from pqk.run.parity import Result, Row, Verdict
 
 
 def heads(error: float) -> dict[str, dict[str, float | None]]:

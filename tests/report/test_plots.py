@@ -9,7 +9,7 @@ from PIL import Image
 
 from pqk.report.plots import SHOWN, ablation, draw_plots, latency, pareto_front, precision, tradeoff
 from pqk.report.table import row_label
-from pqk.spec.evaluation import load_evaluation
+from pqk.settings.evaluation import load_evaluation
 
 ROOT = Path(__file__).parents[2]
 

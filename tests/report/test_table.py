@@ -459,9 +459,9 @@ def test_empty_record_needs_its_identity():
 
 def test_ablation_tables_have_intervals(tmp_path, make_record):
     """As text beside the drop in the markdown, as numbers in the CSV; a point that failed has none."""
-    from pqk.report.ablation import write_matrix
-    from pqk.run.matrix import MatrixResult
-    from pqk.spec.card import load_card
+    from pqk.recipe.ablation import write_matrix
+    from pqk.recipe.matrix import MatrixResult
+    from pqk.settings.card import load_card
 
     known = {"quality_drop_pct": 0.5, "intervals": {"quality_drop_pct": [0.25, 0.75]}}
     points = {"8 images": make_record(**known), "=2;=3": make_record(quality_drop_pct=1.0), "none": None}

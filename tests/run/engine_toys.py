@@ -10,7 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from backends.base import Graph, Precision
 from backends.exchange import describe_onnx
-from pqk.run.variants import Variant
+from pqk.engines.variant import Variant
 
 SIDE = 32
 PIXELS = 3 * SIDE * SIDE

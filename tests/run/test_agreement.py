@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
-from pqk.data.generate import ScenePlan, make_scenes
+from pqk.data.render.generate import ScenePlan, make_scenes
 from pqk.errors import PqkError
-from pqk.run import agreement
+from pqk.measure import output_difference as agreement
 
 
 class Scaled:

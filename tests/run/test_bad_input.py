@@ -16,13 +16,13 @@ from run_toys import Outcome, environment, pqk
 
 from backends import registry
 from pqk.cli import main
+from pqk.cli.run_output import settings_of
 from pqk.errors import PqkError
+from pqk.families.dust3r.inputs import CalibrationImages
 from pqk.files import write_text
-from pqk.run import stages
-from pqk.run.command import settings_of
-from pqk.run.inputs import CalibrationImages
-from pqk.run.store import Store
-from pqk.spec.workload import load_workload
+from pqk.recipe import stages
+from pqk.settings.workload import load_workload
+from pqk.store.store import Store
 
 Copy = Callable[[], Path]
 Refused = Callable[..., str]

@@ -9,8 +9,8 @@ import pytest
 from run_toys import written
 
 from pqk.bench.teacher import bench_teacher
+from pqk.cli.legacy_scripts import baseline
 from pqk.errors import PqkError
-from pqk.run.doors import baseline
 
 
 def test_the_figures_are_those_of_a_run(project: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

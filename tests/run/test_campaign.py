@@ -14,8 +14,8 @@ from pqk.files import sha256_json
 from pqk.record.ledger import COLUMNS, METRICS, write_rows
 from pqk.record.log import write_record
 from pqk.record.schema import empty_record
-from pqk.run.campaign import gather
-from pqk.spec.card import load_card, resolve
+from pqk.settings.card import load_card, resolve
+from pqk.study.campaign import gather
 
 SEED = "workload.seeds.train"
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from pqk.run.clock import Clock, clock
-from pqk.run.stages import device_hours
-from pqk.run.store import Artifact
+from pqk.recipe.stages import device_hours
+from pqk.store.device_hours import Clock, clock
+from pqk.store.store import Artifact
 
 
 def test_parts_add_up(tmp_path: Path) -> None:

@@ -20,17 +20,18 @@ import pytest
 from run_toys import REPOSITORY
 
 from backends.base import Graph, Precision
+from pqk.engines.variant import Variant
 from pqk.errors import PqkError
-from pqk.run import explain, stages, training, worker
-from pqk.run.code import Reader, Top, closure, code_of, digest, refuse_other
-from pqk.run.joint import join
-from pqk.run.parts import bought
-from pqk.run.prepare import PACKAGES, Model
-from pqk.run.stages import Context, Learn, Scenes
-from pqk.run.store import Artifact, Store
-from pqk.run.variants import Variant
-from pqk.sources import source_of
-from pqk.spec.card import load_card, resolve
+from pqk.recipe import ranking, stages, training
+from pqk.recipe.block_profile import bought
+from pqk.recipe.joint import join
+from pqk.recipe.request import PACKAGES, Model
+from pqk.recipe.stages import Context, Learn, Scenes
+from pqk.settings.card import load_card, resolve
+from pqk.store import worker
+from pqk.store.code import Reader, Top, closure, code_of, digest, refuse_other
+from pqk.store.sources import source_of
+from pqk.store.store import Artifact, Store
 
 pytest.importorskip("openvino")
 
@@ -178,18 +179,18 @@ def test_every_file_of_a_stage_is_in_its_key_and_no_other(asked: Mapping[str, Re
 @pytest.mark.parametrize(
     ("stage", "module"),
     [
-        ("graphs", "pqk.models.checkpoint"),
-        ("graphs", "pqk.models.registry"),
-        ("graphs", "pqk.models.dust3r"),
-        ("prune", "pqk.models.checkpoint"),
-        ("distill", "pqk.models.dust3r"),
-        ("prune", "pqk.run.stoploss"),
-        ("distill", "pqk.run.stoploss"),
-        ("joint", "pqk.run.stoploss"),
-        ("qat", "pqk.run.stoploss"),
+        ("graphs", "pqk.families.checkpoint"),
+        ("graphs", "pqk.families.registry"),
+        ("graphs", "pqk.families.dust3r.model"),
+        ("prune", "pqk.families.checkpoint"),
+        ("distill", "pqk.families.dust3r.model"),
+        ("prune", "pqk.compress.train.stop_rules"),
+        ("distill", "pqk.compress.train.stop_rules"),
+        ("joint", "pqk.compress.train.stop_rules"),
+        ("qat", "pqk.compress.train.stop_rules"),
         ("predictions", "backends.openvino.backend"),
         ("predictions", "backends.openvino.nncf"),  # which checks the keep-list in the engine
-        ("quantize inc", "pqk.models.dust3r"),  # it starts from the module
+        ("quantize inc", "pqk.families.dust3r.model"),  # it starts from the module
     ],
 )
 def test_what_decides_a_result_is_in_its_key(asked: Mapping[str, Recorder], stage: str, module: str) -> None:
@@ -199,16 +200,16 @@ def test_what_decides_a_result_is_in_its_key(asked: Mapping[str, Recorder], stag
 @pytest.mark.parametrize(
     ("stage", "module"),
     [
-        ("qat", "pqk.run.timing"),
-        ("qat", "pqk.compress.student"),
-        ("qat", "pqk.run.stages"),
-        ("joint", "pqk.run.evaluate"),
-        ("predictions", "pqk.run.scoring"),
-        ("predictions", "pqk.measure.quality"),
+        ("qat", "pqk.measure.timing"),
+        ("qat", "pqk.compress.cut.student"),
+        ("qat", "pqk.recipe.stages"),
+        ("joint", "pqk.measure.evaluate"),
+        ("predictions", "pqk.measure.scoring"),
+        ("predictions", "pqk.families.dust3r.scoring"),
         ("prune", "pqk.compress.distill"),
-        ("distill", "pqk.compress.prune"),
+        ("distill", "pqk.compress.cut.prune"),
         ("timing", "backends.openvino.nncf"),
-        ("quantize", "pqk.models.dust3r"),  # it starts from the graph
+        ("quantize", "pqk.families.dust3r.model"),  # it starts from the graph
     ],
 )
 def test_what_a_stage_does_not_use_is_not_in_its_key(asked: Mapping[str, Recorder], stage: str, module: str) -> None:
@@ -256,7 +257,7 @@ def test_code_of_a_task_is_in_the_key_of_what_it_makes(asked: Mapping[str, Recor
         name = stage.split()[0]
         if name in worker.TASKS:
             assert worker.TASKS[name].partition(":")[0] in found.modules, stage
-    assert {worker.TASKS[name].partition(":")[0] for name in ("parted", "ranking", "mixed")} == set(explain._CODE)
+    assert {worker.TASKS[name].partition(":")[0] for name in ("parted", "ranking", "mixed")} == set(ranking._CODE)
 
 
 def test_prose_and_code() -> None:
@@ -317,10 +318,10 @@ PARENT = """
 import sys
 from pathlib import Path
 from pqk.errors import PqkError
-from pqk.run import worker
-from pqk.run.code import code_of
+from pqk.store import worker
+from pqk.store.code import code_of
 toy = Path(worker.__file__).with_name("toy.py")
-code_of("pqk.run.toy")
+code_of("pqk.store.toy")
 exec(sys.argv[1])
 try:
     print(worker.call("timing", {})["length"])
@@ -337,8 +338,8 @@ def tree(tmp_path: Path) -> Path:
         shutil.copytree(REPOSITORY / package, tmp_path / package, ignore=ignored)
     path = tmp_path / "pqk" / "run" / "worker.py"
     text = path.read_text("utf-8")
-    assert text.count("pqk.run.timing:time_variants") == 1
-    path.write_text(text.replace("pqk.run.timing:time_variants", "pqk.run.toy:work"), "utf-8")
+    assert text.count("pqk.measure.timing:time_variants") == 1
+    path.write_text(text.replace("pqk.measure.timing:time_variants", "pqk.store.toy:work"), "utf-8")
     (tmp_path / "pqk" / "run" / "toy.py").write_text(TOY.format(extra="pass"))
     return tmp_path
 
@@ -349,7 +350,7 @@ def ran(tree: Path, script: str, *arguments: str) -> str:
     return subprocess.run(command, env=variables, capture_output=True, text=True, check=True, cwd=tree).stdout.strip()
 
 
-REFUSED = "the code changed while the timing process ran (pqk.run.toy): its result is not kept, run again"
+REFUSED = "the code changed while the timing process ran (pqk.store.toy): its result is not kept, run again"
 
 
 @pytest.mark.parametrize(
@@ -371,7 +372,7 @@ def test_a_file_edited_between_key_and_work(tree: Path, before: str, answer: str
         ('import pathlib; pathlib.Path(__file__).write_text("LENGTH = 5")', "3"),
         # what is loaded later is not: the worker loads it edited, and its parent notices
         ('import pathlib; p = pathlib.Path(__file__).with_name("matrix.py"); p.write_text("A = 1"); '
-         "import pqk.run.matrix", REFUSED.replace("run.toy", "run.matrix")),
+         "import pqk.recipe.matrix", REFUSED.replace("run.toy", "run.matrix")),
     ],
 )  # fmt: skip
 def test_a_file_edited_while_its_worker_runs(tree: Path, extra: str, answer: str) -> None:
@@ -384,14 +385,14 @@ def test_a_process_runs_what_it_has_hashed(tree: Path) -> None:
     script = """
     from pathlib import Path
     import pqk
-    from pqk.sources import keep_sources
+    from pqk.store.sources import keep_sources
     keep_sources()
-    from pqk.run.code import code_of
+    from pqk.store.code import code_of
     toy = Path(pqk.__file__).with_name("run") / "toy.py"
     old = toy.read_text()
-    first = code_of("pqk.run.toy")
+    first = code_of("pqk.store.toy")
     toy.write_text(old.replace("3", "44"))
-    from pqk.run.toy import LENGTH
+    from pqk.store.toy import LENGTH
     assert LENGTH == 3
     import pqk.errors, pqk.paths
     paths = Path(pqk.paths.__file__)
@@ -403,13 +404,13 @@ def test_a_process_runs_what_it_has_hashed(tree: Path) -> None:
     """
     first, kept = ran(tree, textwrap.dedent(script)).split()
     (tree / "pqk" / "run" / "toy.py").write_text(TOY.format(extra="pass"))
-    again = "import sys\nfrom pqk.run.code import code_of\nprint(code_of(sys.argv[1]))"
-    assert (first, kept) == (ran(tree, again, "pqk.run.toy"), ran(tree, again, "pqk.paths"))
+    again = "import sys\nfrom pqk.store.code import code_of\nprint(code_of(sys.argv[1]))"
+    assert (first, kept) == (ran(tree, again, "pqk.store.toy"), ran(tree, again, "pqk.paths"))
 
 
 def test_an_edited_loader_makes_new_graphs(tree: Path) -> None:
     """On the disk, not as it is read: the loader that decides which weights a graph gets, and its docstring."""
-    script = "import sys\nfrom pqk.run.code import code_of\nprint(code_of(*sys.argv[1:]))"
+    script = "import sys\nfrom pqk.store.code import code_of\nprint(code_of(*sys.argv[1:]))"
     before = ran(tree, script, *stages.MODEL_CODE)
     path = tree / "pqk" / "models" / "registry.py"
     text = path.read_text("utf-8")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pqk.run.prepare import commit_of
+from pqk.recipe.request import commit_of
 
 
 def git(folder: Path, *words: str) -> str:

@@ -15,9 +15,9 @@ import pytest
 from run_toys import Outcome, environment, pqk, written
 
 from pqk.errors import PqkError
-from pqk.run import recover
-from pqk.run.candidate import Made
-from pqk.run.prepare import Request
+from pqk.recipe import recover
+from pqk.recipe.candidate import Made
+from pqk.recipe.request import Request
 
 WATCH = """
 import os, sys

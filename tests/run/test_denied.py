@@ -13,7 +13,7 @@ import pytest
 from run_toys import environment, many
 
 from pqk.files import check_readable, write_json
-from pqk.run.store import Store
+from pqk.store.store import Store
 
 PLAIN = ["setpriv", "--bounding-set", "-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
 """Begins a command whose permissions count; for root they do not, unless it gives up this right."""
@@ -72,7 +72,7 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from pqk.errors import told
-from pqk.run.store import Store
+from pqk.store.store import Store
 
 def make(folder):
     raise AssertionError("made again")
@@ -109,7 +109,7 @@ def test_an_artifact_of_another_user_is_not_damaged(name: str, tmp_path: Path) -
 
 WORKER = """
 import os, sys
-from pqk.run import worker
+from pqk.store import worker
 
 worker.TASKS["read"] = "builtins:open"
 sys.argv[1:1] = ["read"]

@@ -13,8 +13,8 @@ from run_toys import TINY
 
 from backends import exchange, registry
 from backends.base import Graph, Precision
+from pqk.engines.variant import Runner, Variant
 from pqk.models import build_model
-from pqk.run.variants import Runner, Variant
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "backends"))
 from cuda_doubles import RUN_MS, FakeCuda, install

@@ -107,7 +107,7 @@ def test_the_working_directory_is_gone(tmp_path: Path) -> None:
 def test_no_folder_for_temporary_files() -> None:
     code = (
         "import tempfile\ntempfile._candidate_tempdir_list = lambda: ['/nowhere', '/proc']\n"
-        "import sys\nfrom pqk.errors import told\nfrom pqk.run import worker\n"
+        "import sys\nfrom pqk.errors import told\nfrom pqk.store import worker\n"
         "sys.exit(told(lambda: bool(worker.call('memory', {}))))"
     )
     done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
@@ -190,9 +190,9 @@ def test_a_file_system_without_locks(code: str, project: Path, tmp_path: Path) -
     subprocess.run([compiler, "-shared", "-fPIC", f"-DCODE={code}", "-o", library, source], check=True)
     (project / "outputs" / "plans" / "minimal").mkdir(parents=True)
     (project / "outputs" / "plans" / "minimal" / ".lock").touch()
-    store = "import sys; from pathlib import Path; from pqk.errors import told; from pqk.run.store import Store"
+    store = "import sys; from pathlib import Path; from pqk.errors import told; from pqk.store.store import Store"
     make = "sys.exit(told(lambda: bool(Store(Path('s').absolute()).get_or_make('x', {}, lambda folder: None))))"
-    log = "import sys; from pathlib import Path; from pqk.errors import told; from pqk.run.runlog import RunLog"
+    log = "import sys; from pathlib import Path; from pqk.errors import told; from pqk.record.runlog import RunLog"
     append = "sys.exit(told(lambda: bool(RunLog(Path.cwd(), 'B1').append('began'))))"
     commands: Sequence[tuple[Sequence[str], str]] = (
         ([*PQK, "plan", "minimal", "--run", "--backend", "openvino"], "outputs/plans/minimal"),
@@ -246,7 +246,7 @@ def test_temporary_folders_of_the_dead_are_swept(tmp_path: Path, monkeypatch: py
 def test_what_a_worker_leaves_lies_in_its_folder(tmp_path: Path) -> None:
     """A killed worker cannot clean up: its temporary files go with the folder that the parent removes."""
     code = (
-        "import json, os, sys, tempfile\nfrom pqk.run import worker\n"
+        "import json, os, sys, tempfile\nfrom pqk.store import worker\n"
         'script = \'import os, tempfile; open(os.environ["SEEN"], "w").write(tempfile.mkdtemp()); os._exit(9)\'\n'
         "real = worker._run\n"
         "worker._run = lambda command, *rest: real([sys.executable, '-c', script], *rest)\n"
@@ -272,8 +272,8 @@ def test_ctrl_c_is_one_line(
         return 0
 
     before = signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr("pqk.run.plan_command.plan", work)
-    monkeypatch.setattr("pqk.run.ledger_command.manifest", work)
+    monkeypatch.setattr("pqk.cli.plan_output.plan", work)
+    monkeypatch.setattr("pqk.cli.ledger_output.manifest", work)
     monkeypatch.setattr(sys, "argv", ["pqk", *verb])
     with pytest.raises(SystemExit) as ended:
         main()

@@ -16,14 +16,14 @@ from run_toys import REPOSITORY, environment, pqk
 
 from backends import registry
 from backends.base import BackendError, Precision
-from pqk.data.preprocess import fit_to_shape
-from pqk.data.scene import View
+from pqk.data.scenes.preprocess import fit_to_shape
+from pqk.data.scenes.scene import View
+from pqk.engines.variant import Runner, Variant, graph_from_json
 from pqk.errors import PqkError
+from pqk.export import export as module
 from pqk.files import sha256_file, sha256_json
+from pqk.recipe.request import Request
 from pqk.record.schema import validate
-from pqk.run import export as module
-from pqk.run.prepare import Request
-from pqk.run.variants import Runner, Variant, graph_from_json
 
 # No module of this project can be imported in what this runs.
 WITHOUT_PQK = "import runpy, sys; sys.modules['pqk'] = sys.modules['backends'] = None; " + (

@@ -13,8 +13,8 @@ import pytest
 from run_toys import environment
 
 from pqk.errors import PqkError
+from pqk.export.target import MANIFEST, export_folder, target_of
 from pqk.files import write_json
-from pqk.run.export_target import MANIFEST, export_folder, target_of
 
 
 def export(out: Path, *names: str) -> Path:
@@ -98,7 +98,7 @@ def test_a_failure_leaves_all_as_it_was(tmp_path: Path) -> None:
 KILLED = """
 import os, sys
 from pathlib import Path
-from pqk.run import export_target
+from pqk.export import target as export_target
 sys.path.insert(0, sys.argv[3])
 from test_export_target import export
 

@@ -11,14 +11,14 @@ import pytest
 from run_toys import Outcome, written
 
 from backends.base import BackendError, Unavailable
+from pqk.cli.run_output import run_card
 from pqk.errors import PqkError
+from pqk.parity.parity import parity
+from pqk.recipe import stages
+from pqk.recipe.request import Request
 from pqk.record.schema import columns
 from pqk.report.table import main as aggregate
-from pqk.run import stages
-from pqk.run.command import run_card
-from pqk.run.parity import parity
-from pqk.run.prepare import Request
-from pqk.run.worker import WorkerCrashed
+from pqk.store.worker import WorkerCrashed
 
 pytest.importorskip("openvino")
 pytest.importorskip("nncf")
@@ -113,8 +113,8 @@ def test_a_refused_request_leaves_no_record(project: Path, tiny_model: Path, mon
 
 def test_only_the_listed_metrics_are_recorded(finished: tuple[Path, Outcome]) -> None:
     from backends.base import Graph, Precision
-    from pqk.run.records import Measurements, measured_record
-    from pqk.run.variants import Variant
+    from pqk.engines.variant import Variant
+    from pqk.recipe.columns import Measurements, measured_record
 
     record = dict(finished[1].record)
     summary = dict.fromkeys(("chamfer", "chamfer_accuracy", "chamfer_completeness", "absrel", "rmse"), 0.5)

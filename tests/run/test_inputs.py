@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pqk.data import preprocess
-from pqk.data.scene import View, open_scene
+from pqk.data.scenes import preprocess
+from pqk.data.scenes.scene import View, open_scene
 from pqk.errors import PqkError
-from pqk.run import stages
-from pqk.run.inputs import CalibrationImages, Frames, Kept, load_frames, scene_pairs
-from pqk.run.store import Store
-from pqk.spec.workload import PairGraph, load_workload
+from pqk.families.dust3r.inputs import CalibrationImages, Frames, Kept, load_frames, scene_pairs
+from pqk.recipe import stages
+from pqk.settings.workload import PairGraph, load_workload
+from pqk.store.store import Store
 
 NEIGHBOURS = PairGraph(kind="neighbor", k=4, symmetrize=True)
 
@@ -57,7 +57,7 @@ def test_a_thousand_pictures_need_no_more_memory_than_a_few(
     loads: list[str] = []
     load = View.load_image
     monkeypatch.setattr(View, "load_image", lambda view: loads.append(view.name) or load(view))  # type: ignore[func-returns-value]
-    monkeypatch.setattr("pqk.run.inputs._FRAMES", 4 * 64 * 64 * 12)
+    monkeypatch.setattr("pqk.families.dust3r.inputs._FRAMES", 4 * 64 * 64 * 12)
     folder = photos(tmp_path / "few", 2)
     for k in range(2, 200):
         (folder / f"{k}.bmp").symlink_to("0.bmp")

@@ -13,7 +13,7 @@ from run_toys import Outcome, make_project, pqk, start, times_as_fast, written
 
 from pqk.files import sha256_file
 from pqk.models import load_model
-from pqk.run.prepare import count_parameters
+from pqk.recipe.request import count_parameters
 
 pytest.importorskip("openvino")
 pytest.importorskip("nncf")

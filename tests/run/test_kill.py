@@ -148,7 +148,7 @@ def test_a_worker_ends_with_its_parent(tmp_path: Path) -> None:
     script = tmp_path / "parent.py"
     script.write_text(
         "import sys, time\n"
-        "from pqk.run import worker\n"
+        "from pqk.store import worker\n"
         "worker.TASKS['sleep'] = 'time:sleep'\n"
         "if len(sys.argv) > 3:\n"
         "    worker.main()\n"

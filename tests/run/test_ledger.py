@@ -15,15 +15,15 @@ import torch
 from run_toys import TINY, make_project, start
 
 from pqk.cli import app
-from pqk.data.generate import ScenePlan, make_scenes
+from pqk.cli import legacy_scripts as doors
+from pqk.data.render.generate import ScenePlan, make_scenes
 from pqk.errors import PqkError, told
 from pqk.files import sha256_file
 from pqk.models import load_model
+from pqk.recipe.request import Request, load_teacher
 from pqk.record.ledger import METRICS, read_rows
-from pqk.run import doors
-from pqk.run.checkpoints import finalize, open_checkpoint
-from pqk.run.ledger_eval import Asked, Bench
-from pqk.run.prepare import Request, load_teacher
+from pqk.study.checkpoints import finalize, open_checkpoint
+from pqk.study.ledger_eval import Asked, Bench
 
 Pqk = Callable[..., tuple[int, str, str]]
 LASTING = (*METRICS, "pairs", "scenes", "scenes_sha256", "checkpoint_sha256", "workload_sha256", "config_sha256")
@@ -179,7 +179,7 @@ def test_an_eval_seed_draws_the_scenes_of_a_run(
 ) -> None:
     """`pqk run --seed s` and `pqk ledger eval --eval-seeds s`: the same numbers, and the very artifact."""
     pytest.importorskip("openvino")
-    from pqk.run.runner import run
+    from pqk.recipe.runner import run
 
     events: list[tuple[str, str]] = []
     mine, words = None, ["--no-timing", "-o", "b.tsv", "--backend", "openvino", "--eval-seeds", str(seed)]

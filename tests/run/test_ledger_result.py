@@ -12,9 +12,9 @@ from run_toys import Outcome, written
 from pqk.cli import app
 from pqk.errors import told
 from pqk.models import load_model
+from pqk.recipe.request import count_parameters
 from pqk.record.ledger import METRICS, read_rows
 from pqk.record.pair_scores import scores_here, scores_in
-from pqk.run.prepare import count_parameters
 
 pytest.importorskip("openvino")
 pytest.importorskip("nncf")

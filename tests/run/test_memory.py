@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 from engine_toys import PIXELS, toy_variant
 
+from pqk.compress.tasks import qat
+from pqk.engines.variant import Variant
 from pqk.measure.footprint import forget_peak, ram_bytes
-from pqk.run import qat, stages, worker
-from pqk.run.stages import Context
-from pqk.run.store import Store
-from pqk.run.variants import Variant
+from pqk.recipe import stages
+from pqk.recipe.stages import Context
+from pqk.store import worker
+from pqk.store.store import Store
 
 WIDE, TERMS = 2048, 5
 WEIGHTS = 4 * PIXELS * WIDE
@@ -61,7 +63,7 @@ def test_the_reference_compiles_nothing_that_could_be_kept(tmp_path: Path) -> No
 def test_memory_that_grows_without_end_is_no_steady_state(grows: str, settles: bool) -> None:
     """In a process of its own, whose memory nothing else moves: a pair that keeps 10 MB, twice or every time."""
     code = (
-        "from pqk.run.memory import steady_bytes\n"
+        "from pqk.measure.memory import steady_bytes\n"
         "kept = []\n"
         "def pair():\n"
         f"    if {grows}: kept.append(b'1' * 10_000_000)\n"

@@ -14,7 +14,7 @@ from openpyxl import load_workbook
 from run_toys import Outcome, pqk, start
 
 from backends import registry
-from pqk.run.parity import Verdict
+from pqk.parity.parity import Verdict
 
 Copy = Callable[[], Path]
 PARITY = ("parity", "B1", "--backends", "openvino", "--quantizers", "nncf", "--json")

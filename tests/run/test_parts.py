@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pqk.report.parts import write_parts
-from pqk.run.part_profile import REST, part_of
-from pqk.run.parts import KINDS, clause, kind_of, summed
+from pqk.measure.block_profile import REST, part_of
+from pqk.recipe.block_profile import KINDS, clause, kind_of, summed
+from pqk.recipe.block_profile_table import write_parts
 
 
 @pytest.mark.parametrize(

@@ -22,9 +22,9 @@ import pytest
 from run_toys import Outcome, environment, hear_ctrl_c, pqk, start
 
 from pqk.errors import PqkError
-from pqk.report.plan import status_data
-from pqk.run.plan import Asked, Progressed, commands, exit_code, folder_of, progress, run_plan
-from pqk.spec.plan import load_plan, ordered
+from pqk.settings.plan import load_plan, ordered
+from pqk.study.execute_plan import Asked, Progressed, commands, exit_code, folder_of, progress, run_plan
+from pqk.study.plan_table import status_data
 
 FAKE = textwrap.dedent("""
     import json, os, sys, time
@@ -37,7 +37,7 @@ FAKE = textwrap.dedent("""
     print(f"this is {name}", flush=True)
     time.sleep(todo.get("sleep", 0))
     if "stop" in todo:
-        from pqk.run.runlog import RunLog
+        from pqk.record.runlog import RunLog
 
         RunLog(Path("."), name).append("stop", why=todo["stop"])
     for line in todo.get("say", []):
@@ -52,8 +52,8 @@ DRIVER = textwrap.dedent("""
     import sys
     from pathlib import Path
 
-    from pqk.run.plan import Asked, run_plan
-    from pqk.spec.plan import load_plan, ordered
+    from pqk.study.execute_plan import Asked, run_plan
+    from pqk.settings.plan import load_plan, ordered
 
     root = Path.cwd()
     plan = load_plan("medium", root)

@@ -17,19 +17,19 @@ import pytest
 from run_toys import REPOSITORY
 
 from backends.base import Precision
-from pqk.data.generate import ScenePlan, make_scenes
-from pqk.data.pairs import most_pairs, pair_graph, spread
+from pqk.data.render.generate import ScenePlan, make_scenes
+from pqk.data.scenes.pairs import most_pairs, pair_graph, spread
+from pqk.engines.variant import Variant
 from pqk.errors import PqkError
+from pqk.measure.evaluate import evaluate
+from pqk.measure.predict import predict
+from pqk.measure.predictions import Predictions, Writer, bytes_of
+from pqk.measure.scoring import score
 from pqk.models import load_model
-from pqk.run import stages
-from pqk.run.evaluate import evaluate
-from pqk.run.predict import predict
-from pqk.run.predictions import Predictions, Writer, bytes_of
-from pqk.run.scoring import score
-from pqk.run.stages import Context
-from pqk.run.store import Store
-from pqk.run.variants import Variant
-from pqk.spec.evaluation import load_evaluation
+from pqk.recipe import stages
+from pqk.recipe.stages import Context
+from pqk.settings.evaluation import load_evaluation
+from pqk.store.store import Store
 
 QUALITY = load_evaluation(REPOSITORY / "configs" / "eval.yaml").quality.model_dump(mode="json")
 AGAIN = ("artifact", "measured_at")

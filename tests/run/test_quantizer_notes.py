@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pqk.run.quantize import merge_notes
+from pqk.compress.tasks.quantize import merge_notes
 
 
 def test_notes_of_one_graph_name_it_and_shared_ones_come_once() -> None:

@@ -17,8 +17,8 @@ from run_toys import Outcome, make_project, pqk, start, times_as_fast, written
 
 from pqk.files import sha256_file
 from pqk.models import load_model
-from pqk.run.prepare import count_parameters
-from pqk.run.runlog import RunLog
+from pqk.recipe.request import count_parameters
+from pqk.record.runlog import RunLog
 
 
 def run(root: Path, card: str, model: Path, *more: str) -> Outcome:

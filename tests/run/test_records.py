@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from backends.base import Graph, Precision
+from pqk.engines.variant import Variant
+from pqk.recipe.columns import Measurements, measured_record
 from pqk.record.schema import columns, validate
-from pqk.run.records import Measurements, measured_record
-from pqk.run.variants import Variant
 
 TIMING = {
     "rounds": 30,

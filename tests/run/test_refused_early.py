@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 from run_toys import Outcome, pqk
 
-from pqk.data.generate import ScenePlan, make_scenes
+from pqk.cli.run_output import export_card, run_card
+from pqk.data.render.generate import ScenePlan, make_scenes
 from pqk.errors import PqkError
+from pqk.recipe import stages
+from pqk.recipe.request import Request
+from pqk.recipe.splits import refuse_partial_truth
 from pqk.record.schema import empty_record
-from pqk.run import stages
-from pqk.run.command import export_card, run_card
-from pqk.run.prepare import Request
-from pqk.run.splits import refuse_partial_truth
 
 
 @pytest.fixture

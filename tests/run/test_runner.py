@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 from run_toys import REPOSITORY, Outcome, environment, pqk, times_as_fast, written
 
-from pqk.data.scene import open_scene
+from pqk.data.scenes.scene import open_scene
 from pqk.files import sha256_json
 from pqk.record.log import read_records
 from pqk.record.schema import validate
@@ -290,7 +290,7 @@ def test_a_door_refuses_before_it_works(project: Path, tiny_model: Path) -> None
 
 def test_large_card(project: Path) -> None:
     """B1-large asks for little work and loosens nothing."""
-    from pqk.spec.card import load_card, resolve
+    from pqk.settings.card import load_card, resolve
 
     large, plain = (resolve(load_card(name, project), project) for name in ("B1-large", "B1"))
     assert (large.workload.scenes.test.count, large.workload.scenes.test.views) == (1, 2)

@@ -23,15 +23,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from run_toys import TINY, environment
 
-from pqk.compress.train import Progress, Schedule, Trainer
+from pqk.compress.train.loop import Progress, Schedule, Trainer
+from pqk.compress.train.stop_rules import StopRules, best_checkpoint, drop_line, stale, untold_drop
 from pqk.errors import PqkError
-from pqk.run import rollback
-from pqk.run.rollback import ATTENTION, HEADS, TABLE, Move, State, next_move
-from pqk.run.runlog import RunLog
-from pqk.run.stoploss import StopRules, best_checkpoint, drop_line, stale, untold_drop
-from pqk.spec.evaluation import Evaluation, load_evaluation
-from pqk.spec.keep import split_entry
-from pqk.spec.quant import load_quant
+from pqk.recipe import rollback
+from pqk.recipe.rollback import ATTENTION, HEADS, TABLE, Move, State, next_move
+from pqk.record.runlog import RunLog
+from pqk.settings.evaluation import Evaluation, load_evaluation
+from pqk.settings.keep import split_entry
+from pqk.settings.quant import load_quant
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 patient = settings(max_examples=60, deadline=None)  # a busy machine is no failure
@@ -506,7 +506,7 @@ def test_many_writers(tmp_path: Path) -> None:
 
 
 def test_a_killed_writer_loses_nothing_it_returned_from(tmp_path: Path) -> None:
-    script = "from pathlib import Path\nfrom pqk.run.runlog import RunLog\nlog = RunLog(Path('.'), 'A1')\n"
+    script = "from pathlib import Path\nfrom pqk.record.runlog import RunLog\nlog = RunLog(Path('.'), 'A1')\n"
     script += "for n in range(10**9):\n    log.append('step', n=n)\n    print(n, flush=True)\n"
     process = subprocess.Popen(
         [sys.executable, "-c", script], cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, text=True

@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 
 from pqk.errors import PqkError
 from pqk.files import sha256_json
-from pqk.run import store
-from pqk.run.stages import provenance
-from pqk.run.store import MANIFEST, Store
+from pqk.recipe.stages import provenance
+from pqk.store import store
+from pqk.store.store import MANIFEST, Store
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONTENT = {"a.bin": bytes(range(256)) * 40, "deep/b.txt": "grün".encode()}
@@ -52,7 +52,7 @@ class Events(list[str]):
 
 
 def start(script: str, *arguments: object) -> subprocess.Popen[str]:
-    prelude = "import os, signal, sys, time\nfrom pathlib import Path\nfrom pqk.run.store import Store\n"
+    prelude = "import os, signal, sys, time\nfrom pathlib import Path\nfrom pqk.store.store import Store\n"
     return subprocess.Popen(
         [sys.executable, "-c", prelude + textwrap.dedent(script), *map(str, arguments)],
         cwd=REPOSITORY,

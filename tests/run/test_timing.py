@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 from engine_toys import SIDE, toy_variant
 
-from pqk.data.generate import ScenePlan, make_scenes
+from pqk.data.render.generate import ScenePlan, make_scenes
+from pqk.engines.variant import PairTimes, Runner
 from pqk.measure.noise import Clocks, disturbances
-from pqk.run import stages
-from pqk.run.stages import Context, Scenes
-from pqk.run.store import Store
-from pqk.run.timing import time_variants, why_to_end
-from pqk.run.variants import PairTimes, Runner
+from pqk.measure.timing import time_variants, why_to_end
+from pqk.recipe import stages
+from pqk.recipe.stages import Context, Scenes
+from pqk.store.store import Store
 
 EFFICIENCY = {"warmup": 1, "min_rounds": 12, "min_seconds": 0.0, "max_seconds": 20.0, "enough_pct": None}
 Asked = Callable[..., dict[str, Any]]

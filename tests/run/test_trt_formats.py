@@ -13,10 +13,10 @@ from run_toys import make_project, pqk
 from backends import registry
 from backends.base import BackendError, Unavailable
 from backends.trt.onnx_graph import OnnxGraph
+from pqk.cli.run_output import run_card
 from pqk.errors import PqkError
-from pqk.run import stages
-from pqk.run.command import run_card
-from pqk.run.prepare import Request
+from pqk.recipe import stages
+from pqk.recipe.request import Request
 
 FOUND = registry.get("trt").availability()
 pytestmark = pytest.mark.skipif(not FOUND.available, reason=FOUND.reason)

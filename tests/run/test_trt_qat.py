@@ -11,11 +11,11 @@ import pytest
 
 from backends import registry
 from backends.trt.onnx_graph import OnnxGraph, kept_nodes
-from pqk.measure.intervals import Interval
-from pqk.run import candidate, runner
-from pqk.run.lowering import Lowering
-from pqk.run.prepare import Request
-from pqk.spec.quant import load_quant
+from pqk.recipe import candidate, runner
+from pqk.recipe.quantization import Lowering
+from pqk.recipe.request import Request
+from pqk.settings.quant import load_quant
+from pqk.stats.intervals import Interval
 
 FOUND = registry.get("trt").availability()
 pytestmark = pytest.mark.skipif(not FOUND.available, reason=FOUND.reason)

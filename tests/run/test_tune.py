@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pqk.errors import PqkError
-from pqk.run.tune import SAME_TIME, TuneResult, draw_pareto, keep_patterns, search, write_quant_yaml
-from pqk.spec.quant import load_quant
+from pqk.settings.keep import keep_patterns
+from pqk.settings.quant import load_quant
+from pqk.tune.report import draw_pareto
+from pqk.tune.search import SAME_TIME, TuneResult, search, write_quant_yaml
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 QUANT = REPOSITORY / "configs" / "quant.yaml"

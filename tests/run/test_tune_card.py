@@ -18,11 +18,11 @@ from run_toys import Outcome, pqk
 
 from backends import registry
 from pqk.cli import main
-from pqk.run.command import settings_of
-from pqk.run.prepare import Request
-from pqk.run.tune_card import units_of, use_command
-from pqk.spec.keep import split_entry
-from pqk.spec.quant import load_quant
+from pqk.cli.run_output import settings_of
+from pqk.recipe.request import Request
+from pqk.settings.keep import split_entry
+from pqk.settings.quant import load_quant
+from pqk.tune.tune_card import units_of, use_command
 
 pytest.importorskip("nncf")
 Copy = Callable[[], Path]

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pqk.measure.intervals import Interval
-from pqk.run.verdict import Measured, judge_drop, judge_quantized
-from pqk.spec.evaluation import Thresholds, load_evaluation
+from pqk.recipe.verdict import Measured, judge_drop, judge_quantized
+from pqk.settings.evaluation import Thresholds, load_evaluation
+from pqk.stats.intervals import Interval
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LIMITS = load_evaluation(REPOSITORY / "configs" / "eval.yaml").thresholds

@@ -11,12 +11,12 @@ import pytest
 import torch
 from run_toys import REPOSITORY
 
-from pqk.data.seeds import split_seed
-from pqk.data.stream import PairBatch, training_pairs
-from pqk.data.synthetic import texture_bank
-from pqk.measure.quality import PairTruth, quality_drop_pct, score_pair, summarise
+from pqk.data.render.stream import PairBatch, training_pairs
+from pqk.data.render.synthetic import texture_bank
+from pqk.families.dust3r.scoring import PairTruth, quality_drop_pct, score_pair, summarise
 from pqk.models import load_model
-from pqk.spec.evaluation import load_evaluation
+from pqk.settings.evaluation import load_evaluation
+from pqk.settings.seeds import split_seed
 
 SIZE = 128  # the shipped Teacher's confidence tells nothing at 64
 Maps = Mapping[str, np.ndarray]

@@ -11,7 +11,7 @@ import pytest
 from run_toys import environment
 
 from pqk.errors import EXIT_CRASH, PqkError, told
-from pqk.run import worker
+from pqk.store import worker
 
 
 def test_a_defect_keeps_its_traceback(capsys: pytest.CaptureFixture[str]) -> None:
@@ -75,7 +75,7 @@ def test_it_does_not_import_from_the_current_folder(tmp_path: Path) -> None:
         (tmp_path / f"{name}.py").write_text("raise SystemExit('the wrong module')")
     script = (
         "import os, sys\n"
-        "from pqk.run import worker\n"
+        "from pqk.store import worker\n"
         "os.chdir(sys.argv[1])\n"
         "try:\n"
         "    worker.call('memory', {})\n"

@@ -1,0 +1,5 @@
+"""The command line: `pqk VERB`, also `python -m pqk.cli VERB`."""
+
+from pqk.cli.app import main
+
+__all__ = ["main"]

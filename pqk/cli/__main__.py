@@ -1,0 +1,5 @@
+"""Runs the command line."""
+
+from pqk.cli.app import main
+
+main()

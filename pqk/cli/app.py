@@ -1,0 +1,315 @@
+"""The command line. Thin: every verb imports its work when it runs, so that `pqk --help` answers at once."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pqk.cli.help import finish, group
+from pqk.cli.ledger import app as ledger_app
+
+app = group("A bench for compressing feed-forward 3D transformers.")
+train_app = group("Train models.")
+data_app = group("Make and look at scenes.")
+bench_app = group("Long measurements that are no tests.")
+app.add_typer(train_app, name="train")
+app.add_typer(data_app, name="data")
+app.add_typer(bench_app, name="bench")
+app.add_typer(ledger_app, name="ledger")
+
+
+@app.command()
+def run(
+    card: Annotated[str, typer.Argument(help="task card, for example B1 (schedule/TaskCards)")],
+    backend: Annotated[
+        str | None,
+        typer.Option(help="openvino, trt or auto (the default): trt where it finds a CUDA device"),
+    ] = None,
+    quantizer: Annotated[str | None, typer.Option(help="quantizer of the backend; default: its first")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="official .pth, hub folder, our folder, or random:dust3r-512-dpt; default: the shipped one"),
+    ] = None,
+    scenes: Annotated[
+        Path | None, typer.Option(help="folder of scenes with ground truth (ETH3D or COLMAP layout)")
+    ] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="folder of photographs; quality is then against the Teacher")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="train and evaluation seed; default: workload.yaml's")] = None,
+    setting: Annotated[
+        list[str] | None, typer.Option("--set", help="override one value, e.g. quant.ptq.calibration_images=64")
+    ] = None,
+    axis: Annotated[
+        list[str] | None, typer.Option(help="of a card with a matrix (H1): only this axis; may be given again")
+    ] = None,
+    qat: Annotated[bool, typer.Option(help="quantization-aware training where PTQ drops too much")] = True,
+    rollback: Annotated[bool, typer.Option(help="a recipe that drops too much is run again as the table says")] = True,
+    decide: Annotated[
+        bool, typer.Option("--decide", help="add test scenes until the interval of the drop decides the verdict")
+    ] = False,
+    max_scenes: Annotated[int, typer.Option(min=2, help="with --decide: at most so many test scenes")] = 832,
+    fresh: Annotated[bool, typer.Option(help="make everything anew, reuse nothing")] = False,
+    retime: Annotated[bool, typer.Option("--retime", help="measure time and memory anew; reuse the rest")] = False,
+    json_line: Annotated[bool, typer.Option("--json", help="print the candidate's record as the last line")] = False,
+) -> None:
+    """Run a task card: Teacher in every float precision, the recipe, quality, timing, one record each.
+
+    Exit codes: 0 ok, 1 a threshold failed, 2 wrong input, 3 backend or method unavailable, 4 undecided: the measurement
+    is too coarse to tell whether a threshold held.
+    """
+    from pqk.cli.run_output import choose_backend, run_card, settings_of
+    from pqk.recipe.request import Request
+
+    request = Request(
+        card,
+        choose_backend(backend),
+        quantizer,
+        model,
+        scenes,
+        images,
+        seed,
+        fresh,
+        settings_of(setting or []),
+        qat=qat,
+        retime=retime,
+    )
+    limit = max_scenes if decide else None
+    raise typer.Exit(run_card(request, json_line, axes=axis or (), rollback=rollback, decide=limit))
+
+
+@app.command()
+def parity(
+    card: Annotated[str, typer.Argument(help="task card, for example B1 (schedule/TaskCards)")],
+    backends: Annotated[str, typer.Option(help="toolchains to compare, separated by commas")] = "trt,openvino",
+    quantizers: Annotated[str | None, typer.Option(help="e.g. nncf,inc,modelopt; default: each backend's own")] = None,
+    model: Annotated[str | None, typer.Option(help="as in `pqk run`; default: the shipped one")] = None,
+    scenes: Annotated[Path | None, typer.Option(help="folder of scenes with ground truth")] = None,
+    images: Annotated[Path | None, typer.Option(help="folder of photographs")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="train and evaluation seed")] = None,
+    setting: Annotated[list[str] | None, typer.Option("--set", help="override one value, as in `pqk run`")] = None,
+    fresh: Annotated[bool, typer.Option(help="make everything anew, reuse nothing")] = False,
+    retime: Annotated[bool, typer.Option("--retime", help="measure time and memory anew; reuse the rest")] = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="rank the nodes of each quantized run by their error")
+    ] = False,
+    json_line: Annotated[bool, typer.Option("--json", help="print everything as one JSON object, last line")] = False,
+) -> None:
+    """One recipe on every toolchain: quality, speed and how far the outputs are apart, with a verdict per level.
+
+    Exit codes: 0 all compared levels agree, 1 one differs, 2 wrong input, 3 nothing could be run.
+    """
+    from pqk.cli.run_output import run_parity, settings_of
+    from pqk.recipe.request import Request
+
+    names, tools = (
+        [w.strip() for w in text.split(",") if w.strip()] if text else None for text in (backends, quantizers)
+    )
+    request = Request(card, "", None, model, scenes, images, seed, fresh, settings_of(setting or []), retime=retime)
+    raise typer.Exit(run_parity(request, names or [], tools, explain, json_line))
+
+
+@app.command()
+def tune(
+    card: Annotated[str, typer.Argument(help="task card, for example B1 (schedule/TaskCards)")],
+    max_drop: Annotated[float, typer.Option(help="drop of the main metric that is allowed, in percent")] = 1.0,
+    max_evaluations: Annotated[int, typer.Option(min=2, help="choices of float nodes to measure, at most")] = 12,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="the tuned file; default: reports/tune/CARD.quant.yaml")
+    ] = None,
+    backend: Annotated[str, typer.Option(help="one whose engines run here: emulated ones have no time")] = "openvino",
+    quantizer: Annotated[str | None, typer.Option(help="quantizer of the backend; default: its first")] = None,
+    model: Annotated[str | None, typer.Option(help="as in `pqk run`; default: the shipped one")] = None,
+    scenes: Annotated[Path | None, typer.Option(help="folder of scenes with ground truth")] = None,
+    images: Annotated[Path | None, typer.Option(help="folder of photographs")] = None,
+    setting: Annotated[list[str] | None, typer.Option("--set", help="override one value, as in `pqk run`")] = None,
+    json_line: Annotated[bool, typer.Option("--json", help="print everything as one JSON object, last line")] = False,
+) -> None:
+    """Mixed precision: find the nodes that must stay in float for a drop under the limit, and write the quant.yaml.
+
+    Exit codes: 0 the tuned recipe is within the limit on the test samples, 1 nothing is, 2 wrong input, 3 backend or
+    method unavailable, 4 the test samples do not tell.
+    """
+    from pqk.cli.run_output import run_tune, settings_of
+    from pqk.recipe.request import Request
+
+    request = Request(card, backend, quantizer, model, scenes, images, settings=settings_of(setting or []))
+    raise typer.Exit(run_tune(request, max_drop, max_evaluations, out, json_line))
+
+
+@app.command()
+def export(
+    card: Annotated[str, typer.Argument(help="task card, for example B1")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="folder to write; an earlier export in it is replaced")],
+    backend: Annotated[str | None, typer.Option(help="as in `pqk run`")] = None,
+    quantizer: Annotated[str | None, typer.Option(help="quantizer of the backend; default: its first")] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(help="int8, f32, bf16 ...; default: int8 when the recipe quantizes, else best float"),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="as in `pqk run`; default: the shipped one")] = None,
+    setting: Annotated[list[str] | None, typer.Option("--set", help="override one value, as in `pqk run`")] = None,
+    qat: Annotated[bool, typer.Option(help="as in `pqk run`")] = True,
+    rollback: Annotated[bool, typer.Option(help="as in `pqk run`")] = True,
+    fresh: Annotated[bool, typer.Option(help="make everything anew, reuse nothing")] = False,
+) -> None:
+    """Write the candidate that `pqk run` measures as a folder that runs without pqk: graphs or plans, manifest.json,
+    sample.py.
+
+    Exit codes: 0 ok, 2 wrong input, 3 backend or method unavailable.
+    """
+    from pqk.cli.run_output import choose_backend, export_card, settings_of
+    from pqk.recipe.request import Request
+
+    chosen = choose_backend(backend)
+    request = Request(card, chosen, quantizer, model, fresh=fresh, settings=settings_of(setting or []), qat=qat)
+    raise typer.Exit(export_card(request, precision, out, rollback))
+
+
+@app.command()
+def plan(
+    name: Annotated[
+        str, typer.Argument(help="minimal, medium, best, results or your own (schedule/plans); or: status")
+    ],
+    of: Annotated[str | None, typer.Argument(help="after status: the plan; default: all")] = None,
+    rate: Annotated[float | None, typer.Option(min=0, help="dollars per hour; default: the plan's, 6.88")] = None,
+    device: Annotated[str | None, typer.Option(help="H100 or A100: whose hours are shown; default: the plan's")] = None,
+    execute: Annotated[bool, typer.Option("--run", help="carry it out; what is done is not run again")] = False,
+    backend: Annotated[str | None, typer.Option(help="with --run: as in `pqk run`")] = None,
+    model: Annotated[str | None, typer.Option(help="with --run: as in `pqk run`")] = None,
+    keep_going: Annotated[
+        bool, typer.Option("--keep-going", help="with --run: also what requires an experiment that failed thresholds")
+    ] = False,
+    json_line: Annotated[bool, typer.Option("--json", help="print one JSON object, last line")] = False,
+) -> None:
+    """Several task cards in order, with hours, cost and dependencies; --run carries the plan out and resumes it.
+
+    Exit codes of --run: 0 all done, 1 something failed or was stopped, 2 an error, 3 only unavailable ones are left.
+    """
+    from pqk.cli.plan_output import plan as planned
+
+    raise typer.Exit(planned(name, of, rate, device, execute, backend, model, keep_going, json_line))
+
+
+@app.command()
+def check() -> None:
+    """Dry run: configs, task cards and the log schema, without a model or data. Prints PASS or what is wrong."""
+    from pqk.cli.check import main as dry_run
+
+    raise typer.Exit(dry_run())
+
+
+@app.command()
+def table(
+    logs: Annotated[Path | None, typer.Option(help="folder of records; default logs/")] = None,
+    reports: Annotated[
+        Path | None, typer.Option(help="folder for tables and plots; default: the places in configs/eval.yaml")
+    ] = None,
+) -> None:
+    """Merge all records into result_table.xlsx, summary.csv, summary.json and plots, and print them."""
+    from pqk import paths
+    from pqk.report.table import main as aggregate
+
+    given = {"--logs": logs, "--reports": reports}
+    arguments = [word for name, path in given.items() if path for word in (name, str(path))]
+    raise typer.Exit(aggregate(arguments, paths.project_root()))
+
+
+@app.command()
+def env(json_line: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False) -> None:
+    """Every backend with versions, devices and instruction sets, or why it is unavailable and what mends it."""
+    from pqk.env import show_environment
+
+    show_environment(json_line)
+
+
+@data_app.command("make")
+def data_make(
+    out: Annotated[Path, typer.Option("-o", "--out", help="folder for the scenes")],
+    split: Annotated[str, typer.Option(help="test, validation, calibration or train")] = "test",
+    count: Annotated[int, typer.Option(min=1, help="number of scenes")] = 8,
+    views: Annotated[int, typer.Option(help="views per scene")] = 6,
+    size: Annotated[int, typer.Option(help="image side in pixels")] = 512,
+    seed: Annotated[int, typer.Option(min=0, help="base seed of the split")] = 0,
+    jobs: Annotated[int | None, typer.Option(min=1, help="processes; default: one per allowed core")] = None,
+) -> None:
+    """Render procedural scenes with exact depth in the COLMAP + depth layout that real scenes have."""
+    from pqk.cli.run_output import make_data
+
+    make_data(split, count, views, size, seed, out, jobs)
+
+
+@train_app.command("teacher")
+def train_teacher(
+    config: Annotated[Path | None, typer.Option(help="training file; default configs/models/dust3r-tiny.yaml")] = None,
+    out: Annotated[Path, typer.Option("-o", "--out", help="folder of the checkpoint and the shipped weights")] = Path(
+        "outputs/teacher"
+    ),
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    minutes: Annotated[float | None, typer.Option(help="let the clock, not the step count, end the run")] = None,
+    pause_after: Annotated[float | None, typer.Option(help="stop after this many seconds, to be resumed")] = None,
+    steps: Annotated[int | None, typer.Option(help="override the number of steps")] = None,
+    autocast: Annotated[bool | None, typer.Option(help="bf16 autocast; default: on for CUDA, off for a CPU")] = None,
+    compiled: Annotated[bool, typer.Option("--compile", help="use torch.compile")] = False,
+    fresh: Annotated[bool, typer.Option(help="ignore an existing checkpoint")] = False,
+    init: Annotated[str | None, typer.Option(help="start from these weights, e.g. models/dust3r-tiny")] = None,
+) -> None:
+    """Train the embedded teacher on rendered pairs; resumes by itself, and uses DDP under torchrun."""
+    from pqk.cli.training_progress import run_train_teacher
+
+    run_train_teacher(config, out, device, minutes, pause_after, steps, autocast, compiled, fresh, init)
+
+
+@bench_app.command("scenes")
+def bench_scenes(
+    views: Annotated[int, typer.Option(min=2, help="views to render")] = 512,
+    size: Annotated[int, typer.Option(help="image side in pixels")] = 512,
+) -> None:
+    """Time the scene generator; the last line is JSON."""
+    from pqk.bench.scenes import bench_scenes as measure
+
+    measure(views, size)
+
+
+@bench_app.command("sampling")
+def bench_sampling(
+    card: Annotated[str, typer.Argument(help="task card whose candidate is measured")] = "B1",
+    backend: Annotated[str, typer.Option(help="one whose engines run here")] = "openvino",
+    views: Annotated[str, typer.Option(help="views of a scene to try, separated by commas")] = "2,3,4,6",
+    scenes: Annotated[int, typer.Option(min=2, help="scenes to measure each on")] = 48,
+    out: Annotated[Path, typer.Option("-o", "--out", help="the table as .csv")] = Path("reports/sampling.csv"),
+) -> None:
+    """Measure how well many scenes of few views, or few of many, tell a drop at equal cost; the last line is JSON."""
+    from pqk.bench.sampling import bench_sampling as measure
+    from pqk.errors import PqkError
+
+    if not all(word.strip().isdigit() for word in views.split(",")):
+        raise PqkError(f"--views {views}: give whole numbers separated by commas, such as 2,3,4,6")
+    measure(card, backend, [int(word) for word in views.split(",")], scenes, out)
+
+
+@bench_app.command("teacher")
+def bench_teacher(
+    model: Annotated[str, typer.Option(help="folder, .pth or named model")] = "models/dust3r-tiny",
+    write: Annotated[bool, typer.Option(help="put the figures into the folder's model_card.json")] = False,
+) -> None:
+    """Score a Teacher on the held-out test scenes, beside a constant depth; the last line is JSON."""
+    from pqk.bench.teacher import bench_teacher as measure
+
+    measure(model, write, "pqk " + " ".join(sys.argv[1:]))
+
+
+finish(app, train_app, data_app, bench_app, ledger_app)
+
+
+def main() -> None:
+    """Entry point: a user's error becomes one sentence on stderr and the documented exit code."""
+    from pqk.errors import told
+    from pqk.result import reported
+    from pqk.store.sources import keep_sources
+
+    keep_sources()
+    sys.exit(told(reported(lambda: app(standalone_mode=True))))

@@ -1,0 +1,163 @@
+"""The dry run: are the configs, the task cards, plans and the log schema right? No model, no data, a second at most."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from pqk import paths
+from pqk.errors import EXIT_OK, PqkError, nearest
+from pqk.settings.card import TEMPLATE, Card, list_cards, load_card, read_card, resolve
+from pqk.settings.distill import Distill, load_distill
+from pqk.settings.evaluation import Evaluation, load_evaluation
+from pqk.settings.joint import Joint, load_joint
+from pqk.settings.plan import list_plans, load_plan, ordered
+from pqk.settings.prune import Prune, load_prune
+from pqk.settings.quant import Quant, load_quant
+from pqk.settings.workload import STANDARD_SIDES, Workload, load_workload
+from pqk.settings.yamlfile import Spec, SpecError
+
+MIN_CALIBRATION = 512
+"""Fewest calibration images of the standard configs; cards (ablations) may ask for fewer."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong, as one sentence that names the file, the field and the value."""
+
+    message: str
+
+
+def dry_run(root: Path) -> list[Finding]:
+    """Check the six configs, every card with its overrides and the points of its matrix, and a virtual record.
+
+    Shape [1, 3, H, W] with H = W in {384, 512, 640}, k at least 1, thresholds in their ranges, all cards load and
+    resolve, required cards exist without a circle, plans are whole, and a record with every field follows the log
+    schema.
+    Returns everything that is wrong; an empty list is a pass.
+    """
+    with contextlib.chdir(root):  # messages and the log schema are relative to the project
+        return [Finding(message) for message in _problems(Path.cwd())]
+
+
+def _problems(root: Path) -> Iterator[str]:
+    configs = paths.configs(root)
+    loaders: dict[str, Callable[[Path], Spec]] = {
+        "workload.yaml": load_workload,
+        "eval.yaml": load_evaluation,
+        "quant.yaml": load_quant,
+        "distill.yaml": load_distill,
+        "prune.yaml": load_prune,
+        "joint.yaml": load_joint,
+    }
+    specs: list[Spec] = []
+    for name, load in loaders.items():
+        try:
+            spec = load(configs / name)
+        except PqkError as error:
+            yield from _each(error)
+            continue
+        specs.append(spec)
+        yield from _beyond_model(spec)
+    cards: dict[str, Card] = {}
+    for name in [*list_cards(root), TEMPLATE]:
+        path = paths.task_cards(root) / f"{name}.md"
+        if name == TEMPLATE and not path.exists():
+            continue
+        try:
+            card = read_card(path) if name == TEMPLATE else load_card(name, root)
+            if len(specs) == len(loaders):
+                resolve(card, root)
+                for axis, point in card.points():
+                    settings, where = card.matrix[axis].points[point], f"{paths.shown(path)}: {axis}: {point}"
+                    resolve(card.at(axis, point), root, settings=settings, origin=where)
+            cards[name] = card
+        except PqkError as error:
+            yield from _each(error)
+    if not cards:
+        yield f"{paths.shown(paths.task_cards(root))}: holds no task card"
+    yield from _requirements(cards, set(list_cards(root)))
+    for name in list_plans(root):
+        try:
+            ordered(load_plan(name, root), root)
+        except PqkError as error:
+            yield from _each(error)
+    yield from _virtual_record(root)
+
+
+def _each(error: PqkError) -> tuple[str, ...]:
+    return error.problems if isinstance(error, SpecError) else (str(error),)
+
+
+def _beyond_model(spec: Spec) -> Iterator[str]:
+    """What the standard configs must hold beyond what any experiment must."""
+    where = paths.shown(spec.source)
+    assert isinstance(spec, Workload | Evaluation | Quant | Distill | Prune | Joint)
+    first = spec.source.read_text(encoding="utf-8-sig").split("\n", 1)[0]
+    if not re.match(rf"#\s*v{re.escape(spec.version)}\b", first):
+        yield f"{where}:1: the first line must be a comment '# v{spec.version}: what changed', got {first[:60]!r}"
+    if isinstance(spec, Workload):
+        shape = spec.input.shape
+        if shape[2] != shape[3] or shape[2] not in STANDARD_SIDES:
+            allowed = ", ".join(map(str, STANDARD_SIDES))
+            yield f"{where}: input.shape is {list(shape)} but must be [1, 3, H, W] with H = W out of {allowed}"
+        if spec.calibration.images < MIN_CALIBRATION:
+            yield f"{where}: calibration.images is {spec.calibration.images} but must be at least {MIN_CALIBRATION}"
+    if isinstance(spec, Quant) and spec.ptq.calibration_images < MIN_CALIBRATION:
+        images = spec.ptq.calibration_images
+        yield f"{where}: ptq.calibration_images is {images} but must be at least {MIN_CALIBRATION}"
+
+
+def _requirements(cards: dict[str, Card], known: set[str]) -> Iterator[str]:
+    for card in cards.values():
+        where = paths.shown(card.source)
+        for other in card.requires:
+            if other not in known:
+                yield f"{where}: requires the card {other!r}, which is not there{nearest(other, known)}"
+
+    def circle(name: str, path: tuple[str, ...]) -> tuple[str, ...]:
+        if name in path:
+            return (*path[path.index(name) :], name)
+        found = (circle(other, (*path, name)) for other in cards[name].requires if other in cards)
+        return next((c for c in found if c), ())
+
+    circles = {frozenset(c): c for c in (circle(name, ()) for name in cards) if c}
+    for found in circles.values():
+        yield f"task cards require each other in a circle: {' -> '.join(found)}"
+
+
+def _virtual_record(root: Path) -> Iterator[str]:
+    from pqk.record import schema
+
+    path = paths.log_schema(root)
+    if not path.is_file():
+        yield f"{paths.shown(path)}: no such file"
+        return
+    try:
+        record = schema.empty_record()
+        record |= {"exp_id": "devcheck", "role": "candidate", "status": "ok", "measured": "engine"}
+        record |= {"datetime": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), "t_pair_p50_ms": 1.0, "absrel": 0.1}
+        schema.validate(record, where=paths.shown(path))
+    except PqkError as error:
+        yield str(error)
+
+
+def main() -> int:
+    """Print PASS, or one line for each problem, as linters do. Returns the exit code: 0, or 2."""
+    try:
+        root = paths.project_root()
+        findings = dry_run(root)
+    except PqkError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    for finding in findings:
+        print(finding.message)
+    if findings:
+        return PqkError.exit_code
+    print(f"PASS: configs, {len(list_cards(root))} task cards and the log schema of {root}")
+    return EXIT_OK

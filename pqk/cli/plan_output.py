@@ -1,0 +1,112 @@
+"""What the terminal shows of `pqk plan`."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+
+from pqk import paths
+from pqk.errors import EXIT_OK, PqkError, nearest
+from pqk.settings.plan import DEVICES, STATUS, list_plans, load_plan, ordered
+from pqk.study.execute_plan import Asked, exit_code, folder_of, progress, run_plan
+from pqk.study.plan_table import plan_data, print_plan, print_status, print_statuses, status_data
+
+
+def plan(
+    name: str,
+    of: str | None,
+    rate: float | None,
+    device: str | None,
+    execute: bool,
+    backend: str | None,
+    model: str | None,
+    keep_going: bool,
+    as_json: bool,
+) -> int:
+    """`pqk plan`: show a plan, carry it out, or tell how far it is (name 'status'). Returns the exit code."""
+    root = paths.project_root()
+    if device is not None and device not in DEVICES:
+        raise PqkError(f"--device {device}: hours are known for {', '.join(DEVICES)}{nearest(device, DEVICES)}")
+    if not execute and (backend or model or keep_going):
+        raise PqkError("--backend, --model and --keep-going are for carrying a plan out: give --run too")
+    if name == STATUS:
+        if execute:
+            raise PqkError("a plan is carried out by its name: `pqk plan NAME --run`")
+        return _show_status(of, rate, as_json, root)
+    if of is not None:
+        raise PqkError(f"{of!r} is one word too many: `pqk plan {name}`, or `pqk plan status {name}`")
+    if execute:
+        return _carry_out(name, rate, backend, model, keep_going, as_json, root)
+    found = load_plan(name, root)
+    if device is not None and found.device == "CPU":
+        raise PqkError(f"--device {device}: the hours of plan {name} are those of a CPU")
+    data = plan_data(found, ordered(found, root), device or found.device, rate)
+    _show(data, as_json, print_plan)
+    return EXIT_OK
+
+
+def _show_status(of: str | None, rate: float | None, as_json: bool, root: Path) -> int:
+    every = []
+    for name in list_plans(root) if of is None else [of]:
+        found = load_plan(name, root)
+        every.append(status_data(found, progress(found, ordered(found, root), root), rate))
+    if of is not None:
+        _show(every[0], as_json, print_status)
+    elif as_json:
+        print(json.dumps(every, ensure_ascii=False))
+    else:
+        print_statuses(every, Console())
+    return EXIT_OK
+
+
+def _carry_out(
+    name: str, rate: float | None, backend: str | None, model: str | None, keep_going: bool, as_json: bool, root: Path
+) -> int:
+    found = load_plan(name, root)
+    steps = ordered(found, root)
+    chosen = _usable(backend)
+    given = str(Path(model).resolve()) if model and Path(model).exists() else model  # experiments run in the root
+    errors = Console(stderr=True, highlight=False)
+    try:
+        done = run_plan(
+            found,
+            steps,
+            root,
+            Asked(chosen, given),
+            lambda text: errors.print(f"[bold]▸ {escape(text)}[/]", soft_wrap=True),
+            lambda line: errors.print(f"  {escape(line)}", style="dim", soft_wrap=True),
+            keep_going=keep_going,
+        )
+    except KeyboardInterrupt:
+        errors.print(f"interrupted; `pqk plan {name} --run` goes on from here")
+        return 128 + signal.SIGINT
+    _show(status_data(found, done, rate), as_json, print_status)
+    errors.print(f"what each experiment said: {escape(paths.shown(folder_of(name, root)))}/*.log", style="dim")
+    return exit_code(done)
+
+
+def _usable(backend: str | None) -> str:
+    """The backend that all experiments get. Raises BackendError, before the first of them, when it cannot run."""
+    from backends import registry
+    from backends.base import Unavailable
+
+    if backend in (None, "auto"):
+        from pqk.cli.run_output import choose_backend
+
+        backend = choose_backend(backend)
+    assert backend is not None
+    found = registry.get(backend).availability()
+    if not found.available:
+        raise Unavailable(f"backend {backend!r} cannot run: {found.reason}; {found.mend}")
+    return backend
+
+
+def _show(data: dict[str, Any], as_json: bool, show: Any) -> None:
+    show(data, Console(stderr=as_json))
+    if as_json:
+        print(json.dumps(data, ensure_ascii=False))

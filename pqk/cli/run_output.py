@@ -1,0 +1,308 @@
+"""What the terminal shows of `pqk run`."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+
+from pqk import paths
+from pqk.errors import EXIT_CHECK_FAILED, EXIT_OK, EXIT_UNDECIDED, PqkError
+from pqk.files import check_writable
+from pqk.recipe.block_profile_table import print_parts, write_parts
+from pqk.recipe.request import Request
+from pqk.recipe.runner import run
+from pqk.record.log import record_filename, write_record, write_records
+from pqk.report.table import print_table
+from pqk.result import note
+from pqk.settings.card import Card, load_card
+from pqk.settings.yamlfile import parse_yaml
+from pqk.store.store import OnEvent
+
+_CODES = {"pass": EXIT_OK, None: EXIT_OK, "fail": EXIT_CHECK_FAILED, "undecided": EXIT_UNDECIDED}
+_DOING = {
+    "scenes": "generated scenes:",
+    "calibration": "calibration images",
+    "graphs": "ONNX export, checked against torch",
+    "pruned": "pruning and fine-tuning",
+    "distilled": "distillation",
+    "quantized": "quantization",
+    "qat": "quantization-aware training",
+    "joint": "pruning, distillation and quantization in one training",
+    "predictions": "predictions,",
+    "scores": "quality,",
+    "timing": "timing, variants interleaved",
+    "memory": "peak memory",
+    "parts": "time of every part, Teacher and smaller model in turns",
+    "agreement": "agreement of",
+    "parted": "where runtimes part, ONNX Runtime and",
+    "ranking": "ranking the nodes of",
+    "mixed": "int8 graphs, nodes in float:",
+}
+
+
+def settings_of(items: list[str]) -> dict[str, Any]:
+    """`--set quant.ptq.calibration_images=64` -> {'quant.ptq.calibration_images': 64}; values are YAML.
+
+    Raises PqkError for an item without '=', an unreadable value, and a key that is given twice.
+    """
+    found: dict[str, Any] = {}
+    for item in items:
+        name, sign, text = item.partition("=")
+        name = name.strip()
+        if not sign or not name:
+            raise PqkError(f"--set {item}: write it as KEY=VALUE, for example quant.ptq.calibration_images=64")
+        if name in found:
+            raise PqkError(f"--set {name} is given twice")
+        try:
+            values = parse_yaml(f"value: {text}", "--set").values
+        except PqkError as error:
+            number = re.search(r" is .* base \d+.*", str(error))
+            if number:
+                raise PqkError(f"--set {item}: the value{number[0]}") from None
+            raise PqkError(
+                f"--set {item}: the value is not plain YAML (a number, a text, true, null, a list ...)"
+            ) from None
+        if list(values) != ["value"]:  # a line break, and another key behind it
+            raise PqkError(f"--set {item}: give one key at a time, each with its own --set")
+        found[name] = values["value"]
+    return found
+
+
+def run_card(
+    request: Request,
+    as_json: bool,
+    log: Path | None = None,
+    axes: Sequence[str] = (),
+    rollback: bool = False,
+    decide: int | None = None,
+) -> int:
+    """Run, report progress on stderr, print the table; returns the exit code (1 for the verdict 'fail', 4 'undecided').
+
+    `axes`: of a card with a matrix, only these. `rollback`: let the rollback table act on a failed recipe. `decide`:
+    add test scenes up to so many until the drop is decided.
+    `log`: a .json file that gets the candidate's record too, or without a recipe the list of the float records.
+    Raises PqkError, before anything long runs, when that file cannot be written or holds another record.
+    """
+    root = paths.project_root()
+    if log is not None:
+        if log.suffix != ".json":
+            raise PqkError(f"--log {log}: the name of a log ends in .json")
+        check_writable(log.parent)
+    errors = Console(stderr=True, highlight=False)
+    began = time.monotonic()
+
+    errors.print(f"[bold]{escape(request.card)}[/] on {escape(request.backend)}")
+    card = load_card(request.card, root)
+    if card.matrix or axes:
+        if decide is not None:
+            raise PqkError(f"--decide: card {card.id} is a matrix of experiments; decide single ones")
+        return _run_matrix(card, request, axes, as_json, errors, began, root)
+    outcome = run(request, root, _progress(errors), _sayer(errors), log, rollback, decide)
+    records = outcome.records
+    candidate = records[-1]
+    if log is not None and request.recipe:
+        write_record(log, candidate)
+    elif log is not None:
+        write_records(log, records)
+    _note(candidate, root)
+    console = Console(stderr=as_json)
+    print_table(records, console)
+    if outcome.parts:
+        console.print()
+        print_parts(outcome.parts, console)
+        written = write_parts(outcome.parts, root / "reports" / "parts" / f"{card.id}-{request.backend}.csv")
+        errors.print(f"  [green]✓[/] {escape(str(paths.shown(written)))}")
+    if candidate["verdict_reasons"]:
+        colour = {"pass": "green", "fail": "red"}.get(candidate["verdict"] or "", "yellow")
+        console.print(f"verdict: [bold {colour}]{candidate['verdict'] or 'not judged'}[/]")
+        for reason in candidate["verdict_reasons"]:
+            console.print(f"  {escape(reason)}", highlight=False)
+    errors.print(f"{time.monotonic() - began:.0f} s in all", style="dim")
+    if as_json:
+        print(json.dumps(candidate, allow_nan=False, ensure_ascii=False))
+    return _CODES[candidate["verdict"]]
+
+
+def _note(candidate: Mapping[str, Any], root: Path) -> None:
+    """Tell the program that started this one what came out; why: the first threshold that decided the verdict."""
+    mark = {"fail": "FAILED: ", "undecided": "undecided: "}.get(candidate["verdict"] or "")
+    reasons = [text.removeprefix(mark) for text in candidate["verdict_reasons"] or () if mark and text.startswith(mark)]
+    note(
+        run_id=candidate["run_id"],
+        status=candidate["status"],
+        verdict=candidate["verdict"],
+        why=reasons[0] if reasons else None,
+        record=str(root / "logs" / record_filename(dict(candidate))),
+    )
+
+
+def _run_matrix(
+    card: Card, request: Request, axes: Sequence[str], as_json: bool, errors: Console, began: float, root: Path
+) -> int:
+    """Every point of a matrix, its tables and figures in reports/ablation/CARD; 1 when a point failed to run."""
+    from pqk.recipe.ablation import print_matrix, write_matrix
+    from pqk.recipe.matrix import run_matrix
+
+    folder = root / "reports" / "ablation" / card.id
+    check_writable(folder)
+    result = run_matrix(card, request, list(axes), root, _progress(errors), _teller(errors))
+    print_matrix(result, Console(stderr=as_json))
+    data = {"card": card.id, "axes": result.records} if as_json else None
+    _finish(errors, began, write_matrix(result, folder), data)
+    if result.failures:
+        (axis, point), why = next(iter(result.failures.items()))
+        note(why=f"{len(result.failures)} points failed, first {axis} {point}: {why}")
+    return EXIT_CHECK_FAILED if result.failures else EXIT_OK
+
+
+def _progress(errors: Console) -> OnEvent:
+    """Prints what the store does, a line each; a training shows how far it is, live in a terminal."""
+    spoken = 0.0
+
+    def on_event(kind: str, stage: str, key: str, seconds: float) -> None:
+        nonlocal spoken
+        name, _, variant = stage.partition(" ")
+        what = f"{_DOING.get(name, name)} {variant}".strip()
+        if kind == "progress":
+            line = f"{100 * seconds:5.1f} %  {key}"
+            if errors.is_terminal:
+                errors.file.write(f"\r\x1b[2K    {line[: errors.width - 6]}")  # replaced by the next one
+                errors.file.flush()
+            elif time.monotonic() - spoken > 15:  # a log file gets a line now and then
+                spoken = time.monotonic()
+                errors.print(f"    {escape(line)}", soft_wrap=True)
+            return
+        if errors.is_terminal and kind in ("done", "damaged"):
+            errors.file.write("\r\x1b[2K")
+        if kind == "make":
+            errors.print(f"  [dim]…[/] {what}")
+        elif kind == "done":
+            errors.print(f"  [green]✓[/] {what}  {seconds:.1f} s")
+        elif kind == "reuse":
+            errors.print(f"  [green]✓[/] {what}  [dim]kept from before ({key[:8]})[/]")
+        elif kind == "damaged":
+            errors.print(f"  [yellow]![/] {what}: the kept result {key[:8]} is damaged, making it again")
+        elif kind == "wait":
+            errors.print(f"  [dim]…[/] {what}: another process is making it")
+
+    return on_event
+
+
+def _begin(verb: str) -> tuple[Path, Path, Console, float]:
+    """What verbs with a folder under reports/ start with: root, folder, console of progress, start time."""
+    root = paths.project_root()
+    folder = root / "reports" / verb
+    check_writable(folder)
+    return root, folder, Console(stderr=True, highlight=False), time.monotonic()
+
+
+def _sayer(errors: Console) -> Callable[[str], None]:
+    """Prints sentences of a run, a warning with another mark."""
+
+    def say(text: str) -> None:
+        mark = "[yellow]![/]" if text.startswith("warning: ") else "[green]✓[/]"
+        errors.print(f"  {mark} {escape(text)}")
+
+    return say
+
+
+def _teller(errors: Console) -> Callable[[str], None]:
+    return lambda text: errors.print(f"  [bold]·[/] {escape(text)}")
+
+
+def _finish(errors: Console, began: float, written: Iterable[Path], data: Mapping[str, Any] | None) -> None:
+    """Name the files and the time; `data` is printed as the last line of stdout."""
+    for path in written:
+        errors.print(f"  [green]✓[/] {escape(str(paths.shown(path)))}")
+    errors.print(f"{time.monotonic() - began:.0f} s in all", style="dim")
+    if data is not None:
+        print(json.dumps(data, allow_nan=False, ensure_ascii=False))
+
+
+def run_parity(
+    request: Request, backends: list[str], quantizers: list[str] | None, explained: bool, as_json: bool
+) -> int:
+    """`pqk parity`: run, print the table and the verdicts, write reports/parity/CARD.*; 1 when a level differs."""
+    from pqk.parity.explain import explain_all
+    from pqk.parity.parity import check_names, parity
+    from pqk.parity.report import as_data, print_parity, write_parity
+    from pqk.recipe.ranking import can_rank
+
+    if explained:
+        check_names(backends, quantizers)
+        if not any(can_rank(name) for name in backends):
+            raise PqkError(
+                f"--explain puts nodes of quantized graphs back to float, and no backend of {', '.join(backends)} can: "
+                "let openvino or trt take part"
+            )
+    root, folder, errors, began = _begin("parity")
+    result = parity(request, backends, quantizers, root, _progress(errors), _teller(errors))
+    if explained:
+        result = replace(result, explanation=explain_all(result.outcomes))
+    print_parity(result, Console(stderr=as_json))
+    _finish(errors, began, write_parity(result, folder), as_data(result) if as_json else None)
+    return EXIT_CHECK_FAILED if any(v.verdict == "differ" for v in result.verdicts) else EXIT_OK
+
+
+def run_tune(request: Request, max_drop: float, max_evaluations: int, out: Path | None, as_json: bool) -> int:
+    """`pqk tune`: search, print the table, write reports/tune/CARD.*; 1 when nothing is within the limit."""
+    from pqk.tune.report import as_data, print_tune, write_tune
+    from pqk.tune.tune_card import tune
+
+    root, folder, errors, began = _begin("tune")
+    quant = out or folder / f"{load_card(request.card, root).id}.quant.yaml"
+    tuned = tune(request, max_drop, max_evaluations, quant, root, _progress(errors), _teller(errors))
+    written = write_tune(tuned, folder)
+    print_tune(tuned, Console(stderr=as_json))
+    _finish(errors, began, written, as_data(tuned) if as_json else None)
+    return _CODES[tuned.verdict]
+
+
+def export_card(request: Request, precision: str | None, out: Path, rollback: bool = True) -> int:
+    """`pqk export`: progress on stderr, the folder on stdout; returns the exit code."""
+    from pqk.export.export import export
+
+    root = paths.project_root()
+    errors = Console(stderr=True, highlight=False)
+    errors.print(f"[bold]{escape(request.card)}[/] on {escape(request.backend)}, export")
+
+    def say(text: str) -> None:
+        errors.print(f"  [green]✓[/] {escape(text)}")
+
+    found = export(request, precision, out, root, _progress(errors), say, rollback)
+    print(paths.shown(found))
+    return EXIT_OK
+
+
+def choose_backend(asked: str | None) -> str:
+    """The asked backend; for None or 'auto' `trt` where it finds a CUDA device, else `openvino`, said in one line."""
+    from backends import registry
+
+    if asked not in (None, "auto"):
+        return str(asked)
+    trt = registry.get("trt").availability()
+    if trt.available and trt.details.get("gpu"):
+        chosen, why = "trt", f"it has {trt.details['gpu']}"
+    else:
+        chosen, why = "openvino", "trt has no CUDA device here"
+    Console(stderr=True, highlight=False).print(f"backend auto: {chosen} ({escape(why)})")
+    return chosen
+
+
+def make_data(split: str, count: int, views: int, size: int, seed: int, out: Path, jobs: int | None) -> None:
+    """`pqk data make`."""
+    from pqk.data.render.generate import ScenePlan, make_scenes
+
+    began = time.monotonic()
+    errors = Console(stderr=True, highlight=False)
+    plans = [ScenePlan(split, seed, index, views, size) for index in range(count)]
+    folders = make_scenes(out, plans, jobs, lambda name: errors.print(f"  [green]✓[/] {name}"))
+    print(f"{len(folders)} scenes, {len(folders) * views} views in {out} ({time.monotonic() - began:.1f} s)")

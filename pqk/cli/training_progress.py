@@ -1,0 +1,74 @@
+"""What the terminal shows of a training run."""
+
+from __future__ import annotations
+
+import math
+import shlex
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from pqk.compress.train.loop import loop as train
+from pqk.paths import project_root
+
+
+def run_train_teacher(
+    config: Path | None,
+    out: Path,
+    device: str,
+    minutes: float | None,
+    pause_after: float | None,
+    steps: int | None,
+    autocast: bool | None,
+    compiled: bool,
+    fresh: bool,
+    init: str | None,
+) -> None:
+    """`pqk train teacher`: read the file, train with a progress line, say what came out."""
+    from pqk.compress.train.teacher import train_teacher
+    from pqk.settings.training import load_training
+
+    spec = load_training(config or project_root() / "configs" / "models" / "dust3r-tiny.yaml", steps=steps)
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.percentage:5.1f} %  {task.fields[note]}"),
+        TimeElapsedColumn(),
+    )
+    command = "pqk " + shlex.join(sys.argv[1:])
+    with Progress(*columns, console=console, disable=train.world()[0] != 0) as bar:
+        task = bar.add_task(spec.model, total=1.0, note="")
+        spoken = [0.0]
+
+        def report(p: train.Progress) -> None:
+            eta = f"  ETA {p.seconds * (1 - p.share) / p.share / 60:.1f} min" if p.share else ""
+            last = p.history[-1] if p.history else None
+            score = f"  val AbsRel {last['absrel']:.4f} δ1 {last['delta1']:.3f}" if last else ""
+            note = f"step {p.step}  loss {p.loss:.4f}  {p.samples_per_second:.1f} pairs/s{eta}{score}"
+            bar.update(task, completed=p.share, note=note)
+            if not console.is_terminal and time.monotonic() - spoken[0] > 10:  # a log file gets a line now and then
+                spoken[0] = time.monotonic()
+                console.print(f"{100 * p.share:5.1f} %  {note}", highlight=False)
+
+        outcome, progress = train_teacher(
+            spec,
+            out,
+            device=device,
+            minutes=minutes,
+            pause_after_s=pause_after,
+            autocast=autocast,
+            compiled=compiled,
+            fresh=fresh,
+            init=init,
+            report=report,
+            command=command,
+        )
+    best = "no validation yet" if math.isinf(progress.best) else f"best validation AbsRel {progress.best:.4f}"
+    if train.world()[0] == 0:
+        paused = "no weights written yet, the same command goes on"
+        left = paused if outcome == "paused" else f"weights and card in {out}"
+        print(f"{outcome}: {progress.step} steps in {progress.seconds / 60:.1f} min, {best}; {left}")

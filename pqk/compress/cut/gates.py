@@ -1,0 +1,252 @@
+"""Gates on attention heads and groups of MLP units, what they cost in FLOPs, and the price that drives them shut.
+
+A gate multiplies what its units give to the layer that reads them. Gates are put into a network that may be prepared by
+a quantizer already: then nothing is rounded because of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pqk.compress.cut.cost import Costs
+from pqk.compress.cut.units import Slot
+from pqk.errors import PqkError
+from pqk.families.dust3r.model import Dust3r
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The gates of one slot: for each of its groups the units of every gate, the most important ones first.
+
+    units: group name -> tensors of indices: of the units that always stay, then of each gate. A gate holds `slot.step`
+    units of every group, so self- and cross-attention of a decoder block lose as many heads. flops: what each gate's
+    units cost, for one pair of images. worth: their importance per FLOP, added up over the groups.
+    """
+
+    slot: Slot
+    units: Mapping[str, tuple[Tensor, ...]]
+    flops: Tensor
+    worth: Tensor
+
+
+def layouts_of(model: Dust3r, slots: Sequence[Slot], importance: Mapping[str, Tensor]) -> list[Layout]:
+    """Gates for every slot. FLOPs of heads and MLP units add up exactly: each has layers of its own."""
+    costs = Costs(model, slots)
+    full, found = costs({}).flops, []
+    for slot in slots:
+        if slot.units <= slot.step:  # all of them must stay
+            continue
+        units = {
+            group.name: torch.sort(importance[group.name], descending=True, stable=True).indices.split(slot.step)
+            for group in slot.groups
+        }
+        each = (full - costs({slot.name: slot.units - slot.step}).flops) / slot.step
+        sizes = [len(chosen) for chosen in next(iter(units.values()))[1:]]
+        cost = each * torch.tensor(sizes, dtype=torch.float64)
+        worth = [
+            sum(float(importance[name][chosen[gate]].sum()) for name, chosen in units.items())
+            for gate in range(1, len(sizes) + 1)
+        ]
+        found.append(Layout(slot, units, cost, torch.tensor(worth, dtype=torch.float64) / cost))
+    return found
+
+
+class Gate(nn.Module):
+    """The factors of a slot's units: 1 for those that always stay, then z = sigmoid(slope * logit) for every gate.
+
+    Raising the slope drives them to 0 and 1 (continuous sparsification: Savarese, Silva and Maire, NeurIPS 2020). The
+    logits are `start + pace * moved`; the gradient of `moved` is that of the logits, so that one learning rate and
+    one limit on the norm of gradients serve gates and weights; a step of the optimizer moves a logit pace times as far.
+    """
+
+    start: Tensor
+    slope: Tensor
+
+    def __init__(self, start: Tensor, pace: float) -> None:
+        super().__init__()
+        self.register_buffer("start", start.float())
+        self.register_buffer("slope", torch.ones(()))
+        self.moved = nn.Parameter(torch.zeros(len(start)))
+        self.pace = pace
+
+    def logits(self) -> Tensor:
+        """(gates,)"""
+        return self.start + self.pace * self.moved.detach() + (self.moved - self.moved.detach())
+
+    def forward(self) -> Tensor:
+        """(1 + gates,) in [0, 1]."""
+        return torch.cat([torch.ones_like(self.start[:1]), torch.sigmoid(self.slope * self.logits())])
+
+
+class _Before(nn.Module):
+    """Multiplies the input of a layer by its gates; a forward pre-hook and a submodule of that layer.
+
+    As a module it is copied with the layer, and the copy's hook is the copy.
+    """
+
+    owner: Tensor
+
+    def __init__(self, gate: Gate, owner: Tensor) -> None:
+        super().__init__()
+        self.gate = gate
+        self.register_buffer("owner", owner)
+
+    def forward(self, layer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (args[0] * self.gate()[self.owner].to(args[0].dtype), *args[1:])
+
+
+class Gated:
+    """Gates in the layers of one or more modules that hold the network's layers under their own names.
+
+    The modules keep the gates, so they are trained, averaged, saved and copied with them; `Gated` only looks at them.
+    """
+
+    def __init__(
+        self,
+        layouts: Sequence[Layout],
+        modules: Sequence[nn.Module],
+        total_flops: int,
+        starts: Sequence[Tensor],
+        pace: float,
+    ) -> None:
+        """starts: logits (gates,) of each layout. Raises PqkError when no module has a layer of that name."""
+        self.layouts, self.total = list(layouts), total_flops
+        self.gates = [Gate(start, pace) for start in starts]
+        for layout, gate in zip(self.layouts, self.gates, strict=True):
+            for key, owner in owners(layout).items():
+                layer = _layer(modules, key.removesuffix(".weight"))
+                before = _Before(gate, owner)
+                layer.add_module("gates", before)
+                layer.register_forward_pre_hook(before)
+
+    def cut(self) -> Tensor:
+        """Share of the network's FLOPs that is gone, differentiable: each gate counts by how far it is shut."""
+        gone = [((1 - gate()[1:]) * layout.flops.to(gate.moved)).sum() for layout, gate in self._both()]
+        return torch.stack(gone).sum() / self.total
+
+    def steepen(self, slope: float) -> None:
+        for gate in self.gates:
+            gate.slope.fill_(slope)
+
+    def logits(self) -> list[Tensor]:
+        """Of every layout (gates,), detached, on the CPU."""
+        return [gate.logits().detach().cpu() for gate in self.gates]
+
+    def factors(self) -> list[Tensor]:
+        """Of every layout (1 + gates,), detached, on the CPU."""
+        return [gate().detach().cpu() for gate in self.gates]
+
+    def _both(self) -> Any:
+        return zip(self.layouts, self.gates, strict=True)
+
+
+def owners(layout: Layout) -> dict[str, Tensor]:
+    """Weight that reads the slot's units -> (channels,): which factor of `Gate` each channel has that it reads."""
+    found = {}
+    for group in layout.slot.groups:
+        for part in group.parts:
+            if part.reads:
+                owner = torch.empty(part.rows.numel(), dtype=torch.long)
+                for number, units in enumerate(layout.units[group.name]):
+                    owner[part.rows[units].flatten()] = number
+                found[part.key] = owner
+    return found
+
+
+def starting_logits(layouts: Sequence[Layout], mean: float, spread: float) -> list[Tensor]:
+    """Logits between `logit(mean) - spread / 2` and `+ spread / 2`, by the rank of a gate's worth among all of them."""
+    worth = torch.cat([layout.worth for layout in layouts])
+    rank = torch.empty(len(worth), dtype=torch.float64)
+    rank[torch.sort(worth, stable=True).indices] = torch.linspace(-0.5, 0.5, len(worth), dtype=torch.float64)
+    logits = math.log(mean / (1 - mean)) + spread * rank
+    return [part.float() for part in logits.split([len(layout.worth) for layout in layouts])]
+
+
+class Price(nn.Module):
+    """The augmented Lagrangian of the constraint "the cut share equals the target" (Hestenes, 1969; Wang et al., EMNLP
+    2020, section 3.2, for sparsity): `price * miss + penalty / 2 * miss^2`, miss = target - cut.
+
+    After each step the price rises by dual_rate * miss. Trained along with the network, so its checkpoint holds it.
+    """
+
+    price: Tensor
+
+    def __init__(self, penalty: float, dual_rate: float) -> None:
+        super().__init__()
+        self.register_buffer("price", torch.zeros(()))
+        self.penalty, self.dual_rate = penalty, dual_rate
+
+    def forward(self, cut: Tensor, target: float) -> Tensor:
+        miss = target - cut
+        charged = self.price.clone() * miss + 0.5 * self.penalty * miss.square()
+        self.price.add_(self.dual_rate * miss.detach())
+        return charged
+
+
+def shut(layouts: Sequence[Layout], logits: Sequence[Tensor], total_flops: int, share: float) -> dict[str, Tensor]:
+    """What stays, as a mask (1 + gates,) per slot name: the gates of the lowest logits go until `share` is cut.
+
+    Then those of the highest logits come back that are not needed for it: a head that went last may have made room.
+    Raises PqkError when all of them do not reach the share.
+    """
+    stays = {layout.slot.name: torch.ones(1 + len(layout.flops), dtype=torch.bool) for layout in layouts}
+    ranked = sorted(
+        (float(value), number, index) for number, found in enumerate(logits) for index, value in enumerate(found)
+    )
+    gone, aim = 0.0, share * total_flops
+    out = []
+    for _, number, index in ranked:
+        if gone >= aim:
+            break
+        out.append((layouts[number], index))
+        gone += float(layouts[number].flops[index])
+    if gone < aim:
+        raise PqkError(
+            f"joint.flops_cut {share:g} cannot be reached: everything that carries a gate is "
+            f"{100 * gone / total_flops:.1f} % of the FLOPs; allow more units"
+        )
+    for layout, index in reversed(out):
+        if gone - float(layout.flops[index]) >= aim:
+            gone -= float(layout.flops[index])
+        else:
+            stays[layout.slot.name][1 + index] = False
+    return stays
+
+
+def kept_units(layouts: Sequence[Layout], stays: Mapping[str, Tensor]) -> tuple[dict[str, int], dict[str, Tensor]]:
+    """The plan and the units to keep for `pqk.compress.cut.units.cut`, without slots that lose nothing."""
+    plan, keep = {}, {}
+    for layout in layouts:
+        mask = stays[layout.slot.name]
+        if bool(mask.all()):
+            continue
+        for name, units in layout.units.items():
+            keep[name] = (
+                torch.cat([part for part, stay in zip(units, mask.tolist(), strict=True) if stay]).sort().values
+            )
+            plan[layout.slot.name] = len(keep[name])
+    return plan, keep
+
+
+@torch.no_grad()
+def fold(model: nn.Module, layouts: Sequence[Layout], factors: Sequence[Tensor]) -> None:
+    """Multiply the weights that read gated units by their factors, in place: then the network needs no gates."""
+    weights = dict(model.named_parameters())
+    for layout, factor in zip(layouts, factors, strict=True):
+        for key, owner in owners(layout).items():
+            weights[key].mul_(factor[owner].to(weights[key]))
+
+
+def _layer(modules: Sequence[nn.Module], name: str) -> nn.Module:
+    for module in modules:
+        try:
+            return module.get_submodule(name)
+        except AttributeError:
+            continue
+    raise PqkError(f"the prepared modules have no layer {name!r} to put gates before")

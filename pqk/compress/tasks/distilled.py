@@ -1,0 +1,30 @@
+"""Stage K in its worker process: makes a student of the Teacher, or takes the model before it, and distils."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pqk.compress.distill import distill, make_student
+from pqk.compress.train.progress import tell_training
+from pqk.compress.train.stop_rules import stopper
+from pqk.compress.train.trained import finish
+from pqk.models import load_model
+from pqk.settings.distill import Distill
+
+
+def train_distilled(request: Mapping[str, Any]) -> dict[str, Any]:
+    """Distil. Request: see `pqk.recipe.training`; `before` is None where K starts from the Teacher.
+
+    Writes out/model and returns what `pqk.compress.train.trained.finish` does, its report empty. Raises CheckFailed
+    when the card's hours are spent: the checkpoint stays, and the same run with a larger budget goes on from there.
+    """
+    scratch, seed = Path(request["scratch"]), request["seed"]
+    teacher = load_model(request["teacher"])
+    distilling = Distill.model_validate_json(json.dumps(request["spec"]))
+    student = load_model(request["before"]) if request["before"] else make_student(teacher, distilling.student)
+    stop = stopper(request["rules"])
+    fitted = distill(teacher, student, distilling, seed=seed, scratch=scratch, stop=stop, report=tell_training)
+    return finish(fitted, request, "K", {})

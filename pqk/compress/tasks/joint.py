@@ -1,0 +1,167 @@
+"""The joint recipe in its worker process: gates and quantization in one training, then the cut network settles."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from backends import exchange
+from pqk.compress.joint import GatePlan, Whole, close_gates, cut_gates, float_weights, settle
+from pqk.compress.tasks.qat import prepare
+from pqk.compress.tasks.quantize import Both, Calibrated
+from pqk.compress.train.fit import Fitted
+from pqk.compress.train.loop import Progress
+from pqk.compress.train.progress import tell_training
+from pqk.compress.train.stop_rules import StopRules, best_checkpoint, stopper, untold_drop
+from pqk.compress.train.trained import save_trained
+from pqk.engines.variant import graph_to_json
+from pqk.files import write_json
+from pqk.measure.footprint import peak_ram_bytes
+from pqk.models import build_model, load_model, save_model
+from pqk.settings.joint import Joint
+from pqk.store.progress import tell
+
+
+def train_joint(request: Mapping[str, Any]) -> dict[str, Any]:
+    """The worker's side. Request: see `pqk.recipe.joint.join`.
+
+    Writes out/model, the float network of the trained weights, and out/encoder.xml and decoder.xml with their .bin.
+    Returns failed, reason, steps, training_s, drop_pct, history and report as `pqk.compress.train.trained.finish` does,
+    and graphs (none when a rule gave the run up), images, pairs, notes and peak_bytes as `quantize_graphs` does. Raises
+    CheckFailed when the card's hours are spent.
+    """
+    spec = Joint.model_validate_json(json.dumps(request["spec"]))
+    scratch, rules = Path(request["scratch"]), request["rules"]
+    teacher = load_model(request["teacher"])
+    cut = scratch / "cut"
+    if not (cut / "report.json").exists():  # written last: a killed run goes on with its gates
+        _gates(request, spec, teacher, cut)
+    about = json.loads((cut / "report.json").read_text())
+    small = load_model(cut)
+    told: dict[str, Any] = {
+        "failed": about["reason"] is not None,
+        "reason": about["reason"],
+        "steps": about["steps"],
+        "training_s": about["seconds"],
+        "drop_pct": None,
+        "waited": None,
+        "history": [],
+        "report": about["report"],
+        "gates_history": about["history"],
+        "graphs": {},
+    }
+    if not told["failed"]:
+        told, small = _settled(request, spec, teacher, small, told, StopRules(**rules))
+    facts = {name: value for name, value in told.items() if name != "graphs"}
+    save_trained(small, request, "PQK", facts)
+    return told
+
+
+def _gates(request: Mapping[str, Any], spec: Joint, teacher: Any, cut: Path) -> None:
+    """The first phase: writes the cut network into the folder `cut`, and report.json last."""
+    scratch, seed = Path(request["scratch"]), request["seed"]
+    tell({"text": "importance of heads and MLP units", "share": 0.0})
+    kept = scratch / "importance.pt"
+    known = torch.load(kept, weights_only=True) if kept.exists() else None
+    plan = GatePlan(teacher, spec, seed=seed, importance=known)
+    if known is None:
+        part = kept.with_suffix(".tmp")
+        torch.save(plan.importance, part)
+        part.replace(kept)
+    tell({"text": "ranges of the network with gates", "share": 0.0})
+    ptq = request["ptq"]
+    few = {**ptq, "calibration_images": min(ptq["calibration_images"], spec.gates.calibration_images)}
+    prepared = _prepared({**request, "ptq": few, "model": request["teacher"]})[0]
+    phase = Whole(spec, gates=True)
+    fitted, gated, weights = close_gates(
+        prepared.encoder,
+        prepared.decoder,
+        plan,
+        teacher,
+        scratch=scratch / "gates",
+        stop=_whole_stop(phase, request["rules"]),
+        report=lambda p: tell_training(phase(p)),
+    )
+    tell({"text": "cutting what the gates shut", "share": spec.gates.epochs / spec.train.epochs})
+    small, report = cut_gates(teacher, weights, plan, gated)
+    save_model(small, cut)
+    write_json(
+        cut / "report.json",
+        {
+            "reason": fitted.reason,
+            "steps": fitted.steps,
+            "seconds": fitted.seconds,
+            "history": fitted.history,
+            "report": report.as_dict(),
+        },
+    )
+
+
+def _settled(
+    request: Mapping[str, Any], spec: Joint, teacher: Any, small: Any, told: dict[str, Any], rules: StopRules
+) -> tuple[dict[str, Any], Any]:
+    """The second phase: `told` with what it found and the finished graphs, and the trained float network."""
+    phase = Whole(spec, gates=False, seconds=told["training_s"])
+    tell({"text": "ranges of the cut network", "share": spec.gates.epochs / spec.train.epochs})
+    with tempfile.TemporaryDirectory(prefix=".graphs-", dir=request["scratch"]) as folder:
+        graphs = {
+            name: exchange.export(graph.module, graph.inputs, graph.output_names, Path(folder) / f"{name}.onnx")
+            for name, graph in small.graphs(*request["shape"]).items()
+        }
+        own = {name: graph_to_json(graph) for name, graph in graphs.items()}
+        prepared, job = _prepared({**request, **own, "model": str(Path(request["scratch"]) / "cut")})
+        notes = job.notes()
+        fitted = settle(
+            prepared.encoder,
+            prepared.decoder,
+            teacher,
+            spec,
+            seed=request["seed"],
+            scratch=Path(request["scratch"]) / "settle",
+            stop=_whole_stop(phase, request["rules"]),
+            report=lambda p: tell_training(phase(p)),
+        )
+        end = phase(_progress(fitted))
+        at_end = rules.at_end(end)
+        best = best_checkpoint(end.history) or {}
+        told = {
+            **told,
+            "failed": at_end is not None,
+            "reason": at_end.why if at_end else fitted.reason,
+            "steps": end.step,
+            "training_s": end.seconds,
+            "drop_pct": best.get("drop_pct"),
+            "waited": untold_drop(end.history, rules.line_pct),
+            "history": end.history,
+        }
+        trained: Any = fitted.model
+        small = build_model(small.family, small.config, float_weights(trained, small))
+        if not told["failed"]:
+            made = {
+                name: job.quantizer.finish(module, job.source(name), job.spec(name, 1))
+                for name, module in trained.graphs().items()
+            }
+            told["graphs"] = {name: graph_to_json(graph) for name, graph in made.items()}
+            told |= {"images": prepared.images, "pairs": prepared.pairs, "notes": notes}
+            told["peak_bytes"] = peak_ram_bytes()
+    return told, small
+
+
+def _prepared(request: dict[str, Any]) -> tuple[Both[Any], Calibrated]:
+    """Both modules of request['model'], as the quantizer prepares them, and the job that can finish them."""
+    job = Calibrated(request, modules=True)
+    return prepare(job), job
+
+
+def _whole_stop(phase: Whole, rules: Mapping[str, Any]) -> Any:
+    judge = stopper(rules)
+    return lambda progress: judge(phase(progress))
+
+
+def _progress(fitted: Fitted) -> Progress:
+    return Progress(step=fitted.steps, seconds=fitted.seconds, history=fitted.history)

@@ -1,0 +1,39 @@
+"""Stage P in its worker process: prunes a model and fine-tunes what is left, against the Teacher."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pqk.compress.cut.prune import finetune, prune
+from pqk.compress.train.progress import tell_training
+from pqk.compress.train.stop_rules import stopper
+from pqk.compress.train.trained import finish
+from pqk.files import write_json
+from pqk.models import load_model, save_model
+from pqk.settings.prune import Prune
+from pqk.store.progress import tell
+
+
+def train_pruned(request: Mapping[str, Any]) -> dict[str, Any]:
+    """Prune and train. Request: see `pqk.recipe.training`; `before` is None where P starts from the Teacher.
+
+    Writes out/model and returns what `pqk.compress.train.trained.finish` does. Raises CheckFailed when the card's hours
+    are spent: the checkpoint stays, and the same run with a larger budget goes on from there.
+    """
+    scratch, seed = Path(request["scratch"]), request["seed"]
+    teacher = load_model(request["teacher"])
+    start = load_model(request["before"]) if request["before"] else teacher
+    pruning = Prune.model_validate_json(json.dumps(request["spec"]))
+    kept = scratch / "pruned"
+    if not (kept / "report.json").exists():  # written last: a killed run prunes anew
+        small, found = prune(start, pruning, seed=seed, report=lambda line: tell({"text": line, "share": 0.0}))
+        save_model(small, kept)
+        write_json(kept / "report.json", found.as_dict())
+    report = json.loads((kept / "report.json").read_text())
+    small = load_model(kept)
+    stop = stopper(request["rules"])
+    fitted = finetune(small, teacher, pruning, seed=seed, scratch=scratch, stop=stop, report=tell_training)
+    return finish(fitted, request, "P", report)

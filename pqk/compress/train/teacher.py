@@ -1,0 +1,224 @@
+"""`pqk train teacher`: DUSt3R's supervised training on rendered pairs, and the folder that is shipped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pqk.compress.train.loop import Progress, Schedule, Trainer, world
+from pqk.compress.train.pairs import SymmetricPairs, means_of, pick_device, scenery, validation_scores
+from pqk.cores import allowed_cores, cpu_name
+from pqk.data.render.stream import PairBatch, training_pairs
+from pqk.data.render.synthetic import texture_bank
+from pqk.errors import PqkError, nearest
+from pqk.families.checkpoint import CARD, CONFIG, WEIGHTS
+from pqk.families.dust3r.configs import NAMED, read_config
+from pqk.families.dust3r.losses import confidence_loss
+from pqk.files import clear_write_errors, fsync_folder, sha256_file, sha256_json, write_json
+from pqk.models import build_model, load_model, save_model
+from pqk.settings.seeds import INDICES, split_seed
+from pqk.settings.training import TrainSpec
+
+
+def train_teacher(
+    spec: TrainSpec,
+    out: Path,
+    *,
+    device: str = "auto",
+    minutes: float | None = None,
+    pause_after_s: float | None = None,
+    autocast: bool | None = None,
+    compiled: bool = False,
+    fresh: bool = False,
+    init: str | None = None,
+    report: Callable[[Progress], None] | None = None,
+    command: str = "pqk train teacher",
+) -> tuple[str, Progress]:
+    """Train and write `out`/{config.json, model.safetensors (float16), model_card.json}: the best averaged weights.
+
+    They are written once the training has ended ('done' or 'early'); a paused one leaves what was there as it is.
+    Resumes from `out`/checkpoint.pt when it belongs to the same spec; otherwise starts from the weights of `init` (what
+    `load_model` reads, of the same configuration), or from random ones. bf16 autocast is on for CUDA. On a CPU it
+    must be asked for: measured with torch 2.13, a step takes half the time with AVX-512 BF16 and several times longer
+    with AMX. Returns the outcome and the last progress.
+    Raises PqkError for an unknown model or device, an impossible budget, a batch that the processes cannot share
+    equally, a folder that cannot be written, and a checkpoint that is damaged or of another spec.
+    """
+    if spec.model not in NAMED:
+        raise PqkError(f"unknown model {spec.model!r}{nearest(spec.model, NAMED)}; known: {', '.join(NAMED)}")
+    for name, value in (("minutes", minutes), ("pause_after", pause_after_s)):
+        if value is not None and not 0 < value < math.inf:
+            raise PqkError(f"{name} must be more than 0, got {value}")
+    where = pick_device(device)
+    rank, processes = world()
+    for stage in spec.stages:
+        if stage.batch % processes:
+            raise PqkError(f"{processes} processes cannot share a batch of {stage.batch} pairs equally")
+    grouped = processes > 1 and not torch.distributed.is_initialized()
+    if grouped:
+        torch.distributed.init_process_group("nccl" if where.type == "cuda" else "gloo")
+    if where.type == "cuda":
+        torch.cuda.set_device(where)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+    autocast = where.type == "cuda" if autocast is None else autocast
+    config = NAMED[spec.model]
+    torch.manual_seed(spec.seed)
+    model, start = build_model("dust3r", config), None
+    if init is not None:
+        first = load_model(init)
+        if read_config(first.config) != read_config(config):
+            raise PqkError(f"{init} has another configuration than {spec.model}; training cannot start from it")
+        model.load_state_dict(first.state_dict())
+        start = sha256_state(model.state_dict())
+    # the tokens reach the heads' convolutions in this layout anyway
+    model = model.to(memory_format=torch.channels_last)
+    schedule = Schedule(spec.steps, spec.learning_rate, spec.final_rate, spec.warmup, minutes)
+    trainer = Trainer(
+        model,
+        schedule,
+        device=where,
+        weight_decay=spec.weight_decay,
+        clip_norm=spec.clip_norm,
+        ema=spec.ema,
+        autocast=autocast,
+    )
+    checkpoint, stamp = out / "checkpoint.pt", out / "spec.json"
+    wanted = {"spec": sha256_json(spec.model_dump(mode="json")), "minutes": minutes}
+    if start is not None:
+        wanted["init"] = start
+    if checkpoint.exists() and not fresh:
+        if _read_json(stamp) != wanted:
+            raise PqkError(f"{checkpoint} is of another spec or budget; use --fresh to start over or another -o")
+        trainer.resume(checkpoint)
+    elif rank == 0:
+        with clear_write_errors(out):
+            checkpoint.unlink(missing_ok=True)  # or a run killed before its first save would resume the old one
+        write_json(stamp, wanted)
+    bank = texture_bank().to(where)
+    symmetric: nn.Module = SymmetricPairs(trainer.model)
+    if compiled:
+        symmetric = torch.compile(symmetric, dynamic=False)  # type: ignore[assignment]
+
+    def loss_of(module: nn.Module, step: int, share: float) -> torch.Tensor:
+        stage = spec.stage_at(share)
+        seed = split_seed("train", spec.seed, (step * processes + rank) % INDICES)
+        with torch.autocast(where.type, enabled=False):
+            mine = stage.batch // processes
+            pairs: PairBatch = training_pairs(mine, stage.size, seed, bank, **scenery(spec))
+            gt1, gt2, valid1, valid2 = pairs.ordered()
+        prediction = module(pairs.images)
+        with torch.autocast(where.type, enabled=False):
+            return confidence_loss(prediction, gt1, gt2, valid1, valid2, spec.alpha)[0]
+
+    def scored(weights: dict[str, torch.Tensor]) -> dict[str, Any]:
+        # a fresh module, so that validation never touches the one in training
+        frozen = build_model("dust3r", model.config, weights).to(where).eval()
+        return means_of(validation_scores(frozen, spec, where, autocast, spec.seed))
+
+    outcome = trainer.run(
+        loss_of,
+        wrapped=symmetric,
+        validate=scored,
+        every=spec.validation.every,
+        patience=spec.validation.patience,
+        checkpoint=checkpoint,
+        pause_after_s=pause_after_s,
+        report=report,
+        batch_of=lambda share: spec.stage_at(share).batch,
+    )
+    if rank == 0 and outcome != "paused":
+        best = build_model("dust3r", model.config, trainer.best_averaged())
+
+        def card_of(shipped: nn.Module) -> dict[str, Any]:
+            scores = means_of(validation_scores(shipped.to(where), spec, where, autocast, spec.seed))
+            card = model_card(spec, trainer.progress, scores, where, outcome, minutes, command)
+            if init is not None:
+                card["init"] = {"weights": start, "card": _read_json(Path(init) / "model_card.json")}
+            return card
+
+        ship(best, out, card_of)
+    if grouped:
+        torch.distributed.destroy_process_group()
+    return outcome, trainer.progress
+
+
+def ship(model: nn.Module, out: Path, card_of: Callable[[nn.Module], dict[str, Any]]) -> None:
+    """Replace the model in `out` by this one, in float16, with the card that `card_of` gives and the weights' sha256.
+
+    `card_of` gets the model as a user will load it. Nothing in `out` changes before it has returned, and the old card
+    goes first, the new one comes last: whenever this is killed, no card stands beside weights that are not its own.
+    """
+    new = out / ".new"
+    with clear_write_errors(out):
+        if new.exists():  # of a run that was killed here
+            shutil.rmtree(new)
+        try:
+            save_model(model, new, dtype="float16")
+            card = card_of(load_model(new))
+            card["sha256"] = sha256_file(new / WEIGHTS)
+            write_json(new / CARD, card)
+            (out / CARD).unlink(missing_ok=True)
+            fsync_folder(out)
+            for name in (WEIGHTS, CONFIG, CARD):
+                (new / name).replace(out / name)
+                fsync_folder(out)
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+
+
+def sha256_state(state: dict[str, torch.Tensor]) -> str:
+    """Hex sha256 over names and float32 bytes of weights, by sorted name."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        digest.update(name.encode())
+        digest.update(state[name].detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _read_json(path: Path) -> Any:
+    """The value of a JSON file; None when it is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def model_card(
+    spec: TrainSpec,
+    progress: Progress,
+    scores: dict[str, float],
+    device: torch.device,
+    outcome: str,
+    minutes: float | None,
+    command: str,
+) -> dict[str, Any]:
+    """What a reader must know of shipped weights: data, seed, budget, device, metrics, command."""
+    name = f"{cpu_name()}, {allowed_cores()} cores, {torch.backends.cpu.get_cpu_capability()}"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    return {
+        "name": spec.model,
+        "data": "pairs of procedural rooms rendered on the fly (pqk.data.render.synthetic), split 'train'",
+        "seed": spec.seed,
+        "steps": progress.step,
+        "hours": round(progress.seconds / 3600, 4),
+        "budget_minutes": minutes,
+        "outcome": outcome,
+        "device": name,
+        "torch": torch.__version__,
+        "dtype": "float16",
+        "validation": {"split": "validation", "size": spec.validation.size, "pairs": spec.validation.pairs, **scores},
+        "spec": spec.model_dump(mode="json"),
+        "spec_sha256": sha256_json(spec.model_dump(mode="json")),
+        "command": command,
+        "history": progress.history,
+    }

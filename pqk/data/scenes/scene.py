@@ -1,0 +1,328 @@
+"""Scenes and views: images on disk with what is known of their cameras. Nothing is decoded before it is asked for."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from pqk.data.scenes.camera import Camera, undistort_image, undistort_nearest
+from pqk.data.scenes.depth import measured_depth
+from pqk.data.scenes.names import look_alike, natural
+from pqk.data.scenes.picture import read_picture, upright
+from pqk.errors import PqkError
+from pqk.files import sha256_file
+from pqk.oserrors import cannot_read
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """One image with what is known of its camera.
+
+    Pixels follow COLMAP: the top-left corner of the image is (0, 0), the centre of the first pixel (0.5, 0.5).
+    With `distortion` set, the files on disk belong to that distorted camera, and the three `load_*` functions return
+    them resampled to the pinhole camera K of the same size.
+    """
+
+    name: str  # file name relative to the image folder, e.g. "000.jpg"
+    image_path: Path
+    K: np.ndarray | None = None  # (3,3) float64, pinhole
+    world_to_cam: np.ndarray | None = None  # (4,4) float64, metres
+    depth_path: Path | None = None  # raw little-endian float32, row-major H*W, metres along z; 0 or inf = unmeasured
+    mask_path: Path | None = None  # one 8-bit value a pixel, 0 = ignore (or the reverse, see mask_marks_ignored)
+    distortion: Camera | None = None
+    size: tuple[int, int] | None = None  # (height, width) that the camera file declares
+    mask_marks_ignored: bool = False  # ETH3D: any value but 0 = ignore
+
+    def load_image(self) -> np.ndarray:
+        """(H,W,3) uint8 RGB. Raises PqkError for what `read_picture` refuses, and for an image of the wrong size or
+        one of whose pixels almost none is left when its lens distortion is undone.
+
+        EXIF orientation is applied, except where a calibration belongs to the pixels as they are stored.
+        """
+        pixels = np.asarray(self._oriented(*_decode(self.image_path)).convert("RGB"))
+        if self.distortion is None:
+            return pixels
+        try:
+            return undistort_image(pixels, self.distortion)
+        except PqkError as error:
+            raise PqkError(f"{self.image_path}: {error}") from error
+
+    def load_depth(self) -> np.ndarray | None:
+        """(H,W) float32, metres along the optical axis, 0 = no measurement; None without a depth file.
+
+        Infinite and non-positive values and far planes mean no measurement (`pqk.data.scenes.depth`). Raises PqkError
+        when the file is missing, when its size is not 4*H*W bytes, when it holds NaN, which no writer of this format
+        uses and so points at a bug, and when its numbers are no lengths in metres.
+        """
+        if self.depth_path is None:
+            return None
+        height, width = self._stored_shape()
+        try:
+            raw = self.depth_path.read_bytes()
+        except OSError as error:
+            raise PqkError(f"{self.depth_path}: cannot read the depth file ({error.strerror})") from error
+        if len(raw) != 4 * height * width:
+            raise PqkError(
+                f"{self.depth_path}: the depth file has {len(raw)} bytes, expected {4 * height * width} "
+                f"({width}x{height} float32 values, the size of {self.image_path.name})"
+            )
+        try:
+            depth = measured_depth(np.frombuffer(raw, dtype="<f4").reshape(height, width))
+        except PqkError as error:
+            raise PqkError(f"{self.depth_path}: {error}") from error
+        return depth if self.distortion is None else undistort_nearest(depth, self.distortion)
+
+    def load_mask(self) -> np.ndarray | None:
+        """(H,W) bool, False = ignore; None when nothing is to be ignored.
+
+        A palette image is judged by its indices, an RGB image by whether any channel is above 0. Where the image was
+        undistorted, pixels without a source are ignored too. Raises PqkError for a missing or damaged file, for pixels
+        of another kind (with transparency, say) and for a size that is not the image's.
+        """
+        if self.mask_path is None and self.distortion is None:
+            return None
+        shape = self._stored_shape()
+        keep = np.ones(shape, dtype=bool)
+        if self.mask_path is not None:
+            values = _mask_values(self.mask_path)
+            if values.shape != shape:
+                raise PqkError(
+                    f"{self.mask_path}: the mask has {values.shape[1]}x{values.shape[0]} pixels, "
+                    f"the image {self.image_path.name} has {shape[1]}x{shape[0]}"
+                )
+            keep = (values == 0) if self.mask_marks_ignored else (values != 0)
+        return keep if self.distortion is None else undistort_nearest(keep, self.distortion)
+
+    def _oriented(self, image: Image.Image, orientation: int) -> Image.Image:
+        """The image as its calibration was made for, which is as stored; without a calibration, as EXIF says."""
+        if self.K is None:
+            return upright(image, orientation)
+        if self.size is None or image.size[::-1] == self.size:
+            return image
+        turned = upright(image, orientation)
+        if turned.size[::-1] == self.size:  # the program that calibrated looked at EXIF
+            return turned
+        raise PqkError(
+            f"{self.image_path}: the image has {image.size[0]}x{image.size[1]} pixels, "
+            f"its camera is for {self.size[1]}x{self.size[0]}; give the image the calibration was made with"
+        )
+
+    def _stored_shape(self) -> tuple[int, int]:
+        """(height, width) of the files on disk, from the camera or the image."""
+        if self.size is not None:
+            return self.size
+        width, height = self._oriented(*_decode(self.image_path)).size
+        return height, width
+
+
+@dataclass(frozen=True, eq=False)
+class Scene:
+    """Views of one place, in the natural order of their names.
+
+    notes: in sentences, what of the folder could not be used. model_files: what the cameras were read from.
+    """
+
+    name: str
+    root: Path
+    views: tuple[View, ...]
+    notes: tuple[str, ...] = ()
+    model_files: tuple[Path, ...] = ()
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether the cameras are known: the scene is more than a folder of pictures."""
+        return bool(self.model_files)
+
+    def content(self, truth: bool = True) -> dict[str, Any]:
+        """Returns the names of the views and the sha256 of every file that the readers open, as JSON.
+
+        Neither the scene's name nor where it lies is in it, so a renamed or linked copy has the same content. Without
+        `truth` depth and masks are left out. Raises PqkError for a file that cannot be read.
+        """
+        views = []
+        for view in self.views:
+            paths = (view.image_path, view.depth_path, view.mask_path) if truth else (view.image_path,)
+            views.append([view.name, *(None if path is None else _sha256(path) for path in paths)])
+        return {"cameras": [_sha256(path) for path in self.model_files], "views": views}
+
+    @property
+    def has_ground_truth(self) -> bool:
+        """Whether every view has K, pose and depth."""
+        return all(v.K is not None and v.world_to_cam is not None and v.depth_path is not None for v in self.views)
+
+
+class NoPictures(PqkError):
+    """A camera model was found, but none of its pictures. Exit code 2."""
+
+
+def open_scene(path: Path | str) -> Scene:
+    """Open one scene: ETH3D layout, COLMAP project, or a folder of images, in this order of preference.
+
+    Raises PqkError when the folder is missing, cannot be read or holds none of these, and for malformed calibration
+    files.
+    """
+    root = _folder(path)
+    scene = _open(root)
+    if scene is None:
+        raise PqkError(
+            f"{root}: no scene here{_unread(root)}; expected images, or images/ with a COLMAP model in sparse/0, "
+            "or the ETH3D layout"
+        )
+    return _noted([scene])[0]
+
+
+def open_scenes(path: Path | str, pictures: bool = False) -> list[Scene]:
+    """Open a single scene, or every subfolder that is one, in the natural order of their names.
+
+    Scenes with known cameras win over plain pictures: where a subfolder holds such a scene, pictures beside it and
+    folders of plain pictures are left out, and named in a warning. With `pictures` the pictures in the folder itself
+    are what is asked for, and no scene wins over another. A subfolder that holds no scene or may not be read is named
+    and skipped.
+    Raises PqkError when there is no scene, and for what `open_scene` raises, of a subfolder too.
+    """
+    root = _folder(path)
+    here = _open(root)
+    if here is not None and (here.is_calibrated or pictures):
+        return _noted([here])
+    found: list[Scene] = []
+    for folder in _subfolders(root):
+        try:
+            scene = _open(folder)
+        except NoPictures as error:
+            if here is None:
+                raise
+            _warn(f"{error}; skipped")  # pictures lie above it, and a model without its own is no scene beside them
+            continue
+        if scene is not None:
+            found.append(scene)
+        elif here is None:
+            _warn(f"{folder} holds no scene, skipped{_unread(folder)}")
+    calibrated = [scene for scene in found if scene.is_calibrated]
+    if here is not None and not calibrated:
+        return _noted([here])
+    if not found:
+        raise PqkError(f"{root}: no scene here, and none in its subfolders{_unread(root)}")
+    if not calibrated or pictures:
+        return _noted(found)
+    ignored = [str(scene.root) for scene in found if not scene.is_calibrated]
+    if here is not None:
+        ignored.insert(0, f"{len(here.views)} pictures directly in {root} ({here.views[0].name}, ...)")
+    if ignored:
+        _warn(
+            f"left out, because {len(calibrated)} scenes with known cameras are there and these have none: "
+            f"{', '.join(ignored)}"
+        )
+    return _noted(calibrated)
+
+
+def _open(root: Path) -> Scene | None:
+    # The readers build Views, so they import this module; importing them here, at use, keeps that one-directional.
+    from pqk.data.scenes import colmap, eth3d, folder
+
+    try:
+        folder.refuse_dead_links(root, (*folder.LAYOUT, *eth3d.LAYOUT))
+        scene = eth3d.read(root) or folder.read_colmap_project(root) or folder.read_images(root)
+    except OSError as error:
+        raise unreadable(error, root) from error
+    if scene is not None:
+        colmap.check_utf8(root.name, str(root.parent))
+    return scene
+
+
+def _unread(root: Path) -> str:
+    """What a folder without a scene holds in pictures that are not read, as the end of a sentence; '' if nothing."""
+    from pqk.data.scenes.folder import unread_pictures
+
+    found = unread_pictures(root) or unread_pictures(root / "images")
+    return f" ({found})" if found else ""
+
+
+def _folder(path: Path | str) -> Path:
+    """The folder as an absolute path that keeps the name it was given, also where that is a link."""
+    root = Path(path)
+    try:
+        if not root.exists():
+            hint = look_alike(root.parent, root.name) if root.parent.is_dir() else ""
+            raise PqkError(f"scene folder {root} does not exist{hint}")
+        if not root.is_dir():
+            raise PqkError(f"scene folder {root} is a file; give the folder that holds the scene")
+        return root.resolve() if root.name in ("", "..") else root.parent.resolve() / root.name
+    except OSError as error:
+        raise unreadable(error, root) from error
+
+
+def _subfolders(root: Path) -> list[Path]:
+    """The folders in `root` that can be listed; others are named in a warning, such as lost+found of a disk."""
+    try:
+        entries = sorted(
+            (e for e in root.iterdir() if not e.name.startswith(".")), key=lambda entry: natural(entry.name)
+        )
+    except OSError as error:
+        raise unreadable(error, root) from error
+    folders = []
+    for entry in entries:
+        try:
+            if entry.is_dir():
+                with os.scandir(entry) as listed:
+                    for item in listed:
+                        item.stat(follow_symlinks=False)  # a folder may be listed and still keep its entries shut
+                        break
+                folders.append(entry)
+        except OSError as error:
+            _warn(f"{unreadable(error, entry)}; skipped")
+    return folders
+
+
+def unreadable(error: OSError, path: Path) -> PqkError:
+    """Returns the error for a file or folder that the system does not let us read, in one sentence."""
+    return PqkError(cannot_read(error.filename or path, error))
+
+
+def _sha256(path: Path) -> str:
+    try:
+        return sha256_file(path)
+    except OSError as error:
+        raise unreadable(error, path) from error
+
+
+def _noted(scenes: list[Scene]) -> list[Scene]:
+    """The scenes, after a warning for each of their notes."""
+    for scene in scenes:
+        for note in scene.notes:
+            _warn(note)
+    return scenes
+
+
+@cache
+def _warn(sentence: str) -> None:
+    """Warn once: a scene is opened many times in a run."""
+    log.warning("%s", sentence)
+
+
+def _decode(path: Path) -> tuple[Image.Image, int]:
+    """The stored pixels and the EXIF orientation of an image file."""
+    try:
+        return read_picture(path)
+    except ValueError as error:
+        raise PqkError(str(error)) from error
+
+
+def _mask_values(path: Path) -> np.ndarray:
+    """(H,W), one number a pixel."""
+    image = _decode(path)[0]
+    if image.mode == "RGB":
+        return np.asarray(image).max(axis=2)
+    if image.mode not in ("1", "L", "P"):
+        raise PqkError(
+            f"{path}: a mask is one value a pixel (grey, palette or RGB); pixels of mode {image.mode} are not"
+        )
+    return np.asarray(image)

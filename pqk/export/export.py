@@ -1,0 +1,209 @@
+"""`pqk export`: the compiled artifact of a card as a folder that runs without pqk.
+
+encoder.*, decoder.*   ONNX (float, or with Q/DQ nodes), or OpenVINO IR (int8 of openvino)
+encoder.plan ...       what the backend compiled, where its engine is a file of its own (TensorRT)
+manifest.json          what it is, of what it was made, how to feed it, sha256 of every file
+sample.py              feeds two pictures; numpy, Pillow and the runtime only
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from backends.base import Backend, Graph, Precision, lowered_to
+from pqk import paths
+from pqk.engines.variant import Runner, Variant
+from pqk.errors import PqkError, nearest
+from pqk.export.sample_source import sample_source
+from pqk.export.target import MANIFEST, export_folder, target_of
+from pqk.files import sha256_file, sha256_json, write_json
+from pqk.recipe.candidate import Outcome
+from pqk.recipe.quantization import Row
+from pqk.recipe.recover import choose
+from pqk.recipe.request import Request, asked_experiment, chosen_quantizer, usable_backend
+from pqk.record.schema import empty_record
+from pqk.settings.card import Experiment
+from pqk.settings.recipe import JOINT, quantizes
+from pqk.store.store import OnEvent
+
+FORMAT = 1  # of the manifest; a reader refuses another
+_IDENTITY = ("exp_id", "combo", "role", "model", "backend", "quantizer", "precision")
+_METHOD = ("bits_w", "bits_a", "keep_list", "images_calibration")
+_EVIDENCE = ("commit", "workload_version", "eval_version", "hashes")
+_MEAN = _STD = [0.5, 0.5, 0.5]  # DUSt3R: pixels of [0,1] become [-1,1]
+
+
+def export(
+    request: Request,
+    precision: str | None,
+    out: Path,
+    root: Path,
+    on_event: OnEvent,
+    say: Callable[[str], None],
+    rollback: bool = True,
+) -> Path:
+    """Make or reuse the card's candidate, and write it to the folder `out`, whole or not at all.
+
+    It is the candidate that `pqk run` measures with the same request: chosen in the same way, equal in every hash.
+    `precision`: int8 or a float precision of the backend, which asks for the float model that is quantized; None: int8
+    when the recipe quantizes, else the backend's best float. Raises PqkError or BackendError when `out` holds anything
+    but an earlier export, for a precision that cannot be had, for a recipe that its stop-loss ended, and for what the
+    stages raise.
+    """
+    out = target_of(out)
+    experiment = asked_experiment(request, root)
+    backend = usable_backend(request.backend)
+    asked, label, quantizer = _precision(precision, request.quantizer, experiment, backend)
+    if request.quantizer and quantizer is None:
+        raise PqkError(f"--quantizer {request.quantizer}: a {asked} export is not quantized")
+    if quantizer is None and experiment.card.recipe != JOINT:  # whose float model comes out of the quantized training
+        float_stages = tuple(stage for stage in experiment.card.recipe if stage != "Q")
+        request = replace(request, stages=float_stages or None, recipe=bool(float_stages))
+    made, request = choose(request, root, on_event, say, rollback=rollback)
+    outcome = made.outcome
+    if outcome.trained and outcome.trained[-1].failed:
+        raise PqkError(
+            f"card {experiment.card.id} was stopped: {outcome.trained[-1].reason}; there is nothing to export"
+        )
+    row = next(row for row in reversed(made.rows) if _is_asked(row, outcome, asked))
+    own = made.common | row.own
+    variant = replace(row.variant, options={k: v for k, v in row.variant.options.items() if k != "cache_dir"})
+
+    with export_folder(out) as folder:
+        copies = {"encoder": _copy(variant.encoder, folder), "decoder": _copy(variant.decoder, folder)}
+        plans, measured = _compile(
+            replace(variant, encoder=copies["encoder"], decoder=copies["decoder"]), outcome.scoring["shape"], folder
+        )
+        runtime = "openvino" if backend.name == "openvino" else "onnxruntime"
+        (folder / "sample.py").write_text(sample_source(runtime), encoding="utf-8")
+        record = _record(own, label, outcome, variant)
+        manifest = {
+            "format": FORMAT,
+            "card": experiment.card.id,
+            "recipe": list(outcome.experiment.card.recipe),
+            **{name: record[name] for name in (*_IDENTITY, *_METHOD, *_EVIDENCE)},
+            "float_precision": _float_precision(asked, variant.options),
+            "measured": measured,
+            "device": own["device"],
+            "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            "versions": own["versions"],
+            "preprocessing": {
+                "size": list(outcome.scoring["shape"]),
+                "channels": "RGB",
+                "layout": "NCHW",
+                "resize": "scale until the picture covers the size (Lanczos to shrink, else bicubic), crop the centre",
+                "divide_by": 255,
+                "mean": _MEAN,
+                "std": _STD,
+            },
+            "pair_graph": outcome.scoring["pair_graph"],
+            "graphs": {part: _describe(graph, plans.get(part)) for part, graph in copies.items()},
+            "files": _files(folder, set(plans.values())),
+            "record": record,  # what edge_eval.py starts its own from: every field of the log's schema
+        }
+        write_json(folder / MANIFEST, manifest)
+    say(f"{len(manifest['files'])} files and {MANIFEST} in {paths.shown(out)}")
+    return out
+
+
+def _is_asked(row: Row, outcome: Outcome, asked: Precision) -> bool:
+    """Whether a row is what the export asks for: the candidate itself, or its float model in the asked precision."""
+    if asked is Precision.INT8:
+        return row.own.get("role") == "candidate"
+    return row.variant.precision is asked and row.variant.hashes == outcome.onnx_float.hashes
+
+
+def _record(own: Mapping[str, Any], label: str, outcome: Outcome, variant: Variant) -> dict[str, Any]:
+    """The columns of a record that are known without a measurement."""
+    known = (*_IDENTITY, *_METHOD, *_EVIDENCE, "seed", "train_seed", "eval_seed", "params", "params_M")
+    found = {name: own[name] for name in known if name in own}
+    found["hashes"] = own["hashes"] | {"engine": sha256_json(variant.hashes)}
+    return {**empty_record(), **found, "precision": label}
+
+
+def _precision(
+    asked: str | None, tool: str | None, experiment: Experiment, backend: Backend
+) -> tuple[Precision, str, str | None]:
+    """What to compile, what it is called (int8, fp8 or int4 where it is quantized), and the quantizer or None."""
+    floats = [Precision(p) for p in backend.float_precisions()]
+    lowers = quantizes(experiment.card.recipe)
+    if asked is None and not lowers:
+        return floats[-1], str(floats[-1]), None
+    if asked in floats:
+        return Precision(asked), str(asked), None
+    known, ptq = backend.quantizers(), experiment.quant.ptq
+    lowered, name = "int8", None
+    if lowers and known:
+        name = chosen_quantizer(backend, tool, ptq)
+        lowered = lowered_to(known[name], ptq.bits_w, ptq.bits_a)
+    allowed = [*map(str, floats), lowered]
+    if asked is not None and asked not in allowed:
+        raise PqkError(
+            f"--precision {asked}: backend {backend.name} here has {', '.join(allowed)}{nearest(asked, allowed)}"
+        )
+    if not lowers:
+        raise PqkError(f"--precision {lowered}: the recipe of card {experiment.card.id} has no stage Q")
+    return Precision.INT8, lowered, name or chosen_quantizer(backend, tool, ptq)
+
+
+def _float_precision(asked: Precision, options: Mapping[str, Any]) -> str:
+    """In what the engine computes floats: 'best' (of the device), or a precision."""
+    return str(options.get("rest", "best")) if asked is Precision.INT8 else str(asked)
+
+
+def _copy(graph: Graph, folder: Path) -> Graph:
+    """The graph's files in `folder`, under their names: an ONNX file names its data file."""
+    for path in graph.files():
+        shutil.copyfile(path, folder / path.name)
+    return replace(graph, path=folder / graph.path.name)
+
+
+def _compile(variant: Variant, shape: Sequence[int], folder: Path) -> tuple[dict[str, str], str]:
+    """Compile the copies and run one pair of noise: what is shipped works.
+
+    Returns the plan file of each graph that has one, and 'engine' or 'emulated'. Raises PqkError for NaN or infinity.
+    """
+    plans = {}
+    image = np.random.default_rng(0).uniform(-1, 1, (1, 3, *shape)).astype(np.float32)
+    with Runner(variant) as engines:
+        tokens = engines.encode(image)
+        for name, array in engines.decode(tokens, tokens).items():
+            if not np.isfinite(array).all():
+                raise PqkError(f"the exported {variant.precision} model computes NaN or infinity in {name}")
+        for part, engine in (("encoder", engines.encoder), ("decoder", engines.decoder)):
+            plan = getattr(engine, "plan", None)
+            if plan is not None:
+                plans[part] = f"{part}{Path(plan).suffix}"
+                shutil.copyfile(plan, folder / plans[part])
+        emulated = "emulated" in (engines.encoder.measured, engines.decoder.measured)
+    return plans, "emulated" if emulated else "engine"
+
+
+def _describe(graph: Graph, plan: str | None) -> dict[str, Any]:
+    return {
+        "file": graph.path.name,
+        "format": graph.format,
+        "plan": plan,
+        "sha256": graph.sha256,
+        "inputs": [asdict(port) for port in graph.inputs],
+        "outputs": [asdict(port) for port in graph.outputs],
+    }
+
+
+def _files(folder: Path, plans: set[str]) -> dict[str, dict[str, Any]]:
+    """Name -> sha256, bytes and kind: weights (graphs and their data), plan, or sample."""
+    return {
+        path.name: {
+            "sha256": sha256_file(path),
+            "bytes": path.stat().st_size,
+            "kind": "plan" if path.name in plans else "sample" if path.suffix == ".py" else "weights",
+        }
+        for path in sorted(folder.iterdir())
+    }

@@ -1,0 +1,177 @@
+"""What a run is fed: scenes as frames of the workload's shape, their pairs, and the calibration set."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from copy import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar, overload
+
+import numpy as np
+
+from pqk.data.scenes.covisibility import covisibility
+from pqk.data.scenes.pairs import image_similarity, pair_graph
+from pqk.data.scenes.preprocess import Frame, fit_to_shape
+from pqk.data.scenes.scene import Scene, View, open_scene, unreadable
+from pqk.errors import PqkError
+from pqk.settings.workload import PairGraph
+
+T = TypeVar("T")
+_FRAMES = 256 * 2**20  # bytes of loaded pictures and depth that a scene keeps: 60 frames of 512x512 pixels
+
+
+class Kept(Sequence[T]):
+    """A sequence whose items are made when they are asked for; those used last are kept, up to a number of bytes.
+
+    A scene of a thousand pictures thus needs no more memory than one of sixty. make: the item of an index; size: its
+    bytes. At least two items are kept, as a pair needs.
+    """
+
+    def __init__(self, count: int, make: Callable[[int], T], size: Callable[[T], int], limit: int) -> None:
+        self._count, self._make, self._size, self._limit = count, make, size, limit
+        self._items: dict[int, T] = {}  # the one used last comes last
+        self._held = 0  # bytes
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[T]: ...
+
+    def __getitem__(self, index: int | slice) -> T | list[T]:
+        if isinstance(index, slice):
+            return [self[k] for k in range(*index.indices(self._count))]
+        index = range(self._count)[index]
+        if index in self._items:
+            item = self._items.pop(index)
+        else:
+            item = self._make(index)
+            self._held += self._size(item)
+        self._items[index] = item
+        while self._held > self._limit and len(self._items) > 2:
+            self._held -= self._size(self._items.pop(next(iter(self._items))))
+        return item
+
+
+class Frames(Kept[Frame]):
+    """The views of a scene as frames of one shape, loaded when they are asked for. `names` needs no loading."""
+
+    def __init__(self, scene: Scene, views: Sequence[View], height: int, width: int, seed: int) -> None:
+        self.scene, self.names = scene.name, [view.name for view in views]
+
+        def load(index: int) -> Frame:
+            return fit_to_shape(views[index], height, width, scene.name, _jitter(views[index], seed))
+
+        super().__init__(len(views), load, _bytes_of, _FRAMES)
+
+
+def _bytes_of(frame: Frame) -> int:
+    return frame.image.nbytes + (0 if frame.depth is None else frame.depth.nbytes)
+
+
+def _jitter(view: View, seed: int) -> np.random.Generator | None:
+    """What draws a picture's crop: seeded by the picture's bytes, so that no name and no order moves it."""
+    if not seed:
+        return None
+    try:
+        return np.random.default_rng((seed, zlib.crc32(view.image_path.read_bytes())))
+    except OSError as error:
+        raise unreadable(error, view.image_path) from error
+
+
+def load_frames(scene: Scene, height: int, width: int, views: int | None = None, seed: int = 0) -> Frames:
+    """The scene's first `views` images (default: all), resized and cropped to the shape as they are asked for.
+
+    Eval seed 0 crops the centre of every image; any other draws, per image, where the crop lies. Raises PqkError when
+    there are fewer than two, and a frame, when it is asked for, for what its files raise.
+    """
+    chosen = scene.views[:views] if views else scene.views
+    if len(chosen) < 2:
+        raise PqkError(f"{scene.root}: a scene needs at least 2 images, found {len(chosen)}")
+    return Frames(scene, chosen, height, width, seed)
+
+
+def scene_pairs(
+    frames: Sequence[Frame], graph: PairGraph, min_covisibility: float, ground_truth: bool
+) -> list[tuple[int, int]]:
+    """Ordered pairs of the scene. With ground truth, pairs that share too little of their view are left out.
+
+    Every frame is loaded once here, so that a picture that cannot be used is refused before anything is computed.
+    Raises PqkError for such a picture, when no pair is left, and for a view with ground truth that has no valid depth
+    pixel at all.
+    """
+    topk = graph.kind == "topk"
+    looked_at = (_looked_at(frame, ground_truth) for frame in frames)
+    similarity = image_similarity(frame.image for frame in looked_at) if topk else None
+    count = len(frames) if topk else sum(1 for _ in looked_at)
+    pairs = pair_graph(count, graph.kind, graph.k, graph.symmetrize, similarity)
+    if not ground_truth:
+        return pairs
+    overlapping = [(i, j) for i, j in pairs if _overlap(frames[i], frames[j]) >= min_covisibility]
+    if not overlapping:
+        raise PqkError(f"scene {frames[0].scene}: no pair shares {min_covisibility:.0%} of its view (min_covisibility)")
+    return overlapping
+
+
+def _looked_at(frame: Frame, ground_truth: bool) -> Frame:
+    """The frame. Raises PqkError where its ground truth has no valid pixel."""
+    if ground_truth and frame.depth is not None and not (frame.depth > 0).any():
+        raise PqkError(f"scene {frame.scene}: the depth map of {frame.name} has no valid pixel (0 = no measurement)")
+    return frame
+
+
+def _overlap(a: Frame, b: Frame) -> float:
+    if (
+        a.depth is None
+        or b.depth is None
+        or a.K is None
+        or b.K is None
+        or a.world_to_cam is None
+        or b.world_to_cam is None
+    ):
+        raise PqkError(f"scene {a.scene}: {a.name} or {b.name} has no camera or depth")
+    return covisibility(a.depth, a.K, a.world_to_cam, b.depth, b.K, b.world_to_cam, stride=8)
+
+
+class CalibrationImages:
+    """The calibration images, one (1,3,H,W) float32 array at a time; iterating again starts anew.
+
+    folders: of the scenes. Images are taken scene by scene, so that images 2k and 2k+1 of the list are neighbours in a
+    scene. Raises PqkError when there are none, or fewer than asked.
+    """
+
+    def __init__(self, folders: Sequence[Path], wanted: int, height: int, width: int) -> None:
+        self.views: list[View] = []
+        for scene in map(open_scene, folders):
+            even = len(scene.views) - len(scene.views) % 2  # a pair must not straddle two scenes
+            self.views.extend(scene.views[:even])
+        source = ", ".join(map(str, folders[:3])) + (", ..." if len(folders) > 3 else "")
+        if not self.views:
+            raise PqkError(f"{source}: empty calibration set")
+        if len(self.views) < wanted:
+            raise PqkError(
+                f"{source}: the calibration set has {len(self.views)} images (in pairs), {wanted} were asked for "
+                "(quant.ptq.calibration_images)"
+            )
+        self.views = self.views[:wanted]
+        self.shape = (height, width)
+
+    def __len__(self) -> int:
+        return len(self.views)
+
+    def every_fourth_pair(self) -> CalibrationImages:
+        """The images of pairs 0, 4, 8, ...; of a set with fewer than four pairs, its first pair."""
+        chosen = copy(self)
+        chosen.views = [view for k, view in enumerate(self.views) if k % 8 < 2]
+        chosen.views = chosen.views[: len(chosen.views) - len(chosen.views) % 2]
+        return chosen
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        for view in self.views:
+            # with its camera, so that it is undistorted and oriented as the pictures of an evaluation are
+            yield fit_to_shape(replace(view, depth_path=None, mask_path=None), *self.shape).image[None]

@@ -1,0 +1,315 @@
+"""`pqk parity CARD`: one recipe on every toolchain, the outputs held against each other, a verdict per level.
+
+Three levels, from what must be equal to what may differ most:
+
+1. float: the float graph on every runtime against the model in torch. A difference is a bug of export or runtime.
+2. shared: one Q/DQ graph on every runtime that can run it. Elementwise they differ, because roundings flip; quality
+   over many pairs and the mean error against f32 must agree.
+3. recipe: each backend's own quantizers. Their quality must agree.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from backends import registry
+from backends.base import BackendError, Precision
+from backends.openvino.cpu import saturates
+from pqk.engines.variant import Variant
+from pqk.errors import PqkError, nearest
+from pqk.files import write_json
+from pqk.recipe import stages
+from pqk.recipe.candidate import Outcome
+from pqk.recipe.request import Request, asked_experiment
+from pqk.recipe.runner import run
+from pqk.settings.evaluation import Parity
+from pqk.settings.recipe import quantizes
+from pqk.store import worker
+from pqk.store.store import OnEvent
+
+_CODE = ("pqk.measure.output_difference",)
+RUNTIME = "reference"  # ONNX Runtime: reads every ONNX graph, and belongs to no toolchain
+
+
+Heads = Mapping[str, Mapping[str, float | None]]  # see `pqk.measure.similarity.HeadAgreement`
+
+
+@dataclass(frozen=True)
+class Row:
+    """One side of one level: its record (None where it has none), and its outputs against `against`."""
+
+    level: str
+    side: str  # such as 'openvino/nncf int8'
+    against: str | None = None
+    record: Mapping[str, Any] | None = None
+    heads: Heads | None = None
+    metric: float | None = None  # the main metric over all test pairs
+    metric_drop_pct: float | None = None
+    note: str | None = None  # why there is nothing, or what to know
+
+
+@dataclass
+class Verdict:
+    """agree, differ, or 'not compared', with a sentence per comparison."""
+
+    level: str
+    verdict: str = "not compared"
+    sentences: list[str] = field(default_factory=list)
+
+    def judge(self, ok: bool, sentence: str) -> None:
+        """One comparison; a single one that fails makes the level differ."""
+        self.sentences.append(f"{'ok' if ok else 'DIFFERS'}: {sentence}")
+        if not ok:
+            self.verdict = "differ"
+        elif self.verdict != "differ":
+            self.verdict = "agree"
+
+
+@dataclass(frozen=True)
+class Result:
+    """Everything that `pqk parity` prints and writes."""
+
+    card: str
+    rows: list[Row]
+    verdicts: list[Verdict]
+    metric: str
+    outcomes: Mapping[tuple[str, str], Outcome] = field(default_factory=dict)  # (backend, quantizer) -> its run
+    explanation: Mapping[str, Mapping[str, Any]] | None = None  # see `pqk.parity.explain.explain_all`
+
+
+def parity(
+    request: Request,
+    backends: list[str],
+    quantizers: list[str] | None,
+    root: Path,
+    on_event: OnEvent,
+    say: Callable[[str], None],
+) -> Result:
+    """Run (or reuse) the card on each backend with its default quantizer, or those of `quantizers`, and compare.
+
+    `request.backend` and `request.quantizer` are not used. A backend that cannot run, or a quantizer that fails, is a
+    row that says why. Raises PqkError for unknown names, a faulty card, and when not a single side could be run.
+    """
+    offered = check_names(backends, quantizers)
+    card = asked_experiment(request, root).card  # a mistake in card or configs is told once, not once per side
+    outcomes: dict[tuple[str, str], Outcome] = {}
+    missing: list[Row] = []
+    for backend in backends:
+        found = registry.get(backend).availability()
+        if not found.available:
+            missing.append(Row("recipe", backend, note=f"unavailable: {found.reason}; {found.mend}"))
+            continue
+        if not offered[backend]:
+            missing.append(Row("recipe", backend, note="it has no quantizer"))
+        wanted = quantizers or offered[backend][:1]
+        sides: list[str | None] = [q for q in offered[backend] if q in wanted]
+        for quantizer in sides if quantizes(card.recipe) else [None]:  # a float recipe is compared as it is
+            say(f"{request.card} on {backend}" + (f" with {quantizer}" if quantizer else ""))
+            try:
+                outcome = run(replace(request, backend=backend, quantizer=quantizer), root, on_event, say)
+            except (BackendError, PqkError, worker.WorkerCrashed) as error:
+                why = f"failed: {str(error).strip().splitlines()[-1]}"
+                missing.append(Row("recipe", f"{backend}/{quantizer or 'float'}", note=why))
+                continue
+            outcomes[backend, quantizer or "float"] = outcome
+    if not outcomes:
+        raise PqkError("no side could be run: " + "; ".join(f"{row.side}: {row.note}" for row in missing))
+    compare = _Comparer(next(iter(outcomes.values())))
+    rows, verdicts = [], []
+    for level in (_float_level, _shared_level, _recipe_level):
+        made, verdict = level(outcomes, compare)
+        rows += made
+        verdicts.append(verdict)
+    return Result(card.id, rows + missing, verdicts, compare.metric, outcomes)
+
+
+def check_names(backends: list[str], quantizers: list[str] | None) -> dict[str, list[str]]:
+    """The quantizers that each backend offers. Raises PqkError for a name that is unknown."""
+    known = registry.names()
+    for name in backends:
+        if name not in known:
+            raise PqkError(f"unknown backend {name!r}{nearest(name, known)}; known are {', '.join(known)}")
+    offered = {name: list(registry.get(name).quantizers()) for name in backends}
+    every = sorted({q for listed in offered.values() for q in listed})
+    for name in quantizers or []:
+        if name not in every:
+            raise PqkError(
+                f"unknown quantizer {name!r}{nearest(name, every)}; {', '.join(backends)} have {', '.join(every)}"
+            )
+    return offered
+
+
+class _Comparer:
+    """Runs sides on the same validation pairs, with the store; all outcomes share scenes, model and evaluation."""
+
+    def __init__(self, any_outcome: Outcome) -> None:
+        self.outcome = any_outcome
+        self.limits: Parity = any_outcome.experiment.evaluation.parity
+        self.metric: str = any_outcome.experiment.evaluation.quality.main_metric
+        self.request = {
+            **{name: any_outcome.scoring[name] for name in ("shape", "pair_graph", "min_covisibility")},
+            "views": any_outcome.validation.views,
+            "truthful": any_outcome.validation.truthful,
+        }
+
+    def heads(self, base: Variant | None, others: Sequence[Variant]) -> list[Heads]:
+        """Agreement of each of `others` with `base`; None is the model in torch."""
+        ctx, scenes = self.outcome.ctx, self.outcome.validation.scenes
+        request = {**self.request, "pairs": self.limits.pairs}
+        if not others:
+            return []
+
+        def make(folder: Path) -> None:
+            asked = {
+                "base": {"variant": base.to_json()} if base else {"torch": self.outcome.model},
+                "others": [{"variant": other.to_json()} for other in others],
+                "scenes": [str(path) for path in scenes.folders],
+                **request,
+            }
+            write_json(folder / "agreement.json", worker.call("agreement", asked))
+
+        names = ", ".join(f"{other.backend} {other.name}" for other in others)
+        label = f"{names} with {f'{base.backend} {base.name}' if base else 'torch'}"
+        sources = stages.sources_of(base, *others) + (() if base else stages.MODEL_CODE)
+        inputs = {
+            "base": stages.identity(ctx, base, None) if base else {"torch": self.outcome.onnx_float.hashes},
+            "others": [stages.identity(ctx, other, None) for other in others],
+            "scenes": scenes.sha256,
+            **request,
+        }
+        made = ctx.make("agreement", (*_CODE, *sources), inputs, make, label)
+        heads: list[Heads] = json.loads((made.path / "agreement.json").read_text())["heads"]
+        return heads
+
+    def score(self, variant: Variant) -> float | None:
+        """The main metric of a variant over all validation pairs."""
+        found: float | None = self.outcome.score(variant, ())["summary"].get(self.metric)
+        return found
+
+
+Level = tuple[list[Row], Verdict]
+
+
+def _float_level(outcomes: Mapping[tuple[str, str], Outcome], compare: _Comparer) -> Level:
+    """Every runtime's f32, and for information its faster float precisions, against torch."""
+    verdict, rows = Verdict("float"), [Row("float", "torch f32", note="the model itself: base of this level")]
+    plain = compare.outcome.onnx_float
+    sides: dict[str, tuple[Variant, Mapping[str, Any] | None]] = {f"{RUNTIME} fp32": (plain, None)}
+    for (backend, _), outcome in outcomes.items():
+        records = {v.name: r for v, r in zip(outcome.variants, outcome.records, strict=True)}
+        for variant in outcome.floats():
+            sides.setdefault(f"{backend} {variant.name}", (variant, records[variant.name]))
+    found = compare.heads(None, [variant for variant, _ in sides.values()])
+    for (name, (variant, known)), heads in zip(sides.items(), found, strict=True):
+        rows.append(Row("float", name, "torch f32", known, heads, *_quality(known, compare.metric)))
+        if variant.precision is Precision.F32:
+            worst, error = _worst(heads)
+            limit = compare.limits.float_relative
+            verdict.judge(
+                error <= limit, f"{name} is within {error:.1e} of torch, worst in {worst} (at most {limit:g})"
+            )
+    return rows, verdict
+
+
+def _shared_level(outcomes: Mapping[tuple[str, str], Outcome], compare: _Comparer) -> Level:
+    """One Q/DQ ONNX graph: ONNX Runtime against every runtime that reads ONNX, in quality and in error against f32."""
+    verdict = Verdict("shared")
+    shared = next(
+        (
+            (key, v)
+            for key, outcome in outcomes.items()
+            for v in outcome.variants
+            if v.precision is Precision.INT8 and v.encoder.format == "onnx"
+        ),
+        None,
+    )
+    if shared is None:
+        verdict.sentences.append("no quantizer that ran here writes a Q/DQ ONNX graph (modelopt does: backend trt)")
+        return [Row("shared", "–", note=verdict.sentences[0])], verdict
+    (owner, tool), graph = shared
+    full_range = outcomes[owner, tool].experiment.quant.ptq.weight_range != "half"
+    # Where a runtime of ours reads ONNX: the reference, and openvino when it took part. trt without a GPU computes by
+    # the reference itself, so it would only be compared with itself.
+    readers = [RUNTIME, *(name for name in ("openvino",) if registry.get(name).availability().available)]
+    sides = {name: Variant("int8", name, Precision.INT8, graph.encoder, graph.decoder, {}) for name in readers}
+    if "openvino" in sides:
+        sides["openvino"] = replace(sides["openvino"], options={"rest": "f32"})
+    float_side = compare.outcome.onnx_float
+    errors, metrics, rows = {}, {}, []
+    for (name, variant), heads in zip(sides.items(), compare.heads(float_side, list(sides.values())), strict=True):
+        errors[name] = sum(_relative(head) for head in heads.values()) / len(heads)
+        metrics[name] = compare.score(variant)
+        note = f"graph of {owner}/{tool}"
+        if saturates() and full_range:  # in ONNX Runtime's int8 kernels as well as in OpenVINO's, and not alike
+            note += "; its int8 sums saturate on this CPU (no VNNI), which ptq.weight_range: half would avoid"
+        rows.append(Row("shared", f"{name} int8", f"{RUNTIME} fp32", None, heads, metrics[name], None, note))
+    for name in readers[1:]:
+        limits = compare.limits
+        gap = _gap_pct(errors[RUNTIME], errors[name])
+        verdict.judge(
+            gap <= limits.shared_error_pct,
+            f"mean error against f32: {RUNTIME} {errors[RUNTIME]:.3g}, {name} {errors[name]:.3g}, "
+            f"{gap:.2g} % apart (at most {limits.shared_error_pct:g} %)",
+        )
+        a, b = metrics[RUNTIME], metrics[name]
+        if a is not None and b is not None:
+            gap = _gap_pct(a, b)
+            verdict.judge(
+                gap <= limits.shared_metric_pct,
+                f"{compare.metric}: {RUNTIME} {a:.5g}, {name} {b:.5g}, {gap:.2g} % apart "
+                f"(at most {limits.shared_metric_pct:g} %)",
+            )
+    if len(readers) == 1:
+        verdict.sentences.append("only one runtime here reads the graph")
+    return rows, verdict
+
+
+def _recipe_level(outcomes: Mapping[tuple[str, str], Outcome], compare: _Comparer) -> Level:
+    """The candidates of all quantizers, against the first of them."""
+    verdict, rows = Verdict("recipe"), []
+    candidates = [outcome.variants[-1] for outcome in outcomes.values()]
+    against = [None, *compare.heads(candidates[0], candidates[1:])]
+    first: tuple[str, float | None] | None = None
+    for ((backend, quantizer), outcome), heads in zip(outcomes.items(), against, strict=True):
+        record = outcome.records[-1]
+        name = f"{backend}/{quantizer} {record['precision']}"
+        metric, drop = _quality(record, compare.metric)
+        note = "emulated by ONNX Runtime, not timed" if record["measured"] == "emulated" else None
+        rows.append(Row("recipe", name, first[0] if first else None, record, heads, metric, drop, note))
+        if first is None:
+            first = (name, metric)
+        elif metric is not None and first[1] is not None:
+            gap, limit = _gap_pct(first[1], metric), compare.limits.recipe_metric_pct
+            verdict.judge(
+                gap <= limit,
+                f"{compare.metric}: {first[0]} {first[1]:.5g}, {name} {metric:.5g}, {gap:.2g} % apart "
+                f"(at most {limit:g} %)",
+            )
+    if len(outcomes) == 1:
+        verdict.sentences.append("only one quantizer ran")
+    return rows, verdict
+
+
+def _quality(record: Mapping[str, Any] | None, metric: str) -> tuple[float | None, float | None]:
+    return (record[metric], record["quality_drop_pct"]) if record else (None, None)
+
+
+def _worst(heads: Heads) -> tuple[str, float]:
+    worst = max(heads, key=lambda head: _relative(heads[head]))
+    return worst, _relative(heads[worst])
+
+
+def _relative(head: Mapping[str, float | None]) -> float:
+    """Relative error of a head; None stands for an error against nothing."""
+    value = head["relative"]
+    return math.inf if value is None else value
+
+
+def _gap_pct(a: float, b: float) -> float:
+    """Difference in percent of the first; 0 when both are 0."""
+    return 100 * abs(b - a) / abs(a) if a else (0.0 if b == a else math.inf)

@@ -1,0 +1,108 @@
+"""What a matrix of ablations found: a table per axis in the terminal, and csv, markdown and a figure per axis."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pqk.files import atomic_path, write_text
+from pqk.record.schema import columns
+from pqk.report.plots import PALETTE, bars_of, blank_figure
+from pqk.report.table import DASH, csv_text, value_text, with_ends
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.console import Console
+
+    from pqk.recipe.matrix import MatrixResult
+
+SHOWN = (
+    "quality_drop_pct",
+    "absrel",
+    "delta1",
+    "speedup_vs_own_f32",
+    "t_pair_p50_ms",
+    "size_MB",
+    "flops_G",
+    "verdict",
+    "status",
+)
+_DRAWN = ("quality_drop_pct", "speedup_vs_own_f32")
+Points = Mapping[str, Mapping[str, Any] | None]
+
+
+def rows_of(points: Points) -> list[list[str]]:
+    """The heading and one row per point, as text; a point that failed has dashes."""
+    known = {column.name: column for column in columns()}
+    rows = [["point", *(known[name].short or name for name in SHOWN)]]
+    for label, record in points.items():
+        values = [value_text(record, known[name]) if record else DASH for name in SHOWN]
+        if record is None:
+            values[-1] = "failed"
+        rows.append([label, *values])
+    return rows
+
+
+def _csv_rows(points: Points) -> list[list[Any]]:
+    """The heading and one row per point with exact values, and the ends of an interval behind its column."""
+    shown, records = with_ends([record for record in points.values() if record])
+    names = [c.name for name in SHOWN for c in shown if c.name in (name, f"{name}_low", f"{name}_high")]
+    known = iter(records)
+    rows = [[label, *map((next(known) if record else {}).get, names)] for label, record in points.items()]
+    return [["point", *names], *rows]
+
+
+def print_matrix(result: MatrixResult, console: Console) -> None:
+    """One table per axis, and a sentence for every point that failed."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    for axis, points in result.records.items():
+        heading, *rows = rows_of(points)
+        table = Table(title=f"{result.card.id} {axis}", title_justify="left")
+        for number, name in enumerate(heading):
+            table.add_column(name, justify="left" if number == 0 else "right", no_wrap=number > 0)
+        for row in rows:
+            table.add_row(*map(escape, row))
+        console.print(table)
+    for (axis, point), why in result.failures.items():
+        console.print(f"{escape(axis)}: {escape(point)} failed: {escape(why)}", highlight=False)
+
+
+def write_matrix(result: MatrixResult, folder: Path) -> list[Path]:
+    """Write AXIS.csv, AXIS.md and, where a point has a figure to draw, AXIS.png into `folder`; returns the files."""
+    import matplotlib
+
+    written = []
+    for axis, points in result.records.items():
+        rows = rows_of(points)
+        write_text(folder / f"{axis}.csv", csv_text(_csv_rows(points)))
+        lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+        lines.insert(1, "|" + " --- |" * len(rows[0]))
+        write_text(folder / f"{axis}.md", f"# {result.card.id} {axis}\n\n" + "\n".join(lines) + "\n")
+        written += [folder / f"{axis}.csv", folder / f"{axis}.md"]
+        with matplotlib.rc_context({"text.parse_math": False, "font.size": 10}), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Glyph .* missing from")
+            figure = _draw(f"{result.card.id} {axis}", points)
+            if figure is not None:
+                with atomic_path(folder / f"{axis}.png") as temporary:
+                    figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight", metadata={"Software": None})
+                written.append(folder / f"{axis}.png")
+    return written
+
+
+def _draw(title: str, points: Points) -> Figure | None:
+    """Bars per point: the drop, and the speedup within each point's own interleaved run. None when nothing is there."""
+    known = {column.name: column for column in columns()}
+    drawn = [known[name] for name in _DRAWN if any(record and record[name] is not None for record in points.values())]
+    if not drawn:
+        return None
+    figure, axes = blank_figure(9.0, max(1.8, 0.42 * len(points) + 1.1), len(drawn))
+    for number, (axis, column) in enumerate(zip(axes, drawn, strict=True)):
+        bars_of(axis, list(points.values()), column, PALETTE[number])
+        axis.set_yticks(range(len(points)), list(points) if number == 0 else [""] * len(points))
+        axis.set_ylim(len(points) - 0.5, -0.5)
+    axes[0].set_title(title, fontsize=10, loc="left")
+    return figure

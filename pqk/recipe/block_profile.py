@@ -1,0 +1,143 @@
+"""What a cut bought, part by part of the network: parameters, FLOPs, and the time that its kernels take.
+
+Fewer FLOPs need not mean less time: narrow matrices fill vector units badly, and where memory is the limit nothing is
+won at all. So the float engines of the Teacher and of the smaller model are profiled in turns in one process, and each
+part's time is held against its own.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pqk.engines.variant import Variant
+from pqk.files import write_json
+from pqk.measure.block_profile import REST
+from pqk.recipe.request import Model
+from pqk.recipe.stages import LOADER_CODE, Context, identity, sources_of
+from pqk.store import worker
+
+ROUNDS = 5
+_CODE = ("pqk.measure.block_profile", *LOADER_CODE)
+KINDS = ("encoder attention", "encoder MLPs", "decoder attention", "decoder MLPs", "heads", REST)
+_STACKS = {"enc": "encoder", "dec": "decoder"}
+
+
+@dataclass(frozen=True)
+class Bought:
+    """A part, or a kind of parts, in the Teacher and in the smaller model.
+
+    name: such as 'enc_blocks.0.mlp', or a kind. kind: one of KINDS. params: numbers of weights. flops: of one pair,
+    two per multiply-add. time_ms: of its kernels for one pair, the median of the rounds; None where nothing is timed.
+    ratio: the second time over the first within a round: least, median and greatest of the rounds.
+    """
+
+    name: str
+    kind: str
+    params: tuple[int, int]
+    flops: tuple[float, float]
+    time_ms: tuple[float, float] | None
+    ratio: tuple[float, float, float] | None
+
+    @property
+    def cut(self) -> bool:
+        """Whether weights or FLOPs of it went."""
+        return self.params[1] < self.params[0] or self.flops[1] < self.flops[0]
+
+    @property
+    def faster(self) -> bool | None:
+        """Whether it was faster in every round (by chance alone 1 in 32 parts would be, with 5); None: not timed."""
+        return None if self.ratio is None else self.ratio[2] < 1.0
+
+
+def kind_of(part: str) -> str:
+    """The kind of a part of `pqk.measure.block_profile.part_of`."""
+    if part.startswith("downstream_head"):
+        return "heads"
+    stack = _STACKS.get(part[:3])
+    return REST if stack is None else f"{stack} {'MLPs' if part.endswith('.mlp') else 'attention'}"
+
+
+def bought(ctx: Context, before: Variant, after: Variant, teacher: Model, smaller: Model) -> list[Bought]:
+    """Every kind of parts in the order of KINDS, then every part that both models have; measured or reused.
+
+    before, after: the variants of teacher and smaller, in one precision on one backend.
+    Parts of a stack whose number of blocks differs are left out, as blocks are counted anew; their kinds are not.
+    """
+    variants, models = [before, after], [teacher, smaller]
+
+    def make(folder: Path) -> None:
+        request = {
+            "variants": [v.to_json() for v in variants],
+            "models": [m.path for m in models],
+            "rounds": ROUNDS,
+        }
+        write_json(folder / "parts.json", worker.call("parts", request))
+
+    inputs = {
+        "variants": [identity(ctx, v, None) for v in variants],
+        "models": [m.sha256 for m in models],
+        "rounds": ROUNDS,
+    }
+    made = ctx.make("parts", (*_CODE, *sources_of(*variants)), inputs, make)
+    return summed(*json.loads((made.path / "parts.json").read_text())["sides"])
+
+
+def summed(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Bought]:
+    """See `bought`. before, after: parts as `profile` returns them."""
+    rows = []
+    for kind in KINDS:
+        sides = [[entry for part, entry in side.items() if kind_of(part) == kind] for side in (before, after)]
+        if any(sides):
+            rows.append(_row(kind, kind, *sides))
+    moved = {kind for kind in KINDS if _names(before, kind) != _names(after, kind)}
+    for part in before:
+        kind = kind_of(part)
+        if part != REST and not any(kind.split()[0] == other.split()[0] for other in moved):
+            rows.append(_row(part, kind, [before[part]], [after[part]]))
+    return rows
+
+
+def _names(side: Mapping[str, Any], kind: str) -> set[str]:
+    return {part for part in side if kind_of(part) == kind}
+
+
+def _row(name: str, kind: str, before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> Bought:
+    def total(key: str) -> tuple[Any, Any]:
+        return sum(entry[key] for entry in before), sum(entry[key] for entry in after)
+
+    times: tuple[float, float] | None = None
+    ratio: tuple[float, float, float] | None = None
+    if all(entry["time_ms"] is not None for entry in (*before, *after)):
+        rounds = [
+            [sum(values) for values in zip(*(e["time_ms"] for e in side), strict=True)] for side in (before, after)
+        ]
+        first, second = (statistics.median(values) if values else 0.0 for values in rounds)
+        times = first, second
+        ratios = [b / a for a, b in zip(*rounds, strict=True) if a > 0] if all(rounds) else []
+        if ratios:
+            ratio = min(ratios), statistics.median(ratios), max(ratios)
+    return Bought(name, kind, total("params"), total("flops"), times, ratio)
+
+
+def as_data(rows: Sequence[Bought]) -> list[dict[str, Any]]:
+    """Plain data for JSON, with `faster`."""
+    return [{**asdict(row), "faster": row.faster} for row in rows]
+
+
+def clause(rows: Sequence[Bought]) -> str | None:
+    """One clause for the notes of a record: what was cut without becoming faster; None when nothing was timed.
+
+    'kernels of the parts that were cut, against the Teacher's: 0.52x in encoder MLPs; no faster: heads (1.01x)'.
+    """
+    kinds = [row for row in rows if row.name == row.kind and row.cut and row.ratio is not None]
+    if not kinds:
+        return None
+    won = ", ".join(f"{row.ratio[1]:.2f}x in {row.name}" for row in kinds if row.ratio and row.faster)
+    lost = ", ".join(f"{row.name} ({row.ratio[1]:.2f}x)" for row in kinds if row.ratio and not row.faster)
+    begin = "kernels of the parts that were cut, against the Teacher's: "
+    return begin + "; ".join(filter(None, [won, f"no faster: {lost}" if lost else ""]))

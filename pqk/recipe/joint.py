@@ -1,0 +1,129 @@
+"""The joint recipe as a stage: one training run, from the Teacher to a smaller network and its int8 graphs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from backends import registry
+from backends.base import Graph, can_train
+from pqk.engines.variant import graph_to_json
+from pqk.errors import NotBuilt, PqkError
+from pqk.files import write_json
+from pqk.recipe.request import Model
+from pqk.recipe.stages import LOADER_CODE, Context, Quantized, Scenes, read_graphs, tool_code
+from pqk.recipe.training import Trained, lines_of, rules_of
+from pqk.settings.card import Experiment
+from pqk.settings.quant import Ptq
+from pqk.store import worker
+from pqk.store.device_hours import clock
+
+METHOD = "PQK"
+_STAGE = "joint"
+_CODE = ("pqk.compress.tasks.joint", *LOADER_CODE)
+
+
+@dataclass(frozen=True)
+class Joined:
+    """What the run left: the small float model with the story of its training, and its int8 graphs.
+
+    quantized: None when a stop-loss rule gave the run up.
+    """
+
+    trained: Trained
+    quantized: Quantized | None
+
+
+def check_trainable(card: str, backend: str, quantizer: str, ptq: Ptq) -> None:
+    """Raise NotBuilt (exit code 3) unless the quantizer can train, PqkError where weights alone are to be lowered."""
+    if not can_train(registry.get(backend).quantizers()[quantizer]):
+        able = [
+            f"--backend {name} --quantizer {tool}"
+            for name in registry.names()
+            for tool, found in registry.get(name).quantizers().items()
+            if can_train(found)
+        ]
+        raise NotBuilt(
+            f"card {card} trains a network in its quantized form, and the quantizer {quantizer!r} of backend {backend} "
+            f"cannot be trained; take {' or '.join(able)}"
+        )
+    if ptq.bits_a > ptq.bits_w:
+        raise PqkError(
+            f"card {card} trains a network whose weights and activations are rounded; quant.ptq.bits_a is {ptq.bits_a}"
+        )
+
+
+def join(
+    ctx: Context,
+    experiment: Experiment,
+    backend: str,
+    quantizer: str,
+    teacher: Model,
+    graphs: Mapping[str, Graph],
+    calibration: Scenes,
+) -> Joined:
+    """Make or reuse the result of the joint run, in a process of its own. graphs: those of the Teacher."""
+    spec, shape = experiment.joint, experiment.workload.input
+    tool = registry.get(backend).quantizers()[quantizer]
+    code = (*_CODE, *tool_code(backend, tool))
+    rules = rules_of(experiment, METHOD, spec.train.steps_per_epoch, spec.gates.epochs / spec.train.epochs)
+    asked: dict[str, Any] = {
+        "backend": backend,
+        "quantizer": quantizer,
+        "ptq": experiment.quant.ptq.model_dump(mode="json"),
+        "shape": [shape.height, shape.width],
+        "spec": spec.model_dump(mode="json"),
+        "seed": experiment.workload.seeds.train,
+    }
+    inputs = {
+        **asked,
+        "teacher": teacher.sha256,
+        "graphs": {name: graph.sha256 for name, graph in graphs.items()},
+        "calibration": calibration.sha256,
+        "lines": lines_of(rules),
+        "machine": dict(ctx.machine),
+    }
+
+    def make(folder: Path) -> None:
+        with ctx.scratch(_STAGE, code, inputs) as scratch, clock(scratch) as running:
+            request = {
+                **asked,
+                "teacher": teacher.path,
+                **{name: graph_to_json(graph) for name, graph in graphs.items()},
+                "calibration": [str(folder) for folder in calibration.folders],
+                "out": str(folder),
+                "scratch": str(scratch),
+                "rules": asdict(rules),
+                "card": experiment.card.id,
+            }
+
+            def told(news: Mapping[str, Any]) -> None:
+                running.keep()
+                ctx.tell(_STAGE, news)
+
+            result = worker.call("joint", request, told)
+            result["device_s"] = running.seconds
+        del result["seconds"]
+        parts = result.pop("graphs")
+        for part in parts.values():
+            part["path"] = Path(part["path"]).name
+        write_json(folder / "graphs.json", parts)
+        write_json(folder / "trained.json", result)
+
+    made = ctx.make(_STAGE, code, inputs, make)
+    trained = Trained.read(METHOD, made, f"{teacher.name}+{METHOD}")
+    if trained.failed:
+        return Joined(trained, None)
+    told = trained.report
+    found = json.loads((made.path / "trained.json").read_text())
+    notes = [
+        *found["notes"],
+        f"{told['undecided']} of {told['gates']} gates were neither open nor shut when they were cut",
+        "the float rows of this model have the same weights without rounding",
+        f"encoder calibrated on {found['images']} images, decoder on {found['pairs']} pairs of them",
+        f"the run took at most {found['peak_bytes'] / 1e9:.1f} GB",
+    ]
+    return Joined(trained, Quantized(read_graphs(made.path), found["images"], found["pairs"], "; ".join(notes)))

@@ -1,0 +1,56 @@
+"""`pqk run` of a card with a matrix: one experiment for every point of every axis; stages are shared where they can."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from backends.base import BackendError
+from pqk.errors import PqkError
+from pqk.recipe.request import Request, asked_experiment
+from pqk.recipe.runner import run
+from pqk.settings.card import Card
+from pqk.store import worker
+from pqk.store.store import OnEvent
+
+
+@dataclass(frozen=True)
+class MatrixResult:
+    """What a matrix came to: per axis the record of every point, None where it failed, and why it did."""
+
+    card: Card
+    records: dict[str, dict[str, dict[str, Any] | None]]
+    failures: dict[tuple[str, str], str] = field(default_factory=dict)
+
+
+def run_matrix(
+    card: Card,
+    request: Request,
+    axes: list[str],
+    root: Path,
+    on_event: OnEvent,
+    say: Callable[[str], None],
+) -> MatrixResult:
+    """Run every point of the named axes (none named: of all). What is done already is reused, so a matrix that was
+    stopped goes on where it was. A point that fails is told and leaves the others alone.
+
+    Raises PqkError, before anything runs, for an unknown axis and for a point whose settings are wrong.
+    """
+    for axis in axes:
+        card.at(axis, next(iter(card.matrix[axis].points), "") if axis in card.matrix else "")
+    points = [(axis, point) for axis, point in card.points() if not axes or axis in axes]
+    for which in points:
+        asked_experiment(replace(request, point=which), root)
+    result = MatrixResult(card, {})
+    for number, (axis, point) in enumerate(points, 1):
+        say(f"{card.id} {axis}: {point} ({number} of {len(points)})")
+        found = result.records.setdefault(axis, {})
+        try:
+            found[point] = run(replace(request, point=(axis, point)), root, on_event, say).records[-1]
+        except (PqkError, BackendError, worker.WorkerCrashed) as error:
+            found[point] = None
+            result.failures[axis, point] = str(error).strip().splitlines()[-1]
+            say(f"{axis}: {point} failed: {result.failures[axis, point]}")
+    return result

@@ -1,0 +1,114 @@
+"""Stage Q of a recipe: the float model quantized, and trained in its quantized form where that drops too much."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from backends import registry
+from backends.base import BackendError, Graph, Precision, Quantizer, can_train
+from backends.quantspec import check_installed, check_settings
+from pqk.engines.variant import Variant
+from pqk.recipe import stages
+from pqk.recipe.request import Model
+from pqk.recipe.stages import Context, Quantized, Scenes
+from pqk.recipe.training import learning
+from pqk.settings.card import Experiment
+from pqk.settings.quant import Ptq
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the results: the variant, the float variants that its speedups refer to (f32 first), its own columns.
+
+    lowered: how a quantized variant was made, 'PTQ', 'QAT' or in the joint 'PQK'; hours: device hours that this took.
+    """
+
+    variant: Variant
+    against: Sequence[Variant]
+    own: dict[str, Any]
+    lowered: str | None = None
+    hours: float = 0.0
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """What is quantized and how: one float model, its graphs, a quantizer, the calibration images.
+
+    precision: what the record calls the result. floats: the model's own float variants. columns: what its rows tell.
+    options: of the engines. made: the graphs, where the joint recipe has quantized and trained them already.
+    """
+
+    experiment: Experiment
+    backend: str
+    quantizer: str
+    precision: str
+    model: Model
+    graphs: Mapping[str, Graph]
+    calibration: Scenes
+    floats: Sequence[Variant]
+    columns: Mapping[str, Any]
+    options: Mapping[str, Any]
+    made: Quantized | None = None
+
+    @property
+    def untrained(self) -> str:
+        """Why there is no quantization-aware training, for the end of a sentence; '' when there is.
+
+        It names the backend's quantizers that train, are installed and take the same settings.
+        """
+        ptq, tools = self.experiment.quant.ptq, registry.get(self.backend).quantizers()
+        if ptq.bits_a > ptq.bits_w:
+            return "weights alone are lowered, which is not trained"
+        if can_train(tools[self.quantizer]):
+            return ""
+        able = [f"--quantizer {name}" for name, tool in tools.items() if can_train(tool) and _takes(tool, ptq)]
+        return f"the quantizer {self.quantizer!r} cannot train" + (f"; {' or '.join(able)} can" if able else "")
+
+    def row(self, ctx: Context, trained: bool = False, spent_hours: float = 0.0) -> Row:
+        """The model after post-training quantization, or after quantization-aware training; made or reused.
+
+        spent_hours: of the card's budget, before the training.
+        """
+        ptq, shape = self.experiment.quant.ptq, self.experiment.workload.input
+        made = self.made or stages.quantize(
+            ctx,
+            self.backend,
+            self.quantizer,
+            self.model.path,
+            self.graphs,
+            self.calibration,
+            ptq.model_dump(mode="json"),
+            (shape.height, shape.width),
+            learning(self.experiment, spent_hours) if trained else None,
+        )
+        rest = self.experiment.quant.float_rest
+        options = {**self.options} if rest == "auto" else {**self.options, "rest": rest}  # auto: the backend's best
+        name = f"{self.precision} QAT" if trained else self.precision
+        parts = made.graphs["encoder"], made.graphs["decoder"]
+        own = {
+            **self.columns,
+            "role": "candidate",
+            "precision": self.precision,
+            "quantizer": self.quantizer,
+            "bits_w": ptq.bits_w,
+            "bits_a": ptq.bits_a,
+            "keep_list": list(ptq.keep_list),
+            "images_calibration": made.images,
+            "gpu_hours": (self.columns.get("gpu_hours") or 0.0) + made.hours,
+            "notes": "; ".join(filter(None, (self.columns.get("notes"), made.notes))),
+            "hashes": {**self.columns["hashes"], "calibration": self.calibration.sha256},
+        }
+        variant = Variant(name, self.backend, Precision.INT8, *parts, options)
+        lowered = "PQK" if self.made else "QAT" if trained else "PTQ"
+        return Row(variant, self.floats, own, lowered, made.hours)
+
+
+def _takes(tool: Quantizer, ptq: Ptq) -> bool:
+    try:
+        check_settings(tool, ptq)
+        check_installed(tool)
+    except BackendError:
+        return False
+    return True

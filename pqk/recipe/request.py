@@ -1,0 +1,251 @@
+"""What stands before the stages: the asked experiment, the backend, the Teacher, and what machine this is."""
+
+from __future__ import annotations
+
+import os
+import platform
+import secrets
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from backends import registry
+from backends.base import Backend, Unavailable, rests_of
+from backends.quantspec import check_installed, check_settings
+from pqk import __version__, paths
+from pqk.cores import affinity_cores, cpu_name, cpu_quota
+from pqk.errors import PqkError, nearest
+from pqk.families.checkpoint import load_model, model_name
+from pqk.files import matching, sha256_file, sha256_json, sweep_temporary
+from pqk.recipe import stages
+from pqk.recipe.stages import Context
+from pqk.settings.card import Experiment, load_card, resolve
+from pqk.settings.recipe import combo_of
+from pqk.store.code import code_of
+from pqk.store.store import OnEvent, Store
+
+if TYPE_CHECKING:
+    import torch
+
+    from pqk.settings.quant import Ptq
+
+SHIPPED = Path("models") / "dust3r-tiny"
+_PACKAGE = Path(__file__).resolve().parents[1]
+PACKAGES = (
+    "torch",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "openvino",
+    "nncf",
+    "neural-compressor-pt",
+    "nvidia-modelopt",
+    "tensorrt",
+    "tensorrt-rtx-cu13-bindings",
+    "torchao",
+    "torch-pruning",
+    "numpy",
+    "scipy",
+    "pillow",
+)
+
+
+def new_run_id() -> str:
+    """An identifier of a run that no other one has; sorted by name, runs are in the order of their begin."""
+    return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}"
+
+
+@dataclass(frozen=True)
+class Request:
+    """The arguments of `pqk run`."""
+
+    card: str
+    backend: str
+    quantizer: str | None = None
+    model: str | None = None
+    scenes: Path | None = None
+    images: Path | None = None
+    seed: int | None = None
+    fresh: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict)  # dotted names below workload, eval and quant
+    workload: Path | None = None
+    evaluation: Path | None = None
+    quant: Path | None = None
+    recipe: bool = True  # False: only the float baselines
+    role: str = "teacher"  # of the float rows: 'baseline' when the model is not the Teacher
+    point: tuple[str, str] | None = None  # (axis, point) of a card with a matrix
+    stages: tuple[str, ...] | None = None  # another recipe than the card's
+    qat: bool | None = None  # train the quantized model when it drops too much; False: it was asked not to be trained
+    moves: tuple[str, ...] = ()  # why it is run in this way, a sentence per move of the rollback table
+    distill: Path | None = None
+    prune: Path | None = None
+    joint: Path | None = None
+    retime: bool = False  # measure time and memory anew, and nothing else
+    run_id: str = field(default_factory=new_run_id, compare=False)  # shared by all records that come of this request
+
+
+def asked_experiment(request: Request, root: Path) -> Experiment:
+    """The card with its configs, the command line's settings laid over them. Raises PqkError."""
+    card, origin, settings = load_card(request.card, root), "command line", dict(request.settings)
+    if request.point is not None:
+        axis, point = request.point
+        settings = {**card.matrix[axis].points[point], **settings} if axis in card.matrix else settings
+        card, origin = card.at(axis, point), f"card {card.id}, {axis}: {point}"
+    elif card.matrix:
+        raise PqkError(f"card {card.id} is a matrix of {len(card.points())} experiments; only `pqk run` takes it whole")
+    if request.stages is not None:
+        card = card.model_copy(update={"recipe": request.stages, "combo": combo_of(request.stages)})
+    if request.seed is not None:
+        settings |= {"workload.seeds.train": request.seed, "workload.seeds.eval": request.seed}
+    return resolve(
+        card,
+        root,
+        request.workload,
+        request.evaluation,
+        request.quant,
+        request.distill,
+        request.prune,
+        request.joint,
+        settings,
+        origin=origin,
+    )
+
+
+def usable_backend(name: str) -> Backend:
+    backend = registry.get(name)
+    found = backend.availability()
+    if not found.available:
+        raise Unavailable(f"backend {name!r} cannot run: {found.reason}; {found.mend}")
+    return backend
+
+
+def chosen_quantizer(backend: Backend, asked: str | None, ptq: Ptq) -> str:
+    """The quantizer asked for, or the backend's first one. Raises PqkError for an unknown one, BackendError for what it
+    cannot do of `ptq`, and Unavailable when it is not installed."""
+    tools = backend.quantizers()
+    known = list(tools)
+    if not known:
+        raise PqkError(f"backend {backend.name!r} has no quantizer, so it cannot run stage Q")
+    name = known[0] if asked is None else asked
+    if name not in known:
+        raise PqkError(
+            f"unknown quantizer {name!r}{nearest(name, known)}; backend {backend.name} has {', '.join(known)}"
+        )
+    check_settings(tools[name], ptq, tools.values(), "quant.ptq.")
+    check_installed(tools[name])
+    return name
+
+
+def check_float_rest(asked: str, backend: Backend) -> None:
+    """Raise PqkError for a quant.float_rest that the backend's quantized graphs do not compute in on this machine."""
+    allowed = ["auto", *map(str, rests_of(backend))]
+    if asked not in allowed:
+        raise PqkError(f"quant.float_rest is {asked}; backend {backend.name} has here {', '.join(allowed)}")
+
+
+def engine_options(experiment: Experiment, backend: str) -> dict[str, Any]:
+    """What quant.yaml asks of the engines of a backend; empty for a backend without a section there."""
+    return experiment.quant.trt.model_dump(mode="json") if backend == "trt" else {}
+
+
+def count_parameters(model: torch.nn.Module) -> int:
+    """Weights of a model; what two names share counts once."""
+    return sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
+
+
+@dataclass(frozen=True)
+class Model:
+    """A float model of a run: where `load_model` finds it, its name in records, and the sha256 of its files."""
+
+    path: str
+    name: str
+    sha256: str
+
+    @property
+    def random(self) -> bool:
+        """Whether its weights are random: it predicts nothing, and only its agreement with itself means something."""
+        return self.name.startswith("random:")
+
+
+def load_teacher(asked: str | None, root: Path) -> tuple[Model, Any]:
+    """The Teacher: what it is, and itself."""
+    if asked is None:
+        asked = str(root / SHIPPED)
+        if not Path(asked).is_dir():
+            raise PqkError(f"the shipped model {SHIPPED} is missing; give one with --model")
+    model = load_model(asked)
+    if asked.startswith("random:"):
+        return Model(asked, asked, sha256_json({"random": asked, "code": code_of(*stages.LOADER_CODE)})), model
+    return describe(Path(asked), model_name(asked)), model
+
+
+def describe(path: Path, name: str) -> Model:
+    """The model in a file or folder, under the name that records give it. Its card does not count in the sha256."""
+    files = [path / "config.json", *matching(path, "*.safetensors")] if path.is_dir() else [path]
+    return Model(str(path.resolve()), name, sha256_json({p.name: sha256_file(p) for p in files}))
+
+
+def context(request: Request, backend: Backend, root: Path, on_event: OnEvent) -> Context:
+    """Returns the store, and the machine, which is part of every measurement's key.
+
+    It holds the device that computes, instruction sets, cores and CPU quota, and the versions of tools; where a GPU
+    computes also the CPU's name, the driver, the CUDA version and the GPU's clock settings.
+    """
+    sweep_temporary()
+    details = backend.availability().details
+    machine = {
+        "device": _device(details),
+        "versions": _versions(),
+        "isa": details.get("isa"),
+        "cores": affinity_cores(),
+        "cpu_quota": cpu_quota(),
+        **_gpu(details),
+    }
+    return Context(Store(paths.store(root), request.fresh, commit_of()), on_event, machine, request.retime)
+
+
+def _device(details: Mapping[str, str]) -> str:
+    """The GPU where one runs the engines, else the CPU."""
+    return str(details.get("device") or details.get("cpu") or cpu_name())
+
+
+def _gpu(details: Mapping[str, str]) -> dict[str, str]:
+    if "device" not in details:
+        return {}
+    return {"cpu": cpu_name(), **{name: details[name] for name in ("driver", "cuda", "clocks") if name in details}}
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "pqk": __version__}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def commit_of(package: Path = _PACKAGE) -> str | None:
+    """The git commit of the checkout that holds the running code, '-dirty' when files differ from it.
+
+    None outside a repository, and where the repository around the package does not track it, as when it is installed
+    inside another project. GIT_* variables of the caller, which would name another repository, do not count.
+    """
+    own = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(package), *words]
+        env = {**own, "GIT_OPTIONAL_LOCKS": "0"}  # asking writes nothing
+        done = subprocess.run(command, env=env, capture_output=True, text=True, errors="replace", check=True)
+        return done.stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", "__init__.py")
+        head, changed = git("rev-parse", "HEAD"), git("status", "--porcelain", "-uno")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + ("-dirty" if changed else "")

@@ -1,0 +1,183 @@
+"""The stages P and K of a recipe: each makes a float checkpoint out of the one before it, in a process of its own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pqk.compress.train.stop_rules import StopRules
+from pqk.compress.train.trained import MODEL
+from pqk.files import write_json
+from pqk.recipe.request import Model, describe
+from pqk.recipe.stages import LOADER_CODE, Context, Learn, device_hours, trained_note
+from pqk.settings.card import Experiment
+from pqk.store import worker
+from pqk.store.device_hours import clock
+from pqk.store.store import Artifact
+
+TRAINS = ("P", "K", "PQK")
+_TASK = {"P": "prune", "K": "distill"}
+_CODE = {"P": ("pqk.compress.tasks.pruned", *LOADER_CODE), "K": ("pqk.compress.tasks.distilled", *LOADER_CODE)}
+_TOOLS = {"P": ("torch", "torch-pruning", "numpy", "scipy", "pillow"), "K": ("torch", "numpy", "scipy", "pillow")}
+_STAGE = {"P": "pruned", "K": "distilled"}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a stage left: its checkpoint, and what the record tells of it.
+
+    failed: a stop-loss rule gave the stage up, for `reason`; a training that merely stopped improving ends with its
+    best checkpoint, and `reason` says so. drop_pct: of AbsRel on the held-out pairs, against the Teacher, of the
+    checkpoint that was kept. hours: device hours of all that made it, over all its resumed parts: for P the scan and
+    the refit too, for K the making of the student; of them training_hours went into steps and validations.
+    """
+
+    method: str
+    model: Model
+    failed: bool
+    reason: str | None
+    steps: int
+    hours: float
+    training_hours: float
+    drop_pct: float | None
+    waited: str | None
+    report: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, method: str, made: Artifact, name: str) -> Trained:
+        """What the artifact of a training holds: its model, called `name`, and its trained.json."""
+        found = json.loads((made.path / "trained.json").read_text())
+        return cls(
+            method,
+            describe(made.path / MODEL, name),
+            found["failed"],
+            found["reason"],
+            found["steps"],
+            device_hours(made, found),
+            found["training_s"] / 3600,
+            found["drop_pct"],
+            found["waited"],
+            found["report"],
+        )
+
+    @property
+    def note(self) -> str:
+        """One clause for the record's notes."""
+        told = trained_note(self.method, self.steps, self.training_hours, self.drop_pct)
+        if self.report:
+            told += f", {100 * self.report['share']:.1f} % of {self.report['measure']} cut"
+        told += f"; {self.method} ended early: {self.reason}" if self.reason else ""
+        return told + (f"; {self.waited}" if self.waited else "")
+
+
+def train_stages(ctx: Context, experiment: Experiment, teacher: Model) -> list[Trained]:
+    """The stages P and K of the card in their order, made or reused; empty for a recipe without them.
+
+    A stage that its stop-loss rule stopped is the last one: what follows would stand on a lost model.
+    """
+    done: list[Trained] = []
+    for method in (stage for stage in experiment.card.recipe if stage in _CODE):
+        before = done[-1].model if done else None
+        spent = sum(stage.hours for stage in done)
+        done.append(_train(ctx, method, experiment, teacher, before, spent))
+        if done[-1].failed:
+            break
+    return done
+
+
+def _train(
+    ctx: Context, method: str, experiment: Experiment, teacher: Model, before: Model | None, spent_hours: float
+) -> Trained:
+    card = experiment.card
+    spec = experiment.prune if method == "P" else experiment.distill
+    rules = rules_of(experiment, method, spec.train.steps_per_epoch, spec.train.warmup, spent_hours)
+    asked = {
+        "method": method,
+        "teacher": teacher.sha256,
+        "before": before.sha256 if before else None,
+        "spec": spec.model_dump(mode="json"),
+        "seed": experiment.workload.seeds.train,
+        "lines": lines_of(rules),
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "versions": {name: ctx.machine["versions"].get(name) for name in _TOOLS[method]},
+    }
+    label = "" if before is None else f"after {card.recipe[0]}"
+
+    def make(folder: Path) -> None:
+        with ctx.scratch(_STAGE[method], _CODE[method], asked) as scratch, clock(scratch) as running:
+            request = {
+                **asked,
+                "teacher": teacher.path,
+                "before": before.path if before else None,
+                "out": str(folder),
+                "scratch": str(scratch),
+                "rules": asdict(rules),
+                "card": card.id,
+            }
+
+            def told(news: Mapping[str, Any]) -> None:
+                running.keep()
+                ctx.tell(f"{_STAGE[method]} {label}".strip(), news)
+
+            result = worker.call(_TASK[method], request, told)
+            result["device_s"] = running.seconds
+        del result["seconds"]
+        write_json(folder / "trained.json", result)
+
+    made = ctx.make(_STAGE[method], _CODE[method], asked, make, label)
+    return Trained.read(method, made, f"{(before or teacher).name}+{method}")
+
+
+def rules_of(
+    experiment: Experiment, method: str, steps_per_epoch: int, warmup: float, spent_hours: float = 0.0
+) -> StopRules:
+    """The stop-loss of a method of the card; `warmup`: see `StopRules`. spent_hours: by the stages before it."""
+    card = experiment.card
+    return StopRules.of(
+        experiment.evaluation,
+        card.budget.gpu_hours,
+        method,
+        card.recipe,
+        steps_per_epoch=steps_per_epoch,
+        spent_hours=spent_hours,
+        warmup=warmup,
+    )
+
+
+def lines_of(rules: StopRules) -> dict[str, Any]:
+    """The rules that are part of what a training makes: a budget that ran out leaves no artifact."""
+    return {name: getattr(rules, name) for name in ("line_pct", "no_improve_ckpt", "min_improvement_pct", "max_epochs")}
+
+
+def learning(experiment: Experiment, spent_hours: float) -> Learn:
+    """Quantization-aware training as the card's configs ask for it. spent_hours: by everything before it."""
+    spec = experiment.quant.qat
+    rules = rules_of(experiment, "Q", spec.steps_per_epoch, spec.warmup_epochs / spec.epochs, spent_hours)
+    return Learn(spec.model_dump(mode="json"), experiment.workload.seeds.train, asdict(rules), lines_of(rules))
+
+
+def method_columns(experiment: Experiment, trained: Sequence[Trained], hashes: Mapping[str, str]) -> dict[str, Any]:
+    """What the rows of the trained model tell of how it was made. `hashes`: those of a Teacher's row."""
+    methods = {stage.method for stage in trained}
+    specs = {"prune": "P", "distill": "K", "joint": "PQK"}
+    used = {name: getattr(experiment, name).sha256 for name, method in specs.items() if method in methods}
+    model = trained[-1].model
+    columns: dict[str, Any] = {
+        "model": model.name,
+        "hashes": {**hashes, **used, "teacher": hashes["model"], "model": model.sha256},
+        "gpu_hours": sum(stage.hours for stage in trained),
+        "notes": "; ".join(stage.note for stage in trained),
+    }
+    if "P" in methods:
+        columns["rho"] = experiment.prune.rho
+    if "PQK" in methods:
+        columns["rho"] = experiment.joint.flops_cut
+    if "K" in methods:
+        loss = experiment.distill.loss
+        columns |= {"T": loss.temperature, "beta": loss.beta_end, "gamma": loss.gamma}
+    return columns

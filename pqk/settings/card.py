@@ -1,0 +1,286 @@
+"""Task cards: one experiment each, Markdown with YAML front matter, in schedule/TaskCards."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, PrivateAttr, field_validator, model_validator
+
+from pqk import paths
+from pqk.errors import PqkError, nearest
+from pqk.files import matching, sha256_json
+from pqk.settings.distill import Distill, load_distill
+from pqk.settings.evaluation import Evaluation, load_evaluation, loosened
+from pqk.settings.joint import Joint, load_joint
+from pqk.settings.prune import Prune, load_prune
+from pqk.settings.quant import Quant, load_quant
+from pqk.settings.recipe import check_stages, combo_of
+from pqk.settings.workload import Workload, load_workload
+from pqk.settings.yamlfile import Section, Spec, expand, join, merge, parse_yaml, read_text, validate
+
+ID_PATTERN = r"^[A-Za-z][A-Za-z0-9_-]{0,31}$"
+TEMPLATE = "TEMPLATE"
+ABLATION = "Ablation"
+_NOT_CARDS = {TEMPLATE, "README"}
+
+CardId = Annotated[str, Field(pattern=ID_PATTERN)]
+AxisName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,31}$")]
+PointName = Annotated[str, Field(min_length=1, max_length=60)]
+
+
+class Overrides(Section):
+    """Changes to the configs for this card alone: nested or dotted keys."""
+
+    workload: dict[str, Any] = Field(default_factory=dict)
+    eval: dict[str, Any] = Field(default_factory=dict)
+    quant: dict[str, Any] = Field(default_factory=dict)
+    distill: dict[str, Any] = Field(default_factory=dict)
+    prune: dict[str, Any] = Field(default_factory=dict)
+    joint: dict[str, Any] = Field(default_factory=dict)
+
+
+class Budget(Section):
+    """What the card may cost."""
+
+    gpu_hours: Annotated[float, Field(gt=0, le=10_000)]
+
+
+class Axis(Section):
+    """One question of an ablation: its points differ in the named settings alone, for example
+    {"128": {quant.ptq.calibration_images: 128}, "256": ...}. `recipe`: another one than the card's.
+    """
+
+    recipe: Annotated[tuple[str, ...] | None, Field(strict=False)] = None
+    points: Annotated[dict[PointName, dict[str, Any]], Field(min_length=1, max_length=100)]
+
+    @field_validator("recipe")
+    @classmethod
+    def _known_stages(cls, stages: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        return None if stages is None else check_stages(stages)
+
+
+class Card(Spec):
+    """The front matter of a task card. `thresholds` and `stop_loss` change eval.yaml's sections of the same name.
+
+    A card may tighten a line freely; loosening one needs its reason under `exceptions`, keyed by the dotted name.
+    A card with a `matrix` is an ablation: one experiment for every point of every axis.
+    """
+
+    id: CardId
+    title: Annotated[str, Field(min_length=1, max_length=200)]
+    combo: Annotated[str, Field(min_length=1, max_length=40)]
+    recipe: Annotated[tuple[str, ...], Field(strict=False)]
+    goal: Annotated[str, Field(min_length=1)]
+    requires: Annotated[tuple[CardId, ...], Field(strict=False)] = ()
+    overrides: Overrides = Field(default_factory=Overrides)
+    thresholds: dict[str, float] = Field(default_factory=dict)
+    stop_loss: dict[str, float | int] = Field(default_factory=dict)
+    exceptions: dict[str, Annotated[str, Field(min_length=1)]] = Field(default_factory=dict)
+    matrix: Annotated[dict[AxisName, Axis], Field(max_length=50)] = Field(default_factory=dict)
+    budget: Budget
+    status: Literal["planned", "running", "done", "stopped"]
+    _prose: str = PrivateAttr(default="")
+
+    @field_validator("recipe")
+    @classmethod
+    def _known_stages(cls, stages: tuple[str, ...]) -> tuple[str, ...]:
+        return check_stages(stages)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.combo not in (combo_of(self.recipe), ABLATION):
+            raise ValueError(
+                f"combo is {self.combo!r} but must be {combo_of(self.recipe)!r}, as its recipe says, or {ABLATION!r}"
+            )
+        if self.matrix and self.combo != ABLATION:
+            raise ValueError(f"a card with a matrix is of combo {ABLATION!r}, not {self.combo!r}")
+        if self.id in self.requires:
+            raise ValueError(f"requires names the card itself, {self.id!r}")
+        return self
+
+    def points(self) -> list[tuple[str, str]]:
+        """(axis, point) of the matrix, in the order of the card."""
+        return [(axis, point) for axis, found in self.matrix.items() for point in found.points]
+
+    def at(self, axis: str, point: str) -> Card:
+        """The card of one point: its name behind the id, the axis' recipe, no matrix; its settings are laid over it by
+        `resolve`. Raises PqkError for an axis or a point that the matrix does not have.
+        """
+        if axis not in self.matrix:
+            known = ", ".join(self.matrix) or "none"
+            raise PqkError(f"card {self.id} has no axis {axis!r}{nearest(axis, self.matrix)}; axes: {known}")
+        found = self.matrix[axis]
+        if point not in found.points:
+            raise PqkError(f"axis {axis} of card {self.id} has no point {point!r}{nearest(point, found.points)}")
+        return self.model_copy(
+            update={"id": f"{self.id} {axis}: {point}", "recipe": found.recipe or self.recipe, "matrix": {}}
+        )
+
+    @property
+    def prose(self) -> str:
+        """The Markdown after the front matter."""
+        return self._prose
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A card with the configs as it sees them."""
+
+    card: Card
+    workload: Workload
+    evaluation: Evaluation
+    quant: Quant
+    distill: Distill
+    prune: Prune
+    joint: Joint
+
+    @property
+    def sha256(self) -> str:
+        """One sha256 over the card and its resolved configs."""
+        names = ("card", "workload", "evaluation", "quant", "distill", "prune", "joint")
+        return sha256_json({name: getattr(self, name).sha256 for name in names})
+
+
+def list_cards(root: Path | None = None) -> list[str]:
+    """Ids of the cards in schedule/TaskCards, sorted; the template and a README are not among them."""
+    folder = paths.task_cards(root or paths.project_root())
+    stems = (path.stem for path in matching(folder, "*.md"))
+    return sorted(stem for stem in stems if re.match(ID_PATTERN, stem) and stem not in _NOT_CARDS)
+
+
+def load_card(name: str | Path, root: Path | None = None) -> Card:
+    """Read a card by its id ('B1'), or by the path of a .md file inside the project's schedule/TaskCards.
+
+    Raises PqkError when there is no such card, it lies elsewhere, or its front matter is wrong.
+    """
+    base = root or paths.project_root()
+    folder = paths.task_cards(base)
+    text = str(name)
+    if text.endswith(".md"):
+        path = Path(text)
+        if not path.is_absolute() and not path.exists() and (base / path).exists():
+            path = base / path
+    elif re.fullmatch(ID_PATTERN, text) and "\n" not in text:
+        path = folder / f"{text}.md"
+    else:
+        raise PqkError(
+            f"card {text!r} is not a card's id: a letter, then up to 31 letters, digits, '_' or '-'"
+            f"{nearest(text, list_cards(base))}"
+        )
+    resolved = path.resolve()
+    if resolved.parent != folder.resolve():
+        raise PqkError(f"card {text!r} lies outside {paths.shown(folder)}; move it there")
+    if path.stem in _NOT_CARDS:
+        raise PqkError(f"{path.stem}.md is not a card; copy {TEMPLATE}.md to a new name and fill it in")
+    if not path.is_file():
+        known = list_cards(base)
+        raise PqkError(
+            f"there is no card {path.stem!r} in {paths.shown(folder)}{nearest(path.stem, known)}; "
+            f"cards: {', '.join(known) or 'none'}"
+        )
+    return read_card(path)
+
+
+def read_card(path: Path) -> Card:
+    """Parse one card file; its id must be the file's name without .md. Raises PqkError."""
+    where = paths.shown(path)
+    lines = read_text(path).splitlines()
+    if not lines or lines[0].rstrip() != "---":
+        raise PqkError(f"{where}:1: a card begins with YAML front matter between two lines '---'")
+    end = next((n for n, line in enumerate(lines[1:], 1) if line.rstrip() == "---"), None)
+    if end is None:
+        raise PqkError(f"{where}: the front matter has no closing line '---'")
+    document = parse_yaml("\n".join(lines[1:end]) + "\n", where, first_line=2)
+    card = validate(Card, document, path)
+    if card.id != path.stem:
+        line = document.lines[("id",)]
+        raise PqkError(f"{where}:{line}: id is {card.id!r} but must be {path.stem!r}, as the file is named")
+    card._prose = "\n".join(lines[end + 1 :]).strip() + "\n"
+    return card
+
+
+def resolve(
+    card: Card,
+    root: Path | None = None,
+    workload: Path | str | None = None,
+    evaluation: Path | str | None = None,
+    quant: Path | str | None = None,
+    distill: Path | str | None = None,
+    prune: Path | str | None = None,
+    joint: Path | str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    origin: str = "settings",
+) -> Experiment:
+    """The configs (the project's own, or the files given) with the card's overrides laid over them.
+
+    `settings` are laid over those in turn: dotted keys below workload, eval, quant, distill, prune and joint,
+    such as
+    {"quant.ptq.calibration_images": 64}; `origin` names where they come from in messages.
+    Raises PqkError when an override or a setting is wrong, a line is loosened without a noted reason, or more
+    calibration images are asked for than the workload has.
+    """
+    configs = paths.configs(root or paths.project_root())
+    files: dict[str, Path | str] = {
+        "workload": workload or configs / "workload.yaml",
+        "eval": evaluation or configs / "eval.yaml",
+        "quant": quant or configs / "quant.yaml",
+        "distill": distill or configs / "distill.yaml",
+        "prune": prune or configs / "prune.yaml",
+        "joint": joint or configs / "joint.yaml",
+    }
+    try:
+        return _laid_over(card, files, settings or {}, origin)
+    except PqkError:
+        if settings:
+            _laid_over(card, files, {}, origin)  # what is wrong in the card is not blamed on the settings
+        raise
+
+
+def _laid_over(card: Card, files: Mapping[str, Path | str], settings: Mapping[str, Any], origin: str) -> Experiment:
+    where = origin if settings else paths.shown(card.source)
+    extra = _by_group(settings, origin)
+    own = {"thresholds": card.thresholds, "stop_loss": card.stop_loss}
+    laid = {group: expand(getattr(card.overrides, group), where) for group in files}
+    laid["eval"] = join(laid["eval"], {name: part for name, part in own.items() if part}, where)
+    laid = {group: merge(laid[group], extra[group]) for group in files}
+    resolved = Experiment(
+        card,
+        load_workload(files["workload"], laid["workload"], where),
+        load_evaluation(files["eval"], laid["eval"], where),
+        load_quant(files["quant"], laid["quant"], where),
+        load_distill(files["distill"], laid["distill"], where),
+        load_prune(files["prune"], laid["prune"], where),
+        load_joint(files["joint"], laid["joint"], where),
+    )
+    loose = loosened(load_evaluation(files["eval"]), resolved.evaluation)
+    for name in loose:
+        if name not in card.exceptions:
+            at = "note the reason under exceptions" if not settings else "only a task card may do that, with its reason"
+            raise PqkError(f"{where}: {name} is looser than in eval.yaml; {at}: {name}")
+    for name in card.exceptions:
+        if name not in loose and not settings:
+            raise PqkError(
+                f"{where}: exceptions.{name} is noted, but the card does not loosen it{nearest(name, loose)}"
+            )
+    asked, there = resolved.quant.ptq.calibration_images, resolved.workload.calibration.images
+    if asked > there:
+        raise PqkError(f"{where}: quant.ptq.calibration_images is {asked} but workload.calibration.images is {there}")
+    return resolved
+
+
+def _by_group(settings: Mapping[str, Any], origin: str) -> dict[str, dict[str, Any]]:
+    """Settings as nested mappings below the names of the configs. Raises PqkError for any other beginning."""
+    groups: dict[str, dict[str, Any]] = {group: {} for group in Overrides.model_fields}
+    for name, value in settings.items():
+        group, _, rest = name.partition(".")
+        if group not in groups or not rest:
+            raise PqkError(
+                f"{origin}: {name} must start with {', '.join(f'{known}.' for known in list(groups)[:-1])} or "
+                f"{list(groups)[-1]}. and name a value{nearest(group, groups)}"
+            )
+        groups[group] = join(groups[group], expand({rest: value}, origin), origin)
+    return groups

@@ -1,0 +1,70 @@
+"""How a student is cut and trained: `configs/distill.yaml` as a frozen object."""
+
+from __future__ import annotations
+
+from typing import Annotated, Self
+
+from pydantic import Field, model_validator
+
+from pqk.settings.training import Fit
+from pqk.settings.yamlfile import Section, Spec, config_loader
+
+Cut = Annotated[float, Field(ge=0, le=0.6)]
+
+
+class StudentCut(Section):
+    """Shares to cut of the Teacher's blocks, heads of attention, MLP widths and widths of the DPT heads; 0: none.
+
+    fold_pairs rendered pairs of fold_size pixels serve to make up for what was cut before training begins; 0: nothing.
+    """
+
+    depth: Cut
+    heads: Cut
+    ffn: Cut
+    dpt: Cut
+    fold_pairs: Annotated[int, Field(ge=0, le=256)] = 0
+    fold_size: Annotated[int, Field(ge=32, le=1024, multiple_of=16)] = 512
+
+
+class DistillLoss(Section):
+    """Weights of `alpha L_task + beta KL + gamma features`; beta is beta_start up to task_share of the run and then
+    rises in a line to beta_end.
+    """
+
+    alpha: Annotated[float, Field(ge=0, le=100)]
+    beta_start: Annotated[float, Field(ge=0, le=100)]
+    beta_end: Annotated[float, Field(ge=0, le=100)]
+    temperature: Annotated[float, Field(ge=1, le=100)]
+    gamma: Annotated[float, Field(ge=0, le=100)]
+    task_share: Annotated[float, Field(ge=0, le=1)]
+
+    @model_validator(mode="after")
+    def _something_to_learn(self) -> Self:
+        if self.alpha == self.beta_start == self.gamma == 0:
+            raise ValueError("must have alpha, beta_start or gamma above 0, or the run begins without a loss")
+        return self
+
+    def beta_at(self, share: float) -> float:
+        """The weight of the KL term at a share of the run in [0, 1]."""
+        if share <= self.task_share:
+            return self.beta_start
+        risen = (share - self.task_share) / (1 - self.task_share)
+        return self.beta_start + (self.beta_end - self.beta_start) * risen
+
+
+class Distill(Spec):
+    """Method K: what the student is and how it learns from the Teacher."""
+
+    version: Annotated[str, Field(pattern=r"^\d+\.\d+$")]
+    student: StudentCut
+    loss: DistillLoss
+    train: Fit
+
+    @model_validator(mode="after")
+    def _a_density(self) -> Self:
+        if self.train.alpha == 0 and max(self.loss.beta_start, self.loss.beta_end) > 0:
+            raise ValueError("must have train.alpha above 0 where the KL has a weight: it sets the densities' scale")
+        return self
+
+
+load_distill = config_loader(Distill, "distill")

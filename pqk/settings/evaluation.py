@@ -1,0 +1,168 @@
+"""The evaluation: what is measured, the success thresholds and the stop-loss lines. `configs/eval.yaml`, frozen."""
+
+from __future__ import annotations
+
+from pathlib import PurePosixPath
+from typing import Annotated, Literal, Self
+
+from pydantic import AfterValidator, Field, model_validator
+
+from pqk.settings.yamlfile import Section, Spec, config_loader
+
+Metric = Literal["chamfer", "absrel", "rmse", "delta1", "ause", "reproj_px", "chamfer_paired"]
+DropPct = Annotated[float, Field(ge=0, le=20)]
+CutPct = Annotated[float, Field(ge=0, le=95)]
+
+
+def _inside(path: str) -> str:
+    parts = PurePosixPath(path).parts
+    if not parts or path.startswith("/") or "\\" in path or "\0" in path or ".." in parts:
+        raise ValueError("must be a relative path inside the project")
+    return path
+
+
+InsidePath = Annotated[str, AfterValidator(_inside)]
+
+
+class Quality(Section):
+    """Which quality metrics are recorded, and how predictions are brought to the scale of the ground truth."""
+
+    main_metric: Metric
+    metrics: Annotated[tuple[Metric, ...], Field(strict=False, min_length=1)]
+    scale_alignment: Literal["median", "lstsq", "none"]
+    chamfer_points: Annotated[int, Field(ge=16, le=1_000_000)]
+    min_valid_pixels: Annotated[int, Field(ge=1, le=1_000_000)]
+
+    @model_validator(mode="after")
+    def _main_is_computed(self) -> Self:
+        if len(set(self.metrics)) != len(self.metrics):
+            raise ValueError("lists a metric twice")
+        if self.main_metric not in self.metrics:
+            raise ValueError(f"has main_metric {self.main_metric!r}, which is not among its metrics")
+        return self
+
+
+class Efficiency(Section):
+    """How long a timing runs after `warmup` rounds, and what disturbs it; seconds are per variant.
+
+    It ends when both `min_rounds` and `min_seconds` are reached, at the latest at `max_seconds`, and earlier where
+    every speedup is known to +- `enough_pct` percent (null: never). It is disturbed when other processes use more than
+    `max_load` cores or times drift by more than `max_drift_pct` percent.
+    """
+
+    warmup: Annotated[int, Field(ge=0, le=1000)]
+    min_rounds: Annotated[int, Field(ge=1, le=1_000_000)]
+    min_seconds: Annotated[float, Field(ge=0, le=86_400)]
+    max_seconds: Annotated[float, Field(gt=0, le=86_400)]
+    enough_pct: Annotated[float | None, Field(gt=0, le=100)]
+    max_load: Annotated[float, Field(ge=0, le=10_000)]
+    max_drift_pct: Annotated[float, Field(gt=0, le=1000)]
+
+    @model_validator(mode="after")
+    def _least_before_most(self) -> Self:
+        if self.min_seconds > self.max_seconds:
+            raise ValueError(
+                f"has min_seconds {self.min_seconds:g}, which must be at most max_seconds, {self.max_seconds:g}"
+            )
+        return self
+
+
+class Thresholds(Section):
+    """Success lines. Drops are percent of the main metric against the Teacher; see configs/eval.yaml for each."""
+
+    quality_drop_mainline_pct: DropPct
+    quality_drop_q_only_pct: DropPct
+    quality_drop_p_only_pct: DropPct
+    ause_rise: Annotated[float, Field(ge=0, le=1)]
+    t_pair_p50_reduction_pct: CutPct
+    size_reduction_p_only_pct: CutPct
+    size_ratio_min: Annotated[float, Field(ge=1, le=8)]
+    int8_flops_share_min: Annotated[float, Field(ge=0, le=1)]
+    not_slower_than_best_float_pct: Annotated[float, Field(ge=0, le=5)]
+
+
+class StopLoss(Section):
+    """Lines at which an experiment is given up."""
+
+    no_improve_ckpt: Annotated[int, Field(ge=1, le=100)]
+    drop_stop_k_pct: DropPct
+    drop_stop_q_pct: DropPct
+    drop_stop_p_pct: DropPct
+    gpu_hours_overrun_pct: Annotated[float, Field(ge=100, le=300)]
+    max_epochs: Annotated[int, Field(ge=1, le=1000)]
+
+
+class EarlyStop(Section):
+    """What counts as an improvement between two checkpoints, in percent of the main metric."""
+
+    min_improvement_pct: DropPct
+
+
+class Parity(Section):
+    """When two toolchains agree; see configs/eval.yaml for each line."""
+
+    pairs: Annotated[int, Field(ge=1, le=10_000)]
+    float_relative: Annotated[float, Field(gt=0, le=1)]
+    shared_metric_pct: DropPct
+    shared_error_pct: Annotated[float, Field(ge=0, le=100)]
+    recipe_metric_pct: DropPct
+
+
+class Report(Section):
+    """Where the reports go, relative to the project root."""
+
+    table: InsidePath
+    summary_csv: InsidePath
+    summary_json: InsidePath
+    plots: InsidePath
+
+
+class Evaluation(Spec):
+    """What is measured and what counts as success."""
+
+    version: Annotated[str, Field(pattern=r"^\d+\.\d+$")]
+    quality: Quality
+    efficiency: Efficiency
+    thresholds: Thresholds
+    stop_loss: StopLoss
+    early_stop: EarlyStop
+    parity: Parity
+    report: Report
+
+    @model_validator(mode="after")
+    def _success_before_stop(self) -> Self:
+        lines = {
+            "quality_drop_mainline_pct": "drop_stop_k_pct",
+            "quality_drop_q_only_pct": "drop_stop_q_pct",
+            "quality_drop_p_only_pct": "drop_stop_p_pct",
+        }
+        for success, stop in lines.items():
+            allowed, given_up = getattr(self.thresholds, success), getattr(self.stop_loss, stop)
+            if allowed > given_up:
+                raise ValueError(
+                    f"thresholds.{success} is {allowed:g} but must be at most stop_loss.{stop}, {given_up:g}"
+                )
+        return self
+
+
+_LOOSER_WHEN_LOWER = {
+    "t_pair_p50_reduction_pct",
+    "size_reduction_p_only_pct",
+    "size_ratio_min",
+    "int8_flops_share_min",
+}
+
+
+def loosened(base: Evaluation, changed: Evaluation) -> list[str]:
+    """Dotted names of the thresholds and stop-loss lines that `changed` makes easier to pass than `base`."""
+    found = []
+    for section in ("thresholds", "stop_loss"):
+        before, after = getattr(base, section), getattr(changed, section)
+        for name in type(before).model_fields:
+            old, new = getattr(before, name), getattr(after, name)
+            if new < old if name in _LOOSER_WHEN_LOWER else new > old:
+                found.append(f"{section}.{name}")
+    return found
+
+
+load_evaluation = config_loader(Evaluation, "eval")

@@ -1,0 +1,79 @@
+"""The joint recipe: `configs/joint.yaml` as a frozen object."""
+
+from __future__ import annotations
+
+from typing import Annotated, Self
+
+from pydantic import Field, model_validator
+
+from pqk.settings.prune import Samples
+from pqk.settings.quant import Qat
+from pqk.settings.yamlfile import Section, Spec, config_loader
+
+
+class GatedUnits(Section):
+    """What carries gates: attention heads, groups of hidden units of the MLPs."""
+
+    heads: bool
+    ffn: bool
+
+    @model_validator(mode="after")
+    def _any(self) -> Self:
+        if not (self.heads or self.ffn):
+            raise ValueError("must allow at least one of heads and ffn")
+        return self
+
+
+class Gates(Section):
+    """How gates `sigmoid(slope * logit)` are opened, driven and closed in the first phase.
+
+    epochs: of the run's epochs, those with gates. start: the middle gate at the start; spread: of the logits, by rank
+    of importance. rate: by how much a step moves a logit, about. slope: rises from 1 to this. ramp: share of the phase
+    after which the whole of flops_cut is asked for. penalty and dual_rate: of the augmented Lagrangian.
+    calibration_images: for the ranges of this phase alone.
+    """
+
+    epochs: Annotated[int, Field(ge=1, le=1000)]
+    start: Annotated[float, Field(gt=0.5, lt=1)]
+    spread: Annotated[float, Field(ge=0, le=20)]
+    rate: Annotated[float, Field(gt=0, le=1)]
+    slope: Annotated[float, Field(ge=1, le=100)]
+    ramp: Annotated[float, Field(gt=0, le=1)]
+    penalty: Annotated[float, Field(gt=0, le=1e6)]
+    dual_rate: Annotated[float, Field(ge=0, le=1e6)]
+    calibration_images: Annotated[int, Field(ge=2, le=100_000)]
+
+
+class Joint(Spec):
+    """Pruning, distillation and quantization in one training run.
+
+    flops_cut: share of the network's FLOPs that goes, reached or passed by less than any gate that went. round_to:
+    hidden units of a gate; widths stay multiples of it. samples: rendered training pairs for the importance that
+    orders the units, and for refit, which corrects the layers behind cut units by least squares. train: the whole run;
+    its first gates.epochs epochs have gates, the rest trains what is left of the network.
+    """
+
+    version: Annotated[str, Field(pattern=r"^\d+\.\d+$")]
+    flops_cut: Annotated[float, Field(gt=0, lt=0.9)]
+    units: GatedUnits
+    round_to: Annotated[int, Field(ge=1, le=256)]
+    samples: Samples
+    refit: bool
+    gates: Gates
+    train: Qat
+
+    @model_validator(mode="after")
+    def _two_phases(self) -> Self:
+        if self.gates.epochs >= self.train.epochs:
+            raise ValueError(
+                f"must have fewer gates.epochs than train.epochs, and has {self.gates.epochs} of {self.train.epochs}"
+            )
+        if self.train.warmup_epochs >= self.gates.epochs:
+            raise ValueError(
+                f"must have fewer train.warmup_epochs than gates.epochs, and has {self.train.warmup_epochs} of "
+                f"{self.gates.epochs}"
+            )
+        return self
+
+
+load_joint = config_loader(Joint, "joint")

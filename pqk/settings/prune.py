@@ -1,0 +1,79 @@
+"""How a network is made smaller by cutting whole units: `configs/prune.yaml` as a frozen object."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from pqk.settings.training import Fit
+from pqk.settings.yamlfile import Section, Spec, config_loader
+
+
+class Units(Section):
+    """What may be cut: attention heads, hidden units of the MLPs, channels of a DPT head, whole blocks."""
+
+    heads: bool
+    ffn: bool
+    dpt: bool
+    blocks: bool
+
+    @model_validator(mode="after")
+    def _any(self) -> Self:
+        if not (self.heads or self.ffn or self.dpt or self.blocks):
+            raise ValueError("must allow at least one of heads, ffn, dpt and blocks")
+        return self
+
+
+class Samples(Section):
+    """Rendered training pairs that give the gradients of importance taylor and the outputs for `refit`."""
+
+    pairs: Annotated[int, Field(ge=1, le=4096)]
+    size: Annotated[int, Field(ge=32, le=1024, multiple_of=16)]
+
+
+class Sensitivity(Section):
+    """How far the points move when a group loses a share of its units, on held-out pairs; off: all give the same share.
+
+    levels: rising shares of the units of a group; no group loses more than the last one.
+    """
+
+    enabled: bool
+    pairs: Annotated[int, Field(ge=1, le=4096)]
+    size: Annotated[int, Field(ge=32, le=1024, multiple_of=16)]
+    levels: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(strict=False, min_length=1)]
+
+    @field_validator("levels")
+    @classmethod
+    def _rising(cls, levels: tuple[float, ...]) -> tuple[float, ...]:
+        if list(levels) != sorted(set(levels)):
+            raise ValueError("must be rising shares such as [0.25, 0.5, 0.75]")
+        return levels
+
+
+class Prune(Spec):
+    """Which units go and how many, and the fine-tuning that follows.
+
+    rho: share of the network's parameters (or FLOPs, see `measure`) that is cut, reached or passed by less than the
+    last cut group gives. refit: correct the layers behind heads and MLP units by least squares.
+    """
+
+    version: Annotated[str, Field(pattern=r"^\d+\.\d+$")]
+    rho: Annotated[float, Field(gt=0, lt=0.9)]
+    measure: Literal["params", "flops"]
+    importance: Literal["l1", "l2", "taylor"]
+    samples: Samples
+    refit: bool
+    units: Units
+    round_to: Annotated[int, Field(ge=1, le=256)]
+    sensitivity: Sensitivity
+    train: Fit
+
+    @model_validator(mode="after")
+    def _blocks_are_compared(self) -> Self:
+        if self.units.blocks and not self.sensitivity.enabled:
+            raise ValueError("units.blocks needs sensitivity.enabled: without a scan nothing tells which block to cut")
+        return self
+
+
+load_prune = config_loader(Prune, "prune")

@@ -1,0 +1,113 @@
+"""How precision is lowered: `configs/quant.yaml` as a frozen object."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from pqk.errors import nearest
+from pqk.settings.keep import split_entry
+from pqk.settings.training import Held
+from pqk.settings.yamlfile import Section, Spec, config_loader
+
+KEEP_GROUPS = ("LayerNorm", "Softmax", "AttentionScales")
+"""Groups of nodes that a quantizer knows how to keep in float."""
+BITS = ((8, 8), (4, 16))
+"""Bits of weights and activations: both lowered, or weights alone."""
+
+
+class Ptq(Section):
+    """Post-training quantization."""
+
+    bits_w: Literal[4, 8]
+    bits_a: Literal[8, 16]
+    weights: Literal["per_channel", "per_tensor"]
+    activations: Literal["per_tensor"]
+    symmetric_activations: bool
+    smooth_quant_alpha: Annotated[float | None, Field(ge=0, le=1)]
+    bias_correction: Literal["none", "fast", "full"]
+    weight_range: Literal["auto", "full", "half"]
+    calibration_images: Annotated[int, Field(ge=2, le=100_000)]
+    keep_list: Annotated[tuple[str, ...], Field(strict=False)]
+
+    @model_validator(mode="after")
+    def _known_pair(self) -> Self:
+        if (self.bits_w, self.bits_a) not in BITS:
+            raise ValueError(
+                f"must hold bits_w 8 with bits_a 8, or bits_w 4 with bits_a 16 (only weights are lowered), "
+                f"and holds {self.bits_w} with {self.bits_a}"
+            )
+        return self
+
+    @field_validator("keep_list")
+    @classmethod
+    def _groups_or_patterns(cls, entries: tuple[str, ...]) -> tuple[str, ...]:
+        for entry in entries:
+            _, wanted = split_entry(entry)
+            if wanted in KEEP_GROUPS:
+                continue
+            # A bare word that is no group is far more often a misspelt group than a pattern.
+            if not wanted or wanted.isalpha():
+                raise ValueError(
+                    f"must hold groups ({', '.join(KEEP_GROUPS)}) or regular expressions of node names "
+                    f"such as '.*dec_blocks.0.*', and {entry!r} is neither{nearest(wanted, KEEP_GROUPS)}"
+                )
+            try:
+                re.compile(wanted)
+            except re.error as error:
+                raise ValueError(f"must hold regular expressions, and {entry!r} is none: {error}") from None
+        if len(set(entries)) != len(entries):
+            raise ValueError("must not hold an entry twice")
+        return entries
+
+
+class Qat(Section):
+    """Quantization-aware training, used when PTQ drops more than thresholds.quality_drop_q_only_pct.
+
+    lr falls to a tenth; ema is the decay of the averaged weights that are kept; task_weight weighs DUSt3R's own loss
+    beside the distance from the float model. Training runs at `size`, whatever size the engine is for.
+    """
+
+    epochs: Annotated[int, Field(ge=1, le=100)]
+    steps_per_epoch: Annotated[int, Field(ge=1, le=1_000_000)]
+    lr: Annotated[float, Field(gt=0, le=1)]
+    weight_decay: Annotated[float, Field(ge=0, le=1)]
+    warmup_epochs: Annotated[int, Field(ge=0, le=100)]
+    size: Annotated[int, Field(ge=32, le=1024, multiple_of=16)]
+    batch: Annotated[int, Field(ge=1, le=4096)]
+    task_weight: Annotated[float, Field(ge=0, le=100)]
+    ema: Annotated[float, Field(gt=0, lt=1)]
+    validation: Held
+
+    @model_validator(mode="after")
+    def _warmup_ends(self) -> Self:
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(
+                f"must have fewer warmup_epochs than epochs, and has {self.warmup_epochs} of {self.epochs}"
+            )
+        return self
+
+
+class TensorRT(Section):
+    """How backend trt builds and runs its engines."""
+
+    target: Annotated[str | None, Field(pattern=r"^\d+\.\d$")] = None
+    workspace_mb: Annotated[int, Field(ge=1)] = 4096
+    optimization_level: Annotated[int | None, Field(ge=0, le=5)] = None
+    timing_cache: bool = True
+    cuda_graph: bool = False
+
+
+class Quant(Spec):
+    """How precision is lowered, and what the rest of the model runs in."""
+
+    version: Annotated[str, Field(pattern=r"^\d+\.\d+$")]
+    ptq: Ptq
+    qat: Qat
+    float_rest: Literal["auto", "bf16", "f16", "f32"]
+    trt: TensorRT = TensorRT()
+
+
+load_quant = config_loader(Quant, "quant")

@@ -1,0 +1,108 @@
+"""What a training run is asked: schedule, scenery and budget, of teachers (`configs/models/*.yaml`) and methods."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from pqk.settings.seeds import LIMIT
+from pqk.settings.yamlfile import Section, Spec, load_spec
+
+
+class Stage(Section):
+    """A part of the run at one image size; `until` is the share of the run at which the next stage takes over."""
+
+    size: int = Field(ge=32, le=1024, multiple_of=16)
+    batch: int = Field(ge=1, le=4096, description="pairs per step, over all processes")
+    until: float = Field(gt=0, le=1)
+
+
+class Validation(Section):
+    """Held-out pairs, rendered from the validation split, scored every `every` steps at `size`."""
+
+    size: int = Field(default=512, ge=32, le=1024, multiple_of=16)
+    pairs: int = Field(default=64, ge=1, le=4096)
+    every: int = Field(default=1000, ge=1)
+    patience: int = Field(default=8, ge=1, description="validations without a better AbsRel before the run stops early")
+
+
+class Training(Section):
+    """What every training has: image sizes, rates, scenery. Rates are per step; `ema` is the decay of the averaged
+    weights that are kept in the end, `alpha` the weight of the confidence term of the task loss.
+    """
+
+    stages: list[Stage] = Field(min_length=1)
+    learning_rate: float = Field(default=6e-4, gt=0, le=1)
+    final_rate: float = Field(default=1e-6, ge=0)
+    warmup: float = Field(default=0.02, ge=0, lt=1)
+    weight_decay: float = Field(default=0.05, ge=0)
+    clip_norm: float = Field(default=1.0, gt=0)
+    ema: float = Field(default=0.9995, gt=0, lt=1)
+    alpha: float = Field(default=0.2, ge=0)
+    spread_deg: list[Annotated[float, Field(gt=0, lt=180)]] = Field(default=[4.0, 26.0], min_length=2, max_length=2)
+    fov_deg: list[Annotated[float, Field(gt=0, lt=180)]] = Field(default=[55.0, 70.0], min_length=2, max_length=2)
+    min_covisible: float = Field(default=0.25, ge=0, le=1)
+
+    @field_validator("spread_deg", "fov_deg")
+    @classmethod
+    def _from_low_to_high(cls, ends: list[float]) -> list[float]:
+        if ends[0] > ends[1]:
+            raise ValueError("must be [lowest, highest]")
+        return ends
+
+    @field_validator("stages")
+    @classmethod
+    def _to_the_end(cls, stages: list[Stage]) -> list[Stage]:
+        shares = [stage.until for stage in stages]
+        if shares != sorted(set(shares)) or shares[-1] != 1:
+            raise ValueError(f"must have rising values of 'until' that end with 1, and has {shares}")
+        return stages
+
+    @model_validator(mode="after")
+    def _falling_rate(self) -> Self:
+        if self.final_rate > self.learning_rate:
+            raise ValueError(f"final_rate {self.final_rate} must not be above learning_rate {self.learning_rate}")
+        return self
+
+    def stage_at(self, share: float) -> Stage:
+        """The stage at a share of the run in [0, 1]."""
+        return next((stage for stage in self.stages if share < stage.until), self.stages[-1])
+
+
+class TrainSpec(Training, Spec):
+    """The training of a teacher."""
+
+    version: str = "1.0"
+    model: str
+    seed: int = Field(default=0, ge=0, lt=LIMIT)
+    steps: int = Field(ge=1)
+    validation: Validation = Validation()
+
+
+class Held(Section):
+    """Held-out pairs that are scored after every epoch, at `size`."""
+
+    size: int = Field(default=512, ge=32, le=1024, multiple_of=16)
+    pairs: int = Field(default=16, ge=1, le=4096)
+
+
+class Fit(Training):
+    """The training of a compression method. An epoch is a number of steps, as no rendered pair is seen twice."""
+
+    epochs: int = Field(ge=1, le=1000)
+    steps_per_epoch: int = Field(ge=1, le=1_000_000)
+    validation: Held = Held()
+
+    @property
+    def steps(self) -> int:
+        return self.epochs * self.steps_per_epoch
+
+
+def load_training(path: Path | str, steps: int | None = None) -> TrainSpec:
+    """Read and check a training file, with another number of steps if given.
+
+    Raises PqkError naming file, key, value and what is allowed.
+    """
+    return load_spec(TrainSpec, Path(path), {"steps": steps} if steps is not None else None, "--steps", "train")

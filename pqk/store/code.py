@@ -1,0 +1,209 @@
+"""Hashes the code that makes an artifact: a module and everything that it imports, without prose.
+
+`code_of` is part of the key of every artifact. A changed docstring, comment or line break leaves it as it is; any other
+change of a file that the code imports, at its top or inside a function, gives another one. A worker process returns
+what it `loaded`, and its parent refuses a result of other code than the key says.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache
+from hashlib import sha256
+from typing import NamedTuple
+
+from pqk.errors import PqkError
+from pqk.files import sha256_json
+from pqk.store.sources import ROOTS, on_disk, source_file, source_of
+
+Reader = Callable[[str], bytes | None]
+"""Returns the source of a module by its name, None when there is no such module."""
+
+_BLOCKS = ("body", "orelse", "finalbody", "handlers", "cases")
+_hashed: dict[str, str] = {}
+"""Digest by module of everything that `code_of` has hashed in this process."""
+
+
+class Top(str):
+    """The name of a module that counts with what it imports at its top, without what its functions import.
+
+    For modules whose functions import parts that are not always used, such as the toolchain of a backend: these parts
+    are then named where they are used.
+    """
+
+
+def code_of(*modules: str, read: Reader = source_of) -> str:
+    """sha256 over the code of modules and of everything that they import; see `closure` and `digest`.
+
+    Raises PqkError when one of `modules` has no source file.
+    """
+    found = {name: digest(source) for name, source in closure(*modules, read=read).items()}
+    if read is source_of:
+        _hashed.update(found)
+    return sha256_json(found)
+
+
+def closure(*modules: str, read: Reader = source_of) -> dict[str, bytes]:
+    """Sources by name: of `modules`, of the modules of their own packages, of pqk and of backends that they import, and
+    of the packages that these lie in. The top packages pqk and backends hold a version number, and do not count.
+
+    Imports inside functions count, those for the type checker only do not. What is imported by a name in a text is not
+    seen: who does that lists these modules, as backends and quantizers do in `sources`. Raises PqkError when one of
+    `modules` has no source file.
+    """
+    roots = {*ROOTS, *(name.partition(".")[0] for name in modules)}
+    found: dict[str, bytes] = {}
+    whole: set[str] = set()
+    waiting = list(modules)
+    while waiting:
+        name = waiting.pop()
+        if name in ROOTS or name in whole or (name in found and isinstance(name, Top)):
+            continue
+        source = read(name)
+        if source is None:
+            if name in modules:
+                raise PqkError(f"module {name} has no source file")
+            continue  # an object of a module, not a module of a package
+        found[str(name)] = source
+        if not isinstance(name, Top):
+            whole.add(name)
+        for statement in _facts(source).imports:
+            if statement.top or not isinstance(name, Top):
+                waiting += [m for m in _modules(statement, name) if m.partition(".")[0] in roots]
+        parts = name.split(".")
+        waiting += [".".join(parts[:n]) for n in range(1, len(parts))]
+    return found
+
+
+def digest(source: bytes) -> str:
+    """sha256 of a Python source as it is parsed: without docstrings and other bare texts, comments, positions, and
+    imports for the type checker. A source that cannot be parsed counts byte for byte.
+    """
+    return _facts(source).digest
+
+
+def loaded() -> dict[str, str]:
+    """The digest of every module of pqk and backends that this process has loaded."""
+    names = [name for name in list(sys.modules) if name.partition(".")[0] in ROOTS]
+    return {name: digest(source) for name in names if (source := source_of(name)) is not None}
+
+
+def hashed() -> dict[str, str]:
+    """The digest of every module that a key of this process depends on."""
+    return dict(_hashed)
+
+
+def refuse_other(task: str, expected: Mapping[str, str], ran: Mapping[str, str]) -> None:
+    """Raise PqkError when code that ran is not the code that was hashed. Modules of only one of the two do not count.
+
+    expected: of `hashed`; ran: of `loaded`, in the process that ran the task.
+    """
+    other = sorted(name for name, found in ran.items() if expected.get(name, found) != found)
+    if other:
+        raise PqkError(_changed(other, task))
+
+
+def refuse_edited(task: str, *modules: str) -> None:
+    """Raise PqkError when the code of `modules` on the disk is no longer what this process has hashed.
+
+    For work in processes that load their code from the disk and return no hash of it.
+    """
+    other = sorted(
+        name for name, source in closure(*modules).items() if digest(on_disk(name) or b"0") != digest(source)
+    )
+    if other:
+        raise PqkError(_changed(other, task))
+
+
+def _changed(modules: list[str], task: str) -> str:
+    more = f" and {len(modules) - 1} more" if len(modules) > 1 else ""
+    return f"the code changed while the {task} process ran ({modules[0]}{more}): its result is not kept, run again"
+
+
+class _Import(NamedTuple):
+    """An import statement: the dots and the module behind `from` (0 and '' for a plain import), the imported names, and
+    whether it runs when the module is loaded, not when a function is called."""
+
+    level: int
+    origin: str
+    names: tuple[str, ...]
+    top: bool
+
+
+class _Facts(NamedTuple):
+    digest: str
+    imports: tuple[_Import, ...]
+
+
+@cache
+def _facts(source: bytes) -> _Facts:
+    """What is kept of a source; its syntax tree is not, as that takes megabytes, which a worker may be measuring."""
+    try:
+        tree = ast.parse(source)
+        _strip(tree)
+        text = ast.dump(tree).encode("utf-8", "surrogatepass")
+    except (SyntaxError, ValueError, RecursionError):
+        return _Facts(sha256(source).hexdigest(), ())
+    return _Facts(sha256(text).hexdigest(), tuple(_imports(tree, True)))
+
+
+def _strip(node: ast.AST) -> None:
+    """Take out of a syntax tree what does nothing when a program runs."""
+    for name in _BLOCKS:
+        listed = getattr(node, name, None)
+        if isinstance(listed, list):
+            setattr(node, name, list(_running(listed)))
+    for child in _children(node):
+        _strip(child)
+
+
+def _children(node: ast.AST) -> Iterator[ast.AST]:
+    """The statements, handlers and cases inside a statement."""
+    for name in _BLOCKS:
+        listed = getattr(node, name, None)
+        if isinstance(listed, list):
+            yield from listed
+
+
+def _running(statements: Iterable[ast.AST]) -> Iterator[ast.AST]:
+    """Statements that do something when a program runs."""
+    for statement in statements:
+        if isinstance(statement, ast.If) and _for_type_checkers(statement.test):
+            yield from _running(statement.orelse)
+        elif not (isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)):
+            yield statement
+
+
+def _for_type_checkers(test: ast.expr) -> bool:
+    name = test.id if isinstance(test, ast.Name) else test.attr if isinstance(test, ast.Attribute) else ""
+    return name == "TYPE_CHECKING"
+
+
+def _imports(node: ast.AST, top: bool) -> Iterator[_Import]:
+    for child in _children(node):
+        if isinstance(child, ast.Import):
+            yield _Import(0, "", tuple(alias.name for alias in child.names), top)
+        elif isinstance(child, ast.ImportFrom):
+            yield _Import(child.level, child.module or "", tuple(alias.name for alias in child.names), top)
+        else:
+            yield from _imports(child, top and not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef))
+
+
+@cache
+def _modules(found: _Import, module: str) -> list[str]:
+    """Names that an import of `module` loads, or might: an imported name is a module of its package or an object."""
+    if not found.level and not found.origin:
+        return list(found.names)
+    above: list[str] = []
+    if found.level:
+        package = module.split(".") if _is_package(module) else module.split(".")[:-1]
+        above = package[: len(package) - found.level + 1]
+    origin = ".".join(filter(None, [*above, found.origin]))
+    return [origin, *(f"{origin}.{name}" for name in found.names)]
+
+
+def _is_package(name: str) -> bool:
+    path = source_file(name)
+    return path is not None and path.name == "__init__.py"

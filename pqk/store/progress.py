@@ -1,0 +1,17 @@
+"""Tells the parent of a worker process how far its task is.
+
+A module of its own, as everything that a task imports is in the key of what it makes.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+PREFIX = "pqk-progress "
+"""Begins the lines on a worker's stdout that are meant for its parent."""
+
+
+def tell(news: dict[str, Any]) -> None:
+    """Say how far this worker is: 'text', and the 'share' done. Nothing is visible where nobody listens."""
+    print(PREFIX + json.dumps(news), flush=True)

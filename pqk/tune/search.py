@@ -1,0 +1,163 @@
+"""Mixed precision by measurement: how many of the worst nodes must compute in float, and which of these are enough.
+
+`search` knows neither models nor engines: it gets the nodes, worst first, and a function that measures a choice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pqk.errors import PqkError
+from pqk.files import atomic_path
+from pqk.paths import shown
+from pqk.report.plots import pareto_front
+from pqk.settings.keep import keep_patterns
+from pqk.settings.quant import Quant, load_quant
+from pqk.settings.yamlfile import read_text
+
+SAME_TIME = 0.02  # two timings of the same graphs differ by so much (docs/howto-tune.md)
+
+Evaluate = Callable[[tuple[str, ...]], tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One measured choice: the nodes in float, the drop in percent, the median pair time in milliseconds."""
+
+    names: tuple[str, ...]
+    drop_pct: float
+    t_pair_p50_ms: float
+
+
+@dataclass(frozen=True)
+class TuneResult:
+    """All measured points in the order of measuring, those that none dominates by rising time, and the winner.
+
+    The winner is the fastest point within the limit; of those as fast but for SAME_TIME the one with the fewest nodes
+    in float, then with the lowest drop. None: no point is within it.
+    """
+
+    max_drop: float
+    points: tuple[Point, ...]
+    front: tuple[Point, ...] = field(init=False)
+    winner: Point | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        front = pareto_front([(p.t_pair_p50_ms, p.drop_pct) for p in self.points])
+        within = [p for p in self.points if p.drop_pct <= self.max_drop]
+        object.__setattr__(self, "front", tuple(self.points[index] for index in front))
+        fastest = min((p.t_pair_p50_ms for p in within), default=math.inf)
+        as_fast = [p for p in within if p.t_pair_p50_ms <= fastest * (1 + SAME_TIME)]
+        object.__setattr__(
+            self, "winner", min(as_fast, key=lambda p: (len(p.names), p.drop_pct, p.t_pair_p50_ms), default=None)
+        )
+
+
+def search(ranked: Sequence[str], evaluate: Evaluate, max_drop: float, max_evaluations: int = 24) -> TuneResult:
+    """Find the choice of float nodes with the lowest time whose drop is at most `max_drop` percent.
+
+    ranked: names of nodes, the one with the largest share of the error first. evaluate: float nodes -> (drop in
+    percent, median pair time in ms); it is slow, and never asked twice for the same nodes. A drop that is no number
+    counts as infinite.
+    Three steps. The worst 0, 1, 2, 4, ... nodes and all of them are measured until one choice is within the limit;
+    then the smallest sufficient number is bisected; then single nodes of that choice go back to int8, the least of
+    them first, as long as the drop allows it and the time does not rise. More float is taken to mean a lower drop only
+    to save measurements: the winner is always a measured point.
+    Raises PqkError for a limit that is no number, a name given twice, or fewer than two evaluations.
+    """
+    names = tuple(ranked)
+    if math.isnan(max_drop) or len(set(names)) != len(names):
+        raise PqkError("the drop limit must be a number, and no node may be ranked twice")
+    if max_evaluations < 2:
+        raise PqkError(f"tuning needs at least 2 evaluations, got {max_evaluations}")
+    points: dict[tuple[str, ...], Point] = {}
+
+    def measure(chosen: tuple[str, ...]) -> Point | None:
+        """The point of a choice; None when the evaluations are used up."""
+        if chosen not in points:
+            if len(points) == max_evaluations:
+                return None
+            drop, time = evaluate(chosen)
+            points[chosen] = Point(chosen, math.inf if math.isnan(drop) else drop, time)
+        return points[chosen]
+
+    def within(point: Point) -> bool:
+        return point.drop_pct <= max_drop
+
+    low, best = -1, None  # `low` worst nodes are not enough
+    for count in _steps(len(names), max_evaluations):
+        point = measure(names[:count])
+        if point is None:
+            break
+        if within(point):
+            best = point
+            break
+        low = count
+    while best is not None and len(best.names) - low > 1:
+        middle = (low + len(best.names)) // 2
+        point = measure(names[:middle])
+        if point is None:
+            break
+        if within(point):
+            best = point
+        else:
+            low = middle
+    longest = best.t_pair_p50_ms * (1 + SAME_TIME) if best else math.inf
+    for name in reversed(best.names if best else ()):
+        assert best is not None
+        point = measure(tuple(other for other in best.names if other != name))
+        if point is None:
+            break
+        if within(point) and point.t_pair_p50_ms <= longest:
+            best = point
+    return TuneResult(max_drop, tuple(points.values()))
+
+
+def _steps(count: int, limit: int) -> list[int]:
+    """0, 1, 2, 4, ... and `count`: at most `limit` of them, so that the last one is always reached."""
+    steps = [0]
+    while (following := max(1, 2 * steps[-1])) < count and len(steps) < limit - 1:
+        steps.append(following)
+    return [*steps, count] if count else steps
+
+
+def write_quant_yaml(base: Path | str, names: Sequence[str], out: Path | str) -> Quant:
+    """Write `base` to `out` with the nodes `names` added to ptq.keep_list, and return it as it is read back.
+
+    names: as in `keep_patterns`. The rest of the file stays as it is, comments included. Names that are listed already
+    are not repeated.
+    Raises PqkError when `base` is not a valid quant.yaml, or `out` cannot be written; `out` is left alone then.
+    """
+    listed = load_quant(base).ptq.keep_list
+    added = [entry for entry in keep_patterns(dict.fromkeys(names)) if entry not in listed]
+    text = _insert(read_text(base), added)
+    with atomic_path(out) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+        if load_quant(temporary).ptq.keep_list != (*listed, *added):
+            raise PqkError(f"{shown(base)}: nothing can be added to its ptq.keep_list; write it as a plain list")
+    return load_quant(out)
+
+
+def _insert(text: str, entries: Sequence[str]) -> str:
+    """A quant.yaml with entries added behind the last one of its ptq.keep_list."""
+    node: Any = yaml.compose(text, Loader=yaml.SafeLoader)
+    column = 0
+    for key in ("ptq", "keep_list"):
+        name_node, node = next(pair for pair in node.value if pair[0].value == key)
+        column = name_node.start_mark.column
+    quoted = ["'" + entry.replace("'", "''") + "'" for entry in entries]
+    place = node.value[-1].end_mark.index if node.value else node.start_mark.index + 1
+    if node.flow_style:
+        more = [f",\n{' ' * (column + 2)}{entry}" for entry in quoted]
+        if more and not node.value:
+            more[0] = quoted[0]
+    else:
+        more = [f"\n{' ' * node.start_mark.column}- {entry}" for entry in quoted]
+        place = text.find("\n", place) if "\n" in text[place:] else len(text)  # behind a comment on the last entry
+    return text[:place] + "".join(more) + text[place:]
