@@ -77,7 +77,7 @@ def parted(outcome: Outcome) -> dict[str, str | None]:
 
 
 def ranking(outcome: Outcome) -> dict[str, list[dict[str, Any]]]:
-    """Groups and nodes as `pqk.measure.node_ranking.rank_graphs` ranks them. Raises PqkError without quantized nodes."""
+    """Groups and nodes ranked by `pqk.measure.node_ranking`. Raises PqkError when no node is quantized."""
     about = stages.identity(outcome.ctx, outcome.variants[-1], outcome.onnx_float)
     found = _found(outcome, "ranking", about, _pairs_asked(outcome))
     if not found["groups"]:

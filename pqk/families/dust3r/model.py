@@ -104,7 +104,7 @@ def activate(raw: Tensor, depth_mode: Mode, conf_mode: Mode) -> tuple[Tensor, Te
 
 
 class Dust3r(nn.Module):
-    """The network of one configuration (`pqk.families.dust3r.configs`); no dropout: train and eval mode compute the same.
+    """The network of one configuration (`pqk.families.dust3r.configs`), without dropout.
 
     Raises PqkError when the configuration is not a valid one.
     """
