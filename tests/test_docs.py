@@ -197,7 +197,8 @@ def test_examples_that_change_the_config_hold(tmp_path: Path) -> None:
 
 
 def test_the_example_card_is_a_card(tmp_path: Path) -> None:
-    from pqk.settings.card import read_card, resolve
+    from pqk.recipe.experiment import resolve
+    from pqk.settings.card import read_card
 
     page = (ROOT / "docs" / "howto-add-a-task-card.md").read_text("utf-8")
     (block,) = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)

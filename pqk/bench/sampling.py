@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pqk import paths
+from pqk.engines.calls import Counting, Engines, Recorder, Remembering
 from pqk.errors import PqkError
+from pqk.families.contract import SampleSet
 from pqk.files import write_text
 from pqk.measure.scores import drop_of
-from pqk.recipe import stages
 from pqk.recipe.candidate import Outcome
+from pqk.recipe.experiment import resolve
 from pqk.recipe.request import Request
 from pqk.recipe.runner import run
-from pqk.recipe.splits import Split
+from pqk.recipe.stages import open_split
 from pqk.stats.intervals import t_quantile
+from pqk.stats.latency import percentile
 
 SEED = 700
 """Base seed of the validation scenes that are looked at here: apart from those of every run and training."""
+_COUNT = "workload.scenes.validation.count"
 BASIS = (8, 6)
 """Scenes and views whose inference is the budget: 72 pairs of the neighbour graph with k = 4."""
 
@@ -69,24 +73,38 @@ def bench_sampling(card: str, backend: str, views: Sequence[int], scenes: int, o
 
 
 def _measured(outcome: Outcome, views: int, scenes: int, root: Path) -> tuple[float, float, float, float]:
-    """Drop, half its interval, inference time of one scene for Teacher and candidate in ms, pairs of a scene."""
-    workload = outcome.experiment.workload
-    made = stages.synthetic_scenes(outcome.ctx, "scenes", "validation", scenes, views, SEED, workload, True)
-    split = Split(made, views, True)
-    mine, teacher = (outcome.score(outcome.variants[n], on=split) for n in (-1, 0))
-    drop = drop_of(outcome.metric, mine, teacher, outcome.truthful)
+    """Drop, half its interval, inference time of one scene for Teacher and candidate in ms, samples of a scene."""
+    asked = {f"workload.scenes.validation.{name}": value for name, value in (("views", views), ("seed", SEED))}
+    card = outcome.experiment.card
+    experiment = resolve(card, root, of=outcome.experiment.family, settings={**asked, _COUNT: scenes})
+    found = open_split(outcome.ctx, experiment, "validation", root)
+    mine, teacher = (outcome.score(outcome.variants[n], on=found) for n in (-1, 0))
+    drop = drop_of(outcome.experiment.metric, mine, teacher, outcome.truthful)
     if drop is None or drop.half is None:
-        raise PqkError(f"{outcome.metric} tells no drop with an interval here")
-    pairs = len(mine["pairs"]) / scenes
-    time = sum(_time(outcome.records[n], views, pairs) for n in (-1, 0))
-    return drop.value, drop.half, time, pairs
+        raise PqkError(f"{outcome.metric} gives no drop with an interval here")
+    calls = _calls(outcome, found)
+    time = sum(_time(outcome.records[n], calls) for n in (-1, 0)) / scenes
+    return drop.value, drop.half, time, len(mine["samples"]) / scenes
 
 
-def _time(record: dict[str, Any], views: int, pairs: float) -> float:
-    encoder, decoder = record["t_encoder_p50_ms"], record["t_decoder_p50_ms"]
-    if encoder is None or decoder is None:
+def _calls(outcome: Outcome, found: SampleSet) -> Mapping[str, int]:
+    """How often each graph is computed over all samples; what samples of a scene share is computed once."""
+    of, workload = outcome.experiment.family, outcome.experiment.workload
+    with Engines({}) as none:
+        counting = Counting(Recorder("", none, outcome.variants[0].graphs))
+        shared, group = Remembering(counting, 2**31), -1
+        for sample in of.data_part().samples(found, workload, workload.seeds.eval):
+            if sample.group != group:
+                shared.forget()
+                group = sample.group
+            of.predict_part().predict(shared, sample, workload, 0)
+    return counting.calls
+
+
+def _time(record: Mapping[str, Any], calls: Mapping[str, int]) -> float:
+    if record["samples"] is None:
         raise PqkError("bench sampling weighs inference by its time, and these engines are emulated: they have none")
-    return float(views * encoder + pairs * decoder)
+    return float(sum(count * percentile(record["samples"][graph], 50) for graph, count in calls.items()))
 
 
 def _design(views: int, scenes: int, drop: float, half: float, time: float, pairs: float, budget: float) -> Design:

@@ -1,4 +1,4 @@
-"""Scores a Teacher on the held-out test scenes in float32, as `pqk run` does, beside a constant depth."""
+"""Scores a Teacher on the held-out test scenes in float32, as `pqk run` does, beside the floor of its family."""
 
 from __future__ import annotations
 
@@ -8,10 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pqk import paths
-from pqk.data.scenes.scene import open_scene
 from pqk.errors import PqkError
-from pqk.families.dust3r.inputs import load_frames, scene_pairs
-from pqk.families.dust3r.scoring import constant_depth_scores, pair_truth, summarise
 from pqk.files import write_json
 from pqk.measure.scores import metric_intervals
 from pqk.recipe.candidate import Outcome, make
@@ -33,18 +30,19 @@ def bench_teacher(model: str, write: bool, command: str) -> dict[str, Any]:
         raise PqkError(f"{card_path} is missing; only a folder written by `pqk train teacher` has a card")
     outcome = make(Request(CARD, "reference", model=model, recipe=False), root, lambda *_: None, lambda _: None).outcome
     if not outcome.test.truthful:
-        raise PqkError(f"{outcome.test.scenes.root}: the scenes have no ground truth")
-    scores, constant = outcome.score(outcome.variants[0], on=outcome.test), _constant(outcome)
+        raise PqkError("the test samples have no ground truth")
+    scores, floor = outcome.score(outcome.variants[0], on=outcome.test), _floor(outcome)
     quality, summary = outcome.experiment.evaluation.quality, scores["summary"]
+    options = quality.model_dump(mode="json")
     result: dict[str, Any] = {
         "split": "test",
-        "scenes": len(scores["scenes"]),
-        "pairs": len(scores["pairs"]),
-        "size": outcome.scoring["shape"],
-        "scale_alignment": quality.scale_alignment,
+        "scenes": len(scores["groups"]),
+        "pairs": len(scores["samples"]),
+        **outcome.experiment.workload.static,
+        **{name: value for name, value in options.items() if name not in ("main_metric", "metrics")},
         **{name: summary[name] for name in quality.metrics},
         "intervals": metric_intervals(scores, quality.metrics),
-        "constant_depth": {name: constant[name] for name in ("absrel", "delta1", "rmse")},
+        "floor": floor,
         "workload_sha256": outcome.experiment.workload.sha256,
         "measured": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "command": command,
@@ -57,14 +55,9 @@ def bench_teacher(model: str, write: bool, command: str) -> dict[str, Any]:
     return result
 
 
-def _constant(outcome: Outcome) -> dict[str, float | None]:
-    """Scores of one depth everywhere on the same pairs: the floor that any model must beat."""
-    workload, quality = outcome.experiment.workload, outcome.experiment.evaluation.quality
-    flat = []
-    for folder in outcome.test.scenes.folders:
-        frames = load_frames(open_scene(folder), workload.input.height, workload.input.width, outcome.test.views)
-        for i, j in scene_pairs(frames, workload.pair_graph, workload.min_covisibility, True):
-            truth = pair_truth(frames[i], frames[j])
-            if min(int(truth.valid1.sum()), int(truth.valid2.sum())) >= quality.min_valid_pixels:
-                flat.append(constant_depth_scores(truth, quality.scale_alignment))
-    return summarise(flat)
+def _floor(outcome: Outcome) -> dict[str, float | None]:
+    """Metrics of a predictor that ignores its input, on the same samples: the floor that any model must beat."""
+    of, workload = outcome.experiment.family, outcome.experiment.workload
+    part, options = of.scoring_part(), outcome.experiment.evaluation.quality.model_dump(mode="json")
+    samples = of.data_part().samples(outcome.test, workload, workload.seeds.eval)
+    return part.summarise([found for sample in samples if (found := part.floor(sample, options)) is not None])

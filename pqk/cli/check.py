@@ -5,21 +5,19 @@ from __future__ import annotations
 import contextlib
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 from pqk import paths
 from pqk.errors import EXIT_OK, PqkError, nearest
-from pqk.settings.card import TEMPLATE, Card, list_cards, load_card, read_card, resolve
-from pqk.settings.distill import Distill, load_distill
-from pqk.settings.evaluation import Evaluation, load_evaluation
-from pqk.settings.joint import Joint, load_joint
+from pqk.recipe.experiment import config_file, config_loaders, experiment_family, resolve
+from pqk.settings.card import TEMPLATE, Card, list_cards, load_card, read_card
 from pqk.settings.plan import list_plans, load_plan, ordered
-from pqk.settings.prune import Prune, load_prune
-from pqk.settings.quant import Quant, load_quant
-from pqk.settings.workload import STANDARD_SIDES, Workload, load_workload
+from pqk.settings.quant import Quant
+from pqk.settings.teacher import load_teacher_settings
+from pqk.settings.workload import Workload
 from pqk.settings.yamlfile import Spec, SpecError
 
 MIN_CALIBRATION = 512
@@ -34,7 +32,7 @@ class Finding:
 
 
 def dry_run(root: Path) -> list[Finding]:
-    """Check the six configs, every card with its overrides and the points of its matrix, and a virtual record.
+    """Check the configs, every card with its overrides and the points of its matrix, and a virtual record.
 
     Shape [1, 3, H, W] with H = W in {384, 512, 640}, k at least 1, thresholds in their ranges, all cards load and
     resolve, required cards exist without a circle, plans are whole, and a record with every field follows the log
@@ -46,19 +44,19 @@ def dry_run(root: Path) -> list[Finding]:
 
 
 def _problems(root: Path) -> Iterator[str]:
-    configs = paths.configs(root)
-    loaders: dict[str, Callable[[Path], Spec]] = {
-        "workload.yaml": load_workload,
-        "eval.yaml": load_evaluation,
-        "quant.yaml": load_quant,
-        "distill.yaml": load_distill,
-        "prune.yaml": load_prune,
-        "joint.yaml": load_joint,
-    }
-    specs: list[Spec] = []
+    try:
+        teacher = load_teacher_settings(paths.configs(root) / "teacher.yaml")
+        of = experiment_family(
+            teacher.model if teacher.model.startswith("random:") else str(root / teacher.model), root
+        )
+    except PqkError as error:
+        yield from _each(error)
+        return
+    yield from _beyond_model(teacher)
+    loaders, specs = config_loaders(of), []
     for name, load in loaders.items():
         try:
-            spec = load(configs / name)
+            spec = load(config_file(root, of, name))
         except PqkError as error:
             yield from _each(error)
             continue
@@ -72,10 +70,10 @@ def _problems(root: Path) -> Iterator[str]:
         try:
             card = read_card(path) if name == TEMPLATE else load_card(name, root)
             if len(specs) == len(loaders):
-                resolve(card, root)
+                resolve(card, root, of=of)
                 for axis, point in card.points():
                     settings, where = card.matrix[axis].points[point], f"{paths.shown(path)}: {axis}: {point}"
-                    resolve(card.at(axis, point), root, settings=settings, origin=where)
+                    resolve(card.at(axis, point), root, of=of, settings=settings, origin=where)
             cards[name] = card
         except PqkError as error:
             yield from _each(error)
@@ -97,17 +95,12 @@ def _each(error: PqkError) -> tuple[str, ...]:
 def _beyond_model(spec: Spec) -> Iterator[str]:
     """What the standard configs must hold beyond what any experiment must."""
     where = paths.shown(spec.source)
-    assert isinstance(spec, Workload | Evaluation | Quant | Distill | Prune | Joint)
+    version = str(spec.version)  # type: ignore[attr-defined]
     first = spec.source.read_text(encoding="utf-8-sig").split("\n", 1)[0]
-    if not re.match(rf"#\s*v{re.escape(spec.version)}\b", first):
-        yield f"{where}:1: the first line must be a comment '# v{spec.version}: what changed', got {first[:60]!r}"
+    if not re.match(rf"#\s*v{re.escape(version)}\b", first):
+        yield f"{where}:1: the first line must be a comment '# v{version}: what changed', got {first[:60]!r}"
     if isinstance(spec, Workload):
-        shape = spec.input.shape
-        if shape[2] != shape[3] or shape[2] not in STANDARD_SIDES:
-            allowed = ", ".join(map(str, STANDARD_SIDES))
-            yield f"{where}: input.shape is {list(shape)} but must be [1, 3, H, W] with H = W out of {allowed}"
-        if spec.calibration.images < MIN_CALIBRATION:
-            yield f"{where}: calibration.images is {spec.calibration.images} but must be at least {MIN_CALIBRATION}"
+        yield from (f"{where}: {problem}" for problem in spec.problems())
     if isinstance(spec, Quant) and spec.ptq.calibration_images < MIN_CALIBRATION:
         images = spec.ptq.calibration_images
         yield f"{where}: ptq.calibration_images is {images} but must be at least {MIN_CALIBRATION}"
@@ -141,7 +134,10 @@ def _virtual_record(root: Path) -> Iterator[str]:
     try:
         record = schema.empty_record()
         record |= {"exp_id": "devcheck", "role": "candidate", "status": "ok", "measured": "engine"}
-        record |= {"datetime": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), "t_pair_p50_ms": 1.0, "absrel": 0.1}
+        record |= {
+            "datetime": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            "t_pair_p50_ms": 1.0,
+        }
         schema.validate(record, where=paths.shown(path))
     except PqkError as error:
         yield str(error)

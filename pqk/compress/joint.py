@@ -8,7 +8,7 @@ The toolchain prepares the modules of both phases; see `pqk.recipe.joint`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -100,8 +100,7 @@ def phases(spec: Joint) -> tuple[Fit, Qat]:
 
 
 def close_gates(
-    encoder: nn.Module,
-    decoder: nn.Module,
+    parts: Mapping[str, nn.Module],
     plan: GatePlan,
     teacher: Dust3r,
     *,
@@ -112,14 +111,14 @@ def close_gates(
 ) -> tuple[Fitted, Gated, dict[str, Tensor]]:
     """The first phase: train the prepared modules, in place, with gates that shut until plan.spec.flops_cut is gone.
 
-    encoder, decoder: what a quantizer's `prepare` made of `teacher.graphs(H, W)`, without gates. The loss is that of
+    parts: what a quantizer's `prepare` made of each graph's module, without gates. The loss is that of
     `pqk.compress.qat.qat` and the price of the FLOPs that are still to go. The target goes in a line from what the
     gates cut at the start to flops_cut, at gates.ramp of the phase; the slope rises geometrically over the whole of it.
     Returns what `fit` does, the gates as they ended, and the averaged float weights by their names in the Teacher.
     """
     spec, training = plan.spec, phases(plan.spec)[0]
-    gated = plan.into(encoder, decoder)
-    model = Quantized(encoder, decoder, teacher.sizes.patch_size)
+    gated = plan.into(parts["encoder"], parts["decoder"])
+    model = Quantized(parts["encoder"], parts["decoder"], teacher.sizes.patch_size)
     price = Price(spec.gates.penalty, spec.gates.dual_rate)
     began = float(gated.cut().detach())
     guide = SymmetricPairs(teacher).eval()
@@ -223,8 +222,7 @@ def cut_gates(teacher: Dust3r, weights: dict[str, Tensor], plan: GatePlan, gated
 
 
 def settle(
-    encoder: nn.Module,
-    decoder: nn.Module,
+    parts: Mapping[str, nn.Module],
     teacher: Dust3r,
     spec: Joint,
     *,
@@ -236,8 +234,7 @@ def settle(
 ) -> Fitted:
     """The second phase: train what the cut network was prepared as, taught by the whole float Teacher; see `qat`."""
     return qat(
-        encoder,
-        decoder,
+        parts,
         teacher,
         phases(spec)[1],
         seed=(seed + LIMIT // 2) % LIMIT,  # other pairs than those of the first phase

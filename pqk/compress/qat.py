@@ -6,7 +6,7 @@ the decoder learns to live with the tokens that the rounded encoder gives.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +73,7 @@ def training_of(spec: Qat) -> Fit:
 
 
 def qat(
-    encoder: nn.Module,
-    decoder: nn.Module,
+    parts: Mapping[str, nn.Module],
     teacher: Any,
     spec: Qat,
     *,
@@ -86,14 +85,14 @@ def qat(
 ) -> Fitted:
     """Fine-tune the prepared modules together; `Fitted.model.graphs()` gives the trained ones, on the CPU.
 
-    encoder, decoder: what a quantizer's `prepare` made of `model.graphs(H, W)`; they are trained in place.
+    parts: what a quantizer's `prepare` made of each graph's module; they are trained in place.
     teacher: the float model that they are compared with and learn from; its own weights stay.
     seed, scratch, stop, report: see `fit`. After a kill, modules prepared anew from the same model, spec and
     calibration continue from `scratch`.
     The best averaged weights are those nearest to the teacher on held-out pairs; the history tells AbsRel and drop too.
     Raises PqkError as `fit` does.
     """
-    model = Quantized(encoder, decoder, teacher.sizes.patch_size)
+    model = Quantized(parts["encoder"], parts["decoder"], teacher.sizes.patch_size)
     training = training_of(spec)
     aim_of = SymmetricPairs(teacher).eval()
 

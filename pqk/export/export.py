@@ -9,7 +9,7 @@ sample.py              feeds two pictures; numpy, Pillow and the runtime only
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,17 +19,17 @@ import numpy as np
 
 from backends.base import Backend, Graph, Precision, lowered_to
 from pqk import paths
-from pqk.engines.variant import Runner, Variant
+from pqk.engines.calls import compiled
+from pqk.engines.variant import Variant
 from pqk.errors import PqkError, nearest
-from pqk.export.sample_source import sample_source
 from pqk.export.target import MANIFEST, export_folder, target_of
 from pqk.files import sha256_file, sha256_json, write_json
 from pqk.recipe.candidate import Outcome
+from pqk.recipe.experiment import Experiment
 from pqk.recipe.quantization import Row
 from pqk.recipe.recover import choose
 from pqk.recipe.request import Request, asked_experiment, chosen_quantizer, usable_backend
 from pqk.record.schema import empty_record
-from pqk.settings.card import Experiment
 from pqk.settings.recipe import JOINT, quantizes
 from pqk.store.store import OnEvent
 
@@ -37,7 +37,6 @@ FORMAT = 1  # of the manifest; a reader refuses another
 _IDENTITY = ("exp_id", "combo", "role", "model", "backend", "quantizer", "precision")
 _METHOD = ("bits_w", "bits_a", "keep_list", "images_calibration")
 _EVIDENCE = ("commit", "workload_version", "eval_version", "hashes")
-_MEAN = _STD = [0.5, 0.5, 0.5]  # DUSt3R: pixels of [0,1] become [-1,1]
 
 
 def export(
@@ -77,15 +76,17 @@ def export(
     variant = replace(row.variant, options={k: v for k, v in row.variant.options.items() if k != "cache_dir"})
 
     with export_folder(out) as folder:
-        copies = {"encoder": _copy(variant.encoder, folder), "decoder": _copy(variant.decoder, folder)}
-        plans, measured = _compile(
-            replace(variant, encoder=copies["encoder"], decoder=copies["decoder"]), outcome.scoring["shape"], folder
-        )
-        runtime = "openvino" if backend.name == "openvino" else "onnxruntime"
-        (folder / "sample.py").write_text(sample_source(runtime), encoding="utf-8")
+        copies = {name: _copy(graph, folder) for name, graph in variant.graphs.items()}
+        plans, measured = _compile(replace(variant, graphs=copies), outcome.experiment, folder)
+        part, about = outcome.experiment.family.export_part(), {}
+        if part is not None:
+            runtime = "openvino" if backend.name == "openvino" else "onnxruntime"
+            (folder / "sample.py").write_text(part.sample_source(runtime), encoding="utf-8")
+            about = part.about_inputs(outcome.experiment.workload)
         record = _record(own, label, outcome, variant)
         manifest = {
             "format": FORMAT,
+            "family": experiment.family.name,
             "card": experiment.card.id,
             "recipe": list(outcome.experiment.card.recipe),
             **{name: record[name] for name in (*_IDENTITY, *_METHOD, *_EVIDENCE)},
@@ -94,17 +95,8 @@ def export(
             "device": own["device"],
             "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             "versions": own["versions"],
-            "preprocessing": {
-                "size": list(outcome.scoring["shape"]),
-                "channels": "RGB",
-                "layout": "NCHW",
-                "resize": "scale until the picture covers the size (Lanczos to shrink, else bicubic), crop the centre",
-                "divide_by": 255,
-                "mean": _MEAN,
-                "std": _STD,
-            },
-            "pair_graph": outcome.scoring["pair_graph"],
-            "graphs": {part: _describe(graph, plans.get(part)) for part, graph in copies.items()},
+            **about,
+            "graphs": {name: _describe(graph, plans.get(name)) for name, graph in copies.items()},
             "files": _files(folder, set(plans.values())),
             "record": record,  # what edge_eval.py starts its own from: every field of the log's schema
         }
@@ -165,25 +157,23 @@ def _copy(graph: Graph, folder: Path) -> Graph:
     return replace(graph, path=folder / graph.path.name)
 
 
-def _compile(variant: Variant, shape: Sequence[int], folder: Path) -> tuple[dict[str, str], str]:
-    """Compile the copies and run one pair of noise: what is shipped works.
+def _compile(variant: Variant, experiment: Experiment, folder: Path) -> tuple[dict[str, str], str]:
+    """Compiles the copies and runs one sample of noise: what is shipped works.
 
     Returns the plan file of each graph that has one, and 'engine' or 'emulated'. Raises PqkError for NaN or infinity.
     """
-    plans = {}
-    image = np.random.default_rng(0).uniform(-1, 1, (1, 3, *shape)).astype(np.float32)
-    with Runner(variant) as engines:
-        tokens = engines.encode(image)
-        for name, array in engines.decode(tokens, tokens).items():
+    of, workload, plans = experiment.family, experiment.workload, {}
+    with compiled(variant) as engines:
+        found = of.predict_part().predict(engines, of.data_part().example(workload), workload, 0)
+        for name, array in found.items():
             if not np.isfinite(array).all():
                 raise PqkError(f"the exported {variant.precision} model computes NaN or infinity in {name}")
-        for part, engine in (("encoder", engines.encoder), ("decoder", engines.decoder)):
+        for name, engine in engines.engines.items():
             plan = getattr(engine, "plan", None)
             if plan is not None:
-                plans[part] = f"{part}{Path(plan).suffix}"
-                shutil.copyfile(plan, folder / plans[part])
-        emulated = "emulated" in (engines.encoder.measured, engines.decoder.measured)
-    return plans, "emulated" if emulated else "engine"
+                plans[name] = f"{name}{Path(plan).suffix}"
+                shutil.copyfile(plan, folder / plans[name])
+        return plans, engines.measured
 
 
 def _describe(graph: Graph, plan: str | None) -> dict[str, Any]:

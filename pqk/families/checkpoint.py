@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import ast
-import json
-import math
 import os
 import pickle
 import zipfile
-from collections.abc import Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -20,13 +16,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pqk.errors import PqkError, nearest
-from pqk.families.dust3r.configs import NAMED
-from pqk.families.registry import build_model, empty_model, load_weights
+from pqk.families.build import build_model, empty_model, load_weights
+from pqk.families.identify import CONFIG, RANDOM, WEIGHTS, first_line, folder_family, named, read_config
+from pqk.families.registry import families, family, names
 from pqk.files import atomic_path, check_readable, clear_write_errors, write_json
 
-CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "model_card.json"
-RANDOM = "random:"
-_CLASS = "AsymmetricCroCo3DStereo"
+CARD = "model_card.json"
 _DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
@@ -42,21 +37,19 @@ def load_model(path: Path | str) -> Any:
     """
     if str(path).startswith(RANDOM):
         name = str(path)[len(RANDOM) :]
-        if name not in NAMED:
-            raise PqkError(f"unknown random model {name!r}{nearest(name, NAMED)}; known: {', '.join(NAMED)}")
-        return build_model("dust3r", NAMED[name], generator=torch.Generator().manual_seed(0)).eval()
+        of, config = named(name)
+        return build_model(of, config, generator=torch.Generator().manual_seed(0)).eval()
     path = Path(path)
     if path.is_dir():
-        family, config, weights = _read_folder(path)
+        name, config, weights = _read_folder(path)
         origin = path / WEIGHTS
     elif path.is_file():
-        family, config, weights = "dust3r", *_read_pth(path)
+        name, config, weights = read_official(path)
         origin = path
     else:
         raise PqkError(f"no such model: {path} is neither a file nor a folder (nor {RANDOM}NAME)")
-    config = {**config, "landscape_only": False, "patch_embed_cls": "PatchEmbedDust3R"}
     try:
-        model = empty_model(family, config)
+        model = empty_model(name, {**config, **family(name).model_part().UNDONE})
     except PqkError as error:
         raise PqkError(f"{path}: {error}") from error
     load_weights(model, weights, str(origin))
@@ -106,29 +99,20 @@ def _write_safetensors(weights: dict[str, Tensor], path: Path) -> None:
         save_file(weights, path, metadata={"format": "pt"})
     except SafetensorError as error:  # the library wraps the operating system's errors
         with clear_write_errors(path):
-            raise PqkError(f"cannot write {path}: {_first_line(error)}") from error
+            raise PqkError(f"cannot write {path}: {first_line(error)}") from error
 
 
 def _read_folder(folder: Path) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
-    for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
-            raise PqkError(f"{folder} is not a model folder: it has no {name}")
-        check_readable(folder / name)
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))  # Infinity is accepted, as the hub writes it
-    except (ValueError, RecursionError) as error:
-        raise PqkError(f"{folder / CONFIG} is not valid JSON: {_first_line(error)}") from error
-    if not isinstance(config, dict):
-        raise PqkError(f"{folder / CONFIG} must hold one JSON object")
+    config = read_config(folder)
     try:
         weights = load_file(folder / WEIGHTS)
     except (SafetensorError, ValueError, OSError) as error:
-        raise PqkError(f"{folder / WEIGHTS} is damaged or no safetensors file: {_first_line(error)}") from error
-    return str(config.get("family", "dust3r")), config, weights
+        raise PqkError(f"{folder / WEIGHTS} is damaged or no safetensors file: {first_line(error)}") from error
+    return folder_family(config), config, weights
 
 
-def _read_pth(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Configuration and weights of an official checkpoint; only tensors, plain data and `_harmless` types are read."""
+def read_official(path: Path) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
+    """Family, configuration and weights of an official checkpoint: only tensors, plain data and `_harmless` types."""
     if path.suffix == ".safetensors":
         raise PqkError(f"{path}: give the folder that holds {CONFIG} and {WEIGHTS}, not the weights file")
     check_readable(path)
@@ -141,23 +125,18 @@ def _read_pth(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             raise PqkError(f"{path} is not safe to read: it holds the type {culprit}, not only tensors") from error
         raise PqkError(f"{path} is damaged or no PyTorch file") from error
     except (RuntimeError, OSError) as error:
-        raise PqkError(f"{path} is damaged or no PyTorch file: {_first_line(error)}") from error
+        raise PqkError(f"{path} is damaged or no PyTorch file: {first_line(error)}") from error
     except (EOFError, ValueError, LookupError, TypeError, AttributeError) as error:  # from the bytes of a foreign file
         raise PqkError(f"{path} is damaged or no PyTorch file") from error
-    if not isinstance(content, dict) or not isinstance(content.get("model"), Mapping) or "args" not in content:
-        raise PqkError(f"{path} is not an official DUSt3R checkpoint: it has no 'args' and 'model'")
-    args = content["args"]
-    text = args.get("model") if isinstance(args, Mapping) else getattr(args, "model", None)
-    if not isinstance(text, str):
-        raise PqkError(f"{path} is not an official DUSt3R checkpoint: args.model is no text")
-    weights = content["model"]
-    for key, value in weights.items():
-        if not isinstance(key, str) or not isinstance(value, Tensor):
-            raise PqkError(f"{path} is not an official DUSt3R checkpoint: model[{key!r}] is no tensor")
-    try:
-        return parse_constructor(text), dict(weights)
-    except PqkError as error:
-        raise PqkError(f"{path}: {error}") from error
+    for of in families():
+        try:
+            found = of.model_part().official(content)
+        except PqkError as error:
+            raise PqkError(f"{path}: {error}") from error
+        if found is not None:
+            return of.name, *found
+    known = ", ".join(names())
+    raise PqkError(f"{path} is no official checkpoint of a known family ({known}): its layout is another one")
 
 
 def _harmless() -> list[Any]:
@@ -176,42 +155,3 @@ def _harmless() -> list[Any]:
     ]
     scalars = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
     return [argparse.Namespace, np.dtype, *types, *scalars, *paths]
-
-
-def parse_constructor(text: str) -> dict[str, Any]:
-    """Read "ClassName(key=value, ...)" as official checkpoints store it, without evaluating anything.
-
-    Values may be strings, numbers, True, False, None, tuples, lists, and the bare name inf. Raises PqkError otherwise.
-    """
-    try:
-        call = ast.parse(text.strip(), mode="eval").body
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        raise PqkError(f"args.model cannot be read: {text[:80]!r}") from None
-    if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
-        raise PqkError(f"args.model must look like {_CLASS}(key=value, ...), got {text[:80]!r}")
-    if call.func.id != _CLASS:
-        raise PqkError(f"args.model builds {call.func.id!r}, only {_CLASS} is known")
-    config: dict[str, Any] = {}
-    for keyword in call.keywords:
-        if keyword.arg is None:
-            raise PqkError("args.model must have only plain keyword arguments")
-        config[keyword.arg] = _literal(keyword.value, keyword.arg)
-    return config
-
-
-def _literal(node: ast.expr, key: str) -> Any:
-    if isinstance(node, ast.Constant) and isinstance(node.value, str | int | float | None):
-        return node.value
-    if isinstance(node, ast.Name) and node.id == "inf":
-        return math.inf
-    if isinstance(node, ast.Tuple | ast.List):
-        return [_literal(item, key) for item in node.elts]
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-        value = _literal(node.operand, key)
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            return -value
-    raise PqkError(f"args.model: the value of {key} is no plain value: {ast.unparse(node)[:60]!r}")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0].split(". ")[0][:160].rstrip(".") or type(error).__name__

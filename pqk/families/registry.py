@@ -1,142 +1,49 @@
-"""Building a model by the name of its family."""
+"""Which model families there are: the built-in ones by name, and those that other packages offer.
+
+Another package adds a family with the entry-point group `pqk.families`:
+
+    [project.entry-points."pqk.families"]
+    mynet = "mypackage.family:FAMILY"
+
+Nothing is imported until a family is asked for, and of it only the parts that are used (`pqk.families.contract`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from importlib import import_module
-from typing import Any
-
-import torch
-from torch import Tensor, nn
+import importlib
+from importlib import metadata
 
 from pqk.errors import PqkError, nearest
-from pqk.families.dust3r.layers import initialize
+from pqk.families.contract import Family
 
-MOST_PARAMETERS = 10**10
-"""Of a model that is built: 40 GB in float32."""
-FAMILIES = {"dust3r": "pqk.families.dust3r.model:Dust3r"}
-"""Family name -> module:class; the class takes a configuration dictionary and keeps it as `.config`."""
-
-_UNUSED = (".refinenet4.resConfUnit1.", "mask_token")
-"""Weights of the official files that no result depends on; a file may lack them."""
-_FOREIGN = ("prediction_head.", "enc_pos_embed", "dec_pos_embed")
-"""Keys of pretraining files that have no place here."""
-_WRAPPERS = {"module.": "DataParallel or DistributedDataParallel", "_orig_mod.": "torch.compile"}
-"""Prefixes of keys, and what puts them there."""
+GROUP = "pqk.families"
+BUILT_IN = {"dust3r": "pqk.families.dust3r:FAMILY"}
 
 
-def family_modules() -> tuple[str, ...]:
-    """The modules that define the families, whose code decides what a loaded network computes."""
-    return tuple(target.partition(":")[0] for target in FAMILIES.values())
+def table() -> dict[str, str]:
+    """Family name -> 'module:object'. A built-in name cannot be replaced by an entry point."""
+    found = {point.name: point.value for point in metadata.entry_points(group=GROUP)}
+    return {**found, **BUILT_IN}
 
 
-def empty_model(family: str, config: Mapping[str, Any]) -> nn.Module:
-    """A model of the family on the meta device: names and shapes without memory.
-
-    Raises PqkError for an unknown family, an invalid configuration, or one with more than MOST_PARAMETERS.
-    """
-    if family not in FAMILIES:
-        raise PqkError(f"unknown model family {family!r}{nearest(family, FAMILIES)}; known: {', '.join(FAMILIES)}")
-    module, _, name = FAMILIES[family].partition(":")
-    with torch.device("meta"):
-        model: nn.Module = getattr(import_module(module), name)(config)
-    count = sum(parameter.numel() for parameter in model.parameters())
-    if count > MOST_PARAMETERS:
-        raise PqkError(f"a {family} of this configuration has {count:.3g} parameters; at most {MOST_PARAMETERS:.0e}")
-    return model
+def names() -> list[str]:
+    """All known families, the built-in ones first."""
+    return [*BUILT_IN, *sorted(set(table()) - set(BUILT_IN))]
 
 
-def build_model(
-    family: str,
-    config: Mapping[str, Any],
-    state_dict: Mapping[str, Tensor] | None = None,
-    generator: torch.Generator | None = None,
-) -> Any:
-    """A float32 CPU model of the family ("dust3r"), with the given weights (copied) or fresh random ones.
-
-    config: keys of the official constructor, see `pqk.families.dust3r.configs`.
-    state_dict: official names; keys of a second decoder may be absent (it then starts as a copy of the first).
-    generator: source of random weights, torch's global one when absent.
-    Raises PqkError for an unknown family, an invalid configuration, or weights that do not fit.
-    """
-    model = empty_model(family, config)
-    if state_dict is None:
-        model.to_empty(device="cpu")
-        initialize(model, generator)
-    else:
-        load_weights(model, state_dict, "state_dict")
-    return model
+def family(name: str) -> Family:
+    """The family of this name. Raises PqkError for an unknown one, or one that cannot be loaded."""
+    known = table()
+    if name not in known:
+        raise PqkError(f"unknown model family {name!r}{nearest(name, known)}; known: {', '.join(names())}")
+    module, _, attribute = known[name].partition(":")
+    try:
+        found: Family = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise PqkError(f"model family {name!r} ({known[name]}) cannot be loaded: {error}") from error
+    return found
 
 
-def load_weights(model: nn.Module, weights: Mapping[str, Tensor], origin: str) -> None:
-    """Give the model copies of the weights, in float32; `origin` names their source in error messages.
-
-    Both spellings of tied DPT layers are accepted, a missing second decoder is copied from the first, dead and foreign
-    keys may be absent or present. Raises PqkError listing missing, unexpected or wrongly shaped keys, for keys that a
-    wrapper of the network put a prefix before, and for a weight that is not dense, floating and finite, naming it.
-    """
-    given = dict(weights)
-    for prefix, wrapper in _WRAPPERS.items():
-        if given and all(key.startswith(prefix) for key in given):
-            raise PqkError(
-                f"{origin}: every key begins with {prefix!r}, as {wrapper} leaves it; "
-                f"save the state_dict of the network inside (its {prefix[:-1]}) instead"
-            )
-    if not any(key.startswith("dec_blocks2") for key in given):
-        for key in [key for key in given if key.startswith("dec_blocks.")]:
-            given[key.replace("dec_blocks.", "dec_blocks2.", 1)] = given[key]
-    expected = model.state_dict()
-    for key in expected:
-        twin = _other_name(key)
-        if key not in given and twin in given:
-            given[key] = given[twin]
-    missing = [key for key in expected if key not in given and not any(part in key for part in _UNUSED)]
-    unexpected = [key for key in given if key not in expected and not key.startswith(_FOREIGN)]
-    if missing or unexpected:
-        found = [f"{what} {_few(keys)}" for what, keys in (("lacks", missing), ("has the unknown", unexpected)) if keys]
-        raise PqkError(f"{origin} does not fit this model: it {' and '.join(found)}")
-    wrong = [key for key in expected if key in given and given[key].shape != expected[key].shape]
-    if wrong:
-        shapes = f"{tuple(given[wrong[0]].shape)} instead of {tuple(expected[wrong[0]].shape)}"
-        raise PqkError(f"{origin} has {len(wrong)} weights of another shape, first {wrong[0]}: {shapes}")
-    complete = {
-        key: _as_float32(given[key], key, origin) if key in given else torch.zeros(empty.shape)
-        for key, empty in expected.items()
-    }
-    model.load_state_dict(complete, strict=True, assign=True)
-
-
-def _as_float32(weight: Tensor, key: str, origin: str) -> Tensor:
-    """A copy in float32 on the CPU. Raises PqkError for what is no weight: quantized, sparse, meta, integers, NaN."""
-    if weight.is_quantized or not weight.is_floating_point():
-        kind = "a quantized tensor" if weight.is_quantized else "no floating-point tensor"
-        raise PqkError(
-            f"{origin}: {key} is {kind} ({weight.dtype}); give the float checkpoint, pqk quantizes it itself"
-        )
-    if weight.is_meta:
-        raise PqkError(f"{origin}: {key} is a tensor of the meta device: a shape without values; save it again")
-    if weight.layout != torch.strided or weight.is_nested:
-        raise PqkError(f"{origin}: {key} is not a dense tensor (its layout is {weight.layout}); save it dense")
-    copy = weight.detach().to("cpu", torch.float32, copy=True)
-    bad = copy.numel() - int(torch.isfinite(copy).sum())
-    if bad:
-        raise PqkError(f"{origin}: {bad} of the {copy.numel()} values of {key} are NaN or infinite (in float32)")
-    return copy
-
-
-def _other_name(key: str) -> str:
-    """The second spelling of a tied DPT projection (`layer_rn.0` and `layer1_rn`); any other key as it is."""
-    for index in range(4):
-        first, second = f".scratch.layer{index + 1}_rn.", f".scratch.layer_rn.{index}."
-        if first in key:
-            return key.replace(first, second)
-        if second in key:
-            return key.replace(second, first)
-    return key
-
-
-def _few(keys: Iterable[str]) -> str:
-    """'3 keys (a, b, c)', with at most four named."""
-    names = list(keys)
-    more = ", ..." if len(names) > 4 else ""
-    return f"{len(names)} key{'s' if len(names) > 1 else ''} ({', '.join(names[:4])}{more})"
+def families() -> list[Family]:
+    """All known families, the built-in ones first. Raises PqkError when one cannot be loaded."""
+    return [family(name) for name in names()]

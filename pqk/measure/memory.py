@@ -9,46 +9,48 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
-from pqk.engines.variant import Runner, Variant
+from pqk.engines.calls import compiled
+from pqk.engines.variant import Variant
 from pqk.measure.footprint import forget_peak, peak_ram_bytes, ram_bytes
+from pqk.measure.predict import opened_workload
 
 SETTLED = 0.01
-"""Growth, as a share, over two pairs up to which a process counts as settled."""
+"""Growth, as a share, over two samples up to which a process counts as settled."""
 
-_PAIRS = 20  # that a process may take to settle
+_SAMPLES = 20  # that a process may take to settle
 
 
 def measure_memory(request: dict[str, Any]) -> dict[str, Any]:
     """Measures this process, which must be fresh.
 
-    Request: variant, compiled (folder of the compiled model), step: 'compile' makes the model, leaves it in `compiled`
-    and gives peak_bytes; 'run', in another process afterwards, loads it from there and gives steady_bytes: the peak
-    while a pair runs, once pairs need no more memory than those before. Null when the model was compiled anew, or
-    memory still grew after 20 pairs. A backend that cannot keep compiled models compiles in both.
+    Request: family, workload, variant, compiled (folder of the compiled model), step: 'compile' makes the model, leaves
+    it in `compiled` and gives peak_bytes; 'run', in another process afterwards, loads it from there and gives
+    steady_bytes: the peak while a sample runs, once samples need no more memory than those before. Null when the model
+    was compiled anew, or memory still grew after 20 samples. A backend that cannot keep compiled models compiles in
+    both.
     """
     variant = Variant.from_json(request["variant"])
     options = {name: value for name, value in variant.options.items() if name != "cache_dir"}
     if variant.backend != "reference":  # which reads a graph as it is
         options["cache_dir"] = request["compiled"]
-    image = np.random.default_rng(0).uniform(-1, 1, variant.encoder.inputs[0].shape).astype(np.float32)
-    with Runner(replace(variant, options=options)) as runner:
+    of, workload = opened_workload(request)
+    sample, predict = of.data_part().example(workload), of.predict_part().predict
+    with compiled(replace(variant, options=options)) as engines:
 
-        def pair() -> None:
-            runner.timed_pair(image, image)
+        def run() -> None:
+            predict(engines, sample, workload, 0)
 
         if request["step"] == "compile":
-            pair()
+            run()
             return {"peak_bytes": peak_ram_bytes()}
-        loaded = all(getattr(engine, "loaded_from_cache", True) for engine in (runner.encoder, runner.decoder))
-        return {"steady_bytes": steady_bytes(pair) if loaded else None}
+        loaded = all(getattr(engine, "loaded_from_cache", True) for engine in engines.engines.values())
+        return {"steady_bytes": steady_bytes(run) if loaded else None}
 
 
 def steady_bytes(run: Callable[[], object]) -> int | None:
     """Gives the most memory that one more `run` needs, once that no longer grows; None when it still grows."""
     peaks: list[int] = []
-    for _ in range(_PAIRS):
+    for _ in range(_SAMPLES):
         counted = forget_peak()
         run()
         peaks.append(peak_ram_bytes() if counted else ram_bytes())

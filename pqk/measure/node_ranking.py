@@ -1,67 +1,76 @@
-"""What single nodes do, in worker processes: where runtimes part on the float graphs, how much of the int8 graphs'
-error each part and node causes, and int8 graphs with chosen nodes in float.
+"""Looks at single nodes of the graphs, as tasks of a worker process.
 
-A few real pairs are looked at, and all activations are never held at once: nor are engines that are not computing.
+Finds where two runtimes diverge on the float graphs, ranks parts and nodes by the quantization error that they cause,
+and puts chosen nodes back to float. One sample is looked at: with more of them shares move by less than their noise.
+All activations are never held at once, nor are engines that do not compute.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from backends import registry
-from backends.base import BackendError, Feeds, Graph, Precision, Surgery, surgery_of
+from backends.base import BackendError, Feeds, Precision, Surgery, surgery_of
 from backends.rank import Progress, rank_by_groups
 from backends.reference import OnnxRuntimeEngine
-from pqk.data.scenes.scene import open_scene
-from pqk.engines.variant import graph_from_json, graph_to_json
-from pqk.families.dust3r.inputs import load_frames, scene_pairs
+from pqk.engines.calls import Engines, Recorder, Replaying, on_reference
+from pqk.engines.variant import graphs_from_json, graphs_to_json
+from pqk.families.contract import Call
 from pqk.files import write_json
-from pqk.settings.workload import PairGraph
+from pqk.measure.predict import opened
 from pqk.store.progress import tell
 
-PAIRS = 1  # pairs that the ranking looks at: with more of them shares move by less than their noise
 GROUPS = 2  # worst parts of each graph whose single nodes are ranked too
 
 
-def _feeds(request: dict[str, Any], pairs: int) -> dict[str, list[Feeds]]:
-    """Feeds of both float graphs for the first `pairs` pairs; the decoder's are tokens of the float encoder.
+class _Looked:
+    """The first sample of a request, and what the float graphs are fed by it.
 
-    Request: float (encoder and decoder graphs), scene, views, shape, pair_graph, min_covisibility, truthful.
+    Request: family, workload, samples, float (graphs by name).
     """
-    shape = request["shape"]
-    frames = load_frames(open_scene(Path(request["scene"])), shape[0], shape[1], request["views"])
-    graph = PairGraph.model_validate(request["pair_graph"])
-    chosen = scene_pairs(frames, graph, request["min_covisibility"], request["truthful"])[:pairs]
-    images: list[Feeds] = [{"image": frames[k].image[None]} for pair in chosen for k in pair]
-    with OnnxRuntimeEngine(graph_from_json(request["float"]["encoder"])) as engine:
-        tokens = [engine.infer(item)["tokens"] for item in images]
-    return {"encoder": images, "decoder": _token_pairs(tokens)}
+
+    def __init__(self, request: dict[str, Any]) -> None:
+        self.of, self.workload, found = opened(request)
+        self.floats = graphs_from_json(request["float"])
+        self.sample = next(iter(self.of.data_part().samples(found, self.workload, 0)))
+
+    def feeds(self, graph: str) -> list[Feeds]:
+        """Returns what a graph is fed, call by call; only the graphs before it run."""
+        with on_reference({name: self.floats[name] for name in self.before(graph)}) as engines:
+            recorder = Recorder(graph, engines, self.floats)
+            self.predict(recorder)
+        return recorder.feeds
+
+    def before(self, graph: str) -> tuple[str, ...]:
+        """Returns the graphs whose outputs reach the inputs of `graph`."""
+        return next(use.after for use in self.of.settings_part().GRAPHS if use.name == graph)
+
+    def predict(self, call: Call) -> Feeds:
+        """Returns the prediction of the sample through `call`."""
+        return dict(self.of.predict_part().predict(call, self.sample, self.workload, 0))
 
 
 def part_graphs(request: dict[str, Any]) -> dict[str, Any]:
     """The first node at which a backend parts from ONNX Runtime by more than `tolerance`, for each float graph.
 
-    Request: that of `_feeds`, backend, and tolerance. Returns parted: graph -> sentence or null.
+    Request: that of `_Looked`, backend, and tolerance. Returns parted: graph -> sentence or null.
     """
     from backends.bisect import first_difference
 
     backend = registry.get(request["backend"])
-    feeds = _feeds(request, pairs=1)
+    looked = _Looked(request)
     parted: dict[str, str | None] = {}
-    for name, graph in _graphs(request["float"]).items():
+    for name, graph in looked.floats.items():
         found = first_difference(
             graph,
             OnnxRuntimeEngine,
             graph,
             lambda g: backend.compile(g, Precision.F32),
-            feeds[name][:1],
+            looked.feeds(name)[:1],
             request["tolerance"],
         )
         parted[name] = found.sentence() if found else None
@@ -69,33 +78,35 @@ def part_graphs(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def rank_graphs(request: dict[str, Any]) -> dict[str, Any]:
-    """How much of the error at the decoder's outputs is gone when one part, or one node, computes in float.
+    """Measures how much of the error of the prediction is gone when one part, or one node, computes in float.
 
-    Request: that of `_feeds`, backend, int8 (its quantized encoder and decoder), and scratch: a folder in which each
-    measured error is kept, so that a killed ranking goes on where it was. Returns groups (parts of the
-    model) and nodes (single nodes of the worst parts): rows of `rank.NodeShare` with their graph and `of_all`, the
-    share of both graphs' errors together, sorted by it. Encoder parts are judged by what the float decoder, in ONNX
-    Runtime, makes of their tokens.
+    Request: that of `_Looked`, backend, int8 (its quantized graphs), and scratch: a folder in which each measured error
+    is kept, so that a killed ranking goes on where it was. Returns groups (parts of the model) and nodes (single nodes
+    of the worst parts): rows of `rank.NodeShare` with their graph and `of_all`, the share of the errors of all graphs
+    together, sorted by it. A graph is judged by what the other graphs, in float in ONNX Runtime, make of its outputs.
     """
-    floats, ints = _graphs(request["float"]), _graphs(request["int8"])
+    looked, ints = _Looked(request), graphs_from_json(request["int8"])
     surgery = _surgery(request["backend"])
-    feeds = _feeds(request, PAIRS)
     rows: dict[str, list[dict[str, Any]]] = {"groups": [], "nodes": []}
-
-    def rank(name: str, **options: Any) -> None:
+    for number, name in enumerate(ints):
         known = _KeptErrors(Path(request["scratch"]) / f"{name}.json")
-        with_nodes = surgery(ints[name], floats[name])
-        ranked = rank_by_groups(with_nodes, feeds[name], detail=GROUPS, progress=_teller(name), known=known, **options)
+        with_nodes = surgery(ints[name], looked.floats[name])
+        behind = {n: graph for n, graph in looked.floats.items() if n not in (name, *looked.before(name))}
+        with on_reference(behind) as engines:
+
+            def after(outputs: list[Feeds], name: str = name, engines: Engines = engines) -> list[Feeds]:
+                return [looked.predict(Replaying(name, outputs, engines, looked.floats))]
+
+            ranked = rank_by_groups(
+                with_nodes,
+                looked.feeds(name),
+                after=after,
+                detail=GROUPS,
+                progress=_teller(name, number, len(ints)),
+                known=known,
+            )
         for kind, shares in zip(("groups", "nodes"), ranked, strict=True):
             rows[kind] += [{"graph": name, **asdict(share)} for share in shares]
-
-    with OnnxRuntimeEngine(floats["decoder"]) as decoder:
-
-        def decoded(outputs: list[Feeds]) -> list[Feeds]:
-            return [decoder.infer(item) for item in _token_pairs([out["tokens"] for out in outputs])]
-
-        rank("encoder", after=decoded)
-    rank("decoder")
     total = sum(next((row["error_all"] for row in rows["groups"] if row["graph"] == n), 0.0) for n in ints)
     for listed in rows.values():
         for row in listed:
@@ -117,14 +128,14 @@ class _KeptErrors(dict[str, float]):
             write_json(self.path, self)
 
 
-def _teller(graph: str) -> Progress:
-    """Says how far the ranking of a graph is: its groups, then single nodes; a graph is half of it all."""
-    half, rankings = ("encoder", "decoder").index(graph) / 2, 0
+def _teller(graph: str, number: int, graphs: int) -> Progress:
+    """Reports how far the ranking of a graph is: its groups, then single nodes; each graph is an equal share of all."""
+    rankings = 0
 
     def say(done: int, total: int, name: str) -> None:
         nonlocal rankings
         rankings += done == 0
-        share = half + (rankings - 1 + done / total) / 4
+        share = (number + (rankings - 1 + done / total) / 2) / graphs
         tell({"text": f"{graph}, {done + 1} of {total}: {name}", "share": share})
 
     return say
@@ -133,16 +144,17 @@ def _teller(graph: str) -> Progress:
 def mix_graphs(request: dict[str, Any]) -> dict[str, Any]:
     """Int8 graphs with nodes back in float, written to `out`; a graph without such nodes is not written.
 
-    Request: backend, float and int8 (encoder and decoder graphs), nodes (graph -> names), out. Returns graphs.
+    Request: backend, float and int8 (graphs by name), nodes (graph -> names), out. Returns graphs.
     """
-    floats, ints, out = _graphs(request["float"]), _graphs(request["int8"]), Path(request["out"])
+    floats, ints = graphs_from_json(request["float"]), graphs_from_json(request["int8"])
+    out = Path(request["out"])
     surgery = _surgery(request["backend"])
     mixed = {
         name: surgery(ints[name], floats[name]).write(nodes, out / name)
         for name, nodes in request["nodes"].items()
         if nodes
     }
-    return {"graphs": {name: graph_to_json(graph) for name, graph in mixed.items()}}
+    return {"graphs": graphs_to_json(mixed)}
 
 
 def _surgery(backend: str) -> type[Surgery]:
@@ -150,11 +162,3 @@ def _surgery(backend: str) -> type[Surgery]:
     if found is None:
         raise BackendError(f"backend {backend!r} cannot put nodes of its quantized graphs back to float")
     return found
-
-
-def _graphs(data: dict[str, Any]) -> dict[str, Graph]:
-    return {name: graph_from_json(data[name]) for name in ("encoder", "decoder")}
-
-
-def _token_pairs(tokens: Sequence[np.ndarray]) -> list[Feeds]:
-    return [{"tokens_1": tokens[k], "tokens_2": tokens[k + 1]} for k in range(0, len(tokens), 2)]

@@ -1,62 +1,61 @@
-"""Compares scored models: drops with their intervals, and several sets of scenes taken together."""
+"""Compares scored models: drops with their intervals, and several sets of groups taken together."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pqk.errors import PqkError
-from pqk.families.dust3r.scoring import summarise
+from pqk.families.contract import Metric
+from pqk.measure.scoring import PLACE, summary_of
 from pqk.stats.intervals import LEVEL, Interval, drop_interval, mean_interval
 
-HIGHER_IS_BETTER = frozenset({"delta1"})
-_WITHOUT_TRUTH = ("absrel", "delta1")  # metrics whose distance from a perfect score is a drop
-_NAMES = ("scene", "first", "second")
 Scores = Mapping[str, Any]
-"""What `stages.quality` returns: pairs (a row of metrics each, with its scene), summary, scenes, and more."""
+"""What `stages.quality` returns: samples (a row of evidence each, with its group), summary, groups, and more."""
 
 
-def drop_of(metric: str, mine: Scores, teacher: Scores, truthful: bool, level: float = LEVEL) -> Interval | None:
-    """Gives the drop of a metric in percent against the Teacher with its interval over scenes.
+def drop_of(metric: Metric, mine: Scores, teacher: Scores, truthful: bool, level: float = LEVEL) -> Interval | None:
+    """Gives the drop of a metric in percent against the Teacher with its interval over groups.
 
     truthful: both were scored against ground truth; else the Teacher's output was the truth, and the drop is the error
     against it. None where the metric was not measured or does not tell a drop. Raises PqkError when the two were
-    scored on other pairs.
+    scored on other samples.
     """
-    values, groups = _column(mine, metric), [row["scene"] for row in mine["pairs"]]
+    values, groups = _column(mine, metric.name), [row["group"] for row in mine["samples"]]
     if values is None:
         return None
-    higher = metric in HIGHER_IS_BETTER
+    higher = metric.better == "higher"
     if not truthful:
-        if metric not in _WITHOUT_TRUTH:
+        if not metric.drops:
             return None
-        return mean_interval([100 * ((1 - v) if higher else v) for v in values], groups, level)
-    base = _column(teacher, metric)
+        sign = -1 if higher else 1
+        return mean_interval([100 * sign * (value - metric.perfect) for value in values], groups, level)
+    base = _column(teacher, metric.name)
     if base is None:
         return None
     _refuse_others(mine, teacher)
     try:
         return drop_interval(values, base, groups, higher, level)
     except ValueError as error:
-        raise PqkError(f"{metric}: {error}") from error
+        raise PqkError(f"{metric.name}: {error}") from error
 
 
 def rise_of(metric: str, mine: Scores, teacher: Scores) -> Interval | None:
-    """Gives by how much a metric is above the Teacher's, with its interval over scenes; None where it was not measured.
+    """Gives by how much a metric is above the Teacher's, with its interval over groups; None where it was not measured.
 
-    Raises PqkError when the two were scored on other pairs.
+    Raises PqkError when the two were scored on other samples.
     """
     values, base = _column(mine, metric), _column(teacher, metric)
     if values is None or base is None:
         return None
     _refuse_others(mine, teacher)
     differences = [value - other for value, other in zip(values, base, strict=True)]
-    return mean_interval(differences, [row["scene"] for row in mine["pairs"]])
+    return mean_interval(differences, [row["group"] for row in mine["samples"]])
 
 
 def metric_intervals(scores: Scores, metrics: Sequence[str]) -> dict[str, list[float]]:
-    """Gives [low, high] of the mean of each metric over scenes; a metric that was not measured is left out."""
-    groups = [row["scene"] for row in scores["pairs"]]
+    """Gives [low, high] of the mean of each metric over groups; a metric that was not measured is left out."""
+    groups = [row["group"] for row in scores["samples"]]
     found: dict[str, list[float]] = {}
     for metric in metrics:
         values = _column(scores, metric)
@@ -66,25 +65,24 @@ def metric_intervals(scores: Scores, metrics: Sequence[str]) -> dict[str, list[f
     return found
 
 
-def together(parts: Sequence[Scores]) -> dict[str, Any]:
-    """Joins the scores of one variant on several sets of scenes; what is no score is that of the first."""
+def together(parts: Sequence[Scores], summarise: Callable[[Sequence[Mapping[str, Any]]], Any]) -> dict[str, Any]:
+    """Joins the scores of one variant on several sets of groups; what is no score is that of the first."""
     if len(parts) == 1:
         return dict(parts[0])
-    pairs = [row for part in parts for row in part["pairs"]]
-    plain = [{name: value for name, value in row.items() if name not in _NAMES} for row in pairs]
-    scenes = [name for part in parts for name in part["scenes"]]
-    return {**parts[0], "pairs": pairs, "scenes": scenes, "summary": summarise(plain)}
+    rows = [row for part in parts for row in part["samples"]]
+    groups = [name for part in parts for name in part["groups"]]
+    return {**parts[0], "samples": rows, "groups": groups, "summary": summary_of(summarise, rows)}
 
 
 def _column(scores: Scores, metric: str) -> list[float] | None:
-    values = [row.get(metric) for row in scores["pairs"]]
+    values = [row.get(metric) for row in scores["samples"]]
     return None if any(value is None for value in values) else values
 
 
 def _refuse_others(mine: Scores, teacher: Scores) -> None:
-    if _pairs(mine) != _pairs(teacher):
-        raise PqkError("a drop compares scores on the same pairs, and these two models were scored on different ones")
+    if _places(mine) != _places(teacher):
+        raise PqkError("a drop compares scores on the same samples, and these two models were scored on different ones")
 
 
-def _pairs(scores: Scores) -> list[tuple[str, ...]]:
-    return [tuple(row[name] for name in _NAMES) for row in scores["pairs"]]
+def _places(scores: Scores) -> list[tuple[str, ...]]:
+    return [tuple(row[name] for name in PLACE) for row in scores["samples"]]

@@ -1,40 +1,41 @@
-"""The scores of pairs against the ground truth of their scenes or against a reference. No engine runs here."""
+"""Scores samples against their ground truth or against a reference. No engine runs here."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pqk.cores import allowed_cores
-from pqk.data.scenes.preprocess import Frame
-from pqk.data.scenes.scene import open_scene
 from pqk.errors import PqkError
-from pqk.families.dust3r.inputs import load_frames
-from pqk.families.dust3r.scoring import pair_truth, score_against_reference, score_pair, summarise
+from pqk.families.contract import Sample, SampleSet
+from pqk.families.registry import family
+from pqk.measure.predict import opened
 from pqk.measure.predictions import Predictions
 
-_MOST = 4  # pairs that are scored at once
+_MOST = 4  # samples that are scored at once
 Arrays = Mapping[str, np.ndarray]
+PLACE = ("group", "sample")
+"""Of a row: which sample it is of. The rest is its evidence."""
 
 
 class Scorer:
-    """Scores pairs on threads while the next ones are predicted or read; a context manager.
+    """Scores samples on threads while the next ones are predicted or read; a context manager.
 
-    request: name (of the variant), scenes (folders), quality (scale_alignment, chamfer_points, min_valid_pixels), seed,
-    and, needed only against a reference, min_conf (the bound above which its activation gives confidences). `add`
-    blocks while several pairs wait, which bounds the memory, and raises the PqkError of an earlier pair, naming it.
+    request: family, name (of the variant), samples (a set as plain data), quality (the evaluation's section), seed,
+    and, needed only against a reference, config (of the Teacher's model). `add` blocks while several samples wait,
+    which bounds the memory, and raises the PqkError of an earlier sample, naming it.
     """
 
     def __init__(self, request: Mapping[str, Any], threads: int) -> None:
         self._request = request
-        self._scenes = [Path(folder).name for folder in request["scenes"]]
-        self._waiting: list[tuple[Mapping[str, Any], Future[dict[str, Any] | None]]] = []
+        self._part = family(request["family"]).scoring_part()
+        self._groups = SampleSet.from_json(request["samples"]).groups
+        self._waiting: list[tuple[Sample, Future[dict[str, Any] | None]]] = []
         self._rows: list[dict[str, Any]] = []
         self._pool, self._most = ThreadPoolExecutor(threads, "score"), threads + 2
 
@@ -44,71 +45,70 @@ class Scorer:
     def __exit__(self, *exc: object) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def add(
-        self, pair: Mapping[str, Any], frames: tuple[Frame, Frame] | None, arrays: Arrays, reference: Arrays | None
-    ) -> None:
-        """Score a pair against `reference`, or where that is None against the ground truth of its two frames."""
-        self._waiting.append((pair, self._pool.submit(self._score, frames, arrays, reference)))
+    def add(self, sample: Sample, arrays: Arrays, reference: Arrays | None) -> None:
+        """Scores a sample against `reference`, or where that is None against its ground truth."""
+        self._waiting.append((sample, self._pool.submit(self._score, sample, arrays, reference)))
         while len(self._waiting) > self._most:
             self._collect()
 
     def result(self) -> dict[str, Any]:
-        """summary (mean per metric) and pairs (a row each: scene by its place in the list, first, second, scores).
+        """Returns summary (every metric over all samples) and samples (a row each: group, sample, its evidence).
 
-        A pair of which a view has fewer than min_valid_pixels of ground truth has no row. Raises PqkError when no pair
-        is left.
+        A sample with too little truth has no row. Raises PqkError when no sample is left.
         """
         while self._waiting:
             self._collect()
         if not self._rows:
-            wanted = self._request["quality"]["min_valid_pixels"]
-            raise PqkError(
-                f"there is no pair to evaluate: none of {', '.join(self._scenes)} has two views with {wanted} valid "
-                "depth pixels (quality.min_valid_pixels)"
-            )
-        plain = [{k: v for k, v in row.items() if k not in ("scene", "first", "second")} for row in self._rows]
-        return {"summary": summarise(plain), "pairs": self._rows}
+            wanted = self._part.needs(self._request["quality"])
+            raise PqkError(f"there is no sample to evaluate: none of {', '.join(self._groups)} has {wanted}")
+        return {"summary": summary_of(self._part.summarise, self._rows), "samples": self._rows}
 
     def _collect(self) -> None:
-        pair, job = self._waiting.pop(0)
+        sample, job = self._waiting.pop(0)
         try:
             scores = job.result()
         except PqkError as error:
-            where = f"{self._scenes[pair['scene']]}, {pair['first']} and {pair['second']}"
-            raise PqkError(f"{self._request['name']} on scene {where}: {error}") from error
+            where = f"{self._groups[sample.group]}, {sample.name}"
+            raise PqkError(f"{self._request['name']} on {where}: {error}") from error
         if scores is not None:
-            self._rows.append({**{key: pair[key] for key in ("scene", "first", "second")}, **scores})
+            self._rows.append({"group": sample.group, "sample": sample.name, **scores})
 
-    def _score(
-        self, frames: tuple[Frame, Frame] | None, arrays: Arrays, reference: Arrays | None
-    ) -> dict[str, Any] | None:
-        quality, seed = self._request["quality"], self._request["seed"]
-        options = {"align": quality["scale_alignment"], "chamfer_points": quality["chamfer_points"], "seed": seed}
+    def _score(self, sample: Sample, arrays: Arrays, reference: Arrays | None) -> dict[str, Any] | None:
         if reference is not None:
-            return score_against_reference(arrays, reference, **options, min_conf=self._request["min_conf"])
-        assert frames is not None
-        truth = pair_truth(*frames)
-        if min(int(truth.valid1.sum()), int(truth.valid2.sum())) < quality["min_valid_pixels"]:
-            return None
-        return score_pair(arrays, truth, **options)
+            sample = self._part.as_truth(reference, sample, self._request["config"])
+        return self._part.score(arrays, sample, self._request["quality"], self._request["seed"])
+
+
+def summary_of(summarise: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Returns all metrics of rows of evidence."""
+    return dict(summarise([{key: value for key, value in row.items() if key not in PLACE} for row in rows]))
 
 
 def score(request: dict[str, Any]) -> dict[str, Any]:
-    """Score kept predictions. Request: what `Scorer` needs, predictions (folder), reference (a folder as well, or
-    null), and how its images were read: views, shape. Returns what `Scorer.result` does."""
+    """Scores kept predictions.
+
+    Request: what `Scorer` needs, workload, predictions (folder), and reference (a folder as well, or null). Returns
+    what `Scorer.result` does.
+    """
     with ExitStack() as stack:
         mine = stack.enter_context(Predictions(Path(request["predictions"])))
         other = stack.enter_context(Predictions(Path(request["reference"]))) if request["reference"] else None
-        if other is not None and [p["places"] for p in other.pairs] != [p["places"] for p in mine.pairs]:
-            raise PqkError(f"the predictions of {request['name']} and of its reference are of other pairs")
+        if other is not None and other.samples != mine.samples:
+            raise PqkError(f"the predictions of {request['name']} and of its reference are of other samples")
         scorer = stack.enter_context(Scorer(request, min(_MOST, allowed_cores())))
-        for scene, pairs in groupby(enumerate(mine.pairs), key=lambda item: item[1]["scene"]):
-            frames: Sequence[Frame] = ()
-            if other is None:
-                opened, (height, width) = open_scene(Path(request["scenes"][scene])), request["shape"]
-                frames = load_frames(opened, height, width, request["views"], request["seed"])
-            for place, pair in pairs:
-                i, j = pair["places"]
-                both = (frames[i], frames[j]) if frames else None
-                scorer.add(pair, both, mine.arrays(place), other.arrays(place) if other is not None else None)
+        for place, sample in enumerate(_samples(request, mine, other is None)):
+            scorer.add(sample, mine.arrays(place), other.arrays(place) if other is not None else None)
         return scorer.result()
+
+
+def _samples(request: Mapping[str, Any], mine: Predictions, truth: bool) -> Iterator[Sample]:
+    """The samples of predictions, decoded anew only where their truth is needed."""
+    if not truth:
+        yield from (Sample(group, name, None) for group, name in mine.samples)
+        return
+    of, workload, found = opened(request)
+    again = of.data_part().samples(found, workload, request["seed"])
+    for (group, name), sample in zip(mine.samples, again, strict=True):
+        if (sample.group, sample.name) != (group, name):
+            raise PqkError(f"the samples changed while they were scored: {sample.name} where {name} was predicted")
+        yield sample

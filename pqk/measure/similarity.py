@@ -1,7 +1,8 @@
-"""How far two predictions of the same pair are apart: per head, and per pixel.
+"""Measures how far two predictions of the same sample are apart: per output, and per pixel.
 
-A prediction is a dict of numpy arrays: pts3d_1, pts3d_2 (H, W, 3) and conf_1, conf_2 (H, W). Nothing is aligned: the
-same model on two toolchains must say the same numbers, in the same unit.
+A prediction is a dict of numpy arrays; an output of kind 'points' holds (..., 3) coordinates, z along the optical axis,
+one of kind 'values' plain numbers. Nothing is aligned: the same model on two toolchains must give the same numbers, in
+the same unit.
 """
 
 from __future__ import annotations
@@ -15,20 +16,18 @@ import numpy as np
 from pqk.errors import PqkError
 from pqk.families.metrics.geometry import Array
 
-HEADS = ("pts3d_1", "pts3d_2", "conf_1", "conf_2")
-POINTS = ("pts3d_1", "pts3d_2")
 MOVED = 0.01  # a point that moved by more than this part of the scene's depth counts as moved
 
 
 @dataclass(frozen=True)
 class HeadAgreement:
-    """One output of two predictions, over all pairs. `a` is the reference.
+    """One output of two predictions, over all samples. `a` is the reference.
 
     max_abs, mean_abs: of |a - b| over all numbers. relative: mean |a - b| / mean |a|, None when a is 0 everywhere and b
     is not. cosine: of both as one vector, 1 at best. psnr_db: 10 log10(range(a)^2 / mean (a - b)^2), None when equal
     (infinite). p50, p99, max: quantiles over pixels of the distance between the two values there (Euclidean for
     points), in the model's unit.
-    moved: share of pixels whose point moved by more than 1 % of the pair's median depth; None for confidences.
+    moved: share of pixels whose point moved by more than 1 % of the sample's median depth; None for plain values.
     """
 
     max_abs: float
@@ -55,19 +54,24 @@ class _Sums:
     low: float = math.inf
     high: float = -math.inf
     moved: int = 0
-    pixels: list[Array] = field(default_factory=list)  # float32 distances, one array per pair
+    pixels: list[Array] = field(default_factory=list)  # float32 distances, one array per sample
 
 
 class Agreement:
-    """Collects pairs of predictions; memory grows by one float32 per pixel and head."""
+    """Collects pairs of predictions; memory grows by one float32 per pixel and output.
 
-    def __init__(self) -> None:
-        self._sums = {head: _Sums() for head in HEADS}
+    outputs: their kinds by name (`ScoringPart.OUTPUTS`).
+    """
+
+    def __init__(self, outputs: Mapping[str, str]) -> None:
+        self._kinds = dict(outputs)
+        self._sums = {head: _Sums() for head in outputs}
 
     def add(self, a: Mapping[str, Array], b: Mapping[str, Array]) -> None:
-        """One pair: `a` is the reference. Raises PqkError for missing heads, unlike shapes, NaN or infinity."""
-        depth = float(np.median(np.abs(_array(a, "pts3d_1", "reference")[..., 2])))
-        for head in HEADS:
+        """Adds a sample: `a` is the reference. Raises PqkError for missing outputs, unlike shapes, NaN or infinity."""
+        clouds = [head for head, kind in self._kinds.items() if kind == "points"]
+        depth = float(np.median(np.abs(_array(a, clouds[0], "reference")[..., 2]))) if clouds else 0.0
+        for head in self._kinds:
             x, y = _array(a, head, "reference"), _array(b, head, "prediction")
             if x.shape != y.shape:
                 raise PqkError(f"{head}: the predictions have shapes {x.shape} and {y.shape}")
@@ -83,17 +87,17 @@ class Agreement:
             sums.norm_b += float((y * y).sum())
             sums.largest = max(sums.largest, float(absolute.max()))
             sums.low, sums.high = min(sums.low, float(x.min())), max(sums.high, float(x.max()))
-            distance = np.linalg.norm(difference, axis=-1) if head in POINTS else absolute
-            if head in POINTS:
+            distance = np.linalg.norm(difference, axis=-1) if self._kinds[head] == "points" else absolute
+            if self._kinds[head] == "points":
                 sums.moved += int((distance > MOVED * depth).sum())
             sums.pixels.append(distance.astype(np.float32).ravel())
 
     def result(self) -> dict[str, HeadAgreement]:
-        """Per head. Raises PqkError when no pair was added."""
+        """Per head. Raises PqkError when no sample was added."""
         found = {}
         for head, s in self._sums.items():
             if not s.count:
-                raise PqkError("nothing to compare: no pair was added")
+                raise PqkError("nothing to compare: no sample was added")
             pixels = np.concatenate(s.pixels)
             p50, p99 = (float(q) for q in np.percentile(pixels, [50, 99]))
             mse, span, norms = s.square / s.count, s.high - s.low, math.sqrt(s.norm_a) * math.sqrt(s.norm_b)
@@ -106,7 +110,7 @@ class Agreement:
                 p50=p50,
                 p99=p99,
                 max=float(pixels.max()),
-                moved=s.moved / len(pixels) if head in POINTS else None,
+                moved=s.moved / len(pixels) if self._kinds[head] == "points" else None,
             )
         return found
 

@@ -151,16 +151,11 @@ class _Comparer:
         self.outcome = any_outcome
         self.limits: Parity = any_outcome.experiment.evaluation.parity
         self.metric: str = any_outcome.experiment.evaluation.quality.main_metric
-        self.request = {
-            **{name: any_outcome.scoring[name] for name in ("shape", "pair_graph", "min_covisibility")},
-            "views": any_outcome.validation.views,
-            "truthful": any_outcome.validation.truthful,
-        }
 
     def heads(self, base: Variant | None, others: Sequence[Variant]) -> list[Heads]:
         """Agreement of each of `others` with `base`; None is the model in torch."""
-        ctx, scenes = self.outcome.ctx, self.outcome.validation.scenes
-        request = {**self.request, "pairs": self.limits.pairs}
+        ctx, experiment, found = self.outcome.ctx, self.outcome.experiment, self.outcome.validation
+        request = {"count": self.limits.pairs}
         if not others:
             return []
 
@@ -168,21 +163,24 @@ class _Comparer:
             asked = {
                 "base": {"variant": base.to_json()} if base else {"torch": self.outcome.model},
                 "others": [{"variant": other.to_json()} for other in others],
-                "scenes": [str(path) for path in scenes.folders],
+                **experiment.fed,
+                "samples": found.to_json(),
                 **request,
             }
             write_json(folder / "agreement.json", worker.call("agreement", asked))
 
         names = ", ".join(f"{other.backend} {other.name}" for other in others)
         label = f"{names} with {f'{base.backend} {base.name}' if base else 'torch'}"
-        sources = stages.sources_of(base, *others) + (() if base else stages.MODEL_CODE)
+        sources = stages.sources_of(base, *others) + (() if base else stages.LOADER_CODE)
         inputs = {
             "base": stages.identity(ctx, base, None) if base else {"torch": self.outcome.onnx_float.hashes},
             "others": [stages.identity(ctx, other, None) for other in others],
-            "scenes": scenes.sha256,
+            "samples": found.key,
+            **stages.fed_key(experiment),
             **request,
         }
-        made = ctx.make("agreement", (*_CODE, *sources), inputs, make, label)
+        parts = stages.parts_code(experiment.family, "settings", "model", "data", "predict", "scoring")
+        made = ctx.make("agreement", (*_CODE, *parts, *sources), inputs, make, label)
         heads: list[Heads] = json.loads((made.path / "agreement.json").read_text())["heads"]
         return heads
 
@@ -224,7 +222,7 @@ def _shared_level(outcomes: Mapping[tuple[str, str], Outcome], compare: _Compare
             (key, v)
             for key, outcome in outcomes.items()
             for v in outcome.variants
-            if v.precision is Precision.INT8 and v.encoder.format == "onnx"
+            if v.precision is Precision.INT8 and all(g.format == "onnx" for g in v.graphs.values())
         ),
         None,
     )
@@ -236,7 +234,7 @@ def _shared_level(outcomes: Mapping[tuple[str, str], Outcome], compare: _Compare
     # Where a runtime of ours reads ONNX: the reference, and openvino when it took part. trt without a GPU computes by
     # the reference itself, so it would only be compared with itself.
     readers = [RUNTIME, *(name for name in ("openvino",) if registry.get(name).availability().available)]
-    sides = {name: Variant("int8", name, Precision.INT8, graph.encoder, graph.decoder, {}) for name in readers}
+    sides = {name: Variant("int8", name, Precision.INT8, graph.graphs, {}) for name in readers}
     if "openvino" in sides:
         sides["openvino"] = replace(sides["openvino"], options={"rest": "f32"})
     float_side = compare.outcome.onnx_float

@@ -17,23 +17,22 @@ from typing import Any
 from pqk.engines.variant import Variant
 from pqk.files import write_json
 from pqk.measure.block_profile import REST
+from pqk.recipe.experiment import Experiment
 from pqk.recipe.request import Model
-from pqk.recipe.stages import LOADER_CODE, Context, identity, sources_of
+from pqk.recipe.stages import LOADER_CODE, Context, fed_key, identity, parts_code, sources_of
 from pqk.store import worker
 
 ROUNDS = 5
 _CODE = ("pqk.measure.block_profile", *LOADER_CODE)
-KINDS = ("encoder attention", "encoder MLPs", "decoder attention", "decoder MLPs", "heads", REST)
-_STACKS = {"enc": "encoder", "dec": "decoder"}
 
 
 @dataclass(frozen=True)
 class Bought:
     """A part, or a kind of parts, in the Teacher and in the smaller model.
 
-    name: such as 'enc_blocks.0.mlp', or a kind. kind: one of KINDS. params: numbers of weights. flops: of one pair,
-    two per multiply-add. time_ms: of its kernels for one pair, the median of the rounds; None where nothing is timed.
-    ratio: the second time over the first within a round: least, median and greatest of the rounds.
+    name: such as 'enc_blocks.0.mlp', or a kind. kind: one of the family's. params: numbers of weights. flops: of one
+    sample, two per multiply-add. time_ms: of its kernels for one sample, the median of the rounds; None where nothing
+    is timed. ratio: the second time over the first within a round: least, median and greatest of the rounds.
     """
 
     name: str
@@ -54,16 +53,10 @@ class Bought:
         return None if self.ratio is None else self.ratio[2] < 1.0
 
 
-def kind_of(part: str) -> str:
-    """The kind of a part of `pqk.measure.block_profile.part_of`."""
-    if part.startswith("downstream_head"):
-        return "heads"
-    stack = _STACKS.get(part[:3])
-    return REST if stack is None else f"{stack} {'MLPs' if part.endswith('.mlp') else 'attention'}"
-
-
-def bought(ctx: Context, before: Variant, after: Variant, teacher: Model, smaller: Model) -> list[Bought]:
-    """Every kind of parts in the order of KINDS, then every part that both models have; measured or reused.
+def bought(
+    ctx: Context, experiment: Experiment, before: Variant, after: Variant, teacher: Model, smaller: Model
+) -> list[Bought]:
+    """Returns every kind of parts in the order of the family's KINDS, then every part that both models have.
 
     before, after: the variants of teacher and smaller, in one precision on one backend.
     Parts of a stack whose number of blocks differs are left out, as blocks are counted anew; their kinds are not.
@@ -72,6 +65,7 @@ def bought(ctx: Context, before: Variant, after: Variant, teacher: Model, smalle
 
     def make(folder: Path) -> None:
         request = {
+            **experiment.fed,
             "variants": [v.to_json() for v in variants],
             "models": [m.path for m in models],
             "rounds": ROUNDS,
@@ -82,28 +76,36 @@ def bought(ctx: Context, before: Variant, after: Variant, teacher: Model, smalle
         "variants": [identity(ctx, v, None) for v in variants],
         "models": [m.sha256 for m in models],
         "rounds": ROUNDS,
+        **fed_key(experiment),
     }
-    made = ctx.make("parts", (*_CODE, *sources_of(*variants)), inputs, make)
-    return summed(*json.loads((made.path / "parts.json").read_text())["sides"])
+    made = ctx.make(
+        "parts",
+        (*_CODE, *parts_code(experiment.family, "settings", "predict", "data"), *sources_of(*variants)),
+        inputs,
+        make,
+    )
+    kinds = (*experiment.family.settings_part().KINDS, REST)
+    before_parts, after_parts = json.loads((made.path / "parts.json").read_text())["sides"]
+    return summed(before_parts, after_parts, kinds)
 
 
-def summed(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Bought]:
+def summed(before: Mapping[str, Any], after: Mapping[str, Any], kinds: Sequence[str]) -> list[Bought]:
     """See `bought`. before, after: parts as `profile` returns them."""
     rows = []
-    for kind in KINDS:
-        sides = [[entry for part, entry in side.items() if kind_of(part) == kind] for side in (before, after)]
+    for kind in kinds:
+        sides = [[entry for entry in side.values() if entry["kind"] == kind] for side in (before, after)]
         if any(sides):
             rows.append(_row(kind, kind, *sides))
-    moved = {kind for kind in KINDS if _names(before, kind) != _names(after, kind)}
+    moved = {kind for kind in kinds if _names(before, kind) != _names(after, kind)}
     for part in before:
-        kind = kind_of(part)
+        kind = before[part]["kind"]
         if part != REST and not any(kind.split()[0] == other.split()[0] for other in moved):
             rows.append(_row(part, kind, [before[part]], [after[part]]))
     return rows
 
 
 def _names(side: Mapping[str, Any], kind: str) -> set[str]:
-    return {part for part in side if kind_of(part) == kind}
+    return {part for part, entry in side.items() if entry["kind"] == kind}
 
 
 def _row(name: str, kind: str, before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> Bought:

@@ -14,13 +14,14 @@ from backends.base import Backend, Graph, Precision, baselines_of, lowered_to
 from pqk import paths
 from pqk.engines.variant import Variant
 from pqk.errors import PqkError
-from pqk.families.dust3r.configs import lowest_confidence
+from pqk.families.contract import SampleSet
 from pqk.files import check_writable
 from pqk.measure.scores import drop_of
 from pqk.models import load_model
 from pqk.recipe import stages
 from pqk.recipe.block_profile import Bought
 from pqk.recipe.columns import common_columns
+from pqk.recipe.experiment import Experiment
 from pqk.recipe.joint import Joined, check_trainable, join
 from pqk.recipe.quantization import Lowering, Row
 from pqk.recipe.request import (
@@ -36,12 +37,11 @@ from pqk.recipe.request import (
     load_teacher,
     usable_backend,
 )
-from pqk.recipe.splits import Split, check_apart, test_split, validation_split
-from pqk.recipe.stages import ENGINE_VARIANTS, Context, Scenes
+from pqk.recipe.splits import check_apart, test_split
+from pqk.recipe.stages import ENGINE_VARIANTS, Context, open_split
 from pqk.recipe.training import TRAINS, Trained, method_columns, train_stages
 from pqk.recipe.verdict import drop_limit
 from pqk.record.log import refuse_to_lose
-from pqk.settings.card import Experiment
 from pqk.settings.recipe import JOINT, quantizes
 from pqk.stats.intervals import Interval
 from pqk.store.store import OnEvent
@@ -59,8 +59,8 @@ class Outcome:
 
     records: list[dict[str, Any]]
     variants: list[Variant]
-    validation: Split
-    test: Split
+    validation: SampleSet
+    test: SampleSet
     experiment: Experiment
     truthful: bool  # the test samples carry ground truth, and the model is one that can be held against it
     ctx: Context
@@ -68,7 +68,7 @@ class Outcome:
     model: str  # what `load_model` takes: the model that is quantized, or that is the candidate itself
     onnx_float: Variant  # its exported float graphs on ONNX Runtime
     trained: Sequence[Trained]  # the stages P and K
-    scoring: Mapping[str, Any]  # how every variant is scored; see `pqk.measure.evaluate`
+    config: Mapping[str, Any]  # of the Teacher's network, which says what its outputs mean
     lowered: Sequence[Row] = ()  # what stage Q made: by PTQ, and by QAT where that was called for
     parts: Sequence[Bought] = ()  # of a model that P or K made smaller: what that bought, part by part
 
@@ -82,7 +82,7 @@ class Outcome:
     def paid(self) -> dict[str, float]:
         """Device hours of everything that was made, by what it is: what two runs share is in both under one name."""
         hours = {stage.model.path: stage.hours for stage in self.trained}
-        return hours | {str(row.variant.encoder.path): row.hours for row in self.lowered}
+        return hours | {str(next(iter(row.variant.graphs.values())).path): row.hours for row in self.lowered}
 
     @property
     def metric(self) -> str:
@@ -97,19 +97,18 @@ class Outcome:
         """
         return self.truthful and self.validation.truthful
 
-    def score(self, variant: Variant, keep: Sequence[str] | None = None, on: Split | None = None) -> dict[str, Any]:
+    def score(self, variant: Variant, keep: Sequence[str] | None = None, on: SampleSet | None = None) -> dict[str, Any]:
         """Scores a variant on validation samples, or on those of `on`; against the Teacher in f32 where the run has no
         ground truth.
 
         keep: what must not run in int8 kernels; default: the card's keep-list, for a quantized variant.
         """
-        split = on or self.validation
+        found = on or self.validation
         if keep is None:
             keep = self.experiment.quant.ptq.keep_list if variant.precision is Precision.INT8 else ()
-        reference = None if self.truthful and split.truthful else self.variants[0]
-        asked = {**self.scoring, "views": split.views, "keep": list(keep)}
-        where = "validation" if split is self.validation else "test"
-        return stages.quality(self.ctx, variant, reference, split.scenes, asked, where)
+        reference = None if self.truthful and found.truthful else self.variants[0]
+        where = "validation" if found is self.validation else "test"
+        return stages.quality(self.ctx, self.experiment, variant, reference, found, self.config, keep, where)
 
     def drop(self, variant: Variant, keep: Sequence[str] | None = None) -> Interval | None:
         """The drop of a variant on validation samples, in percent, against this run's Teacher in f32.
@@ -117,17 +116,11 @@ class Outcome:
         None where the main metric does not tell one.
         """
         mine, teacher = self.score(variant, keep), self.score(self.variants[0])
-        return drop_of(self.metric, mine, teacher, self.decides)
+        return drop_of(self.experiment.metric, mine, teacher, self.decides)
 
     def time(self, variants: Sequence[Variant]) -> dict[str, Any]:
-        """Times variants side by side on validation pictures; see `pqk.recipe.stages.timing`."""
-        asked = {
-            "shape": self.scoring["shape"],
-            "views": self.validation.views,
-            "pair_graph": self.scoring["pair_graph"],
-            "efficiency": self.experiment.evaluation.efficiency.model_dump(mode="json"),
-        }
-        return stages.timing(self.ctx, list(variants), self.validation.scenes, asked)
+        """Times variants side by side on validation samples; see `pqk.recipe.stages.timing`."""
+        return stages.timing(self.ctx, self.experiment, list(variants), self.validation)
 
     def floats(self) -> list[Variant]:
         """The float variants of `model`: the student's where the recipe made one."""
@@ -164,9 +157,8 @@ class _Tools:
 
     def in_float(self, graphs: Mapping[str, Graph], model: str = "") -> list[Variant]:
         """The float variants of a model's graphs; `model` begins their names."""
-        parts = graphs["encoder"], graphs["decoder"]
         return [
-            Variant(model + ENGINE_VARIANTS[p], self.backend.name, p, *parts, dict(self.options)) for p in self.floats
+            Variant(model + ENGINE_VARIANTS[p], self.backend.name, p, graphs, dict(self.options)) for p in self.floats
         ]
 
 
@@ -193,17 +185,17 @@ def make(
     ctx = context(request, tools.backend, root, on_event)
 
     teacher, module = load_teacher(request.model, root)
-    test, validation = test_split(ctx, request, experiment, root), validation_split(ctx, experiment, root)
+    test = test_split(ctx, request, experiment, root)
+    validation = open_split(ctx, experiment, "validation", root)
     truthful = test.truthful and not teacher.random
-    height, width = workload.input.height, workload.input.width
     hashes = {
         "model": teacher.sha256,
         "workload": workload.sha256,
         "eval": evaluation.sha256,
         "quant": experiment.quant.sha256,
         "card": experiment.card.sha256,
-        "scenes": test.scenes.sha256,
-        "validation": validation.scenes.sha256,
+        "scenes": test.sha256,
+        "validation": validation.sha256,
     }
     commit = commit_of()
     common = common_columns(experiment, tools.backend.name, ctx.machine, teacher.name, truthful, commit, hashes)
@@ -211,15 +203,15 @@ def make(
     planned = _planned(request, recipe, tools, teacher, common)
     if log is not None:
         refuse_to_lose(log, planned)
-    calibration: Scenes | None = None
+    calibration: SampleSet | None = None
     if tools.quantizer is not None:
-        calibration = stages.calibration_images(ctx, workload.calibration, workload, root)
-    check_apart(request, workload, validation, test, calibration)
+        calibration = open_split(ctx, experiment, "calibration", root)
+    check_apart(experiment, {"validation": validation, "test": test, "calibration": calibration})
     if known is not None:
         known |= planned[-1]
-    graphs = stages.export_graphs(ctx, module, teacher.sha256, height, width)
+    graphs = stages.export_graphs(ctx, experiment, module, teacher.sha256)
     common |= {"status": "ok", "role": request.role, **_parameters(module)}
-    min_conf = lowest_confidence(module.config)
+    config = dict(module.config)
     del module
 
     teachers = tools.in_float(graphs)
@@ -235,7 +227,7 @@ def make(
         final = trained[-1].model
         say(f"{final.name}: its checkpoint is {paths.shown(Path(final.path))}")
         module = load_model(final.path)
-        graphs = stages.export_graphs(ctx, module, final.sha256, height, width)
+        graphs = stages.export_graphs(ctx, experiment, module, final.sha256)
         columns = method_columns(experiment, trained, hashes) | _parameters(module)
         del module
         floats = tools.in_float(graphs, STUDENT)
@@ -259,15 +251,7 @@ def make(
             joined.quantized if joined else None,
         )
         rows.append(lowering.row(ctx))
-    scoring = {
-        "shape": [height, width],
-        "pair_graph": workload.pair_graph.model_dump(mode="json"),
-        "min_covisibility": workload.min_covisibility,
-        "quality": evaluation.quality.model_dump(mode="json"),
-        "seed": workload.seeds.eval,
-        "min_conf": min_conf,
-    }
-    onnx_float = Variant("fp32", "reference", Precision.F32, graphs["encoder"], graphs["decoder"])
+    onnx_float = Variant("fp32", "reference", Precision.F32, graphs)
     variants = [row.variant for row in rows]
     outcome = Outcome(
         [],
@@ -281,7 +265,7 @@ def make(
         final.path,
         onnx_float,
         trained,
-        scoring,
+        config,
     )
     drop = None
     if lowering is not None and lowering.made is None and request.qat and outcome.decides:

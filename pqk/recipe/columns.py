@@ -12,15 +12,14 @@ from pqk.engines.variant import Variant
 from pqk.errors import EXIT_UNAVAILABLE, PqkError
 from pqk.files import sha256_json
 from pqk.measure.scores import drop_of, metric_intervals
-from pqk.recipe.verdict import Measured, judge_float, judge_quantized
+from pqk.recipe.experiment import Experiment
+from pqk.recipe.verdict import Measured, Rise, judge_float, judge_quantized
 from pqk.record.log import read_records, record_filename, write_record
 from pqk.record.schema import empty_record
-from pqk.settings.card import Experiment
 from pqk.settings.evaluation import Thresholds
 from pqk.stats.intervals import LEVEL, Interval, median_interval
 from pqk.stats.latency import p95, percentile, speedup
 
-_PARTS = {"chamfer": ("chamfer_accuracy", "chamfer_completeness")}
 Record = dict[str, Any]
 
 
@@ -83,21 +82,22 @@ def measured_record(
     variant: Variant,
     against: Sequence[Variant],
     truthful: bool,
-    metrics: Sequence[str],
+    experiment: Experiment,
 ) -> Record:
     """A record with everything that was measured of a variant.
 
-    against: the float variants that speedups refer to, f32 first. metrics: the quality columns that are asked for.
+    against: the float variants that speedups refer to, f32 first.
     """
+    metrics, known = experiment.evaluation.quality.metrics, experiment.metrics
     mine, base = measured.scored[variant.name], measured.scored[measured.teacher.name]
     record = empty_record() | {"precision": str(variant.precision)} | common
     record["datetime"] = _now()
     record["hashes"] = common["hashes"] | {"engine": sha256_json(variant.hashes)}
-    record |= {"scenes": base["scenes"], "pairs": len(base["pairs"]), "measured": mine["measured"]}
+    record |= {"scenes": base["groups"], "pairs": len(base["samples"]), "measured": mine["measured"]}
     taken = mine if measured.timed is None else measured.timed["variants"][variant.name]
     record |= {name: taken.get(name) for name in ("measured_at", "measured_commit")}  # a reused one keeps its own
     for metric in metrics:
-        for name in (metric, *_PARTS.get(metric, ())):
+        for name in (metric, *known[metric].parts):
             record[name] = mine["summary"].get(name)
     # What an emulation reports is the graph's plan, and no kernel that ran.
     if mine["measured"] == "engine":
@@ -105,7 +105,7 @@ def measured_record(
         record["executed_matched_by_size"] = mine["matched_by_size"]
     record["flops_G"] = mine["flops"] / 1e9
     intervals = metric_intervals(mine, metrics)
-    drop = drop_of(record["main_metric"], mine, base, truthful, measured.level)
+    drop = drop_of(experiment.metric, mine, base, truthful, measured.level)
     if drop is not None:
         record["quality_drop_pct"] = drop.value
         if (ends := drop.ends()) is not None:
@@ -136,9 +136,9 @@ def interval_of(record: Mapping[str, Any], column: str) -> Interval | None:
 
 
 def judged(
-    record: Mapping[str, Any], thresholds: Thresholds, recipe: Sequence[str], ause_rise: Interval | None = None
+    record: Mapping[str, Any], thresholds: Thresholds, recipe: Sequence[str], rises: Sequence[Rise] = ()
 ) -> Record:
-    """Verdict and reasons of a quantized candidate's record. ause_rise: above the Teacher's, see `scores.rise_of`."""
+    """Verdict and reasons of a quantized candidate's record."""
     shares, precision = record["executed_precision"], record["precision"]
     verdict, reasons = judge_quantized(
         Measured(
@@ -147,7 +147,7 @@ def judged(
             interval_of(record, "speedup_vs_best_float"),
             record["size_ratio"],
             None if shares is None else shares.get(precision, 0.0),
-            ause_rise,
+            rises,
         ),
         thresholds,
         recipe,
@@ -161,11 +161,11 @@ def judged_float(
     thresholds: Thresholds,
     recipe: Sequence[str],
     stopped: str | None,
-    ause_rise: Interval | None = None,
+    rises: Sequence[Rise] = (),
 ) -> Record:
     """Verdict and reasons of a float candidate, and its status when a stop-loss rule ended the recipe."""
     drop = interval_of(record, "quality_drop_pct")
-    verdict, reasons = judge_float(drop, record["size_ratio"], thresholds, recipe, ause_rise)
+    verdict, reasons = judge_float(drop, record["size_ratio"], thresholds, recipe, rises)
     if stopped is None:
         return {"verdict": verdict, "verdict_reasons": reasons}
     return {"status": "stopped", "verdict": "fail", "verdict_reasons": [f"FAILED: stop-loss: {stopped}", *reasons]}
@@ -185,24 +185,22 @@ def _timing(
     against: the own model in float, f32 first. teacher: in f32. The best float is the one with the best speedup.
     """
     samples = timed["variants"]
-    mine, pairs = samples[variant.name], {name: found["pair"] for name, found in samples.items()}
+    mine, pairs = samples[variant.name], {name: found["sample"] for name, found in samples.items()}
     own, device = against[0], mine.get("device")
     best = max(against, key=lambda v: speedup(pairs[own.name], pairs[v.name]).value)
     bases = {"teacher_f32": teacher, "own_f32": own, "best_float": best}
-    found: dict[str, Interval] = {"t_pair_p50_ms": median_interval(mine["pair"])}
-    found |= {f"speedup_vs_{name}": speedup(pairs[base.name], mine["pair"]) for name, base in bases.items()}
+    found: dict[str, Interval] = {"t_pair_p50_ms": median_interval(mine["sample"])}
+    found |= {f"speedup_vs_{name}": speedup(pairs[base.name], mine["sample"]) for name, base in bases.items()}
+    raw = {"pair": mine["sample"], **mine["graphs"], **({"device": device} if device else {})}
     columns = {
         **{name: interval.value for name, interval in found.items()},
-        "t_pair_p95_ms": p95(mine["pair"]),
+        "t_pair_p95_ms": p95(mine["sample"]),
         "t_pair_device_p50_ms": percentile(device, 50) if device else None,
-        "t_encoder_p50_ms": percentile(mine["encoder"], 50),
-        "t_decoder_p50_ms": percentile(mine["decoder"], 50),
-        "t_scene_s": percentile(mine["scene_s"], 50) if mine["scene_s"] else None,
-        "pairs_per_sec": 1000 * len(mine["pair"]) / sum(mine["pair"]),
+        **{f"t_{graph}_p50_ms": percentile(times, 50) for graph, times in mine["graphs"].items()},
+        "t_scene_s": percentile(mine["group_s"], 50) if mine["group_s"] else None,
+        "pairs_per_sec": 1000 * len(mine["sample"]) / sum(mine["sample"]),
         "best_float": str(best.precision),
-        "samples": {
-            name: [round(x, 4) for x in mine[name]] for name in ("pair", "encoder", "decoder", "device") if name in mine
-        },
+        "samples": {name: [round(x, 4) for x in times] for name, times in raw.items()},
         "timing": timed["timing"],
         "disturbed": bool(timed["disturbed"]),
     }

@@ -9,13 +9,15 @@ from typing import Any
 
 from pqk.engines.variant import Variant
 from pqk.errors import PqkError
+from pqk.families.contract import SampleSet
 from pqk.files import sha256_json
 from pqk.measure.scores import drop_of, together
 from pqk.recipe.candidate import Outcome
+from pqk.recipe.experiment import Experiment
 from pqk.recipe.request import Request
-from pqk.recipe.splits import Split, can_grow, more_test_scenes
+from pqk.recipe.splits import can_grow
+from pqk.recipe.stages import open_split
 from pqk.recipe.verdict import drop_limit
-from pqk.settings.workload import Workload
 from pqk.stats.intervals import LEVEL, Interval, groups_to_decide
 
 
@@ -51,7 +53,7 @@ def score_final(
     if decide is not None:
         splits, level, note = _looks(outcome, request, root, drop_limit(recipe, _thresholds(outcome)), decide, say)
     scored = {variant.name: _on(outcome, variant, splits) for variant in outcome.variants}
-    shas = [split.scenes.sha256 for split in splits]
+    shas = [split.sha256 for split in splits]
     return Final(scored, shas[0] if len(shas) == 1 else sha256_json(shas), level, note)
 
 
@@ -63,29 +65,29 @@ def planned_looks(first: int, most: int) -> list[int]:
     return looks
 
 
-def check_decide(request: Request, workload: Workload, most: int) -> None:
+def check_decide(request: Request, experiment: Experiment) -> None:
     """Raise PqkError where `--decide` cannot add scenes: those of a folder are all there are."""
-    if not can_grow(request, workload):
+    if not can_grow(request, experiment):
         raise PqkError("--decide adds generated test scenes, and those of a folder are all there are; add some to it")
-    have = workload.scenes.test.count or 0
-    if most < have:
-        raise PqkError(f"--max-scenes {most} is less than the {have} test scenes of the workload")
 
 
 def _looks(
     outcome: Outcome, request: Request, root: Path, limit: float, most: int, say: Callable[[str], None]
-) -> tuple[list[Split], float, str]:
-    check_decide(request, outcome.experiment.workload, most)
-    looks = planned_looks(len(outcome.test.scenes.folders), most)
+) -> tuple[list[SampleSet], float, str]:
+    check_decide(request, outcome.experiment)
+    have = len(outcome.test.groups)
+    if most < have:
+        raise PqkError(f"--max-scenes {most} is less than the {have} test scenes of the workload")
+    looks = planned_looks(have, most)
     level = 1 - (1 - LEVEL) / len(looks)
     splits = [outcome.test]
     for number, count in enumerate(looks, 1):
-        have = sum(len(split.scenes.folders) for split in splits)
+        have = sum(len(split.groups) for split in splits)
         if count > have:
-            splits.append(more_test_scenes(outcome.ctx, outcome.experiment.workload, root, have, count - have))
+            splits.append(open_split(outcome.ctx, outcome.experiment, "test", root, first=have, count=count - have))
         drop = _drop(outcome, splits, level)
         if drop is None or drop.low is None or drop.high is None:
-            raise PqkError(f"--decide needs a drop with an interval, and {outcome.metric} tells none here")
+            raise PqkError(f"--decide needs a drop with an interval, and {outcome.metric} gives none here")
         say(f"{count} test scenes: drop {drop.value:.2f} %, {drop.low:.2f} to {drop.high:.2f} % (limit {limit:g} %)")
         if drop.high <= limit or drop.low > limit:
             break
@@ -100,10 +102,11 @@ def _thresholds(outcome: Outcome) -> Any:
     return outcome.experiment.evaluation.thresholds
 
 
-def _drop(outcome: Outcome, splits: Sequence[Split], level: float) -> Interval | None:
+def _drop(outcome: Outcome, splits: Sequence[SampleSet], level: float) -> Interval | None:
     mine, teacher = (_on(outcome, outcome.variants[n], splits) for n in (-1, 0))
-    return drop_of(outcome.metric, mine, teacher, outcome.truthful, level)
+    return drop_of(outcome.experiment.metric, mine, teacher, outcome.truthful, level)
 
 
-def _on(outcome: Outcome, variant: Variant, splits: Sequence[Split]) -> dict[str, Any]:
-    return together([outcome.score(variant, on=split) for split in splits])
+def _on(outcome: Outcome, variant: Variant, splits: Sequence[SampleSet]) -> dict[str, Any]:
+    summarise = outcome.experiment.family.scoring_part().summarise
+    return together([outcome.score(variant, on=split) for split in splits], summarise)

@@ -10,13 +10,23 @@ from typing import Any
 
 from backends import registry
 from backends.base import Graph, can_train
-from pqk.engines.variant import graph_to_json
+from pqk.engines.variant import graphs_to_json
 from pqk.errors import NotBuilt, PqkError
+from pqk.families.contract import SampleSet
 from pqk.files import write_json
+from pqk.recipe.experiment import Experiment
 from pqk.recipe.request import Model
-from pqk.recipe.stages import LOADER_CODE, Context, Quantized, Scenes, read_graphs, tool_code
-from pqk.recipe.training import Trained, lines_of, rules_of
-from pqk.settings.card import Experiment
+from pqk.recipe.stages import (
+    LOADER_CODE,
+    Context,
+    Quantized,
+    calibrated_note,
+    keep_graphs,
+    parts_code,
+    read_graphs,
+    tool_code,
+)
+from pqk.recipe.training import LEARNS, Trained, lines_of, rules_of
 from pqk.settings.quant import Ptq
 from pqk.store import worker
 from pqk.store.device_hours import clock
@@ -63,26 +73,27 @@ def join(
     quantizer: str,
     teacher: Model,
     graphs: Mapping[str, Graph],
-    calibration: Scenes,
+    calibration: SampleSet,
 ) -> Joined:
     """Make or reuse the result of the joint run, in a process of its own. graphs: those of the Teacher."""
-    spec, shape = experiment.joint, experiment.workload.input
+    spec = experiment.joint
     tool = registry.get(backend).quantizers()[quantizer]
-    code = (*_CODE, *tool_code(backend, tool))
+    parts = parts_code(experiment.family, "settings", "model", "data", "predict", *LEARNS)
+    code = (*_CODE, *parts, *tool_code(backend, tool))
     rules = rules_of(experiment, METHOD, spec.train.steps_per_epoch, spec.gates.epochs / spec.train.epochs)
     asked: dict[str, Any] = {
         "backend": backend,
         "quantizer": quantizer,
         "ptq": experiment.quant.ptq.model_dump(mode="json"),
-        "shape": [shape.height, shape.width],
         "spec": spec.model_dump(mode="json"),
         "seed": experiment.workload.seeds.train,
     }
     inputs = {
         **asked,
+        **experiment.workload.static,
         "teacher": teacher.sha256,
         "graphs": {name: graph.sha256 for name, graph in graphs.items()},
-        "calibration": calibration.sha256,
+        "calibration": calibration.key,
         "lines": lines_of(rules),
         "machine": dict(ctx.machine),
     }
@@ -92,8 +103,9 @@ def join(
             request = {
                 **asked,
                 "teacher": teacher.path,
-                **{name: graph_to_json(graph) for name, graph in graphs.items()},
-                "calibration": [str(folder) for folder in calibration.folders],
+                **experiment.fed,
+                "samples": calibration.to_json(),
+                "graphs": graphs_to_json(graphs),
                 "out": str(folder),
                 "scratch": str(scratch),
                 "rules": asdict(rules),
@@ -107,10 +119,7 @@ def join(
             result = worker.call("joint", request, told)
             result["device_s"] = running.seconds
         del result["seconds"]
-        parts = result.pop("graphs")
-        for part in parts.values():
-            part["path"] = Path(part["path"]).name
-        write_json(folder / "graphs.json", parts)
+        keep_graphs(folder, result.pop("graphs"))
         write_json(folder / "trained.json", result)
 
     made = ctx.make(_STAGE, code, inputs, make)
@@ -123,7 +132,7 @@ def join(
         *found["notes"],
         f"{told['undecided']} of {told['gates']} gates were neither open nor shut when they were cut",
         "the float rows of this model have the same weights without rounding",
-        f"encoder calibrated on {found['images']} images, decoder on {found['pairs']} pairs of them",
+        calibrated_note(experiment.family, found),
         f"the run took at most {found['peak_bytes'] / 1e9:.1f} GB",
     ]
-    return Joined(trained, Quantized(read_graphs(made.path), found["images"], found["pairs"], "; ".join(notes)))
+    return Joined(trained, Quantized(read_graphs(made.path), found["images"], "; ".join(notes)))

@@ -10,11 +10,12 @@ from backends import registry
 from backends.base import BackendError, Graph, Precision, Quantizer, can_train
 from backends.quantspec import check_installed, check_settings
 from pqk.engines.variant import Variant
+from pqk.families.contract import SampleSet
 from pqk.recipe import stages
+from pqk.recipe.experiment import Experiment
 from pqk.recipe.request import Model
-from pqk.recipe.stages import Context, Quantized, Scenes
+from pqk.recipe.stages import Context, Quantized
 from pqk.recipe.training import learning
-from pqk.settings.card import Experiment
 from pqk.settings.quant import Ptq
 
 
@@ -46,7 +47,7 @@ class Lowering:
     precision: str
     model: Model
     graphs: Mapping[str, Graph]
-    calibration: Scenes
+    calibration: SampleSet
     floats: Sequence[Variant]
     columns: Mapping[str, Any]
     options: Mapping[str, Any]
@@ -71,22 +72,20 @@ class Lowering:
 
         spent_hours: of the card's budget, before the training.
         """
-        ptq, shape = self.experiment.quant.ptq, self.experiment.workload.input
+        ptq = self.experiment.quant.ptq
         made = self.made or stages.quantize(
             ctx,
+            self.experiment,
             self.backend,
             self.quantizer,
             self.model.path,
             self.graphs,
             self.calibration,
-            ptq.model_dump(mode="json"),
-            (shape.height, shape.width),
             learning(self.experiment, spent_hours) if trained else None,
         )
         rest = self.experiment.quant.float_rest
         options = {**self.options} if rest == "auto" else {**self.options, "rest": rest}  # auto: the backend's best
         name = f"{self.precision} QAT" if trained else self.precision
-        parts = made.graphs["encoder"], made.graphs["decoder"]
         own = {
             **self.columns,
             "role": "candidate",
@@ -100,7 +99,7 @@ class Lowering:
             "notes": "; ".join(filter(None, (self.columns.get("notes"), made.notes))),
             "hashes": {**self.columns["hashes"], "calibration": self.calibration.sha256},
         }
-        variant = Variant(name, self.backend, Precision.INT8, *parts, options)
+        variant = Variant(name, self.backend, Precision.INT8, made.graphs, options)
         lowered = "PQK" if self.made else "QAT" if trained else "PTQ"
         return Row(variant, self.floats, own, lowered, made.hours)
 

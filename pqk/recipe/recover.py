@@ -13,12 +13,12 @@ from typing import Any
 
 from backends.base import Precision
 from pqk.recipe.candidate import Made, Outcome, make
+from pqk.recipe.experiment import Experiment
 from pqk.recipe.ranking import can_rank, ranking
 from pqk.recipe.request import Request
 from pqk.recipe.rollback import BETAS, KEEP_LIST, QAT_EPOCHS, RHO, TASK_SHARE, TUNE_EPOCHS, State, next_move
 from pqk.recipe.verdict import drop_limit
 from pqk.record.runlog import RunLog
-from pqk.settings.card import Experiment
 from pqk.settings.keep import keep_patterns
 from pqk.stats.intervals import Interval
 from pqk.store.store import OnEvent
@@ -70,7 +70,8 @@ def choose(
             return best
         budget = card.budget.gpu_hours * outcome.experiment.evaluation.stop_loss.gpu_hours_overrun_pct / 100
         settings, ranked = _settings(outcome.experiment), _ranked(made, failed[0], "keep-worst-nodes" in tried, say)
-        state = State(failed[0], card.recipe, failed[1], settings, ranked, tried, hours, budget - spent)
+        last = outcome.experiment.family.settings_part().LAST_LAYERS
+        state = State(failed[0], card.recipe, failed[1], settings, ranked, tried, hours, budget - spent, last)
         move = next_move(state)
         if move is None:
             say(f"{failed[1]}; the rollback table has no {'further ' if tried else ''}move for it")

@@ -22,8 +22,9 @@ from pqk.errors import PqkError, nearest
 from pqk.families.checkpoint import load_model, model_name
 from pqk.files import matching, sha256_file, sha256_json, sweep_temporary
 from pqk.recipe import stages
+from pqk.recipe.experiment import Experiment, experiment_family, resolve, teacher_path
 from pqk.recipe.stages import Context
-from pqk.settings.card import Experiment, load_card, resolve
+from pqk.settings.card import load_card
 from pqk.settings.recipe import combo_of
 from pqk.store.code import code_of
 from pqk.store.store import OnEvent, Store
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 
     from pqk.settings.quant import Ptq
 
-SHIPPED = Path("models") / "dust3r-tiny"
 _PACKAGE = Path(__file__).resolve().parents[1]
 PACKAGES = (
     "torch",
@@ -101,18 +101,16 @@ def asked_experiment(request: Request, root: Path) -> Experiment:
         card = card.model_copy(update={"recipe": request.stages, "combo": combo_of(request.stages)})
     if request.seed is not None:
         settings |= {"workload.seeds.train": request.seed, "workload.seeds.eval": request.seed}
-    return resolve(
-        card,
-        root,
-        request.workload,
-        request.evaluation,
-        request.quant,
-        request.distill,
-        request.prune,
-        request.joint,
-        settings,
-        origin=origin,
-    )
+    files = {
+        "workload": request.workload,
+        "eval": request.evaluation,
+        "quant": request.quant,
+        "distill": request.distill,
+        "prune": request.prune,
+        "joint": request.joint,
+    }
+    of = experiment_family(request.model, root)
+    return resolve(card, root, of=of, files=files, settings=settings, origin=origin)
 
 
 def usable_backend(name: str) -> Backend:
@@ -173,10 +171,7 @@ class Model:
 
 def load_teacher(asked: str | None, root: Path) -> tuple[Model, Any]:
     """The Teacher: what it is, and itself."""
-    if asked is None:
-        asked = str(root / SHIPPED)
-        if not Path(asked).is_dir():
-            raise PqkError(f"the shipped model {SHIPPED} is missing; give one with --model")
+    asked = teacher_path(asked, root)
     model = load_model(asked)
     if asked.startswith("random:"):
         return Model(asked, asked, sha256_json({"random": asked, "code": code_of(*stages.LOADER_CODE)})), model

@@ -22,8 +22,6 @@ RHO, TUNE_EPOCHS = "prune.rho", "prune.train.epochs"
 
 ATTENTION = r"attn/MatMul(_1)?$"
 """Q K^T and its product with V, of every attention of both graphs."""
-HEADS = r"decoder:/downstream_head\d/(dpt/head\.|proj/)"
-"""The layers behind which points and confidence stand."""
 MOST_NODES, ENOUGH = (
     4,
     0.5,
@@ -61,7 +59,7 @@ class State:
     settings: the values that the failed attempt ran with, by dotted name; a rung whose values are not among them does
     not apply. ranking: keep-list entries with their share of the quantization error (0..1). tried: names of the moves
     made so far. hours: what each stage took, by letter (an estimate for one that never ran, if there is any).
-    hours_left: of the card's budget with its overrun.
+    hours_left: of the card's budget with its overrun. last_layers: keep-list entry of the family's last layers.
     """
 
     stage: str
@@ -72,6 +70,7 @@ class State:
     tried: tuple[str, ...] = ()
     hours: Mapping[str, float] = field(default_factory=dict)
     hours_left: float = math.inf
+    last_layers: str | None = None
 
 
 def next_move(state: State) -> Move | None:
@@ -114,7 +113,9 @@ def _keep_attention(state: State) -> Move | None:
 
 
 def _keep_heads(state: State) -> Move | None:
-    return _keep_pattern(state, "keep-heads", "errors of the last layers reach the points undamped", HEADS)
+    if state.last_layers is None:
+        return None
+    return _keep_pattern(state, "keep-heads", "errors of the last layers reach the outputs undamped", state.last_layers)
 
 
 def _keep_pattern(state: State, name: str, what: str, entry: str) -> Move | None:

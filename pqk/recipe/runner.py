@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,11 @@ from pqk.recipe.columns import Measurements, judged, judged_float, measured_reco
 from pqk.recipe.final import Final, check_decide, score_final
 from pqk.recipe.recover import choose
 from pqk.recipe.request import Request, asked_experiment
+from pqk.recipe.verdict import Rise
 from pqk.record.log import write_record
 from pqk.record.schema import validate
 from pqk.store.store import OnEvent
 from pqk.store.worker import WorkerCrashed
-
-CONFIDENCE = "ause"
-"""The metric by which confidences are judged beside the main one."""
 
 
 def run(
@@ -51,7 +49,7 @@ def run(
     began = time.monotonic()
     known: dict[str, Any] = {}
     if decide is not None:
-        check_decide(request, asked_experiment(request, root).workload, decide)
+        check_decide(request, asked_experiment(request, root))
     try:
         made, request = choose(request, root, on_event, say, log, known, rollback)
         return _measured(made, request, root, say, decide, began)
@@ -75,21 +73,19 @@ def _measured(
     common = made.common | {"hashes": made.common["hashes"] | {"scenes": final.sha256}}
     measured = Measurements(rows[0].variant, final.scored, timed, memory, final.level)
     for row in rows:
-        variant, metrics = row.variant, evaluation.quality.metrics
+        variant = row.variant
         own = {**row.own, "hashes": {**row.own["hashes"], "scenes": final.sha256}} if "hashes" in row.own else row.own
-        record = measured_record(common | own, measured, variant, row.against, outcome.truthful, metrics)
+        record = measured_record(common | own, measured, variant, row.against, outcome.truthful, outcome.experiment)
         if record["role"] == "candidate" and made.drop is not None:
             record["validation_drop_pct"] = made.drop.value
-        rise = rise_of(CONFIDENCE, final.scored[variant.name], final.scored[rows[0].variant.name])
-        if CONFIDENCE not in metrics:
-            rise = None
+        rises = _rises(outcome, final.scored[variant.name], final.scored[rows[0].variant.name])
         if variant.precision is Precision.INT8:
             if timed is None:
                 record["notes"] += planned_shares(final.scored[variant.name]["executed"])
-            record |= judged(record, evaluation.thresholds, recipe, rise)
+            record |= judged(record, evaluation.thresholds, recipe, rises)
         elif record["role"] == "candidate":
             lost = outcome.trained[-1].reason if outcome.trained[-1].failed else None
-            record |= judged_float(record, evaluation.thresholds, recipe, lost, rise)
+            record |= judged_float(record, evaluation.thresholds, recipe, lost, rises)
         if record["role"] == "candidate":
             record["wall_s"] = round(time.monotonic() - began, 1)
             told = [record["notes"], clause(outcome.parts), final.note, *request.moves]
@@ -102,6 +98,16 @@ def _measured(
     return outcome
 
 
+def _rises(outcome: Outcome, mine: Mapping[str, Any], teacher: Mapping[str, Any]) -> list[Rise]:
+    """Of the metrics that are recorded, those that are judged beside the main one."""
+    evaluation, known = outcome.experiment.evaluation, outcome.experiment.metrics
+    return [
+        Rise(name, known[name].meaning, rise_of(name, mine, teacher), getattr(evaluation.thresholds, threshold))
+        for name in evaluation.quality.metrics
+        if (threshold := known[name].threshold) is not None
+    ]
+
+
 def _time(
     outcome: Outcome, final: Final, say: Callable[[str], None]
 ) -> tuple[dict[str, Any] | None, dict[str, dict[str, int | None]]]:
@@ -112,11 +118,13 @@ def _time(
     timed = outcome.time(outcome.variants)
     if timed["disturbed"]:
         say(warning(timed["disturbed"]))
-    return timed, {v.name: stages.memory(outcome.ctx, v) for v in outcome.variants}
+    return timed, {v.name: stages.memory(outcome.ctx, outcome.experiment, v) for v in outcome.variants}
 
 
 def _parts(outcome: Outcome) -> list[Bought]:
     """What P and K bought, part by part, between the f32 engines of the Teacher and of the trained model."""
     hashes = outcome.onnx_float.hashes
     smaller = next(v for v in outcome.variants if v.precision is Precision.F32 and v.hashes == hashes)
-    return bought(outcome.ctx, outcome.variants[0], smaller, outcome.teacher, outcome.trained[-1].model)
+    return bought(
+        outcome.ctx, outcome.experiment, outcome.variants[0], smaller, outcome.teacher, outcome.trained[-1].model
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -11,17 +12,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from backends import exchange, registry
 from backends.base import Graph, Precision, Quantizer
-from pqk.data.render.generate import ScenePlan, make_scenes
-from pqk.data.scenes.pairs import most_pairs
-from pqk.engines.variant import Variant, graph_from_json, graph_to_json
-from pqk.errors import PqkError
-from pqk.families.registry import family_modules
+from pqk.engines.variant import Variant, graph_to_json, graphs_from_json, graphs_to_json
+from pqk.families.contract import Family, Given, SampleSet
 from pqk.files import sha256_json, write_json
 from pqk.measure.noise import disturbances, load_now
-from pqk.measure.predictions import ABOUT, KERNELS, bytes_of
-from pqk.settings.workload import SYNTHETIC, Calibration, SceneList, Workload
+from pqk.measure.predictions import ABOUT, KERNELS
+from pqk.recipe.experiment import Experiment
 from pqk.store import worker
 from pqk.store.code import Top, code_of, refuse_edited
 from pqk.store.device_hours import clock
@@ -74,10 +74,9 @@ class Context:
         return self.store.scratch(stage, {**inputs, "code": code_of(*modules)})
 
 
-_SCENE_CODE = ("pqk.data.render.generate",)
-LOADER_CODE = ("pqk.families.checkpoint", *family_modules())
-"""Code that makes a network out of a checkpoint, for stages that load one."""
-MODEL_CODE = (*LOADER_CODE, "backends.exchange")
+LOADER_CODE = ("pqk.families.checkpoint",)
+"""Code that makes a network out of a checkpoint, beside the family's own, for stages that load one."""
+_EXPORT_CODE = (*LOADER_CODE, "backends.exchange")
 _QUANT_CODE = ("pqk.compress.tasks.quantize",)
 _PREDICT_CODE = ("pqk.measure.predict",)
 _EVAL_CODE = ("pqk.measure.scoring", "pqk.measure.evaluate")  # which of the two depends on the size of the predictions
@@ -85,129 +84,46 @@ _TIME_CODE = ("pqk.measure.timing",)
 _MEMORY_CODE = ("pqk.measure.memory",)
 
 
-@dataclass(frozen=True)
-class Scenes:
-    """Scene folders in order, and the sha256 of what the readers take from them. `root`: the folder they lie in."""
-
-    folders: tuple[Path, ...]
-    sha256: str
-    root: Path
-
-    @property
-    def names(self) -> list[str]:
-        """The names that the scenes have now; an artifact made of the same content may have seen other ones."""
-        return [folder.name for folder in self.folders]
+def parts_code(of: Family, *parts: str) -> tuple[str, ...]:
+    """Returns the modules of parts of a family, and of what they are found by."""
+    return ("pqk.families.registry", *dict.fromkeys(str(getattr(of, part)) for part in parts))
 
 
-def synthetic_scenes(
+def open_split(
     ctx: Context,
-    stage: str,
+    experiment: Experiment,
     split: str,
-    count: int,
-    views: int,
-    seed: int,
-    workload: Workload,
-    depth: bool,
+    root: Path,
+    given: Given | None = None,
     first: int = 0,
-) -> Scenes:
-    """Generate (or reuse) `count` scenes of a split, from number `first` on."""
-    plan = ScenePlan(
-        split=split,
-        seed=seed,
-        index=0,
-        views=views,
-        size=max(workload.input.height, workload.input.width),
-        k=workload.pair_graph.k,
-        min_covisibility=workload.min_covisibility,
-        depth=depth,
-    )
-    plans = [replace(plan, index=i) for i in range(first, first + count)]
-
-    def make(folder: Path) -> None:
-        make_scenes(folder, plans)
-        refuse_edited(stage, *_SCENE_CODE)
-
-    inputs = {
-        name: getattr(plan, name) for name in ("split", "seed", "views", "size", "k", "min_covisibility", "depth")
-    }
-    versions = {name: ctx.machine.get("versions", {}).get(name) for name in ("torch", "numpy", "pillow")}
-    made = ctx.make(
-        stage,
-        _SCENE_CODE,
-        {**inputs, "first": first, "count": count, "versions": versions},
-        make,
-        split if stage == "scenes" else "",
-    )
-    return Scenes(tuple(made.path / p.name for p in plans), sha256_json(made.manifest["files"]), made.path)
-
-
-def listed_scenes(
-    ctx: Context, split: str, scenes: SceneList, workload: Workload, root: Path, first: int = 0
-) -> Scenes:
-    """The scenes of a list: generated ones of `split` from number `first` on, or those of a folder.
-
-    Raises PqkError when one is missing.
-    """
-    if scenes.source == SYNTHETIC:
-        return synthetic_scenes(
-            ctx, "scenes", split, scenes.count or 0, scenes.views or 0, scenes.seed, workload, True, first
-        )
-    return folder_scenes(_under(root, scenes.source), scenes.names, scenes.count)
-
-
-def folder_scenes(
-    folder: Path,
-    names: tuple[str, ...] | None = None,
     count: int | None = None,
-    pictures: bool = False,
-    truth: bool = True,
-) -> Scenes:
-    """Scenes that lie in a folder: all of them by name, or the listed ones in their order; at most `count`.
+) -> SampleSet:
+    """Returns the samples of a split; generated ones are an artifact. See `pqk.families.contract.DataPart`."""
+    stage = "calibration" if split == "calibration" else "scenes"
 
-    pictures: see `open_scenes`. truth: whether depth and masks are read too, and so are part of the sha256.
-    Raises PqkError for what the readers refuse.
-    """
-    from pqk.data.scenes.scene import open_scene, open_scenes
+    def make(
+        name: str, inputs: Mapping[str, Any], modules: tuple[str, ...], write: Callable[[Path], object]
+    ) -> tuple[Path, str]:
+        def fill(folder: Path) -> None:
+            write(folder)
+            refuse_edited(stage, *modules)
 
-    found = [open_scene(folder / name) for name in names] if names else open_scenes(folder, pictures)
-    chosen = found[:count]
-    content = [scene.content(truth) for scene in chosen]
-    if not any(scene["views"] for scene in content):
-        raise PqkError(f"{folder}: no picture of these scenes was read, so nothing says what they are")
-    return Scenes(tuple(scene.root for scene in chosen), sha256_json(content), folder)
+        versions = {tool: ctx.machine.get("versions", {}).get(tool) for tool in ("torch", "numpy", "pillow")}
+        label = name if stage == "scenes" else ""
+        made = ctx.make(stage, modules, {**inputs, "versions": versions}, fill, label)
+        return made.path, sha256_json(made.manifest["files"])
 
-
-def calibration_images(ctx: Context, calibration: Calibration, workload: Workload, root: Path) -> Scenes:
-    """The folder of calibration scenes; pictures only, as no quantizer looks at depth.
-
-    Raises PqkError when a folder given as source is missing or holds no scene.
-    """
-    if calibration.source != SYNTHETIC:
-        try:
-            return folder_scenes(_under(root, calibration.source), calibration.names, truth=False)
-        except PqkError as error:
-            raise PqkError(
-                f"the calibration set (workload.calibration.source) is empty or unreadable: {error}"
-            ) from error
-    in_pairs = calibration.views_per_scene - calibration.views_per_scene % 2  # the odd one has no partner
-    count = -(-calibration.images // in_pairs)
-    return synthetic_scenes(
-        ctx, "calibration", "calibration", count, calibration.views_per_scene, calibration.seed, workload, False
-    )
+    part = experiment.family.data_part()
+    return part.open_split(split, experiment.workload, root, make, given or Given(), first, count)
 
 
-def _under(root: Path, source: str) -> Path:
-    path = Path(source).expanduser()
-    return path if path.is_absolute() else root / path
-
-
-def export_graphs(ctx: Context, model: torch.nn.Module, model_sha: str, height: int, width: int) -> dict[str, Graph]:
-    """The model's encoder and decoder as ONNX, each checked against torch when it was written."""
+def export_graphs(ctx: Context, experiment: Experiment, model: torch.nn.Module, model_sha: str) -> dict[str, Graph]:
+    """Returns the model's graphs as ONNX, each checked against torch when it was written."""
+    of, workload = experiment.family, experiment.workload
 
     def make(folder: Path) -> None:
-        specs = model.graphs(height, width)  # type: ignore[operator]
         found = {}
-        for name, spec in specs.items():
+        for name, spec in of.model_part().graphs(model, workload).items():
             graph = exchange.export(spec.module, spec.inputs, spec.output_names, folder / f"{name}.onnx")
             found[name] = {**graph_to_json(graph), "path": graph.path.name}
         write_json(folder / "graphs.json", found)
@@ -215,14 +131,14 @@ def export_graphs(ctx: Context, model: torch.nn.Module, model_sha: str, height: 
     versions = {
         name: ctx.machine["versions"].get(name) for name in ("torch", "numpy", "onnx", "onnxscript", "onnxruntime")
     }
-    made = ctx.make("graphs", MODEL_CODE, {"model": model_sha, "shape": [height, width], "versions": versions}, make)
+    code = (*_EXPORT_CODE, *parts_code(of, "model"))
+    made = ctx.make("graphs", code, {"model": model_sha, **workload.static, "versions": versions}, make)
     return read_graphs(made.path)
 
 
 def read_graphs(folder: Path) -> dict[str, Graph]:
     """The graphs that a stage left in `folder`, by the names in its graphs.json."""
-    data = json.loads((folder / "graphs.json").read_text())
-    return {name: graph_from_json({**entry, "path": str(folder / entry["path"])}) for name, entry in data.items()}
+    return graphs_from_json(json.loads((folder / "graphs.json").read_text()), folder)
 
 
 @dataclass(frozen=True)
@@ -244,46 +160,45 @@ class Quantized:
 
     graphs: dict[str, Graph]
     images: int
-    pairs: int
     notes: str  # what the record should tell of how it was made
     hours: float = 0.0  # device hours of calibration and training, over all resumed parts
 
 
 def quantize(
     ctx: Context,
+    experiment: Experiment,
     backend: str,
     quantizer: str,
     model: str,
     graphs: Mapping[str, Graph],
-    calibration: Scenes,
-    ptq: Mapping[str, Any],
-    shape: tuple[int, int],
+    calibration: SampleSet,
     learn: Learn | None = None,
 ) -> Quantized:
-    """Both graphs quantized, in a process of their own; with `learn`, they are trained too (QAT).
+    """Returns all graphs quantized, in a process of their own; with `learn`, they are trained too (QAT).
 
     `model` is where modules are loaded from, by a quantizer that starts from them and for training.
     """
     tool = registry.get(backend).quantizers()[quantizer]
+    of, ptq = experiment.family, experiment.quant.ptq.model_dump(mode="json")
     stage = "qat" if learn else "quantized"
     loads = learn is not None or tool.starts_from == "module"
     code = (
         *_QUANT_CODE,
         *(("pqk.compress.tasks.qat",) if learn else ()),
         *(LOADER_CODE if loads else ()),
+        *parts_code(of, "settings", "predict", "data", *(("model",) if loads else ())),
         *tool_code(backend, tool),
     )
 
     def make(folder: Path) -> None:
         request: dict[str, Any] = {
+            **experiment.fed,
+            "samples": calibration.to_json(),
             "backend": backend,
             "quantizer": quantizer,
             "model": model,
-            "encoder": graph_to_json(graphs["encoder"]),
-            "decoder": graph_to_json(graphs["decoder"]),
-            "calibration": [str(folder) for folder in calibration.folders],
-            "shape": list(shape),
-            "ptq": dict(ptq),
+            "graphs": graphs_to_json(graphs),
+            "ptq": ptq,
             "out": str(folder),
         }
         if learn is None:
@@ -298,38 +213,44 @@ def quantize(
 
                 result = worker.call("qat", request, told)
                 result["device_s"] = running.seconds
-        parts = {name: result.pop(name) for name in ("encoder", "decoder")}
-        for part in parts.values():
-            part["path"] = Path(part["path"]).name
-        write_json(folder / "graphs.json", parts)
+        keep_graphs(folder, result.pop("graphs"))
         write_json(folder / "about.json", result)
 
     inputs: dict[str, Any] = {
         "backend": backend,
         "quantizer": quantizer,
         "graphs": {name: graph.sha256 for name, graph in graphs.items()},
-        "calibration": calibration.sha256,
-        "ptq": dict(ptq),
-        "shape": list(shape),
+        "calibration": calibration.key,
+        "ptq": ptq,
+        **experiment.workload.static,
         "machine": dict(ctx.machine),
     }
     if learn is not None:
         inputs |= {"qat": learn.spec, "seed": learn.seed, "lines": learn.lines}
     made = ctx.make(stage, code, inputs, make)
     about = json.loads((made.path / "about.json").read_text())
-    on = f"encoder calibrated on {about['images']} images, decoder on {about['pairs']} pairs of them"
     notes = [
         *about["notes"],
-        on if about["images"] else "weights were rounded without data",
+        calibrated_note(of, about) if about["images"] else "weights were rounded without data",
         f"quantization took at most {about['peak_bytes'] / 1e9:.1f} GB",
     ]
     if learn is not None:
         notes.append(trained_note("QAT", about["steps"], about["training_s"] / 3600, about["drop_pct"]))
         notes += [f"QAT ended early: {about['reason']}"] if about["reason"] else []
         notes += [about["waited"]] if about["waited"] else []
-    return Quantized(
-        read_graphs(made.path), about["images"], about["pairs"], "; ".join(notes), device_hours(made, about)
-    )
+    return Quantized(read_graphs(made.path), about["images"], "; ".join(notes), device_hours(made, about))
+
+
+def keep_graphs(folder: Path, graphs: Mapping[str, dict[str, Any]]) -> None:
+    """Writes graphs.json for graphs (as plain data) whose files lie in `folder`; `read_graphs` reads it back."""
+    write_json(folder / "graphs.json", {n: {**graph, "path": Path(graph["path"]).name} for n, graph in graphs.items()})
+
+
+def calibrated_note(of: Family, about: Mapping[str, Any]) -> str:
+    """'encoder calibrated on 512 images, decoder on 128 pairs of them', for the notes of a record."""
+    units = {use.name: use.unit for use in of.settings_part().GRAPHS}
+    fed = [f"{name} {{}}on {count} {units[name]}" for name, count in about["feeds"].items()]
+    return ", ".join([fed[0].format("calibrated "), *(f"{clause.format('')} of them" for clause in fed[1:])])
 
 
 def device_hours(made: Artifact, told: Mapping[str, Any]) -> float:
@@ -351,72 +272,102 @@ def trained_note(method: str, steps: int, hours: float, drop_pct: float | None) 
 KEPT_BYTES = 8_000_000_000
 """Predictions of all evaluations that stay in the store; those used longest ago go first."""
 ONE_BYTES = 2_000_000_000
-"""Predictions of one evaluation that are kept: 238 pairs of 512x512."""
-_SCORED = ("scale_alignment", "chamfer_points", "min_valid_pixels")  # of the evaluation's section `quality`
+"""Predictions of one evaluation that are kept: of DUSt3R 238 pairs of 512x512."""
 
 
 def quality(
     ctx: Context,
+    experiment: Experiment,
     variant: Variant,
     reference: Variant | None,
-    scenes: Scenes,
-    request: Mapping[str, Any],
+    found: SampleSet,
+    config: Mapping[str, Any],
+    keep: Sequence[str] = (),
     where: str = "test",
 ) -> dict[str, Any]:
-    """Scores, executed precision and FLOPs of a variant.
+    """Returns scores, executed precision and FLOPs of a variant over samples.
 
-    reference: a variant whose predictions play the truth, or None for ground truth. request: views, shape, pair_graph,
-    min_covisibility, seed, keep and optionally pairs_per_scene, see `pqk.measure.predict.run_pairs`; quality and
-    min_conf, see `pqk.measure.scoring.Scorer`. Returns what both return, the scenes, artifact (folder of the scores)
-    and the `provenance`. Scenes have the names of their folders today: a renamed copy has the same content, and so the
-    same scores.
+    reference: a variant whose predictions play the truth, or None for ground truth. config: of the Teacher's network,
+    which says what its outputs mean. keep: what must not run in int8 kernels. Returns what `run_samples` and `Scorer`
+    do, the names of the groups, artifact (folder of the scores) and the `provenance`. Groups have the names of their
+    folders today: a renamed copy has the same content, and so the same scores.
 
     Predictions are an artifact of their own: what only changes the scores runs no engine. Scores that are there are
     taken without a look at their predictions. Those of more than `ONE_BYTES` are not kept.
     """
-    fed: dict[str, Any] = {name: request.get(name) for name in _FED} | {"truthful": reference is None}
-    asked = {"quality": {name: request["quality"][name] for name in _SCORED}, "seed": request["seed"]}
+    of, seed = experiment.family, experiment.workload.seeds.eval
     if reference is not None:
-        asked["min_conf"] = request["min_conf"]
-    teacher = None if reference is None else _Predicted(ctx, reference, scenes, {**fed, "keep": []}, where)
-    mine = _Predicted(ctx, variant, scenes, {**fed, "keep": list(request["keep"])}, where)
-    work = {**asked, **fed, "name": variant.name, "scenes": [str(path) for path in scenes.folders]}
+        found = replace(found, truthful=False)
+    metrics = ("main_metric", "metrics")  # choose among what is computed anyway
+    options = {n: v for n, v in experiment.evaluation.quality.model_dump(mode="json").items() if n not in metrics}
+    asked: dict[str, Any] = {"quality": options, "seed": seed}
+    if reference is not None:
+        asked["config"] = dict(config)
+    theirs = None if reference is None else _Predicted(ctx, experiment, reference, found, (), where)
+    mine = _Predicted(ctx, experiment, variant, found, keep, where)
+    work = {**asked, **experiment.fed, "samples": found.to_json(), "name": variant.name}
 
     def make(folder: Path) -> None:
-        if _most_pairs(scenes, fed) * bytes_of(1, *fed["shape"]) <= ONE_BYTES:
-            theirs = teacher.make().path if teacher else None
-            own = theirs if theirs and teacher and teacher.key == mine.key else mine.make().path
-            places = {"predictions": str(own), "reference": str(theirs) if theirs else None}
+        if of.data_part().most(found, experiment.workload) * _sample_bytes(of, variant) <= ONE_BYTES:
+            other = theirs.make().path if theirs else None
+            own = other if other and theirs and theirs.key == mine.key else mine.make().path
+            places = {"predictions": str(own), "reference": str(other) if other else None}
             result = worker.call("scores", {**work, **places})
             result |= json.loads((own / ABOUT).read_text())
             kernels = (own / KERNELS).read_text()
             ctx.store.trim("predictions", KEPT_BYTES)
         else:
             variants = {"variant": variant.to_json(), "reference": reference.to_json() if reference else None}
-            result = worker.call("quality", {**work, **variants, "keep": list(request["keep"])})
+            result = worker.call("quality", {**work, **variants, "keep": list(keep)})
             kernels = json.dumps(result.pop("kernels"), indent=0)
         (folder / "quality.json").write_text(json.dumps(result, indent=1))
         (folder / KERNELS).write_text(kernels)
 
-    inputs = {"predictions": mine.key, "reference": teacher.key if teacher else None, **asked}
-    made = ctx.make("scores", _EVAL_CODE, inputs, make, f"{variant.name} on {where} samples")
-    found: dict[str, Any] = json.loads((made.path / "quality.json").read_text())
-    for row in found["pairs"]:
-        row["scene"] = scenes.names[row["scene"]]
-    return {**found, "scenes": scenes.names, "artifact": str(made.path), **provenance(made)}
+    inputs = {"predictions": mine.key, "reference": theirs.key if theirs else None, **asked}
+    code = (*_EVAL_CODE, *parts_code(of, "settings", "data", "scoring"))
+    made = ctx.make("scores", code, inputs, make, f"{variant.name} on {where} samples")
+    scores: dict[str, Any] = json.loads((made.path / "quality.json").read_text())
+    for row in scores["samples"]:
+        row["group"] = found.groups[row["group"]]
+    return {**scores, "groups": list(found.groups), "artifact": str(made.path), **provenance(made)}
 
 
-_FED = ("views", "shape", "pair_graph", "min_covisibility", "pairs_per_scene", "seed")
+def _sample_bytes(of: Family, variant: Variant) -> int:
+    """Bytes of a prediction, as far as outputs of graphs tell."""
+    outputs = [info for graph in variant.graphs.values() for info in graph.outputs]
+    known = [info for info in outputs if info.name in of.scoring_part().OUTPUTS]
+    return sum(math.prod(info.shape) * np.dtype(info.dtype).itemsize for info in known)
 
 
 class _Predicted:
     """The predictions of a variant: their key, and, when they are asked for, the artifact."""
 
-    def __init__(self, ctx: Context, variant: Variant, scenes: Scenes, fed: Mapping[str, Any], where: str) -> None:
-        self._ctx, self._variant, self._scenes, self._fed = ctx, variant, scenes, fed
+    def __init__(
+        self,
+        ctx: Context,
+        experiment: Experiment,
+        variant: Variant,
+        found: SampleSet,
+        keep: Sequence[str],
+        where: str,
+    ) -> None:
+        self._ctx, self._experiment, self._variant, self._found = ctx, experiment, variant, found
+        self._keep = list(keep)
         self._label = f"{variant.name} on {where} samples"
-        self._code = (*_PREDICT_CODE, *sources_of(variant), *keep_code(variant, fed["keep"]))
-        self._inputs = {**identity(ctx, variant, None), "scenes": scenes.sha256, **fed}
+        of = experiment.family
+        self._code = (
+            *_PREDICT_CODE,
+            *parts_code(of, "settings", "data", "predict"),
+            *sources_of(variant),
+            *keep_code(variant, keep),
+        )
+        self._inputs = {
+            **identity(ctx, variant, None),
+            "samples": found.key,
+            **fed_key(experiment),
+            "seed": experiment.workload.seeds.eval,
+            "keep": self._keep,
+        }
         self.key = ctx.key("predictions", self._code, self._inputs)
 
     def make(self) -> Artifact:
@@ -426,72 +377,71 @@ class _Predicted:
         return made
 
     def _write(self, folder: Path) -> None:
-        scenes = [str(path) for path in self._scenes.folders]
-        worker.call(
-            "predictions", {"variant": self._variant.to_json(), "scenes": scenes, **self._fed, "out": str(folder)}
-        )
+        request = {
+            **self._experiment.fed,
+            "samples": self._found.to_json(),
+            "variant": self._variant.to_json(),
+            "seed": self._experiment.workload.seeds.eval,
+            "keep": self._keep,
+            "out": str(folder),
+        }
+        worker.call("predictions", request)
 
 
-def _most_pairs(scenes: Scenes, fed: Mapping[str, Any]) -> int:
-    """How many pairs the scenes have at most; too little overlap may leave fewer."""
-    from pqk.data.scenes.scene import open_scene
-
-    counts = [most_pairs(len(open_scene(p).views[: fed["views"]]), **fed["pair_graph"]) for p in scenes.folders]
-    return sum(min(count, fed["pairs_per_scene"] or count) for count in counts)
+def fed_key(experiment: Experiment) -> dict[str, Any]:
+    """Returns what of the workload decides how samples are fed, whichever samples they are."""
+    return {"family": experiment.family.name, **experiment.workload.feeding}
 
 
 def timing(
     ctx: Context,
+    experiment: Experiment,
     variants: list[Variant],
-    scenes: Scenes,
-    request: Mapping[str, Any],
+    found: SampleSet,
     load: Callable[[], float] = load_now,
 ) -> dict[str, Any]:
-    """Interleaved samples of all variants, each with its `provenance`.
+    """Returns interleaved samples of all variants, each with its `provenance`; see `pqk.measure.timing`.
 
-    `request`: shape, views, pair_graph, efficiency (all of eval.yaml's section); see `pqk.measure.timing`.
-
-    Besides what `pqk.measure.timing` returns: `disturbed`, a clause for each thing that disturbed the timing. A
-    disturbed one that another run left is taken again where `load`, the cores that other processes use now, is within
+    Besides what that returns: `disturbed`, a clause for each thing that disturbed the timing. A disturbed one that
+    another run left is taken again where `load`, the cores that other processes use now, is within
     `efficiency.max_load`; and any one where the context says `retime`.
     """
-    efficiency = dict(request["efficiency"])
+    efficiency = experiment.evaluation.efficiency.model_dump(mode="json")
     limits = {name: efficiency.pop(name) for name in ("max_load", "max_drift_pct")}  # judge, and change no sample
 
     def make(folder: Path) -> None:
-        folders = [str(path) for path in scenes.folders]
-        asked = {"variants": [v.to_json() for v in variants], "scenes": folders, **request, "efficiency": efficiency}
+        asked = {**experiment.fed, "samples": found.to_json(), "variants": [v.to_json() for v in variants]}
+        asked["efficiency"] = efficiency
         write_json(folder / "timing.json", worker.call("timing", asked))
 
     def stale(folder: Path) -> bool:
-        found = json.loads((folder / "timing.json").read_text())
-        return ctx.retime or (bool(disturbances(found["timing"], **limits)) and load() <= limits["max_load"])
+        before = json.loads((folder / "timing.json").read_text())
+        return ctx.retime or (bool(disturbances(before["timing"], **limits)) and load() <= limits["max_load"])
 
-    inputs = {"variants": [identity(ctx, v, None) for v in variants], "scenes": scenes.sha256, **request}
-    made = ctx.make(
-        "timing", (*_TIME_CODE, *sources_of(*variants)), {**inputs, "efficiency": efficiency}, make, stale=stale
-    )
-    found: dict[str, Any] = json.loads((made.path / "timing.json").read_text())
-    for samples in found["variants"].values():
+    inputs = {"variants": [identity(ctx, v, None) for v in variants], "samples": found.key, **fed_key(experiment)}
+    code = (*_TIME_CODE, *parts_code(experiment.family, "settings", "data", "predict"), *sources_of(*variants))
+    made = ctx.make("timing", code, {**inputs, "efficiency": efficiency}, make, stale=stale)
+    timed: dict[str, Any] = json.loads((made.path / "timing.json").read_text())
+    for samples in timed["variants"].values():
         samples |= provenance(made)
-    return {**found, "disturbed": disturbances(found["timing"], **limits)}
+    return {**timed, "disturbed": disturbances(timed["timing"], **limits)}
 
 
-def memory(ctx: Context, variant: Variant) -> dict[str, int | None]:
+def memory(ctx: Context, experiment: Experiment, variant: Variant) -> dict[str, int | None]:
     """Bytes of host memory: `compile`, the peak of a process that compiles the variant, and `steady`, what a process
     holds that loads the compiled model and runs it; None where it did not settle. See `pqk.measure.memory`."""
 
     def make(folder: Path) -> None:
-        asked = variant.to_json()
+        asked = {**experiment.fed, "variant": variant.to_json()}
         with tempfile.TemporaryDirectory(prefix="compiled-", dir=folder) as compiled:
-            compiling = worker.call("memory", {"variant": asked, "compiled": compiled, "step": "compile"})
-            running = worker.call("memory", {"variant": asked, "compiled": compiled, "step": "run"})
+            compiling = worker.call("memory", {**asked, "compiled": compiled, "step": "compile"})
+            running = worker.call("memory", {**asked, "compiled": compiled, "step": "run"})
         write_json(folder / "memory.json", {"compile": compiling["peak_bytes"], "steady": running["steady_bytes"]})
 
     made = ctx.make(
         "memory",
-        (*_MEMORY_CODE, *sources_of(variant)),
-        identity(ctx, variant, None),
+        (*_MEMORY_CODE, *parts_code(experiment.family, "settings", "data", "predict"), *sources_of(variant)),
+        {**identity(ctx, variant, None), **fed_key(experiment)},
         make,
         variant.name,
         stale=lambda folder: ctx.retime,

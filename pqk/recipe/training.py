@@ -13,9 +13,9 @@ import torch
 from pqk.compress.train.stop_rules import StopRules
 from pqk.compress.train.trained import MODEL
 from pqk.files import write_json
+from pqk.recipe.experiment import Experiment
 from pqk.recipe.request import Model, describe
-from pqk.recipe.stages import LOADER_CODE, Context, Learn, device_hours, trained_note
-from pqk.settings.card import Experiment
+from pqk.recipe.stages import LOADER_CODE, Context, Learn, device_hours, parts_code, trained_note
 from pqk.store import worker
 from pqk.store.device_hours import clock
 from pqk.store.store import Artifact
@@ -23,6 +23,8 @@ from pqk.store.store import Artifact
 TRAINS = ("P", "K", "PQK")
 _TASK = {"P": "prune", "K": "distill"}
 _CODE = {"P": ("pqk.compress.tasks.pruned", *LOADER_CODE), "K": ("pqk.compress.tasks.distilled", *LOADER_CODE)}
+LEARNS = ("learning", "cutting")
+"""Parts of a family that its training stages use."""
 _TOOLS = {"P": ("torch", "torch-pruning", "numpy", "scipy", "pillow"), "K": ("torch", "numpy", "scipy", "pillow")}
 _STAGE = {"P": "pruned", "K": "distilled"}
 
@@ -106,10 +108,11 @@ def _train(
         "device": "cuda" if torch.cuda.is_available() else "cpu",
         "versions": {name: ctx.machine["versions"].get(name) for name in _TOOLS[method]},
     }
+    code = (*_CODE[method], *parts_code(experiment.family, "settings", "model", *LEARNS))
     label = "" if before is None else f"after {card.recipe[0]}"
 
     def make(folder: Path) -> None:
-        with ctx.scratch(_STAGE[method], _CODE[method], asked) as scratch, clock(scratch) as running:
+        with ctx.scratch(_STAGE[method], code, asked) as scratch, clock(scratch) as running:
             request = {
                 **asked,
                 "teacher": teacher.path,
@@ -129,7 +132,7 @@ def _train(
         del result["seconds"]
         write_json(folder / "trained.json", result)
 
-    made = ctx.make(_STAGE[method], _CODE[method], asked, make, label)
+    made = ctx.make(_STAGE[method], code, asked, make, label)
     return Trained.read(method, made, f"{(before or teacher).name}+{method}")
 
 

@@ -10,11 +10,24 @@ from pqk.stats.intervals import Interval, groups_to_decide
 
 
 @dataclass(frozen=True)
+class Rise:
+    """How much a metric is above the Teacher's, over scenes, and the most that it may be.
+
+    None: it was not measured. meaning: what it tells, for the beginning of a sentence.
+    """
+
+    metric: str
+    meaning: str
+    value: Interval | None
+    most: float
+
+
+@dataclass(frozen=True)
 class Measured:
     """What the thresholds look at; None is what was not measured.
 
     drop_pct over scenes; speedups over timing rounds, against the model's own f32 and its best float precision.
-    ause_rise: of the confidences' sparsification error above the Teacher's, over scenes; None where not asked for.
+    rises: of the metrics that are judged beside the main one.
     """
 
     drop_pct: Interval | None
@@ -22,7 +35,7 @@ class Measured:
     speedup_vs_best_float: Interval | None
     size_ratio: float
     int8_share: float | None
-    ause_rise: Interval | None = None
+    rises: Sequence[Rise] = ()
 
 
 Verdict = tuple[str | None, list[str]]
@@ -77,7 +90,7 @@ def judge_quantized(
                 f"(at least {100 * limits.int8_flops_share_min:g} %)",
             )
         )
-    return _verdict([*checks, *_confidence(measured.ause_rise, limits.ause_rise)])
+    return _verdict([*checks, *_rises(measured.rises)])
 
 
 def judge_float(
@@ -85,15 +98,15 @@ def judge_float(
     size_ratio: float,
     limits: Thresholds,
     recipe: Sequence[str],
-    ause_rise: Interval | None = None,
+    rises: Sequence[Rise] = (),
 ) -> Verdict:
-    """The same for a recipe without quantization: drop, confidence and, where it prunes, the size against the
+    """The same for a recipe without quantization: drop, rises and, where it prunes, the size against the
     Teacher's."""
     checks = [judge_drop(drop_pct, drop_limit(recipe, limits))]
     if "P" in recipe:
         smaller, least = 100 * (1 - size_ratio), limits.size_reduction_p_only_pct
         checks.append((smaller >= least, f"files {smaller:.1f} % smaller (at least {least:g} %)"))
-    return _verdict([*checks, *_confidence(ause_rise, limits.ause_rise)])
+    return _verdict([*checks, *_rises(rises)])
 
 
 def drop_limit(recipe: Sequence[str], limits: Thresholds) -> float:
@@ -120,18 +133,23 @@ def judge_drop(drop: Interval | None, limit: float) -> Check:
     return UNDECIDED, f"{known}; {more} (drop {drop.value:.4g} %, at most {limit:g} %)"
 
 
-def _confidence(rise: Interval | None, most: float) -> list[Check]:
-    """Whether the confidences still rank the pixels: a destroyed confidence map leaves the depth as it is."""
-    if rise is None:
-        return []
-    told = f"confidence: ause {rise.value:+.3g} against the Teacher (at most +{most:g})"
-    if rise.low is None or rise.high is None:
-        return [(UNDECIDED, f"{told}; {rise.groups} scene tells no interval")]
-    if rise.high <= most:
-        return [(True, told)]
-    if rise.low > most:
-        return [(False, told)]
-    return [(UNDECIDED, f"{told}; {rise.groups} scenes tell it as {rise.low:.3g} to {rise.high:.3g}")]
+def _rises(rises: Sequence[Rise]) -> list[Check]:
+    """Whether the metrics beside the main one hold: a destroyed confidence map, say, leaves the depth as it is."""
+    checks: list[Check] = []
+    for rise in rises:
+        value, most = rise.value, rise.most
+        if value is None:
+            continue
+        told = f"{rise.meaning}: {rise.metric} {value.value:+.3g} against the Teacher (at most +{most:g})"
+        if value.low is None or value.high is None:
+            checks.append((UNDECIDED, f"{told}; {value.groups} scene tells no interval"))
+        elif value.high <= most:
+            checks.append((True, told))
+        elif value.low > most:
+            checks.append((False, told))
+        else:
+            checks.append((UNDECIDED, f"{told}; {value.groups} scenes tell it as {value.low:.3g} to {value.high:.3g}"))
+    return checks
 
 
 def _speed(speed: Interval | None, least: float, words: Callable[[float], str], asked: str, untimed: str) -> Check:

@@ -54,21 +54,21 @@ class Places:
     @classmethod
     def of_project(cls, root: Path) -> Places:
         """As configs/eval.yaml names them in `report`, below the project's root; without that file in reports/."""
-        from pqk.settings.evaluation import load_evaluation
+        from pqk.settings.evaluation import load_common
 
         file = paths.configs(root) / "eval.yaml"
         if not file.is_file():
             return cls.in_folder(root / "reports")
-        report = load_evaluation(file).report
+        report, _ = load_common(file)
         return cls(root / report.table, root / report.summary_csv, root / report.summary_json, root / report.plots)
 
 
 def _thresholds(root: Path) -> Thresholds | None:
     """Those of the project's configs/eval.yaml; None where there is no such file."""
-    from pqk.settings.evaluation import load_evaluation
+    from pqk.settings.evaluation import load_common
 
     file = paths.configs(root) / "eval.yaml"
-    return load_evaluation(file).thresholds if file.is_file() else None
+    return load_common(file)[1] if file.is_file() else None
 
 
 def build_reports(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -12,15 +10,9 @@ from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from pqk import paths
 from pqk.errors import PqkError, nearest
-from pqk.files import matching, sha256_json
-from pqk.settings.distill import Distill, load_distill
-from pqk.settings.evaluation import Evaluation, load_evaluation, loosened
-from pqk.settings.joint import Joint, load_joint
-from pqk.settings.prune import Prune, load_prune
-from pqk.settings.quant import Quant, load_quant
+from pqk.files import matching
 from pqk.settings.recipe import check_stages, combo_of
-from pqk.settings.workload import Workload, load_workload
-from pqk.settings.yamlfile import Section, Spec, expand, join, merge, parse_yaml, read_text, validate
+from pqk.settings.yamlfile import Section, Spec, parse_yaml, read_text, validate
 
 ID_PATTERN = r"^[A-Za-z][A-Za-z0-9_-]{0,31}$"
 TEMPLATE = "TEMPLATE"
@@ -126,25 +118,6 @@ class Card(Spec):
         return self._prose
 
 
-@dataclass(frozen=True)
-class Experiment:
-    """A card with the configs as it sees them."""
-
-    card: Card
-    workload: Workload
-    evaluation: Evaluation
-    quant: Quant
-    distill: Distill
-    prune: Prune
-    joint: Joint
-
-    @property
-    def sha256(self) -> str:
-        """One sha256 over the card and its resolved configs."""
-        names = ("card", "workload", "evaluation", "quant", "distill", "prune", "joint")
-        return sha256_json({name: getattr(self, name).sha256 for name in names})
-
-
 def list_cards(root: Path | None = None) -> list[str]:
     """Ids of the cards in schedule/TaskCards, sorted; the template and a README are not among them."""
     folder = paths.task_cards(root or paths.project_root())
@@ -201,86 +174,3 @@ def read_card(path: Path) -> Card:
         raise PqkError(f"{where}:{line}: id is {card.id!r} but must be {path.stem!r}, as the file is named")
     card._prose = "\n".join(lines[end + 1 :]).strip() + "\n"
     return card
-
-
-def resolve(
-    card: Card,
-    root: Path | None = None,
-    workload: Path | str | None = None,
-    evaluation: Path | str | None = None,
-    quant: Path | str | None = None,
-    distill: Path | str | None = None,
-    prune: Path | str | None = None,
-    joint: Path | str | None = None,
-    settings: Mapping[str, Any] | None = None,
-    origin: str = "settings",
-) -> Experiment:
-    """The configs (the project's own, or the files given) with the card's overrides laid over them.
-
-    `settings` are laid over those in turn: dotted keys below workload, eval, quant, distill, prune and joint,
-    such as
-    {"quant.ptq.calibration_images": 64}; `origin` names where they come from in messages.
-    Raises PqkError when an override or a setting is wrong, a line is loosened without a noted reason, or more
-    calibration images are asked for than the workload has.
-    """
-    configs = paths.configs(root or paths.project_root())
-    files: dict[str, Path | str] = {
-        "workload": workload or configs / "workload.yaml",
-        "eval": evaluation or configs / "eval.yaml",
-        "quant": quant or configs / "quant.yaml",
-        "distill": distill or configs / "distill.yaml",
-        "prune": prune or configs / "prune.yaml",
-        "joint": joint or configs / "joint.yaml",
-    }
-    try:
-        return _laid_over(card, files, settings or {}, origin)
-    except PqkError:
-        if settings:
-            _laid_over(card, files, {}, origin)  # what is wrong in the card is not blamed on the settings
-        raise
-
-
-def _laid_over(card: Card, files: Mapping[str, Path | str], settings: Mapping[str, Any], origin: str) -> Experiment:
-    where = origin if settings else paths.shown(card.source)
-    extra = _by_group(settings, origin)
-    own = {"thresholds": card.thresholds, "stop_loss": card.stop_loss}
-    laid = {group: expand(getattr(card.overrides, group), where) for group in files}
-    laid["eval"] = join(laid["eval"], {name: part for name, part in own.items() if part}, where)
-    laid = {group: merge(laid[group], extra[group]) for group in files}
-    resolved = Experiment(
-        card,
-        load_workload(files["workload"], laid["workload"], where),
-        load_evaluation(files["eval"], laid["eval"], where),
-        load_quant(files["quant"], laid["quant"], where),
-        load_distill(files["distill"], laid["distill"], where),
-        load_prune(files["prune"], laid["prune"], where),
-        load_joint(files["joint"], laid["joint"], where),
-    )
-    loose = loosened(load_evaluation(files["eval"]), resolved.evaluation)
-    for name in loose:
-        if name not in card.exceptions:
-            at = "note the reason under exceptions" if not settings else "only a task card may do that, with its reason"
-            raise PqkError(f"{where}: {name} is looser than in eval.yaml; {at}: {name}")
-    for name in card.exceptions:
-        if name not in loose and not settings:
-            raise PqkError(
-                f"{where}: exceptions.{name} is noted, but the card does not loosen it{nearest(name, loose)}"
-            )
-    asked, there = resolved.quant.ptq.calibration_images, resolved.workload.calibration.images
-    if asked > there:
-        raise PqkError(f"{where}: quant.ptq.calibration_images is {asked} but workload.calibration.images is {there}")
-    return resolved
-
-
-def _by_group(settings: Mapping[str, Any], origin: str) -> dict[str, dict[str, Any]]:
-    """Settings as nested mappings below the names of the configs. Raises PqkError for any other beginning."""
-    groups: dict[str, dict[str, Any]] = {group: {} for group in Overrides.model_fields}
-    for name, value in settings.items():
-        group, _, rest = name.partition(".")
-        if group not in groups or not rest:
-            raise PqkError(
-                f"{origin}: {name} must start with {', '.join(f'{known}.' for known in list(groups)[:-1])} or "
-                f"{list(groups)[-1]}. and name a value{nearest(group, groups)}"
-            )
-        groups[group] = join(groups[group], expand({rest: value}, origin), origin)
-    return groups

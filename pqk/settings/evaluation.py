@@ -1,15 +1,17 @@
-"""The evaluation: what is measured, the success thresholds and the stop-loss lines. `configs/eval.yaml`, frozen."""
+"""The evaluation, `configs/eval.yaml`, as a frozen object: what is measured, success thresholds, stop-loss lines."""
 
 from __future__ import annotations
 
-from pathlib import PurePosixPath
-from typing import Annotated, Literal, Self
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
-from pqk.settings.yamlfile import Section, Spec, config_loader
+from pqk.paths import shown
+from pqk.settings.yamlfile import Section, Spec, parse_yaml, read_text, validate
 
-Metric = Literal["chamfer", "absrel", "rmse", "delta1", "ause", "reproj_px", "chamfer_paired"]
+MetricName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
+"""Of a metric; which ones there are is the family's to say."""
 DropPct = Annotated[float, Field(ge=0, le=20)]
 CutPct = Annotated[float, Field(ge=0, le=95)]
 
@@ -25,13 +27,10 @@ InsidePath = Annotated[str, AfterValidator(_inside)]
 
 
 class Quality(Section):
-    """Which quality metrics are recorded, and how predictions are brought to the scale of the ground truth."""
+    """Which quality metrics are recorded; a family adds the options of its own."""
 
-    main_metric: Metric
-    metrics: Annotated[tuple[Metric, ...], Field(strict=False, min_length=1)]
-    scale_alignment: Literal["median", "lstsq", "none"]
-    chamfer_points: Annotated[int, Field(ge=16, le=1_000_000)]
-    min_valid_pixels: Annotated[int, Field(ge=1, le=1_000_000)]
+    main_metric: MetricName
+    metrics: Annotated[tuple[MetricName, ...], Field(strict=False, min_length=1)]
 
     @model_validator(mode="after")
     def _main_is_computed(self) -> Self:
@@ -68,12 +67,14 @@ class Efficiency(Section):
 
 
 class Thresholds(Section):
-    """Success lines. Drops are percent of the main metric against the Teacher; see configs/eval.yaml for each."""
+    """Success lines. Drops are percent of the main metric against the Teacher; see configs/eval.yaml for each.
+
+    A family adds lines for metrics that are judged beside the main one (`Metric.threshold`).
+    """
 
     quality_drop_mainline_pct: DropPct
     quality_drop_q_only_pct: DropPct
     quality_drop_p_only_pct: DropPct
-    ause_rise: Annotated[float, Field(ge=0, le=1)]
     t_pair_p50_reduction_pct: CutPct
     size_reduction_p_only_pct: CutPct
     size_ratio_min: Annotated[float, Field(ge=1, le=8)]
@@ -165,4 +166,20 @@ def loosened(base: Evaluation, changed: Evaluation) -> list[str]:
     return found
 
 
-load_evaluation = config_loader(Evaluation, "eval")
+class _Common(Spec):
+    """What tables need of an evaluation, whatever else its family adds."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    thresholds: Thresholds
+    report: Report
+
+
+def load_common(path: Path) -> tuple[Report, Thresholds]:
+    """Returns the places of reports and the thresholds that all families share, of an eval.yaml. Raises PqkError."""
+    document = parse_yaml(read_text(path), shown(path))
+    lines = document.values.get("thresholds")
+    if isinstance(lines, dict):
+        document.values["thresholds"] = {name: lines[name] for name in lines if name in Thresholds.model_fields}
+    found = validate(_Common, document, path)
+    return found.report, found.thresholds

@@ -1,17 +1,17 @@
-"""Entries of a keep-list: for both graphs of a model, or, behind `encoder:` or `decoder:`, for one of them."""
+"""Reads the entries of a keep-list: for every graph of a model, or, behind `GRAPH:`, for one of them."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable
 
-GRAPHS = ("encoder", "decoder")
+_NAMED = re.compile(r"([a-z][a-z0-9_]*):(?!:)(.+)", re.DOTALL)
 
 
 def split_entry(entry: str) -> tuple[str | None, str]:
-    """The graph that an entry names (None: both) and the group or regular expression behind it."""
-    graph, sign, rest = entry.partition(":")
-    return (graph, rest) if sign and graph in GRAPHS else (None, entry)
+    """The graph that an entry names (None: every graph) and the group or regular expression behind it."""
+    found = _NAMED.fullmatch(entry)
+    return (found[1], found[2]) if found else (None, entry)
 
 
 def keep_for(entries: Iterable[str], graph: str) -> list[str]:
@@ -20,15 +20,16 @@ def keep_for(entries: Iterable[str], graph: str) -> list[str]:
     return list(dict.fromkeys(rest for of, rest in named if of in (None, graph)))
 
 
-def hint(entries: Iterable[str], graph: str, said: str) -> str:
-    """What to add to the error `said` of a quantizer: how an entry for both graphs is given to the other one alone.
+def hint(entries: Iterable[str], graph: str, graphs: Collection[str], said: str) -> str:
+    """What to add to the error `said` of a quantizer: how an entry for all graphs is given to another one alone.
 
-    Empty when the error quotes no such entry.
+    Empty when the error quotes no such entry, or there is no other graph.
     """
-    if not any(split_entry(entry)[0] is None and repr(entry) in said for entry in entries):
+    others = [name for name in graphs if name != graph]
+    if not others or not any(split_entry(entry)[0] is None and repr(entry) in said for entry in entries):
         return ""
-    other = next(name for name in GRAPHS if name != graph)
-    return f"; an entry must match in both graphs, or name its graph: '{other}:...'"
+    which = "both graphs" if len(graphs) == 2 else "every graph"
+    return f"; an entry must match in {which}, or name its graph: '{others[0]}:...'"
 
 
 def keep_patterns(names: Collection[str]) -> list[str]:

@@ -1,29 +1,23 @@
-"""The workload: what every experiment is fed. `configs/workload.yaml` as a frozen object."""
+"""The workload, `configs/workload.yaml`, as a frozen object: what all families share, and lists of scenes."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import combinations
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
 from pydantic import (
     AfterValidator,
     Field,
     SerializerFunctionWrapHandler,
-    field_validator,
     model_serializer,
     model_validator,
 )
 
 from pqk.settings.seeds import LIMIT
-from pqk.settings.yamlfile import Section, Spec, config_loader
+from pqk.settings.yamlfile import Section, Spec
 
 SYNTHETIC = "synthetic"
-PATCH = 16
-"""Side of a ViT patch in pixels; height and width must be multiples of it."""
-
-STANDARD_SIDES = (384, 512, 640)
-"""The square input sides that the dry run accepts in configs/workload.yaml."""
-
 BaseSeed = Annotated[int, Field(ge=0, lt=LIMIT)]
 
 
@@ -38,37 +32,6 @@ def _plain_names(names: tuple[str, ...]) -> tuple[str, ...]:
 
 SceneNames = Annotated[tuple[str, ...], Field(strict=False), AfterValidator(_plain_names)]
 """Folders of scenes in `source`, in their order."""
-
-
-class Input(Section):
-    """The static shape that the model is fed."""
-
-    shape: Annotated[tuple[int, ...], Field(strict=False)]
-
-    @field_validator("shape")
-    @classmethod
-    def _multiples(cls, shape: tuple[int, ...]) -> tuple[int, ...]:
-        sides = shape[2:]
-        right = len(shape) == 4 and shape[:2] == (1, 3)
-        if not right or any(side % PATCH or not PATCH <= side <= 4096 for side in sides):
-            raise ValueError(f"must be [1, 3, H, W] with H and W multiples of {PATCH} from {PATCH} to 4096")
-        return shape
-
-    @property
-    def height(self) -> int:
-        return self.shape[2]
-
-    @property
-    def width(self) -> int:
-        return self.shape[3]
-
-
-class PairGraph(Section):
-    """Which pairs of a scene's views are fed; pqk.data.scenes.pairs.pair_graph defines the kinds and k."""
-
-    kind: Literal["neighbor", "complete", "topk"]
-    k: Annotated[int, Field(ge=1, le=64)]
-    symmetrize: bool
 
 
 class SceneList(Section):
@@ -136,33 +99,38 @@ class Seeds(Section):
 
 
 class Workload(Spec):
-    """What is fed: input shape, pair graph, scene lists, calibration set, seeds."""
+    """What is fed to every family: seeds, and whatever a family adds (`SettingsPart.Workload`)."""
 
     version: Annotated[str, Field(pattern=r"^\d+\.\d+$")]
-    input: Input
-    pair_graph: PairGraph
-    scenes: SceneLists
-    calibration: Calibration
-    min_covisibility: Annotated[float, Field(ge=0, le=1)]
     seeds: Seeds
 
-    @model_validator(mode="after")
-    def _apart(self) -> Self:
-        """Splits of one folder name their scenes, and none is named in two."""
-        splits: dict[str, SceneList | Calibration] = {
-            "scenes.validation": self.scenes.validation,
-            "scenes.test": self.scenes.test,
-            "calibration": self.calibration,
-        }
-        for (a, first), (b, second) in combinations(splits.items(), 2):
-            if first.source != second.source or first.source == SYNTHETIC:
-                continue
-            if first.names is None or second.names is None:
-                raise ValueError(f"{a} and {b} take scenes of the same source, so both need 'names'")
-            twice = [name for name in first.names if name in second.names]
-            if twice:
-                raise ValueError(f"{a} and {b} both name scene {twice[0]!r} of {first.source}; splits share no scene")
-        return self
+    @property
+    def static(self) -> dict[str, Any]:
+        """What the exported graphs depend on, as plain JSON: part of their key."""
+        raise NotImplementedError
+
+    @property
+    def feeding(self) -> dict[str, Any]:
+        """What decides how given data becomes samples, as plain JSON: part of the keys of everything measured."""
+        return self.static
+
+    @property
+    def calibration_images(self) -> int | None:
+        """How many images quantizers can be calibrated on; None where only the data tells."""
+        return None
+
+    def problems(self) -> list[str]:
+        """What the standard workload must hold beyond what any experiment must: a sentence for each thing wrong."""
+        return []
 
 
-load_workload = config_loader(Workload, "workload")
+def refuse_shared_scenes(splits: Mapping[str, SceneList | Calibration]) -> None:
+    """Raise ValueError unless splits of one folder name their scenes, and none is named in two."""
+    for (a, first), (b, second) in combinations(splits.items(), 2):
+        if first.source != second.source or first.source == SYNTHETIC:
+            continue
+        if first.names is None or second.names is None:
+            raise ValueError(f"{a} and {b} take scenes of the same source, so both need 'names'")
+        twice = [name for name in first.names if name in second.names]
+        if twice:
+            raise ValueError(f"{a} and {b} both name scene {twice[0]!r} of {first.source}; splits share no scene")

@@ -14,9 +14,9 @@ from typing import Any
 
 from pqk.errors import PqkError
 from pqk.files import matching
+from pqk.recipe.experiment import Experiment, resolve
 from pqk.recipe.verdict import drop_limit
 from pqk.record.log import read_records, record_filename
-from pqk.settings.card import Experiment, resolve
 from pqk.settings.plan import Step, load_plan, ordered
 from pqk.settings.seeds import parse_seeds
 from pqk.study.execute_plan import Progressed, asked_backend, progress

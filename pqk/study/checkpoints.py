@@ -119,8 +119,8 @@ def _graphs(folder: Path) -> dict[str, Graph]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise PqkError(f"{folder / GRAPHS} does not describe graphs: {str(error)[:120]}") from error
     missing = next((graph.path for graph in found.values() if not graph.path.is_file()), None)
-    if missing is not None or found.keys() != {"encoder", "decoder"}:
-        raise PqkError(f"{folder} is no quantized result: it lacks {missing.name if missing else 'a graph'}")
+    if missing is not None or not found:
+        raise PqkError(f"{folder} is no quantized result: it lacks {missing.name if missing else 'its graphs'}")
     return {name: replace(graph, sha256=sha256_files(graph.files())) for name, graph in found.items()}
 
 

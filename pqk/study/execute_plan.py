@@ -26,13 +26,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from pqk import paths
 from pqk.errors import EXIT_CHECK_FAILED, EXIT_OK, EXIT_UNAVAILABLE, EXIT_UNDECIDED, EXIT_USAGE, PqkError
 from pqk.files import check_writable, clear_write_errors, sha256_json, write_json
 from pqk.locks import lock
 from pqk.oserrors import cannot_read, says_nothing
+from pqk.recipe.experiment import default_teacher, resolve
 from pqk.record.runlog import RunLog
 from pqk.result import VARIABLE
-from pqk.settings.card import load_card, resolve
+from pqk.settings.card import load_card
 from pqk.settings.plan import TEACHER_CARD, Plan, Step
 from pqk.store.worker import _die_with_parent, _environment
 
@@ -125,7 +127,7 @@ def run_plan(
     """
     folder = folder_of(plan.name, root)
     check_writable(folder)
-    commands_of = commands_of or (lambda step: commands(step, asked, plan.rollback))
+    commands_of = commands_of or (lambda step: commands(step, asked, plan.rollback, root))
     with _lock(folder, plan.name):
         state = _read(folder)
         _close_interrupted(state, folder)
@@ -183,7 +185,7 @@ def exit_code(found: Sequence[Progressed]) -> int:
     return EXIT_UNAVAILABLE if "unavailable" in statuses else EXIT_OK
 
 
-def commands(step: Step, asked: Asked, rollback: bool = True) -> list[list[str]]:
+def commands(step: Step, asked: Asked, rollback: bool = True, root: Path | None = None) -> list[list[str]]:
     """The command lines of an experiment, in order: `pqk run CARD` or the door of a script; and where it has eval seeds
     `pqk ledger eval` and `pqk ledger finalize` of what it came to.
     """
@@ -196,10 +198,15 @@ def commands(step: Step, asked: Asked, rollback: bool = True) -> list[list[str]]
         given = ["--ckpt", asked.model] if asked.model else []
         found = [[*python, "-c", door, *backend, "--card", TEACHER_CARD, *given]]
         if seeds:
-            from pqk.recipe.request import SHIPPED  # it imports torch, which `pqk plan status` can do without
-
             out = ["-o", f"results/{step.id}.{asked.backend}.tsv"]
-            words = [asked.model or SHIPPED.as_posix(), "--card", TEACHER_CARD, *backend, *seeds, *out]
+            words = [
+                asked.model or default_teacher(root or paths.project_root()).model,
+                "--card",
+                TEACHER_CARD,
+                *backend,
+                *seeds,
+                *out,
+            ]
             found.append([*python, "-m", "pqk.cli", "ledger", "eval", *words])
         return found
     model = ["--model", asked.model] if asked.model else []

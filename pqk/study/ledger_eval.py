@@ -1,8 +1,8 @@
 """`pqk ledger eval`: a fixed checkpoint, or a card's own result, under several eval seeds, one TSV row each; and one
 row measured again.
 
-What an eval seed draws: see `pqk.recipe.eval_seed`. Speed is timed anew for every eval seed, on a scene of it: the
-noise of the measurement itself.
+What an eval seed draws is the family's to say (`DataPart.open_split`). Speed is timed anew for every eval seed, on a
+scene of it: the noise of the measurement itself.
 """
 
 from __future__ import annotations
@@ -17,17 +17,16 @@ from typing import Any
 
 from backends.base import Backend, Graph, Precision, lowered_to
 from pqk import paths
-from pqk.data.scenes.scene import open_scene
 from pqk.engines.variant import Variant
 from pqk.errors import CheckFailed, PqkError, nearest
 from pqk.families.checkpoint import load_model
-from pqk.families.dust3r.configs import lowest_confidence
+from pqk.families.contract import SampleSet
 from pqk.files import check_writable, sha256_json
 from pqk.measure.noise import warning
 from pqk.measure.scores import drop_of
 from pqk.recipe import stages
 from pqk.recipe.candidate import Made
-from pqk.recipe.eval_seed import seed_scenes
+from pqk.recipe.experiment import Experiment
 from pqk.recipe.quantization import Lowering
 from pqk.recipe.recover import choose
 from pqk.recipe.request import (
@@ -42,12 +41,10 @@ from pqk.recipe.request import (
     engine_options,
     usable_backend,
 )
-from pqk.recipe.stages import ENGINE_VARIANTS, Context, Scenes
+from pqk.recipe.stages import ENGINE_VARIANTS, Context, open_split, parts_code
 from pqk.record.ledger import COLUMNS, IDENTITY, METRICS, RESULT, add_row, identity, read_rows, refuse_mixed
 from pqk.record.tsv import Row
-from pqk.settings.card import Experiment
 from pqk.settings.plan import TRAIN_SEED
-from pqk.settings.workload import SYNTHETIC, Workload
 from pqk.store.code import code_of
 from pqk.store.store import OnEvent, Store
 from pqk.study.checkpoints import (
@@ -128,7 +125,8 @@ class Bench:
         if store is not None:
             self.ctx = replace(self.ctx, store=store)
         others = {name: value for name, value in settings.items() if name != TRAIN_SEED}  # which has a column
-        sources = (_SCORED_BY, *getattr(self.backend, "sources", ()))
+        parts = parts_code(self.experiment.family, "settings", "data", "predict", "scoring")
+        sources = (_SCORED_BY, *parts, *getattr(self.backend, "sources", ()))
         self.known: Row = dict.fromkeys(COLUMNS) | {
             "card": self.experiment.card.id,
             "main_metric": self.experiment.evaluation.quality.main_metric,
@@ -136,7 +134,7 @@ class Bench:
             "device": self.ctx.machine["device"],
             "isa": self.ctx.machine["isa"],
             "cores": self.ctx.machine["cores"],
-            "workload_sha256": workload_digest(self.ctx, self.experiment.workload, root),
+            "workload_sha256": split_digest(self.ctx, self.experiment, "test", root),
             "eval_sha256": sha256_json(self.experiment.evaluation.quality.model_dump(mode="json")),
             "code_sha256": code_of(*sources),
             "settings": json.dumps(others, sort_keys=True) if others else None,
@@ -144,7 +142,6 @@ class Bench:
         self.made: Made | None = None
         self.teacher: Variant | None = None
         self._variant: Variant | None = None
-        self._min_conf = 0.0
         if self.checkpoint is not None:
             self._identify_checkpoint(asked)
 
@@ -177,7 +174,7 @@ class Bench:
         config: dict[str, Any] = {"precision": precision, "quantizer": quantizer, "options": self.options}
         if quantizer is not None:
             config["quant"] = self.experiment.quant.sha256
-            config["calibration"] = calibration_digest(self.ctx, self.experiment.workload, self.root)
+            config["calibration"] = split_digest(self.ctx, self.experiment, "calibration", self.root)
         if result:
             recipe = self.experiment.card.recipe
             asked = self.experiment
@@ -191,9 +188,8 @@ class Bench:
         if self.checkpoint is not None or self._variant is not None:
             return
         made, _ = choose(self.request, self.root, self.ctx.on_event, self.say, rollback=False)
-        outcome, candidate = made.outcome, made.rows[-1]
+        candidate = made.rows[-1]
         self.teacher, self._variant = made.rows[0].variant, candidate.variant
-        self._min_conf = outcome.scoring["min_conf"]
         own = made.common | candidate.own
         name, quantizer = own["model"], own["quantizer"] if candidate.lowered else None
         hashes = own["hashes"]
@@ -210,59 +206,46 @@ class Bench:
         self.made = made
 
     def measure(self, eval_seed: int, timed: bool) -> Row:
-        """The whole row of an eval seed. `timed`: also pairs per second, null where the engine is emulated."""
-        workload, quality = self.experiment.workload, self.experiment.evaluation.quality
-        scenes, drawn = seed_scenes(self.ctx, workload, self.root, eval_seed)
-        without = next((path for path in scenes.folders if not open_scene(path).has_ground_truth), None)
-        if without is not None:
-            raise PqkError(f"{without}: the ledger needs scenes with ground truth; this one has none")
+        """The whole row of an eval seed. `timed`: also samples per second, null where the engine is emulated."""
+        experiment = self._seeded(eval_seed)
+        found = open_split(self.ctx, experiment, "test", self.root)
+        if not found.truthful:
+            raise PqkError(f"{found.groups[0]}: the ledger needs scenes with ground truth; this one has none")
         variant = self._ready()
-        height, width = workload.input.height, workload.input.width
-        views = workload.scenes.test.views
-        keep = self.experiment.quant.ptq.keep_list if self.known["quantizer"] else ()
-        scoring = {  # as `pqk run` asks, so that both share one artifact
-            "views": views,
-            "shape": [height, width],
-            "pair_graph": workload.pair_graph.model_dump(mode="json"),
-            "min_covisibility": workload.min_covisibility,
-            "quality": quality.model_dump(mode="json"),
-            "seed": eval_seed,
-            "min_conf": self._min_conf,
-            "keep": list(keep),
-        }
-        scores = stages.quality(self.ctx, variant, None, scenes, scoring)
+        keep = experiment.quant.ptq.keep_list if self.known["quantizer"] else ()
+        # as `pqk run` asks, so that both share one artifact
+        scores = stages.quality(self.ctx, experiment, variant, None, found, {}, keep)
         drop = None
         if self.teacher is not None:
-            base = stages.quality(self.ctx, self.teacher, None, scenes, {**scoring, "keep": []})
-            drop = drop_of(self.known["main_metric"], scores, base, True)
+            base = stages.quality(self.ctx, experiment, self.teacher, None, found, {})
+            drop = drop_of(experiment.metric, scores, base, True)
         emulated = scores["measured"] == "emulated"
         return self.known | {
             "eval_seed": eval_seed,
             **{name: scores["summary"].get(name) for name in METRICS},
             "drop_pct": None if drop is None else drop.value,
-            "fps": None if emulated or not timed else self._fps(variant, scenes, (height, width), views),
-            "pairs": len(scores["pairs"]),
-            "scenes": drawn,
-            "scenes_sha256": scenes.sha256,
+            "fps": None if emulated or not timed else self._fps(experiment, variant, found),
+            "pairs": len(scores["samples"]),
+            "scenes": found.drawn,
+            "scenes_sha256": found.sha256,
             "measured": scores["measured"],
             "commit": commit_of(),
             "datetime": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             "output": paths.shown(Path(scores["artifact"]), self.root),
         }
 
-    def _fps(self, variant: Variant, scenes: Scenes, shape: tuple[int, int], views: int | None) -> float:
+    def _seeded(self, eval_seed: int) -> Experiment:
+        """The experiment with another eval seed."""
         workload = self.experiment.workload
-        asked = {
-            "shape": list(shape),
-            "views": views,
-            "pair_graph": workload.pair_graph.model_dump(mode="json"),
-            "efficiency": self.experiment.evaluation.efficiency.model_dump(mode="json"),
-        }
-        timed = stages.timing(self.ctx, [variant], scenes, asked)
+        seeds = workload.seeds.model_copy(update={"eval": eval_seed})
+        return replace(self.experiment, workload=workload.model_copy(update={"seeds": seeds}))
+
+    def _fps(self, experiment: Experiment, variant: Variant, found: SampleSet) -> float:
+        timed = stages.timing(self.ctx, experiment, [variant], found)
         if timed["disturbed"]:
             self.say(warning(timed["disturbed"]))
-        samples = timed["variants"][variant.name]["pair"]
-        return 1000 * len(samples) / float(sum(samples))
+        times = timed["variants"][variant.name]["sample"]
+        return 1000 * len(times) / float(sum(times))
 
     def _ready(self) -> Variant:
         """The graphs of what is measured: made, kept, or exported and quantized once."""
@@ -270,10 +253,7 @@ class Bench:
         if self._variant is not None:
             return self._variant
         assert self.checkpoint is not None
-        workload = self.experiment.workload
-        shape = (workload.input.height, workload.input.width)
         model = load_model(self.checkpoint.path)
-        self._min_conf = lowest_confidence(model.config)
         self.known["params"] = count_parameters(model)
         options = dict(self.options)
         if self.cached and self.backend.name != "reference":  # which compiles nothing that could be kept
@@ -281,7 +261,7 @@ class Bench:
         if self.kept is not None:
             graphs = kept_graphs(self.checkpoint)
         else:
-            graphs = stages.export_graphs(self.ctx, model, self.checkpoint.sha256, *shape)
+            graphs = stages.export_graphs(self.ctx, self.experiment, model, self.checkpoint.sha256)
         del model
         self._variant = self._of(graphs, options)
         return self._variant
@@ -290,17 +270,14 @@ class Bench:
         """The asked engine of a checkpoint's graphs: in float, quantized as a recipe's stage Q does, or as kept."""
         assert self.checkpoint is not None
         quantizer, precision, experiment = self.known["quantizer"], self.known["precision"], self.experiment
-        parts = graphs["encoder"], graphs["decoder"]
         if quantizer is None:
             name, asked = ENGINE_VARIANTS[Precision(precision)], Precision(precision)
-            return Variant(name, self.backend.name, asked, *parts, options)
+            return Variant(name, self.backend.name, asked, graphs, options)
         if self.kept is not None:
             rest = experiment.quant.float_rest
             own = {**options} if rest == "auto" else {**options, "rest": rest}
-            return Variant(precision, self.backend.name, Precision.INT8, *parts, own)
-        calibration = stages.calibration_images(
-            self.ctx, experiment.workload.calibration, experiment.workload, self.root
-        )
+            return Variant(precision, self.backend.name, Precision.INT8, graphs, own)
+        calibration = open_split(self.ctx, experiment, "calibration", self.root)
         model = Model(str(self.checkpoint.path), self.checkpoint.name, self.checkpoint.sha256)
         about = (experiment, self.backend.name, quantizer, precision, model, graphs, calibration)
         return Lowering(*about, floats=(), columns={"hashes": {}}, options=options).row(self.ctx).variant
@@ -343,32 +320,12 @@ def _engine(backend: Backend, asked: Asked, experiment: Experiment) -> tuple[str
     return quantizer, made
 
 
-def workload_digest(ctx: Context, workload: Workload, root: Path) -> str:
-    """sha256 of what an evaluation is fed, seeds aside: input shape, pair graph, test scenes, least covisibility.
-
-    Calibration and validation are left out: they are part of how a model was made, and recipes that differ there are
-    still evaluated on the same. Of scenes in a folder the bytes count, and not where they lie.
-    """
-    test = workload.scenes.test
-    scenes = test.model_dump(mode="json")
-    if test.source != SYNTHETIC:
-        scenes = {"views": test.views, "sha256": stages.listed_scenes(ctx, "test", test, workload, root).sha256}
-    return sha256_json(
-        {
-            "input": workload.input.model_dump(mode="json"),
-            "pair_graph": workload.pair_graph.model_dump(mode="json"),
-            "min_covisibility": workload.min_covisibility,
-            "scenes": scenes,
-        }
-    )
-
-
-def calibration_digest(ctx: Context, workload: Workload, root: Path) -> str:
-    """sha256 of the calibration set: how it is generated, or the bytes of its folder."""
-    calibration = workload.calibration
-    if calibration.source == SYNTHETIC:
-        return sha256_json(calibration.model_dump(mode="json"))
-    return stages.calibration_images(ctx, calibration, workload, root).sha256
+def split_digest(ctx: Context, experiment: Experiment, split: str, root: Path) -> str:
+    """sha256 of what a split is fed, seeds aside; of data in a folder the bytes count, and not where they lie."""
+    seeds = experiment.workload.seeds.model_copy(update={"eval": 0})  # which draws all of a folder
+    whole = replace(experiment, workload=experiment.workload.model_copy(update={"seeds": seeds}))
+    part = experiment.family.data_part()
+    return part.digest(split, whole.workload, lambda: open_split(ctx, whole, split, root).sha256)
 
 
 def evaluate_seeds(
@@ -444,8 +401,7 @@ def finalize_result(bench: Bench, name: str | None, root: Path) -> tuple[Checkpo
             "float_sha256": known["float_sha256"],
         },
     }
-    graphs = {"encoder": variant.encoder, "decoder": variant.decoder}
-    return keep_result(root, Path(outcome.model), known["float_sha256"], graphs, about, name)
+    return keep_result(root, Path(outcome.model), known["float_sha256"], variant.graphs, about, name)
 
 
 def measure_again(row: Row, checkpoint: Checkpoint, root: Path, on_event: OnEvent) -> Row:

@@ -28,7 +28,7 @@ from pqk.recipe.recover import choose
 from pqk.recipe.request import Request, asked_experiment, chosen_quantizer, usable_backend
 from pqk.recipe.runner import run
 from pqk.recipe.verdict import UNDECIDED, judge_drop
-from pqk.settings.keep import GRAPHS, keep_patterns, split_entry
+from pqk.settings.keep import keep_patterns, split_entry
 from pqk.settings.quant import load_quant
 from pqk.stats.intervals import Interval
 from pqk.stats.latency import speedup
@@ -181,7 +181,7 @@ def _check(request: Request, max_drop: float, max_evaluations: int, out: Path, r
         )
     check_writable(out.parent)
     with temporary_folder("tune") as folder:
-        write_quant_yaml(base, ["encoder:a/b"], folder / "quant.yaml")  # a list in an odd style is told now
+        write_quant_yaml(base, ["graph:a/b"], folder / "quant.yaml")  # a list in an odd style is told now
     return base
 
 
@@ -208,8 +208,10 @@ def _may_be_float(ranked: Sequence[Unit]) -> list[str]:
 
 
 def _by_graph(nodes: Iterable[str]) -> dict[str, list[str]]:
-    named = [split_entry(node) for node in nodes]
-    return {graph: [node for of, node in named if of == graph] for graph in GRAPHS}
+    found: dict[str, list[str]] = {}
+    for graph, node in map(split_entry, nodes):
+        found.setdefault(str(graph), []).append(node)
+    return found
 
 
 def _measure(outcome: Outcome, variant: Variant, keep: Sequence[str]) -> tuple[float, float]:
@@ -223,7 +225,7 @@ def _measure(outcome: Outcome, variant: Variant, keep: Sequence[str]) -> tuple[f
 def _final(outcome: Outcome) -> Interval | None:
     """The drop of the candidate on the test samples, which nothing looked at while it was chosen."""
     mine, teacher = (outcome.score(outcome.variants[n], on=outcome.test) for n in (-1, 0))
-    return drop_of(outcome.metric, mine, teacher, outcome.truthful)
+    return drop_of(outcome.experiment.metric, mine, teacher, outcome.truthful)
 
 
 def _confirm(

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from pqk.errors import PqkError
+from pqk.families.build import build_model, empty_model
 from pqk.families.dust3r.configs import NAMED, BlockSize, dpt_hooks, plain_config, read_config
-from pqk.families.registry import build_model, empty_model
 
 KEYS = Path(__file__).parents[1] / "golden" / "dust3r_keys"
 COUNTS = {"224_linear": 532_342_784, "512_linear": 532_342_784, "512_dpt": 571_171_208}

@@ -13,6 +13,7 @@ import pytest
 from scipy import stats
 
 from pqk.errors import CheckFailed, PqkError
+from pqk.families.dust3r.settings import load_evaluation
 from pqk.recipe.verdict import Measured, judge_float, judge_quantized
 from pqk.record import deliverable as freeze
 from pqk.record.ledger import COLUMNS, METRICS, write_rows
@@ -20,7 +21,6 @@ from pqk.record.log import record_filename
 from pqk.record.schema import empty_record
 from pqk.record.tsv import Row
 from pqk.report.page.page import write_page
-from pqk.settings.evaluation import load_evaluation
 from pqk.stats.intervals import Interval, drop_interval
 
 ROOT = Path(__file__).resolve().parents[2]

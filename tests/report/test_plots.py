@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
+from pqk.families.dust3r.settings import load_evaluation
 from pqk.report.plots import SHOWN, ablation, draw_plots, latency, pareto_front, precision, tradeoff
 from pqk.report.table import row_label
-from pqk.settings.evaluation import load_evaluation
 
 ROOT = Path(__file__).parents[2]
 

@@ -19,9 +19,9 @@ from pqk.cli import main
 from pqk.cli.run_output import settings_of
 from pqk.errors import PqkError
 from pqk.families.dust3r.inputs import CalibrationImages
+from pqk.families.dust3r.settings import load_workload
 from pqk.files import write_text
 from pqk.recipe import stages
-from pqk.settings.workload import load_workload
 from pqk.store.store import Store
 
 Copy = Callable[[], Path]

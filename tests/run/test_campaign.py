@@ -11,10 +11,11 @@ import pytest
 from pqk.cli import app
 from pqk.errors import PqkError, told
 from pqk.files import sha256_json
+from pqk.recipe.experiment import resolve
 from pqk.record.ledger import COLUMNS, METRICS, write_rows
 from pqk.record.log import write_record
 from pqk.record.schema import empty_record
-from pqk.settings.card import load_card, resolve
+from pqk.settings.card import load_card
 from pqk.study.campaign import gather
 
 SEED = "workload.seeds.train"

@@ -24,10 +24,11 @@ from pqk.engines.variant import Variant
 from pqk.errors import PqkError
 from pqk.recipe import ranking, stages, training
 from pqk.recipe.block_profile import bought
+from pqk.recipe.experiment import resolve
 from pqk.recipe.joint import join
 from pqk.recipe.request import PACKAGES, Model
 from pqk.recipe.stages import Context, Learn, Scenes
-from pqk.settings.card import load_card, resolve
+from pqk.settings.card import load_card
 from pqk.store import worker
 from pqk.store.code import Reader, Top, closure, code_of, digest, refuse_other
 from pqk.store.sources import source_of

@@ -14,8 +14,8 @@ from pqk.data.scenes import preprocess
 from pqk.data.scenes.scene import View, open_scene
 from pqk.errors import PqkError
 from pqk.families.dust3r.inputs import CalibrationImages, Frames, Kept, load_frames, scene_pairs
+from pqk.families.dust3r.settings import PairGraph, load_workload
 from pqk.recipe import stages
-from pqk.settings.workload import PairGraph, load_workload
 from pqk.store.store import Store
 
 NEIGHBOURS = PairGraph(kind="neighbor", k=4, symmetrize=True)

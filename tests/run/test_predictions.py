@@ -21,6 +21,7 @@ from pqk.data.render.generate import ScenePlan, make_scenes
 from pqk.data.scenes.pairs import most_pairs, pair_graph, spread
 from pqk.engines.variant import Variant
 from pqk.errors import PqkError
+from pqk.families.dust3r.settings import load_evaluation
 from pqk.measure.evaluate import evaluate
 from pqk.measure.predict import predict
 from pqk.measure.predictions import Predictions, Writer, bytes_of
@@ -28,7 +29,6 @@ from pqk.measure.scoring import score
 from pqk.models import load_model
 from pqk.recipe import stages
 from pqk.recipe.stages import Context
-from pqk.settings.evaluation import load_evaluation
 from pqk.store.store import Store
 
 QUALITY = load_evaluation(REPOSITORY / "configs" / "eval.yaml").quality.model_dump(mode="json")

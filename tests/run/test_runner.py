@@ -290,7 +290,8 @@ def test_a_door_refuses_before_it_works(project: Path, tiny_model: Path) -> None
 
 def test_large_card(project: Path) -> None:
     """B1-large asks for little work and loosens nothing."""
-    from pqk.settings.card import load_card, resolve
+    from pqk.recipe.experiment import resolve
+    from pqk.settings.card import load_card
 
     large, plain = (resolve(load_card(name, project), project) for name in ("B1-large", "B1"))
     assert (large.workload.scenes.test.count, large.workload.scenes.test.views) == (1, 2)

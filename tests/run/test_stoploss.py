@@ -26,10 +26,10 @@ from run_toys import TINY, environment
 from pqk.compress.train.loop import Progress, Schedule, Trainer
 from pqk.compress.train.stop_rules import StopRules, best_checkpoint, drop_line, stale, untold_drop
 from pqk.errors import PqkError
+from pqk.families.dust3r.settings import Evaluation, load_evaluation
 from pqk.recipe import rollback
 from pqk.recipe.rollback import ATTENTION, HEADS, TABLE, Move, State, next_move
 from pqk.record.runlog import RunLog
-from pqk.settings.evaluation import Evaluation, load_evaluation
 from pqk.settings.keep import split_entry
 from pqk.settings.quant import load_quant
 

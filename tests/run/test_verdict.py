@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pqk.families.dust3r.settings import Thresholds, load_evaluation
 from pqk.recipe.verdict import Measured, judge_drop, judge_quantized
-from pqk.settings.evaluation import Thresholds, load_evaluation
 from pqk.stats.intervals import Interval
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -14,8 +14,8 @@ from run_toys import REPOSITORY
 from pqk.data.render.stream import PairBatch, training_pairs
 from pqk.data.render.synthetic import texture_bank
 from pqk.families.dust3r.scoring import PairTruth, quality_drop_pct, score_pair, summarise
+from pqk.families.dust3r.settings import load_evaluation
 from pqk.models import load_model
-from pqk.settings.evaluation import load_evaluation
 from pqk.settings.seeds import split_seed
 
 SIZE = 128  # the shipped Teacher's confidence tells nothing at 64

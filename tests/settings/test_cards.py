@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from pqk.cli.check import dry_run, main
 from pqk.errors import PqkError
 from pqk.paths import project_root, shown
-from pqk.settings.card import list_cards, load_card, resolve
+from pqk.recipe.experiment import resolve
+from pqk.settings.card import list_cards, load_card
 from pqk.settings.recipe import STAGES, check_stages, combo_of, quantizes
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -232,7 +233,7 @@ def test_a_card_may_tighten_and_may_loosen_with_a_reason(project: Path) -> None:
 def test_other_config_files(project: Path) -> None:
     shutil.copy("configs/workload.yaml", "configs/small.yaml")
     edit(project / "configs" / "small.yaml", "512, 512]", "64, 64]")
-    assert resolve(load_card("B1"), workload="configs/small.yaml").workload.input.shape == (1, 3, 64, 64)
+    assert resolve(load_card("B1"), files={"workload": "configs/small.yaml"}).workload.input.shape == (1, 3, 64, 64)
 
 
 def test_chinese_text_is_fine(project: Path) -> None:

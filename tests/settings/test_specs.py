@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from pqk.errors import PqkError
-from pqk.settings.evaluation import Evaluation, load_evaluation, loosened
+from pqk.families.dust3r.settings import Evaluation, load_evaluation, load_workload
+from pqk.settings.evaluation import loosened
 from pqk.settings.quant import load_quant
-from pqk.settings.workload import load_workload
 from pqk.settings.yamlfile import SpecError, expand, merge, parse_yaml
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -13,15 +13,16 @@ import torch
 from backends import exchange
 from pqk.compress.joint import GatePlan, Whole, close_gates, cut_gates, float_weights, settle
 from pqk.compress.tasks.qat import prepare
-from pqk.compress.tasks.quantize import Both, Calibrated
+from pqk.compress.tasks.quantize import Calibrated, Each
 from pqk.compress.train.fit import Fitted
 from pqk.compress.train.loop import Progress
 from pqk.compress.train.progress import tell_training
 from pqk.compress.train.stop_rules import StopRules, best_checkpoint, stopper, untold_drop
 from pqk.compress.train.trained import save_trained
-from pqk.engines.variant import graph_to_json
+from pqk.engines.variant import graphs_to_json
 from pqk.files import write_json
 from pqk.measure.footprint import peak_ram_bytes
+from pqk.measure.predict import opened_workload
 from pqk.models import build_model, load_model, save_model
 from pqk.settings.joint import Joint
 from pqk.store.progress import tell
@@ -30,9 +31,9 @@ from pqk.store.progress import tell
 def train_joint(request: Mapping[str, Any]) -> dict[str, Any]:
     """The worker's side. Request: see `pqk.recipe.joint.join`.
 
-    Writes out/model, the float network of the trained weights, and out/encoder.xml and decoder.xml with their .bin.
+    Writes out/model, the float network of the trained weights, and the finished graphs.
     Returns failed, reason, steps, training_s, drop_pct, history and report as `pqk.compress.train.trained.finish` does,
-    and graphs (none when a rule gave the run up), images, pairs, notes and peak_bytes as `quantize_graphs` does. Raises
+    and graphs (none when a rule gave the run up), images, feeds, notes and peak_bytes as `quantize_graphs` does. Raises
     CheckFailed when the card's hours are spent.
     """
     spec = Joint.model_validate_json(json.dumps(request["spec"]))
@@ -79,8 +80,7 @@ def _gates(request: Mapping[str, Any], spec: Joint, teacher: Any, cut: Path) -> 
     prepared = _prepared({**request, "ptq": few, "model": request["teacher"]})[0]
     phase = Whole(spec, gates=True)
     fitted, gated, weights = close_gates(
-        prepared.encoder,
-        prepared.decoder,
+        prepared.made,
         plan,
         teacher,
         scratch=scratch / "gates",
@@ -109,16 +109,16 @@ def _settled(
     phase = Whole(spec, gates=False, seconds=told["training_s"])
     tell({"text": "ranges of the cut network", "share": spec.gates.epochs / spec.train.epochs})
     with tempfile.TemporaryDirectory(prefix=".graphs-", dir=request["scratch"]) as folder:
+        of, workload = opened_workload(request)
         graphs = {
             name: exchange.export(graph.module, graph.inputs, graph.output_names, Path(folder) / f"{name}.onnx")
-            for name, graph in small.graphs(*request["shape"]).items()
+            for name, graph in of.model_part().graphs(small, workload).items()
         }
-        own = {name: graph_to_json(graph) for name, graph in graphs.items()}
+        own = {"graphs": graphs_to_json(graphs)}
         prepared, job = _prepared({**request, **own, "model": str(Path(request["scratch"]) / "cut")})
-        notes = job.notes()
+        calibrated = job.calibrated(prepared)
         fitted = settle(
-            prepared.encoder,
-            prepared.decoder,
+            prepared.made,
             teacher,
             spec,
             seed=request["seed"],
@@ -146,14 +146,12 @@ def _settled(
                 name: job.quantizer.finish(module, job.source(name), job.spec(name, 1))
                 for name, module in trained.graphs().items()
             }
-            told["graphs"] = {name: graph_to_json(graph) for name, graph in made.items()}
-            told |= {"images": prepared.images, "pairs": prepared.pairs, "notes": notes}
-            told["peak_bytes"] = peak_ram_bytes()
+            told |= {**calibrated, "graphs": graphs_to_json(made), "peak_bytes": peak_ram_bytes()}
     return told, small
 
 
-def _prepared(request: dict[str, Any]) -> tuple[Both[Any], Calibrated]:
-    """Both modules of request['model'], as the quantizer prepares them, and the job that can finish them."""
+def _prepared(request: dict[str, Any]) -> tuple[Each[Any], Calibrated]:
+    """The modules of request['model'], as the quantizer prepares them, and the job that can finish them."""
     job = Calibrated(request, modules=True)
     return prepare(job), job
 

@@ -1,4 +1,4 @@
-"""Quantization-aware training as a stage: both graphs are prepared by the quantizer, trained together, finished."""
+"""Trains a model in its quantized form (QAT): a quantizer prepares its graphs, they are trained, it finishes them."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 
 from backends.base import Feeds, Graph, QuantSpec, Source
 from pqk.compress.qat import qat
-from pqk.compress.tasks.quantize import Both, Calibrated
+from pqk.compress.tasks.quantize import Calibrated, Each
 from pqk.compress.train.progress import tell_training
 from pqk.compress.train.stop_rules import best_checkpoint, stopper, untold_drop
-from pqk.engines.variant import graph_to_json
+from pqk.engines.variant import graphs_to_json
 from pqk.measure.footprint import peak_ram_bytes
 from pqk.settings.quant import Qat
 
@@ -38,13 +38,13 @@ class _Trimmed:
             yield feeds
 
 
-def prepare(job: Calibrated) -> Both[Any]:
-    """Both modules as the quantizer prepares them for training, calibrated in a bounded amount of memory."""
+def prepare(job: Calibrated) -> Each[Any]:
+    """Returns the modules as the quantizer prepares them for training, calibrated in a bounded amount of memory."""
 
     def prepared(source: Source, spec: QuantSpec, feeds: Iterable[Feeds]) -> Any:
         return job.quantizer.prepare(source, spec, _Trimmed(feeds))
 
-    return job.both(prepared)
+    return job.each(prepared)
 
 
 def train_quantized(request: Mapping[str, Any]) -> dict[str, Any]:
@@ -55,10 +55,9 @@ def train_quantized(request: Mapping[str, Any]) -> dict[str, Any]:
     """
     job = Calibrated(dict(request), modules=True)
     prepared = prepare(job)
-    prepared_notes = job.notes()
+    told = job.calibrated(prepared)
     fitted = qat(
-        prepared.encoder,
-        prepared.decoder,
+        prepared.made,
         job.model,
         Qat.model_validate(request["qat"]),
         seed=request["seed"],
@@ -72,10 +71,8 @@ def train_quantized(request: Mapping[str, Any]) -> dict[str, Any]:
         made[name] = job.quantizer.finish(module, job.source(name), job.spec(name, 1))
     best = best_checkpoint(fitted.history) or {}
     return {
-        **{name: graph_to_json(graph) for name, graph in made.items()},
-        "images": prepared.images,
-        "pairs": prepared.pairs,
-        "notes": prepared_notes,
+        **told,
+        "graphs": graphs_to_json(made),
         "peak_bytes": peak_ram_bytes(),
         "reason": fitted.reason,
         "steps": fitted.steps,

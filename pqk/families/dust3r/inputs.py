@@ -3,59 +3,21 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from copy import copy
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar, overload
 
 import numpy as np
 
 from pqk.data.scenes.covisibility import covisibility
+from pqk.data.scenes.kept import Kept
 from pqk.data.scenes.pairs import image_similarity, pair_graph
 from pqk.data.scenes.preprocess import Frame, fit_to_shape
 from pqk.data.scenes.scene import Scene, View, open_scene, unreadable
 from pqk.errors import PqkError
-from pqk.settings.workload import PairGraph
+from pqk.families.dust3r.settings import PairGraph
 
-T = TypeVar("T")
 _FRAMES = 256 * 2**20  # bytes of loaded pictures and depth that a scene keeps: 60 frames of 512x512 pixels
-
-
-class Kept(Sequence[T]):
-    """A sequence whose items are made when they are asked for; those used last are kept, up to a number of bytes.
-
-    A scene of a thousand pictures thus needs no more memory than one of sixty. make: the item of an index; size: its
-    bytes. At least two items are kept, as a pair needs.
-    """
-
-    def __init__(self, count: int, make: Callable[[int], T], size: Callable[[T], int], limit: int) -> None:
-        self._count, self._make, self._size, self._limit = count, make, size, limit
-        self._items: dict[int, T] = {}  # the one used last comes last
-        self._held = 0  # bytes
-
-    def __len__(self) -> int:
-        return self._count
-
-    @overload
-    def __getitem__(self, index: int) -> T: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[T]: ...
-
-    def __getitem__(self, index: int | slice) -> T | list[T]:
-        if isinstance(index, slice):
-            return [self[k] for k in range(*index.indices(self._count))]
-        index = range(self._count)[index]
-        if index in self._items:
-            item = self._items.pop(index)
-        else:
-            item = self._make(index)
-            self._held += self._size(item)
-        self._items[index] = item
-        while self._held > self._limit and len(self._items) > 2:
-            self._held -= self._size(self._items.pop(next(iter(self._items))))
-        return item
 
 
 class Frames(Kept[Frame]):
@@ -139,7 +101,7 @@ def _overlap(a: Frame, b: Frame) -> float:
 
 
 class CalibrationImages:
-    """The calibration images, one (1,3,H,W) float32 array at a time; iterating again starts anew.
+    """The calibration images as frames, one at a time; iterating again starts anew.
 
     folders: of the scenes. Images are taken scene by scene, so that images 2k and 2k+1 of the list are neighbours in a
     scene. Raises PqkError when there are none, or fewer than asked.
@@ -164,14 +126,7 @@ class CalibrationImages:
     def __len__(self) -> int:
         return len(self.views)
 
-    def every_fourth_pair(self) -> CalibrationImages:
-        """The images of pairs 0, 4, 8, ...; of a set with fewer than four pairs, its first pair."""
-        chosen = copy(self)
-        chosen.views = [view for k, view in enumerate(self.views) if k % 8 < 2]
-        chosen.views = chosen.views[: len(chosen.views) - len(chosen.views) % 2]
-        return chosen
-
-    def __iter__(self) -> Iterator[np.ndarray]:
+    def __iter__(self) -> Iterator[Frame]:
         for view in self.views:
             # with its camera, so that it is undistorted and oriented as the pictures of an evaluation are
-            yield fit_to_shape(replace(view, depth_path=None, mask_path=None), *self.shape).image[None]
+            yield fit_to_shape(replace(view, depth_path=None, mask_path=None), *self.shape)

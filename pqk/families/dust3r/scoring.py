@@ -16,13 +16,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
 from pqk.data.scenes.preprocess import unproject
 from pqk.errors import PqkError
+from pqk.families.contract import Sample
+from pqk.families.dust3r.configs import lowest_confidence
 from pqk.families.metrics.geometry import (
     Array,
     abs_rel,
@@ -38,6 +40,13 @@ from pqk.families.metrics.geometry import (
 Prediction = Mapping[str, Array]
 Scores = dict[str, float | None]
 CONFIDENCES = ("conf_1", "conf_2")
+OUTPUTS: dict[str, Literal["points", "values"]] = {
+    "pts3d_1": "points",
+    "pts3d_2": "points",
+    "conf_1": "values",
+    "conf_2": "values",
+}
+"""Of a prediction, and how those of two runtimes are compared."""
 
 
 class Frame(Protocol):
@@ -353,3 +362,44 @@ def _get(pred: Prediction, key: str, name: str) -> Array:
     if key not in pred:
         raise PqkError(f"the {name} has no {key}; it has {', '.join(pred) or 'nothing'}")
     return pred[key]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The Teacher's prediction of a pair in place of its truth, and the bound of its confidences."""
+
+    prediction: Prediction
+    min_conf: float
+
+
+def as_truth(prediction: Prediction, sample: Sample, config: Mapping[str, Any]) -> Sample:
+    """Returns the sample with the Teacher's prediction in place of the truth. config: of the Teacher's network."""
+    return replace(sample, truth=Reference(prediction, lowest_confidence(config)))
+
+
+def score(prediction: Prediction, sample: Sample, options: Mapping[str, Any], seed: int) -> Scores | None:
+    """Returns the scores of a pair; None where a view has fewer than `min_valid_pixels` of ground truth.
+
+    options: section `quality` of eval.yaml. Raises PqkError as `score_pair` does.
+    """
+    asked = {"align": options["scale_alignment"], "chamfer_points": options["chamfer_points"], "seed": seed}
+    if isinstance(sample.truth, Reference):
+        reference = sample.truth
+        return score_against_reference(prediction, reference.prediction, **asked, min_conf=reference.min_conf)
+    truth = pair_truth(*sample.truth)
+    if min(int(truth.valid1.sum()), int(truth.valid2.sum())) < options["min_valid_pixels"]:
+        return None
+    return score_pair(prediction, truth, **asked)
+
+
+def needs(options: Mapping[str, Any]) -> str:
+    """Returns what a sample must hold to be scored, for the end of a sentence."""
+    return f"two views with {options['min_valid_pixels']} valid depth pixels (quality.min_valid_pixels)"
+
+
+def floor(sample: Sample, options: Mapping[str, Any]) -> Scores | None:
+    """Returns the scores of one depth everywhere: the floor that any model must beat; None as `score` does."""
+    truth = pair_truth(*sample.truth)
+    if min(int(truth.valid1.sum()), int(truth.valid2.sum())) < options["min_valid_pixels"]:
+        return None
+    return constant_depth_scores(truth, options["scale_alignment"])

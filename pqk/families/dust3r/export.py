@@ -1,10 +1,16 @@
-"""Source of the `sample.py` that lies in an export: numpy, Pillow and the runtime, nothing of pqk."""
+"""Writes what an export tells of its inputs, and its `sample.py`: numpy, Pillow and the runtime, nothing of pqk."""
 
 from __future__ import annotations
 
 import inspect
+from typing import TYPE_CHECKING, Any
 
 from pqk.data.scenes import picture
+
+if TYPE_CHECKING:
+    from pqk.families.dust3r.settings import Workload
+
+_MEAN = _STD = [0.5, 0.5, 0.5]  # pixels of [0,1] become [-1,1]
 
 _START = '''"""Run this export without pqk: python sample.py a.jpg b.jpg (numpy, Pillow and {package} are needed)."""
 
@@ -99,3 +105,19 @@ def sample_source(runtime: str) -> str:
     for name, text in names.items():
         start = start.replace(name, text)
     return start + (_OPENVINO if openvino else _ONNXRUNTIME) + _END
+
+
+def about_inputs(workload: Workload) -> dict[str, Any]:
+    """Returns the entries of a manifest that say how pictures become inputs, and which are fed together."""
+    return {
+        "preprocessing": {
+            "size": [workload.input.height, workload.input.width],
+            "channels": "RGB",
+            "layout": "NCHW",
+            "resize": "scale until the picture covers the size (Lanczos to shrink, else bicubic), crop the centre",
+            "divide_by": 255,
+            "mean": _MEAN,
+            "std": _STD,
+        },
+        "pair_graph": workload.pair_graph.model_dump(mode="json"),
+    }

@@ -1,0 +1,88 @@
+"""Records what the graphs of a model are fed while calibration samples run through its float graphs."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from backends.base import Feeds, Graph
+from pqk.engines.calls import Recorder, on_reference
+from pqk.families.contract import Family, GraphUse, Recallable, Sample
+from pqk.measure.predictions import Predictions, Writer
+from pqk.settings.workload import Workload
+
+
+class Recording:
+    """Calibration feeds by graph, each re-iterable and sized. A context manager that owns the files behind them.
+
+    Every toolchain calibrates on the same feeds: those of the float graphs on ONNX Runtime. Feeds of a graph that no
+    other graph reaches are made anew in every iteration; those of the others are kept in a folder inside `folder`, so
+    that memory holds one of them.
+    """
+
+    def __init__(
+        self, of: Family, workload: Workload, samples: Recallable, graphs: Mapping[str, Graph], folder: Path
+    ) -> None:
+        self._of, self._workload, self._samples, self._graphs = of, workload, samples, graphs
+        self._folder = folder
+
+    def __enter__(self) -> Recording:
+        self._kept = tempfile.TemporaryDirectory(prefix="pqk-feeds-", dir=self._folder)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._kept.cleanup()
+
+    def feeds(self, use: GraphUse) -> _Live | _Kept:
+        """Returns the feeds of a graph; the samples 0, every, 2 every ... feed it."""
+        live = _Live(self, use)
+        return live if not use.after else _Kept(live, Path(self._kept.name) / use.name)
+
+    def recorded(self, use: GraphUse) -> Iterator[tuple[Sample, list[Feeds]]]:
+        """Yields each chosen sample with the feeds of its calls."""
+        with on_reference({name: self._graphs[name] for name in use.after}) as engines:
+            for number, sample in enumerate(self._samples):
+                if number % use.every == 0:
+                    recorder = Recorder(use.name, engines, self._graphs)
+                    self._of.predict_part().predict(recorder, sample, self._workload, 0)
+                    yield sample, recorder.feeds
+
+
+class _Live:
+    """Feeds that are made anew in every iteration."""
+
+    def __init__(self, recording: Recording, use: GraphUse) -> None:
+        self.recording, self.use = recording, use
+        first = next(iter(recording.recorded(use)), None)
+        chosen = -(-len(recording._samples) // use.every)
+        self._count = 0 if first is None else chosen * len(first[1])
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Feeds]:
+        return (feeds for _, found in self.recording.recorded(self.use) for feeds in found)
+
+
+class _Kept:
+    """Feeds on disk."""
+
+    def __init__(self, live: _Live, folder: Path) -> None:
+        folder.mkdir()
+        with Writer(folder) as writer:
+            for number, feeds in enumerate(live):
+                writer.add(0, str(number), feeds)
+        self._folder = folder
+        with Predictions(folder) as kept:
+            self._count = len(kept.samples)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Feeds]:
+        with Predictions(self._folder) as kept:
+            for index in range(self._count):
+                yield {name: np.array(array) for name, array in kept.arrays(index).items()}

@@ -1,0 +1,231 @@
+"""What a family's `predict` is given as `call`: compiled engines, torch modules, a memory, a stopwatch, a recorder."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Mapping
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from backends import registry
+from backends.base import Array, DeviceArray, Engine, Graph, Kernel, TensorInfo
+from backends.reference import OnnxRuntimeEngine, TorchEngine
+from pqk.engines.variant import Variant
+from pqk.errors import PqkError
+from pqk.families.contract import Call
+
+if TYPE_CHECKING:
+    from pqk.families.contract import GraphSpec
+
+Outputs = dict[str, Any]
+
+
+class Engines:
+    """Open engines by the names of their graphs; called as a family's `call`. A context manager that frees them."""
+
+    def __init__(self, opened: Mapping[str, Callable[[], Engine]]) -> None:
+        """opened: what opens each engine, in the order of the graphs; when one fails, those before it are closed."""
+        self._stack = ExitStack()
+        self.engines: dict[str, Engine] = {}
+        try:
+            for name, open_engine in opened.items():
+                self.engines[name] = self._stack.enter_context(open_engine())
+        except BaseException:
+            self._stack.close()
+            raise
+
+    def __enter__(self) -> Engines:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Frees the engines."""
+        self._stack.close()
+
+    def __call__(
+        self, graph: str, feeds: Mapping[str, Array], *, reuse: Hashable | None = None, stay: bool = False
+    ) -> Outputs:
+        engine = self.engines[graph]
+        return engine.infer_on_device(feeds) if stay else engine.infer(feeds)
+
+    @property
+    def measured(self) -> str:
+        """'engine', or 'emulated' when another runtime computes in place of one of the engines."""
+        return "emulated" if any(engine.measured == "emulated" for engine in self.engines.values()) else "engine"
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the files that ship."""
+        return sum(engine.size_bytes for engine in self.engines.values())
+
+    def kernels(self) -> dict[str, list[Kernel]]:
+        """Returns the executed kernels of each graph. Raises PqkError when an engine reports none."""
+        found = {name: engine.kernels() for name, engine in self.engines.items()}
+        for graph, kernels in found.items():
+            if not kernels:
+                raise PqkError(f"the {graph} engine reports no kernels, so its executed precision is unknown")
+        return found
+
+
+def compiled(variant: Variant) -> Engines:
+    """Returns the compiled engines of a variant."""
+    backend = registry.get(variant.backend)
+
+    def opener(graph: Graph) -> Callable[[], Engine]:
+        return lambda: backend.compile(graph, variant.precision, variant.options)
+
+    return Engines({name: opener(graph) for name, graph in variant.graphs.items()})
+
+
+def on_reference(graphs: Mapping[str, Graph]) -> Engines:
+    """Returns float graphs on ONNX Runtime, which every toolchain is calibrated and held against."""
+
+    def opener(graph: Graph) -> Callable[[], Engine]:
+        return lambda: OnnxRuntimeEngine(graph)
+
+    return Engines({name: opener(graph) for name, graph in graphs.items()})
+
+
+def in_torch(specs: Mapping[str, GraphSpec]) -> Engines:
+    """Returns the modules themselves, eager in f32: what every export is held against."""
+
+    def opener(spec: GraphSpec) -> Callable[[], Engine]:
+        inputs = [TensorInfo(name, tuple(spec.inputs[name].shape), "float32") for name in spec.input_names]
+        return lambda: TorchEngine(spec.module, inputs, [TensorInfo(name, (), "float32") for name in spec.output_names])
+
+    return Engines({name: opener(spec) for name, spec in specs.items()})
+
+
+class Remembering:
+    """Answers calls with an equal `reuse` from memory, up to a number of bytes; those used last are kept.
+
+    `forget` where another group begins: `reuse` tells calls of one group apart.
+    """
+
+    def __init__(self, call: Call, limit: int) -> None:
+        self._call, self._limit = call, limit
+        self.forget()
+
+    def forget(self) -> None:
+        """Drops everything that is remembered."""
+        self._known: dict[Hashable, Outputs] = {}  # the one used last comes last
+        self._held = 0  # bytes
+
+    def __call__(
+        self, graph: str, feeds: Mapping[str, Any], *, reuse: Hashable | None = None, stay: bool = False
+    ) -> Outputs:
+        if reuse is None:
+            return self._call(graph, feeds, stay=stay)
+        key = (graph, reuse, stay)
+        if key in self._known:
+            found = self._known.pop(key)
+        else:
+            found = self._call(graph, feeds, reuse=reuse, stay=stay)
+            self._held += _bytes_of(found)
+        self._known[key] = found
+        while self._held > self._limit and len(self._known) > 2:
+            self._held -= _bytes_of(self._known.pop(next(iter(self._known))))
+        return found
+
+
+def _bytes_of(outputs: Outputs) -> int:
+    return sum(math.prod(array.shape) * array.dtype.itemsize for array in outputs.values())
+
+
+class Counting:
+    """Counts the calls of each graph, whether they are computed or remembered."""
+
+    def __init__(self, call: Call) -> None:
+        self._call = call
+        self.calls: Counter[str] = Counter()
+
+    def __call__(
+        self, graph: str, feeds: Mapping[str, Any], *, reuse: Hashable | None = None, stay: bool = False
+    ) -> Outputs:
+        self.calls[graph] += 1
+        return self._call(graph, feeds, reuse=reuse, stay=stay)
+
+
+class Stopwatch:
+    """Times every call of open engines. Host times hold the copies to and from the device.
+
+    `graphs`: milliseconds of each call by graph, since `reset`. `device_ms`: of all calls together on the device,
+    without copies; None where an engine does not measure it.
+    """
+
+    def __init__(self, engines: Engines) -> None:
+        self._engines = engines
+        self.reset()
+
+    def reset(self) -> None:
+        """Begins a new sample."""
+        self.graphs: dict[str, list[float]] = defaultdict(list)
+        self._device: list[float | None] = []
+
+    @property
+    def device_ms(self) -> float | None:
+        return None if None in self._device else sum(part for part in self._device if part is not None)
+
+    def __call__(
+        self, graph: str, feeds: Mapping[str, Array], *, reuse: Hashable | None = None, stay: bool = False
+    ) -> Outputs:
+        begin = time.perf_counter_ns()
+        found = self._engines(graph, feeds, stay=stay)
+        self.graphs[graph].append((time.perf_counter_ns() - begin) / 1e6)
+        self._device.append(self._engines.engines[graph].last_device_ms)
+        return found
+
+
+class Recorder:
+    """Keeps what a graph is fed; graphs that cannot reach its inputs are not run, their outputs are zeros.
+
+    graph: the recorded one. engines: those of the graphs that must run (`GraphUse.after`). graphs: all of them, for the
+    shapes of what is not run. `feeds`: numpy arrays, in the order of the calls.
+    """
+
+    def __init__(self, graph: str, engines: Engines, graphs: Mapping[str, Graph]) -> None:
+        self._graph, self._engines, self._graphs = graph, engines, graphs
+        self.feeds: list[dict[str, np.ndarray]] = []
+
+    def __call__(
+        self, graph: str, feeds: Mapping[str, Any], *, reuse: Hashable | None = None, stay: bool = False
+    ) -> Outputs:
+        if graph == self._graph:
+            self.feeds.append({name: on_host(array) for name, array in feeds.items()})
+        if graph in self._engines.engines:
+            return self._engines(graph, feeds, stay=stay)
+        return _zeros(self._graphs[graph])
+
+
+class Replaying:
+    """Answers the calls of one graph with given outputs, in their order, and runs those of `engines`.
+
+    All others are answered with zeros: graphs before the one that is replayed.
+    """
+
+    def __init__(self, graph: str, outputs: list[Outputs], engines: Engines, graphs: Mapping[str, Graph]) -> None:
+        self._graph, self._outputs, self._engines, self._graphs = graph, iter(outputs), engines, graphs
+
+    def __call__(
+        self, graph: str, feeds: Mapping[str, Any], *, reuse: Hashable | None = None, stay: bool = False
+    ) -> Outputs:
+        if graph == self._graph:
+            return next(self._outputs)
+        if graph in self._engines.engines:
+            return self._engines(graph, feeds, stay=stay)
+        return _zeros(self._graphs[graph])
+
+
+def _zeros(graph: Graph) -> Outputs:
+    return {info.name: np.zeros(info.shape, info.dtype) for info in graph.outputs}
+
+
+def on_host(array: Array) -> np.ndarray:
+    """Returns the values of an array in host memory."""
+    return array.numpy() if isinstance(array, DeviceArray) else np.asarray(array)

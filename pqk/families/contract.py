@@ -1,0 +1,389 @@
+"""Defines what a model family is: the modules that pqk asks for everything it does not know itself.
+
+A family is a handful of plain modules. `Family` names them as text, so that nothing is imported before it is used, and
+so that the key of an artifact holds the code of just those parts that made it: a changed metric runs no engine.
+
+The heart is `predict`: the glue between the graphs, written once against a `call` that the runner injects.
+
+| injected as `call` | gives |
+| --- | --- |
+| compiled engines | inference |
+| torch modules | the reference of parity |
+| engines and a stopwatch | time per graph and per sample |
+| float engines and a recorder of graph g | calibration feeds of g |
+| a counter | calls per sample: FLOPs, executed precision |
+
+`learning` and `cutting` start as None: such a family has Q, parity, export, timing and the ledger, and neither P nor K.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from torch import Tensor, nn
+
+    from pqk.settings.evaluation import Evaluation
+    from pqk.settings.workload import Workload
+
+    Arrays = Mapping[str, np.ndarray]
+
+
+class Call(Protocol):
+    """Runs one graph. Engines, torch modules, a stopwatch or a recorder stand behind it; a family never knows which."""
+
+    def __call__(
+        self, graph: str, feeds: Mapping[str, Any], *, reuse: Hashable | None = None, stay: bool = False
+    ) -> dict[str, Any]:
+        """Returns the outputs of `graph` by name.
+
+        reuse: calls of one graph with an equal `reuse` in one group have equal feeds, so scoring may answer from
+        memory; the time of a sample never does. stay: the outputs only go into another graph and may stay on the
+        device; without it they are numpy arrays.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """One exportable part of a model with static, named inputs and outputs.
+
+    module: takes the inputs in the order of `input_names` and returns one tensor, or a tuple in the order of
+    `output_names`. It shares its weights with the model it was taken from.
+    inputs: example inputs: values as the model meets them, random and no two alike, so that a check of an export on
+    them sees every operation.
+    """
+
+    module: nn.Module
+    inputs: dict[str, Tensor]
+    input_names: tuple[str, ...]
+    output_names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class GraphUse:
+    """How a graph is used, known without a model.
+
+    after: graphs whose outputs reach its inputs; of the others the recorder of calibration feeds computes nothing.
+    every: the calibration samples 0, every, 2 every ... feed it. unit: what one feed is, in the plural.
+    """
+
+    name: str
+    after: tuple[str, ...] = ()
+    every: int = 1
+    unit: str = "samples"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What one score belongs to: a pair, a set of frames, an image.
+
+    group: place of what intervals resample as a whole (the scene; of single images the image) in the set, from 0.
+    name: unique in its group. inputs: only `predict` looks inside. truth: only `score` does; None without ground truth.
+    """
+
+    group: int
+    name: str
+    inputs: Any
+    truth: Any = None
+
+
+@dataclass(frozen=True)
+class SampleSet:
+    """The samples of one split, as plain data for a worker process.
+
+    where: the files that `samples` opens; how: what else decides which samples they are. Both are plain JSON that only
+    the family reads. groups: their names, in order. sha256: of everything that is read. truthful: the samples carry
+    ground truth that a model is scored against. own: they are the user's, as opposed to generated. drawn: what the
+    evaluation seed drew, in words.
+    """
+
+    where: Mapping[str, Any]
+    how: Mapping[str, Any]
+    groups: tuple[str, ...]
+    sha256: str
+    truthful: bool
+    own: bool = False
+    drawn: str = ""
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """What decides the samples: the part of a cache key that stands for them."""
+        return {"sha256": self.sha256, "how": dict(self.how), "truthful": self.truthful}
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain data for a worker process."""
+        return asdict(self)
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> SampleSet:
+        return SampleSet(**{**data, "groups": tuple(data["groups"])})
+
+
+class Recallable(Protocol):
+    """Calibration samples: iterating again starts anew, nothing is held in memory."""
+
+    images: int  # that the samples hold in all
+
+    def __iter__(self) -> Iterator[Sample]: ...
+
+    def __len__(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Given:
+    """Data named on the command line in place of the workload's test samples: with ground truth, or pictures alone."""
+
+    scenes: Path | None = None
+    images: Path | None = None
+
+
+class Maker(Protocol):
+    """Makes or reuses generated data.
+
+    split: what the terminal calls it. inputs: everything that decides it, plain JSON. modules: the code that makes it.
+    write: fills an empty folder. Returns the folder and the sha256 of its files.
+    """
+
+    def __call__(
+        self, split: str, inputs: Mapping[str, Any], modules: tuple[str, ...], write: Callable[[Path], object], /
+    ) -> tuple[Path, str]: ...
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A quality metric.
+
+    unit: '' for a ratio. better: which way it improves. perfect: its best value. drops: the distance from `perfect` is
+    itself a relative loss (AbsRel 0.02 against the Teacher's output is a drop of 2 %), where the Teacher plays the
+    truth. threshold: name of the line in eval.yaml's `thresholds` that its rise above the Teacher's must stay below,
+    and meaning: what it tells; None: not judged beside the main metric. parts: columns that come with it.
+    """
+
+    name: str
+    unit: str
+    better: Literal["lower", "higher"]
+    perfect: float
+    drops: bool = False
+    threshold: str | None = None
+    meaning: str = ""
+    parts: tuple[str, ...] = ()
+
+
+class SettingsPart(Protocol):
+    """The family's sections of the configuration files. Imports nothing heavy."""
+
+    Workload: type[Workload]  # of workload.yaml: shapes, pairs or frames or steps, scene lists
+    Evaluation: type[Evaluation]  # of eval.yaml: the options of its metrics, its own thresholds
+    GRAPHS: tuple[GraphUse, ...]  # in the order of first use
+    METRICS: tuple[Metric, ...]  # the first is the default main metric
+    NAMED: Mapping[str, Mapping[str, Any]]  # configurations that `random:NAME` builds
+    KINDS: tuple[str, ...]  # kinds of the parts of a network, in the order of a table
+    LAST_LAYERS: str | None  # keep-list entry of the layers whose errors reach the outputs undamped
+
+    def part_of(self, name: str) -> tuple[str, str] | None:
+        """Returns part and kind of a weight or of a graph's node; None for what is in no named part."""
+        ...
+
+
+class ModelPart(Protocol):
+    """Builds the model, reads official checkpoints, splits the model into graphs."""
+
+    UNDONE: Mapping[str, Any]  # training-only settings of stored configurations, and what they are set to here
+
+    def build(self, config: Mapping[str, Any]) -> nn.Module:
+        """Returns an empty model with the attributes `family` and `config`. Raises PqkError that names the key."""
+        ...
+
+    def initialize(self, model: nn.Module, generator: torch.Generator | None = None) -> None:
+        """Fills every parameter with fresh random weights."""
+        ...
+
+    def adapt(self, weights: Mapping[str, Tensor], expected: Collection[str]) -> dict[str, Tensor]:
+        """Returns weights under the model's own names, which are `expected`; foreign keys are left out."""
+        ...
+
+    def may_lack(self, key: str) -> bool:
+        """Whether a checkpoint may lack this weight, because no result depends on it."""
+        ...
+
+    def official(self, content: Any) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        """Returns configuration and weights of a loaded official checkpoint; None when it is another family's.
+
+        Raises PqkError without the file's name, which the caller adds.
+        """
+        ...
+
+    def graphs(self, model: nn.Module, workload: Workload) -> dict[str, GraphSpec]:
+        """Returns the exportable parts by name, in the order of `GRAPHS`."""
+        ...
+
+
+class PredictPart(Protocol):
+    """Runs one sample through the graphs."""
+
+    def predict(self, call: Call, sample: Sample, workload: Workload, seed: int) -> Arrays:
+        """Returns the prediction of one sample, with whatever loop, noise and post-processing the family has."""
+        ...
+
+
+class DataPart(Protocol):
+    """Where samples come from. Splits are train, validation, calibration and test; no sample is in two of them."""
+
+    SEED_DRAWS: Literal["samples", "noise"]  # what an evaluation seed changes
+
+    def open_split(
+        self,
+        split: str,
+        workload: Workload,
+        root: Path,
+        make: Maker,
+        given: Given = ...,
+        first: int = 0,
+        count: int | None = None,
+    ) -> SampleSet:
+        """Returns the samples of a split: generated by `make`, or read from the workload's or the given folders.
+
+        The test split is what the workload's eval seed draws. first, count: only these groups of generated data, beyond
+        the workload's own (`--decide` adds some). Raises PqkError in one sentence for what a user must fix, before
+        anything long begins.
+        """
+        ...
+
+    def samples(self, found: SampleSet, workload: Workload, seed: int) -> Iterable[Sample]:
+        """Yields samples in a fixed order, groups in theirs, decoded one at a time.
+
+        seed: of the evaluation, for what it draws in reading (crops). Raises PqkError.
+        """
+        ...
+
+    def most(self, found: SampleSet, workload: Workload) -> int:
+        """Returns how many samples there are at most, without decoding any."""
+        ...
+
+    def calibration(self, found: SampleSet, workload: Workload, images: int) -> Recallable:
+        """Returns the first calibration samples that hold `images` images. Raises PqkError where there are fewer."""
+        ...
+
+    def timed(self, found: SampleSet, workload: Workload) -> Sequence[Sample]:
+        """Returns the samples of one group as they are timed; what is in a picture moves no time."""
+        ...
+
+    def example(self, workload: Workload) -> Sample:
+        """Returns a sample of random numbers, always the same, in the shape of real ones."""
+        ...
+
+    def can_grow(self, workload: Workload, given: Given) -> bool:
+        """Whether more test groups can be made: generated ones can, those of a folder are all there are."""
+        ...
+
+    def refuse_overlap(self, sets: Mapping[str, SampleSet]) -> None:
+        """Raises PqkError when two of the user's splits share a sample."""
+        ...
+
+    def digest(self, split: str, workload: Workload, sha256: Callable[[], str]) -> str:
+        """Returns a sha256 of what a split ('test' or 'calibration') is fed, seeds aside.
+
+        Generated data counts as it is generated, data in a folder by `sha256()` of its content and not by its place.
+        """
+        ...
+
+
+class ScoringPart(Protocol):
+    """Scores predictions. No engine runs here."""
+
+    OUTPUTS: Mapping[str, Literal["points", "values"]]  # of `predict`, and how those of two runtimes are compared
+
+    def score(self, prediction: Arrays, sample: Sample, options: Mapping[str, Any], seed: int) -> dict[str, Any] | None:
+        """Returns the evidence of one sample, plain JSON; None when it has too little truth to be scored.
+
+        options: section `quality` of eval.yaml. Raises PqkError for a prediction that cannot be scored.
+        """
+        ...
+
+    def needs(self, options: Mapping[str, Any]) -> str:
+        """Returns what a sample must hold to be scored, for the end of a sentence."""
+        ...
+
+    def as_truth(self, prediction: Arrays, sample: Sample, config: Mapping[str, Any]) -> Sample:
+        """Returns the sample with a prediction of the Teacher (of configuration `config`) in place of the truth."""
+        ...
+
+    def floor(self, sample: Sample, options: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Returns the evidence of a predictor that ignores its input: the floor that any model must beat."""
+        ...
+
+    def summarise(self, evidence: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+        """Returns all metrics of a list of evidence."""
+        ...
+
+
+class LearningPart(Protocol):
+    """What P, K and QAT need: batches, a forward over the graphs' modules, losses, one number per held-out sample."""
+
+    TERMS: tuple[str, ...]  # names of the losses that recipes may weigh
+
+    def batches(self, split: str, seed: int, asked: Any, device: torch.device) -> Iterator[Any]: ...
+
+    def forward(self, parts: Mapping[str, nn.Module], batch: Any) -> Mapping[str, Tensor]: ...
+
+    def losses(
+        self, out: Mapping[str, Tensor], batch: Any, teacher: Mapping[str, Tensor] | None
+    ) -> dict[str, Tensor]: ...
+
+    def score(self, out: Mapping[str, Tensor], batch: Any) -> Tensor: ...
+
+
+class ExportPart(Protocol):
+    """What a deployment bundle holds beside graphs and manifest."""
+
+    def about_inputs(self, workload: Workload) -> dict[str, Any]:
+        """Returns the entries of the manifest that say how inputs are made."""
+        ...
+
+    def sample_source(self, runtime: str) -> str:
+        """Returns a script that runs the bundle without pqk, for 'openvino' or 'onnxruntime'."""
+        ...
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family by the modules of its parts, each given as 'package.module'.
+
+    The modules hold what the protocols of this file name; one module may serve as several parts.
+    """
+
+    name: str
+    settings: str
+    model: str
+    predict: str
+    data: str
+    scoring: str
+    learning: str | None = None
+    cutting: str | None = None
+    export: str | None = None
+    vectors: str | None = None
+
+    def settings_part(self) -> SettingsPart:
+        return cast(SettingsPart, import_module(self.settings))
+
+    def model_part(self) -> ModelPart:
+        return cast(ModelPart, import_module(self.model))
+
+    def predict_part(self) -> PredictPart:
+        return cast(PredictPart, import_module(self.predict))
+
+    def data_part(self) -> DataPart:
+        return cast(DataPart, import_module(self.data))
+
+    def scoring_part(self) -> ScoringPart:
+        return cast(ScoringPart, import_module(self.scoring))
+
+    def export_part(self) -> ExportPart | None:
+        return None if self.export is None else cast(ExportPart, import_module(self.export))

@@ -1,0 +1,155 @@
+"""DUSt3R's part of the configuration: workload.yaml, eval.yaml, the uses of its graphs, its metrics."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from pqk.errors import nearest
+from pqk.families.contract import GraphUse, Metric
+from pqk.families.dust3r.configs import NAMED as NAMED
+from pqk.families.dust3r.parts import KINDS as KINDS
+from pqk.families.dust3r.parts import LAST_LAYERS as LAST_LAYERS
+from pqk.families.dust3r.parts import part_of as part_of
+from pqk.settings import evaluation, workload
+from pqk.settings.workload import Calibration, SceneLists, refuse_shared_scenes
+from pqk.settings.yamlfile import Section, config_loader
+
+PATCH = 16
+"""Side of a ViT patch in pixels; height and width must be multiples of it."""
+
+STANDARD_SIDES = (384, 512, 640)
+"""The square input sides that the dry run accepts in configs/workload.yaml."""
+
+MIN_CALIBRATION = 512
+"""Fewest calibration images of the standard workload; cards (ablations) may ask for fewer."""
+
+GRAPHS = (
+    GraphUse("encoder", unit="images"),
+    # Every fourth pair: each passes both decoders and both heads, and costs four times as much as an image.
+    GraphUse("decoder", after=("encoder",), every=4, unit="pairs"),
+)
+
+METRICS = (
+    Metric("absrel", "", "lower", 0.0, drops=True),
+    Metric("chamfer", "m", "lower", 0.0, parts=("chamfer_accuracy", "chamfer_completeness")),
+    Metric("rmse", "m", "lower", 0.0),
+    Metric("delta1", "", "higher", 1.0, drops=True),
+    Metric("ause", "", "lower", 0.0, threshold="ause_rise", meaning="confidence"),
+    Metric("reproj_px", "px", "lower", 0.0),
+    Metric("chamfer_paired", "m", "lower", 0.0),
+)
+"""What `pqk.families.dust3r.scoring.summarise` gives, the default main metric first."""
+
+
+class Input(Section):
+    """The static shape that the model is fed."""
+
+    shape: Annotated[tuple[int, ...], Field(strict=False)]
+
+    @field_validator("shape")
+    @classmethod
+    def _multiples(cls, shape: tuple[int, ...]) -> tuple[int, ...]:
+        sides = shape[2:]
+        right = len(shape) == 4 and shape[:2] == (1, 3)
+        if not right or any(side % PATCH or not PATCH <= side <= 4096 for side in sides):
+            raise ValueError(f"must be [1, 3, H, W] with H and W multiples of {PATCH} from {PATCH} to 4096")
+        return shape
+
+    @property
+    def height(self) -> int:
+        return self.shape[2]
+
+    @property
+    def width(self) -> int:
+        return self.shape[3]
+
+
+class PairGraph(Section):
+    """Which pairs of a scene's views are fed; pqk.data.scenes.pairs.pair_graph defines the kinds and k."""
+
+    kind: Literal["neighbor", "complete", "topk"]
+    k: Annotated[int, Field(ge=1, le=64)]
+    symmetrize: bool
+
+
+class Workload(workload.Workload):
+    """What is fed: input shape, pair graph, scene lists, calibration set, seeds."""
+
+    input: Input
+    pair_graph: PairGraph
+    scenes: SceneLists
+    calibration: Calibration
+    min_covisibility: Annotated[float, Field(ge=0, le=1)]
+
+    @model_validator(mode="after")
+    def _apart(self) -> Self:
+        """Splits of one folder name their scenes, and none is named in two."""
+        refuse_shared_scenes(
+            {
+                "scenes.validation": self.scenes.validation,
+                "scenes.test": self.scenes.test,
+                "calibration": self.calibration,
+            }
+        )
+        return self
+
+    @property
+    def static(self) -> dict[str, Any]:
+        """The graphs have the input's height and width."""
+        return {"shape": [self.input.height, self.input.width]}
+
+    @property
+    def feeding(self) -> dict[str, Any]:
+        """Pairs are those of the graph that share enough of their view."""
+        graph = self.pair_graph.model_dump(mode="json")
+        return {**self.static, "pair_graph": graph, "min_covisibility": self.min_covisibility}
+
+    @property
+    def calibration_images(self) -> int:
+        """How many images quantizers can be calibrated on."""
+        return self.calibration.images
+
+    def problems(self) -> list[str]:
+        """A standard side, and calibration images enough."""
+        shape, found = self.input.shape, []
+        if shape[2] != shape[3] or shape[2] not in STANDARD_SIDES:
+            allowed = ", ".join(map(str, STANDARD_SIDES))
+            found.append(f"input.shape is {list(shape)} but must be [1, 3, H, W] with H = W out of {allowed}")
+        if self.calibration.images < MIN_CALIBRATION:
+            found.append(f"calibration.images is {self.calibration.images} but must be at least {MIN_CALIBRATION}")
+        return found
+
+
+class Quality(evaluation.Quality):
+    """Which metrics are recorded, and how predictions are brought to the scale of the ground truth."""
+
+    scale_alignment: Literal["median", "lstsq", "none"]
+    chamfer_points: Annotated[int, Field(ge=16, le=1_000_000)]
+    min_valid_pixels: Annotated[int, Field(ge=1, le=1_000_000)]
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        known = [metric.name for metric in METRICS]
+        for name in (self.main_metric, *self.metrics):
+            if name not in known:
+                raise ValueError(f"names the unknown metric {name!r}{nearest(name, known)}; known: {', '.join(known)}")
+        return self
+
+
+class Thresholds(evaluation.Thresholds):
+    """Success lines. ause_rise: how much the sparsification error may be above the Teacher's."""
+
+    ause_rise: Annotated[float, Field(ge=0, le=1)]
+
+
+class Evaluation(evaluation.Evaluation):
+    """What is measured and what counts as success."""
+
+    quality: Quality
+    thresholds: Thresholds
+
+
+load_workload = config_loader(Workload, "workload")
+load_evaluation = config_loader(Evaluation, "eval")

@@ -1,0 +1,20 @@
+"""The Teacher of a project, `configs/teacher.yaml`: the model that cards start from where --model names no other."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from pqk.settings.yamlfile import Spec, config_loader
+
+
+class DefaultTeacher(Spec):
+    """The shipped Teacher, and how such a one is trained."""
+
+    version: Annotated[str, Field(pattern=r"^\d+\.\d+$")]
+    model: Annotated[str, Field(min_length=1)]  # folder or file below the project's root, or random:NAME
+    training: Annotated[str, Field(min_length=1)]  # file of `pqk train teacher`
+
+
+load_teacher_settings = config_loader(DefaultTeacher, "teacher")
