@@ -6,14 +6,16 @@ The families and the shared metrics bring the runners: a module with a table KIN
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from importlib import import_module
 from pathlib import Path
+from textwrap import TextWrapper
 
 from pqk.errors import EXIT_CHECK_FAILED, EXIT_OK, PqkError, nearest
-from pqk.families.vectors import BadCase, Case, Compared, NotHandled, Runner, find_cases
+from pqk.families.vectors import BadCase, Case, Compared, NotHandled, Runner, find_cases, read_info
 
 MODULES = ("pqk.families.dust3r.vectors", "pqk.families.metrics.vectors")
 NAMED = 24  # names on one line
@@ -42,25 +44,30 @@ class Outcome:
             return "partly handled" if self.compared else "not handled"
         return "passes" if self.compared else "fails"
 
-    def lines(self) -> Iterator[str]:
-        """The report of the case: the tensors of each pass mark, the failures, and what is not handled."""
-        yield f"{self.name} ({self.kind}): {self.state}"
+    def report(self) -> str:
+        """The lines to print, in at most 120 columns."""
+        wrap = TextWrapper(120, initial_indent="    ", subsequent_indent="      ", break_on_hyphens=False)
+        wrap.break_long_words = False
+        return "\n".join([f"{self.name} ({self.kind}): {self.state}", *map(wrap.fill, self._facts())])
+
+    def _facts(self) -> Iterator[str]:
+        """The tensors of each pass mark, the failures, and what is not handled."""
         for mark in dict.fromkeys(each.mark for each in self.compared):
             group = [each for each in self.compared if each.mark == mark]
             worst = max(group, key=lambda each: each.error)
             error = "all equal" if not worst.error else f"largest relative error {worst.error:.1e} ({worst.name})"
-            yield f"    {_names([each.name for each in group])}: {error}, pass mark {mark:.2g}"
+            yield f"{_names([each.name for each in group])}: {error}, pass mark {mark:.2g}"
         for each in self.compared:
             if not each.passes:
-                yield f"    FAILS {each.name}: {each.why or f'error {each.error:.1e}, pass mark {each.mark:.2g}'}"
+                yield f"FAILS {each.name}: {each.why or f'error {each.error:.1e}, pass mark {each.mark:.2g}'}"
         if self.failure:
-            yield f"    {'damaged' if self.damaged else 'FAILS'}: {self.failure}"
+            yield f"{'damaged' if self.damaged else 'FAILS'}: {self.failure}"
         elif not self.compared and not self.not_handled:
-            yield "    FAILS: it holds no expected result"
+            yield "FAILS: it holds no expected result"
         if self.not_compared:
-            yield f"    {self.not_compared} mid_* are not compared"
+            yield f"{self.not_compared} mid_* are not compared"
         if self.not_handled:
-            yield f"    no code handles {_names(self.not_handled)}"
+            yield f"no code handles {_names(self.not_handled)}"
 
 
 def runners(modules: Sequence[str] = MODULES) -> dict[str, Runner]:
@@ -97,16 +104,16 @@ def run_folder(folder: Path, only: Sequence[str] = ()) -> Iterator[Outcome]:
     """Run every case in and below the folder, or those of some kinds (names or patterns such as dust3r_*).
 
     Raises BadCase for a folder without cases, and PqkError when no case is of the wanted kinds. With `only`, a case
-    whose kind cannot be read is reported too: it may be one of them.
+    whose kind cannot be read is reported too.
     """
     kinds, seen, ran = runners(), set(), False
     for path in find_cases(folder):
         try:
-            kind = Case(path).kind if only else ""
-        except BadCase:
-            kind = only[0]
-        seen.add(kind)
-        if not only or any(fnmatchcase(kind, pattern) for pattern in only):
+            kind = str(read_info(path)["kind"]) if only else None
+        except (BadCase, KeyError):
+            kind = None  # it may be one of them
+        seen.add(str(kind))
+        if kind is None or any(fnmatchcase(kind, pattern) for pattern in only):
             ran = True
             yield run_case(path, kinds)
     if not ran:
@@ -124,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     outcomes = []
     for outcome in run_folder(options.folder, options.only):
-        print(*outcome.lines(), sep="\n", flush=True)
+        print(outcome.report(), flush=True)
         outcomes.append(outcome)
     states = [outcome.state for outcome in outcomes]
     print(f"{len(states)} cases: {', '.join(f'{states.count(state)} {state}' for state in sorted(set(states)))}")
@@ -139,7 +146,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _names(names: Sequence[str]) -> str:
-    """The names; of many, the intermediate results are only counted."""
+    """The names, of all items of a list as one; of many, the intermediate results are only counted."""
+    names = list(dict.fromkeys(re.sub(r"\.\d+(?=\.)", ".*", name) for name in names))
     if len(names) <= NAMED:
         return ", ".join(names)
     shown = [name for name in names if not name.startswith("mid_")]

@@ -1,9 +1,10 @@
 """Cases with known answers: reading a case, and comparing what was computed with what it expects.
 
 A case is a folder with case.json (kind, config, answers, ...), and where the kind needs them io.npz (`in_*` inputs,
-`out_*` expected results, `mid_*` intermediate results) and weights.safetensors (a state dict). A table *_keys.tsv of a
-model's weights is a case too, of the kind FAMILY_keys. A runner of a kind takes a Case and yields one Compared per
-tensor. What it reads from the case counts as handled; any other `out_*` array or answer is named as not handled.
+`out_*` expected results, `mid_*` intermediate results) and weights.safetensors (a state dict). A table *_keys.tsv
+(or .gz) of a model's weights is a case too, of the kind FAMILY_keys. A runner of a kind takes a Case and yields one
+Compared per tensor. What it reads from the case counts as handled; any other `out_*` array or answer is named as not
+handled.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pqk.errors import CheckFailed, PqkError
 
 MARK = 1e-5
 """Pass mark of float32 tensors: the largest difference relative to the tensor's largest value."""
-INFO, ARRAYS, WEIGHTS, KEYS = "case.json", "io.npz", "weights.safetensors", "_keys.tsv"
+INFO, ARRAYS, WEIGHTS, KEYS = "case.json", "io.npz", "weights.safetensors", ("_keys.tsv", "_keys.tsv.gz")
 
 
 class BadCase(PqkError):
@@ -60,12 +61,8 @@ class Case:
 
     def __init__(self, path: Path) -> None:
         self.path, self.name = path, path.name
-        self._used: set[str] = set()
-        if path.name.endswith(KEYS):
-            self.info: dict[str, Any] = {"kind": path.name.split("_")[0] + "_keys"}
-            self.arrays: dict[str, np.ndarray] = {}
-            return
-        self.info = _read_json(path / INFO)
+        self._used: set[Any] = set()
+        self.info = read_info(path)
         self.arrays = _read_arrays(path / ARRAYS) if (path / ARRAYS).exists() else {}
         for name, (dtype, shape) in _listed(self.info.get("io"), path).items():
             array = self.arrays.get(name)
@@ -102,7 +99,7 @@ class Case:
     def answer(self, *keys: str | int) -> Any:
         """A value inside `answers` of case.json, by keys and indices. Raises BadCase when it is not there."""
         value = self.peek(*keys)
-        self._used.update(_leaves(value, _dotted(keys)))
+        self._used.update(_leaves(value, keys))
         return value
 
     def peek(self, *keys: str | int) -> Any:
@@ -142,15 +139,10 @@ class Case:
     def not_handled(self) -> list[str]:
         """Names of the expected results that nothing has read, those of a common parent under its name."""
         arrays = [name for name in self.names("out_") if name not in self._used]
-        answers = self.info.get("answers", {})
-        unused = [leaf for leaf in _leaves(answers, "answers") if leaf not in self._used]
-        used = {".".join(leaf.split(".")[:end]) for leaf in self._used for end in range(1, leaf.count(".") + 2)}
-        tops = []
-        for leaf in unused:
-            parts = leaf.split(".")
-            end = next(end for end in range(1, len(parts) + 1) if ".".join(parts[:end]) not in used)
-            tops.append(".".join("*" if part.isdigit() else part for part in parts[:end]))
-        return arrays + list(dict.fromkeys(tops))
+        read = {leaf[:end] for leaf in self._used if isinstance(leaf, tuple) for end in range(len(leaf) + 1)}
+        unread = [leaf for leaf in _leaves(self.info.get("answers"), ()) if leaf not in read]
+        tops = [next(leaf[:end] for end in range(len(leaf) + 1) if leaf[:end] not in read) for leaf in unread]
+        return arrays + [_dotted(top) for top in dict.fromkeys(tops)]
 
 
 def compare(name: str, found: Any, expected: Any, mark: float = MARK, scale: float | None = None) -> Compared:
@@ -174,7 +166,7 @@ def compare(name: str, found: Any, expected: Any, mark: float = MARK, scale: flo
     if not finite.any():
         return Compared(name, 0.0, mark)
     scale = float(np.abs(want[finite]).max()) or 1.0 if scale is None else scale
-    return Compared(name, float(np.abs(got - want)[finite].max()) / scale, mark)
+    return Compared(name, float(np.abs(got[finite] - want[finite]).max()) / scale, mark)
 
 
 def find_cases(folder: Path) -> list[Path]:
@@ -191,7 +183,11 @@ def find_cases(folder: Path) -> list[Path]:
     return found
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_info(path: Path) -> dict[str, Any]:
+    """What case.json says; of a table of keys, its kind. Raises BadCase for a missing or damaged file."""
+    if path.name.endswith(KEYS):
+        return {"kind": path.name.split("_")[0] + "_keys"}
+    path /= INFO
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -219,17 +215,17 @@ def _listed(io: Any, path: Path) -> dict[str, tuple[str, list[int]]]:
         raise BadCase(f"{path / INFO}: 'io' must give the type and shape of every array") from None
 
 
-def _leaves(value: Any, name: str) -> Iterator[str]:
-    """Names of the numbers in nested lists and dicts; what is there for contrast only is no result."""
+def _leaves(value: Any, keys: tuple[str | int, ...]) -> Iterator[tuple[str | int, ...]]:
+    """Keys of the numbers in nested lists and dicts; what is there for contrast only is no result."""
     if isinstance(value, dict):
         for key, item in value.items():
-            if not str(key).endswith("for_contrast"):
-                yield from _leaves(item, f"{name}.{key}".replace("..", "."))
+            if not key.endswith("for_contrast"):
+                yield from _leaves(item, (*keys, key))
     elif isinstance(value, list):
         for index, item in enumerate(value):
-            yield from _leaves(item, f"{name}.{index}")
+            yield from _leaves(item, (*keys, index))
     elif isinstance(value, int | float):
-        yield name
+        yield keys
 
 
 def _dotted(keys: tuple[str | int, ...]) -> str:

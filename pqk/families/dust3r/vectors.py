@@ -7,10 +7,11 @@ results, compared where a module of ours has that output.
 from __future__ import annotations
 
 import csv
+import gzip
 import math
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -55,11 +56,11 @@ class Tape:
     """Records the outputs of all modules inside, call by call, in a `with` block."""
 
     def __init__(self, root: nn.Module) -> None:
-        self.root = root
+        self._root = root
         self._calls: dict[nn.Module, list[Tensor]] = {}
 
     def __enter__(self) -> Tape:
-        self._hooks = [part.register_forward_hook(self._record) for part in self.root.modules()]
+        self._hooks = [part.register_forward_hook(self._record) for part in self._root.modules()]
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -73,17 +74,17 @@ class Tape:
     def calls(self, path: str) -> list[Tensor]:
         """The outputs of the module of that name; [] when there is none or it was not called."""
         try:
-            return self._calls.get(self.root.get_submodule(path), [])
+            return self._calls.get(self._root.get_submodule(path), [])
         except AttributeError:
             return []
 
 
 def keys(case: Case) -> Iterator[Compared]:
     """Names, shapes and sharing of the weights of a released model: a table key, shape, numel, same_tensor_as."""
-    name = case.name.removesuffix("_keys.tsv").replace("_", "-")
+    name = case.name.partition("_keys.tsv")[0].replace("_", "-")
     if name not in NAMED:
         raise NotHandled(f"the configuration {name}")
-    with case.path.open(encoding="utf-8", newline="") as stream:
+    with (gzip.open if case.path.suffix == ".gz" else open)(case.path, "rt", encoding="utf-8", newline="") as stream:
         rows = list(csv.DictReader(stream, delimiter="\t"))
     if not rows or not {"key", "shape", "same_tensor_as"} <= set(rows[0]):
         raise BadCase(f"{case.path} is no table with the columns key, shape, numel, same_tensor_as")
@@ -111,7 +112,7 @@ def model(case: Case) -> Iterator[Compared]:
 
 def full(case: Case) -> Iterator[Compared]:
     """The official architecture with weights from the seed rule: 2.5 GB of memory, half a minute."""
-    net = empty_model("dust3r", case.need("config"))
+    net = cast(Dust3r, empty_model("dust3r", case.need("config")))
     tied, probes = case.info.get("tied_keys", {}), case.info.get("weight_probes", {})
     weights: dict[str, Tensor] = {}
     for index, (key, empty) in enumerate(sorted(net.state_dict().items())):
@@ -298,12 +299,14 @@ def _forward(case: Case, net: Dust3r, mark: float) -> Iterator[Compared]:
         yield case.check(f"out_{THEIRS.get(name, name)}", out[name][:, ::every, ::every], mark)
     turned = any(bool((shape != torch.tensor(img.shape[2:])).any()) for shape, img in zip(shapes, images, strict=False))
     for name in [*case.names("out_head_raw"), *case.names("mid_")]:
-        found = None if turned else _intermediate(tape, name, images)  # turned samples run in groups of their own
+        found = (
+            None if turned else _intermediate(tape, name, images, net.sizes.patch_size)
+        )  # turned samples run in groups of their own
         if found is not None:
             yield case.check(name, found, mark)
 
 
-def _intermediate(tape: Tape, name: str, images: list[Tensor]) -> Any:
+def _intermediate(tape: Tape, name: str, images: list[Tensor], patch: int) -> Any:
     """The intermediate result of that name, or None when we have none."""
     if match := re.fullmatch(r"out_head_raw([12])", name):
         return _only(tape.calls(f"downstream_head{match[1]}"))
@@ -315,7 +318,6 @@ def _intermediate(tape: Tape, name: str, images: list[Tensor]) -> Any:
     what, view = match[1], int(match[2]) - 1
     image = images[view]
     if what == "pos":
-        patch = tape.root.sizes.patch_size
         grid = grid_positions(image.shape[2] // patch, image.shape[3] // patch)
         return np.broadcast_to(grid, (len(image), *grid.shape))
     if block := re.fullmatch(r"dec_block_(.+)", what):
@@ -358,5 +360,3 @@ def _rotate(case: Case, name: str, positions: np.ndarray, base: float) -> Tensor
 
 def _item(items: Any, index: int) -> dict[str, Any]:
     return items[index] if isinstance(items, list) and index < len(items) else {}
-
-

@@ -120,7 +120,9 @@ def trajectory(case: Case) -> Iterator[Compared]:
 
 def mvs_depth(case: Case) -> Iterator[Compared]:
     """Robust MVD's relative error and inliers at 1.03 in percent; the resized prediction is taken from the case."""
+    rows: list[list[float]] = []
     for index in range(len(case.peek("samples"))):
+        rows.append([])
         pred, gt = case[f"mid_pred_resized_{index}"].astype(np.float64), case[f"in_gt_{index}"]
         valid, keys = gt > 0, ("samples", index)
         ratio = align_scale(pred, gt, valid, "median")
@@ -129,9 +131,17 @@ def mvs_depth(case: Case) -> Iterator[Compared]:
             clipped = np.clip(scale * pred, 0.1, 100.0)
             found = 100 * abs_rel(clipped, gt, valid)
             yield case.check_answer(found, *keys, name, "absrel_percent", mark=SINGLE)
+            rows[-1].append(found)
             for key, values in (("inliers103_percent", clipped), ("inliers103_percent_unclipped", scale * pred)):
                 found = 100 * delta(values, gt, valid, 1.03)
                 yield case.check_answer(found, *keys, name, key, mark=SINGLE, scale=100.0)
+                if values is clipped:
+                    rows[-1].append(found)
+    yield case.check("out_absrel_inliers", rows, SINGLE)
+    means = iter(np.mean(rows, axis=0))
+    for name in ("raw", "aligned"):
+        for key in ("absrel_percent", "inliers103_percent"):
+            yield case.check_answer(next(means), "mean_over_samples", name, key, mark=SINGLE)
 
 
 def readers(case: Case) -> Iterator[Compared]:
