@@ -1,4 +1,4 @@
-"""The training losses against golden vectors (values and gradients), and the properties they promise."""
+"""The properties that the training losses promise (their numbers: tests/families/test_vectors.py)."""
 
 from __future__ import annotations
 
@@ -11,17 +11,15 @@ import torch
 from pqk.errors import PqkError
 from pqk.families.dust3r.losses import (
     confidence_loss,
-    normalise_jointly,
     regression_loss,
     scale_shift_invariant_error,
     to_camera1,
 )
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-TOLERANCE = 1e-5  # of the largest value of the tensor
 
 
-def load(case: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], list[torch.Tensor]]:
+def load(case: str) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
     with np.load(GOLDEN / case / "io.npz") as stored:
         io = {key: torch.from_numpy(stored[key]) for key in stored.files}
     pred = {}
@@ -29,53 +27,11 @@ def load(case: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], l
         pred[f"pts3d_{view}"] = io[f"in_pred_pts{view}"].clone().requires_grad_()
         pred[f"conf_{view}"] = io[f"in_pred_conf{view}"].clone().requires_grad_()
     truth = [to_camera1(io[f"in_gt_pts{view}"], io["in_pose1"]) for view in (1, 2)]
-    return io, pred, [*truth, io["in_valid1"].bool(), io["in_valid2"].bool()]
-
-
-def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
-    assert found.shape == expected.shape
-    assert (found - expected).abs().max() <= TOLERANCE * expected.abs().max()
-
-
-@pytest.fixture(params=["dust3r_loss_a", "dust3r_loss_b"])
-def case(request):
-    return load(request.param)
-
-
-def test_golden_normalisation(case):
-    io, pred, (gt1, gt2, valid1, valid2) = case
-    assert_close(gt1, io["mid_gt1_in_cam1"])
-    assert_close(gt2, io["mid_gt2_in_cam1"])
-    for name, p1, p2 in (("gt", gt1, gt2), ("pred", pred["pts3d_1"], pred["pts3d_2"])):
-        n1, n2, factor = normalise_jointly(p1, p2, valid1, valid2)
-        assert_close(factor.detach(), io[f"mid_factor_{name}"])
-        assert_close(n1.detach(), io[f"mid_{name}1_normalised"] * valid1[..., None])
-        assert_close(n2.detach(), io[f"mid_{name}2_normalised"] * valid2[..., None])
-
-
-def test_golden_confidence_loss_and_gradients(case):
-    io, pred, truth = case
-    loss, details = confidence_loss(pred, *truth)
-    loss.backward()
-    assert_close(loss.detach(), io["out_confloss"])
-    assert_close(details["conf_loss_1"], io["out_confloss_detail.conf_loss_1"])
-    assert_close(details["conf_loss_2"], io["out_confloss_detail.conf_loss2"])
-    assert_close(details["regr_1"], io["out_confloss_detail.Regr3D_pts3d_1"])
-    assert_close(details["regr_2"], io["out_confloss_detail.Regr3D_pts3d_2"])
-    for view in (1, 2):
-        assert_close(pred[f"pts3d_{view}"].grad, io[f"out_grad_pts{view}"])
-        assert_close(pred[f"conf_{view}"].grad, io[f"out_grad_conf{view}"])
-
-
-def test_golden_regression_and_validation_criterion(case):
-    io, pred, truth = case
-    assert_close(regression_loss(pred, *truth)[0].detach(), io["out_regr3d_mean"])
-    assert_close(regression_loss(pred, *truth, gt_scale=True)[0].detach(), io["out_regr3d_gtscale"])
-    assert_close(scale_shift_invariant_error(pred, *truth)[0].detach(), io["out_eval_scaleshiftinv_gtscale"])
+    return pred, [*truth, io["in_valid1"].bool(), io["in_valid2"].bool()]
 
 
 def test_invalid_pixels_have_no_value_and_no_gradient_even_when_nan():
-    _, pred, (gt1, gt2, valid1, valid2) = load("dust3r_loss_a")
+    pred, (gt1, gt2, valid1, valid2) = load("dust3r_loss_a")
     expected = {name: f(pred, gt1, gt2, valid1, valid2)[0].item() for name, f in LOSSES.items()}
     dirty = {key: value.detach().clone() for key, value in pred.items()}
     for view, gt, valid in ((1, gt1, valid1), (2, gt2, valid2)):
@@ -105,7 +61,7 @@ LOSSES = {
 
 @pytest.mark.parametrize("function", LOSSES.values(), ids=LOSSES)
 def test_a_view_without_valid_pixels_contributes_nothing(function):
-    _, pred, (gt1, gt2, valid1, valid2) = load("dust3r_loss_b")
+    pred, (gt1, gt2, valid1, valid2) = load("dust3r_loss_b")
     nothing = torch.zeros_like(valid2)
     loss, details = function(pred, gt1, gt2, valid1, nothing)
     assert details["regr_2"] == 0
@@ -117,14 +73,14 @@ def test_a_view_without_valid_pixels_contributes_nothing(function):
 
 
 def test_scale_of_either_side_does_not_matter():
-    _, pred, (gt1, gt2, *valid) = load("dust3r_loss_a")
+    pred, (gt1, gt2, *valid) = load("dust3r_loss_a")
     base = confidence_loss(pred, gt1, gt2, *valid)[0].item()
     scaled = dict(pred, pts3d_1=pred["pts3d_1"] * 7.5, pts3d_2=pred["pts3d_2"] * 7.5)
     assert confidence_loss(scaled, gt1 * 0.2, gt2 * 0.2, *valid)[0].item() == pytest.approx(base, rel=1e-5)
 
 
 def test_validation_criterion_forgives_scale_and_depth_shift_only():
-    _, _, (gt1, gt2, *valid) = load("dust3r_loss_a")
+    _, (gt1, gt2, *valid) = load("dust3r_loss_a")
     shift = torch.tensor([0.0, 0.0, 0.4])
     pred = {"pts3d_1": 3.0 * (gt1 + shift), "pts3d_2": 3.0 * (gt2 + shift)}
     assert scale_shift_invariant_error(pred, gt1, gt2, *valid)[0].item() == pytest.approx(0.0, abs=1e-4)
@@ -149,7 +105,7 @@ def test_closed_form():
 
 
 def test_float32_under_autocast_and_for_half_inputs():
-    _, pred, truth = load("dust3r_loss_a")
+    pred, truth = load("dust3r_loss_a")
     expected = confidence_loss(pred, *truth)[0]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = confidence_loss(pred, *truth)[0]
@@ -160,7 +116,7 @@ def test_float32_under_autocast_and_for_half_inputs():
 
 
 def test_wrong_input_is_one_sentence():
-    _, pred, (gt1, gt2, valid1, valid2) = load("dust3r_loss_b")
+    pred, (gt1, gt2, valid1, valid2) = load("dust3r_loss_b")
     with pytest.raises(PqkError, match="conf_2"):
         confidence_loss({key: pred[key] for key in ("pts3d_1", "conf_1", "pts3d_2")}, gt1, gt2, valid1, valid2)
     with pytest.raises(PqkError, match="view 1"):

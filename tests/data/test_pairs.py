@@ -1,10 +1,8 @@
-"""Pair graphs against the official lists, and their properties."""
+"""The properties of pair graphs (the official lists: tests/families/test_vectors.py)."""
 
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,26 +12,6 @@ from scipy.ndimage import gaussian_filter
 
 from pqk.data.scenes.pairs import image_similarity, pair_graph
 from pqk.errors import PqkError
-
-CASE = json.loads((Path(__file__).parents[1] / "golden" / "dust3r_pairs" / "case.json").read_text())
-
-
-@pytest.mark.parametrize("query, answer", list(zip(CASE["queries"], CASE["answers"], strict=True)))
-def test_official_lists(query, answer):
-    def build():
-        return pair_graph(
-            query["n"], query["scene_graph"], symmetrize=query["symmetrize"], prefilter=query["prefilter"]
-        )
-
-    if query["n"] == 1:
-        with pytest.raises(PqkError, match="at least 2 images, found 1"):
-            build()
-        return
-    expected = [tuple(pair) for pair in answer]
-    if query["scene_graph"].startswith(("swin", "logwin")):
-        assert set(build()) == set(expected) and len(build()) == len(expected)
-    else:
-        assert build() == expected
 
 
 def test_neighbor_is_exact():

@@ -1,9 +1,6 @@
-"""Configurations: the named ones have exactly the official names and shapes, bad ones give one sentence."""
+"""Configurations: the named ones are valid (their keys: test_vectors.py), bad ones give one sentence."""
 
-import csv
-import gzip
 import math
-from pathlib import Path
 
 import pytest
 
@@ -11,22 +8,12 @@ from pqk.errors import PqkError
 from pqk.families.build import build_model, empty_model
 from pqk.families.dust3r.configs import NAMED, BlockSize, dpt_hooks, plain_config, read_config
 
-KEYS = Path(__file__).parents[1] / "golden" / "dust3r_keys"
 COUNTS = {"224_linear": 532_342_784, "512_linear": 532_342_784, "512_dpt": 571_171_208}
 
 
 @pytest.mark.parametrize("name", COUNTS)
-def test_official_names_and_shapes(name):
-    with gzip.open(KEYS / f"{name}.tsv.gz", "rt") as stream:
-        rows = list(csv.DictReader(stream, delimiter="\t"))
+def test_official_sizes(name):
     model = empty_model("dust3r", NAMED[f"dust3r-{name.replace('_', '-')}"])
-    state = model.state_dict(keep_vars=True)
-    assert {key: "x".join(map(str, value.shape)) for key, value in state.items()} == {
-        r["key"]: r["shape"] for r in rows
-    }
-    for row in rows:
-        if row["same_tensor_as"]:
-            assert state[row["key"]] is state[row["same_tensor_as"]]
     assert all(parameter.is_meta for parameter in model.parameters())
     assert sum(parameter.numel() for parameter in model.parameters()) == COUNTS[name]
 
