@@ -230,8 +230,8 @@ def test_a_calibration_is_for_the_stored_pixels_of_a_tiff_too(tmp_path, orientat
         Image.fromarray(picture()).save(path, tiffinfo={274: orientation})
     view = open_scene(root).views[0]
     np.testing.assert_array_equal(view.load_image(), picture())
-    for image in CalibrationImages([root], 2, 32, 48):
-        np.testing.assert_array_equal(image[0], fit_to_shape(view, 32, 48).image)
+    for found in CalibrationImages([root], 2, 32, 48):
+        np.testing.assert_array_equal(found.image, fit_to_shape(view, 32, 48).image)
     upright = View("a.tif", view.image_path).load_image()
     assert upright.shape[:2] == ((HEIGHT, WIDTH) if orientation < 5 else (WIDTH, HEIGHT))
     assert np.array_equal(upright, picture()) == (orientation == 1)
@@ -240,8 +240,8 @@ def test_a_calibration_is_for_the_stored_pixels_of_a_tiff_too(tmp_path, orientat
 def test_calibration_images_are_undistorted_as_the_scored_ones_are(tmp_path):
     root = write_eth3d(tmp_path / "s", "dslr_images", FISHEYE)
     frames = [fit_to_shape(view, 32, 48).image for view in open_scene(root).views]
-    for image, frame in zip(CalibrationImages([root], 2, 32, 48), frames, strict=True):
-        np.testing.assert_array_equal(image[0], frame)
+    for found, frame in zip(CalibrationImages([root], 2, 32, 48), frames, strict=True):
+        np.testing.assert_array_equal(found.image, frame)
 
 
 def test_a_mask_is_judged_by_its_values(tmp_path):

@@ -131,7 +131,7 @@ def test_the_shipped_configs_hold_the_numbers_of_the_lab(configs: Path) -> None:
             "kind: neighbour",
             r"must be 'neighbor', .* \(did you mean 'neighbor'\?\)",
         ),
-        ("eval.yaml", "main_metric: absrel", "main_metric: abs_rel", r"is 'abs_rel' .*did you mean 'absrel'\?"),
+        ("eval.yaml", "main_metric: absrel", "main_metric: abs_rel", r"main_metric 'abs_rel'.*did you mean 'absrel'\?"),
         ("eval.yaml", "chamfer, absrel, rmse", "chamfer, rmse", "main_metric 'absrel', which is not among its metrics"),
         ("eval.yaml", "chamfer, absrel, rmse", "absrel, absrel, rmse", "lists a metric twice"),
         (
