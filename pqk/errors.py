@@ -88,3 +88,8 @@ def nearest(word: str, allowed: Iterable[str]) -> str:
     """Return ' (did you mean X?)' for the closest allowed word, or '' when none is close."""
     match = difflib.get_close_matches(str(word), list(allowed), n=1, cutoff=0.5)
     return f" (did you mean {match[0]!r}?)" if match else ""
+
+
+def first_line(error: Exception) -> str:
+    """Returns the first sentence of a library's error, at most 160 characters of it."""
+    return str(error).strip().split("\n")[0].split(". ")[0][:160].rstrip(".") or type(error).__name__

@@ -12,19 +12,21 @@ from pqk.errors import PqkError
 from pqk.files import write_json
 from pqk.measure.scores import metric_intervals
 from pqk.recipe.candidate import Outcome, make
+from pqk.recipe.experiment import teacher_path
 from pqk.recipe.request import Request
 
 CARD = "B1"
 """Whose workload and evaluation count; it has no overrides."""
 
 
-def bench_teacher(model: str, write: bool, command: str) -> dict[str, Any]:
+def bench_teacher(model: str | None, write: bool, command: str) -> dict[str, Any]:
     """Score `model` on the workload's test scenes; prints and returns the figures.
 
     Its float graphs run on ONNX Runtime. `write` puts the figures under 'test' into the model_card.json beside the
     weights. Raises PqkError when the scenes have no ground truth, no pair is left, or there is no card to write to.
     """
     root = paths.project_root()
+    model = teacher_path(model, root)
     card_path = Path(model) / "model_card.json"
     if write and not card_path.is_file():
         raise PqkError(f"{card_path} is missing; only a folder written by `pqk train teacher` has a card")

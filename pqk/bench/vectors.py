@@ -15,9 +15,11 @@ from pathlib import Path
 from textwrap import TextWrapper
 
 from pqk.errors import EXIT_CHECK_FAILED, EXIT_OK, PqkError, nearest
+from pqk.families.registry import families
 from pqk.families.vectors import BadCase, Case, Compared, NotHandled, Runner, find_cases, read_info
 
-MODULES = ("pqk.families.dust3r.vectors", "pqk.families.metrics.vectors")
+SHARED = "pqk.families.metrics.vectors"
+"""Runners of the metrics that families share."""
 NAMED = 24  # names on one line
 
 
@@ -70,10 +72,10 @@ class Outcome:
             yield f"no code handles {_names(self.not_handled)}"
 
 
-def runners(modules: Sequence[str] = MODULES) -> dict[str, Runner]:
+def runners() -> dict[str, Runner]:
     """The runner of every kind that some family or metric has code for."""
     found: dict[str, Runner] = {}
-    for module in modules:
+    for module in (*(of.vectors for of in families() if of.vectors), SHARED):
         found |= import_module(module).KINDS
     return found
 

@@ -31,7 +31,7 @@ def run(
     quantizer: Annotated[str | None, typer.Option(help="quantizer of the backend; default: its first")] = None,
     model: Annotated[
         str | None,
-        typer.Option(help="official .pth, hub folder, our folder, or random:dust3r-512-dpt; default: the shipped one"),
+        typer.Option(help="official .pth, hub folder, our folder, or random:NAME; default: the shipped one"),
     ] = None,
     scenes: Annotated[
         Path | None, typer.Option(help="folder of scenes with ground truth (ETH3D or COLMAP layout)")
@@ -244,7 +244,7 @@ def data_make(
 
 @train_app.command("teacher")
 def train_teacher(
-    config: Annotated[Path | None, typer.Option(help="training file; default configs/models/dust3r-tiny.yaml")] = None,
+    config: Annotated[Path | None, typer.Option(help="training file; default: that of configs/teacher.yaml")] = None,
     out: Annotated[Path, typer.Option("-o", "--out", help="folder of the checkpoint and the shipped weights")] = Path(
         "outputs/teacher"
     ),
@@ -255,7 +255,7 @@ def train_teacher(
     autocast: Annotated[bool | None, typer.Option(help="bf16 autocast; default: on for CUDA, off for a CPU")] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="use torch.compile")] = False,
     fresh: Annotated[bool, typer.Option(help="ignore an existing checkpoint")] = False,
-    init: Annotated[str | None, typer.Option(help="start from these weights, e.g. models/dust3r-tiny")] = None,
+    init: Annotated[str | None, typer.Option(help="start from these weights: a folder or a file")] = None,
 ) -> None:
     """Train the embedded teacher on rendered pairs; resumes by itself, and uses DDP under torchrun."""
     from pqk.cli.training_progress import run_train_teacher
@@ -293,10 +293,10 @@ def bench_sampling(
 
 @bench_app.command("teacher")
 def bench_teacher(
-    model: Annotated[str, typer.Option(help="folder, .pth or named model")] = "models/dust3r-tiny",
+    model: Annotated[str | None, typer.Option(help="folder, .pth or named model; default: the shipped one")] = None,
     write: Annotated[bool, typer.Option(help="put the figures into the folder's model_card.json")] = False,
 ) -> None:
-    """Score a Teacher on the held-out test scenes, beside a constant depth; the last line is JSON."""
+    """Score a Teacher on the held-out test scenes, beside the floor that any model must beat; the last line is JSON."""
     from pqk.bench.teacher import bench_teacher as measure
 
     measure(model, write, "pqk " + " ".join(sys.argv[1:]))

@@ -13,7 +13,7 @@ from pathlib import Path
 from pqk import paths
 from pqk.errors import EXIT_OK, PqkError, nearest
 from pqk.families.registry import family
-from pqk.recipe.experiment import config_file, config_loaders, experiment_family, resolve
+from pqk.recipe.experiment import config_file, config_loaders, resolve
 from pqk.settings.card import TEMPLATE, Card, list_cards, load_card, read_card
 from pqk.settings.plan import list_plans, load_plan, ordered
 from pqk.settings.quant import Quant

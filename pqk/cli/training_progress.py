@@ -29,9 +29,11 @@ def run_train_teacher(
 ) -> None:
     """`pqk train teacher`: read the file, train with a progress line, say what came out."""
     from pqk.compress.train.teacher import train_teacher
+    from pqk.recipe.experiment import default_teacher
     from pqk.settings.training import load_training
 
-    spec = load_training(config or project_root() / "configs" / "models" / "dust3r-tiny.yaml", steps=steps)
+    root = project_root()
+    spec = load_training(config or root / default_teacher(root).training, steps=steps)
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),

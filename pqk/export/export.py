@@ -1,7 +1,7 @@
 """`pqk export`: the compiled artifact of a card as a folder that runs without pqk.
 
-encoder.*, decoder.*   ONNX (float, or with Q/DQ nodes), or OpenVINO IR (int8 of openvino)
-encoder.plan ...       what the backend compiled, where its engine is a file of its own (TensorRT)
+GRAPH.*          ONNX (float, or with Q/DQ nodes), or OpenVINO IR (int8 of openvino)
+GRAPH.plan ...   what the backend compiled, where its engine is a file of its own (TensorRT)
 manifest.json          what it is, of what it was made, how to feed it, sha256 of every file
 sample.py              feeds two pictures; numpy, Pillow and the runtime only
 """

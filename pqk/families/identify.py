@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pqk.errors import PqkError, nearest
+from pqk.errors import PqkError, first_line, nearest
 from pqk.families.registry import families, names
 from pqk.files import check_readable
 
@@ -25,7 +25,7 @@ def family_of(path: Path | str) -> str:
     if path.is_dir():
         return folder_family(read_config(path))
     if path.is_file():
-        from pqk.families.checkpoint import read_official
+        from pqk.families.official import read_official
 
         return read_official(path)[0]
     raise PqkError(f"no such model: {path} is neither a file nor a folder (nor {RANDOM}NAME)")
@@ -57,8 +57,3 @@ def read_config(folder: Path) -> dict[str, Any]:
 def folder_family(config: Mapping[str, Any]) -> str:
     """Returns the family that a stored configuration names; without one, as on the hub, the first built-in one."""
     return str(config.get("family", names()[0]))
-
-
-def first_line(error: Exception) -> str:
-    """Returns the first sentence of a library's error."""
-    return str(error).strip().split("\n")[0].split(". ")[0][:160].rstrip(".") or type(error).__name__

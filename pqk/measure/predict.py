@@ -27,7 +27,7 @@ Arrays = Mapping[str, np.ndarray]
 Take = Callable[[Sample, Arrays, Arrays | None], None]
 """Gets a sample, its prediction, and that of the reference where one runs beside it."""
 
-_REMEMBERED = 512 * 2**20  # bytes of a group's outputs: tokens of 160 images of the full-size DUSt3R at 512x384
+_REMEMBERED = 512 * 2**20  # bytes of a group's outputs: tokens of 160 images of a ViT-L at 512x384
 
 
 def predict(request: dict[str, Any]) -> dict[str, Any]:

@@ -134,7 +134,7 @@ def as_data(rows: Sequence[Bought]) -> list[dict[str, Any]]:
 def clause(rows: Sequence[Bought]) -> str | None:
     """One clause for the notes of a record: what was cut without becoming faster; None when nothing was timed.
 
-    'kernels of the parts that were cut, against the Teacher's: 0.52x in encoder MLPs; no faster: heads (1.01x)'.
+    'kernels of the parts that were cut, against the Teacher's: 0.52x in MLPs; no faster: heads (1.01x)'.
     """
     kinds = [row for row in rows if row.name == row.kind and row.cut and row.ratio is not None]
     if not kinds:

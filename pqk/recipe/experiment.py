@@ -168,7 +168,7 @@ def _check_keep_list(experiment: Experiment, where: str) -> None:
         graph, _ = split_entry(entry)
         if graph is not None and graph not in graphs:
             raise PqkError(
-                f"{where}: quant.ptq.keep_list: {entry!r} names the graph {graph!r}{nearest(graph, graphs)}; a model of "
+                f"{where}: quant.ptq.keep_list: {entry!r} names the graph {graph!r}{nearest(graph, graphs)}; "
                 f"family {experiment.family.name} has {', '.join(graphs)} (a colon in a node's name: write it as [:])"
             )
 

@@ -247,7 +247,7 @@ def keep_graphs(folder: Path, graphs: Mapping[str, dict[str, Any]]) -> None:
 
 
 def calibrated_note(of: Family, about: Mapping[str, Any]) -> str:
-    """'encoder calibrated on 512 images, decoder on 128 pairs of them', for the notes of a record."""
+    """'GRAPH calibrated on 512 images, OTHER on 128 pairs of them', for the notes of a record."""
     units = {use.name: use.unit for use in of.settings_part().GRAPHS}
     fed = [f"{name} {{}}on {count} {units[name]}" for name, count in about["feeds"].items()]
     return ", ".join([fed[0].format("calibrated "), *(f"{clause.format('')} of them" for clause in fed[1:])])
@@ -272,7 +272,7 @@ def trained_note(method: str, steps: int, hours: float, drop_pct: float | None) 
 KEPT_BYTES = 8_000_000_000
 """Predictions of all evaluations that stay in the store; those used longest ago go first."""
 ONE_BYTES = 2_000_000_000
-"""Predictions of one evaluation that are kept: of DUSt3R 238 pairs of 512x512."""
+"""Predictions of one evaluation that are kept: 238 pairs of point maps of 512x512."""
 
 
 def quality(

@@ -33,6 +33,6 @@ def hint(entries: Iterable[str], graph: str, graphs: Collection[str], said: str)
 
 
 def keep_patterns(names: Collection[str]) -> list[str]:
-    """Keep-list entries that match exactly these nodes; `decoder:NAME` is the node of that graph alone."""
+    """Keep-list entries that match exactly these nodes; `GRAPH:NAME` is the node of that graph alone."""
     named = (split_entry(name) for name in names)
     return [f"{graph}:^{re.escape(node)}$" if graph else f"^{re.escape(node)}$" for graph, node in named]

@@ -12,4 +12,5 @@ FAMILY = Family(
     learning="pqk.families.dust3r.learning",
     cutting="pqk.families.dust3r.cutting",
     export="pqk.families.dust3r.export",
+    vectors="pqk.families.dust3r.vectors",
 )

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from pqk.data.scenes.pairs import pair_graph
 from pqk.data.scenes.preprocess import official_preprocess, official_size, unproject
 from pqk.errors import PqkError
+from pqk.families.build import build_model, empty_model
 from pqk.families.checkpoint import load_model
 from pqk.families.dust3r.configs import NAMED, BlockSize, Mode
 from pqk.families.dust3r.layers import DecoderBlock, EncoderBlock, Rope, apply_rope, grid_positions, rope_arrays
@@ -31,7 +32,6 @@ from pqk.families.dust3r.losses import (
     to_camera1,
 )
 from pqk.families.dust3r.model import OUTPUTS, Dust3r, activate
-from pqk.families.registry import build_model, empty_model
 from pqk.families.vectors import MARK, BadCase, Case, Compared, NotHandled, compare
 
 FULL_MARK = 1e-4  # of the full-size network

@@ -1,0 +1,45 @@
+"""Counts the words of one family outside its folder: what pqk knows of a family is behind its contract."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+WORDS = re.compile(
+    r"encoder|decoder|tokens_\d|pts3d|\bconf_\d|absrel|abs_rel|chamfer|delta1|reproj|\bause\b|covisib|dust3r"
+    r"|lowest_confidence|confidence_loss|symmetricpairs|training_pairs|timed_pair|pairgraph|scene_pairs|symmetrize",
+    re.IGNORECASE,
+)
+"""Names of DUSt3R's graphs, tensors and metrics, and of what is done with them. `t_pair_*` and `pairs` are not among
+them: columns of the lab's log, whose pair is the sample of any family."""
+
+ALLOWED: dict[str, int] = {}  # none
+"""File -> lines that still hold such a word. It may only shrink."""
+
+SHARED = ("pqk/data/",)
+"""Where families of scenes share code, which may speak of views that see the same."""
+
+
+def found() -> dict[str, int]:
+    files = (path for path in (REPOSITORY / "pqk").rglob("*.py") if "families" not in path.parts)
+    lines = {
+        path.relative_to(REPOSITORY).as_posix(): sum(
+            bool(WORDS.search(line)) for line in path.read_text("utf-8").splitlines()
+        )
+        for path in files
+    }
+    return {name: count for name, count in lines.items() if count and not name.startswith(SHARED)}
+
+
+def test_the_walk_sees_something() -> None:
+    path = REPOSITORY / "pqk" / "families" / "dust3r" / "predict.py"
+    assert WORDS.search(path.read_text("utf-8"))
+
+
+def test_family_words_only_shrink() -> None:
+    now = found()
+    grown = {name: count for name, count in now.items() if count > ALLOWED.get(name, 0)}
+    assert not grown, f"these files name DUSt3R's graphs, tensors or metrics; say it through the contract: {grown}"
+    gone = {name: count for name, count in ALLOWED.items() if now.get(name, 0) < count}
+    assert not gone, f"shrunk: lower ALLOWED to {dict(sorted(now.items()))}"
