@@ -9,12 +9,13 @@ STAMP := $(VENV)/installed
 TORCH := torch==2.13.0
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint install clean
+.PHONY: help run test quick lint install clean
 
 help:
 	@echo "make run      install, then: pqk run B1 --backend openvino"
 	@echo "make test     install, then: lint and the whole test suite"
-	@echo "make lint     install, then: ruff and mypy"
+	@echo "make quick    install, then: lint and the tests without whole runs, in three minutes"
+	@echo "make lint     install, then: ruff, mypy and import-linter"
 	@echo "make install  make $(VENV) and install pqk with both toolchains and the development tools"
 	@echo "make clean    delete $(VENV) and caches; results in logs/, outputs/ and reports/ stay"
 
@@ -27,10 +28,14 @@ run: $(STAMP)
 test: lint
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
+quick: lint
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not whole and not slow"
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 install: $(STAMP)
 
@@ -43,5 +48,5 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find pqk backends tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +
