@@ -21,9 +21,16 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that run whole experiments come first: the last ones decide how long one process waits for the other."""
-    whole = Path(__file__).parent / "run"
-    items.sort(key=lambda item: not item.path.is_relative_to(whole))
+    """Marks tests that run whole commands, and puts their files first: the last ones decide how long a process waits.
+
+    Such a test, or a fixture of it, uses the function `pqk` or `start` of run_toys.
+    """
+    for item in items:
+        module, fixtures = getattr(item, "module", None), getattr(item, "fixturenames", ())
+        if any(hasattr(module, name) for name in ("pqk", "start")) or "finished" in fixtures:
+            item.add_marker("whole")
+    folder = Path(__file__).parent / "run"
+    items.sort(key=lambda item: not item.path.is_relative_to(folder))
 
 
 @pytest.fixture
