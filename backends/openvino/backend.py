@@ -8,7 +8,7 @@ from importlib import metadata
 from typing import Any
 
 from backends.base import Availability, BackendError, Engine, Graph, Kernel, Precision, Quantizer, Surgery, Unavailable
-from backends.openvino.cpu import instruction_sets
+from backends.cpu import instruction_sets
 
 MEND = 'pip install -e ".[openvino]"'
 INC = "neural-compressor-pt"
@@ -18,7 +18,7 @@ class OpenVINOBackend:
     """ONNX -> NNCF, or torch -> Intel Neural Compressor -> OpenVINO on the CPU."""
 
     name = "openvino"
-    sources: tuple[str, ...] = ("backends.openvino.engine", "backends.openvino.flops", "backends.openvino.cpu")
+    sources: tuple[str, ...] = ("backends.openvino.engine", "backends.openvino.flops", "backends.cpu")
 
     def availability(self) -> Availability:
         """Versions, devices, the CPU's name, its instruction sets and OpenVINO's capabilities; or what to install."""
@@ -63,9 +63,9 @@ class OpenVINOBackend:
         return OpenVINOEngine(graph, Precision(precision), options)
 
     def kept_in_int8(self, engine: Engine, keep: Sequence[str], kernels: Sequence[Kernel]) -> list[Kernel]:
-        """See `nncf.check_keep`. Raises BackendError for an engine of another backend."""
+        """See `keep.check_keep`. Raises BackendError for an engine of another backend."""
         from backends.openvino.engine import OpenVINOEngine
-        from backends.openvino.nncf import check_keep
+        from backends.openvino.keep import check_keep
 
         if not isinstance(engine, OpenVINOEngine):
             raise BackendError(f"the keep-list of {type(engine).__name__} cannot be checked by OpenVINO")

@@ -21,17 +21,18 @@ from __future__ import annotations
 import contextlib
 import operator
 import os
-import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from backends.base import BackendError, Feeds, Graph, QuantSpec, Source, TensorInfo, Unavailable, nearest
+from backends.base import BackendError, Feeds, Graph, QuantSpec, Source, TensorInfo, Unavailable
 from backends.calibration import CalibrationItems, not_finite
-from backends.openvino.cpu import half_range, weight_range_notes
+from backends.cpu import half_range, weight_range_notes
+from backends.keep import GROUPS, matching
 from backends.openvino.engine import write_ir
 from backends.openvino.flops import CONVOLUTIONS, MATMULS, from_fake_quantize
-from backends.openvino.nncf import GROUPS, Report, check_spec, kept_nodes, name_nodes
+from backends.openvino.keep import kept_nodes, name_nodes
+from backends.openvino.nncf_settings import Report, check_spec
 from backends.openvino.passes import flatten_tables, share_constants, split_tables
 from backends.quantspec import check_left, check_settings, lost_channels, nothing_left
 from backends.quiet import quiet
@@ -102,7 +103,9 @@ class INCQuantizer:
             with quiet(), torch.no_grad():
                 prepared = _prepare(module, example, spec)
                 named = _named(prepared)
-                kept = _kept(named, spec.keep)
+                # Patterns alone: nothing of the groups is quantized by INC.
+                patterns = (entry for entry in spec.keep if entry not in GROUPS)
+                kept = {name for entry in patterns for name in matching(entry, named.values())}
                 able = (name for node, name in named.items() if _aten(node) in _QUANTIZED)
                 check_left(source.name, able, kept, spec.keep)
                 _strip(prepared, {node for node, name in named.items() if name in kept})
@@ -206,24 +209,6 @@ def _named(prepared: torch.fx.GraphModule) -> dict[torch.fx.Node, str]:
             count += 1
             name = f"{first}_{count}"
         found[node] = name
-    return found
-
-
-def _kept(named: dict[torch.fx.Node, str], keep: Iterable[str]) -> set[str]:
-    """Names that the keep-list protects by pattern; INC quantizes nothing of the groups. Raises BackendError."""
-    found: set[str] = set()
-    for entry in keep:
-        if entry in GROUPS:
-            continue
-        try:
-            pattern = re.compile(entry)
-        except re.error as error:
-            raise BackendError(f"keep entry {entry!r} is not a valid regular expression: {error}") from error
-        chosen = {name for name in named.values() if pattern.search(name)}
-        if not chosen:
-            hint = nearest(entry, [*GROUPS, *named.values()])
-            raise BackendError(f"keep entry {entry!r} matches no node{hint}; groups are {list(GROUPS)}")
-        found |= chosen
     return found
 
 

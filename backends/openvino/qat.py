@@ -25,11 +25,13 @@ from torch import nn
 
 from backends.base import BackendError, Feeds, Graph, QuantSpec, Source
 from backends.calibration import CalibrationItems, check_finite
+from backends.cpu import half_range
 from backends.exchange import export
-from backends.openvino.cpu import half_range
+from backends.keep import GROUPS
 from backends.openvino.engine import read_model, write_ir
 from backends.openvino.flops import CONVOLUTIONS, MATMULS, is_quantized
-from backends.openvino.nncf import GROUPS, Report, advanced_parameters, check_spec, kept_nodes, name_nodes, preset
+from backends.openvino.keep import kept_nodes, name_nodes
+from backends.openvino.nncf_settings import Report, advanced_parameters, check_spec, preset
 from backends.openvino.passes import fold_constants, share_constants, split_tables
 from backends.quantspec import check_left, lost_channels, nothing_left
 from backends.quiet import quiet

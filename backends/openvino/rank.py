@@ -22,7 +22,7 @@ import numpy as np
 from backends.base import BackendError, Feeds, Graph
 from backends.openvino.engine import read_model, write_ir
 from backends.openvino.flops import CONVOLUTIONS, MATMULS, live_operations
-from backends.openvino.nncf import name_nodes
+from backends.openvino.keep import name_nodes
 from backends.openvino.passes import fold_constants, share_constants
 from backends.rank import check_names, other_model
 

@@ -35,7 +35,7 @@ class TensorRTBackend:
         "backends.trt.engine",
         "backends.trt.builder",
         "backends.trt.inspector",
-        "backends.trt.onnx_graph",
+        "backends.onnx_graph",
         "backends.trt.cuda",
         "backends.reference",
     )
@@ -59,7 +59,7 @@ class TensorRTBackend:
                 missing.insert(0, "tensorrt-rtx-cu13-libs or tensorrt")
         if missing or package is None:
             return Availability(available=False, reason=f"packages are missing: {', '.join(missing)}", mend=MEND)
-        from backends.openvino.cpu import instruction_sets
+        from backends.cpu import instruction_sets
 
         details = {"isa": " ".join(instruction_sets())}
         if here:
@@ -109,7 +109,7 @@ class TensorRTBackend:
         """Kernels that ran a kept node in int8 or fp8. Elementwise nodes fused into a matmul's kernel are computed in
         float there, so of a kernel with several nodes only kept matmuls and convolutions count."""
         from backends.trt.engine import EmulatedEngine, TensorRTEngine
-        from backends.trt.onnx_graph import CONVOLUTIONS, MATMULS, OnnxGraph, kept_nodes
+        from backends.onnx_graph import CONVOLUTIONS, MATMULS, OnnxGraph, kept_nodes
 
         if not isinstance(engine, EmulatedEngine | TensorRTEngine):
             raise BackendError(f"the keep-list of {type(engine).__name__} cannot be checked by TensorRT")

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from backends.base import Kernel
-from backends.trt.onnx_graph import CONVOLUTIONS, MATMULS, OnnxGraph
+from backends.onnx_graph import CONVOLUTIONS, MATMULS, OnnxGraph
 
 _TYPES = {
     **dict.fromkeys(("float", "fp32", "float32"), "f32"),

@@ -20,10 +20,10 @@ import numpy as np
 
 from backends.base import BackendError, Feeds, Graph, QuantSpec, Source
 from backends.calibration import CalibrationItems
-from backends.openvino.cpu import saturates
+from backends.cpu import saturates
 from backends.quantspec import check_common, check_left, check_settings, nothing_left
 from backends.quiet import quiet
-from backends.trt.onnx_graph import CONVOLUTIONS, MATMULS, MOVES, OnnxGraph, kept_nodes, name_nodes
+from backends.onnx_graph import CONVOLUTIONS, MATMULS, MOVES, OnnxGraph, kept_nodes, name_nodes
 from backends.trt.ranges import largest_magnitudes, quantized_tensors, set_ranges
 
 if TYPE_CHECKING:

@@ -35,7 +35,7 @@ from backends.trt.modelopt import (
     tidy,
     write_graph,
 )
-from backends.trt.onnx_graph import CONVOLUTIONS, GROUPS, MATMULS, OnnxGraph, kept_nodes
+from backends.onnx_graph import CONVOLUTIONS, GROUPS, MATMULS, OnnxGraph, kept_nodes
 
 if TYPE_CHECKING:
     import onnx

@@ -30,7 +30,7 @@ from backends.trt.modelopt_torch import (
     kept_in,
     weight_steps,
 )
-from backends.trt.onnx_graph import CONVOLUTIONS, MATMULS, OnnxGraph
+from backends.onnx_graph import CONVOLUTIONS, MATMULS, OnnxGraph
 
 if TYPE_CHECKING:
     from backends.trt.modelopt_torch import ModelOptTorchQuantizer

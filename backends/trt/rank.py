@@ -19,7 +19,7 @@ from backends.base import BackendError, Feeds, Graph
 from backends.rank import check_names, other_model
 from backends.reference import OnnxRuntimeEngine
 from backends.trt.modelopt import tidy, write_graph
-from backends.trt.onnx_graph import CONVOLUTIONS, MATMULS, MOVES, OnnxGraph, name_nodes
+from backends.onnx_graph import CONVOLUTIONS, MATMULS, MOVES, OnnxGraph, name_nodes
 
 if TYPE_CHECKING:
     import onnx

@@ -19,7 +19,7 @@ from typing import Any
 
 from backends import registry
 from backends.base import BackendError, Precision
-from backends.openvino.cpu import saturates
+from backends.cpu import saturates
 from pqk.engines.variant import Variant
 from pqk.errors import PqkError, nearest
 from pqk.files import write_json

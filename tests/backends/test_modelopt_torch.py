@@ -21,7 +21,7 @@ from backends.base import BackendError, Precision, QuantSpec, Source, Unavailabl
 from backends.exchange import export
 from backends.quantspec import check_installed
 from backends.trt.modelopt_torch import ModelOptTorchQuantizer
-from backends.trt.onnx_graph import CONVOLUTIONS, MATMULS, OnnxGraph
+from backends.onnx_graph import CONVOLUTIONS, MATMULS, OnnxGraph
 
 pytest.importorskip("modelopt", reason="ModelOpt is not installed")
 pytest.importorskip("requests", reason="ModelOpt's torch mode needs requests")

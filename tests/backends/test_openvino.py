@@ -20,10 +20,12 @@ from backends.base import BackendError, Precision, QuantSpec, Source, executed_p
 pytest.importorskip("openvino")
 pytest.importorskip("nncf")
 
+from backends.cpu import instruction_sets, saturates
+from backends.keep import GROUPS
 from backends.openvino import flops as work
-from backends.openvino.cpu import instruction_sets, saturates
 from backends.openvino.engine import OpenVINOEngine, best_float, describe_ir, read_model
-from backends.openvino.nncf import GROUPS, NNCFQuantizer, check_keep, kept_nodes
+from backends.openvino.keep import check_keep, kept_nodes
+from backends.openvino.nncf import NNCFQuantizer
 
 ITEMS = 6
 SPEC = QuantSpec(calibration_samples=ITEMS, smooth_quant_alpha=0.95, bias_correction="fast")
@@ -466,7 +468,7 @@ def test_auto_holds_weights_to_half_their_range_where_sums_saturate(tmp_path, mo
     items = [{"x": np.random.default_rng(0).uniform(-1, 1, (8, 64)).astype(np.float32)}]
     made = {}
     for here in (False, True):
-        monkeypatch.setattr("backends.openvino.cpu.saturates", lambda here=here: here)
+        monkeypatch.setattr("backends.cpu.saturates", lambda here=here: here)
         quantizer = NNCFQuantizer()
         spec = QuantSpec(
             calibration_samples=1, keep=(), bias_correction="none", smooth_quant_alpha=None, output_dir=tmp_path

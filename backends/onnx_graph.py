@@ -8,25 +8,20 @@ a DequantizeLinear that follows a QuantizeLinear.
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from backends.base import BackendError, nearest
+from backends import keep as keep_list
+from backends.base import BackendError
 
 if TYPE_CHECKING:
     import onnx
 
-GROUPS = ("LayerNorm", "Softmax", "AttentionScales")
 MATMULS = {"MatMul", "Gemm"}
 CONVOLUTIONS = {"Conv", "ConvTranspose"}
-_NORMS = {"LayerNormalization", "InstanceNormalization", "GroupNormalization", "SimplifiedLayerNormalization"}
-_SCALES = {"Mul", "Div"}
 MOVES = {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Split", "Slice", "Gather", "Concat", "Flatten", "Expand"}
 _QDQ = {"QuantizeLinear", "DequantizeLinear"}
-# Between queries and scores, and between scores and Softmax, stand only these: scale, mask, moves, rounding, casts.
-_BETWEEN = _SCALES | _QDQ | {"Add", "Sub", "Where", "Cast", "Transpose", "Reshape", "Squeeze", "Unsqueeze"}
 _SMALL = 1024  # elements of a constant that may name a shape
 
 
@@ -160,67 +155,14 @@ def name_nodes(nodes: Sequence[onnx.NodeProto]) -> None:
             node.name = f"{node.op_type}.{index}"
 
 
-def kept_nodes(graph: OnnxGraph, keep: Sequence[str]) -> dict[str, str]:
-    """Names and types of the nodes that a keep-list protects. An entry is a group or a regex searched in node names.
-
-    Groups: LayerNorm (normalisation nodes), Softmax, AttentionScales (the score matmul QK^T and the scaling around
-    it). A group may be absent from a graph. Raises BackendError for a regex that is invalid or matches no node.
-    """
-    nodes = graph.work()
-    found: dict[str, str] = {}
-    for entry in keep:
-        if entry == "LayerNorm":
-            chosen = [n for n in nodes if n.op_type in _NORMS]
-        elif entry == "Softmax":
-            chosen = [n for n in nodes if n.op_type in ("Softmax", "LogSoftmax")]
-        elif entry == "AttentionScales":
-            chosen = _scores(graph, nodes)
-        else:
-            chosen = _matching(entry, nodes)
-        found.update((n.name, n.op_type) for n in chosen)
-    return found
-
-
-def _matching(entry: str, nodes: list[onnx.NodeProto]) -> list[onnx.NodeProto]:
-    try:
-        pattern = re.compile(entry)
-    except re.error as error:
-        raise BackendError(f"keep entry {entry!r} is not a valid regular expression: {error}") from error
-    chosen = [n for n in nodes if pattern.search(n.name)]
-    if not chosen:
-        hint = nearest(entry, [*GROUPS, *(n.name for n in nodes)])
-        raise BackendError(f"keep entry {entry!r} matches no node{hint}; groups are {list(GROUPS)}")
-    return chosen
-
-
-def _scores(graph: OnnxGraph, nodes: list[onnx.NodeProto]) -> list[onnx.NodeProto]:
-    found = []
-    for softmax in [n for n in nodes if n.op_type in ("Softmax", "LogSoftmax")]:
-        above = _walk_up(graph, softmax.input[0])
-        for score in [n for n in above if n.op_type == "MatMul"]:
-            if all(name in graph.live for name in score.input[:2]):
-                found.append(score)
-                for name in score.input[:2]:
-                    above += _walk_up(graph, name)
-        found += [n for n in above if n.op_type in _SCALES]
-    return found
-
-
-def _walk_up(graph: OnnxGraph, name: str) -> list[onnx.NodeProto]:
-    """The makers of a tensor, through scales, masks and moves; the first other node ends the walk.
-
-    A Mul or Div counts only as a scale, by one number: rotary embeddings multiply by tables.
-    """
-    found: list[onnx.NodeProto] = []
-    while name in graph.live and name in graph.maker:
-        node = graph.maker[name]
-        alive = [i for i in node.input if i in graph.live]
-        if node.op_type in _SCALES:
-            others = [i for i in node.input if i not in graph.live]
-            if len(alive) != 1 or any(math.prod(graph.shapes.get(i, (1,))) != 1 for i in others):
-                break
-        found.append(node)
-        if node.op_type not in _BETWEEN or not alive:
-            break
-        name = alive[0]
-    return found
+def kept_nodes(graph: OnnxGraph, keep: Iterable[str]) -> dict[str, str]:
+    """Returns names and types of the nodes that a keep-list protects; see `backends.keep.kept`, also for errors."""
+    nodes = []
+    for node in graph.nodes:
+        if node.output and node.output[0] in graph.live:
+            live = (name for name in node.input if name in graph.live)
+            makers = tuple(graph.maker[name].name if name in graph.maker else "" for name in live)
+            fixed = (name for name in node.input if name and name not in graph.live)
+            sizes = tuple(math.prod(graph.shapes.get(name, ())) for name in fixed)
+            nodes.append(keep_list.Node(node.name, node.op_type, makers, sizes))
+    return keep_list.kept(nodes, keep)
