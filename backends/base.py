@@ -167,7 +167,7 @@ class Availability:
     versions: Mapping[str, str] = field(default_factory=dict)
     details: Mapping[str, str] = field(default_factory=dict)
     reason: str = ""
-    mend: str = ""
+    remedy: str = ""
     emulated: bool = False
 
 
@@ -335,6 +335,11 @@ def lowered_to(quantizer: Quantizer, bits_w: int, bits_a: int) -> str:
         able = " or ".join(f"W{w}A{a}" for w, a in known)
         raise BackendError(f"the quantizer {quantizer.name!r} lowers to {able}, not W{bits_w}A{bits_a}")
     return f"int{bits_w}" if bits_a > bits_w else str(getattr(quantizer, "number_format", "int8"))
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's message, or the name of its type where it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def nearest(word: str, allowed: Iterable[str]) -> str:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from backends.base import BackendError, Graph, TensorInfo, sha256_files
+from backends.base import BackendError, Graph, TensorInfo, first_line, sha256_files
 
 if TYPE_CHECKING:
     import onnx
@@ -75,9 +75,8 @@ def export(
                     verbose=False,
                 )
             except Exception as error:
-                first = str(error).strip().splitlines()
                 raise BackendError(
-                    f"the {exporter} exporter cannot write {target.name}: {first[0] if first else type(error).__name__}"
+                    f"the {exporter} exporter cannot write {target.name}: {first_line(error)}"
                 ) from error
         _rewrite(made, large and exporter == "torchscript")
         graph = describe_onnx(made)

@@ -8,10 +8,11 @@ a DequantizeLinear that follows a QuantizeLinear.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from backends import flops
 from backends import keep as keep_list
 from backends.base import BackendError
 
@@ -26,14 +27,22 @@ _SMALL = 1024  # elements of a constant that may name a shape
 
 
 class OnnxGraph:
-    """An ONNX file without its large weights: nodes in order, who makes and who reads a tensor, shapes and types."""
+    """An ONNX file without its weights: nodes in order, the makers of tensors, and shapes and types of tensors.
 
-    def __init__(self, path: Path) -> None:
-        """Raises BackendError when the file cannot be read. Large weights are never loaded."""
+    nodes: all of them named. maker: the node that makes a tensor. weights: shapes of the initializers. inputs: the
+    graph's inputs. live: tensors whose values depend on the values of the inputs. shapes, types: of every tensor for
+    which they are known; types are those of `onnx.TensorProto`.
+    """
+
+    def __init__(self, path: Path, model: onnx.ModelProto | None = None) -> None:
+        """model: the loaded file, where the caller has it; its nodes are named in place.
+
+        Raises BackendError when the file cannot be read. External weights are never loaded, but for small ones.
+        """
         import onnx
 
         try:
-            model = onnx.load(str(path), load_external_data=False)
+            model = model or onnx.load(str(path), load_external_data=False)
         except Exception as error:
             raise BackendError(f"{path} is not a readable ONNX file: {type(error).__name__}") from error
         self.path = path
@@ -41,40 +50,38 @@ class OnnxGraph:
         name_nodes(self.nodes)
         self.maker = {name: node for node in self.nodes for name in node.output if name}
         self.weights = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
-        self._types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+        self.types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
         self.inputs = {value.name for value in model.graph.input if value.name not in self.weights}
         self.live = self._live()
         self.shapes: dict[str, tuple[int, ...]] = dict(self.weights)
         self._infer_shapes(model)
 
     def _live(self) -> set[str]:
-        """Tensors whose values depend on the values of the inputs."""
         live = set(self.inputs)
         for node in self.nodes:
-            if node.op_type not in ("Shape", "Size") and not live.isdisjoint(node.input):
-                live.update(node.output)
+            if node.op_type not in ("Shape", "Size") and not live.isdisjoint(reads(node)):
+                live.update(name for name in node.output if name)
         return live
 
     def _infer_shapes(self, model: onnx.ModelProto) -> None:
         import onnx
 
-        large = [t for t in model.graph.initializer if math.prod(t.dims) > _SMALL]
-        names = {tensor.name for tensor in large}
+        bare = frame(model)
+        bare.graph.node.extend(model.graph.node)
+        bare.graph.output.extend(model.graph.output)
+        bare.graph.input.extend(model.graph.input)
+        bare.graph.value_info.extend(model.graph.value_info)
         listed = {value.name for value in model.graph.input}
-        for tensor in large:  # the shape is all that inference needs
-            if tensor.name not in listed:
-                model.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
-        kept = [t for t in model.graph.initializer if t.name not in names]
-        for tensor in kept:  # a small one may be a shape, whose values inference needs
-            if tensor.data_location == onnx.TensorProto.EXTERNAL:
-                onnx.external_data_helper.load_external_data_for_tensor(tensor, str(self.path.parent))
-        del model.graph.initializer[:]
-        model.graph.initializer.extend(kept)
-        inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+        for tensor in model.graph.initializer:
+            if math.prod(tensor.dims) <= _SMALL:  # it may be a shape, whose values inference needs
+                bare.graph.initializer.append(with_data(tensor, self.path.parent))
+            elif tensor.name not in listed:  # the shape is all that inference needs
+                bare.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+        inferred = onnx.shape_inference.infer_shapes(bare, data_prop=True).graph
         for value in [*inferred.input, *inferred.value_info, *inferred.output]:
             kind = value.type.tensor_type
-            self._types.setdefault(value.name, kind.elem_type)
-            if all(dim.HasField("dim_value") for dim in kind.shape.dim):
+            self.types.setdefault(value.name, kind.elem_type)
+            if kind.HasField("shape") and all(dim.HasField("dim_value") for dim in kind.shape.dim):
                 self.shapes.setdefault(value.name, tuple(dim.dim_value for dim in kind.shape.dim))
 
     def work(self) -> list[onnx.NodeProto]:
@@ -92,11 +99,11 @@ class OnnxGraph:
                 f"{self.path.name}: the shape of {error.args[0]!r} at node {node.name!r} is unknown"
             ) from error
         if node.op_type == "MatMul":
-            return 2.0 * math.prod(out) * first[-1]
+            return flops.matmul(out, first[-1])
         if node.op_type == "Gemm":
             turned = any(a.name == "transA" and a.i for a in node.attribute)
-            return 2.0 * math.prod(out) * first[0 if turned else 1]
-        return 2.0 * math.prod(first if node.op_type == "ConvTranspose" else out) * math.prod(second[1:])
+            return flops.matmul(out, first[0 if turned else 1])
+        return flops.convolution(first, out, second[1:], node.op_type == "ConvTranspose")
 
     def precision(self, node: onnx.NodeProto) -> str:
         """'int8' or 'fp8' for a quantized node (see the module), else the float type that it computes in."""
@@ -135,17 +142,69 @@ class OnnxGraph:
 
         kinds = onnx.TensorProto
         known = {kinds.INT8: "int8", kinds.UINT8: "int8", kinds.FLOAT8E4M3FN: "fp8", kinds.INT4: "int4"}
-        return known.get(self._types.get(node.input[0], 0), "other")
+        return known.get(self.types.get(node.input[0], 0), "other")
 
     def _float(self, name: str) -> str:
         import onnx
 
         kinds = onnx.TensorProto
         known = {kinds.FLOAT: "f32", kinds.FLOAT16: "f16", kinds.BFLOAT16: "bf16", kinds.INT64: "int64"}
-        return known.get(self._types.get(name, 0), "unknown")
+        return known.get(self.types.get(name, 0), "unknown")
 
     def has_qdq(self) -> bool:
         return any(node.op_type in _QDQ for node in self.nodes)
+
+
+def frame(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Returns a model with the versions, operator sets and functions of `model` and an empty graph."""
+    import onnx
+
+    made = onnx.ModelProto(ir_version=model.ir_version, producer_name=model.producer_name)
+    made.opset_import.extend(model.opset_import)
+    made.functions.extend(model.functions)
+    made.graph.name = model.graph.name
+    return made
+
+
+def reads(node: onnx.NodeProto) -> list[str]:
+    """Returns the tensors that a node reads, with those that the bodies of its branches and loops may read."""
+    names = [name for name in node.input if name]
+    for attribute in node.attribute:
+        for body in (*([attribute.g] if attribute.HasField("g") else ()), *attribute.graphs):
+            names += [name for inner in body.node for name in reads(inner)]
+            names += [value.name for value in body.output]
+    return names
+
+
+def constant_of(
+    name: str, maker: Mapping[str, onnx.NodeProto], initializers: Mapping[str, onnx.TensorProto]
+) -> onnx.TensorProto | None:
+    """Returns the constant that the tensor `name` is: an initializer or the value of a Constant node, also behind
+    Identity nodes; None for a tensor that is computed. External data is not loaded."""
+    while name in maker and maker[name].op_type == "Identity":
+        name = maker[name].input[0]
+    node = maker.get(name)
+    if node is not None and node.op_type == "Constant" and node.attribute[0].name == "value":
+        return node.attribute[0].t
+    return initializers.get(name)
+
+
+def with_data(tensor: onnx.TensorProto, folder: Path) -> onnx.TensorProto:
+    """Returns `tensor` itself, or a copy with its data where that is in a file of `folder`."""
+    import onnx
+
+    if tensor.data_location != onnx.TensorProto.EXTERNAL:
+        return tensor
+    made = onnx.TensorProto()
+    made.CopyFrom(tensor)
+    place = {entry.key: entry.value for entry in tensor.external_data}
+    # onnx's own loader refuses a file with two hard links, as the parts of a bisected graph have it.
+    with (folder / Path(place["location"]).name).open("rb") as stream:
+        stream.seek(int(place.get("offset", 0)))
+        made.raw_data = stream.read(int(place.get("length", -1)))
+    del made.external_data[:]
+    made.ClearField("data_location")
+    return made
 
 
 def name_nodes(nodes: Sequence[onnx.NodeProto]) -> None:

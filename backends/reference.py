@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from backends import flops
 from backends.base import (
     Availability,
     BackendError,
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     import torch
 
 OPTIONS: dict[str, Any] = {"threads": None, "optimize": True, "fuse_qdq": True}
-_MEND = 'pip install -e "."'
+_REMEDY = 'pip install -e "."'
 
 
 class TorchEngine(Engine):
@@ -157,7 +158,7 @@ class ReferenceBackend:
             versions = {name: metadata.version(name) for name in ("torch", "onnx", "onnxruntime")}
             import onnxruntime
         except (ImportError, metadata.PackageNotFoundError) as error:
-            return Availability(available=False, reason=f"a package is missing: {error}", mend=_MEND)
+            return Availability(available=False, reason=f"a package is missing: {error}", remedy=_REMEDY)
         devices = ("CPU",) if "CPUExecutionProvider" in onnxruntime.get_available_providers() else ()
         return Availability(available=True, devices=devices, versions=versions)
 
@@ -171,7 +172,7 @@ class ReferenceBackend:
         """Options: `threads`, `optimize`, `fuse_qdq`. INT8 is accepted: the file's own Q/DQ nodes say what it is."""
         found = self.availability()
         if not found.available:
-            raise Unavailable(f"backend 'reference' cannot run: {found.reason}; {found.mend}")
+            raise Unavailable(f"backend 'reference' cannot run: {found.reason}; {found.remedy}")
         if precision not in (Precision.F32, Precision.INT8):
             raise BackendError(f"backend 'reference' compiles f32 and int8 files, not {precision}")
         return OnnxRuntimeEngine(graph, options)
@@ -213,13 +214,13 @@ def _flops(kind: str, inputs: list[list[int]], outputs: list[list[int]], weight:
     if not inputs or not outputs or len(inputs[0]) < 2 or not math.prod(outputs[0]):
         return 0.0
     if "MatMul" in kind or "Gemm" in kind:
-        return 2.0 * math.prod(outputs[0]) * inputs[0][-1]
+        return flops.matmul(outputs[0], inputs[0][-1])
     if "Conv" not in kind:
         return 0.0
     kernel = next((shape for shape in inputs[1:] if len(shape) == len(inputs[0])), weight)
     if kernel is None:
         return 0.0
-    return 2.0 * math.prod(inputs[0] if "Transpose" in kind else outputs[0]) * math.prod(kernel[1:])
+    return flops.convolution(inputs[0], outputs[0], kernel[1:], "Transpose" in kind)
 
 
 def _weight_shapes(path: Path) -> dict[str, list[int]]:

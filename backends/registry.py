@@ -54,5 +54,5 @@ def availabilities() -> dict[str, Availability]:
         try:
             found[name] = get(name).availability()
         except BackendError as error:
-            found[name] = Availability(available=False, reason=str(error), mend="repair or remove that package")
+            found[name] = Availability(available=False, reason=str(error), remedy="repair or remove that package")
     return found

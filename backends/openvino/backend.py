@@ -10,7 +10,7 @@ from typing import Any
 from backends.base import Availability, BackendError, Engine, Graph, Kernel, Precision, Quantizer, Surgery, Unavailable
 from backends.cpu import instruction_sets
 
-MEND = 'pip install -e ".[openvino]"'
+REMEDY = 'pip install -e ".[openvino]"'
 INC = "neural-compressor-pt"
 
 
@@ -27,13 +27,15 @@ class OpenVINOBackend:
 
             versions = {name: metadata.version(name) for name in ("openvino", "nncf")}
         except (ImportError, metadata.PackageNotFoundError) as error:
-            return Availability(available=False, reason=f"a package is missing: {error}", mend=MEND)
+            return Availability(available=False, reason=f"a package is missing: {error}", remedy=REMEDY)
         with contextlib.suppress(metadata.PackageNotFoundError):  # only the quantizer `inc` needs it
             versions[INC] = metadata.version(INC)
         core = ov.Core()
         devices = tuple(core.available_devices)
         if "CPU" not in devices:
-            return Availability(available=False, reason="OpenVINO finds no CPU device", mend=MEND, versions=versions)
+            return Availability(
+                available=False, reason="OpenVINO finds no CPU device", remedy=REMEDY, versions=versions
+            )
         details = {
             "cpu": str(core.get_property("CPU", "FULL_DEVICE_NAME")).strip(),
             "capabilities": " ".join(sorted(core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"))),
@@ -80,4 +82,4 @@ class OpenVINOBackend:
     def _require(self) -> None:
         found = self.availability()
         if not found.available:
-            raise Unavailable(f"backend 'openvino' cannot run: {found.reason}; {found.mend}")
+            raise Unavailable(f"backend 'openvino' cannot run: {found.reason}; {found.remedy}")

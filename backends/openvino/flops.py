@@ -28,6 +28,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from backends import flops
 from backends.base import Kernel
 
 if TYPE_CHECKING:
@@ -62,12 +63,11 @@ def operation_flops(op: ov.Node) -> float:
     if kind == "MatMul":
         first = shapes[0]
         inner = first[-2] if len(first) > 1 and op.get_attributes()["transpose_a"] else first[-1]
-        return 2.0 * math.prod(out) * inner
+        return flops.matmul(out, inner)
     if kind == "ScaledDotProductAttention":
-        query, key, value = shapes[:3]
-        return 2.0 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
-    kernel = math.prod(shapes[1][2 if kind.startswith("Group") else 1 :])
-    return 2.0 * math.prod(shapes[0] if "Backprop" in kind else out) * kernel
+        return flops.attention(*shapes[:3])
+    kernel = shapes[1][2 if kind.startswith("Group") else 1 :]
+    return flops.convolution(shapes[0], out, kernel, "Backprop" in kind)
 
 
 def live_operations(model: ov.Model) -> list[ov.Node]:
@@ -100,9 +100,9 @@ def works(model: ov.Model) -> list[Work]:
     """Every operation of the model that carries FLOPs."""
     found = []
     for op in live_operations(model):
-        flops = operation_flops(op)
-        if flops:
-            found.append(Work(op.get_friendly_name(), _aliases(op), flops, is_quantized(op)))
+        count = operation_flops(op)
+        if count:
+            found.append(Work(op.get_friendly_name(), _aliases(op), count, is_quantized(op)))
     return found
 
 
@@ -203,12 +203,12 @@ def _node_flops(node: dict[str, Any]) -> float:
     if len(shapes) < 2 or not out:
         return 0.0
     if kind == "FullyConnected":
-        return 2.0 * math.prod(out) * shapes[0][-1]
-    if kind == "MatMul":
-        return 2.0 * math.prod(out) * math.prod(shapes[0][-2:]) / out[-2] if len(out) > 1 else 0.0
+        return flops.matmul(out, shapes[0][-1])
+    if kind == "MatMul":  # its first operand may be transposed
+        return flops.matmul(out, math.prod(shapes[0][-2:]) // out[-2]) if len(out) > 1 else 0.0
     if kind in ("Convolution", "Deconvolution"):
-        kernel = math.prod(shapes[1][2 if len(shapes[1]) > len(out) else 1 :])
-        return 2.0 * math.prod(shapes[0] if kind == "Deconvolution" else out) * kernel
+        kernel = shapes[1][2 if len(shapes[1]) > len(out) else 1 :]
+        return flops.convolution(shapes[0], out, kernel, kind == "Deconvolution")
     return 0.0
 
 

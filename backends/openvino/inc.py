@@ -25,7 +25,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from backends.base import BackendError, Feeds, Graph, QuantSpec, Source, TensorInfo, Unavailable
+from backends.base import BackendError, Feeds, Graph, QuantSpec, Source, TensorInfo, Unavailable, first_line
 from backends.calibration import CalibrationItems, not_finite
 from backends.cpu import half_range, weight_range_notes
 from backends.keep import GROUPS, matching
@@ -34,7 +34,7 @@ from backends.openvino.flops import CONVOLUTIONS, MATMULS, from_fake_quantize
 from backends.openvino.keep import kept_nodes, name_nodes
 from backends.openvino.nncf_settings import Report, check_spec
 from backends.openvino.passes import flatten_tables, share_constants, split_tables
-from backends.quantspec import check_left, check_settings, lost_channels, nothing_left
+from backends.quantspec import check_left, check_settings, lost_channels, module_of, nothing_left
 from backends.quiet import quiet
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     import openvino as ov
     import torch
 
-MEND = 'pip install -e ".[openvino,inc]"'
+REMEDY = 'pip install -e ".[openvino,inc]"'
 _LARGEST = {False: 127, True: 63}  # by whether weights keep to half their range
 
 # Operations that a keep-list can name: ATen name -> its name once OpenVINO's reader has decomposed the program, and the
@@ -69,7 +69,7 @@ class INCQuantizer:
     starts_from = "module"
     sources: tuple[str, ...] = ("backends.openvino.inc",)  # and what it imports
     needs = ("neural_compressor", "torchao")
-    mend = MEND
+    remedy = REMEDY
     # INC has no bias correction, and its SmoothQuant needs Intel Extension for PyTorch, which is no longer made.
     follows: Mapping[str, tuple[Any, ...]] = {"smooth_quant_alpha": (None,), "bias_correction": ("none",)}
 
@@ -92,11 +92,12 @@ class INCQuantizer:
         """
         import torch
 
-        _check(self, source, spec)
+        module = module_of(source, "Intel Neural Compressor")
+        check_settings(self, spec)
+        check_spec(spec, source, "Intel Neural Compressor")
         items = CalibrationItems(calibration, source.graph.inputs, spec.calibration_samples)
         half = half_range(spec.weight_range)
-        module, names = source.module, list(source.example)
-        assert module is not None
+        names = list(source.example)
         example = tuple(torch.as_tensor(value) for value in source.example.values())
         modes = [(part, part.training) for part in module.modules()]
         try:
@@ -129,16 +130,6 @@ class INCQuantizer:
         return write_ir(model, spec.output_dir / f"{source.name}.xml")
 
 
-def _check(quantizer: INCQuantizer, source: Source, spec: QuantSpec) -> None:
-    if source.module is None or not source.example:
-        raise BackendError("Intel Neural Compressor starts from a torch module and example inputs: give both")
-    if list(source.example) != [t.name for t in source.graph.inputs]:
-        have, want = list(source.example), [t.name for t in source.graph.inputs]
-        raise BackendError(f"the example's inputs {have} are not those of the graph, {want}")
-    check_settings(quantizer, spec)
-    check_spec(spec, source, "Intel Neural Compressor")
-
-
 def _prepare(module: torch.nn.Module, example: tuple[torch.Tensor, ...], spec: QuantSpec) -> torch.fx.GraphModule:
     """The module as an fx graph with INC's observers. Raises Unavailable or BackendError."""
     import torch
@@ -149,7 +140,7 @@ def _prepare(module: torch.nn.Module, example: tuple[torch.Tensor, ...], spec: Q
         with _own_logs():
             from neural_compressor.torch.quantization import StaticQuantConfig, prepare
     except ImportError as error:
-        raise Unavailable(f"quantizer 'inc' cannot run: {error}; {MEND}") from error
+        raise Unavailable(f"quantizer 'inc' cannot run: {error}; {REMEDY}") from error
     config = StaticQuantConfig(
         w_granularity=spec.weights,
         act_sym=spec.symmetric_activations,
@@ -161,7 +152,9 @@ def _prepare(module: torch.nn.Module, example: tuple[torch.Tensor, ...], spec: Q
         exported._exported, exported.dynamic_shapes = True, None  # INC asks for both
         return prepare(exported, config)
     except Exception as error:
-        raise BackendError(f"Intel Neural Compressor cannot export {type(module).__name__}: {_first(error)}") from error
+        raise BackendError(
+            f"Intel Neural Compressor cannot export {type(module).__name__}: {first_line(error)}"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -179,11 +172,6 @@ def _own_logs() -> Iterator[None]:
             yield
         finally:
             del os.environ["HABANA_LOGS"]
-
-
-def _first(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def _aten(node: torch.fx.Node) -> str:
@@ -352,7 +340,7 @@ def _convert(
         decoder = TorchFXPythonDecoder.from_exported_program(program, dynamic_shapes=False)
         model = ov.convert_model(decoder)
     except Exception as error:
-        raise BackendError(f"the graph of Intel Neural Compressor cannot be converted: {_first(error)}") from error
+        raise BackendError(f"the graph of Intel Neural Compressor cannot be converted: {first_line(error)}") from error
     # Both graphs hold the same operations in the same order; module names are lost in the second.
     found: dict[str, list[str]] = {}
     for node in decoder.pt_module.graph.nodes:

@@ -19,7 +19,7 @@ from backends.cpu import half_range, weight_range_notes
 from backends.openvino.engine import read_model, write_ir
 from backends.openvino.flops import CONVOLUTIONS, MATMULS, live_operations
 from backends.openvino.keep import kept_nodes, name_nodes
-from backends.openvino.nncf_settings import Report, advanced_parameters, check_corrections, check_spec, preset
+from backends.openvino.nncf_settings import Report, advanced_parameters, check_correction, check_spec, preset
 from backends.openvino.passes import fold_constants, share_constants, split_tables
 from backends.openvino.statistics import watched, weight_magnitudes
 from backends.quantspec import check_left, lost_channels, nothing_left
@@ -57,7 +57,7 @@ class NNCFQuantizer:
         import nncf
 
         check_spec(spec, source, "NNCF")
-        check_corrections(spec)
+        check_correction(spec)
         model = read_model(source.graph.path)
         fold_constants(model)
         name_nodes(model)

@@ -35,16 +35,13 @@ def check_spec(spec: QuantSpec, source: Source, tool: str) -> None:
     check_common(spec, source)
 
 
-def check_corrections(spec: QuantSpec) -> None:
-    """Raises BackendError for an unknown bias correction, and for a SmoothQuant alpha outside [0, 1]."""
+def check_correction(spec: QuantSpec) -> None:
+    """Raises BackendError for an unknown bias correction."""
     if spec.bias_correction not in BIAS_CORRECTIONS:
         hint = nearest(spec.bias_correction, BIAS_CORRECTIONS)
         raise BackendError(
             f"bias_correction must be one of {list(BIAS_CORRECTIONS)}, got {spec.bias_correction!r}{hint}"
         )
-    alpha = spec.smooth_quant_alpha
-    if alpha is not None and not 0 <= alpha <= 1:
-        raise BackendError(f"smooth_quant_alpha must lie in [0, 1] or be null, got {alpha}")
 
 
 def preset(spec: QuantSpec) -> Any:

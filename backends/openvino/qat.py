@@ -33,7 +33,7 @@ from backends.openvino.flops import CONVOLUTIONS, MATMULS, is_quantized
 from backends.openvino.keep import kept_nodes, name_nodes
 from backends.openvino.nncf_settings import Report, advanced_parameters, check_spec, preset
 from backends.openvino.passes import fold_constants, share_constants, split_tables
-from backends.quantspec import check_left, lost_channels, nothing_left
+from backends.quantspec import check_left, lost_channels, module_of, nothing_left
 from backends.quiet import quiet
 
 if TYPE_CHECKING:
@@ -147,9 +147,7 @@ def prepare(source: Source, spec: QuantSpec, calibration: Iterable[Feeds]) -> tu
     import nncf
     from nncf.torch.function_hook.wrapper import get_hook_storage
 
-    _check(source, spec)
-    module, names = source.module, list(source.example)
-    assert module is not None
+    module, names = _check(source, spec), list(source.example)
     example = tuple(torch.as_tensor(value) for value in source.example.values())
     kept, ignored = _ignored(module, example, source, spec)
     weighted = [(name, part) for name, part in module.named_modules() if _has_matrix(part)]
@@ -237,15 +235,12 @@ def fake_quantizers(module: nn.Module) -> dict[str, FakeQuantizer]:
     return {name: hook for name, hook in hooks if isinstance(hook, FakeQuantizer)}
 
 
-def _check(source: Source, spec: QuantSpec) -> None:
-    if source.module is None or not source.example:
-        raise BackendError("quantization-aware training starts from a torch module and example inputs: give both")
-    if list(source.example) != [t.name for t in source.graph.inputs]:
-        have, want = list(source.example), [t.name for t in source.graph.inputs]
-        raise BackendError(f"the example's inputs {have} are not those of the graph, {want}")
+def _check(source: Source, spec: QuantSpec) -> nn.Module:
+    module = module_of(source, "quantization-aware training")
     check_spec(spec, source, "NNCF")
     if spec.smooth_quant_alpha is not None:
         raise BackendError("quantization-aware training learns its ranges without SmoothQuant: set its alpha to null")
+    return module
 
 
 def _ignored(

@@ -5,12 +5,12 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Mapping, Sequence
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 from backends.base import Availability, BackendError, Engine, Graph, Kernel, Precision, Quantizer, Surgery, Unavailable
+from backends.cpu import cpu_name, instruction_sets
 
-MEND = 'pip install -e ".[trt]", or use --backend openvino'
+REMEDY = 'pip install -e ".[trt]", or use --backend openvino'
 AHEAD_OF_TIME = "builds engines ahead of time; no CUDA device: quality is emulated by ONNX Runtime, nothing is timed"
 NO_PROVIDER = (
     'neither torch with CUDA nor pycuda (pip install -e ".[edge]"): quality is emulated by ONNX Runtime, '
@@ -58,9 +58,7 @@ class TensorRTBackend:
             else:
                 missing.insert(0, "tensorrt-rtx-cu13-libs or tensorrt")
         if missing or package is None:
-            return Availability(available=False, reason=f"packages are missing: {', '.join(missing)}", mend=MEND)
-        from backends.cpu import instruction_sets
-
+            return Availability(available=False, reason=f"packages are missing: {', '.join(missing)}", remedy=REMEDY)
         details = {"isa": " ".join(instruction_sets())}
         if here:
             details["gpu"] = ", ".join(f"{d.name} ({d.capability})" for d in here)
@@ -68,7 +66,7 @@ class TensorRTBackend:
             if cuda.provider():
                 details |= {"device": here[0].name, **cuda.identity(here[0])}
         else:
-            details["cpu"] = _cpu_name()
+            details["cpu"] = cpu_name()
             details["can"] = AHEAD_OF_TIME
         devices = tuple(d.name for d in here) or ("CPU (emulated)",)
         return Availability(True, devices, _versions(package), details, emulated=cuda.provider() is None)
@@ -108,8 +106,8 @@ class TensorRTBackend:
     def kept_in_int8(self, engine: Engine, keep: Sequence[str], kernels: Sequence[Kernel]) -> list[Kernel]:
         """Kernels that ran a kept node in int8 or fp8. Elementwise nodes fused into a matmul's kernel are computed in
         float there, so of a kernel with several nodes only kept matmuls and convolutions count."""
-        from backends.trt.engine import EmulatedEngine, TensorRTEngine
         from backends.onnx_graph import CONVOLUTIONS, MATMULS, OnnxGraph, kept_nodes
+        from backends.trt.engine import EmulatedEngine, TensorRTEngine
 
         if not isinstance(engine, EmulatedEngine | TensorRTEngine):
             raise BackendError(f"the keep-list of {type(engine).__name__} cannot be checked by TensorRT")
@@ -131,7 +129,7 @@ class TensorRTBackend:
     def _require(self) -> None:
         found = self.availability()
         if not found.available:
-            raise Unavailable(f"backend 'trt' cannot run: {found.reason}; {found.mend}")
+            raise Unavailable(f"backend 'trt' cannot run: {found.reason}; {found.remedy}")
 
 
 def _versions(package: str) -> dict[str, str]:
@@ -143,11 +141,3 @@ def _versions(package: str) -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
-
-
-def _cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    try:
-        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return "unknown"
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")

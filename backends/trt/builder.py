@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from backends.base import BackendError, Graph, Precision, sha256_files
+from backends.base import BackendError, Graph, Precision, first_line, sha256_files
 from backends.trt.cuda import devices
 
 OPTIONS: dict[str, Any] = {
@@ -181,8 +181,7 @@ def half_graph(graph: Graph, precision: Precision, folder: Path) -> Graph:
             kind = {Precision.F16: "fp16", Precision.BF16: "bf16"}[precision]
             model = convert_to_f16(onnx.load(str(graph.path)), low_precision_type=kind, keep_io_types=True)
         except Exception as error:
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise BackendError(f"{graph.path.name} cannot be converted to {precision}: {reason[0]}") from error
+            raise BackendError(f"{graph.path.name} cannot be converted to {precision}: {first_line(error)}") from error
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(target, model.SerializeToString(deterministic=True))
     return describe_onnx(target)

@@ -30,11 +30,11 @@ from backends.base import (
     known_options,
     sha256_files,
 )
+from backends.onnx_graph import OnnxGraph
 from backends.reference import OnnxRuntimeEngine
 from backends.trt import builder
 from backends.trt.cuda import Buffer, CudaArray, HostBuffer, devices, provider
 from backends.trt.inspector import layer_kernels as layer_kernels
-from backends.onnx_graph import OnnxGraph
 
 OPTIONS: dict[str, Any] = {
     **builder.OPTIONS,

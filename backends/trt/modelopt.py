@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from backends.base import BackendError, Feeds, Graph, QuantSpec, Source
+from backends.base import BackendError, Feeds, Graph, QuantSpec, Source, first_line
 from backends.calibration import CalibrationItems
 from backends.cpu import saturates
+from backends.onnx_graph import CONVOLUTIONS, MATMULS, MOVES, OnnxGraph, kept_nodes, name_nodes
 from backends.quantspec import check_common, check_left, check_settings, nothing_left
 from backends.quiet import quiet
-from backends.onnx_graph import CONVOLUTIONS, MATMULS, MOVES, OnnxGraph, kept_nodes, name_nodes
 from backends.trt.ranges import largest_magnitudes, quantized_tensors, set_ranges
 
 if TYPE_CHECKING:
@@ -193,8 +193,7 @@ def _modelopt(graph: Graph, number_format: str, items: CalibrationItems, kept: l
         except BackendError:
             raise
         except Exception as error:
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise BackendError(f"ModelOpt cannot quantize {graph.path.name}: {reason[0]}") from error
+            raise BackendError(f"ModelOpt cannot quantize {graph.path.name}: {first_line(error)}") from error
     return made
 
 

@@ -11,16 +11,17 @@ import copy
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
-from backends.base import BackendError, Feeds, Graph, QuantSpec, Source
+from backends.base import BackendError, Feeds, Graph, Quantizer, QuantSpec, Source
 from backends.calibration import CalibrationItems
+from backends.onnx_graph import CONVOLUTIONS, MATMULS, OnnxGraph
 from backends.quantspec import lost_channels, nothing_left
 from backends.trt.modelopt import Report
-from backends.trt.modelopt_torch import (
+from backends.trt.modelopt_export import (
     calibrated,
     check,
     common_notes,
@@ -30,17 +31,13 @@ from backends.trt.modelopt_torch import (
     kept_in,
     weight_steps,
 )
-from backends.onnx_graph import CONVOLUTIONS, MATMULS, OnnxGraph
-
-if TYPE_CHECKING:
-    from backends.trt.modelopt_torch import ModelOptTorchQuantizer
 
 _HALF_BITS, _HALF, _FULL = 7, 63, 127
 LEARNED = "weights and biases were trained, ranges are those of calibration"
 
 
 def prepare(
-    quantizer: ModelOptTorchQuantizer, source: Source, spec: QuantSpec, calibration: Iterable[Feeds]
+    quantizer: Quantizer, source: Source, spec: QuantSpec, calibration: Iterable[Feeds]
 ) -> tuple[nn.Module, Report]:
     """A trainable copy of `source.module` that rounds as an int8 engine does, its ranges calibrated; and what was done.
 
@@ -65,7 +62,7 @@ def prepare(
     return prepared.requires_grad_(True), Report(items.used, tuple(sorted(kept)), (), half, tuple(notes))
 
 
-def finish(quantizer: ModelOptTorchQuantizer, module: nn.Module, source: Source, spec: QuantSpec) -> Graph:
+def finish(quantizer: Quantizer, module: nn.Module, source: Source, spec: QuantSpec) -> Graph:
     """Write the trained `module` as `<spec.output_dir>/<source.name>.onnx` with Q/DQ nodes and int8 weights; return it.
 
     `module` comes from `prepare` with the same source and spec; it is left as it is. The graph holds its rounded

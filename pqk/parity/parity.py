@@ -102,7 +102,7 @@ def parity(
     for backend in backends:
         found = registry.get(backend).availability()
         if not found.available:
-            missing.append(Row("recipe", backend, note=f"unavailable: {found.reason}; {found.mend}"))
+            missing.append(Row("recipe", backend, note=f"unavailable: {found.reason}; {found.remedy}"))
             continue
         if not offered[backend]:
             missing.append(Row("recipe", backend, note="it has no quantizer"))

@@ -61,7 +61,7 @@ from backends import registry
 from backends.base import Graph, Precision, Unavailable
 backend = registry.get("trt")
 found = backend.availability()
-print(found.available, "|", found.reason, "|", found.mend)
+print(found.available, "|", found.reason, "|", found.remedy)
 try:
     backend.compile(Graph(Path("x.onnx"), (), (), ""), Precision.F32)
 except Unavailable as error:
@@ -90,7 +90,7 @@ from pathlib import Path
 from backends import registry
 from backends.base import Graph, Precision, Unavailable
 backend = registry.get("openvino")
-print(backend.availability().reason, "|", backend.availability().mend)
+print(backend.availability().reason, "|", backend.availability().remedy)
 try:
     backend.compile(Graph(Path("x.onnx"), (), (), ""), Precision.F32)
 except Unavailable as error:

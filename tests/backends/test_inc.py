@@ -22,8 +22,8 @@ from backends.exchange import export
 pytest.importorskip("openvino")
 pytest.importorskip("nncf")
 
-from backends.openvino.backend import INC
 from backends.cpu import saturates
+from backends.openvino.backend import INC
 from backends.openvino.engine import OpenVINOEngine, best_float, read_model
 from backends.openvino.inc import INCQuantizer, _own_logs
 from backends.openvino.keep import check_keep

@@ -15,9 +15,9 @@ from torch import nn
 from backends import registry
 from backends.base import BackendError, Precision, QuantSpec, Source, can_train, executed_precision
 from backends.exchange import export
+from backends.onnx_graph import CONVOLUTIONS, MATMULS, OnnxGraph
 from backends.trt import modelopt_torch
 from backends.trt.modelopt_torch import ModelOptTorchQuantizer
-from backends.onnx_graph import CONVOLUTIONS, MATMULS, OnnxGraph
 
 pytest.importorskip("modelopt", reason="ModelOpt is not installed")
 pytest.importorskip("requests", reason="ModelOpt's torch mode needs requests")
