@@ -29,13 +29,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from backends.base import BackendError, Engine, Feeds, Graph, TensorInfo, sha256_files
+from backends.exchange import save_with_data
 from backends.onnx_graph import OnnxGraph, constant_of, frame, reads, with_data
 
 if TYPE_CHECKING:
     import onnx
 
 Run = Callable[[Graph], Engine]
-_SMALL = 1024  # bytes of a constant that stays with the nodes: it may hold a shape
 _GRID = 16  # tensors made visible in one round
 _FLOATS = {"float32", "float16", "float64"}
 
@@ -143,9 +143,8 @@ class _Side:
             os.link(data.resolve(), folder / data.name)
         model = onnx.load(str(graph.path), load_external_data=False)
         if len(graph.files()) == 1:  # otherwise each cut would hold the weights once more, and write them
-            path, data_name = str(self.path), f"{self.path.name}.data"
-            onnx.save_model(model, path, save_as_external_data=True, location=data_name, size_threshold=_SMALL)
-            model = onnx.load(path, load_external_data=False)
+            save_with_data(model, self.path)
+            model = onnx.load(str(self.path), load_external_data=False)
         for node in model.graph.node:
             node.name = node.name or node.output[0]  # positions are not the same in both graphs
         found = OnnxGraph(self.path, model)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import torch
 
 EXTERNAL_ABOVE = 1_800_000_000
-_SHARED_ABOVE = 1024  # bytes
+SHARED_ABOVE = 1024  # bytes
 EXPORTERS = ("auto", "torchscript", "dynamo")
 
 
@@ -59,7 +59,7 @@ def export(
     large = weights > external_above
     if exporter == "auto":
         exporter = "dynamo" if large else "torchscript"
-    with _eval_mode(module), tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
+    with eval_mode(module), tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
         made = Path(folder) / target.name
         with torch.no_grad(), _quiet():
             try:
@@ -82,13 +82,7 @@ def export(
         graph = describe_onnx(made)
         _check_names(graph, list(example), list(output_names), target.name)
         verify(graph, module, example, tolerance)
-        data = made.with_name(made.name + ".data")
-        old_data = target.with_name(target.name + ".data")
-        if data.exists():
-            data.replace(old_data)
-        else:
-            old_data.unlink(missing_ok=True)
-        made.replace(target)
+        move_graph(made, target)
     return Graph(target, graph.inputs, graph.outputs, graph.sha256)
 
 
@@ -106,7 +100,7 @@ def verify(
     feeds = [{name: tensor.detach().cpu().numpy() for name, tensor in draw.items()} for draw in draws(example)]
     feeds = feeds if np.isfinite(tolerance) else feeds[:1]  # then only whether the file runs is asked
     errors: dict[str, float] = {}
-    with _eval_mode(module), OnnxRuntimeEngine(graph) as engine:
+    with eval_mode(module), OnnxRuntimeEngine(graph) as engine:
         reference = TorchEngine(module, graph.inputs, graph.outputs)
         for feed in feeds:
             want, got = reference.infer(feed), engine.infer(feed)
@@ -157,6 +151,24 @@ def draws(example: Mapping[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
 
 def _constant(value: torch.Tensor) -> bool:
     return value.is_floating_point() and value.numel() > 1 and bool((value == value.reshape(-1)[0]).all())
+
+
+def save_with_data(model: onnx.ModelProto, path: Path) -> None:
+    """Writes a graph whose constants of 1024 bytes or more are in one file `<name>.data` beside it."""
+    import onnx
+
+    location = f"{path.name}.data"
+    onnx.save_model(model, str(path), save_as_external_data=True, location=location, size_threshold=1024)
+
+
+def move_graph(made: Path, target: Path) -> None:
+    """Moves an ONNX file to `target` of the same file system, its data file first; one of an older graph goes."""
+    data, old_data = (path.with_name(path.name + ".data") for path in (made, target))
+    if data.exists():
+        data.replace(old_data)
+    else:
+        old_data.unlink(missing_ok=True)
+    made.replace(target)
 
 
 def describe_onnx(path: Path | str) -> Graph:
@@ -230,14 +242,7 @@ def _rewrite(path: Path, gather_weights: bool) -> None:
         return
     keep = path.with_name(f"{path.name}.whole")
     keep.mkdir()
-    onnx.save_model(
-        model,
-        str(keep / path.name),
-        save_as_external_data=True,
-        all_tensors_to_one_file=True,
-        location=path.name + ".data",
-        size_threshold=1024,
-    )
+    save_with_data(model, keep / path.name)
     for old in path.parent.iterdir():
         if old.is_file():
             old.unlink()
@@ -260,7 +265,7 @@ def _share_constants(graph: onnx.GraphProto) -> None:
     nodes = []
     for node in graph.node:
         tensor = node.attribute[0].t if node.op_type == "Constant" and node.attribute[0].name == "value" else None
-        if tensor is None or len(tensor.raw_data) < _SHARED_ABOVE or node.output[0] in named:
+        if tensor is None or len(tensor.raw_data) < SHARED_ABOVE or node.output[0] in named:
             nodes.append(node)
             continue
         tensor.name = ""
@@ -288,7 +293,7 @@ def _check_names(graph: Graph, inputs: list[str], outputs: list[str], name: str)
 
 
 @contextlib.contextmanager
-def _eval_mode(module: torch.nn.Module) -> Iterator[None]:
+def eval_mode(module: torch.nn.Module) -> Iterator[None]:
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:

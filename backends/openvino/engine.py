@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import re
 import shutil
 import tempfile
@@ -26,6 +26,7 @@ from backends.base import (
     known_options,
     sha256_files,
 )
+from backends.files import write_whole
 from backends.openvino.flops import executed_kernels
 
 OPTIONS: dict[str, Any] = {
@@ -249,14 +250,9 @@ def _drop_untrusted(folder: Path) -> None:
 
 def _seal(folder: Path) -> None:
     """Write down the sha256 of the compiled models in a folder. A cache that cannot be sealed is dropped next time."""
-    try:
-        if (folder / _SEAL).exists():
-            return
-        temporary = folder / f".{_SEAL}.{os.getpid()}"
-        temporary.write_text(json.dumps(_blobs(folder)), encoding="utf-8")
-        temporary.replace(folder / _SEAL)
-    except OSError:
-        pass
+    with contextlib.suppress(OSError, BackendError):
+        if not (folder / _SEAL).exists():
+            write_whole(folder / _SEAL, json.dumps(_blobs(folder)).encode())
 
 
 def _blobs(folder: Path) -> dict[str, str]:

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 from backends.base import BackendError, Feeds, Graph, QuantSpec, Source, TensorInfo, Unavailable, first_line
 from backends.calibration import CalibrationItems, not_finite
 from backends.cpu import half_range, weight_range_notes
+from backends.exchange import eval_mode
 from backends.keep import GROUPS, matching
 from backends.openvino.engine import write_ir
 from backends.openvino.flops import CONVOLUTIONS, MATMULS, from_fake_quantize
@@ -99,24 +100,19 @@ class INCQuantizer:
         half = half_range(spec.weight_range)
         names = list(source.example)
         example = tuple(torch.as_tensor(value) for value in source.example.values())
-        modes = [(part, part.training) for part in module.modules()]
-        try:
-            with quiet(), torch.no_grad():
-                prepared = _prepare(module, example, spec)
-                named = _named(prepared)
-                # Patterns alone: nothing of the groups is quantized by INC.
-                patterns = (entry for entry in spec.keep if entry not in GROUPS)
-                kept = {name for entry in patterns for name in matching(entry, named.values())}
-                able = (name for node, name in named.items() if _aten(node) in _QUANTIZED)
-                check_left(source.name, able, kept, spec.keep)
-                _strip(prepared, {node for node, name in named.items() if name in kept})
-                _observe(prepared, names, items, named)
-                _set_ranges(prepared, _LARGEST[half], spec.symmetric_activations)
-                notes = lost_channels("Intel Neural Compressor", _weight_steps(prepared, named))
-                model = _convert(prepared, example, list(named.items()))
-        finally:
-            for part, training in modes:
-                part.training = training
+        with eval_mode(module), quiet(), torch.no_grad():
+            prepared = _prepare(module, example, spec)
+            named = _named(prepared)
+            # Patterns alone: nothing of the groups is quantized by INC.
+            patterns = (entry for entry in spec.keep if entry not in GROUPS)
+            kept = {name for entry in patterns for name in matching(entry, named.values())}
+            able = (name for node, name in named.items() if _aten(node) in _QUANTIZED)
+            check_left(source.name, able, kept, spec.keep)
+            _strip(prepared, {node for node, name in named.items() if name in kept})
+            _observe(prepared, names, items, named)
+            _set_ranges(prepared, _LARGEST[half], spec.symmetric_activations)
+            notes = lost_channels("Intel Neural Compressor", _weight_steps(prepared, named))
+            model = _convert(prepared, example, list(named.items()))
         model.set_friendly_name(source.name)
         _fit(model, names, source)
         flatten_tables(model)

@@ -12,15 +12,14 @@ import hashlib
 import importlib
 import importlib.util
 import json
-import os
 import re
-import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from backends.base import BackendError, Graph, Precision, first_line, sha256_files
+from backends.files import write_whole
 from backends.trt.cuda import devices
 
 OPTIONS: dict[str, Any] = {
@@ -142,22 +141,6 @@ def read_manifest(plan: Path) -> dict[str, Any]:
     if not plan.is_file() or not isinstance(manifest, dict):
         raise BackendError(f"there is no plan {plan}, or its manifest is damaged")
     return manifest
-
-
-def write_whole(path: Path, data: bytes | memoryview) -> None:
-    """Write a file that is whole or absent. Raises BackendError when that fails."""
-    try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with os.fdopen(handle, "wb") as stream:
-                stream.write(data)
-                stream.flush()
-                os.fsync(stream.fileno())
-            Path(name).replace(path)
-        finally:
-            Path(name).unlink(missing_ok=True)
-    except OSError as error:
-        raise BackendError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def half_graph(graph: Graph, precision: Precision, folder: Path) -> Graph:

@@ -30,6 +30,7 @@ from backends.base import (
     known_options,
     sha256_files,
 )
+from backends.files import write_whole
 from backends.onnx_graph import OnnxGraph
 from backends.reference import OnnxRuntimeEngine
 from backends.trt import builder
@@ -121,8 +122,8 @@ class _PlanEngine(Engine):
         if target.suffix != ".plan":
             raise BackendError(f"a TensorRT engine is saved as .plan, got {target.name!r}")
         target.parent.mkdir(parents=True, exist_ok=True)
-        builder.write_whole(target, self.plan.read_bytes())
-        builder.write_whole(target.with_suffix(".json"), self.plan.with_suffix(".json").read_bytes())
+        write_whole(target, self.plan.read_bytes())
+        write_whole(target.with_suffix(".json"), self.plan.with_suffix(".json").read_bytes())
         return target
 
     def close(self) -> None:

@@ -21,6 +21,7 @@ import numpy as np
 from backends.base import BackendError, Feeds, Graph, QuantSpec, Source, first_line
 from backends.calibration import CalibrationItems
 from backends.cpu import saturates
+from backends.exchange import EXTERNAL_ABOVE, SHARED_ABOVE, describe_onnx, move_graph, save_with_data
 from backends.onnx_graph import CONVOLUTIONS, MATMULS, MOVES, OnnxGraph, kept_nodes, name_nodes
 from backends.quantspec import check_common, check_left, check_settings, nothing_left
 from backends.quiet import quiet
@@ -35,8 +36,6 @@ _HALF = 64  # the largest weight of 7 bits
 _LARGEST_FP8 = 448  # of E4M3
 _BLOCK = 32  # int4 weights of a column that share a scale
 _OPSET = {"int8": 19, "fp8": 19, "int4": 21}
-_SHARED_ABOVE = 1024  # bytes
-_EXTERNAL_ABOVE = 1_800_000_000
 NO_CORRECTION = "ModelOpt corrects no biases"
 
 
@@ -283,7 +282,7 @@ def tidy(model: onnx.ModelProto) -> None:
         if tensor.name not in read:
             continue
         content = hashlib.sha256(tensor.raw_data).digest() + str((tensor.data_type, list(tensor.dims))).encode()
-        if len(tensor.raw_data) < _SHARED_ABOVE or content not in first or tensor.name in outputs:
+        if len(tensor.raw_data) < SHARED_ABOVE or content not in first or tensor.name in outputs:
             first.setdefault(content, tensor.name)
             kept.append(tensor)
         else:
@@ -298,34 +297,17 @@ def tidy(model: onnx.ModelProto) -> None:
 
 def write_graph(model: onnx.ModelProto, name: str, folder: Path, target: Path) -> Graph:
     """Write the finished graph, its data file first, and describe it. The same model gives the same bytes."""
-    import onnx
-
-    from backends.exchange import describe_onnx
-
     model.producer_name = model.producer_version = model.doc_string = ""
     del model.metadata_props[:]
     del model.graph.value_info[:]
-    out = folder / "out"
-    out.mkdir()
-    size = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
-    if size > _EXTERNAL_ABOVE:
-        onnx.save_model(
-            model,
-            str(out / f"{name}.onnx"),
-            save_as_external_data=True,
-            all_tensors_to_one_file=True,
-            location=f"{name}.onnx.data",
-            size_threshold=1024,
-        )
+    made = folder / "out" / f"{name}.onnx"
+    made.parent.mkdir()
+    if sum(len(tensor.raw_data) for tensor in model.graph.initializer) > EXTERNAL_ABOVE:
+        save_with_data(model, made)
     else:
-        (out / f"{name}.onnx").write_bytes(model.SerializeToString(deterministic=True))
-    data = out / f"{name}.onnx.data"
-    if data.exists():
-        data.replace(target / data.name)
-    else:
-        (target / data.name).unlink(missing_ok=True)
-    (out / f"{name}.onnx").replace(target / f"{name}.onnx")
-    return describe_onnx(target / f"{name}.onnx")
+        made.write_bytes(model.SerializeToString(deterministic=True))
+    move_graph(made, target / made.name)
+    return describe_onnx(target / made.name)
 
 
 def _reader(items: CalibrationItems) -> Any:
