@@ -1,4 +1,5 @@
-"""Where two executions of (nearly) the same ONNX graph part: the first node whose inputs agree and whose output not.
+"""Finds where two executions of (nearly) the same ONNX graph diverge: the first node whose inputs agree and whose
+output does not.
 
 Intermediate tensors become outputs of temporary cuts of the graph: a coarse grid over the nodes in topological order,
 then a finer one among the nodes that lead to the first tensor that differs, until a single node is left. Tensors are
@@ -42,7 +43,8 @@ _FLOATS = {"float32", "float16", "float64"}
 
 @dataclass(frozen=True)
 class Difference:
-    """The place where two executions part. Errors are mean|a - b| / mean|a| over all feeds (inf: NaN or other shape).
+    """The place where two executions diverge. Errors are mean|a - b| / mean|a| over all feeds (inf: NaN or other
+    shape).
 
     `nodes` are the names of all nodes between `inputs` and `output`: normally `node` alone; more when tensors between
     exist in one graph only, or when the difference vanished with the inner tensors visible (`fused`). `node` is what
@@ -64,11 +66,12 @@ class Difference:
 
     @property
     def proven(self) -> bool:
-        """Whether the nodes differ by more than the tolerance on equal inputs, so that no earlier error is to blame."""
+        """Returns whether the nodes differ by more than the tolerance on equal inputs, so that no earlier error is to
+        blame."""
         return self.alone > self.tolerance
 
     def sentence(self) -> str:
-        """The finding in words."""
+        """Describes the finding in a sentence."""
         what = f"{self.op_type} {self.node!r}"
         if len(self.nodes) > 1:
             what += f" (with {len(self.nodes) - 1} more nodes{', fused' if self.fused else ''})"
@@ -92,7 +95,7 @@ def first_difference(
     max_bytes: int = 1 << 30,
     folder: Path | None = None,
 ) -> Difference | None:
-    """The first node at which side b parts from side a by more than `tolerance`; None when all outputs agree.
+    """Finds the first node at which side b differs from side a by more than `tolerance`; None when all outputs agree.
 
     A side is an ONNX graph and a function that compiles such a graph into an Engine; one engine is open at a time. The
     function gets parts of the graph too; those of a Q/DQ graph that hold no quantized node (see `quantizes`) as well.
@@ -117,7 +120,8 @@ def first_difference(
 
 
 def quantizes(graph: Graph) -> bool:
-    """Whether an ONNX graph holds a QuantizeLinear node: some engines must be asked for int8 then, and only then."""
+    """Returns whether an ONNX graph holds a QuantizeLinear node: some engines must be asked for int8 then, and only
+    then."""
     import onnx
 
     model = onnx.load(str(graph.path), load_external_data=False)
@@ -247,7 +251,7 @@ class _Search:
             candidates = self._open(suspect, agreed)
 
     def _narrow(self, suspect: str, agreed: set[str]) -> Difference:
-        """Find the shortest stretch before `suspect` that must stay whole for the difference to show.
+        """Finds the shortest stretch before `suspect` that must stay whole for the difference to show.
 
         One tensor at a time is shown beside it. If both agree, the tensor lies inside the stretch.
         """
@@ -276,22 +280,22 @@ class _Search:
         return not self.errors[name] <= self.tolerance
 
     def _ancestors(self, names: Sequence[str]) -> list[str]:
-        """Comparable tensors on the way to `names`, with themselves, in topological order."""
+        """Returns comparable tensors on the way to `names`, with themselves, in topological order."""
         made = {name for node in self.a.between(names)[0] for name in node.output}
         return [name for name in self.common if name in made]
 
     def _open(self, suspect: str, agreed: set[str]) -> list[str]:
-        """What leads to `suspect` and to nothing that agreed."""
+        """Returns what leads to `suspect` but to nothing that agreed."""
         right = set(self._ancestors(sorted(agreed))) if agreed else set()
         return [name for name in self._ancestors([suspect]) if name not in right and name != suspect]
 
     def _frontier(self, name: str) -> list[str]:
-        """The nearest comparable tensors above `name`."""
+        """Returns the nearest comparable tensors above `name`."""
         _, reached = self.a.between([name], self.position)
         return sorted((n for n in reached if n in self.position), key=self._place)
 
     def _measure(self, names: Sequence[str]) -> None:
-        """Fill `errors` of `names`, in parts that keep within `max_bytes`."""
+        """Fills `errors` of `names`, in parts that keep within `max_bytes`."""
         for part in _parts(names, [self._bytes(name) for name in names], self.max_bytes):
             sums = dict.fromkeys(part, (0.0, 0.0))
             with self.a.engine(part) as engine:
@@ -302,7 +306,7 @@ class _Search:
             self.errors |= {name: _ratio(*both) for name, both in sums.items()}
 
     def _bytes(self, name: str) -> int:
-        """What comparing the tensor holds: side a of all feeds, side b of one, and the difference."""
+        """Returns the bytes that comparing a tensor holds: side a of all feeds, side b of one, and the difference."""
         return 4 * math.prod(self.a.infos[name].shape) * (len(self.feeds) + 2)
 
     def _alone(self, output: str, stops: set[str]) -> tuple[float, dict[str, float]]:
@@ -353,7 +357,7 @@ class _Search:
 
 
 def _working(nodes: list[onnx.NodeProto], side: _Side) -> list[onnx.NodeProto]:
-    """Without the nodes that only prepare constants and shapes."""
+    """Returns the nodes without those that only prepare constants and shapes."""
     return [node for node in nodes if any(name in side.live for name in node.output)]
 
 
@@ -381,12 +385,12 @@ def _value(info: TensorInfo) -> Any:
 
 
 def _fitting(engine: Engine, feeds: Feeds) -> Feeds:
-    """Of `feeds` what the engine takes."""
+    """Returns those of `feeds` that the engine takes."""
     return {info.name: feeds[info.name] for info in engine.inputs}
 
 
 def _spread(items: Sequence[str], count: int) -> list[str]:
-    """At most `count` items at equal distances; the last but no first, as a difference shows downstream."""
+    """Returns at most `count` items at equal distances; the last but no first, as a difference shows downstream."""
     if len(items) <= count:
         return list(items)
     return [items[(step + 1) * len(items) // count - 1] for step in range(count)]
@@ -406,7 +410,7 @@ def _parts(names: Sequence[str], sizes: Sequence[int], limit: int) -> Iterator[l
 
 
 def _add(sums: dict[str, tuple[float, float]], want: Feeds, got: Feeds) -> None:
-    """Add mean|want - got| and mean|want| of one feed; equal infinities and NaNs are no difference."""
+    """Adds mean|want - got| and mean|want| of one feed; equal infinities and NaNs are no difference."""
     for name, (difference, scale) in sums.items():
         a, b = np.asarray(want[name]), np.asarray(got[name])
         if a.shape != b.shape:

@@ -1,4 +1,4 @@
-"""torch module -> ONNX: the one graph that every toolchain starts from, checked against torch when it is written.
+"""Exports torch modules to ONNX, the one graph that every toolchain starts from, and checks the file against torch.
 
 The file holds no path, no stack trace and no time: the same module gives the same bytes. Graphs whose weights
 exceed `EXTERNAL_ABOVE` bytes keep them in one `<name>.data` file, because a protobuf ends at 2 GiB.
@@ -39,7 +39,7 @@ def export(
     tolerance: float = 1e-4,
     external_above: int = EXTERNAL_ABOVE,
 ) -> Graph:
-    """Write `module` as ONNX with static shapes, check it against torch, and return its graph.
+    """Writes `module` as ONNX with static shapes, check it against torch, and return its graph.
 
     `example` maps input names to tensors, in the order of the module's positional arguments; the module returns a
     tensor or a tuple of tensors, named by `output_names` in that order. `exporter` 'auto' takes the tracing exporter
@@ -172,7 +172,7 @@ def move_graph(made: Path, target: Path) -> None:
 
 
 def describe_onnx(path: Path | str) -> Graph:
-    """Read names, static shapes and dtypes of an ONNX file (weights stay on disk).
+    """Reads names, static shapes and dtypes of an ONNX file (weights stay on disk).
 
     Raises BackendError when the file cannot be read, a shape is dynamic, or external data lies anywhere but in
     `<file name>.data` beside it.
@@ -219,7 +219,7 @@ def _external_files(model: onnx.ModelProto) -> set[str]:
 
 
 def _rewrite(path: Path, gather_weights: bool) -> None:
-    """Drop everything that depends on where and when the file was made; optionally put all weights in one file."""
+    """Drops everything that depends on where and when the file was made; optionally put all weights in one file."""
     import onnx
 
     model = onnx.load(str(path), load_external_data=gather_weights)
@@ -252,7 +252,7 @@ def _rewrite(path: Path, gather_weights: bool) -> None:
 
 
 def _share_constants(graph: onnx.GraphProto) -> None:
-    """Make equal Constant nodes one initializer: the tracing exporter repeats a buffer at each of its uses.
+    """Makes equal Constant nodes one initializer: the tracing exporter repeats a buffer at each of its uses.
 
     Small ones stay: they name shapes and axes, and nobody saves space with them. So do graph outputs, whose names are
     part of the contract, and everything in a graph with branches or loops, which may name constants of the outer one.
@@ -305,7 +305,7 @@ def eval_mode(module: torch.nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporters print progress and warn about each traced constant; only errors matter to a caller."""
+    """Silences the exporters, which print progress and warn about each traced constant; errors still come through."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -1,4 +1,4 @@
-"""What an ONNX graph computes: its work in FLOPs, which nodes are quantized, which ones a keep-list protects.
+"""Reads an ONNX graph: its work in FLOPs, which nodes are quantized, and which ones a keep-list protects.
 
 An operand counts as quantized when it comes from a DequantizeLinear, through nodes that only move values. A matmul or a
 convolution is quantized when both of its operands are; any other node when an operand of its own comes straight from
@@ -35,7 +35,7 @@ class OnnxGraph:
     """
 
     def __init__(self, path: Path, model: onnx.ModelProto | None = None) -> None:
-        """model: the loaded file, where the caller has it; its nodes are named in place.
+        """Reads the file, or takes it as `model` where the caller has it loaded; its nodes are named in place.
 
         Raises BackendError when the file cannot be read. External weights are never loaded, but for small ones.
         """
@@ -85,11 +85,13 @@ class OnnxGraph:
                 self.shapes.setdefault(value.name, tuple(dim.dim_value for dim in kind.shape.dim))
 
     def work(self) -> list[onnx.NodeProto]:
-        """Nodes that compute with the inputs' values, in order; quantizing and dequantizing nodes are none of them."""
+        """Returns the nodes that compute with the inputs' values, in order, without those that quantize or
+        dequantize."""
         return [n for n in self.nodes if n.op_type not in _QDQ and n.output and n.output[0] in self.live]
 
     def flops(self, node: onnx.NodeProto) -> float:
-        """Two per multiply-add of a matmul or convolution, else 0. Raises BackendError when its shape is not known."""
+        """Counts two per multiply-add of a matmul or convolution, else 0. Raises BackendError when its shape is not
+        known."""
         if node.op_type not in MATMULS | CONVOLUTIONS:
             return 0.0
         try:
@@ -106,7 +108,7 @@ class OnnxGraph:
         return flops.convolution(first, out, second[1:], node.op_type == "ConvTranspose")
 
     def precision(self, node: onnx.NodeProto) -> str:
-        """'int8' or 'fp8' for a quantized node (see the module), else the float type that it computes in."""
+        """Returns 'int8' or 'fp8' for a quantized node (see the module), else the float type that it computes in."""
         if node.op_type in MOVES:
             return self._float(node.output[0])
         heavy = node.op_type in MATMULS | CONVOLUTIONS
@@ -119,7 +121,8 @@ class OnnxGraph:
         return found if found in ("int8", "fp8") else self._float(node.input[0] if heavy else node.output[0])
 
     def stored_as(self, node: onnx.NodeProto) -> set[str]:
-        """The formats in which its operands are held in front of a DequantizeLinear: of 'int8', 'fp8', 'int4', 'other'.
+        """Returns the formats in which its operands are held in front of a DequantizeLinear: of 'int8', 'fp8', 'int4',
+        'other'.
 
         Also where that alone does not make it a quantized node: weights of weight-only quantization.
         """
@@ -208,7 +211,7 @@ def with_data(tensor: onnx.TensorProto, folder: Path) -> onnx.TensorProto:
 
 
 def name_nodes(nodes: Sequence[onnx.NodeProto]) -> None:
-    """Give every node without a name `<type>.<position>`; some tools and every keep-list go by names."""
+    """Gives every node without a name `<type>.<position>`; some tools and every keep-list go by names."""
     for index, node in enumerate(nodes):
         if not node.name:
             node.name = f"{node.op_type}.{index}"

@@ -1,4 +1,4 @@
-"""Checks of what is asked of a quantizer: what it can do at all, before anything is made, and the rest of a spec.
+"""Checks a request to a quantizer: first what it supports at all, before anything is made, then the rest of the spec.
 
 A quantizer says what it can do in attributes, all of them optional: `bits` (see `lowered_to`); `follows`, settings of
 `QuantSpec` with the values that it takes (any value for those that are not listed); `needs`, modules that it imports
@@ -25,7 +25,7 @@ _SHOWN = 8  # channels of a layer, and layers, that a note lists
 
 
 def check_settings(quantizer: Quantizer, asked: Any, others: Iterable[Quantizer] = (), section: str = "") -> None:
-    """Refuse what `quantizer` cannot do at all. `asked` has the settings of a `QuantSpec` as attributes.
+    """Refuses what `quantizer` cannot do at all. `asked` has the settings of a `QuantSpec` as attributes.
 
     The sentence names the setting, `section` before it, and those of `others` that can. Raises BackendError.
     """
@@ -67,7 +67,7 @@ def _shown(value: Any) -> str:
 
 
 def check_left(graph: str, able: Iterable[str], kept: Iterable[str], keep: Sequence[str]) -> None:
-    """Refuse a graph of which nothing would be quantized, with one sentence for all quantizers.
+    """Refuses a graph of which nothing would be quantized, with one sentence for all quantizers.
 
     able: its matmuls and convolutions that the quantizer lowers; kept: those nodes that the keep-list `keep` protects.
     Raises BackendError.
@@ -77,7 +77,8 @@ def check_left(graph: str, able: Iterable[str], kept: Iterable[str], keep: Seque
 
 
 def lost_channels(tool: str, layers: Iterable[tuple[str, np.ndarray, np.ndarray]]) -> list[str]:
-    """A note on output channels whose weights are rounded to one step of the quantizer or to none; empty without any.
+    """Returns a note on output channels whose weights are rounded to one step of the quantizer or to none; empty
+    without any.
 
     layers: name, largest magnitude of each output channel's weights, and the steps that this is, both of shape
     (channels,). Channels that are zero in float are none of them.
@@ -100,7 +101,7 @@ def _short(words: list[str], sign: str) -> str:
 
 
 def nothing_left(graph: str, keep: Sequence[str]) -> BackendError:
-    """The refusal of a graph of which nothing is quantized."""
+    """Returns the error for a graph of which nothing is quantized."""
     listed = f"the keep-list ({', '.join(keep)})" if keep else "the keep-list (empty)"
     return BackendError(
         f"{graph}: nothing is left to quantize: {listed} leaves it no matmul or convolution that can be lowered; "

@@ -1,4 +1,4 @@
-"""The references that engines are checked against: torch eager and ONNX Runtime on the CPU."""
+"""Runs the references that engines are checked against: torch eager and ONNX Runtime on the CPU."""
 
 from __future__ import annotations
 
@@ -48,7 +48,8 @@ class TorchEngine(Engine):
         outputs: Sequence[TensorInfo],
         precision: Precision = Precision.F32,
     ) -> None:
-        """`inputs` in the order of the module's positional arguments, `outputs` in the order of what it returns."""
+        """Takes `inputs` in the order of the module's positional arguments, `outputs` in the order of what it
+        returns."""
         if precision not in (Precision.F32, Precision.BF16):
             raise BackendError(f"torch eager runs in f32 or bf16, not {precision}")
         self.module: torch.nn.Module | None = module
@@ -135,7 +136,7 @@ class OnnxRuntimeEngine(Engine):
         return self._run(self._session, feeds)
 
     def kernels(self) -> list[Kernel]:
-        """One profiled run on zeros, in a session of its own. Matmul and convolution nodes carry FLOPs as executed."""
+        """Profiles one run on zeros in a session of its own. Matmul and convolution nodes carry FLOPs as executed."""
         with tempfile.TemporaryDirectory() as folder:
             session = self._start(Path(folder) / "run")
             self._run(session, {t.name: np.zeros(t.shape, t.dtype) for t in self.inputs})
@@ -169,7 +170,8 @@ class ReferenceBackend:
         return [Precision.F32]
 
     def compile(self, graph: Graph, precision: Precision, options: Mapping[str, Any] | None = None) -> Engine:
-        """Options: `threads`, `optimize`, `fuse_qdq`. INT8 is accepted: the file's own Q/DQ nodes say what it is."""
+        """Compiles an ONNX graph. Options: `threads`, `optimize`, `fuse_qdq`. INT8 is accepted: the file's own Q/DQ
+        nodes say what it is."""
         found = self.availability()
         if not found.available:
             raise Unavailable(f"backend 'reference' cannot run: {found.reason}; {found.remedy}")
@@ -187,7 +189,8 @@ def _floats(array: np.ndarray) -> np.ndarray:
 
 
 def _kernel(event: dict[str, Any], weights: Mapping[str, list[int]]) -> Kernel:
-    """One node event of ONNX Runtime's profile; `weights` holds the weight shape of each node of the file."""
+    """Returns the kernel of one node event of ONNX Runtime's profile; `weights` holds the weight shape of each node of
+    the file."""
     args = event["args"]
     kind = args.get("op_name", "unknown")
     integer = kind.startswith("QLinear") or "Integer" in kind or kind == "QGemm"
@@ -207,7 +210,7 @@ def _kernel(event: dict[str, Any], weights: Mapping[str, list[int]]) -> Kernel:
 
 
 def _flops(kind: str, inputs: list[list[int]], outputs: list[list[int]], weight: list[int] | None) -> float:
-    """Two per multiply-add, of the shapes that ran: channels padded to the vector width count.
+    """Counts two FLOPs per multiply-add, of the shapes that ran: channels padded to the vector width count.
 
     The profile leaves out weights that were packed at load time, so the file's shapes stand in for those.
     """

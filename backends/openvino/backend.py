@@ -1,4 +1,4 @@
-"""OpenVINO: what this machine offers, its quantizers, and compilation."""
+"""Describes OpenVINO on this machine, lists its quantizers, and compiles graphs with it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ class OpenVINOBackend:
     sources: tuple[str, ...] = ("backends.openvino.engine", "backends.openvino.flops", "backends.cpu")
 
     def availability(self) -> Availability:
-        """Versions, devices, the CPU's name, its instruction sets and OpenVINO's capabilities; or what to install."""
+        """Returns versions, devices, the CPU's name, its instruction sets and OpenVINO's capabilities; or what to
+        install."""
         try:
             import openvino as ov
 
@@ -44,28 +45,28 @@ class OpenVINOBackend:
         return Availability(available=True, devices=devices, versions=versions, details=details)
 
     def quantizers(self) -> Mapping[str, Quantizer]:
-        """Quantizers by name; importing them is left to their first use."""
+        """Returns the quantizers by name; their tools are imported at their first use."""
         from backends.openvino.inc import INCQuantizer
         from backends.openvino.nncf import NNCFQuantizer
 
         return {"nncf": NNCFQuantizer(), "inc": INCQuantizer()}
 
     def float_precisions(self) -> Sequence[Precision]:
-        """F32, and BF16 where the CPU computes in it; the last is the fastest. Raises Unavailable."""
+        """Returns F32, and BF16 where the CPU computes in it; the last is the fastest. Raises Unavailable."""
         self._require()
         from backends.openvino.engine import best_float
 
         return list(dict.fromkeys([Precision.F32, best_float()]))
 
     def compile(self, graph: Graph, precision: Precision, options: Mapping[str, Any] | None = None) -> Engine:
-        """Compile an ONNX or IR graph; options are those of `engine.OPTIONS`. Raises Unavailable or BackendError."""
+        """Compiles an ONNX or IR graph; options are those of `engine.OPTIONS`. Raises Unavailable or BackendError."""
         self._require()
         from backends.openvino.engine import OpenVINOEngine
 
         return OpenVINOEngine(graph, Precision(precision), options)
 
     def kept_in_int8(self, engine: Engine, keep: Sequence[str], kernels: Sequence[Kernel]) -> list[Kernel]:
-        """See `keep.check_keep`. Raises BackendError for an engine of another backend."""
+        """Returns the kernels of `keep.check_keep`. Raises BackendError for an engine of another backend."""
         from backends.openvino.engine import OpenVINOEngine
         from backends.openvino.keep import check_keep
 
@@ -74,7 +75,7 @@ class OpenVINOBackend:
         return check_keep(engine, keep, kernels)
 
     def surgery(self) -> type[Surgery]:
-        """Nodes of NNCF's and of INC's graphs go back to float in the IR."""
+        """Returns the class that puts nodes of NNCF's and INC's graphs back to float in the IR."""
         from backends.openvino.rank import IRSurgery
 
         return IRSurgery

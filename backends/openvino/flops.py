@@ -1,4 +1,4 @@
-"""What an OpenVINO engine really executed: per node its precision, its time and its share of the model's FLOPs.
+"""Reads what an OpenVINO engine executed: per node its precision, its time and its share of the model's FLOPs.
 
 FLOPs are counted on the source model (two per multiply-add of MatMul, convolutions and scaled dot product attention;
 operations on constants are folded and count nothing) and handed to the executed node that lists the operation among
@@ -71,7 +71,7 @@ def operation_flops(op: ov.Node) -> float:
 
 
 def live_operations(model: ov.Model) -> list[ov.Node]:
-    """Operations whose values depend on the inputs' values, in topological order (shapes are constants)."""
+    """Returns operations whose values depend on the inputs' values, in topological order (shapes are constants)."""
     live: set[str] = set()
     found = []
     for op in model.get_ordered_ops():
@@ -86,7 +86,7 @@ def live_operations(model: ov.Model) -> list[ov.Node]:
 
 
 def is_quantized(op: ov.Node) -> bool:
-    """Whether both operands of a matmul or convolution come from FakeQuantize, through moves of values only."""
+    """Returns whether both operands of a matmul or convolution come from FakeQuantize, through moves of values only."""
     return all(from_fake_quantize(source.get_node()) for source in op.input_values()[:2])
 
 
@@ -97,7 +97,7 @@ def from_fake_quantize(node: ov.Node) -> bool:
 
 
 def works(model: ov.Model) -> list[Work]:
-    """Every operation of the model that carries FLOPs."""
+    """Returns every operation of the model that carries FLOPs."""
     found = []
     for op in live_operations(model):
         count = operation_flops(op)
@@ -107,7 +107,8 @@ def works(model: ov.Model) -> list[Work]:
 
 
 def _aliases(op: ov.Node) -> tuple[str, ...]:
-    """The operation's name, its name after dequantization moved behind it, and the bias Add that swallows it."""
+    """Returns the operation's name, its name after dequantization moved behind it, and the bias Add that swallows
+    it."""
     name = op.get_friendly_name()
     names = [name, f"{name}/DequantizationMultiply"]
     users = op.output(0).get_target_inputs()
@@ -127,7 +128,8 @@ def _is_constant(node: ov.Node) -> bool:
 
 
 def executed_precision_of(primitive: str, runtime: str) -> str:
-    """'int8', 'bf16', 'f16', 'f32' or another type name, from `primitiveType` with `runtimePrecision` as fallback."""
+    """Returns 'int8', 'bf16', 'f16', 'f32' or another type name, from `primitiveType` with `runtimePrecision` as
+    fallback."""
     last = primitive.rsplit("_", 1)[-1].lower()
     known = {*_PRECISIONS, "f32", "bf16", "f16", "i32", "i64", "boolean", "i4", "u4"}
     chosen = last if last in known else runtime.lower()
@@ -135,7 +137,7 @@ def executed_precision_of(primitive: str, runtime: str) -> str:
 
 
 def executed_kernels(runtime_model: ov.Model, spent: Mapping[str, float], source: ov.Model, rest: str) -> list[Kernel]:
-    """Kernels of a compiled model after inference with PERF_COUNT, in the order in which they run.
+    """Returns kernels of a compiled model after inference with PERF_COUNT, in the order in which they run.
 
     `spent` has the microseconds of the nodes that inference ran (`profiling_info`): the runtime model also lists
     reorders of weights, which ran once while compiling. `rest` is the float precision that was compiled.
@@ -171,7 +173,7 @@ def _node(op: ov.Node) -> dict[str, Any]:
 
 
 def _claim(nodes: list[dict[str, Any]], todo: list[Work]) -> tuple[list[list[Work]], set[int]]:
-    """Which works each executed node did: by name first, then matmul-like nodes without work by equal FLOPs.
+    """Returns the works that each executed node did: by name first, then matmul-like nodes without work by equal FLOPs.
 
     Also the positions of the nodes that were matched by FLOPs.
     """
@@ -213,7 +215,8 @@ def _node_flops(node: dict[str, Any]) -> float:
 
 
 def _kernels_of(node: dict[str, Any], claim: list[Work], rest: str, matched: str) -> list[Kernel]:
-    """One kernel per executed node; two for a Subgraph whose matmuls differ in precision: the first has the time."""
+    """Returns one kernel per executed node; two for a Subgraph whose matmuls differ in precision: the first has the
+    time."""
     precision = executed_precision_of(node["primitiveType"], node["runtimePrecision"])
     groups: dict[str, list[Work]] = {}
     for work in claim:

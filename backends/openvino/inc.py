@@ -1,4 +1,4 @@
-"""Post-training quantization with Intel Neural Compressor: torch module and calibration feeds -> IR with int8 weights.
+"""Quantizes torch modules with Intel Neural Compressor: module and calibration feeds -> IR with int8 weights.
 
 The road is INC's static quantization of exported programs (PT2E): export, observe, convert, export again, read into
 OpenVINO. Where its defaults cost quality or speed, the observers are changed between `prepare` and `convert`, the one
@@ -78,11 +78,11 @@ class INCQuantizer:
         self.report = Report()
 
     def notes(self) -> list[str]:
-        """Sentences on the last `quantize` that belong beside its results."""
+        """Returns sentences on the last `quantize` that belong beside its results."""
         return [*weight_range_notes(self.report.half_range), *self.report.notes]
 
     def quantize(self, source: Source, spec: QuantSpec, calibration: Iterable[Feeds]) -> Graph:
-        """Write `<spec.output_dir>/<source.name>.xml` and `.bin` (int8 weights) and return that graph.
+        """Writes `<spec.output_dir>/<source.name>.xml` and `.bin` (int8 weights) and return that graph.
 
         `source.module` is quantized; its inputs, outputs and their names are those of `source.graph`. `calibration` is
         iterated once, items are used and dropped one by one, and only the first `spec.calibration_samples` of them.
@@ -127,7 +127,7 @@ class INCQuantizer:
 
 
 def _prepare(module: torch.nn.Module, example: tuple[torch.Tensor, ...], spec: QuantSpec) -> torch.fx.GraphModule:
-    """The module as an fx graph with INC's observers. Raises Unavailable or BackendError."""
+    """Returns the module as an fx graph with INC's observers. Raises Unavailable or BackendError."""
     import torch
 
     try:
@@ -155,7 +155,8 @@ def _prepare(module: torch.nn.Module, example: tuple[torch.Tensor, ...], spec: Q
 
 @contextlib.contextmanager
 def _own_logs() -> Iterator[None]:
-    """While INC is imported, its log goes into a temporary folder: it would make ~/.habana_logs, or fail without HOME.
+    """Sends INC's log into a temporary folder while INC is imported: it would make ~/.habana_logs, or fail without
+    HOME.
 
     A folder that the user names in HABANA_LOGS is left to INC.
     """
@@ -171,13 +172,13 @@ def _own_logs() -> Iterator[None]:
 
 
 def _aten(node: torch.fx.Node) -> str:
-    """'linear' for a call of `aten.linear.default`; '' for nodes that call no ATen operation."""
+    """Returns 'linear' for a call of `aten.linear.default`; '' for nodes that call no ATen operation."""
     parts = str(node.target).split(".")
     return parts[1] if node.op == "call_function" and parts[0] == "aten" else ""
 
 
 def _named(prepared: torch.fx.GraphModule) -> dict[torch.fx.Node, str]:
-    """Names like those of an ONNX export (`/blocks.0/fc1/MatMul`) of the nodes that a keep-list can name, in order."""
+    """Names the nodes that a keep-list can name, in order, as an ONNX export does (`/blocks.0/fc1/MatMul`)."""
     found: dict[torch.fx.Node, str] = {}
     for node in prepared.graph.nodes:
         if _aten(node) not in _NAMED:
@@ -201,7 +202,7 @@ def _is_observer(node: torch.fx.Node) -> bool:
 
 
 def _strip(prepared: torch.fx.GraphModule, kept: set[torch.fx.Node]) -> None:
-    """Take out every observer that does not feed a linear layer or a convolution outside the keep-list."""
+    """Takes out every observer that does not feed a linear layer or a convolution outside the keep-list."""
     for node in prepared.graph.nodes:
         if _aten(node) in _QUANTIZED and node not in kept:
             continue
@@ -215,7 +216,7 @@ def _strip(prepared: torch.fx.GraphModule, kept: set[torch.fx.Node]) -> None:
 
 
 def _observers(prepared: torch.fx.GraphModule) -> list[tuple[str, Any, str]]:
-    """Name of every observer, the observer, and the name of the weight that it looks at; '' for activations."""
+    """Names of every observer, the observer, and the name of the weight that it looks at; '' for activations."""
     found: dict[str, str] = {}
     for node in prepared.graph.nodes:
         if _is_observer(node):
@@ -224,7 +225,8 @@ def _observers(prepared: torch.fx.GraphModule) -> list[tuple[str, Any, str]]:
 
 
 def _readers(prepared: torch.fx.GraphModule, named: Mapping[torch.fx.Node, str]) -> dict[str, str]:
-    """The name of the first linear layer or convolution that reads an observed tensor, by the observer's name."""
+    """Returns the name of the first linear layer or convolution that reads an observed tensor, by the observer's
+    name."""
     found: dict[str, str] = {}
     for node, name in named.items():
         for feeding in node.all_input_nodes:
@@ -236,7 +238,8 @@ def _readers(prepared: torch.fx.GraphModule, named: Mapping[torch.fx.Node, str])
 def _weight_steps(
     prepared: torch.fx.GraphModule, named: Mapping[torch.fx.Node, str]
 ) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """Of each quantized weight the reading layer's name, and per output channel its magnitude, also in steps."""
+    """Yields for each quantized weight the reading layer's name, and per output channel its magnitude, also in
+    steps."""
     readers = _readers(prepared, named)
     for name, observer, weight in _observers(prepared):
         if weight:
@@ -248,7 +251,7 @@ def _weight_steps(
 def _observe(
     prepared: torch.fx.GraphModule, names: list[str], items: CalibrationItems, named: Mapping[torch.fx.Node, str]
 ) -> None:
-    """Run the calibration set. With weight 1/k for item k, the observers' moving average is the mean.
+    """Runs the calibration set. With weight 1/k for item k, the observers' moving average is the mean.
 
     Observers of weights look once and stand aside while the set runs: each item would show them the same again. Those
     of activations see their axes in the order of memory, so that a least or largest value is found without a copy.
@@ -284,7 +287,7 @@ def _observe(
 
 @contextlib.contextmanager
 def _channels_last(prepared: torch.fx.GraphModule) -> Iterator[None]:
-    """Weights of 2D convolutions lie with channels last: the shipped teacher's decoder runs a quarter faster on a CPU.
+    """Stores weights of 2D convolutions with channels last: a convolution head runs a quarter faster on a CPU.
 
     The parameters are put back as they were; they belong to the caller's module.
     """
@@ -306,7 +309,8 @@ def _channels_last(prepared: torch.fx.GraphModule) -> Iterator[None]:
 
 
 def _set_ranges(prepared: torch.fx.GraphModule, largest: int, symmetric: bool) -> None:
-    """Weights to -largest..largest; symmetric activations that are never negative to 0..255 with zero point 0."""
+    """Sets weights to -largest..largest, and symmetric activations that are never negative to 0..255 with zero point
+    0."""
     import torch
 
     for _, observer, weight in _observers(prepared):
@@ -322,7 +326,7 @@ def _set_ranges(prepared: torch.fx.GraphModule, largest: int, symmetric: bool) -
 def _convert(
     prepared: torch.fx.GraphModule, example: tuple[torch.Tensor, ...], named: list[tuple[torch.fx.Node, str]]
 ) -> ov.Model:
-    """The calibrated graph as an OpenVINO model with int8 weights, its nodes named by `named`."""
+    """Returns the calibrated graph as an OpenVINO model with int8 weights, its nodes named by `named`."""
     import openvino as ov
     import torch
     from neural_compressor.torch.quantization import convert
@@ -350,7 +354,7 @@ def _convert(
 
 
 def _rename(model: ov.Model, renamed: dict[str, str]) -> None:
-    """`linear_3/aten.linear.default/MatMul` becomes the name of its linear layer, others of `linear_3` follow it."""
+    """Gives `linear_3/aten.linear.default/MatMul` the name of its linear layer; others of `linear_3` follow it."""
     main = MATMULS | CONVOLUTIONS | {"MVN", "Gelu"}
     for op in model.get_ordered_ops():
         origin, _, rest = op.get_friendly_name().partition("/")
@@ -365,7 +369,7 @@ def _rename(model: ov.Model, renamed: dict[str, str]) -> None:
 
 
 def _fit(model: ov.Model, names: list[str], source: Source) -> None:
-    """Name the inputs and outputs. Raises BackendError when shapes or types are not those of the source's graph."""
+    """Names the inputs and outputs. Raises BackendError when shapes or types are not those of the source's graph."""
     outputs = {t.name: t for t in source.graph.outputs}
     inputs = {t.name: t for t in source.graph.inputs}
     for ports, infos in (

@@ -1,4 +1,4 @@
-"""Post-training quantization with NNCF: an ONNX or IR graph and calibration feeds -> an IR with int8 weights.
+"""Quantizes graphs with NNCF after training: an ONNX or IR graph and calibration feeds -> an IR with int8 weights.
 
 NNCF runs the float graph over the calibration set at f32, with all cores: once for SmoothQuant (when an alpha is
 given) and once for the ranges, which fast bias correction shares; it reduces each activation to its statistics inside
@@ -41,11 +41,11 @@ class NNCFQuantizer:
         self.report = Report()
 
     def notes(self) -> list[str]:
-        """Sentences on the last `quantize` that belong beside its results."""
+        """Returns sentences on the last `quantize` that belong beside its results."""
         return [*weight_range_notes(self.report.half_range), *self.report.notes]
 
     def quantize(self, source: Source, spec: QuantSpec, calibration: Iterable[Feeds]) -> Graph:
-        """Write `<spec.output_dir>/<source.name>.xml` and `.bin` (int8 weights) and return that graph.
+        """Writes `<spec.output_dir>/<source.name>.xml` and `.bin` (int8 weights) and return that graph.
 
         `calibration` is iterated several times (see the module), so it must be a collection or an object whose
         `__iter__` starts anew, not a generator; items are made, used and dropped one by one. Only the first
@@ -92,14 +92,14 @@ class NNCFQuantizer:
         return write_ir(quantized, spec.output_dir / f"{source.name}.xml")
 
     def prepare(self, source: Source, spec: QuantSpec, calibration: Iterable[Feeds]) -> torch.nn.Module:
-        """A trainable copy of `source.module` that rounds as the int8 engine will: see `qat.prepare`."""
+        """Returns a trainable copy of `source.module` that rounds as the int8 engine will: see `qat.prepare`."""
         from backends.openvino import qat
 
         module, self.report = qat.prepare(source, spec, calibration)
         return module
 
     def finish(self, module: torch.nn.Module, source: Source, spec: QuantSpec) -> Graph:
-        """The IR with int8 weights of a module that was prepared and trained: see `qat.finish`."""
+        """Returns the IR with int8 weights of a module that was prepared and trained: see `qat.finish`."""
         from backends.openvino import qat
 
         return qat.finish(module, source, spec)
@@ -107,7 +107,7 @@ class NNCFQuantizer:
 
 @contextlib.contextmanager
 def _quiet(progress: bool) -> Iterator[None]:
-    """NNCF logs and draws progress bars on stdout, where a command prints its result.
+    """Silences NNCF, which logs and draws progress bars on stdout, where a command prints its result.
 
     Its own `set_log_level` would change the handlers of the whole process, so the level of its logger is set here.
     """

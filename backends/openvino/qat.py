@@ -1,4 +1,4 @@
-"""Quantization-aware training with NNCF: a torch module that computes as its int8 engine will, and that engine's IR.
+"""Trains quantized modules with NNCF: a torch module that computes as its int8 engine will, and that engine's IR.
 
 NNCF chooses where values are rounded and calibrates the ranges, on the torch module, as it does for a graph after
 training. Its quantizers then make way for `FakeQuantizer`s: these round exactly as the exported graph does, learn their
@@ -107,7 +107,7 @@ class FakeQuantizer(nn.Module):
         self.low, self.high, self.axis = low, high, axis
 
     def step(self) -> torch.Tensor:
-        """The present step, without gradient."""
+        """Returns the present step, without gradient."""
         return self.start * (_PACE * self.stretch.detach()).exp()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -135,7 +135,8 @@ class _Fixed(nn.Module):
 
 
 def prepare(source: Source, spec: QuantSpec, calibration: Iterable[Feeds]) -> tuple[nn.Module, Report]:
-    """A trainable copy of `source.module` that rounds as an int8 engine does, its ranges calibrated; and what was done.
+    """Returns a trainable copy of `source.module` that rounds as an int8 engine does, its ranges calibrated, and a
+    report.
 
     The module takes and returns what `source.module` does, at any batch and size that this runs at; all its parameters
     are trainable. `calibration` as for `NNCFQuantizer.quantize`. Biases are trained, so `bias_correction` does not
@@ -192,7 +193,8 @@ def prepare(source: Source, spec: QuantSpec, calibration: Iterable[Feeds]) -> tu
 
 
 def finish(module: nn.Module, source: Source, spec: QuantSpec) -> Graph:
-    """Write the trained `module` as `<spec.output_dir>/<source.name>.xml` and `.bin` (int8 weights); return that graph.
+    """Writes the trained `module` as `<spec.output_dir>/<source.name>.xml` and `.bin` (int8 weights); return that
+    graph.
 
     `module` comes from `prepare` with the same source and spec; it is left as it is. Its learned steps become the
     engine's. The engine's outputs are those of the module up to values that fall on the other side of a rounding
@@ -228,7 +230,8 @@ def finish(module: nn.Module, source: Source, spec: QuantSpec) -> Graph:
 
 
 def fake_quantizers(module: nn.Module) -> dict[str, FakeQuantizer]:
-    """The quantizers of a prepared module by the names of its hooks; a shared one appears under each of them."""
+    """Returns the quantizers of a prepared module by the names of its hooks; a shared one appears under each of
+    them."""
     from nncf.torch.function_hook.wrapper import get_hook_storage
 
     hooks = get_hook_storage(module).named_hooks(remove_duplicate=False)
@@ -246,7 +249,8 @@ def _check(source: Source, spec: QuantSpec) -> nn.Module:
 def _ignored(
     module: nn.Module, example: tuple[torch.Tensor, ...], source: Source, spec: QuantSpec
 ) -> tuple[set[str], list[str]]:
-    """Nodes of the graph that the keep-list protects, and NNCF's names of the operations that must stay in float.
+    """Returns nodes of the graph that the keep-list protects, and NNCF's names of the operations that must stay in
+    float.
 
     Both toolchains see the heavy operations in the order in which they run, so that the n-th is the same in both.
     """
@@ -279,7 +283,7 @@ def _ignored(
 
 
 def _heavy_onnx(path: Path) -> list[tuple[str, str, str]]:
-    """Name and type of each heavy node in order, and '' or the graph's output that it is, after which OpenVINO calls
+    """Names and type of each heavy node in order, and '' or the graph's output that it is, after which OpenVINO calls
     it."""
     import onnx
 
@@ -314,7 +318,7 @@ def _learner(quantizer: Any, half: bool) -> FakeQuantizer:
 
 
 def _weights(module: nn.Module, example: tuple[torch.Tensor, ...]) -> dict[str, nn.Parameter]:
-    """The parameter that each quantizer rounds, by the quantizer's name; none for those of activations."""
+    """Returns the parameter that each quantizer rounds, by the quantizer's name; none for those of activations."""
     found: dict[str, nn.Parameter] = {}
     quantizers = fake_quantizers(module)
 
@@ -341,7 +345,8 @@ def _has_matrix(module: nn.Module) -> bool:
 
 
 def _weight_steps(module: nn.Module, example: tuple[torch.Tensor, ...]) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """Of each quantized weight its name, and per output channel its magnitude, also in steps of its quantizer."""
+    """Yields for each quantized weight its name, and per output channel its magnitude, also in steps of its
+    quantizer."""
     quantizers, names = fake_quantizers(module), {id(p): name for name, p in module.named_parameters()}
     for name, weight in _weights(module, example).items():
         step, axis = quantizers[name].step(), quantizers[name].axis or 0
@@ -350,7 +355,7 @@ def _weight_steps(module: nn.Module, example: tuple[torch.Tensor, ...]) -> Itera
 
 
 def _one_per_weight(module: nn.Module, example: tuple[torch.Tensor, ...]) -> None:
-    """A weight that is used twice has two quantizers; let both be the first, or they would learn different steps."""
+    """Lets both quantizers of a weight that is used twice be the first, or they would learn different steps."""
     from nncf.torch.function_hook.wrapper import get_hook_storage
 
     storage, quantizers, first = get_hook_storage(module), fake_quantizers(module), dict[int, FakeQuantizer]()
@@ -359,7 +364,7 @@ def _one_per_weight(module: nn.Module, example: tuple[torch.Tensor, ...]) -> Non
 
 
 def _fixed(module: nn.Module, example: tuple[torch.Tensor, ...]) -> nn.Module:
-    """A copy on the CPU, its weights rounded, its quantizers in operations that exporters know."""
+    """Returns a copy on the CPU, its weights rounded, its quantizers in operations that exporters know."""
     from nncf.torch.function_hook.wrapper import get_hook_storage
 
     fixed = copy.deepcopy(module).cpu().eval()
@@ -375,7 +380,7 @@ def _fixed(module: nn.Module, example: tuple[torch.Tensor, ...]) -> nn.Module:
 
 
 def _fuse(model: ov.Model) -> list[ov.Node]:
-    """Write every QuantizeLinear with its DequantizeLinear as one FakeQuantize; returns those of weights.
+    """Writes every QuantizeLinear with its DequantizeLinear as one FakeQuantize; returns those of weights.
 
     The reader makes FakeQuantize to the integers, two Converts, Subtract and Multiply of the pair.
     """
@@ -402,7 +407,7 @@ def _fuse(model: ov.Model) -> list[ov.Node]:
 
 
 def _fold(model: ov.Model, weights: list[ov.Node]) -> None:
-    """`fold_constants`, with inputs standing in for the quantized weights, which it would turn into floats."""
+    """Runs `fold_constants` with inputs in place of the quantized weights, which it would turn into floats."""
     import openvino.opset13 as ops
 
     stands = []

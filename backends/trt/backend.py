@@ -1,4 +1,5 @@
-"""TensorRT: what this machine offers, its quantizers, and compilation. With a CUDA device it runs, else it emulates."""
+"""Describes TensorRT on this machine, lists its quantizers, and compiles graphs with it; emulates without a CUDA
+device."""
 
 from __future__ import annotations
 
@@ -41,7 +42,7 @@ class TensorRTBackend:
     )
 
     def availability(self) -> Availability:
-        """Versions, devices and what this machine can do; or what is missing and what installs it.
+        """Returns versions, devices and what this machine can do; or what is missing and what installs it.
 
         `details` holds `gpu` (names and compute capabilities) where there is one, else `cpu`; `isa` of the CPU; `can`.
         Where a GPU runs the engines, `device` is its name; `driver`, `cuda` and `clocks` are what else decides its
@@ -81,8 +82,8 @@ class TensorRTBackend:
         return {quantizer.name: quantizer for quantizer in listed}
 
     def float_precisions(self) -> Sequence[Precision]:
-        """F32 and F16, TF32 between them where the device has it; without a device both are emulated. Raises
-        Unavailable."""
+        """Returns F32 and F16, with TF32 between them where the device has it; without a device both are emulated.
+        Raises Unavailable."""
         self._require()
         from backends.trt.cuda import provider
         from backends.trt.engine import has_tf32
@@ -90,22 +91,23 @@ class TensorRTBackend:
         return [Precision.F32, *([Precision.TF32] if provider() and has_tf32() else []), Precision.F16]
 
     def baselines(self) -> Sequence[Precision]:
-        """The float precisions that are worth a row: what is not timed is no base of a speedup, so F32 alone without a
-        device. F16 can still be built ahead of time."""
+        """Returns the float precisions that deserve a row. Without a device that is F32 alone: a speedup needs a timed
+        base. F16 can still be built ahead of time."""
         from backends.trt.cuda import provider
 
         return [p for p in self.float_precisions() if p is Precision.F32 or provider()]
 
     def compile(self, graph: Graph, precision: Precision, options: Mapping[str, Any] | None = None) -> Engine:
-        """Build an ONNX graph; options are those of `engine.OPTIONS`. Raises Unavailable or BackendError."""
+        """Builds an ONNX graph; options are those of `engine.OPTIONS`. Raises Unavailable or BackendError."""
         self._require()
         from backends.trt.engine import make_engine
 
         return make_engine(graph, Precision(precision), options)
 
     def kept_in_int8(self, engine: Engine, keep: Sequence[str], kernels: Sequence[Kernel]) -> list[Kernel]:
-        """Kernels that ran a kept node in int8 or fp8. Elementwise nodes fused into a matmul's kernel are computed in
-        float there, so of a kernel with several nodes only kept matmuls and convolutions count."""
+        """Returns the kernels that ran a kept node in int8 or fp8. Elementwise nodes that are fused into a matmul's
+        kernel are computed in float there, so of a kernel with several nodes only kept matmuls and convolutions
+        count."""
         from backends.onnx_graph import CONVOLUTIONS, MATMULS, OnnxGraph, kept_nodes
         from backends.trt.engine import EmulatedEngine, TensorRTEngine
 
@@ -121,7 +123,8 @@ class TensorRTBackend:
         return offending
 
     def surgery(self) -> type[Surgery]:
-        """Nodes of ModelOpt's graphs go back to float in the ONNX file; ONNX Runtime computes the ranking."""
+        """Returns the class that puts nodes of ModelOpt's graphs back to float in the ONNX file; ONNX Runtime computes
+        the ranking."""
         from backends.trt.rank import QDQSurgery
 
         return QDQSurgery

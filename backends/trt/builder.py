@@ -1,4 +1,5 @@
-"""ONNX -> strongly typed TensorRT network -> plan file with a manifest beside it; float graphs of 16 bits.
+"""Builds TensorRT plans: ONNX -> strongly typed network -> plan file with a manifest beside it; also float graphs of 16
+bits.
 
 TensorRT-RTX builds plans without a CUDA device; TensorRT itself needs one. Neither quantizes by itself: int8 and fp8
 are what the Q/DQ nodes of the graph say. Two builds of one graph differ in their bytes, so a cached plan is found by
@@ -40,7 +41,7 @@ _NO_DRIVER = re.compile(r"\[?checkMacros|cudaError 35|CUDA initialization failur
 
 
 def package() -> str | None:
-    """The TensorRT package that can build here: `tensorrt` only with a CUDA device, else a TensorRT-RTX one."""
+    """Returns the TensorRT package that can build here: `tensorrt` only with a CUDA device, else a TensorRT-RTX one."""
     found = [name for name in PACKAGES if importlib.util.find_spec(name)]
     if not devices():
         found = [name for name in found if name != "tensorrt"]
@@ -48,7 +49,7 @@ def package() -> str | None:
 
 
 def load() -> Any:
-    """The TensorRT module. Raises BackendError when there is none, or when its libraries do not load."""
+    """Imports TensorRT. Raises BackendError when there is none, or when its libraries do not load."""
     name = package()
     if name is None:
         raise BackendError("no TensorRT package that can build here is installed")
@@ -62,12 +63,13 @@ def load() -> Any:
 
 
 def flavour(module: Any) -> str:
-    """'TensorRT-RTX' or 'TensorRT'."""
+    """Returns 'TensorRT-RTX' or 'TensorRT'."""
     return "TensorRT-RTX" if "rtx" in module.__name__ else "TensorRT"
 
 
 def make_logger(module: Any) -> Any:
-    """A TensorRT logger that prints nothing; `errors` holds the error messages of the current call, in order."""
+    """Returns a TensorRT logger that prints nothing; `errors` holds the error messages of the current call, in
+    order."""
 
     class Logger(module.ILogger):
         def __init__(self) -> None:
@@ -93,7 +95,7 @@ def check_options(options: Mapping[str, Any]) -> None:
 
 
 def build_plan(graph: Graph, options: Mapping[str, Any], folder: Path, tf32: bool = False) -> Path:
-    """Build (or find) `<folder>/<stem>-<key>.plan` and its `.json` manifest; returns the plan's path.
+    """Builds (or finds) `<folder>/<stem>-<key>.plan` and its `.json` manifest; returns the plan's path.
 
     `tf32`: products of 32-bit floats may be rounded to TF32, which TensorRT allows by default and f32 is not.
     The key is made of the graph's sha256, the options and TensorRT's version. The graph is parsed from its file, so its
@@ -133,7 +135,8 @@ def build_plan(graph: Graph, options: Mapping[str, Any], folder: Path, tf32: boo
 
 
 def read_manifest(plan: Path) -> dict[str, Any]:
-    """What made a plan. Raises BackendError when the plan or its manifest is missing or damaged."""
+    """Returns the description of how a plan was made. Raises BackendError when the plan or its manifest is missing or
+    damaged."""
     try:
         manifest = json.loads(plan.with_suffix(".json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -144,7 +147,7 @@ def read_manifest(plan: Path) -> dict[str, Any]:
 
 
 def half_graph(graph: Graph, precision: Precision, folder: Path) -> Graph:
-    """Write `graph` with f16 or bf16 arithmetic into `folder`; its inputs and outputs stay float32.
+    """Writes `graph` with f16 or bf16 arithmetic into `folder`; its inputs and outputs stay float32.
 
     Converted by ModelOpt's AutoCast, every operator. Raises BackendError for a graph that it cannot convert; it needs
     the whole graph in one protobuf, so 2 GB is its limit.

@@ -1,4 +1,4 @@
-"""Post-training quantization with ModelOpt: a float ONNX graph and calibration feeds -> an ONNX graph with Q/DQ nodes.
+"""Quantizes graphs with ModelOpt: a float ONNX graph and calibration feeds -> an ONNX graph with Q/DQ nodes.
 
 ModelOpt says where Q/DQ nodes stand and quantizes the weights, from the graph and one item; the ranges of activations
 are measured here over the whole set (`backends.trt.ranges`). Its file is finished here too: kept nodes read the float
@@ -74,11 +74,11 @@ class ModelOptQuantizer:
         self.report = Report()
 
     def notes(self) -> list[str]:
-        """Sentences on the last `quantize` that belong beside its results."""
+        """Returns sentences on the last `quantize` that belong beside its results."""
         return list(self.report.notes)
 
     def quantize(self, source: Source, spec: QuantSpec, calibration: Iterable[Feeds]) -> Graph:
-        """Write `<spec.output_dir>/<source.name>.onnx` (and `.onnx.data` for large graphs) and return that graph.
+        """Writes `<spec.output_dir>/<source.name>.onnx` (and `.onnx.data` for large graphs) and return that graph.
 
         `calibration` must be iterable again; items are made, used and dropped one by one, and only the first
         `spec.calibration_samples` are used. The same input gives the same bytes. Raises BackendError for a spec that
@@ -158,7 +158,7 @@ class ModelOptQuantizer:
 
 
 def _modelopt(graph: Graph, number_format: str, items: CalibrationItems, kept: list[str], folder: Path) -> Path:
-    """Run ModelOpt on a copy with named nodes; returns the file that it wrote into `folder`."""
+    """Runs ModelOpt on a copy with named nodes; returns the file that it wrote into `folder`."""
     import onnx
 
     next(iter(items))  # refuses an empty set, which ModelOpt would take
@@ -197,7 +197,7 @@ def _modelopt(graph: Graph, number_format: str, items: CalibrationItems, kept: l
 
 
 def range_notes(half: bool) -> list[str]:
-    """What is to be told of the range of int8 weights."""
+    """Returns the notes on the range of int8 weights."""
     if half:
         return ["weights use 7 of their 8 bits"]
     if saturates():
@@ -206,7 +206,7 @@ def range_notes(half: bool) -> list[str]:
 
 
 def free_kept(model: onnx.ModelProto, kept: set[str]) -> None:
-    """Let every kept node read the float tensors again, and drop Q/DQ pairs that nobody reads any more."""
+    """Lets every kept node read the float tensors again, and drop Q/DQ pairs that nobody reads any more."""
     nodes = model.graph.node
     maker = {name: node for node in nodes for name in node.output}
     for node in nodes:
@@ -226,7 +226,7 @@ def free_kept(model: onnx.ModelProto, kept: set[str]) -> None:
 
 
 def store_weights(model: onnx.ModelProto, half: bool) -> None:
-    """Replace every QuantizeLinear of a constant weight by its int8 or fp8 values: a quarter of the file, the same
+    """Replaces every QuantizeLinear of a constant weight by its int8 or fp8 values: a quarter of the file, the same
     numbers.
 
     `half`: weights of 7 bits: scales grow by 127/64 and values stay within 64, so sums of two products fit 16 bits.
@@ -268,7 +268,7 @@ def store_weights(model: onnx.ModelProto, half: bool) -> None:
 
 
 def tidy(model: onnx.ModelProto) -> None:
-    """Drop constants that nobody reads, and store equal ones once: ModelOpt gives every reader of a table a copy."""
+    """Drops constants that nobody reads, and store equal ones once: ModelOpt gives every reader of a table a copy."""
     graph = model.graph
     outputs = {value.name for value in graph.output}
     read = {name for node in graph.node for name in node.input} | outputs
@@ -296,7 +296,7 @@ def tidy(model: onnx.ModelProto) -> None:
 
 
 def write_graph(model: onnx.ModelProto, name: str, folder: Path, target: Path) -> Graph:
-    """Write the finished graph, its data file first, and describe it. The same model gives the same bytes."""
+    """Writes the finished graph, its data file first, and describe it. The same model gives the same bytes."""
     model.producer_name = model.producer_version = model.doc_string = ""
     del model.metadata_props[:]
     del model.graph.value_info[:]
@@ -311,7 +311,7 @@ def write_graph(model: onnx.ModelProto, name: str, folder: Path, target: Path) -
 
 
 def _reader(items: CalibrationItems) -> Any:
-    """The set as ONNX Runtime's CalibrationDataReader, with the two calls that ModelOpt adds to it."""
+    """Returns the set as ONNX Runtime's CalibrationDataReader, with the two calls that ModelOpt adds to it."""
     from onnxruntime.quantization.calibrate import CalibrationDataReader
 
     class Reader(CalibrationDataReader):

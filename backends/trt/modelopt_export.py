@@ -32,8 +32,8 @@ REMEDY = 'pip install -e ".[trt]"'
 
 
 def check(quantizer: Quantizer, source: Source, spec: QuantSpec) -> torch.nn.Module:
-    """The source's module. Raises Unavailable without ModelOpt, and BackendError for a spec that it cannot follow and a
-    source that lacks a module or does not fit its graph."""
+    """Returns the source's module. Raises Unavailable without ModelOpt, and BackendError for a spec that it cannot
+    follow and a source that lacks a module or does not fit its graph."""
     check_installed(quantizer)
     check_settings(quantizer, spec)
     check_common(spec, source)
@@ -41,8 +41,8 @@ def check(quantizer: Quantizer, source: Source, spec: QuantSpec) -> torch.nn.Mod
 
 
 def kept_in(source: Source, keep: Sequence[str]) -> dict[str, str]:
-    """Names and types of the kept nodes of the source's graph. Raises BackendError where the graph that will be made
-    has no node of such a name, and where all that could be quantized is kept."""
+    """Returns names and types of the kept nodes of the source's graph. Raises BackendError where the graph that will be
+    made has no node of such a name, and where all that could be quantized is kept."""
     graph = OnnxGraph(source.graph.path)
     if graph.has_qdq():
         raise BackendError(f"{source.graph.path.name} is quantized already")
@@ -64,8 +64,8 @@ def kept_in(source: Source, keep: Sequence[str]) -> dict[str, str]:
 def calibrated(
     module: torch.nn.Module, source: Source, spec: QuantSpec, items: CalibrationItems, floats: Iterable[str] = ()
 ) -> torch.nn.Module:
-    """`module` itself, a copy of the source's, with linear layers and convolutions that round, the layers `floats` left
-    out; ranges are those of the whole set."""
+    """Returns `module` itself, a copy of the source's, with linear layers and convolutions that round, but for the
+    layers `floats`; ranges are those of the whole set."""
     import torch
 
     try:
@@ -97,7 +97,7 @@ def calibrated(
 
 
 def export_rounding(prepared: torch.nn.Module, source: Source, made: Path) -> None:
-    """Write a module with ModelOpt's quantizers as the ONNX file `made`, a Q/DQ pair for each of them."""
+    """Writes a module with ModelOpt's quantizers as the ONNX file `made`, a Q/DQ pair for each of them."""
     import torch
 
     example = {name: torch.as_tensor(value) for name, value in source.example.items()}
@@ -109,8 +109,9 @@ def export_rounding(prepared: torch.nn.Module, source: Source, made: Path) -> No
 def complete(
     made: Path, source: Source, spec: QuantSpec, kept: Mapping[str, str], half: bool
 ) -> tuple[Graph, tuple[str, ...]]:
-    """Finish the file of `export_rounding` as the graph of `source` in `spec.output_dir`; also the names of its int8
-    matmuls and convolutions. `half`: weights are held to 7 bits. Raises BackendError unless `kept` stayed in float."""
+    """Finishes the file of `export_rounding` as the graph of `source` in `spec.output_dir`; returns it with the names
+    of its int8 matmuls and convolutions. `half`: weights are held to 7 bits. Raises BackendError unless `kept` stayed
+    in float."""
     import onnx
 
     model = onnx.load(str(made))
@@ -132,7 +133,7 @@ def complete(
 
 
 def common_notes(spec: QuantSpec, half: bool, module: torch.nn.Module) -> list[str]:
-    """What is to be told of a graph of the float `module`, trained or not."""
+    """Returns the notes on a graph of the float `module`, trained or not."""
     notes = ["attention stays in float", *range_notes(half)]
     if spec.smooth_quant_alpha is not None:
         notes.insert(0, f"linear layers are smoothed with alpha {spec.smooth_quant_alpha:g}")
@@ -147,7 +148,8 @@ def common_notes(spec: QuantSpec, half: bool, module: torch.nn.Module) -> list[s
 
 
 def dead_columns(module: torch.nn.Module, spec: QuantSpec) -> dict[str, list[int]]:
-    """Linear layers with input columns whose weights are all zero, or so small that there is nothing to smooth with.
+    """Returns linear layers with input columns whose weights are all zero, or so small that there is nothing to smooth
+    with.
 
     SmoothQuant scales column j by max|w_j|^(1 - alpha) / max|x_j|^alpha. ModelOpt fails where that is 2^-31 or less;
     below a numerator of 1e-6, activations of ordinary size are enough to get there. Empty without SmoothQuant.
@@ -189,7 +191,8 @@ def layers(module: torch.nn.Module, weights: str, floats: Iterable[str] = ()) ->
 
 
 def weight_steps(module: torch.nn.Module) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """Of each layer that rounds its weight the name, and per output channel its magnitude, also in steps of 127."""
+    """Yields for each layer that rounds its weight the name, and per output channel its magnitude, also in steps of
+    127."""
     for name, layer in heavy_layers(module):
         rounding = getattr(layer, "weight_quantizer", None)
         if rounding is None or not rounding.is_enabled or rounding.amax is None:
@@ -202,7 +205,8 @@ def weight_steps(module: torch.nn.Module) -> Iterator[tuple[str, np.ndarray, np.
 
 
 def heavy_layers(module: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
-    """Linear layers and convolutions by their full names; one that has several names under the first of them."""
+    """Returns linear layers and convolutions by their full names; one that has several names under the first of
+    them."""
     from torch import nn
 
     kinds = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -211,7 +215,7 @@ def heavy_layers(module: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
 
 
 def lift_scales(model: onnx.ModelProto) -> None:
-    """Make initializers of the Constant nodes in which the exporter keeps scales and zero points."""
+    """Turns the Constant nodes in which the exporter keeps scales and zero points into initializers."""
     graph = model.graph
     pairs = [node for node in graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
     wanted = {name for node in pairs for name in node.input[1:]}
@@ -227,7 +231,7 @@ def lift_scales(model: onnx.ModelProto) -> None:
 
 
 def feeding_transposes(model: onnx.ModelProto, names: Iterable[str]) -> set[str]:
-    """Names of the Transpose nodes that turn weights of the nodes `names`."""
+    """Returns names of the Transpose nodes that turn weights of the nodes `names`."""
     transposes = {node.output[0]: node.name for node in model.graph.node if node.op_type == "Transpose"}
     wanted = set(names)
     readers = [node for node in model.graph.node if node.name in wanted and node.op_type in MATMULS]
@@ -235,7 +239,7 @@ def feeding_transposes(model: onnx.ModelProto, names: Iterable[str]) -> set[str]
 
 
 def turn_weights(model: onnx.ModelProto) -> None:
-    """Store int8 weights as MatMul reads them: of a dequantized weight's Transpose only the turned weight is left."""
+    """Stores int8 weights as MatMul reads them: a dequantized weight's Transpose is replaced by the turned weight."""
     from onnx import numpy_helper
 
     graph = model.graph

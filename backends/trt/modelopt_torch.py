@@ -53,11 +53,11 @@ class ModelOptTorchQuantizer:
         self.report = Report()
 
     def notes(self) -> list[str]:
-        """Sentences on the last `quantize` that belong beside its results."""
+        """Returns sentences on the last `quantize` that belong beside its results."""
         return list(self.report.notes)
 
     def quantize(self, source: Source, spec: QuantSpec, calibration: Iterable[Feeds]) -> Graph:
-        """Write `<spec.output_dir>/<source.name>.onnx` (and `.onnx.data` for large graphs) and return that graph.
+        """Writes `<spec.output_dir>/<source.name>.onnx` (and `.onnx.data` for large graphs) and return that graph.
 
         A copy of `source.module` is quantized; the module is left as it was. Its nodes have the names of
         `source.graph`, on which the keep-list is looked up. `calibration` is iterated once, items are used and dropped
@@ -87,14 +87,14 @@ class ModelOptTorchQuantizer:
         return graph
 
     def prepare(self, source: Source, spec: QuantSpec, calibration: Iterable[Feeds]) -> torch.nn.Module:
-        """A trainable copy of `source.module` that rounds as the int8 engine will: see `qat.prepare`."""
+        """Returns a trainable copy of `source.module` that rounds as the int8 engine will: see `qat.prepare`."""
         from backends.trt import qat
 
         module, self.report = qat.prepare(self, source, spec, calibration)
         return module
 
     def finish(self, module: torch.nn.Module, source: Source, spec: QuantSpec) -> Graph:
-        """The ONNX graph with Q/DQ nodes of a module that was prepared and trained: see `qat.finish`."""
+        """Returns the ONNX graph with Q/DQ nodes of a module that was prepared and trained: see `qat.finish`."""
         from backends.trt import qat
 
         return qat.finish(self, module, source, spec)

@@ -1,4 +1,4 @@
-"""Nodes of a Q/DQ graph back in float: the `Surgery` of TensorRT.
+"""Puts nodes of a Q/DQ graph back to float: the `Surgery` of TensorRT.
 
 A node reads the tensors from before their Q/DQ pairs (and before the scale of SmoothQuant) and takes its weights from
 the float graph; other nodes that read the same Q/DQ pair keep reading it. Nodes are matched by name: ModelOpt keeps
@@ -74,7 +74,7 @@ def _run(graph: Graph, feeds: Sequence[Feeds]) -> list[Feeds]:
 
 
 def _restore(graph: onnx.GraphProto, plain: Graph, names: set[str]) -> None:
-    """Let the nodes `names` compute in float, as in `plain`, and drop what is no longer read."""
+    """Lets the nodes `names` compute in float, as in `plain`, and drop what is no longer read."""
     weights = _Weights(plain)
     maker = {name: node for node in graph.node for name in node.output if name}
     scales = _scales(graph, maker, weights)
@@ -106,8 +106,8 @@ def _from_dequantize(name: str, maker: dict[str, onnx.NodeProto]) -> bool:
 
 
 def _scales(graph: onnx.GraphProto, maker: dict[str, onnx.NodeProto], weights: _Weights) -> dict[str, str]:
-    """Results of products by a constant that the float graph does not have, as SmoothQuant adds them, and the other
-    factor of each."""
+    """Returns results of products by a constant that the float graph does not have, as SmoothQuant adds them, and the
+    other factor of each."""
     constants = {tensor.name for tensor in graph.initializer}
     found = {}
     for node in graph.node:
@@ -121,8 +121,8 @@ def _scales(graph: onnx.GraphProto, maker: dict[str, onnx.NodeProto], weights: _
 def _unquantized(
     name: str, maker: dict[str, onnx.NodeProto], scales: dict[str, str], nodes: list[onnx.NodeProto]
 ) -> str:
-    """The tensor from before its Q/DQ pair and its scale. Moves between are made anew, as others may read the quantized
-    ones; they are appended to `nodes`."""
+    """Returns the tensor from before its Q/DQ pair and its scale. Moves between are made anew, as others may read the
+    quantized ones; they are appended to `nodes`."""
     import onnx
 
     node = maker.get(name)
@@ -152,7 +152,7 @@ def _unquantized(
 
 
 def _read(nodes: list[onnx.NodeProto], outputs: set[str]) -> list[onnx.NodeProto]:
-    """The nodes that lead to `outputs`, in their order."""
+    """Returns the nodes that lead to `outputs`, in their order."""
     wanted, kept = set(outputs), []
     for node in reversed(nodes):
         if not wanted.isdisjoint(node.output):
