@@ -217,7 +217,7 @@ class Engine(ABC):
 
     @property
     def size_bytes(self) -> int:
-        """Returns bytes of the files that ship: those of the graph, unless the toolchain ships another file."""
+        """Returns the bytes of the files that ship: those of the graph, unless the toolchain ships another file."""
         return self.graph.size_bytes
 
     def close(self) -> None:  # noqa: B027  (an engine without resources needs none)
@@ -247,8 +247,7 @@ class Quantizer(Protocol):
     def quantize(self, source: Source, spec: QuantSpec, calibration: Iterable[Feeds]) -> Graph: ...
 
     def notes(self) -> Sequence[str]:
-        """Returns sentences on the last `quantize` that belong beside its results; empty when there is nothing to
-        tell."""
+        """Returns notes on the last `quantize` for its results; empty when there are none."""
         ...
 
 
@@ -271,7 +270,8 @@ class Backend(Protocol):
     def compile(self, graph: Graph, precision: Precision, options: Mapping[str, Any] | None = None) -> Engine: ...
 
     def kept_in_int8(self, engine: Engine, keep: Sequence[str], kernels: Sequence[Kernel]) -> list[Kernel]:
-        """Returns kernels of `engine` that ran a node of the keep-list in int8; empty when the list was honoured."""
+        """Returns the kernels of `engine` that ran a node of the keep-list in int8; empty when the list was
+        honoured."""
         ...
 
 
@@ -380,7 +380,7 @@ def sha256_files(paths: Iterable[Path]) -> str:
 
 
 def executed_precision(kernels: Iterable[Kernel]) -> dict[str, float]:
-    """Returns share of matmul and convolution FLOPs per executed precision; empty when no kernel carries FLOPs."""
+    """Returns the share of matmul and convolution FLOPs per executed precision; empty when no kernel carries FLOPs."""
     total: dict[str, float] = {}
     for kernel in kernels:
         if kernel.flops > 0:
@@ -390,7 +390,7 @@ def executed_precision(kernels: Iterable[Kernel]) -> dict[str, float]:
 
 
 def matched_by_size(kernels: Iterable[Kernel]) -> float | None:
-    """Returns share of the FLOPs that were given to kernels by equal size alone; None when no kernel carries FLOPs.
+    """Returns the share of the FLOPs that were given to kernels by equal size alone; None when no kernel carries FLOPs.
 
     Two layers of one size may have been exchanged there, so `executed_precision` is uncertain by at most this share.
     """

@@ -9,7 +9,7 @@ Two things to know when reading the result. A tensor that is made visible cannot
 other kernels than the whole one: a fault of a fused kernel can vanish when one looks inside. Then the nodes between
 the last tensors that agree and the first that differs are reported together, as `fused`. And errors can build up over
 many nodes until one crosses the tolerance. So what was found is run again alone, on the same inputs on both sides:
-`Difference.alone` tells whether it is the culprit or only the last drop.
+`Difference.alone` shows whether it is the cause or only where a growing error crosses it.
 
 Memory holds the nodes of both graphs, one engine, and the tensors that are compared (`max_bytes`). Weights lie in a
 file: the graph's own, or a temporary one that all cuts refer to.
@@ -47,8 +47,8 @@ class Difference:
     shape).
 
     `nodes` are the names of all nodes between `inputs` and `output`: normally `node` alone; more when tensors between
-    exist in one graph only, or when the difference vanished with the inner tensors visible (`fused`). `node` is what
-    stands in one graph only, if anything does, else the node that computes `output`.
+    exist in one graph only, or when the difference vanished with the inner tensors visible (`fused`). `node` is a
+    node that only one graph has, if there is one, else the node that computes `output`.
     `constants` holds the errors of weights and tables of these nodes that differ between the two files.
     `alone` is the error of `output` when both sides get the inputs of side a.
     """
@@ -66,8 +66,8 @@ class Difference:
 
     @property
     def proven(self) -> bool:
-        """Returns whether the nodes differ by more than the tolerance on equal inputs, so that no earlier error is to
-        blame."""
+        """Returns whether the nodes differ by more than the tolerance on equal inputs, so that the cause is not an
+        earlier error."""
         return self.alone > self.tolerance
 
     def sentence(self) -> str:
@@ -76,7 +76,7 @@ class Difference:
         if len(self.nodes) > 1:
             what += f" (with {len(self.nodes) - 1} more nodes{', fused' if self.fused else ''})"
         worst = max(self.inputs.values(), default=0.0)
-        text = f"the executions part at {what}: its inputs agree within {worst:.2g}, its output differs by "
+        text = f"the executions diverge at {what}: its inputs agree within {worst:.2g}, its output differs by "
         text += f"{self.output_error:.2g}; alone, on equal inputs, by {self.alone:.2g}"
         if not self.proven:
             text += f", which is within {self.tolerance:.2g}: the error builds up over the nodes before it"
@@ -280,7 +280,7 @@ class _Search:
         return not self.errors[name] <= self.tolerance
 
     def _ancestors(self, names: Sequence[str]) -> list[str]:
-        """Returns comparable tensors on the way to `names`, with themselves, in topological order."""
+        """Returns the comparable tensors on the way to `names`, with themselves, in topological order."""
         made = {name for node in self.a.between(names)[0] for name in node.output}
         return [name for name in self.common if name in made]
 

@@ -105,8 +105,8 @@ def check_finite(
     names: Sequence[str],
     items: CalibrationItems,
 ) -> None:
-    """Runs the float `module` over `items` (inputs in the order of `names`) and raise BackendError at the first one
-    that gives NaN or inf in an input of `layers`."""
+    """Runs the float `module` over `items` (inputs in the order of `names`) and raises BackendError at the first
+    one that gives NaN or inf in an input of `layers`."""
     import torch
 
     with finite_layers(layers, items), torch.no_grad():

@@ -39,7 +39,7 @@ def export(
     tolerance: float = 1e-4,
     external_above: int = EXTERNAL_ABOVE,
 ) -> Graph:
-    """Writes `module` as ONNX with static shapes, check it against torch, and return its graph.
+    """Writes `module` as ONNX with static shapes, checks it against torch, and returns its graph.
 
     `example` maps input names to tensors, in the order of the module's positional arguments; the module returns a
     tensor or a tuple of tensors, named by `output_names` in that order. `exporter` 'auto' takes the tracing exporter
@@ -112,7 +112,7 @@ def verify(
 
 def _error(want: np.ndarray, got: np.ndarray, tolerance: float, output: str) -> float:
     if not np.isfinite(want).all():
-        raise BackendError(f"{output} holds values that are not finite in torch already: the model is at fault")
+        raise BackendError(f"{output} holds values that are not finite in torch already: the fault is in the model")
     largest = float(np.max(np.abs(want), initial=0.0))
     difference = float(np.max(np.abs(got.astype(np.float64) - want), initial=0.0))
     error = difference / largest if largest else difference
@@ -219,7 +219,7 @@ def _external_files(model: onnx.ModelProto) -> set[str]:
 
 
 def _rewrite(path: Path, gather_weights: bool) -> None:
-    """Drops everything that depends on where and when the file was made; optionally put all weights in one file."""
+    """Drops everything that depends on where and when the file was made; optionally puts all weights in one file."""
     import onnx
 
     model = onnx.load(str(path), load_external_data=gather_weights)

@@ -108,7 +108,7 @@ class OnnxRuntimeEngine(Engine):
         settings.graph_optimization_level = (
             levels.ORT_ENABLE_ALL if self.options["optimize"] else levels.ORT_DISABLE_ALL
         )
-        # Scores and pictures are computed beside it on the same cores: a thread that waits must not spin there.
+        # Other work runs beside it on the same cores: a thread that waits must not spin there.
         settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
         # Otherwise weight-only graphs get their activations quantized on the fly.
         settings.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
@@ -212,7 +212,7 @@ def _kernel(event: dict[str, Any], weights: Mapping[str, list[int]]) -> Kernel:
 def _flops(kind: str, inputs: list[list[int]], outputs: list[list[int]], weight: list[int] | None) -> float:
     """Counts two FLOPs per multiply-add, of the shapes that ran: channels padded to the vector width count.
 
-    The profile leaves out weights that were packed at load time, so the file's shapes stand in for those.
+    The profile leaves out weights that were packed at load time, so the file's shapes replace them.
     """
     if not inputs or not outputs or len(inputs[0]) < 2 or not math.prod(outputs[0]):
         return 0.0

@@ -35,7 +35,7 @@ def names() -> list[str]:
 
 
 def get(name: str) -> Backend:
-    """Imports and construct a backend. Raises BackendError for an unknown name or one that cannot be loaded."""
+    """Imports and constructs a backend. Raises BackendError for an unknown name or one that cannot be loaded."""
     known = table()
     if name not in known:
         raise BackendError(f"unknown backend {name!r}{nearest(name, known)}; known are {names()}")

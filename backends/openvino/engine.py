@@ -139,7 +139,7 @@ class OpenVINOEngine(Engine):
         if self.options["threads"]:
             settings["INFERENCE_NUM_THREADS"] = int(self.options["threads"])
         if self.options["cache_dir"] and not perf_count:
-            # A folder per model, so that what lies in it can be told from what another model left.
+            # A folder per model, so that its files are not mixed with those of another model.
             key = sha256(f"{self.graph.sha256} {sorted(settings.items())}".encode()).hexdigest()[:16]
             settings["CACHE_DIR"] = str(Path(self.options["cache_dir"]) / key)
         if not self.options["snippets"]:

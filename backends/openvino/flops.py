@@ -71,7 +71,7 @@ def operation_flops(op: ov.Node) -> float:
 
 
 def live_operations(model: ov.Model) -> list[ov.Node]:
-    """Returns operations whose values depend on the inputs' values, in topological order (shapes are constants)."""
+    """Returns the operations whose values depend on the inputs' values, in topological order (shapes are constants)."""
     live: set[str] = set()
     found = []
     for op in model.get_ordered_ops():
@@ -137,7 +137,7 @@ def executed_precision_of(primitive: str, runtime: str) -> str:
 
 
 def executed_kernels(runtime_model: ov.Model, spent: Mapping[str, float], source: ov.Model, rest: str) -> list[Kernel]:
-    """Returns kernels of a compiled model after inference with PERF_COUNT, in the order in which they run.
+    """Returns the kernels of a compiled model after inference with PERF_COUNT, in the order in which they run.
 
     `spent` has the microseconds of the nodes that inference ran (`profiling_info`): the runtime model also lists
     reorders of weights, which ran once while compiling. `rest` is the float precision that was compiled.

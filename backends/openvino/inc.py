@@ -1,6 +1,6 @@
 """Quantizes torch modules with Intel Neural Compressor: module and calibration feeds -> IR with int8 weights.
 
-The road is INC's static quantization of exported programs (PT2E): export, observe, convert, export again, read into
+The way is INC's static quantization of exported programs (PT2E): export, observe, convert, export again, read into
 OpenVINO. Where its defaults cost quality or speed, the observers are changed between `prepare` and `convert`, the one
 place where each of them can be reached by name:
 
@@ -9,7 +9,7 @@ place where each of them can be reached by name:
 - Ranges are the mean over the calibration items of each item's least and largest value, as NNCF's are. INC's observer
   averages with weight 0.01 instead, so that the first item decides.
 - Values that are never negative get the unsigned range 0..255 with zero point 0: one bit more behind each ReLU
-  (without, the points of the shipped teacher's decoder were off by 1.3 % instead of 1.1 %).
+  (without, an output of a 3D model was off by 1.3 % instead of 1.1 %).
 - Weights take -127..127, or -63..63 where int8 sums saturate (`weight_range`). INC has no setting for that.
 
 Attention and transposed convolutions stay in float: INC does not quantize them. Calibration runs in torch at f32, once
@@ -64,7 +64,7 @@ _QUANTIZED = ("linear", "conv1d", "conv2d")
 
 
 class INCQuantizer:
-    """Intel Neural Compressor post-training quantization for OpenVINO. `report` tells what the last call did."""
+    """Intel Neural Compressor post-training quantization for OpenVINO. `report` describes the last call."""
 
     name = "inc"
     starts_from = "module"
@@ -78,11 +78,11 @@ class INCQuantizer:
         self.report = Report()
 
     def notes(self) -> list[str]:
-        """Returns sentences on the last `quantize` that belong beside its results."""
+        """Returns notes on the last `quantize` for its results."""
         return [*weight_range_notes(self.report.half_range), *self.report.notes]
 
     def quantize(self, source: Source, spec: QuantSpec, calibration: Iterable[Feeds]) -> Graph:
-        """Writes `<spec.output_dir>/<source.name>.xml` and `.bin` (int8 weights) and return that graph.
+        """Writes `<spec.output_dir>/<source.name>.xml` and `.bin` (int8 weights) and returns that graph.
 
         `source.module` is quantized; its inputs, outputs and their names are those of `source.graph`. `calibration` is
         iterated once, items are used and dropped one by one, and only the first `spec.calibration_samples` of them.
@@ -216,7 +216,8 @@ def _strip(prepared: torch.fx.GraphModule, kept: set[torch.fx.Node]) -> None:
 
 
 def _observers(prepared: torch.fx.GraphModule) -> list[tuple[str, Any, str]]:
-    """Names of every observer, the observer, and the name of the weight that it looks at; '' for activations."""
+    """Returns the name of every observer, the observer, and the name of the weight that it looks at; '' for
+    activations."""
     found: dict[str, str] = {}
     for node in prepared.graph.nodes:
         if _is_observer(node):
@@ -253,7 +254,7 @@ def _observe(
 ) -> None:
     """Runs the calibration set. With weight 1/k for item k, the observers' moving average is the mean.
 
-    Observers of weights look once and stand aside while the set runs: each item would show them the same again. Those
+    Observers of weights look once and are taken out while the set runs: each item would show them the same again. Those
     of activations see their axes in the order of memory, so that a least or largest value is found without a copy.
     """
     import torch

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class NNCFQuantizer:
-    """NNCF post-training quantization for OpenVINO. `report` tells what the last call consumed and kept."""
+    """NNCF post-training quantization for OpenVINO. `report` describes the last call."""
 
     name = "nncf"
     starts_from = "graph"
@@ -41,11 +41,11 @@ class NNCFQuantizer:
         self.report = Report()
 
     def notes(self) -> list[str]:
-        """Returns sentences on the last `quantize` that belong beside its results."""
+        """Returns notes on the last `quantize` for its results."""
         return [*weight_range_notes(self.report.half_range), *self.report.notes]
 
     def quantize(self, source: Source, spec: QuantSpec, calibration: Iterable[Feeds]) -> Graph:
-        """Writes `<spec.output_dir>/<source.name>.xml` and `.bin` (int8 weights) and return that graph.
+        """Writes `<spec.output_dir>/<source.name>.xml` and `.bin` (int8 weights) and returns that graph.
 
         `calibration` is iterated several times (see the module), so it must be a collection or an object whose
         `__iter__` starts anew, not a generator; items are made, used and dropped one by one. Only the first

@@ -193,7 +193,7 @@ def prepare(source: Source, spec: QuantSpec, calibration: Iterable[Feeds]) -> tu
 
 
 def finish(module: nn.Module, source: Source, spec: QuantSpec) -> Graph:
-    """Writes the trained `module` as `<spec.output_dir>/<source.name>.xml` and `.bin` (int8 weights); return that
+    """Writes the trained `module` as `<spec.output_dir>/<source.name>.xml` and `.bin` (int8 weights); returns that
     graph.
 
     `module` comes from `prepare` with the same source and spec; it is left as it is. Its learned steps become the
@@ -249,7 +249,7 @@ def _check(source: Source, spec: QuantSpec) -> nn.Module:
 def _ignored(
     module: nn.Module, example: tuple[torch.Tensor, ...], source: Source, spec: QuantSpec
 ) -> tuple[set[str], list[str]]:
-    """Returns nodes of the graph that the keep-list protects, and NNCF's names of the operations that must stay in
+    """Returns the nodes of the graph that the keep-list protects, and NNCF's names of the operations that must stay in
     float.
 
     Both toolchains see the heavy operations in the order in which they run, so that the n-th is the same in both.
@@ -283,8 +283,8 @@ def _ignored(
 
 
 def _heavy_onnx(path: Path) -> list[tuple[str, str, str]]:
-    """Names and type of each heavy node in order, and '' or the graph's output that it is, after which OpenVINO calls
-    it."""
+    """Returns name and type of each heavy node in order, and '' or the graph's output that it is, after which OpenVINO
+    calls it."""
     import onnx
 
     kinds = {kind for kinds in _HEAVY.values() for kind in kinds}
@@ -410,18 +410,18 @@ def _fold(model: ov.Model, weights: list[ov.Node]) -> None:
     """Runs `fold_constants` with inputs in place of the quantized weights, which it would turn into floats."""
     import openvino.opset13 as ops
 
-    stands = []
+    inputs = []
     for weight in weights:
-        stand = ops.parameter(list(weight.get_output_shape(0)), weight.get_output_element_type(0))
+        given = ops.parameter(list(weight.get_output_shape(0)), weight.get_output_element_type(0))
         for target in weight.output(0).get_target_inputs():
-            target.replace_source_output(stand.output(0))
-        stands.append(stand)
-    model.add_parameters(stands)
+            target.replace_source_output(given.output(0))
+        inputs.append(given)
+    model.add_parameters(inputs)
     fold_constants(model)
-    for stand, weight in zip(stands, weights, strict=True):
-        for target in stand.output(0).get_target_inputs():
+    for given, weight in zip(inputs, weights, strict=True):
+        for target in given.output(0).get_target_inputs():
             target.replace_source_output(weight.output(0))
-        model.remove_parameter(stand)
+        model.remove_parameter(given)
 
 
 def _check_kept(model: ov.Model, keep: tuple[str, ...]) -> None:

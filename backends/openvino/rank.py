@@ -79,7 +79,7 @@ def _read_float(graph: Graph) -> ov.Model:
 
 
 def _run(model: ov.Model, feeds: Sequence[Feeds], graph: Graph) -> list[Feeds]:
-    """Returns outputs of `model` for each item, what is not quantized in f32."""
+    """Returns the outputs of `model` for each item, what is not quantized in f32."""
     import openvino as ov
 
     settings = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
@@ -98,7 +98,8 @@ def _run(model: ov.Model, feeds: Sequence[Feeds], graph: Graph) -> list[Feeds]:
 
 
 def _quantized(model: ov.Model) -> dict[str, ov.Node]:
-    """Returns nodes that read a FakeQuantize: matmuls and convolutions also through moves, any other kind directly."""
+    """Returns the nodes that read a FakeQuantize: matmuls and convolutions also through moves, any other kind
+    directly."""
     found = {}
     for op in live_operations(model):
         kind = op.get_type_name()

@@ -4,7 +4,7 @@
   operand of a matmul or convolution to the graph that NNCF runs (least and largest values pass over NaN, sums do not),
   and refuses the item.
 - NNCF gives no output channel a range below 1 % of the widest one's, nor below 8e-5 (`fix_zero_filters_symmetric`): a
-  channel of very small weights gets few steps or none. `weight_magnitudes` of both graphs tells which.
+  channel of very small weights gets few steps or none. `weight_magnitudes` of both graphs shows which.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def _stored(node: ov.Node) -> np.ndarray | None:
 
 
 def _output_axes(op: ov.Node, rank: int) -> tuple[int, ...]:
-    """Returns the axes of a weight that stand for output channels."""
+    """Returns the axes of a weight that index output channels."""
     kind = op.get_type_name()
     if kind == "MatMul":
         return (rank - 2,) if op.get_attributes()["transpose_b"] else (rank - 1,)

@@ -53,7 +53,7 @@ def identity(device: Device) -> dict[str, str]:
     """Returns what decides a device's times beside its name, as text: `driver`, `cuda` (the newest CUDA version that
     the driver runs) and `clocks`, its settings; what cannot be read is 'unknown'.
 
-    NVML, the driver's management library, tells the highest clock and the application clock that somebody may have set.
+    NVML, the driver's management library, gives the highest clock and the application clock that somebody may have set.
     It has no query for clocks locked with `nvidia-smi --lock-gpu-clocks`, so the text says so.
     """
     driver, number = _driver(), ctypes.c_int()

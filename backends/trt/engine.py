@@ -110,7 +110,7 @@ class _PlanEngine(Engine):
 
     @property
     def size_bytes(self) -> int:
-        """Returns bytes of the plan file. Raises BackendError when it was not built."""
+        """Returns the bytes of the plan file. Raises BackendError when it was not built."""
         if self.plan is None:
             raise BackendError(f"{self.graph.path.name} was not built (option 'build'): nothing ships, no size")
         return self.plan.stat().st_size

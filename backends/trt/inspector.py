@@ -7,7 +7,7 @@ Three forms are read. Of a layer's tensors each has
   migration guide, "IEngineInspector JSON Output"),
 - TensorRT-RTX 1.7: `Format` and `Datatype`, and `I/O Tensors` (the strings of its library).
 
-An engine that was built with names alone lists them as plain strings. What these do not tell is 'unknown'.
+An engine that was built with names alone lists them as plain strings. What these do not show is 'unknown'.
 """
 
 from __future__ import annotations

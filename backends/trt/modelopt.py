@@ -1,6 +1,6 @@
 """Quantizes graphs with ModelOpt: a float ONNX graph and calibration feeds -> an ONNX graph with Q/DQ nodes.
 
-ModelOpt says where Q/DQ nodes stand and quantizes the weights, from the graph and one item; the ranges of activations
+ModelOpt places the Q/DQ nodes and quantizes the weights, from the graph and one item; the ranges of activations
 are measured here over the whole set (`backends.trt.ranges`). Its file is finished here too: kept nodes read the float
 tensors again (a tensor that feeds a quantized and a kept node reaches both through Q/DQ otherwise), so do additions and
 all that is neither matmul nor convolution, and int8 weights are stored as int8.
@@ -51,7 +51,7 @@ class Report:
 
 
 class ModelOptQuantizer:
-    """ModelOpt's ONNX mode. `number_format`: int8, fp8 (E4M3) or int4 (weights only); `report` tells of its last call.
+    """ModelOpt's ONNX mode. `number_format`: int8, fp8 (E4M3) or int4 (weights only); `report` describes its last call.
 
     QuantSpec.bits_w = 4 with bits_a = 16 asks the int8 quantizer for int4 weights.
     """
@@ -74,11 +74,11 @@ class ModelOptQuantizer:
         self.report = Report()
 
     def notes(self) -> list[str]:
-        """Returns sentences on the last `quantize` that belong beside its results."""
+        """Returns notes on the last `quantize` for its results."""
         return list(self.report.notes)
 
     def quantize(self, source: Source, spec: QuantSpec, calibration: Iterable[Feeds]) -> Graph:
-        """Writes `<spec.output_dir>/<source.name>.onnx` (and `.onnx.data` for large graphs) and return that graph.
+        """Writes `<spec.output_dir>/<source.name>.onnx` (and `.onnx.data` for large graphs) and returns that graph.
 
         `calibration` must be iterable again; items are made, used and dropped one by one, and only the first
         `spec.calibration_samples` are used. The same input gives the same bytes. Raises BackendError for a spec that
@@ -206,7 +206,7 @@ def range_notes(half: bool) -> list[str]:
 
 
 def free_kept(model: onnx.ModelProto, kept: set[str]) -> None:
-    """Lets every kept node read the float tensors again, and drop Q/DQ pairs that nobody reads any more."""
+    """Lets every kept node read the float tensors again, and drops Q/DQ pairs that nobody reads any more."""
     nodes = model.graph.node
     maker = {name: node for node in nodes for name in node.output}
     for node in nodes:
@@ -268,7 +268,7 @@ def store_weights(model: onnx.ModelProto, half: bool) -> None:
 
 
 def tidy(model: onnx.ModelProto) -> None:
-    """Drops constants that nobody reads, and store equal ones once: ModelOpt gives every reader of a table a copy."""
+    """Drops constants that nobody reads, and stores equal ones once: ModelOpt gives every reader of a table a copy."""
     graph = model.graph
     outputs = {value.name for value in graph.output}
     read = {name for node in graph.node for name in node.input} | outputs
@@ -296,7 +296,7 @@ def tidy(model: onnx.ModelProto) -> None:
 
 
 def write_graph(model: onnx.ModelProto, name: str, folder: Path, target: Path) -> Graph:
-    """Writes the finished graph, its data file first, and describe it. The same model gives the same bytes."""
+    """Writes the finished graph, its data file first, and describes it. The same model gives the same bytes."""
     model.producer_name = model.producer_version = model.doc_string = ""
     del model.metadata_props[:]
     del model.graph.value_info[:]

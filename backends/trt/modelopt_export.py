@@ -1,6 +1,6 @@
 """Runs ModelOpt's torch mode and finishes its export as a Q/DQ graph: the steps that PTQ and QAT share.
 
-ModelOpt is told layer by layer what to quantize: its ready-made configurations leave out whatever is named like
+ModelOpt gets a list of the layers to quantize: its ready-made configurations leave out whatever is named like
 `proj_out` or `output`, and round the inputs of normalisations. The exported file is finished as that of the ONNX mode
 is (`backends.trt.modelopt`): weights are stored as int8, as MatMul reads them, and kept nodes read the float tensors
 again.
@@ -231,7 +231,7 @@ def lift_scales(model: onnx.ModelProto) -> None:
 
 
 def feeding_transposes(model: onnx.ModelProto, names: Iterable[str]) -> set[str]:
-    """Returns names of the Transpose nodes that turn weights of the nodes `names`."""
+    """Returns the names of the Transpose nodes that turn weights of the nodes `names`."""
     transposes = {node.output[0]: node.name for node in model.graph.node if node.op_type == "Transpose"}
     wanted = set(names)
     readers = [node for node in model.graph.node if node.name in wanted and node.op_type in MATMULS]

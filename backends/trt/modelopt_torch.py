@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 class ModelOptTorchQuantizer:
-    """ModelOpt's torch mode, int8, with SmoothQuant and weights per tensor. `report` tells of its last call."""
+    """ModelOpt's torch mode, int8, with SmoothQuant and weights per tensor. `report` describes its last call."""
 
     name = "modelopt-torch"
     starts_from = "module"
@@ -53,11 +53,11 @@ class ModelOptTorchQuantizer:
         self.report = Report()
 
     def notes(self) -> list[str]:
-        """Returns sentences on the last `quantize` that belong beside its results."""
+        """Returns notes on the last `quantize` for its results."""
         return list(self.report.notes)
 
     def quantize(self, source: Source, spec: QuantSpec, calibration: Iterable[Feeds]) -> Graph:
-        """Writes `<spec.output_dir>/<source.name>.onnx` (and `.onnx.data` for large graphs) and return that graph.
+        """Writes `<spec.output_dir>/<source.name>.onnx` (and `.onnx.data` for large graphs) and returns that graph.
 
         A copy of `source.module` is quantized; the module is left as it was. Its nodes have the names of
         `source.graph`, on which the keep-list is looked up. `calibration` is iterated once, items are used and dropped
@@ -73,7 +73,7 @@ class ModelOptTorchQuantizer:
         spec.output_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{source.name}.", dir=spec.output_dir) as folder:
             made = Path(folder) / "made.onnx"
-            # Smoothing changes weights in place; else the copy may share them, which spares a large model's memory.
+            # Smoothing changes weights in place; else the copy may share them, which saves a large model's memory.
             smooth = spec.smooth_quant_alpha is not None
             shared: dict[int, Any] = {} if smooth else {id(p): p for p in module.parameters()}
             prepared = calibrated(copy.deepcopy(module, shared).eval(), source, spec, items)

@@ -98,7 +98,7 @@ def _rounded(module: nn.Module) -> list[Any]:
 
 
 def _kept_layers(module: nn.Module, source: Source, kept: Iterable[str]) -> set[str]:
-    """Returns names of the layers of which a call is kept. Calls and the graph's nodes with weights have one order.
+    """Returns the names of the layers of which a call is kept. Calls and the graph's nodes with weights have one order.
 
     Raises BackendError where the module does other work than the graph.
     """

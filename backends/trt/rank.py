@@ -74,7 +74,7 @@ def _run(graph: Graph, feeds: Sequence[Feeds]) -> list[Feeds]:
 
 
 def _restore(graph: onnx.GraphProto, plain: Graph, names: set[str]) -> None:
-    """Lets the nodes `names` compute in float, as in `plain`, and drop what is no longer read."""
+    """Lets the nodes `names` compute in float, as in `plain`, and drops what is no longer read."""
     weights = _Weights(plain)
     maker = {name: node for node in graph.node for name in node.output if name}
     scales = _scales(graph, maker, weights)
