@@ -157,8 +157,7 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Availability:
-    """Whether a backend can run here: devices and versions, or the reason why not and the command that helps
-    (`remedy`).
+    """Whether a backend can run here: devices and versions, or the reason why not and the command that helps.
 
     `emulated`: it can, but another runtime computes in place of its engines, so nothing is timed.
     """
@@ -270,8 +269,7 @@ class Backend(Protocol):
     def compile(self, graph: Graph, precision: Precision, options: Mapping[str, Any] | None = None) -> Engine: ...
 
     def kept_in_int8(self, engine: Engine, keep: Sequence[str], kernels: Sequence[Kernel]) -> list[Kernel]:
-        """Returns the kernels of `engine` that ran a node of the keep-list in int8; empty when the list was
-        honoured."""
+        """Returns the kernels of `engine` that ran a node of the keep-list in int8; empty if none did."""
         ...
 
 
@@ -293,8 +291,7 @@ class Surgery(Protocol):
         ...
 
     def infer(self, floats: Iterable[str], feeds: Sequence[Feeds]) -> list[Feeds]:
-        """Returns the outputs of the quantized graph with the nodes `floats` in float; what is not quantized computes
-        in f32.
+        """Returns the outputs of the quantized graph with the nodes `floats` in float; the float part computes in f32.
 
         Holds no activations but the outputs when it returns.
         """
@@ -306,20 +303,17 @@ class Surgery(Protocol):
 
 
 def baselines_of(backend: Backend) -> list[Precision]:
-    """Returns the float precisions that deserve a row of results: the backend's `baselines()`, or all without that
-    member."""
+    """Returns the float precisions that deserve a row of results: the backend's `baselines()`, or all of them."""
     return [Precision(p) for p in getattr(backend, "baselines", backend.float_precisions)()]
 
 
 def rests_of(backend: Backend) -> list[Precision]:
-    """Returns the precisions in which quantized graphs may compute the rest: the backend's `rests`, or all float
-    ones."""
+    """Returns the precisions that quantized graphs may have for the rest: the backend's `rests`, or all of them."""
     return [Precision(p) for p in getattr(backend, "rests", None) or backend.float_precisions()]
 
 
 def surgery_of(backend: Backend) -> type[Surgery] | None:
-    """Returns the class that puts nodes of quantized graphs back to float, from the backend's `surgery()`; None without
-    one."""
+    """Returns the class that puts nodes of quantized graphs back to float (the backend's `surgery()`), or None."""
     found: type[Surgery] | None = getattr(backend, "surgery", lambda: None)()
     return found
 
@@ -331,8 +325,7 @@ def can_train(quantizer: Quantizer) -> bool:
 
 
 def lowered_to(quantizer: Quantizer, bits_w: int, bits_a: int) -> str:
-    """Returns the precision that a quantizer makes: 'int4' when only weights are lowered, to 4 bits, else its number
-    format.
+    """Returns the precision that a quantizer makes: 'int4' when only weights get 4 bits, else its number format.
 
     Raises BackendError when it does not lower to these bits.
     """

@@ -1,5 +1,4 @@
-"""Finds where two executions of (nearly) the same ONNX graph diverge: the first node whose inputs agree and whose
-output does not.
+"""Finds where two executions of nearly the same ONNX graph diverge: at a node whose inputs agree, its output does not.
 
 Intermediate tensors become outputs of temporary cuts of the graph: a coarse grid over the nodes in topological order,
 then a finer one among the nodes that lead to the first tensor that differs, until a single node is left. Tensors are
@@ -43,8 +42,7 @@ _FLOATS = {"float32", "float16", "float64"}
 
 @dataclass(frozen=True)
 class Difference:
-    """The place where two executions diverge. Errors are mean|a - b| / mean|a| over all feeds (inf: NaN or other
-    shape).
+    """The place where two executions diverge. Errors: mean|a - b| / mean|a| over all feeds (inf: NaN or other shape).
 
     `nodes` are the names of all nodes between `inputs` and `output`: normally `node` alone; more when tensors between
     exist in one graph only, or when the difference vanished with the inner tensors visible (`fused`). `node` is a
@@ -66,8 +64,7 @@ class Difference:
 
     @property
     def proven(self) -> bool:
-        """Returns whether the nodes differ by more than the tolerance on equal inputs, so that the cause is not an
-        earlier error."""
+        """Returns whether the nodes differ by more than the tolerance on equal inputs, so the cause lies in them."""
         return self.alone > self.tolerance
 
     def sentence(self) -> str:
@@ -120,8 +117,7 @@ def first_difference(
 
 
 def quantizes(graph: Graph) -> bool:
-    """Returns whether an ONNX graph holds a QuantizeLinear node: some engines must be asked for int8 then, and only
-    then."""
+    """Returns whether an ONNX graph has a QuantizeLinear node: some engines need precision int8 then and only then."""
     import onnx
 
     model = onnx.load(str(graph.path), load_external_data=False)

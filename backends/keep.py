@@ -81,8 +81,7 @@ def _group(group: str, nodes: Sequence[Node]) -> list[str]:
 
 
 def _affine(norms: Iterable[str], nodes: Sequence[Node]) -> list[str]:
-    """Returns the Multiply and the Add that directly follow each of the nodes `norms`: OpenVINO's MVN has no scale or
-    shift."""
+    """Returns the Multiply and Add that directly follow the nodes `norms`: OpenVINO's MVN has no scale and shift."""
     readers: dict[str, list[Node]] = {}
     for node in nodes:
         for name in node.live:
@@ -111,8 +110,7 @@ def _scores(nodes: Sequence[Node], by_name: dict[str, Node]) -> list[str]:
 
 
 def _walk_up(name: str, by_name: dict[str, Node]) -> list[Node]:
-    """Returns the node `name` and those that feed it, through scales, masks and moves; the first other node ends the
-    walk.
+    """Returns the node `name` and those that feed it, through scales, masks and moves, up to the first other node.
 
     A multiplication counts only as a scale, by one number: rotary embeddings multiply by tables.
     """

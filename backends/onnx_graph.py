@@ -85,13 +85,11 @@ class OnnxGraph:
                 self.shapes.setdefault(value.name, tuple(dim.dim_value for dim in kind.shape.dim))
 
     def work(self) -> list[onnx.NodeProto]:
-        """Returns the nodes that compute with the inputs' values, in order, without those that quantize or
-        dequantize."""
+        """Returns the nodes that compute with the inputs' values, in order, but for those that only round."""
         return [n for n in self.nodes if n.op_type not in _QDQ and n.output and n.output[0] in self.live]
 
     def flops(self, node: onnx.NodeProto) -> float:
-        """Counts two per multiply-add of a matmul or convolution, else 0. Raises BackendError when its shape is not
-        known."""
+        """Counts two per multiply-add of a matmul or convolution, else 0. Raises BackendError without its shape."""
         if node.op_type not in MATMULS | CONVOLUTIONS:
             return 0.0
         try:
@@ -121,8 +119,7 @@ class OnnxGraph:
         return found if found in ("int8", "fp8") else self._float(node.input[0] if heavy else node.output[0])
 
     def stored_as(self, node: onnx.NodeProto) -> set[str]:
-        """Returns the formats in which its operands are held in front of a DequantizeLinear: of 'int8', 'fp8', 'int4',
-        'other'.
+        """Returns the formats of its operands in front of a DequantizeLinear: of 'int8', 'fp8', 'int4', 'other'.
 
         Also where that alone does not make it a quantized node: weights of weight-only quantization.
         """

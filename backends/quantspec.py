@@ -77,8 +77,7 @@ def check_left(graph: str, able: Iterable[str], kept: Iterable[str], keep: Seque
 
 
 def lost_channels(tool: str, layers: Iterable[tuple[str, np.ndarray, np.ndarray]]) -> list[str]:
-    """Returns a note on output channels whose weights are rounded to one step of the quantizer or to none; empty
-    without any.
+    """Returns a note on output channels whose weights are rounded to one step of the quantizer or to none.
 
     layers: name, largest magnitude of each output channel's weights, and the steps that this is, both of shape
     (channels,). Channels that are zero in float are none of them.

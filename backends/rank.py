@@ -121,8 +121,7 @@ def rank_by_groups(
     progress: Progress | None = None,
     known: MutableMapping[str, float] | None = None,
 ) -> tuple[list[NodeShare], list[NodeShare]]:
-    """Returns the shares of the groups of `node_groups`, then of the single nodes of the `detail` worst groups; both
-    sorted.
+    """Returns the shares of the groups of `node_groups`, and of the single nodes of the `detail` worst; both sorted.
 
     Groups with a share below `least` are not looked into. The other arguments are those of `rank_nodes`.
     """
@@ -137,8 +136,7 @@ def rank_by_groups(
 
 
 def mean_error(got: Sequence[Feeds], want: Sequence[Feeds]) -> float:
-    """Returns the mean over all outputs and items of mean|got - want| / mean|want|; infinite when a value is not
-    finite."""
+    """Returns the mean over outputs and items of mean|got - want| / mean|want|; inf for a value that is not finite."""
     if len(got) != len(want):
         raise BackendError(f"{len(got)} results cannot be compared with {len(want)}")
     errors = []

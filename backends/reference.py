@@ -48,8 +48,7 @@ class TorchEngine(Engine):
         outputs: Sequence[TensorInfo],
         precision: Precision = Precision.F32,
     ) -> None:
-        """Takes `inputs` in the order of the module's positional arguments, `outputs` in the order of what it
-        returns."""
+        """Takes `inputs` in the order of the module's arguments, `outputs` in the order of what it returns."""
         if precision not in (Precision.F32, Precision.BF16):
             raise BackendError(f"torch eager runs in f32 or bf16, not {precision}")
         self.module: torch.nn.Module | None = module
@@ -170,8 +169,7 @@ class ReferenceBackend:
         return [Precision.F32]
 
     def compile(self, graph: Graph, precision: Precision, options: Mapping[str, Any] | None = None) -> Engine:
-        """Compiles an ONNX graph. Options: `threads`, `optimize`, `fuse_qdq`. INT8 is accepted: the file's own Q/DQ
-        nodes say what it is."""
+        """Compiles an ONNX graph; options as `OPTIONS`. INT8 is accepted: the file's Q/DQ nodes say what is int8."""
         found = self.availability()
         if not found.available:
             raise Unavailable(f"backend 'reference' cannot run: {found.reason}; {found.remedy}")
@@ -189,8 +187,7 @@ def _floats(array: np.ndarray) -> np.ndarray:
 
 
 def _kernel(event: dict[str, Any], weights: Mapping[str, list[int]]) -> Kernel:
-    """Returns the kernel of one node event of ONNX Runtime's profile; `weights` holds the weight shape of each node of
-    the file."""
+    """Returns the kernel of a node event of ONNX Runtime's profile; `weights`: weight shapes of the file's nodes."""
     args = event["args"]
     kind = args.get("op_name", "unknown")
     integer = kind.startswith("QLinear") or "Integer" in kind or kind == "QGemm"

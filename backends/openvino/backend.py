@@ -21,8 +21,7 @@ class OpenVINOBackend:
     sources: tuple[str, ...] = ("backends.openvino.engine", "backends.openvino.flops", "backends.cpu")
 
     def availability(self) -> Availability:
-        """Returns versions, devices, the CPU's name, its instruction sets and OpenVINO's capabilities; or what to
-        install."""
+        """Returns versions, devices, the CPU's name and instructions, OpenVINO's capabilities; or what to install."""
         try:
             import openvino as ov
 

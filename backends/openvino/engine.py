@@ -1,5 +1,4 @@
-"""Compiles graphs for the CPU with OpenVINO, runs them, and reports their kernels. The precision is always set and read
-back."""
+"""Compiles graphs for the CPU with OpenVINO at a precision that is read back, runs them, and reports their kernels."""
 
 from __future__ import annotations
 
@@ -195,8 +194,7 @@ class OpenVINOEngine(Engine):
         return int(self._compiled.get_property("INFERENCE_NUM_THREADS"))
 
     def kernels(self) -> list[Kernel]:
-        """Returns executed nodes with their precision, mean time of this call's few runs on zeros (microseconds) and
-        FLOPs.
+        """Returns executed nodes with their precision, mean time of a few runs on zeros (microseconds) and FLOPs.
 
         Unless the engine was made with `perf_count`, the first call compiles the model a second time, and `close` frees
         it. The first run of a compiled model is slow: who compares times leaves the first call out.

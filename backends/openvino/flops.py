@@ -39,8 +39,8 @@ CONVOLUTIONS = {"Convolution", "GroupConvolution", "ConvolutionBackpropData", "G
 
 _PRECISIONS = {"i8": "int8", "u8": "int8", "int8": "int8", "fp16": "f16", "fp32": "f32"}
 # Operations that only move values: the quantization of their input is that of their output.
-_MOVES = {"Reshape", "Transpose", "Concat", "Split", "VariadicSplit", "Gather", "Slice", "StridedSlice", "Squeeze"}
-_MOVES |= {"Unsqueeze", "MaxPool", "Relu", "Broadcast", "Convert"}
+MOVES = {"Reshape", "Transpose", "Concat", "Split", "VariadicSplit", "Gather", "Slice", "StridedSlice", "Squeeze"}
+MOVES |= {"Unsqueeze", "MaxPool", "Relu", "Broadcast", "Convert"}
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def is_quantized(op: ov.Node) -> bool:
 
 
 def from_fake_quantize(node: ov.Node) -> bool:
-    while node.get_type_name() in _MOVES:
+    while node.get_type_name() in MOVES:
         node = node.input_value(0).get_node()
     return node.get_type_name() == "FakeQuantize"
 
@@ -107,8 +107,7 @@ def works(model: ov.Model) -> list[Work]:
 
 
 def _aliases(op: ov.Node) -> tuple[str, ...]:
-    """Returns the operation's name, its name after dequantization moved behind it, and the bias Add that swallows
-    it."""
+    """Returns its name, its name after dequantization moved behind it, and the bias Add that absorbs it."""
     name = op.get_friendly_name()
     names = [name, f"{name}/DequantizationMultiply"]
     users = op.output(0).get_target_inputs()
@@ -128,8 +127,7 @@ def _is_constant(node: ov.Node) -> bool:
 
 
 def executed_precision_of(primitive: str, runtime: str) -> str:
-    """Returns 'int8', 'bf16', 'f16', 'f32' or another type name, from `primitiveType` with `runtimePrecision` as
-    fallback."""
+    """Returns 'int8', 'bf16', 'f16', 'f32' or another type, from `primitiveType`, else from `runtimePrecision`."""
     last = primitive.rsplit("_", 1)[-1].lower()
     known = {*_PRECISIONS, "f32", "bf16", "f16", "i32", "i64", "boolean", "i4", "u4"}
     chosen = last if last in known else runtime.lower()
@@ -215,8 +213,7 @@ def _node_flops(node: dict[str, Any]) -> float:
 
 
 def _kernels_of(node: dict[str, Any], claim: list[Work], rest: str, matched: str) -> list[Kernel]:
-    """Returns one kernel per executed node; two for a Subgraph whose matmuls differ in precision: the first has the
-    time."""
+    """Returns one kernel per executed node; two for a Subgraph with two precisions: the first has the time."""
     precision = executed_precision_of(node["primitiveType"], node["runtimePrecision"])
     groups: dict[str, list[Work]] = {}
     for work in claim:

@@ -155,8 +155,7 @@ def _prepare(module: torch.nn.Module, example: tuple[torch.Tensor, ...], spec: Q
 
 @contextlib.contextmanager
 def _own_logs() -> Iterator[None]:
-    """Sends INC's log into a temporary folder while INC is imported: it would make ~/.habana_logs, or fail without
-    HOME.
+    """Sends INC's log to a temporary folder while INC is imported: it makes ~/.habana_logs, or fails without HOME.
 
     A folder that the user names in HABANA_LOGS is left to INC.
     """
@@ -216,8 +215,7 @@ def _strip(prepared: torch.fx.GraphModule, kept: set[torch.fx.Node]) -> None:
 
 
 def _observers(prepared: torch.fx.GraphModule) -> list[tuple[str, Any, str]]:
-    """Returns the name of every observer, the observer, and the name of the weight that it looks at; '' for
-    activations."""
+    """Returns the name of every observer, the observer, and the name of its weight; '' for activations."""
     found: dict[str, str] = {}
     for node in prepared.graph.nodes:
         if _is_observer(node):
@@ -226,8 +224,7 @@ def _observers(prepared: torch.fx.GraphModule) -> list[tuple[str, Any, str]]:
 
 
 def _readers(prepared: torch.fx.GraphModule, named: Mapping[torch.fx.Node, str]) -> dict[str, str]:
-    """Returns the name of the first linear layer or convolution that reads an observed tensor, by the observer's
-    name."""
+    """Returns the first linear layer or convolution that reads an observed tensor, by the observer's name."""
     found: dict[str, str] = {}
     for node, name in named.items():
         for feeding in node.all_input_nodes:
@@ -239,8 +236,7 @@ def _readers(prepared: torch.fx.GraphModule, named: Mapping[torch.fx.Node, str])
 def _weight_steps(
     prepared: torch.fx.GraphModule, named: Mapping[torch.fx.Node, str]
 ) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """Yields for each quantized weight the reading layer's name, and per output channel its magnitude, also in
-    steps."""
+    """Yields per quantized weight its layer's name, and per output channel its magnitude, also in steps."""
     readers = _readers(prepared, named)
     for name, observer, weight in _observers(prepared):
         if weight:
@@ -310,8 +306,7 @@ def _channels_last(prepared: torch.fx.GraphModule) -> Iterator[None]:
 
 
 def _set_ranges(prepared: torch.fx.GraphModule, largest: int, symmetric: bool) -> None:
-    """Sets weights to -largest..largest, and symmetric activations that are never negative to 0..255 with zero point
-    0."""
+    """Sets weights to -largest..largest, and symmetric activations that are never negative to 0..255, zero point 0."""
     import torch
 
     for _, observer, weight in _observers(prepared):

@@ -135,8 +135,7 @@ class _Fixed(nn.Module):
 
 
 def prepare(source: Source, spec: QuantSpec, calibration: Iterable[Feeds]) -> tuple[nn.Module, Report]:
-    """Returns a trainable copy of `source.module` that rounds as an int8 engine does, its ranges calibrated, and a
-    report.
+    """Returns a trainable copy of `source.module` that rounds as its engine will, its ranges calibrated, and a report.
 
     The module takes and returns what `source.module` does, at any batch and size that this runs at; all its parameters
     are trainable. `calibration` as for `NNCFQuantizer.quantize`. Biases are trained, so `bias_correction` does not
@@ -193,8 +192,7 @@ def prepare(source: Source, spec: QuantSpec, calibration: Iterable[Feeds]) -> tu
 
 
 def finish(module: nn.Module, source: Source, spec: QuantSpec) -> Graph:
-    """Writes the trained `module` as `<spec.output_dir>/<source.name>.xml` and `.bin` (int8 weights); returns that
-    graph.
+    """Writes the trained `module` as `<spec.output_dir>/<source.name>.xml` and `.bin` with int8 weights; returns it.
 
     `module` comes from `prepare` with the same source and spec; it is left as it is. Its learned steps become the
     engine's. The engine's outputs are those of the module up to values that fall on the other side of a rounding
@@ -230,8 +228,7 @@ def finish(module: nn.Module, source: Source, spec: QuantSpec) -> Graph:
 
 
 def fake_quantizers(module: nn.Module) -> dict[str, FakeQuantizer]:
-    """Returns the quantizers of a prepared module by the names of its hooks; a shared one appears under each of
-    them."""
+    """Returns the quantizers of a prepared module by the names of its hooks; a shared one under each of them."""
     from nncf.torch.function_hook.wrapper import get_hook_storage
 
     hooks = get_hook_storage(module).named_hooks(remove_duplicate=False)
@@ -249,8 +246,7 @@ def _check(source: Source, spec: QuantSpec) -> nn.Module:
 def _ignored(
     module: nn.Module, example: tuple[torch.Tensor, ...], source: Source, spec: QuantSpec
 ) -> tuple[set[str], list[str]]:
-    """Returns the nodes of the graph that the keep-list protects, and NNCF's names of the operations that must stay in
-    float.
+    """Returns the graph's nodes that the keep-list protects, and NNCF's names of the operations to leave in float.
 
     Both toolchains see the heavy operations in the order in which they run, so that the n-th is the same in both.
     """
@@ -283,8 +279,7 @@ def _ignored(
 
 
 def _heavy_onnx(path: Path) -> list[tuple[str, str, str]]:
-    """Returns name and type of each heavy node in order, and '' or the graph's output that it is, after which OpenVINO
-    calls it."""
+    """Returns name and type of each heavy node in order, and the graph's output that OpenVINO names it after, or ''."""
     import onnx
 
     kinds = {kind for kinds in _HEAVY.values() for kind in kinds}
@@ -345,8 +340,7 @@ def _has_matrix(module: nn.Module) -> bool:
 
 
 def _weight_steps(module: nn.Module, example: tuple[torch.Tensor, ...]) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """Yields for each quantized weight its name, and per output channel its magnitude, also in steps of its
-    quantizer."""
+    """Yields per quantized weight its name, and per output channel its magnitude, also in steps of its quantizer."""
     quantizers, names = fake_quantizers(module), {id(p): name for name, p in module.named_parameters()}
     for name, weight in _weights(module, example).items():
         step, axis = quantizers[name].step(), quantizers[name].axis or 0

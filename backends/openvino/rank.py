@@ -21,7 +21,7 @@ import numpy as np
 
 from backends.base import BackendError, Feeds, Graph
 from backends.openvino.engine import read_model, write_ir
-from backends.openvino.flops import CONVOLUTIONS, MATMULS, live_operations
+from backends.openvino.flops import CONVOLUTIONS, MATMULS, MOVES, live_operations
 from backends.openvino.keep import name_nodes
 from backends.openvino.passes import fold_constants, share_constants
 from backends.rank import check_names, other_model
@@ -31,8 +31,7 @@ if TYPE_CHECKING:
 
 _HEAVY = MATMULS | CONVOLUTIONS
 # Operations that quantizers move across: they are neither quantized themselves nor do they stop the way to a consumer.
-_PASSING = {"Reshape", "Transpose", "Concat", "Split", "VariadicSplit", "Gather", "Slice", "StridedSlice", "Squeeze"}
-_PASSING |= {"Unsqueeze", "MaxPool", "Relu", "Broadcast", "Convert", "Interpolate", "Pad"}
+_PASSING = MOVES | {"Interpolate", "Pad"}
 _HALF_STEP = 0.502  # of an integer's step: how far a value may lie from what it was rounded to
 
 
@@ -98,8 +97,7 @@ def _run(model: ov.Model, feeds: Sequence[Feeds], graph: Graph) -> list[Feeds]:
 
 
 def _quantized(model: ov.Model) -> dict[str, ov.Node]:
-    """Returns the nodes that read a FakeQuantize: matmuls and convolutions also through moves, any other kind
-    directly."""
+    """Returns the nodes that read a FakeQuantize: matmuls and convolutions also through moves, others directly."""
     found = {}
     for op in live_operations(model):
         kind = op.get_type_name()
@@ -178,8 +176,7 @@ def _rounded_from(dequantized: ov.Node, weights: Sequence[ov.Node], reader: str)
 
 
 def _unquantized(value: ov.Output, theirs: Mapping[str, ov.Node] | None) -> ov.Output:
-    """Returns the same tensor from before its quantization: FakeQuantize is passed by, and scales that are not in
-    `theirs`.
+    """Returns the tensor from before its quantization, FakeQuantize and scales that are not in `theirs` skipped.
 
     Moves between are made anew, as others may read the quantized ones. `theirs` None: a graph of INC.
     """
@@ -221,8 +218,7 @@ def _constant(source: ov.Node, reader: ov.Node) -> ov.Node:
 
 
 def _restore_bias(node: ov.Node, theirs: Mapping[str, ov.Node]) -> None:
-    """Takes NNCF's bias correction back: the bias behind `node` is that of the float graph, or goes if there is
-    none."""
+    """Undoes NNCF's bias correction: the bias behind `node` is that of the float graph, or goes if there is none."""
     users = list(node.output(0).get_target_inputs())
     if len(users) != 1:
         return

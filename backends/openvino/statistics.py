@@ -26,8 +26,7 @@ _SUM = "finite sum of "
 
 @contextlib.contextmanager
 def watched(items: CalibrationItems) -> Iterator[None]:
-    """Makes NNCF's engines refuse an item of `items` that gives NaN or inf inside, with BackendError, in this
-    context."""
+    """Makes NNCF's engines raise BackendError for an item that gives NaN or inf inside, within this context."""
     from nncf.openvino.engine import OVNativeEngine
 
     patched: Any = OVNativeEngine
@@ -75,8 +74,7 @@ def _with_sums(model: ov.Model) -> ov.Model:
 
 
 def weight_magnitudes(model: ov.Model) -> dict[str, np.ndarray]:
-    """Returns the largest magnitude of each output channel's weights, for each matmul and convolution with constant
-    weights.
+    """Returns the largest weight of each output channel, for matmuls and convolutions with constant weights.
 
     Of a quantized model those of the stored integers, in steps of the channel.
     """

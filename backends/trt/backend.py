@@ -1,5 +1,4 @@
-"""Describes TensorRT on this machine, lists its quantizers, and compiles graphs with it; emulates without a CUDA
-device."""
+"""Describes TensorRT on this machine, lists its quantizers, and compiles graphs, emulated without a CUDA device."""
 
 from __future__ import annotations
 
@@ -73,8 +72,7 @@ class TensorRTBackend:
         return Availability(True, devices, _versions(package), details, emulated=cuda.provider() is None)
 
     def quantizers(self) -> Mapping[str, Quantizer]:
-        """`modelopt` (int8, or int4 weights when the spec says W4A16), `modelopt-torch` (int8; SmoothQuant, weights per
-        tensor) and `modelopt-fp8`."""
+        """Returns `modelopt` (int8; int4 weights for W4A16), `modelopt-torch` (int8, SmoothQuant), `modelopt-fp8`."""
         from backends.trt.modelopt import ModelOptQuantizer
         from backends.trt.modelopt_torch import ModelOptTorchQuantizer
 
@@ -82,8 +80,7 @@ class TensorRTBackend:
         return {quantizer.name: quantizer for quantizer in listed}
 
     def float_precisions(self) -> Sequence[Precision]:
-        """Returns F32 and F16, with TF32 between them where the device has it; without a device both are emulated.
-        Raises Unavailable."""
+        """Returns F32, TF32 where the device has it, and F16; emulated without a device. Raises Unavailable."""
         self._require()
         from backends.trt.cuda import provider
         from backends.trt.engine import has_tf32
@@ -123,8 +120,7 @@ class TensorRTBackend:
         return offending
 
     def surgery(self) -> type[Surgery]:
-        """Returns the class that puts nodes of ModelOpt's graphs back to float in the ONNX file; ONNX Runtime computes
-        the ranking."""
+        """Returns the class that puts nodes of ModelOpt's graphs back to float; ONNX Runtime computes the ranking."""
         from backends.trt.rank import QDQSurgery
 
         return QDQSurgery

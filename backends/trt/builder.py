@@ -1,5 +1,4 @@
-"""Builds TensorRT plans: ONNX -> strongly typed network -> plan file with a manifest beside it; also float graphs of 16
-bits.
+"""Builds TensorRT plans: ONNX -> strongly typed network -> plan file with a manifest; also float graphs of 16 bits.
 
 TensorRT-RTX builds plans without a CUDA device; TensorRT itself needs one. Neither quantizes by itself: int8 and fp8
 are what the Q/DQ nodes of the graph say. Two builds of one graph differ in their bytes, so a cached plan is found by
@@ -68,8 +67,7 @@ def flavour(module: Any) -> str:
 
 
 def make_logger(module: Any) -> Any:
-    """Returns a TensorRT logger that prints nothing; `errors` holds the error messages of the current call, in
-    order."""
+    """Returns a TensorRT logger that prints nothing; `errors` holds the messages of the current call, in order."""
 
     class Logger(module.ILogger):
         def __init__(self) -> None:
@@ -135,8 +133,7 @@ def build_plan(graph: Graph, options: Mapping[str, Any], folder: Path, tf32: boo
 
 
 def read_manifest(plan: Path) -> dict[str, Any]:
-    """Returns the description of how a plan was made. Raises BackendError when the plan or its manifest is missing or
-    damaged."""
+    """Returns a plan's manifest. Raises BackendError when the plan or its manifest is missing or damaged."""
     try:
         manifest = json.loads(plan.with_suffix(".json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -91,8 +91,7 @@ def make_engine(graph: Graph, precision: Precision, options: Mapping[str, Any] |
 
 
 def has_tf32() -> bool:
-    """Returns whether the device that runs engines here multiplies in TF32: from compute capability 8.0 on (CUDA C++
-    guide)."""
+    """Returns whether the device here multiplies in TF32: from compute capability 8.0 on (CUDA C++ guide)."""
     here = devices()
     return bool(here) and int(here[0].capability.split(".")[0]) >= 8
 
@@ -153,8 +152,7 @@ class EmulatedEngine(_PlanEngine):
         return self._emulation.infer(feeds)
 
     def kernels(self) -> list[Kernel]:
-        """Returns the graph's nodes in order, their precision read from its Q/DQ nodes and types; times are 0: none is
-        known.
+        """Returns the graph's nodes in order, with the precision of its Q/DQ nodes and types; times are 0, not known.
 
         A strongly typed network must compute in these precisions, but which nodes become one kernel is decided when
         the plan meets a device. `implementation` says so: 'graph'.
@@ -259,8 +257,7 @@ class TensorRTEngine(_PlanEngine):
         return self.last_device_ms
 
     def kernels(self) -> list[Kernel]:
-        """Returns the engine's layers from TensorRT's inspector, with mean times of a few runs on zeros
-        (microseconds)."""
+        """Returns the layers from TensorRT's inspector, with mean times of a few runs on zeros (microseconds)."""
         if self._context is None:
             raise BackendError("this engine is closed")
         form = self._module.LayerInformationFormat.JSON

@@ -38,8 +38,7 @@ _MOVERS = re.compile(r"reformat|shuffle|constant|noop|signal|wait|copy|slice|con
 
 
 def layer_kernels(inspected: str, times: Mapping[str, float], graph: OnnxGraph, tf32: bool = False) -> list[Kernel]:
-    """Returns the kernels of the inspector's JSON. `times`: microseconds by layer name. `tf32`: the engine may round to
-    TF32.
+    """Returns the kernels of the inspector's JSON. times: microseconds by layer name. tf32: it may round to TF32.
 
     A layer's `Metadata` names its ONNX nodes. A node's FLOPs go to the layer that names it and multiplies; where
     several layers could have done the work in different precisions, and where none names it, they go to a kernel of
@@ -92,8 +91,7 @@ def _title(layer: Mapping[str, Any], position: int) -> str:
 def _owner(
     node: str, layers: Sequence[Mapping[str, Any]], names: Sequence[Sequence[str]], precisions: Sequence[str]
 ) -> int | None:
-    """Returns the layer that did the work of an ONNX node; None where none did, or where several in different
-    precisions may have."""
+    """Returns the layer that did an ONNX node's work; None where none did, or several of different precisions may."""
     able = [k for k, mine in enumerate(names) if node in mine and not _MOVERS.search(_kind(layers[k]))]
     heavy = [
         k for k in able if _HEAVY.search(_kind(layers[k])) or _HEAVY.search(str(layers[k].get("TacticName") or ""))

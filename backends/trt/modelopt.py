@@ -226,8 +226,7 @@ def free_kept(model: onnx.ModelProto, kept: set[str]) -> None:
 
 
 def store_weights(model: onnx.ModelProto, half: bool) -> None:
-    """Replaces every QuantizeLinear of a constant weight by its int8 or fp8 values: a quarter of the file, the same
-    numbers.
+    """Replaces each QuantizeLinear of a constant weight by its int8 or fp8 values: the same numbers in a quarter.
 
     `half`: weights of 7 bits: scales grow by 127/64 and values stay within 64, so sums of two products fit 16 bits.
     """

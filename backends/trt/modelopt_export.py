@@ -148,8 +148,7 @@ def common_notes(spec: QuantSpec, half: bool, module: torch.nn.Module) -> list[s
 
 
 def dead_columns(module: torch.nn.Module, spec: QuantSpec) -> dict[str, list[int]]:
-    """Returns linear layers with input columns whose weights are all zero, or so small that there is nothing to smooth
-    with.
+    """Returns linear layers with input columns whose weights are zero, or too small to smooth with.
 
     SmoothQuant scales column j by max|w_j|^(1 - alpha) / max|x_j|^alpha. ModelOpt fails where that is 2^-31 or less;
     below a numerator of 1e-6, activations of ordinary size are enough to get there. Empty without SmoothQuant.
@@ -169,8 +168,7 @@ def dead_columns(module: torch.nn.Module, spec: QuantSpec) -> dict[str, list[int
 
 
 def layers(module: torch.nn.Module, weights: str, floats: Iterable[str] = ()) -> list[dict[str, Any]]:
-    """ModelOpt's ordered list of what to quantize: nothing, then each linear layer and convolution by its full name,
-    but for the layers `floats`.
+    """Returns ModelOpt's list of what to quantize: nothing, then all layers by full names but for `floats`.
 
     Output channels are a weight's first axis, but the second one of a transposed convolution.
     """
@@ -191,8 +189,7 @@ def layers(module: torch.nn.Module, weights: str, floats: Iterable[str] = ()) ->
 
 
 def weight_steps(module: torch.nn.Module) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """Yields for each layer that rounds its weight the name, and per output channel its magnitude, also in steps of
-    127."""
+    """Yields per layer that rounds its weight its name, and per output channel its magnitude, also in steps of 127."""
     for name, layer in heavy_layers(module):
         rounding = getattr(layer, "weight_quantizer", None)
         if rounding is None or not rounding.is_enabled or rounding.amax is None:
@@ -205,8 +202,7 @@ def weight_steps(module: torch.nn.Module) -> Iterator[tuple[str, np.ndarray, np.
 
 
 def heavy_layers(module: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
-    """Returns linear layers and convolutions by their full names; one that has several names under the first of
-    them."""
+    """Returns linear layers and convolutions by full names; one that has several names under the first of them."""
     from torch import nn
 
     kinds = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d

@@ -39,8 +39,7 @@ LEARNED = "weights and biases were trained, ranges are those of calibration"
 def prepare(
     quantizer: Quantizer, source: Source, spec: QuantSpec, calibration: Iterable[Feeds]
 ) -> tuple[nn.Module, Report]:
-    """Returns a trainable copy of `source.module` that rounds as an int8 engine does, its ranges calibrated, and a
-    report.
+    """Returns a trainable copy of `source.module` that rounds as its engine will, its ranges calibrated, and a report.
 
     The module takes and returns what `source.module` does, at any batch and size that this runs at; all its parameters
     are trainable. Its ranges are buffers, part of the state_dict. A layer that is called more than once stays in float
@@ -64,8 +63,7 @@ def prepare(
 
 
 def finish(quantizer: Quantizer, module: nn.Module, source: Source, spec: QuantSpec) -> Graph:
-    """Writes the trained `module` as `<spec.output_dir>/<source.name>.onnx` with Q/DQ nodes and int8 weights; return
-    it.
+    """Writes the trained `module` as `<spec.output_dir>/<source.name>.onnx` with Q/DQ nodes; returns that graph.
 
     `module` comes from `prepare` with the same source and spec; it is left as it is. The graph holds its rounded
     weights and its ranges, so it computes what the module does, up to values that fall on the other side of a rounding

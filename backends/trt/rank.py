@@ -106,8 +106,7 @@ def _from_dequantize(name: str, maker: dict[str, onnx.NodeProto]) -> bool:
 
 
 def _scales(graph: onnx.GraphProto, maker: dict[str, onnx.NodeProto], weights: _Weights) -> dict[str, str]:
-    """Returns results of products by a constant that the float graph does not have, as SmoothQuant adds them, and the
-    other factor of each."""
+    """Returns the products by a constant that SmoothQuant added, and the other factor of each."""
     constants = {tensor.name for tensor in graph.initializer}
     found = {}
     for node in graph.node:

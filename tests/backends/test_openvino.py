@@ -20,7 +20,7 @@ from backends.base import BackendError, Precision, QuantSpec, Source, executed_p
 pytest.importorskip("openvino")
 pytest.importorskip("nncf")
 
-from backends.cpu import instruction_sets, saturates
+from backends.cpu import saturates
 from backends.keep import GROUPS
 from backends.openvino import flops as work
 from backends.openvino.engine import OpenVINOEngine, best_float, describe_ir, read_model
@@ -333,13 +333,6 @@ def test_availability_names_the_machine():
     assert {"openvino", "nncf"} <= set(found.versions) <= {"openvino", "nncf", "neural-compressor-pt"}
     assert found.details["cpu"]
     assert ("BF16" in found.details["capabilities"]) == (best_float() == Precision.BF16)
-
-
-def test_instruction_sets_are_read_from_cpuinfo(tmp_path):
-    path = tmp_path / "cpuinfo"
-    path.write_text("processor : 0\nflags\t: sse avx2 avx512f amx_tile amx_int8\n")
-    assert instruction_sets(path) == ["avx2", "avx512f", "amx_tile", "amx_int8"]
-    assert instruction_sets(tmp_path / "absent") == []
 
 
 @pytest.mark.parametrize(
