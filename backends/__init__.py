@@ -1,1 +1,1 @@
-"""Toolchains behind one interface. This package never imports pqk and could be published alone."""
+"""Puts toolchains behind one interface. This package never imports pqk and could be published alone."""

@@ -1,4 +1,4 @@
-"""Contracts of the toolchains: what a graph, a quantizer, an engine and a backend are.
+"""Defines the contracts of the toolchains: graph, source, quantizer, engine, backend and surgery.
 
 A backend must provide: `name`, `sources`, `availability()`, `quantizers()`, `float_precisions()`,
 `compile(graph, precision, options)`, `kept_in_int8(engine, keep, kernels)`. What it may leave out is read through
@@ -46,13 +46,13 @@ Array: TypeAlias = np.ndarray | DeviceArray
 
 
 class BackendError(Exception):
-    """A toolchain was asked for something that cannot work; the message is one sentence. Exit code 2."""
+    """Reports a request to a toolchain that cannot work, in one sentence. Exit code 2."""
 
     exit_code = 2
 
 
 class Unavailable(BackendError):
-    """A toolchain is not usable on this machine; the message names the reason and what mends it. Exit code 3."""
+    """Reports that a toolchain is not usable on this machine, with the reason and the remedy. Exit code 3."""
 
     exit_code = 3
 
@@ -71,7 +71,7 @@ class Precision(StrEnum):
 
     @classmethod
     def _missing_(cls, value: object) -> Self:
-        """What `Precision(value)` does with an unknown value: a BackendError that names the known ones."""
+        """Raises BackendError for an unknown value, with the known ones."""
         raise BackendError(f"unknown precision {value!r}; known are {[str(p) for p in cls]}")
 
 
@@ -95,11 +95,11 @@ class Graph:
 
     @property
     def format(self) -> str:
-        """'onnx' or 'openvino'."""
+        """Returns 'onnx' or 'openvino'."""
         return "openvino" if self.path.suffix == ".xml" else "onnx"
 
     def files(self) -> list[Path]:
-        """The graph's file and the data files that belong to it (IR `.bin`, ONNX external data)."""
+        """Returns the graph's file and the data files that belong to it (IR `.bin`, ONNX external data)."""
         data = {self.path.with_suffix(".bin"), self.path.with_name(self.path.name + ".data")}
         return [self.path, *sorted(p for p in data if p.exists())]
 
@@ -121,7 +121,7 @@ class Source:
 
 @dataclass(frozen=True)
 class QuantSpec:
-    """What a quantizer is asked for. `keep` holds names of keep-list groups or regular expressions of node names."""
+    """Settings of a quantization. `keep` holds names of keep-list groups or regular expressions of node names."""
 
     bits_w: int = 8
     bits_a: int = 8
@@ -157,7 +157,7 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Availability:
-    """Whether a backend can run here: devices and versions, or the reason it cannot and the command that mends it.
+    """Whether a backend can run here: devices and versions, or the reason why not and the command that helps.
 
     `emulated`: it can, but another runtime computes in place of its engines, so nothing is timed.
     """
@@ -167,7 +167,7 @@ class Availability:
     versions: Mapping[str, str] = field(default_factory=dict)
     details: Mapping[str, str] = field(default_factory=dict)
     reason: str = ""
-    mend: str = ""
+    remedy: str = ""
     emulated: bool = False
 
 
@@ -216,11 +216,11 @@ class Engine(ABC):
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of the files that ship: those of the graph, unless the toolchain ships another file."""
+        """Returns the bytes of the files that ship: those of the graph, unless the toolchain ships another file."""
         return self.graph.size_bytes
 
     def close(self) -> None:  # noqa: B027  (an engine without resources needs none)
-        """Free what the engine holds; it cannot be used afterwards."""
+        """Frees what the engine holds; it cannot be used afterwards."""
 
     def __enter__(self) -> Self:
         return self
@@ -246,7 +246,7 @@ class Quantizer(Protocol):
     def quantize(self, source: Source, spec: QuantSpec, calibration: Iterable[Feeds]) -> Graph: ...
 
     def notes(self) -> Sequence[str]:
-        """Sentences on the last `quantize` that belong beside its results; empty when there is nothing to tell."""
+        """Returns notes on the last `quantize` for its results; empty when there are none."""
         ...
 
 
@@ -269,7 +269,7 @@ class Backend(Protocol):
     def compile(self, graph: Graph, precision: Precision, options: Mapping[str, Any] | None = None) -> Engine: ...
 
     def kept_in_int8(self, engine: Engine, keep: Sequence[str], kernels: Sequence[Kernel]) -> list[Kernel]:
-        """Kernels of `engine` that ran a node of the keep-list in int8; empty when the list was honoured."""
+        """Returns the kernels of `engine` that ran a node of the keep-list in int8; empty if none did."""
         ...
 
 
@@ -287,46 +287,45 @@ class Surgery(Protocol):
     def __init__(self, quantized: Graph, plain: Graph) -> None: ...
 
     def infer_plain(self, feeds: Sequence[Feeds]) -> list[Feeds]:
-        """Outputs of the float graph for each item, in f32."""
+        """Returns the outputs of the float graph for each item, in f32."""
         ...
 
     def infer(self, floats: Iterable[str], feeds: Sequence[Feeds]) -> list[Feeds]:
-        """Outputs of the quantized graph with the nodes `floats` in float; what is not quantized computes in f32.
+        """Returns the outputs of the quantized graph with the nodes `floats` in float; the float part computes in f32.
 
         Holds no activations but the outputs when it returns.
         """
         ...
 
     def write(self, floats: Iterable[str], target: Path) -> Graph:
-        """Write that graph to `target`, given without a suffix, and return it."""
+        """Writes that graph to `target`, given without a suffix, and returns it."""
         ...
 
 
 def baselines_of(backend: Backend) -> list[Precision]:
-    """Float precisions that are worth a row of results: its `baselines()`, all of them where it has none."""
+    """Returns the float precisions that deserve a row of results: the backend's `baselines()`, or all of them."""
     return [Precision(p) for p in getattr(backend, "baselines", backend.float_precisions)()]
 
 
 def rests_of(backend: Backend) -> list[Precision]:
-    """Precisions in which its quantized graphs may compute the rest: its `rests`, all float ones where it has none."""
+    """Returns the precisions that quantized graphs may have for the rest: the backend's `rests`, or all of them."""
     return [Precision(p) for p in getattr(backend, "rests", None) or backend.float_precisions()]
 
 
 def surgery_of(backend: Backend) -> type[Surgery] | None:
-    """What puts nodes of its quantized graphs back to float: the class that its `surgery()` returns; None without."""
+    """Returns the class that puts nodes of quantized graphs back to float (the backend's `surgery()`), or None."""
     found: type[Surgery] | None = getattr(backend, "surgery", lambda: None)()
     return found
 
 
 def can_train(quantizer: Quantizer) -> bool:
-    """Whether it offers quantization-aware training: `prepare(source, spec, calibration)` gives a trainable copy of
-    `source.module` that rounds as its engine will, and `finish(module, source, spec)` makes a graph of it.
-    """
+    """Returns whether it offers quantization-aware training: `prepare(source, spec, calibration)` gives a trainable
+    copy of `source.module` that rounds as its engine will, and `finish(module, source, spec)` makes a graph of it."""
     return hasattr(quantizer, "prepare") and hasattr(quantizer, "finish")
 
 
 def lowered_to(quantizer: Quantizer, bits_w: int, bits_a: int) -> str:
-    """The precision that a quantizer makes: 'int4' when only weights are lowered, to 4 bits, else its number format.
+    """Returns the precision that a quantizer makes: 'int4' when only weights get 4 bits, else its number format.
 
     Raises BackendError when it does not lower to these bits.
     """
@@ -337,14 +336,19 @@ def lowered_to(quantizer: Quantizer, bits_w: int, bits_a: int) -> str:
     return f"int{bits_w}" if bits_a > bits_w else str(getattr(quantizer, "number_format", "int8"))
 
 
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's message, or the name of its type where it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def nearest(word: str, allowed: Iterable[str]) -> str:
-    """Return ' (did you mean X?)' for the closest allowed word, or '' when none is close."""
+    """Returns ' (did you mean X?)' for the closest allowed word, or '' when none is close."""
     match = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.5)
     return f" (did you mean {match[0]!r}?)" if match else ""
 
 
 def known_options(options: Mapping[str, Any] | None, defaults: Mapping[str, Any], backend: str) -> dict[str, Any]:
-    """`defaults` overlaid with `options`. Raises BackendError for a name that the backend does not have."""
+    """Returns `defaults` overlaid with `options`. Raises BackendError for a name that the backend does not have."""
     for name in options or {}:
         if name not in defaults:
             raise BackendError(
@@ -360,7 +364,7 @@ def check_threads(threads: Any) -> None:
 
 
 def sha256_files(paths: Iterable[Path]) -> str:
-    """One sha256 over the bytes of several files, in the order given."""
+    """Returns one sha256 over the bytes of several files, in the order given."""
     digest = hashlib.sha256()
     for path in paths:
         with path.open("rb") as stream:
@@ -369,7 +373,7 @@ def sha256_files(paths: Iterable[Path]) -> str:
 
 
 def executed_precision(kernels: Iterable[Kernel]) -> dict[str, float]:
-    """Share of matmul and convolution FLOPs per executed precision; empty when no kernel carries FLOPs."""
+    """Returns the share of matmul and convolution FLOPs per executed precision; empty when no kernel carries FLOPs."""
     total: dict[str, float] = {}
     for kernel in kernels:
         if kernel.flops > 0:
@@ -379,7 +383,7 @@ def executed_precision(kernels: Iterable[Kernel]) -> dict[str, float]:
 
 
 def matched_by_size(kernels: Iterable[Kernel]) -> float | None:
-    """Share of the FLOPs that were given to kernels by equal size alone; None when no kernel carries FLOPs.
+    """Returns the share of the FLOPs that were given to kernels by equal size alone; None when no kernel carries FLOPs.
 
     Two layers of one size may have been exchanged there, so `executed_precision` is uncertain by at most this share.
     """

@@ -1,4 +1,4 @@
-"""Where two executions of (nearly) the same ONNX graph part: the first node whose inputs agree and whose output not.
+"""Finds where two executions of nearly the same ONNX graph diverge: at a node whose inputs agree, its output does not.
 
 Intermediate tensors become outputs of temporary cuts of the graph: a coarse grid over the nodes in topological order,
 then a finer one among the nodes that lead to the first tensor that differs, until a single node is left. Tensors are
@@ -8,7 +8,7 @@ Two things to know when reading the result. A tensor that is made visible cannot
 other kernels than the whole one: a fault of a fused kernel can vanish when one looks inside. Then the nodes between
 the last tensors that agree and the first that differs are reported together, as `fused`. And errors can build up over
 many nodes until one crosses the tolerance. So what was found is run again alone, on the same inputs on both sides:
-`Difference.alone` tells whether it is the culprit or only the last drop.
+`Difference.alone` shows whether it is the cause or only where a growing error crosses it.
 
 Memory holds the nodes of both graphs, one engine, and the tensors that are compared (`max_bytes`). Weights lie in a
 file: the graph's own, or a temporary one that all cuts refer to.
@@ -29,24 +29,24 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from backends.base import BackendError, Engine, Feeds, Graph, TensorInfo, sha256_files
+from backends.exchange import save_with_data
+from backends.onnx_graph import OnnxGraph, constant_of, frame, reads, with_data
 
 if TYPE_CHECKING:
     import onnx
 
 Run = Callable[[Graph], Engine]
-_SMALL = 1024  # bytes of a constant that stays with the nodes: it may hold a shape
 _GRID = 16  # tensors made visible in one round
 _FLOATS = {"float32", "float16", "float64"}
-_SHAPES = {"Shape", "Size"}  # their values do not depend on the values of what they look at
 
 
 @dataclass(frozen=True)
 class Difference:
-    """The place where two executions part. Errors are mean|a - b| / mean|a| over all feeds (inf: NaN or other shape).
+    """The place where two executions diverge. Errors: mean|a - b| / mean|a| over all feeds (inf: NaN or other shape).
 
     `nodes` are the names of all nodes between `inputs` and `output`: normally `node` alone; more when tensors between
-    exist in one graph only, or when the difference vanished with the inner tensors visible (`fused`). `node` is what
-    stands in one graph only, if anything does, else the node that computes `output`.
+    exist in one graph only, or when the difference vanished with the inner tensors visible (`fused`). `node` is a
+    node that only one graph has, if there is one, else the node that computes `output`.
     `constants` holds the errors of weights and tables of these nodes that differ between the two files.
     `alone` is the error of `output` when both sides get the inputs of side a.
     """
@@ -64,16 +64,16 @@ class Difference:
 
     @property
     def proven(self) -> bool:
-        """Whether the nodes differ by more than the tolerance on equal inputs, so that no earlier error is to blame."""
+        """Returns whether the nodes differ by more than the tolerance on equal inputs, so the cause lies in them."""
         return self.alone > self.tolerance
 
     def sentence(self) -> str:
-        """The finding in words."""
+        """Describes the finding in a sentence."""
         what = f"{self.op_type} {self.node!r}"
         if len(self.nodes) > 1:
             what += f" (with {len(self.nodes) - 1} more nodes{', fused' if self.fused else ''})"
         worst = max(self.inputs.values(), default=0.0)
-        text = f"the executions part at {what}: its inputs agree within {worst:.2g}, its output differs by "
+        text = f"the executions diverge at {what}: its inputs agree within {worst:.2g}, its output differs by "
         text += f"{self.output_error:.2g}; alone, on equal inputs, by {self.alone:.2g}"
         if not self.proven:
             text += f", which is within {self.tolerance:.2g}: the error builds up over the nodes before it"
@@ -92,7 +92,7 @@ def first_difference(
     max_bytes: int = 1 << 30,
     folder: Path | None = None,
 ) -> Difference | None:
-    """The first node at which side b parts from side a by more than `tolerance`; None when all outputs agree.
+    """Finds the first node at which side b differs from side a by more than `tolerance`; None when all outputs agree.
 
     A side is an ONNX graph and a function that compiles such a graph into an Engine; one engine is open at a time. The
     function gets parts of the graph too; those of a Q/DQ graph that hold no quantized node (see `quantizes`) as well.
@@ -117,7 +117,7 @@ def first_difference(
 
 
 def quantizes(graph: Graph) -> bool:
-    """Whether an ONNX graph holds a QuantizeLinear node: some engines must be asked for int8 then, and only then."""
+    """Returns whether an ONNX graph has a QuantizeLinear node: some engines need precision int8 then and only then."""
     import onnx
 
     model = onnx.load(str(graph.path), load_external_data=False)
@@ -125,93 +125,69 @@ def quantizes(graph: Graph) -> bool:
 
 
 class _Side:
-    """One graph: who makes and who reads which tensor, and engines of parts of it."""
+    """One graph, and engines of parts of it.
+
+    `onnx.utils.extract_model` cannot cut the parts: it leaves out what the bodies of branches read, and copies the
+    weights into every cut.
+    """
 
     def __init__(self, graph: Graph, run: Run, folder: Path) -> None:
         import onnx
 
         if graph.format != "onnx":
             raise BackendError(f"{graph.path.name} is no ONNX graph: only those can be bisected")
-        self.graph, self.run, self.folder = graph, run, folder
+        self.graph, self.run = graph, run
+        self.path = folder / graph.path.name  # of every cut: the external data is named after the file
         folder.mkdir()
         for data in graph.files()[1:]:
             os.link(data.resolve(), folder / data.name)
-        self.model = onnx.load(str(graph.path), load_external_data=False)
+        model = onnx.load(str(graph.path), load_external_data=False)
         if len(graph.files()) == 1:  # otherwise each cut would hold the weights once more, and write them
-            path = folder / graph.path.name
-            onnx.save_model(
-                self.model, str(path), save_as_external_data=True, location=f"{path.name}.data", size_threshold=_SMALL
-            )
-            self.model = onnx.load(str(path), load_external_data=False)
-        self.constants = {t.name: t for t in self.model.graph.initializer}
-        self.nodes = list(self.model.graph.node)
-        self.maker = {name: index for index, node in enumerate(self.nodes) for name in node.output if name}
-        self.fed = {t.name: t for t in graph.inputs}
-        self.infos = self._infos()
-        self.live = self._live()
+            save_with_data(model, self.path)
+            model = onnx.load(str(self.path), load_external_data=False)
+        for node in model.graph.node:
+            node.name = node.name or node.output[0]  # positions are not the same in both graphs
+        found = OnnxGraph(self.path, model)
+        self.nodes, self.maker, self.live, self.fed = found.nodes, found.maker, found.live, found.inputs
+        self.infos = {name: info for name in found.shapes if (info := _info(found, name))}
+        self.constants = {tensor.name: tensor for tensor in model.graph.initializer}
+        self._frame = frame(model)
 
-    def _infos(self) -> dict[str, TensorInfo]:
-        """Shape and dtype of every tensor whose shape is known."""
-        import onnx
+    def between(self, outputs: Iterable[str], stops: Iterable[str] = ()) -> tuple[list[onnx.NodeProto], list[str]]:
+        """Returns the nodes, in order, that make `outputs` from `stops` and graph inputs, and which of these they read.
 
-        inferred = onnx.shape_inference.infer_shapes(_without_weights(self.model), data_prop=True)
-        found = {}
-        for value in (*inferred.graph.input, *inferred.graph.output, *inferred.graph.value_info):
-            kind = value.type.tensor_type
-            if not kind.HasField("shape") or not all(dim.HasField("dim_value") for dim in kind.shape.dim):
-                continue
-            try:
-                dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)).name
-            except (KeyError, TypeError):
-                continue
-            found[value.name] = TensorInfo(value.name, tuple(dim.dim_value for dim in kind.shape.dim), dtype)
-        return found
-
-    def _live(self) -> set[str]:
-        """Tensors whose values depend on those of the inputs."""
-        live = set(self.fed)
-        for node in self.nodes:
-            if node.op_type not in _SHAPES and any(name in live for name in _reads(node)):
-                live.update(name for name in node.output if name)
-        return live
-
-    def between(self, outputs: Iterable[str], stops: Iterable[str] = ()) -> tuple[list[int], list[str]]:
-        """Indices of the nodes that make `outputs` out of `stops` and graph inputs, and which of these they read."""
-        stop, todo = set(stops), list(outputs)
-        nodes: set[int] = set()
-        reached: dict[str, None] = {}
-        first = set(todo)
+        An output is made even where it is one of `stops`.
+        """
+        first = list(outputs)
+        ends = (set(stops) - set(first)) | self.fed
+        todo, made, reached = first, set[str](), set[str]()
         while todo:
             name = todo.pop()
-            if (name in stop and name not in first) or name in self.fed:
-                reached[name] = None
-            elif name in self.maker and self.maker[name] not in nodes:
-                nodes.add(self.maker[name])
-                todo += _reads(self.nodes[self.maker[name]])
-        return sorted(nodes), sorted(reached)
+            if name in ends:
+                reached.add(name)
+            elif name in self.maker and name not in made:
+                made.update(self.maker[name].output)
+                todo += reads(self.maker[name])
+        return [node for node in self.nodes if not made.isdisjoint(node.output)], sorted(reached)
 
     def cut(self, outputs: Sequence[str], stops: Iterable[str] = ()) -> Graph:
-        """A temporary graph that computes `outputs` out of `stops` and the graph's inputs."""
+        """Returns a temporary graph that computes `outputs` from `stops` and the graph's inputs."""
         import onnx
 
-        chosen, reached = self.between(outputs, stops)
+        nodes, reached = self.between(outputs, stops)
+        for name in (*reached, *outputs):
+            if name not in self.infos:
+                raise BackendError(f"{self.graph.path.name}: the shape of {name!r} is not known")
+        infos_in, infos_out = (tuple(self.infos[name] for name in names) for names in (reached, outputs))
+        read = {name for node in nodes for name in reads(node)}
         part = onnx.ModelProto()
-        part.CopyFrom(_without_weights(self.model, keep_nodes=False))
-        part.graph.node.extend(self.nodes[index] for index in chosen)
-        read = {name for index in chosen for name in _reads(self.nodes[index])}
+        part.CopyFrom(self._frame)
+        part.graph.node.extend(nodes)
         part.graph.initializer.extend(t for name, t in self.constants.items() if name in read and name not in reached)
-        infos_in = tuple(self._info(name) for name in reached)
-        infos_out = tuple(self._info(name) for name in outputs)
         part.graph.input.extend(_value(info) for info in infos_in)
         part.graph.output.extend(_value(info) for info in infos_out)
-        path = self.folder / self.graph.path.name  # the external data is named after the file
-        onnx.save_model(part, str(path))
-        return Graph(path, infos_in, infos_out, sha256_files([path]) + self.graph.sha256)
-
-    def _info(self, name: str) -> TensorInfo:
-        if name not in self.infos:
-            raise BackendError(f"{self.graph.path.name}: the shape of {name!r} is not known")
-        return self.infos[name]
+        onnx.save_model(part, str(self.path))
+        return Graph(self.path, infos_in, infos_out, sha256_files([self.path]) + self.graph.sha256)
 
     @contextlib.contextmanager
     def engine(self, outputs: Sequence[str], stops: Iterable[str] = ()) -> Iterator[Engine]:
@@ -220,22 +196,11 @@ class _Side:
             yield engine
 
     def constant(self, name: str) -> np.ndarray | None:
-        """The value of an initializer; None when there is none of this name."""
+        """Returns the value of a constant; None where nodes compute it."""
         import onnx
 
-        tensor = self.constants.get(name)
-        if tensor is None:
-            node = self.nodes[self.maker[name]] if name in self.maker else None
-            if node is None or node.op_type != "Constant" or node.attribute[0].name != "value":
-                return None
-            tensor = node.attribute[0].t
-        if tensor.data_location != onnx.TensorProto.EXTERNAL:
-            return onnx.numpy_helper.to_array(tensor)
-        place = {entry.key: entry.value for entry in tensor.external_data}
-        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
-        count = math.prod(tensor.dims)
-        data = self.folder / place["location"]
-        return np.fromfile(data, dtype, count, offset=int(place.get("offset", 0))).reshape(tensor.dims)
+        tensor = constant_of(name, self.maker, self.constants)
+        return None if tensor is None else onnx.numpy_helper.to_array(with_data(tensor, self.path.parent))
 
 
 class _Search:
@@ -282,7 +247,7 @@ class _Search:
             candidates = self._open(suspect, agreed)
 
     def _narrow(self, suspect: str, agreed: set[str]) -> Difference:
-        """Find the shortest stretch before `suspect` that must stay whole for the difference to show.
+        """Finds the shortest stretch before `suspect` that must stay whole for the difference to show.
 
         One tensor at a time is shown beside it. If both agree, the tensor lies inside the stretch.
         """
@@ -311,23 +276,22 @@ class _Search:
         return not self.errors[name] <= self.tolerance
 
     def _ancestors(self, names: Sequence[str]) -> list[str]:
-        """Comparable tensors on the way to `names`, with themselves, in topological order."""
-        chosen, _ = self.a.between(names)
-        made = {name for index in chosen for name in self.a.nodes[index].output}
+        """Returns the comparable tensors on the way to `names`, with themselves, in topological order."""
+        made = {name for node in self.a.between(names)[0] for name in node.output}
         return [name for name in self.common if name in made]
 
     def _open(self, suspect: str, agreed: set[str]) -> list[str]:
-        """What leads to `suspect` and to nothing that agreed."""
+        """Returns what leads to `suspect` but to nothing that agreed."""
         right = set(self._ancestors(sorted(agreed))) if agreed else set()
         return [name for name in self._ancestors([suspect]) if name not in right and name != suspect]
 
     def _frontier(self, name: str) -> list[str]:
-        """The nearest comparable tensors above `name`."""
+        """Returns the nearest comparable tensors above `name`."""
         _, reached = self.a.between([name], self.position)
         return sorted((n for n in reached if n in self.position), key=self._place)
 
     def _measure(self, names: Sequence[str]) -> None:
-        """Fill `errors` of `names`, in parts that keep within `max_bytes`."""
+        """Fills `errors` of `names`, in parts that keep within `max_bytes`."""
         for part in _parts(names, [self._bytes(name) for name in names], self.max_bytes):
             sums = dict.fromkeys(part, (0.0, 0.0))
             with self.a.engine(part) as engine:
@@ -338,7 +302,7 @@ class _Search:
             self.errors |= {name: _ratio(*both) for name, both in sums.items()}
 
     def _bytes(self, name: str) -> int:
-        """What comparing the tensor holds: side a of all feeds, side b of one, and the difference."""
+        """Returns the bytes that comparing a tensor holds: side a of all feeds, side b of one, and the difference."""
         return 4 * math.prod(self.a.infos[name].shape) * (len(self.feeds) + 2)
 
     def _alone(self, output: str, stops: set[str]) -> tuple[float, dict[str, float]]:
@@ -359,15 +323,15 @@ class _Search:
         return _ratio(*sums[output]), {name: self.errors.get(name, 0.0) for name in inputs}
 
     def _report(self, output: str, stops: set[str], fused: bool) -> Difference:
-        parts = [self.a.nodes[i] for i in self.a.between([output], stops)[0]]
+        parts = self.a.between([output], stops)[0]
         chosen_a = _working(parts, self.a)
-        chosen_b = _working([self.b.nodes[i] for i in self.b.between([output], stops)[0]], self.b)
+        chosen_b = _working(self.b.between([output], stops)[0], self.b)
         outputs = [{name for node in chosen for name in node.output} for chosen in (chosen_a, chosen_b)]
         single = [n for n in (*chosen_a, *chosen_b) if (outputs[0] & outputs[1]).isdisjoint(n.output)]
         culprit = single[0] if single else next(n for n in chosen_a if output in n.output)
         alone, inputs = self._alone(output, stops)
         constants = {}
-        for name in {name: None for node in parts for name in _reads(node)}:
+        for name in {name: None for node in parts for name in reads(node)}:
             ours, theirs = self.a.constant(name), self.b.constant(name)
             if ours is not None and theirs is not None:
                 sums = {name: (0.0, 0.0)}
@@ -375,13 +339,13 @@ class _Search:
                 if (error := _ratio(*sums[name])) > 0:
                     constants[name] = error
         return Difference(
-            node=_name(culprit),
+            node=culprit.name,
             op_type=culprit.op_type,
             output=output,
             output_error=self.errors[output],
             inputs=inputs,
             constants=constants,
-            nodes=tuple(dict.fromkeys(_name(node) for node in (*chosen_a, *chosen_b))),
+            nodes=tuple(dict.fromkeys(node.name for node in (*chosen_a, *chosen_b))),
             fused=fused,
             alone=alone,
             tolerance=self.tolerance,
@@ -389,7 +353,7 @@ class _Search:
 
 
 def _working(nodes: list[onnx.NodeProto], side: _Side) -> list[onnx.NodeProto]:
-    """Without the nodes that only prepare constants and shapes."""
+    """Returns the nodes without those that only prepare constants and shapes."""
     return [node for node in nodes if any(name in side.live for name in node.output)]
 
 
@@ -397,45 +361,15 @@ def _real(array: np.ndarray) -> np.ndarray:
     return array if array.dtype.kind == "f" else array.astype(np.float64)
 
 
-def _without_weights(model: onnx.ModelProto, keep_nodes: bool = True) -> onnx.ModelProto:
-    """A copy without large weights, as inputs of the same shape, for shape inference; or only the frame of the model.
-
-    Small constants stay: they hold shapes.
-    """
+def _info(graph: OnnxGraph, name: str) -> TensorInfo | None:
+    """Returns shape and dtype of a tensor; None for a type that numpy does not have."""
     import onnx
 
-    made = onnx.ModelProto()
-    made.ir_version, made.producer_name = model.ir_version, model.producer_name
-    made.opset_import.extend(model.opset_import)
-    made.functions.extend(model.functions)
-    made.graph.name = model.graph.name
-    if not keep_nodes:
-        return made
-    made.graph.node.extend(model.graph.node)
-    made.graph.output.extend(model.graph.output)
-    made.graph.input.extend(model.graph.input)
-    made.graph.value_info.extend(model.graph.value_info)
-    inputs = {value.name for value in model.graph.input}
-    for tensor in model.graph.initializer:
-        if tensor.data_location != onnx.TensorProto.EXTERNAL and math.prod(tensor.dims) <= 64:
-            made.graph.initializer.append(tensor)
-        elif tensor.name not in inputs:
-            made.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
-    return made
-
-
-def _reads(node: onnx.NodeProto) -> list[str]:
-    """Names that a node reads, with those that the bodies of its branches and loops may take from outside."""
-    names = [name for name in node.input if name]
-    for attribute in node.attribute:
-        for body in (*([attribute.g] if attribute.HasField("g") else ()), *attribute.graphs):
-            names += [name for inner in body.node for name in _reads(inner)]
-            names += [value.name for value in body.output]
-    return names
-
-
-def _name(node: onnx.NodeProto) -> str:
-    return node.name or node.output[0]
+    try:
+        dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(graph.types[name])).name
+    except (KeyError, TypeError):
+        return None
+    return TensorInfo(name, graph.shapes[name], dtype)
 
 
 def _value(info: TensorInfo) -> Any:
@@ -447,12 +381,12 @@ def _value(info: TensorInfo) -> Any:
 
 
 def _fitting(engine: Engine, feeds: Feeds) -> Feeds:
-    """Of `feeds` what the engine takes."""
+    """Returns those of `feeds` that the engine takes."""
     return {info.name: feeds[info.name] for info in engine.inputs}
 
 
 def _spread(items: Sequence[str], count: int) -> list[str]:
-    """At most `count` items at equal distances; the last but no first, as a difference shows downstream."""
+    """Returns at most `count` items at equal distances; the last but no first, as a difference shows downstream."""
     if len(items) <= count:
         return list(items)
     return [items[(step + 1) * len(items) // count - 1] for step in range(count)]
@@ -472,7 +406,7 @@ def _parts(names: Sequence[str], sizes: Sequence[int], limit: int) -> Iterator[l
 
 
 def _add(sums: dict[str, tuple[float, float]], want: Feeds, got: Feeds) -> None:
-    """Add mean|want - got| and mean|want| of one feed; equal infinities and NaNs are no difference."""
+    """Adds mean|want - got| and mean|want| of one feed; equal infinities and NaNs are no difference."""
     for name, (difference, scale) in sums.items():
         a, b = np.asarray(want[name]), np.asarray(got[name])
         if a.shape != b.shape:

@@ -1,4 +1,4 @@
-"""The calibration set as a quantizer sees it: bounded, checked, counted, one item in memory.
+"""Hands a calibration set to a quantizer: bounded, checked, counted, with one item in memory.
 
 An item that is finite itself may still give NaN or inf inside the model: a range made of it is worthless (or, as least
 and largest values pass over NaN, right by luck alone), so every quantizer refuses it with the sentence of `not_finite`.
@@ -70,7 +70,7 @@ class CalibrationItems:
 
 
 def not_finite(tensor: str, item: int) -> BackendError:
-    """The refusal of a calibration item (counted from 0) that gives NaN or inf in a tensor inside the model."""
+    """Returns the error for a calibration item (counted from 0) that gives NaN or inf in a tensor inside the model."""
     return BackendError(
         f"calibration item {item} gives a value that is not finite (NaN or inf) in the tensor {tensor!r} of the float "
         "model, so no range can be measured there: take the item out of the calibration set, or correct the model"
@@ -79,7 +79,7 @@ def not_finite(tensor: str, item: int) -> BackendError:
 
 @contextlib.contextmanager
 def finite_layers(layers: Iterable[tuple[str, torch.nn.Module]], items: CalibrationItems) -> Iterator[None]:
-    """While it lasts, the inputs of `layers` (by name) are checked in every forward pass of an item of `items`.
+    """Checks the inputs of `layers` (by name) in every forward pass of an item of `items` inside this context.
 
     Raises BackendError (see `not_finite`) from inside that pass.
     """
@@ -105,8 +105,8 @@ def check_finite(
     names: Sequence[str],
     items: CalibrationItems,
 ) -> None:
-    """Run the float `module` over `items` (inputs in the order of `names`) and raise BackendError at the first one that
-    gives NaN or inf in an input of `layers`."""
+    """Runs the float `module` over `items` (inputs in the order of `names`) and raises BackendError at the first
+    one that gives NaN or inf in an input of `layers`."""
     import torch
 
     with finite_layers(layers, items), torch.no_grad():

@@ -1,4 +1,4 @@
-"""torch module -> ONNX: the one graph that every toolchain starts from, checked against torch when it is written.
+"""Exports torch modules to ONNX, the one graph that every toolchain starts from, and checks the file against torch.
 
 The file holds no path, no stack trace and no time: the same module gives the same bytes. Graphs whose weights
 exceed `EXTERNAL_ABOVE` bytes keep them in one `<name>.data` file, because a protobuf ends at 2 GiB.
@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from backends.base import BackendError, Graph, TensorInfo, sha256_files
+from backends.base import BackendError, Graph, TensorInfo, first_line, sha256_files
 
 if TYPE_CHECKING:
     import onnx
     import torch
 
 EXTERNAL_ABOVE = 1_800_000_000
-_SHARED_ABOVE = 1024  # bytes
+SHARED_ABOVE = 1024  # bytes
 EXPORTERS = ("auto", "torchscript", "dynamo")
 
 
@@ -39,7 +39,7 @@ def export(
     tolerance: float = 1e-4,
     external_above: int = EXTERNAL_ABOVE,
 ) -> Graph:
-    """Write `module` as ONNX with static shapes, check it against torch, and return its graph.
+    """Writes `module` as ONNX with static shapes, checks it against torch, and returns its graph.
 
     `example` maps input names to tensors, in the order of the module's positional arguments; the module returns a
     tensor or a tuple of tensors, named by `output_names` in that order. `exporter` 'auto' takes the tracing exporter
@@ -59,7 +59,7 @@ def export(
     large = weights > external_above
     if exporter == "auto":
         exporter = "dynamo" if large else "torchscript"
-    with _eval_mode(module), tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
+    with eval_mode(module), tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
         made = Path(folder) / target.name
         with torch.no_grad(), _quiet():
             try:
@@ -75,21 +75,14 @@ def export(
                     verbose=False,
                 )
             except Exception as error:
-                first = str(error).strip().splitlines()
                 raise BackendError(
-                    f"the {exporter} exporter cannot write {target.name}: {first[0] if first else type(error).__name__}"
+                    f"the {exporter} exporter cannot write {target.name}: {first_line(error)}"
                 ) from error
         _rewrite(made, large and exporter == "torchscript")
         graph = describe_onnx(made)
         _check_names(graph, list(example), list(output_names), target.name)
         verify(graph, module, example, tolerance)
-        data = made.with_name(made.name + ".data")
-        old_data = target.with_name(target.name + ".data")
-        if data.exists():
-            data.replace(old_data)
-        else:
-            old_data.unlink(missing_ok=True)
-        made.replace(target)
+        move_graph(made, target)
     return Graph(target, graph.inputs, graph.outputs, graph.sha256)
 
 
@@ -107,7 +100,7 @@ def verify(
     feeds = [{name: tensor.detach().cpu().numpy() for name, tensor in draw.items()} for draw in draws(example)]
     feeds = feeds if np.isfinite(tolerance) else feeds[:1]  # then only whether the file runs is asked
     errors: dict[str, float] = {}
-    with _eval_mode(module), OnnxRuntimeEngine(graph) as engine:
+    with eval_mode(module), OnnxRuntimeEngine(graph) as engine:
         reference = TorchEngine(module, graph.inputs, graph.outputs)
         for feed in feeds:
             want, got = reference.infer(feed), engine.infer(feed)
@@ -119,7 +112,7 @@ def verify(
 
 def _error(want: np.ndarray, got: np.ndarray, tolerance: float, output: str) -> float:
     if not np.isfinite(want).all():
-        raise BackendError(f"{output} holds values that are not finite in torch already: the model is at fault")
+        raise BackendError(f"{output} holds values that are not finite in torch already: the fault is in the model")
     largest = float(np.max(np.abs(want), initial=0.0))
     difference = float(np.max(np.abs(got.astype(np.float64) - want), initial=0.0))
     error = difference / largest if largest else difference
@@ -160,8 +153,26 @@ def _constant(value: torch.Tensor) -> bool:
     return value.is_floating_point() and value.numel() > 1 and bool((value == value.reshape(-1)[0]).all())
 
 
+def save_with_data(model: onnx.ModelProto, path: Path) -> None:
+    """Writes a graph whose constants of 1024 bytes or more are in one file `<name>.data` beside it."""
+    import onnx
+
+    location = f"{path.name}.data"
+    onnx.save_model(model, str(path), save_as_external_data=True, location=location, size_threshold=1024)
+
+
+def move_graph(made: Path, target: Path) -> None:
+    """Moves an ONNX file to `target` of the same file system, its data file first; one of an older graph goes."""
+    data, old_data = (path.with_name(path.name + ".data") for path in (made, target))
+    if data.exists():
+        data.replace(old_data)
+    else:
+        old_data.unlink(missing_ok=True)
+    made.replace(target)
+
+
 def describe_onnx(path: Path | str) -> Graph:
-    """Read names, static shapes and dtypes of an ONNX file (weights stay on disk).
+    """Reads names, static shapes and dtypes of an ONNX file (weights stay on disk).
 
     Raises BackendError when the file cannot be read, a shape is dynamic, or external data lies anywhere but in
     `<file name>.data` beside it.
@@ -208,7 +219,7 @@ def _external_files(model: onnx.ModelProto) -> set[str]:
 
 
 def _rewrite(path: Path, gather_weights: bool) -> None:
-    """Drop everything that depends on where and when the file was made; optionally put all weights in one file."""
+    """Drops everything that depends on where and when the file was made; optionally puts all weights in one file."""
     import onnx
 
     model = onnx.load(str(path), load_external_data=gather_weights)
@@ -231,14 +242,7 @@ def _rewrite(path: Path, gather_weights: bool) -> None:
         return
     keep = path.with_name(f"{path.name}.whole")
     keep.mkdir()
-    onnx.save_model(
-        model,
-        str(keep / path.name),
-        save_as_external_data=True,
-        all_tensors_to_one_file=True,
-        location=path.name + ".data",
-        size_threshold=1024,
-    )
+    save_with_data(model, keep / path.name)
     for old in path.parent.iterdir():
         if old.is_file():
             old.unlink()
@@ -248,7 +252,7 @@ def _rewrite(path: Path, gather_weights: bool) -> None:
 
 
 def _share_constants(graph: onnx.GraphProto) -> None:
-    """Make equal Constant nodes one initializer: the tracing exporter repeats a buffer at each of its uses.
+    """Makes equal Constant nodes one initializer: the tracing exporter repeats a buffer at each of its uses.
 
     Small ones stay: they name shapes and axes, and nobody saves space with them. So do graph outputs, whose names are
     part of the contract, and everything in a graph with branches or loops, which may name constants of the outer one.
@@ -261,7 +265,7 @@ def _share_constants(graph: onnx.GraphProto) -> None:
     nodes = []
     for node in graph.node:
         tensor = node.attribute[0].t if node.op_type == "Constant" and node.attribute[0].name == "value" else None
-        if tensor is None or len(tensor.raw_data) < _SHARED_ABOVE or node.output[0] in named:
+        if tensor is None or len(tensor.raw_data) < SHARED_ABOVE or node.output[0] in named:
             nodes.append(node)
             continue
         tensor.name = ""
@@ -289,7 +293,7 @@ def _check_names(graph: Graph, inputs: list[str], outputs: list[str], name: str)
 
 
 @contextlib.contextmanager
-def _eval_mode(module: torch.nn.Module) -> Iterator[None]:
+def eval_mode(module: torch.nn.Module) -> Iterator[None]:
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
@@ -301,7 +305,7 @@ def _eval_mode(module: torch.nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporters print progress and warn about each traced constant; only errors matter to a caller."""
+    """Silences the exporters, which print progress and warn about each traced constant; errors still come through."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -1,8 +1,8 @@
-"""Checks of what is asked of a quantizer: what it can do at all, before anything is made, and the rest of a spec.
+"""Checks a request to a quantizer: first what it supports at all, before anything is made, then the rest of the spec.
 
 A quantizer says what it can do in attributes, all of them optional: `bits` (see `lowered_to`); `follows`, settings of
 `QuantSpec` with the values that it takes (any value for those that are not listed); `needs`, modules that it imports
-and that may be missing, and `mend`, the command that installs them.
+and that may be missing, and `remedy`, the command that installs them.
 """
 
 from __future__ import annotations
@@ -11,18 +11,21 @@ import importlib.util
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from backends.base import BackendError, Quantizer, QuantSpec, Source, Unavailable, lowered_to, nearest
+
+if TYPE_CHECKING:
+    import torch
 
 WEIGHT_RANGES = ("auto", "full", "half")
 _SHOWN = 8  # channels of a layer, and layers, that a note lists
 
 
 def check_settings(quantizer: Quantizer, asked: Any, others: Iterable[Quantizer] = (), section: str = "") -> None:
-    """Refuse what `quantizer` cannot do at all. `asked` has the settings of a `QuantSpec` as attributes.
+    """Refuses what `quantizer` cannot do at all. `asked` has the settings of a `QuantSpec` as attributes.
 
     The sentence names the setting, `section` before it, and those of `others` that can. Raises BackendError.
     """
@@ -47,8 +50,8 @@ def check_installed(quantizer: Quantizer) -> None:
     """Raises Unavailable when a module that `quantizer` imports is missing; nothing is imported."""
     missing = [name for name in getattr(quantizer, "needs", ()) if not importlib.util.find_spec(name)]
     if missing:
-        mend = f"; {quantizer.mend}" if hasattr(quantizer, "mend") else ""
-        raise Unavailable(f"quantizer {quantizer.name!r} cannot run: no module named {', '.join(missing)}{mend}")
+        remedy = f"; {quantizer.remedy}" if hasattr(quantizer, "remedy") else ""
+        raise Unavailable(f"quantizer {quantizer.name!r} cannot run: no module named {', '.join(missing)}{remedy}")
 
 
 def _follows(quantizer: Quantizer) -> dict[str, tuple[Any, ...]]:
@@ -64,7 +67,7 @@ def _shown(value: Any) -> str:
 
 
 def check_left(graph: str, able: Iterable[str], kept: Iterable[str], keep: Sequence[str]) -> None:
-    """Refuse a graph of which nothing would be quantized, with one sentence for all quantizers.
+    """Refuses a graph of which nothing would be quantized, with one sentence for all quantizers.
 
     able: its matmuls and convolutions that the quantizer lowers; kept: those nodes that the keep-list `keep` protects.
     Raises BackendError.
@@ -74,7 +77,7 @@ def check_left(graph: str, able: Iterable[str], kept: Iterable[str], keep: Seque
 
 
 def lost_channels(tool: str, layers: Iterable[tuple[str, np.ndarray, np.ndarray]]) -> list[str]:
-    """A note on output channels whose weights are rounded to one step of the quantizer or to none; empty without any.
+    """Returns a note on output channels whose weights are rounded to one step of the quantizer or to none.
 
     layers: name, largest magnitude of each output channel's weights, and the steps that this is, both of shape
     (channels,). Channels that are zero in float are none of them.
@@ -97,7 +100,7 @@ def _short(words: list[str], sign: str) -> str:
 
 
 def nothing_left(graph: str, keep: Sequence[str]) -> BackendError:
-    """The refusal of a graph of which nothing is quantized."""
+    """Returns the error for a graph of which nothing is quantized."""
     listed = f"the keep-list ({', '.join(keep)})" if keep else "the keep-list (empty)"
     return BackendError(
         f"{graph}: nothing is left to quantize: {listed} leaves it no matmul or convolution that can be lowered; "
@@ -114,3 +117,17 @@ def check_common(spec: QuantSpec, source: Source) -> None:
         raise BackendError(f"calibration_samples must be at least 1, got {spec.calibration_samples}")
     if not source.name or Path(source.name).name != source.name:
         raise BackendError(f"a graph's name must be a plain file name, got {source.name!r}")
+    alpha = spec.smooth_quant_alpha
+    if alpha is not None and not 0 <= alpha <= 1:
+        raise BackendError(f"smooth_quant_alpha must lie in [0, 1] or be null, got {alpha}")
+
+
+def module_of(source: Source, tool: str) -> torch.nn.Module:
+    """Returns the module of `source`. Raises BackendError where it, its example inputs, or an input of its graph is
+    missing; `tool` is the subject of the message."""
+    if source.module is None or not source.example:
+        raise BackendError(f"{tool} starts from a torch module and example inputs: give both")
+    have, want = list(source.example), [t.name for t in source.graph.inputs]
+    if have != want:
+        raise BackendError(f"the example's inputs {have} are not those of the graph, {want}")
+    return source.module

@@ -1,4 +1,4 @@
-"""Silence for quantization tools that talk on stdout, where a command prints its result."""
+"""Silences quantization tools that print to stdout, where a command prints its result."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Drop log messages, warnings and what Python code prints; only exceptions come through.
+    """Drops log messages, warnings and what Python code prints; only exceptions come through.
 
     The tools log each step, draw progress bars, and complain about every optional package and GPU tool that is missing.
     """

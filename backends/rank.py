@@ -1,4 +1,4 @@
-"""Which quantized nodes cause how much of a graph's error: one node, or one group, goes back to float at a time.
+"""Ranks quantized nodes by their share of a graph's error: one node, or one group, is put back to float at a time.
 
 How a node goes back to float is each backend's own part, its `backends.base.Surgery`.
 """
@@ -20,7 +20,7 @@ Progress = Callable[[int, int, str], None]
 
 @dataclass(frozen=True)
 class NodeShare:
-    """What a node (or a group of nodes) costs: `share` of the error is gone when it alone computes in float.
+    """The cost of a node (or a group of nodes): `share` of the error is gone when it alone computes in float.
 
     share = (error_all - error_without) / error_all. Errors are those of `mean_error`. Roundings flip when anything
     changes, so a node without influence shows a small share of either sign, and shares need not add up to 1.
@@ -34,10 +34,10 @@ class NodeShare:
 
 
 def node_groups(names: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Nodes by the part of the model they belong to, in order of their first node.
+    """Groups nodes by the part of the model that they belong to, in order of their first node.
 
-    The part is the name up to its first numbered block ('/dec_blocks.7/attn/proj/MatMul' -> 'dec_blocks.7'), else its
-    first component ('/downstream_head1/dpt/head.0/Conv' -> 'downstream_head1'). A name without components belongs to
+    The part is the name up to its first numbered block ('/blocks.7/attn/proj/MatMul' -> 'blocks.7'), else its
+    first component ('/head/out.0/Conv' -> 'head'). A name without components belongs to
     the node before it; where no name has any, as other exporters write them, runs of about sqrt(count) are groups.
     """
     scoped = [name for name in names if "/" in name.strip("/")]
@@ -70,16 +70,16 @@ def rank_nodes(
     progress: Progress | None = None,
     known: MutableMapping[str, float] | None = None,
 ) -> list[NodeShare]:
-    """Shares of the quantized graph's error, the largest first.
+    """Returns the shares of the quantized graph's error, the largest first.
 
     feeds: inputs of the graph, one or two suffice. reference: what the outputs are compared with, one item for each
     item that is compared; by default the float graph's outputs. names: nodes, or groups of nodes by name; by default
-    every quantized node. after: computes what is compared from the outputs of all feeds (for an encoder, the decoder's
-    outputs), so that errors of several graphs share one scale. progress: called with done, total and name before each
-    measurement. known: errors that were measured before, by the names of the nodes that were in float, a line each;
-    those that are measured now are added.
-    Everything unquantized computes in f32. Memory holds one graph with one set of changes at a time, and no activations
-    but the outputs. Raises BackendError for an unknown name and when there are no feeds.
+    every quantized node. after: computes what is compared from the outputs of all feeds (the outputs of a graph that
+    follows this one), so that errors of several graphs share one scale. progress: called with done, total and name
+    before each measurement. known: errors that were measured before, by the names of the nodes that were in float, a
+    line each; those that are measured now are added. Everything unquantized computes in f32. Memory holds one graph
+    with one set of changes at a time, and no activations but the outputs. Raises BackendError for an unknown name and
+    when there are no feeds.
     """
     if not feeds:
         raise BackendError("there is nothing to rank on: no feeds")
@@ -121,7 +121,7 @@ def rank_by_groups(
     progress: Progress | None = None,
     known: MutableMapping[str, float] | None = None,
 ) -> tuple[list[NodeShare], list[NodeShare]]:
-    """Shares of the groups of `node_groups`, then of the single nodes of the `detail` worst groups; both sorted.
+    """Returns the shares of the groups of `node_groups`, and of the single nodes of the `detail` worst; both sorted.
 
     Groups with a share below `least` are not looked into. The other arguments are those of `rank_nodes`.
     """
@@ -136,7 +136,7 @@ def rank_by_groups(
 
 
 def mean_error(got: Sequence[Feeds], want: Sequence[Feeds]) -> float:
-    """Mean over all outputs and items of mean|got - want| / mean|want|; infinite when a value is not finite."""
+    """Returns the mean over outputs and items of mean|got - want| / mean|want|; inf for a value that is not finite."""
     if len(got) != len(want):
         raise BackendError(f"{len(got)} results cannot be compared with {len(want)}")
     errors = []
@@ -150,14 +150,14 @@ def mean_error(got: Sequence[Feeds], want: Sequence[Feeds]) -> float:
 
 
 def check_names(names: Iterable[str], known: Sequence[str], graph: str) -> None:
-    """Raise BackendError for a name that is none of the quantized nodes `known` of `graph`."""
+    """Raises BackendError for a name that is none of the quantized nodes `known` of `graph`."""
     for name in names:
         if name not in known:
             raise BackendError(f"{graph} has no quantized node {name!r}{nearest(name, known)}")
 
 
 def other_model(kind: str, name: str) -> BackendError:
-    """The float graph has no node of this type and name."""
+    """Returns the error for a node that the float graph does not have by type and name."""
     return BackendError(f"the float graph has no {kind} {name!r}: it is of another model")
 
 

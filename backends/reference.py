@@ -1,4 +1,4 @@
-"""The references that engines are checked against: torch eager and ONNX Runtime on the CPU."""
+"""Runs the references that engines are checked against: torch eager and ONNX Runtime on the CPU."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from backends import flops
 from backends.base import (
     Availability,
     BackendError,
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     import torch
 
 OPTIONS: dict[str, Any] = {"threads": None, "optimize": True, "fuse_qdq": True}
-_MEND = 'pip install -e "."'
+_REMEDY = 'pip install -e "."'
 
 
 class TorchEngine(Engine):
@@ -47,7 +48,7 @@ class TorchEngine(Engine):
         outputs: Sequence[TensorInfo],
         precision: Precision = Precision.F32,
     ) -> None:
-        """`inputs` in the order of the module's positional arguments, `outputs` in the order of what it returns."""
+        """Takes `inputs` in the order of the module's arguments, `outputs` in the order of what it returns."""
         if precision not in (Precision.F32, Precision.BF16):
             raise BackendError(f"torch eager runs in f32 or bf16, not {precision}")
         self.module: torch.nn.Module | None = module
@@ -106,7 +107,7 @@ class OnnxRuntimeEngine(Engine):
         settings.graph_optimization_level = (
             levels.ORT_ENABLE_ALL if self.options["optimize"] else levels.ORT_DISABLE_ALL
         )
-        # Scores and pictures are computed beside it on the same cores: a thread that waits must not spin there.
+        # Other work runs beside it on the same cores: a thread that waits must not spin there.
         settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
         # Otherwise weight-only graphs get their activations quantized on the fly.
         settings.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
@@ -134,7 +135,7 @@ class OnnxRuntimeEngine(Engine):
         return self._run(self._session, feeds)
 
     def kernels(self) -> list[Kernel]:
-        """One profiled run on zeros, in a session of its own. Matmul and convolution nodes carry FLOPs as executed."""
+        """Profiles one run on zeros in a session of its own. Matmul and convolution nodes carry FLOPs as executed."""
         with tempfile.TemporaryDirectory() as folder:
             session = self._start(Path(folder) / "run")
             self._run(session, {t.name: np.zeros(t.shape, t.dtype) for t in self.inputs})
@@ -157,7 +158,7 @@ class ReferenceBackend:
             versions = {name: metadata.version(name) for name in ("torch", "onnx", "onnxruntime")}
             import onnxruntime
         except (ImportError, metadata.PackageNotFoundError) as error:
-            return Availability(available=False, reason=f"a package is missing: {error}", mend=_MEND)
+            return Availability(available=False, reason=f"a package is missing: {error}", remedy=_REMEDY)
         devices = ("CPU",) if "CPUExecutionProvider" in onnxruntime.get_available_providers() else ()
         return Availability(available=True, devices=devices, versions=versions)
 
@@ -168,10 +169,10 @@ class ReferenceBackend:
         return [Precision.F32]
 
     def compile(self, graph: Graph, precision: Precision, options: Mapping[str, Any] | None = None) -> Engine:
-        """Options: `threads`, `optimize`, `fuse_qdq`. INT8 is accepted: the file's own Q/DQ nodes say what it is."""
+        """Compiles an ONNX graph; options as `OPTIONS`. INT8 is accepted: the file's Q/DQ nodes say what is int8."""
         found = self.availability()
         if not found.available:
-            raise Unavailable(f"backend 'reference' cannot run: {found.reason}; {found.mend}")
+            raise Unavailable(f"backend 'reference' cannot run: {found.reason}; {found.remedy}")
         if precision not in (Precision.F32, Precision.INT8):
             raise BackendError(f"backend 'reference' compiles f32 and int8 files, not {precision}")
         return OnnxRuntimeEngine(graph, options)
@@ -186,7 +187,7 @@ def _floats(array: np.ndarray) -> np.ndarray:
 
 
 def _kernel(event: dict[str, Any], weights: Mapping[str, list[int]]) -> Kernel:
-    """One node event of ONNX Runtime's profile; `weights` holds the weight shape of each node of the file."""
+    """Returns the kernel of a node event of ONNX Runtime's profile; `weights`: weight shapes of the file's nodes."""
     args = event["args"]
     kind = args.get("op_name", "unknown")
     integer = kind.startswith("QLinear") or "Integer" in kind or kind == "QGemm"
@@ -206,20 +207,20 @@ def _kernel(event: dict[str, Any], weights: Mapping[str, list[int]]) -> Kernel:
 
 
 def _flops(kind: str, inputs: list[list[int]], outputs: list[list[int]], weight: list[int] | None) -> float:
-    """Two per multiply-add, of the shapes that ran: channels padded to the vector width count.
+    """Counts two FLOPs per multiply-add, of the shapes that ran: channels padded to the vector width count.
 
-    The profile leaves out weights that were packed at load time, so the file's shapes stand in for those.
+    The profile leaves out weights that were packed at load time, so the file's shapes replace them.
     """
     if not inputs or not outputs or len(inputs[0]) < 2 or not math.prod(outputs[0]):
         return 0.0
     if "MatMul" in kind or "Gemm" in kind:
-        return 2.0 * math.prod(outputs[0]) * inputs[0][-1]
+        return flops.matmul(outputs[0], inputs[0][-1])
     if "Conv" not in kind:
         return 0.0
     kernel = next((shape for shape in inputs[1:] if len(shape) == len(inputs[0])), weight)
     if kernel is None:
         return 0.0
-    return 2.0 * math.prod(inputs[0] if "Transpose" in kind else outputs[0]) * math.prod(kernel[1:])
+    return flops.convolution(inputs[0], outputs[0], kernel[1:], "Transpose" in kind)
 
 
 def _weight_shapes(path: Path) -> dict[str, list[int]]:

@@ -1,4 +1,4 @@
-"""Which toolchains there are: the built-in ones by name, and those that other packages offer.
+"""Lists the toolchains: the built-in ones by name, and those that other packages add.
 
 Another package adds a backend with the entry-point group `pqk.backends`:
 
@@ -24,18 +24,18 @@ BUILT_IN = {
 
 
 def table() -> dict[str, str]:
-    """Backend name -> 'module:object'. A built-in name cannot be replaced by an entry point."""
+    """Maps each backend's name to 'module:object'. A built-in name cannot be replaced by an entry point."""
     found = {point.name: point.value for point in metadata.entry_points(group=GROUP)}
     return {**found, **BUILT_IN}
 
 
 def names() -> list[str]:
-    """All known backend names, sorted; a name does not promise that the toolchain is installed."""
+    """Returns all known backend names, sorted; the toolchain of a name need not be installed."""
     return sorted(table())
 
 
 def get(name: str) -> Backend:
-    """Import and construct a backend. Raises BackendError for an unknown name or one that cannot be loaded."""
+    """Imports and constructs a backend. Raises BackendError for an unknown name or one that cannot be loaded."""
     known = table()
     if name not in known:
         raise BackendError(f"unknown backend {name!r}{nearest(name, known)}; known are {names()}")
@@ -48,11 +48,11 @@ def get(name: str) -> Backend:
 
 
 def availabilities() -> dict[str, Availability]:
-    """What each known backend says of this machine; one that cannot even be loaded is reported, not raised."""
+    """Asks each known backend about this machine; one that cannot even be loaded is reported, not raised."""
     found: dict[str, Availability] = {}
     for name in names():
         try:
             found[name] = get(name).availability()
         except BackendError as error:
-            found[name] = Availability(available=False, reason=str(error), mend="repair or remove that package")
+            found[name] = Availability(available=False, reason=str(error), remedy="repair or remove that package")
     return found

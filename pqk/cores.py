@@ -1,10 +1,9 @@
-"""The CPU: its name, and how many of its cores this process may use."""
+"""Counts the CPU cores that this process may use."""
 
 from __future__ import annotations
 
 import math
 import os
-import platform
 from contextlib import suppress
 from pathlib import Path
 
@@ -65,9 +64,3 @@ def _lines(file: Path) -> list[str]:
         return file.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return []
-
-
-def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """The CPU's model name as Linux tells it; elsewhere its architecture, such as 'arm64'."""
-    named = (line.partition(":")[2].strip() for line in _lines(cpuinfo) if line.startswith("model name"))
-    return next((name for name in named if name), platform.processor() or platform.machine())

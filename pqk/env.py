@@ -32,7 +32,7 @@ def show_environment(as_json: bool) -> None:
                 "versions": dict(a.versions),
                 "details": dict(a.details),
                 "reason": a.reason or None,
-                "mend": a.mend or None,
+                "mend": a.remedy or None,
             }
             for name, a in found.items()
         }
@@ -49,5 +49,5 @@ def show_environment(as_json: bool) -> None:
             lines = [versions, f"devices: {', '.join(a.devices)}", *(f"{k}: {v}" for k, v in a.details.items())]
             table.add_row(name, "[green]available[/]", escape("\n".join(line for line in lines if line)))
         else:
-            table.add_row(name, "[red]unavailable[/]", escape(f"{a.reason}\n→ {a.mend}"))
+            table.add_row(name, "[red]unavailable[/]", escape(f"{a.reason}\n→ {a.remedy}"))
     console.print(table)

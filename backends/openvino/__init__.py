@@ -1,1 +1,1 @@
-"""OpenVINO toolchain. Importing this package imports nothing from Intel."""
+"""Holds the OpenVINO toolchain. Importing this package imports nothing from Intel."""

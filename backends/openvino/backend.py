@@ -1,4 +1,4 @@
-"""OpenVINO: what this machine offers, its quantizers, and compilation."""
+"""Describes OpenVINO on this machine, lists its quantizers, and compiles graphs with it."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from importlib import metadata
 from typing import Any
 
 from backends.base import Availability, BackendError, Engine, Graph, Kernel, Precision, Quantizer, Surgery, Unavailable
-from backends.openvino.cpu import instruction_sets
+from backends.cpu import instruction_sets
 
-MEND = 'pip install -e ".[openvino]"'
+REMEDY = 'pip install -e ".[openvino]"'
 INC = "neural-compressor-pt"
 
 
@@ -18,22 +18,24 @@ class OpenVINOBackend:
     """ONNX -> NNCF, or torch -> Intel Neural Compressor -> OpenVINO on the CPU."""
 
     name = "openvino"
-    sources: tuple[str, ...] = ("backends.openvino.engine", "backends.openvino.flops", "backends.openvino.cpu")
+    sources: tuple[str, ...] = ("backends.openvino.engine", "backends.openvino.flops", "backends.cpu")
 
     def availability(self) -> Availability:
-        """Versions, devices, the CPU's name, its instruction sets and OpenVINO's capabilities; or what to install."""
+        """Returns versions, devices, the CPU's name and instructions, OpenVINO's capabilities; or what to install."""
         try:
             import openvino as ov
 
             versions = {name: metadata.version(name) for name in ("openvino", "nncf")}
         except (ImportError, metadata.PackageNotFoundError) as error:
-            return Availability(available=False, reason=f"a package is missing: {error}", mend=MEND)
+            return Availability(available=False, reason=f"a package is missing: {error}", remedy=REMEDY)
         with contextlib.suppress(metadata.PackageNotFoundError):  # only the quantizer `inc` needs it
             versions[INC] = metadata.version(INC)
         core = ov.Core()
         devices = tuple(core.available_devices)
         if "CPU" not in devices:
-            return Availability(available=False, reason="OpenVINO finds no CPU device", mend=MEND, versions=versions)
+            return Availability(
+                available=False, reason="OpenVINO finds no CPU device", remedy=REMEDY, versions=versions
+            )
         details = {
             "cpu": str(core.get_property("CPU", "FULL_DEVICE_NAME")).strip(),
             "capabilities": " ".join(sorted(core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"))),
@@ -42,37 +44,37 @@ class OpenVINOBackend:
         return Availability(available=True, devices=devices, versions=versions, details=details)
 
     def quantizers(self) -> Mapping[str, Quantizer]:
-        """Quantizers by name; importing them is left to their first use."""
+        """Returns the quantizers by name; their tools are imported at their first use."""
         from backends.openvino.inc import INCQuantizer
         from backends.openvino.nncf import NNCFQuantizer
 
         return {"nncf": NNCFQuantizer(), "inc": INCQuantizer()}
 
     def float_precisions(self) -> Sequence[Precision]:
-        """F32, and BF16 where the CPU computes in it; the last is the fastest. Raises Unavailable."""
+        """Returns F32, and BF16 where the CPU computes in it; the last is the fastest. Raises Unavailable."""
         self._require()
         from backends.openvino.engine import best_float
 
         return list(dict.fromkeys([Precision.F32, best_float()]))
 
     def compile(self, graph: Graph, precision: Precision, options: Mapping[str, Any] | None = None) -> Engine:
-        """Compile an ONNX or IR graph; options are those of `engine.OPTIONS`. Raises Unavailable or BackendError."""
+        """Compiles an ONNX or IR graph; options are those of `engine.OPTIONS`. Raises Unavailable or BackendError."""
         self._require()
         from backends.openvino.engine import OpenVINOEngine
 
         return OpenVINOEngine(graph, Precision(precision), options)
 
     def kept_in_int8(self, engine: Engine, keep: Sequence[str], kernels: Sequence[Kernel]) -> list[Kernel]:
-        """See `nncf.check_keep`. Raises BackendError for an engine of another backend."""
+        """Returns the kernels of `keep.check_keep`. Raises BackendError for an engine of another backend."""
         from backends.openvino.engine import OpenVINOEngine
-        from backends.openvino.nncf import check_keep
+        from backends.openvino.keep import check_keep
 
         if not isinstance(engine, OpenVINOEngine):
             raise BackendError(f"the keep-list of {type(engine).__name__} cannot be checked by OpenVINO")
         return check_keep(engine, keep, kernels)
 
     def surgery(self) -> type[Surgery]:
-        """Nodes of NNCF's and of INC's graphs go back to float in the IR."""
+        """Returns the class that puts nodes of NNCF's and INC's graphs back to float in the IR."""
         from backends.openvino.rank import IRSurgery
 
         return IRSurgery
@@ -80,4 +82,4 @@ class OpenVINOBackend:
     def _require(self) -> None:
         found = self.availability()
         if not found.available:
-            raise Unavailable(f"backend 'openvino' cannot run: {found.reason}; {found.mend}")
+            raise Unavailable(f"backend 'openvino' cannot run: {found.reason}; {found.remedy}")

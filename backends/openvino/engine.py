@@ -1,9 +1,9 @@
-"""OpenVINO engines on the CPU: compile at a stated precision, read back that it was taken, run, report kernels."""
+"""Compiles graphs for the CPU with OpenVINO at a precision that is read back, runs them, and reports their kernels."""
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import re
 import shutil
 import tempfile
@@ -26,6 +26,7 @@ from backends.base import (
     known_options,
     sha256_files,
 )
+from backends.files import write_whole
 from backends.openvino.flops import executed_kernels
 
 OPTIONS: dict[str, Any] = {
@@ -39,7 +40,7 @@ _PROFILED_RUNS = 3
 
 
 def describe_ir(path: Path | str) -> Graph:
-    """Names, static shapes and dtypes of an OpenVINO IR (`.xml` with `.bin` beside it)."""
+    """Returns names, static shapes and dtypes of an OpenVINO IR (`.xml` with `.bin` beside it)."""
     path = Path(path)
     model = read_model(path)
     inputs, outputs = _ports(model.inputs, path), _ports(model.outputs, path)
@@ -47,7 +48,7 @@ def describe_ir(path: Path | str) -> Graph:
 
 
 def read_model(path: Path) -> Any:
-    """The ov.Model of an ONNX or IR file. Raises BackendError when it cannot be read."""
+    """Returns the ov.Model of an ONNX or IR file. Raises BackendError when it cannot be read."""
     import openvino as ov
 
     if not path.is_file():
@@ -59,7 +60,7 @@ def read_model(path: Path) -> Any:
 
 
 def write_ir(model: Any, target: Path) -> Graph:
-    """Write an ov.Model as IR with its weights as they are (not halved to f16), both files whole or not at all.
+    """Writes an ov.Model as IR with its weights as they are (not halved to f16), both files whole or not at all.
 
     Raises BackendError when the target is not named `.xml`, or cannot be written.
     """
@@ -83,7 +84,7 @@ def write_ir(model: Any, target: Path) -> Graph:
 
 
 def best_float() -> Precision:
-    """bf16 where the CPU multiplies in bf16, else f32."""
+    """Returns bf16 where the CPU multiplies in bf16, else f32."""
     import openvino as ov
 
     return Precision.BF16 if "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES") else Precision.F32
@@ -137,7 +138,7 @@ class OpenVINOEngine(Engine):
         if self.options["threads"]:
             settings["INFERENCE_NUM_THREADS"] = int(self.options["threads"])
         if self.options["cache_dir"] and not perf_count:
-            # A folder per model, so that what lies in it can be told from what another model left.
+            # A folder per model, so that its files are not mixed with those of another model.
             key = sha256(f"{self.graph.sha256} {sorted(settings.items())}".encode()).hexdigest()[:16]
             settings["CACHE_DIR"] = str(Path(self.options["cache_dir"]) / key)
         if not self.options["snippets"]:
@@ -184,7 +185,7 @@ class OpenVINOEngine(Engine):
 
     @property
     def loaded_from_cache(self) -> bool:
-        """Whether the compiled model came from `cache_dir`."""
+        """Returns whether the compiled model came from `cache_dir`."""
         return bool(self._compiled.get_property("LOADED_FROM_CACHE"))
 
     @property
@@ -193,7 +194,7 @@ class OpenVINOEngine(Engine):
         return int(self._compiled.get_property("INFERENCE_NUM_THREADS"))
 
     def kernels(self) -> list[Kernel]:
-        """Executed nodes with their precision, mean time of this call's few runs on zeros (microseconds) and FLOPs.
+        """Returns executed nodes with their precision, mean time of a few runs on zeros (microseconds) and FLOPs.
 
         Unless the engine was made with `perf_count`, the first call compiles the model a second time, and `close` frees
         it. The first run of a compiled model is slow: who compares times leaves the first call out.
@@ -217,12 +218,12 @@ class OpenVINOEngine(Engine):
         return executed_kernels(self._profiled.get_runtime_model(), spent, source, str(self.rest))
 
     def save(self, path: Path | str) -> Graph:
-        """Write the engine's graph as IR at `path` (`.xml`), in full precision; `load` brings it back."""
+        """Writes the engine's graph as IR at `path` (`.xml`), in full precision; `load` brings it back."""
         return write_ir(read_model(self.graph.path), Path(path))
 
     @classmethod
     def load(cls, path: Path | str, precision: Precision, options: Mapping[str, Any] | None = None) -> Self:
-        """Compile an IR that `save` or a quantizer wrote."""
+        """Compiles an IR that `save` or a quantizer wrote."""
         return cls(describe_ir(path), precision, options)
 
     def close(self) -> None:
@@ -234,7 +235,7 @@ _SEAL = "sha256.json"
 
 
 def _drop_untrusted(folder: Path) -> None:
-    """Empty a folder of compiled models unless every file is what `_seal` wrote down.
+    """Emptys a folder of compiled models unless every file is what `_seal` wrote down.
 
     The runtime does not look whether a compiled model is damaged: with a flipped byte it loads, and computes nonsense.
     """
@@ -248,15 +249,10 @@ def _drop_untrusted(folder: Path) -> None:
 
 
 def _seal(folder: Path) -> None:
-    """Write down the sha256 of the compiled models in a folder. A cache that cannot be sealed is dropped next time."""
-    try:
-        if (folder / _SEAL).exists():
-            return
-        temporary = folder / f".{_SEAL}.{os.getpid()}"
-        temporary.write_text(json.dumps(_blobs(folder)), encoding="utf-8")
-        temporary.replace(folder / _SEAL)
-    except OSError:
-        pass
+    """Writes down the sha256 of the compiled models in a folder. A cache that cannot be sealed is dropped next time."""
+    with contextlib.suppress(OSError, BackendError):
+        if not (folder / _SEAL).exists():
+            write_whole(folder / _SEAL, json.dumps(_blobs(folder)).encode())
 
 
 def _blobs(folder: Path) -> dict[str, str]:

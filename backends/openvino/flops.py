@@ -1,4 +1,4 @@
-"""What an OpenVINO engine really executed: per node its precision, its time and its share of the model's FLOPs.
+"""Reads what an OpenVINO engine executed: per node its precision, its time and its share of the model's FLOPs.
 
 FLOPs are counted on the source model (two per multiply-add of MatMul, convolutions and scaled dot product attention;
 operations on constants are folded and count nothing) and handed to the executed node that lists the operation among
@@ -28,6 +28,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from backends import flops
 from backends.base import Kernel
 
 if TYPE_CHECKING:
@@ -38,8 +39,8 @@ CONVOLUTIONS = {"Convolution", "GroupConvolution", "ConvolutionBackpropData", "G
 
 _PRECISIONS = {"i8": "int8", "u8": "int8", "int8": "int8", "fp16": "f16", "fp32": "f32"}
 # Operations that only move values: the quantization of their input is that of their output.
-_MOVES = {"Reshape", "Transpose", "Concat", "Split", "VariadicSplit", "Gather", "Slice", "StridedSlice", "Squeeze"}
-_MOVES |= {"Unsqueeze", "MaxPool", "Relu", "Broadcast", "Convert"}
+MOVES = {"Reshape", "Transpose", "Concat", "Split", "VariadicSplit", "Gather", "Slice", "StridedSlice", "Squeeze"}
+MOVES |= {"Unsqueeze", "MaxPool", "Relu", "Broadcast", "Convert"}
 
 
 @dataclass(frozen=True)
@@ -62,16 +63,15 @@ def operation_flops(op: ov.Node) -> float:
     if kind == "MatMul":
         first = shapes[0]
         inner = first[-2] if len(first) > 1 and op.get_attributes()["transpose_a"] else first[-1]
-        return 2.0 * math.prod(out) * inner
+        return flops.matmul(out, inner)
     if kind == "ScaledDotProductAttention":
-        query, key, value = shapes[:3]
-        return 2.0 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
-    kernel = math.prod(shapes[1][2 if kind.startswith("Group") else 1 :])
-    return 2.0 * math.prod(shapes[0] if "Backprop" in kind else out) * kernel
+        return flops.attention(*shapes[:3])
+    kernel = shapes[1][2 if kind.startswith("Group") else 1 :]
+    return flops.convolution(shapes[0], out, kernel, "Backprop" in kind)
 
 
 def live_operations(model: ov.Model) -> list[ov.Node]:
-    """Operations whose values depend on the inputs' values, in topological order (shapes are constants)."""
+    """Returns the operations whose values depend on the inputs' values, in topological order (shapes are constants)."""
     live: set[str] = set()
     found = []
     for op in model.get_ordered_ops():
@@ -86,28 +86,28 @@ def live_operations(model: ov.Model) -> list[ov.Node]:
 
 
 def is_quantized(op: ov.Node) -> bool:
-    """Whether both operands of a matmul or convolution come from FakeQuantize, through moves of values only."""
+    """Returns whether both operands of a matmul or convolution come from FakeQuantize, through moves of values only."""
     return all(from_fake_quantize(source.get_node()) for source in op.input_values()[:2])
 
 
 def from_fake_quantize(node: ov.Node) -> bool:
-    while node.get_type_name() in _MOVES:
+    while node.get_type_name() in MOVES:
         node = node.input_value(0).get_node()
     return node.get_type_name() == "FakeQuantize"
 
 
 def works(model: ov.Model) -> list[Work]:
-    """Every operation of the model that carries FLOPs."""
+    """Returns every operation of the model that carries FLOPs."""
     found = []
     for op in live_operations(model):
-        flops = operation_flops(op)
-        if flops:
-            found.append(Work(op.get_friendly_name(), _aliases(op), flops, is_quantized(op)))
+        count = operation_flops(op)
+        if count:
+            found.append(Work(op.get_friendly_name(), _aliases(op), count, is_quantized(op)))
     return found
 
 
 def _aliases(op: ov.Node) -> tuple[str, ...]:
-    """The operation's name, its name after dequantization moved behind it, and the bias Add that swallows it."""
+    """Returns its name, its name after dequantization moved behind it, and the bias Add that absorbs it."""
     name = op.get_friendly_name()
     names = [name, f"{name}/DequantizationMultiply"]
     users = op.output(0).get_target_inputs()
@@ -127,7 +127,7 @@ def _is_constant(node: ov.Node) -> bool:
 
 
 def executed_precision_of(primitive: str, runtime: str) -> str:
-    """'int8', 'bf16', 'f16', 'f32' or another type name, from `primitiveType` with `runtimePrecision` as fallback."""
+    """Returns 'int8', 'bf16', 'f16', 'f32' or another type, from `primitiveType`, else from `runtimePrecision`."""
     last = primitive.rsplit("_", 1)[-1].lower()
     known = {*_PRECISIONS, "f32", "bf16", "f16", "i32", "i64", "boolean", "i4", "u4"}
     chosen = last if last in known else runtime.lower()
@@ -135,7 +135,7 @@ def executed_precision_of(primitive: str, runtime: str) -> str:
 
 
 def executed_kernels(runtime_model: ov.Model, spent: Mapping[str, float], source: ov.Model, rest: str) -> list[Kernel]:
-    """Kernels of a compiled model after inference with PERF_COUNT, in the order in which they run.
+    """Returns the kernels of a compiled model after inference with PERF_COUNT, in the order in which they run.
 
     `spent` has the microseconds of the nodes that inference ran (`profiling_info`): the runtime model also lists
     reorders of weights, which ran once while compiling. `rest` is the float precision that was compiled.
@@ -171,7 +171,7 @@ def _node(op: ov.Node) -> dict[str, Any]:
 
 
 def _claim(nodes: list[dict[str, Any]], todo: list[Work]) -> tuple[list[list[Work]], set[int]]:
-    """Which works each executed node did: by name first, then matmul-like nodes without work by equal FLOPs.
+    """Returns the works that each executed node did: by name first, then matmul-like nodes without work by equal FLOPs.
 
     Also the positions of the nodes that were matched by FLOPs.
     """
@@ -203,17 +203,17 @@ def _node_flops(node: dict[str, Any]) -> float:
     if len(shapes) < 2 or not out:
         return 0.0
     if kind == "FullyConnected":
-        return 2.0 * math.prod(out) * shapes[0][-1]
-    if kind == "MatMul":
-        return 2.0 * math.prod(out) * math.prod(shapes[0][-2:]) / out[-2] if len(out) > 1 else 0.0
+        return flops.matmul(out, shapes[0][-1])
+    if kind == "MatMul":  # its first operand may be transposed
+        return flops.matmul(out, math.prod(shapes[0][-2:]) // out[-2]) if len(out) > 1 else 0.0
     if kind in ("Convolution", "Deconvolution"):
-        kernel = math.prod(shapes[1][2 if len(shapes[1]) > len(out) else 1 :])
-        return 2.0 * math.prod(shapes[0] if kind == "Deconvolution" else out) * kernel
+        kernel = shapes[1][2 if len(shapes[1]) > len(out) else 1 :]
+        return flops.convolution(shapes[0], out, kernel, kind == "Deconvolution")
     return 0.0
 
 
 def _kernels_of(node: dict[str, Any], claim: list[Work], rest: str, matched: str) -> list[Kernel]:
-    """One kernel per executed node; two for a Subgraph whose matmuls differ in precision: the first has the time."""
+    """Returns one kernel per executed node; two for a Subgraph with two precisions: the first has the time."""
     precision = executed_precision_of(node["primitiveType"], node["runtimePrecision"])
     groups: dict[str, list[Work]] = {}
     for work in claim:

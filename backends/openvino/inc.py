@@ -1,6 +1,6 @@
-"""Post-training quantization with Intel Neural Compressor: torch module and calibration feeds -> IR with int8 weights.
+"""Quantizes torch modules with Intel Neural Compressor: module and calibration feeds -> IR with int8 weights.
 
-The road is INC's static quantization of exported programs (PT2E): export, observe, convert, export again, read into
+The way is INC's static quantization of exported programs (PT2E): export, observe, convert, export again, read into
 OpenVINO. Where its defaults cost quality or speed, the observers are changed between `prepare` and `convert`, the one
 place where each of them can be reached by name:
 
@@ -9,7 +9,7 @@ place where each of them can be reached by name:
 - Ranges are the mean over the calibration items of each item's least and largest value, as NNCF's are. INC's observer
   averages with weight 0.01 instead, so that the first item decides.
 - Values that are never negative get the unsigned range 0..255 with zero point 0: one bit more behind each ReLU
-  (without, the points of the shipped teacher's decoder were off by 1.3 % instead of 1.1 %).
+  (without, an output of a 3D model was off by 1.3 % instead of 1.1 %).
 - Weights take -127..127, or -63..63 where int8 sums saturate (`weight_range`). INC has no setting for that.
 
 Attention and transposed convolutions stay in float: INC does not quantize them. Calibration runs in torch at f32, once
@@ -21,19 +21,21 @@ from __future__ import annotations
 import contextlib
 import operator
 import os
-import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from backends.base import BackendError, Feeds, Graph, QuantSpec, Source, TensorInfo, Unavailable, nearest
+from backends.base import BackendError, Feeds, Graph, QuantSpec, Source, TensorInfo, Unavailable, first_line
 from backends.calibration import CalibrationItems, not_finite
-from backends.openvino.cpu import half_range, weight_range_notes
+from backends.cpu import half_range, weight_range_notes
+from backends.exchange import eval_mode
+from backends.keep import GROUPS, matching
 from backends.openvino.engine import write_ir
 from backends.openvino.flops import CONVOLUTIONS, MATMULS, from_fake_quantize
-from backends.openvino.nncf import GROUPS, Report, check_spec, kept_nodes, name_nodes
+from backends.openvino.keep import kept_nodes, name_nodes
+from backends.openvino.nncf_settings import Report, check_spec
 from backends.openvino.passes import flatten_tables, share_constants, split_tables
-from backends.quantspec import check_left, check_settings, lost_channels, nothing_left
+from backends.quantspec import check_left, check_settings, lost_channels, module_of, nothing_left
 from backends.quiet import quiet
 
 if TYPE_CHECKING:
@@ -41,7 +43,7 @@ if TYPE_CHECKING:
     import openvino as ov
     import torch
 
-MEND = 'pip install -e ".[openvino,inc]"'
+REMEDY = 'pip install -e ".[openvino,inc]"'
 _LARGEST = {False: 127, True: 63}  # by whether weights keep to half their range
 
 # Operations that a keep-list can name: ATen name -> its name once OpenVINO's reader has decomposed the program, and the
@@ -62,13 +64,13 @@ _QUANTIZED = ("linear", "conv1d", "conv2d")
 
 
 class INCQuantizer:
-    """Intel Neural Compressor post-training quantization for OpenVINO. `report` tells what the last call did."""
+    """Intel Neural Compressor post-training quantization for OpenVINO. `report` describes the last call."""
 
     name = "inc"
     starts_from = "module"
     sources: tuple[str, ...] = ("backends.openvino.inc",)  # and what it imports
     needs = ("neural_compressor", "torchao")
-    mend = MEND
+    remedy = REMEDY
     # INC has no bias correction, and its SmoothQuant needs Intel Extension for PyTorch, which is no longer made.
     follows: Mapping[str, tuple[Any, ...]] = {"smooth_quant_alpha": (None,), "bias_correction": ("none",)}
 
@@ -76,11 +78,11 @@ class INCQuantizer:
         self.report = Report()
 
     def notes(self) -> list[str]:
-        """Sentences on the last `quantize` that belong beside its results."""
+        """Returns notes on the last `quantize` for its results."""
         return [*weight_range_notes(self.report.half_range), *self.report.notes]
 
     def quantize(self, source: Source, spec: QuantSpec, calibration: Iterable[Feeds]) -> Graph:
-        """Write `<spec.output_dir>/<source.name>.xml` and `.bin` (int8 weights) and return that graph.
+        """Writes `<spec.output_dir>/<source.name>.xml` and `.bin` (int8 weights) and returns that graph.
 
         `source.module` is quantized; its inputs, outputs and their names are those of `source.graph`. `calibration` is
         iterated once, items are used and dropped one by one, and only the first `spec.calibration_samples` of them.
@@ -91,28 +93,26 @@ class INCQuantizer:
         """
         import torch
 
-        _check(self, source, spec)
+        module = module_of(source, "Intel Neural Compressor")
+        check_settings(self, spec)
+        check_spec(spec, source, "Intel Neural Compressor")
         items = CalibrationItems(calibration, source.graph.inputs, spec.calibration_samples)
         half = half_range(spec.weight_range)
-        module, names = source.module, list(source.example)
-        assert module is not None
+        names = list(source.example)
         example = tuple(torch.as_tensor(value) for value in source.example.values())
-        modes = [(part, part.training) for part in module.modules()]
-        try:
-            with quiet(), torch.no_grad():
-                prepared = _prepare(module, example, spec)
-                named = _named(prepared)
-                kept = _kept(named, spec.keep)
-                able = (name for node, name in named.items() if _aten(node) in _QUANTIZED)
-                check_left(source.name, able, kept, spec.keep)
-                _strip(prepared, {node for node, name in named.items() if name in kept})
-                _observe(prepared, names, items, named)
-                _set_ranges(prepared, _LARGEST[half], spec.symmetric_activations)
-                notes = lost_channels("Intel Neural Compressor", _weight_steps(prepared, named))
-                model = _convert(prepared, example, list(named.items()))
-        finally:
-            for part, training in modes:
-                part.training = training
+        with eval_mode(module), quiet(), torch.no_grad():
+            prepared = _prepare(module, example, spec)
+            named = _named(prepared)
+            # Patterns alone: nothing of the groups is quantized by INC.
+            patterns = (entry for entry in spec.keep if entry not in GROUPS)
+            kept = {name for entry in patterns for name in matching(entry, named.values())}
+            able = (name for node, name in named.items() if _aten(node) in _QUANTIZED)
+            check_left(source.name, able, kept, spec.keep)
+            _strip(prepared, {node for node, name in named.items() if name in kept})
+            _observe(prepared, names, items, named)
+            _set_ranges(prepared, _LARGEST[half], spec.symmetric_activations)
+            notes = lost_channels("Intel Neural Compressor", _weight_steps(prepared, named))
+            model = _convert(prepared, example, list(named.items()))
         model.set_friendly_name(source.name)
         _fit(model, names, source)
         flatten_tables(model)
@@ -126,18 +126,8 @@ class INCQuantizer:
         return write_ir(model, spec.output_dir / f"{source.name}.xml")
 
 
-def _check(quantizer: INCQuantizer, source: Source, spec: QuantSpec) -> None:
-    if source.module is None or not source.example:
-        raise BackendError("Intel Neural Compressor starts from a torch module and example inputs: give both")
-    if list(source.example) != [t.name for t in source.graph.inputs]:
-        have, want = list(source.example), [t.name for t in source.graph.inputs]
-        raise BackendError(f"the example's inputs {have} are not those of the graph, {want}")
-    check_settings(quantizer, spec)
-    check_spec(spec, source, "Intel Neural Compressor")
-
-
 def _prepare(module: torch.nn.Module, example: tuple[torch.Tensor, ...], spec: QuantSpec) -> torch.fx.GraphModule:
-    """The module as an fx graph with INC's observers. Raises Unavailable or BackendError."""
+    """Returns the module as an fx graph with INC's observers. Raises Unavailable or BackendError."""
     import torch
 
     try:
@@ -146,7 +136,7 @@ def _prepare(module: torch.nn.Module, example: tuple[torch.Tensor, ...], spec: Q
         with _own_logs():
             from neural_compressor.torch.quantization import StaticQuantConfig, prepare
     except ImportError as error:
-        raise Unavailable(f"quantizer 'inc' cannot run: {error}; {MEND}") from error
+        raise Unavailable(f"quantizer 'inc' cannot run: {error}; {REMEDY}") from error
     config = StaticQuantConfig(
         w_granularity=spec.weights,
         act_sym=spec.symmetric_activations,
@@ -158,12 +148,14 @@ def _prepare(module: torch.nn.Module, example: tuple[torch.Tensor, ...], spec: Q
         exported._exported, exported.dynamic_shapes = True, None  # INC asks for both
         return prepare(exported, config)
     except Exception as error:
-        raise BackendError(f"Intel Neural Compressor cannot export {type(module).__name__}: {_first(error)}") from error
+        raise BackendError(
+            f"Intel Neural Compressor cannot export {type(module).__name__}: {first_line(error)}"
+        ) from error
 
 
 @contextlib.contextmanager
 def _own_logs() -> Iterator[None]:
-    """While INC is imported, its log goes into a temporary folder: it would make ~/.habana_logs, or fail without HOME.
+    """Sends INC's log to a temporary folder while INC is imported: it makes ~/.habana_logs, or fails without HOME.
 
     A folder that the user names in HABANA_LOGS is left to INC.
     """
@@ -178,19 +170,14 @@ def _own_logs() -> Iterator[None]:
             del os.environ["HABANA_LOGS"]
 
 
-def _first(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
 def _aten(node: torch.fx.Node) -> str:
-    """'linear' for a call of `aten.linear.default`; '' for nodes that call no ATen operation."""
+    """Returns 'linear' for a call of `aten.linear.default`; '' for nodes that call no ATen operation."""
     parts = str(node.target).split(".")
     return parts[1] if node.op == "call_function" and parts[0] == "aten" else ""
 
 
 def _named(prepared: torch.fx.GraphModule) -> dict[torch.fx.Node, str]:
-    """Names like those of an ONNX export (`/blocks.0/fc1/MatMul`) of the nodes that a keep-list can name, in order."""
+    """Names the nodes that a keep-list can name, in order, as an ONNX export does (`/blocks.0/fc1/MatMul`)."""
     found: dict[torch.fx.Node, str] = {}
     for node in prepared.graph.nodes:
         if _aten(node) not in _NAMED:
@@ -209,30 +196,12 @@ def _named(prepared: torch.fx.GraphModule) -> dict[torch.fx.Node, str]:
     return found
 
 
-def _kept(named: dict[torch.fx.Node, str], keep: Iterable[str]) -> set[str]:
-    """Names that the keep-list protects by pattern; INC quantizes nothing of the groups. Raises BackendError."""
-    found: set[str] = set()
-    for entry in keep:
-        if entry in GROUPS:
-            continue
-        try:
-            pattern = re.compile(entry)
-        except re.error as error:
-            raise BackendError(f"keep entry {entry!r} is not a valid regular expression: {error}") from error
-        chosen = {name for name in named.values() if pattern.search(name)}
-        if not chosen:
-            hint = nearest(entry, [*GROUPS, *named.values()])
-            raise BackendError(f"keep entry {entry!r} matches no node{hint}; groups are {list(GROUPS)}")
-        found |= chosen
-    return found
-
-
 def _is_observer(node: torch.fx.Node) -> bool:
     return node.op == "call_module" and str(node.target).startswith("activation_post_process")
 
 
 def _strip(prepared: torch.fx.GraphModule, kept: set[torch.fx.Node]) -> None:
-    """Take out every observer that does not feed a linear layer or a convolution outside the keep-list."""
+    """Takes out every observer that does not feed a linear layer or a convolution outside the keep-list."""
     for node in prepared.graph.nodes:
         if _aten(node) in _QUANTIZED and node not in kept:
             continue
@@ -246,7 +215,7 @@ def _strip(prepared: torch.fx.GraphModule, kept: set[torch.fx.Node]) -> None:
 
 
 def _observers(prepared: torch.fx.GraphModule) -> list[tuple[str, Any, str]]:
-    """Name of every observer, the observer, and the name of the weight that it looks at; '' for activations."""
+    """Returns the name of every observer, the observer, and the name of its weight; '' for activations."""
     found: dict[str, str] = {}
     for node in prepared.graph.nodes:
         if _is_observer(node):
@@ -255,7 +224,7 @@ def _observers(prepared: torch.fx.GraphModule) -> list[tuple[str, Any, str]]:
 
 
 def _readers(prepared: torch.fx.GraphModule, named: Mapping[torch.fx.Node, str]) -> dict[str, str]:
-    """The name of the first linear layer or convolution that reads an observed tensor, by the observer's name."""
+    """Returns the first linear layer or convolution that reads an observed tensor, by the observer's name."""
     found: dict[str, str] = {}
     for node, name in named.items():
         for feeding in node.all_input_nodes:
@@ -267,7 +236,7 @@ def _readers(prepared: torch.fx.GraphModule, named: Mapping[torch.fx.Node, str])
 def _weight_steps(
     prepared: torch.fx.GraphModule, named: Mapping[torch.fx.Node, str]
 ) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """Of each quantized weight the reading layer's name, and per output channel its magnitude, also in steps."""
+    """Yields per quantized weight its layer's name, and per output channel its magnitude, also in steps."""
     readers = _readers(prepared, named)
     for name, observer, weight in _observers(prepared):
         if weight:
@@ -279,9 +248,9 @@ def _weight_steps(
 def _observe(
     prepared: torch.fx.GraphModule, names: list[str], items: CalibrationItems, named: Mapping[torch.fx.Node, str]
 ) -> None:
-    """Run the calibration set. With weight 1/k for item k, the observers' moving average is the mean.
+    """Runs the calibration set. With weight 1/k for item k, the observers' moving average is the mean.
 
-    Observers of weights look once and stand aside while the set runs: each item would show them the same again. Those
+    Observers of weights look once and are taken out while the set runs: each item would show them the same again. Those
     of activations see their axes in the order of memory, so that a least or largest value is found without a copy.
     """
     import torch
@@ -315,7 +284,7 @@ def _observe(
 
 @contextlib.contextmanager
 def _channels_last(prepared: torch.fx.GraphModule) -> Iterator[None]:
-    """Weights of 2D convolutions lie with channels last: the shipped teacher's decoder runs a quarter faster on a CPU.
+    """Stores weights of 2D convolutions with channels last: a convolution head runs a quarter faster on a CPU.
 
     The parameters are put back as they were; they belong to the caller's module.
     """
@@ -337,7 +306,7 @@ def _channels_last(prepared: torch.fx.GraphModule) -> Iterator[None]:
 
 
 def _set_ranges(prepared: torch.fx.GraphModule, largest: int, symmetric: bool) -> None:
-    """Weights to -largest..largest; symmetric activations that are never negative to 0..255 with zero point 0."""
+    """Sets weights to -largest..largest, and symmetric activations that are never negative to 0..255, zero point 0."""
     import torch
 
     for _, observer, weight in _observers(prepared):
@@ -353,7 +322,7 @@ def _set_ranges(prepared: torch.fx.GraphModule, largest: int, symmetric: bool) -
 def _convert(
     prepared: torch.fx.GraphModule, example: tuple[torch.Tensor, ...], named: list[tuple[torch.fx.Node, str]]
 ) -> ov.Model:
-    """The calibrated graph as an OpenVINO model with int8 weights, its nodes named by `named`."""
+    """Returns the calibrated graph as an OpenVINO model with int8 weights, its nodes named by `named`."""
     import openvino as ov
     import torch
     from neural_compressor.torch.quantization import convert
@@ -367,7 +336,7 @@ def _convert(
         decoder = TorchFXPythonDecoder.from_exported_program(program, dynamic_shapes=False)
         model = ov.convert_model(decoder)
     except Exception as error:
-        raise BackendError(f"the graph of Intel Neural Compressor cannot be converted: {_first(error)}") from error
+        raise BackendError(f"the graph of Intel Neural Compressor cannot be converted: {first_line(error)}") from error
     # Both graphs hold the same operations in the same order; module names are lost in the second.
     found: dict[str, list[str]] = {}
     for node in decoder.pt_module.graph.nodes:
@@ -381,7 +350,7 @@ def _convert(
 
 
 def _rename(model: ov.Model, renamed: dict[str, str]) -> None:
-    """`linear_3/aten.linear.default/MatMul` becomes the name of its linear layer, others of `linear_3` follow it."""
+    """Gives `linear_3/aten.linear.default/MatMul` the name of its linear layer; others of `linear_3` follow it."""
     main = MATMULS | CONVOLUTIONS | {"MVN", "Gelu"}
     for op in model.get_ordered_ops():
         origin, _, rest = op.get_friendly_name().partition("/")
@@ -396,7 +365,7 @@ def _rename(model: ov.Model, renamed: dict[str, str]) -> None:
 
 
 def _fit(model: ov.Model, names: list[str], source: Source) -> None:
-    """Name the inputs and outputs. Raises BackendError when shapes or types are not those of the source's graph."""
+    """Names the inputs and outputs. Raises BackendError when shapes or types are not those of the source's graph."""
     outputs = {t.name: t for t in source.graph.outputs}
     inputs = {t.name: t for t in source.graph.inputs}
     for ports, infos in (

@@ -1,4 +1,4 @@
-"""Small rewrites of OpenVINO models that change no number: they only make the files smaller."""
+"""Rewrites OpenVINO models without changing a number, to make the files smaller."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _SMALL = 4096  # elements; larger constants are compared by the writer of the `.
 
 
 def fold_constants(model: ov.Model) -> None:
-    """Evaluate what depends on constants alone, such as the shapes that the ONNX reader spells out.
+    """Evaluates what depends on constants alone, such as the shapes that the ONNX reader spells out.
 
     Only for float models: folding would turn stored int8 weights back into floats.
     """
@@ -25,7 +25,7 @@ def fold_constants(model: ov.Model) -> None:
 
 
 def share_constants(model: ov.Model) -> int:
-    """Let equal small constants be one node; returns how many were dropped.
+    """Lets equal small constants be one node; returns how many were dropped.
 
     A quantized graph repeats each range as input and output limits, and each shape, axis and index wherever it is used.
     """
@@ -48,7 +48,7 @@ def share_constants(model: ov.Model) -> int:
 
 
 def flatten_tables(model: ov.Model) -> int:
-    """Write float (1, ..., N, D) factors as (N, D), so that `split_tables` finds them; returns how many there were.
+    """Writes float (1, ..., N, D) factors as (N, D), so that `split_tables` finds them; returns how many there were.
 
     Products spread out the leading axes themselves. Exported torch programs spell them out, the ONNX reader does not.
     """
@@ -76,7 +76,7 @@ def flatten_tables(model: ov.Model) -> int:
 
 
 def split_tables(model: ov.Model) -> int:
-    """Store tables over a grid (the rotary embedding's) by their rows and columns; returns how many were split.
+    """Stores tables over a grid (the rotary embedding's) by their rows and columns; returns how many were split.
 
     A (rows * cols, D) constant whose first D/2 columns depend on the row alone and whose others on the column alone is
     replaced by two small constants that are spread out again. The runtime folds that back when it compiles.
@@ -105,7 +105,7 @@ def split_tables(model: ov.Model) -> int:
 
 
 def _row_and_column(table: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-    """The (rows,1,D/2) and (1,cols,D/2) parts of a grid table (rows*cols, D); None when it is none."""
+    """Returns the (rows,1,D/2) and (1,cols,D/2) parts of a grid table (rows*cols, D); None when it is none."""
     count, width = table.shape
     half = table[:, : width // 2]
     changed = np.flatnonzero((half != half[0]).any(axis=1))  # the first row of the grid ends where its half changes

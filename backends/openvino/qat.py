@@ -1,4 +1,4 @@
-"""Quantization-aware training with NNCF: a torch module that computes as its int8 engine will, and that engine's IR.
+"""Trains quantized modules with NNCF: a torch module that computes as its int8 engine will, and that engine's IR.
 
 NNCF chooses where values are rounded and calibrates the ranges, on the torch module, as it does for a graph after
 training. Its quantizers then make way for `FakeQuantizer`s: these round exactly as the exported graph does, learn their
@@ -25,13 +25,15 @@ from torch import nn
 
 from backends.base import BackendError, Feeds, Graph, QuantSpec, Source
 from backends.calibration import CalibrationItems, check_finite
+from backends.cpu import half_range
 from backends.exchange import export
-from backends.openvino.cpu import half_range
+from backends.keep import GROUPS
 from backends.openvino.engine import read_model, write_ir
 from backends.openvino.flops import CONVOLUTIONS, MATMULS, is_quantized
-from backends.openvino.nncf import GROUPS, Report, advanced_parameters, check_spec, kept_nodes, name_nodes, preset
+from backends.openvino.keep import kept_nodes, name_nodes
+from backends.openvino.nncf_settings import Report, advanced_parameters, check_spec, preset
 from backends.openvino.passes import fold_constants, share_constants, split_tables
-from backends.quantspec import check_left, lost_channels, nothing_left
+from backends.quantspec import check_left, lost_channels, module_of, nothing_left
 from backends.quiet import quiet
 
 if TYPE_CHECKING:
@@ -105,7 +107,7 @@ class FakeQuantizer(nn.Module):
         self.low, self.high, self.axis = low, high, axis
 
     def step(self) -> torch.Tensor:
-        """The present step, without gradient."""
+        """Returns the present step, without gradient."""
         return self.start * (_PACE * self.stretch.detach()).exp()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -133,7 +135,7 @@ class _Fixed(nn.Module):
 
 
 def prepare(source: Source, spec: QuantSpec, calibration: Iterable[Feeds]) -> tuple[nn.Module, Report]:
-    """A trainable copy of `source.module` that rounds as an int8 engine does, its ranges calibrated; and what was done.
+    """Returns a trainable copy of `source.module` that rounds as its engine will, its ranges calibrated, and a report.
 
     The module takes and returns what `source.module` does, at any batch and size that this runs at; all its parameters
     are trainable. `calibration` as for `NNCFQuantizer.quantize`. Biases are trained, so `bias_correction` does not
@@ -145,9 +147,7 @@ def prepare(source: Source, spec: QuantSpec, calibration: Iterable[Feeds]) -> tu
     import nncf
     from nncf.torch.function_hook.wrapper import get_hook_storage
 
-    _check(source, spec)
-    module, names = source.module, list(source.example)
-    assert module is not None
+    module, names = _check(source, spec), list(source.example)
     example = tuple(torch.as_tensor(value) for value in source.example.values())
     kept, ignored = _ignored(module, example, source, spec)
     weighted = [(name, part) for name, part in module.named_modules() if _has_matrix(part)]
@@ -192,7 +192,7 @@ def prepare(source: Source, spec: QuantSpec, calibration: Iterable[Feeds]) -> tu
 
 
 def finish(module: nn.Module, source: Source, spec: QuantSpec) -> Graph:
-    """Write the trained `module` as `<spec.output_dir>/<source.name>.xml` and `.bin` (int8 weights); return that graph.
+    """Writes the trained `module` as `<spec.output_dir>/<source.name>.xml` and `.bin` with int8 weights; returns it.
 
     `module` comes from `prepare` with the same source and spec; it is left as it is. Its learned steps become the
     engine's. The engine's outputs are those of the module up to values that fall on the other side of a rounding
@@ -228,28 +228,25 @@ def finish(module: nn.Module, source: Source, spec: QuantSpec) -> Graph:
 
 
 def fake_quantizers(module: nn.Module) -> dict[str, FakeQuantizer]:
-    """The quantizers of a prepared module by the names of its hooks; a shared one appears under each of them."""
+    """Returns the quantizers of a prepared module by the names of its hooks; a shared one under each of them."""
     from nncf.torch.function_hook.wrapper import get_hook_storage
 
     hooks = get_hook_storage(module).named_hooks(remove_duplicate=False)
     return {name: hook for name, hook in hooks if isinstance(hook, FakeQuantizer)}
 
 
-def _check(source: Source, spec: QuantSpec) -> None:
-    if source.module is None or not source.example:
-        raise BackendError("quantization-aware training starts from a torch module and example inputs: give both")
-    if list(source.example) != [t.name for t in source.graph.inputs]:
-        have, want = list(source.example), [t.name for t in source.graph.inputs]
-        raise BackendError(f"the example's inputs {have} are not those of the graph, {want}")
+def _check(source: Source, spec: QuantSpec) -> nn.Module:
+    module = module_of(source, "quantization-aware training")
     check_spec(spec, source, "NNCF")
     if spec.smooth_quant_alpha is not None:
         raise BackendError("quantization-aware training learns its ranges without SmoothQuant: set its alpha to null")
+    return module
 
 
 def _ignored(
     module: nn.Module, example: tuple[torch.Tensor, ...], source: Source, spec: QuantSpec
 ) -> tuple[set[str], list[str]]:
-    """Nodes of the graph that the keep-list protects, and NNCF's names of the operations that must stay in float.
+    """Returns the graph's nodes that the keep-list protects, and NNCF's names of the operations to leave in float.
 
     Both toolchains see the heavy operations in the order in which they run, so that the n-th is the same in both.
     """
@@ -282,8 +279,7 @@ def _ignored(
 
 
 def _heavy_onnx(path: Path) -> list[tuple[str, str, str]]:
-    """Name and type of each heavy node in order, and '' or the graph's output that it is, after which OpenVINO calls
-    it."""
+    """Returns name and type of each heavy node in order, and the graph's output that OpenVINO names it after, or ''."""
     import onnx
 
     kinds = {kind for kinds in _HEAVY.values() for kind in kinds}
@@ -317,7 +313,7 @@ def _learner(quantizer: Any, half: bool) -> FakeQuantizer:
 
 
 def _weights(module: nn.Module, example: tuple[torch.Tensor, ...]) -> dict[str, nn.Parameter]:
-    """The parameter that each quantizer rounds, by the quantizer's name; none for those of activations."""
+    """Returns the parameter that each quantizer rounds, by the quantizer's name; none for those of activations."""
     found: dict[str, nn.Parameter] = {}
     quantizers = fake_quantizers(module)
 
@@ -344,7 +340,7 @@ def _has_matrix(module: nn.Module) -> bool:
 
 
 def _weight_steps(module: nn.Module, example: tuple[torch.Tensor, ...]) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """Of each quantized weight its name, and per output channel its magnitude, also in steps of its quantizer."""
+    """Yields per quantized weight its name, and per output channel its magnitude, also in steps of its quantizer."""
     quantizers, names = fake_quantizers(module), {id(p): name for name, p in module.named_parameters()}
     for name, weight in _weights(module, example).items():
         step, axis = quantizers[name].step(), quantizers[name].axis or 0
@@ -353,7 +349,7 @@ def _weight_steps(module: nn.Module, example: tuple[torch.Tensor, ...]) -> Itera
 
 
 def _one_per_weight(module: nn.Module, example: tuple[torch.Tensor, ...]) -> None:
-    """A weight that is used twice has two quantizers; let both be the first, or they would learn different steps."""
+    """Lets both quantizers of a weight that is used twice be the first, or they would learn different steps."""
     from nncf.torch.function_hook.wrapper import get_hook_storage
 
     storage, quantizers, first = get_hook_storage(module), fake_quantizers(module), dict[int, FakeQuantizer]()
@@ -362,7 +358,7 @@ def _one_per_weight(module: nn.Module, example: tuple[torch.Tensor, ...]) -> Non
 
 
 def _fixed(module: nn.Module, example: tuple[torch.Tensor, ...]) -> nn.Module:
-    """A copy on the CPU, its weights rounded, its quantizers in operations that exporters know."""
+    """Returns a copy on the CPU, its weights rounded, its quantizers in operations that exporters know."""
     from nncf.torch.function_hook.wrapper import get_hook_storage
 
     fixed = copy.deepcopy(module).cpu().eval()
@@ -378,7 +374,7 @@ def _fixed(module: nn.Module, example: tuple[torch.Tensor, ...]) -> nn.Module:
 
 
 def _fuse(model: ov.Model) -> list[ov.Node]:
-    """Write every QuantizeLinear with its DequantizeLinear as one FakeQuantize; returns those of weights.
+    """Writes every QuantizeLinear with its DequantizeLinear as one FakeQuantize; returns those of weights.
 
     The reader makes FakeQuantize to the integers, two Converts, Subtract and Multiply of the pair.
     """
@@ -405,21 +401,21 @@ def _fuse(model: ov.Model) -> list[ov.Node]:
 
 
 def _fold(model: ov.Model, weights: list[ov.Node]) -> None:
-    """`fold_constants`, with inputs standing in for the quantized weights, which it would turn into floats."""
+    """Runs `fold_constants` with inputs in place of the quantized weights, which it would turn into floats."""
     import openvino.opset13 as ops
 
-    stands = []
+    inputs = []
     for weight in weights:
-        stand = ops.parameter(list(weight.get_output_shape(0)), weight.get_output_element_type(0))
+        given = ops.parameter(list(weight.get_output_shape(0)), weight.get_output_element_type(0))
         for target in weight.output(0).get_target_inputs():
-            target.replace_source_output(stand.output(0))
-        stands.append(stand)
-    model.add_parameters(stands)
+            target.replace_source_output(given.output(0))
+        inputs.append(given)
+    model.add_parameters(inputs)
     fold_constants(model)
-    for stand, weight in zip(stands, weights, strict=True):
-        for target in stand.output(0).get_target_inputs():
+    for given, weight in zip(inputs, weights, strict=True):
+        for target in given.output(0).get_target_inputs():
             target.replace_source_output(weight.output(0))
-        model.remove_parameter(stand)
+        model.remove_parameter(given)
 
 
 def _check_kept(model: ov.Model, keep: tuple[str, ...]) -> None:

@@ -1,4 +1,4 @@
-"""Nodes of a quantized IR back in float: the `Surgery` of OpenVINO.
+"""Puts nodes of a quantized IR back to float: the `Surgery` of OpenVINO.
 
 A node reads its activations from before their FakeQuantize and takes its weights from the float graph; other nodes that
 read the same quantized tensor keep reading it. The two quantizers leave different traces:
@@ -21,8 +21,8 @@ import numpy as np
 
 from backends.base import BackendError, Feeds, Graph
 from backends.openvino.engine import read_model, write_ir
-from backends.openvino.flops import CONVOLUTIONS, MATMULS, live_operations
-from backends.openvino.nncf import name_nodes
+from backends.openvino.flops import CONVOLUTIONS, MATMULS, MOVES, live_operations
+from backends.openvino.keep import name_nodes
 from backends.openvino.passes import fold_constants, share_constants
 from backends.rank import check_names, other_model
 
@@ -31,8 +31,7 @@ if TYPE_CHECKING:
 
 _HEAVY = MATMULS | CONVOLUTIONS
 # Operations that quantizers move across: they are neither quantized themselves nor do they stop the way to a consumer.
-_PASSING = {"Reshape", "Transpose", "Concat", "Split", "VariadicSplit", "Gather", "Slice", "StridedSlice", "Squeeze"}
-_PASSING |= {"Unsqueeze", "MaxPool", "Relu", "Broadcast", "Convert", "Interpolate", "Pad"}
+_PASSING = MOVES | {"Interpolate", "Pad"}
 _HALF_STEP = 0.502  # of an integer's step: how far a value may lie from what it was rounded to
 
 
@@ -69,7 +68,7 @@ class IRSurgery:
 
 
 def _read_float(graph: Graph) -> ov.Model:
-    """The float graph as the quantizer reads it, so that automatic names are the same."""
+    """Returns the float graph as the quantizer reads it, so that automatic names are the same."""
     model = read_model(graph.path)
     if any(op.get_type_name() == "FakeQuantize" for op in model.get_ops()):
         raise BackendError(f"{graph.path.name} is quantized: the float graph is wanted")
@@ -79,7 +78,7 @@ def _read_float(graph: Graph) -> ov.Model:
 
 
 def _run(model: ov.Model, feeds: Sequence[Feeds], graph: Graph) -> list[Feeds]:
-    """Outputs of `model` for each item, what is not quantized in f32."""
+    """Returns the outputs of `model` for each item, what is not quantized in f32."""
     import openvino as ov
 
     settings = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
@@ -98,7 +97,7 @@ def _run(model: ov.Model, feeds: Sequence[Feeds], graph: Graph) -> list[Feeds]:
 
 
 def _quantized(model: ov.Model) -> dict[str, ov.Node]:
-    """Nodes that read a FakeQuantize: matmuls and convolutions also through moves, any other kind directly."""
+    """Returns the nodes that read a FakeQuantize: matmuls and convolutions also through moves, others directly."""
     found = {}
     for op in live_operations(model):
         kind = op.get_type_name()
@@ -119,7 +118,7 @@ def _reads_quantized(node: ov.Node, through: bool) -> bool:
 
 
 def _restore(model: ov.Model, original: ov.Model, names: Iterable[str]) -> None:
-    """Let the nodes `names` of the int8 `model` compute in float, as in `original`."""
+    """Lets the nodes `names` of the int8 `model` compute in float, as in `original`."""
     ours = {op.get_friendly_name(): op for op in model.get_ops()}
     theirs = {op.get_friendly_name(): op for op in original.get_ops()}
     live = {op.get_friendly_name() for op in live_operations(original)}
@@ -137,7 +136,7 @@ def _restore(model: ov.Model, original: ov.Model, names: Iterable[str]) -> None:
 
 
 def _restore_by_value(model: ov.Model, original: ov.Model, names: Iterable[str]) -> None:
-    """As `_restore`, for a model whose nodes are not those of `original` but whose weights are."""
+    """Does what `_restore` does, for a model whose nodes are not those of `original` but whose weights are."""
     ours = {op.get_friendly_name(): op for op in model.get_ops()}
     live = {op.get_friendly_name() for op in live_operations(model)}
     weights = [op for op in original.get_ops() if op.get_type_name() == "Constant" and len(op.get_output_shape(0)) > 1]
@@ -151,7 +150,7 @@ def _restore_by_value(model: ov.Model, original: ov.Model, names: Iterable[str])
 
 
 def _rounded_from(dequantized: ov.Node, weights: Sequence[ov.Node], reader: str) -> ov.Node:
-    """A copy of the float weight that rounds to the stored integers of Multiply(Convert(integers), scale)."""
+    """Returns a copy of the float weight that rounds to the stored integers of Multiply(Convert(integers), scale)."""
     import openvino.opset13 as ops
 
     convert, scale = (value.get_node() for value in dequantized.input_values())
@@ -177,7 +176,7 @@ def _rounded_from(dequantized: ov.Node, weights: Sequence[ov.Node], reader: str)
 
 
 def _unquantized(value: ov.Output, theirs: Mapping[str, ov.Node] | None) -> ov.Output:
-    """The same tensor from before its quantization: FakeQuantize is passed by, and scales that are not in `theirs`.
+    """Returns the tensor from before its quantization, FakeQuantize and scales that are not in `theirs` skipped.
 
     Moves between are made anew, as others may read the quantized ones. `theirs` None: a graph of INC.
     """
@@ -208,7 +207,7 @@ def _same(a: ov.Output, b: ov.Output) -> bool:
 
 
 def _constant(source: ov.Node, reader: ov.Node) -> ov.Node:
-    """A copy of a float constant, for another model."""
+    """Returns a copy of a float constant, for another model."""
     import openvino.opset13 as ops
 
     if source.get_type_name() != "Constant":
@@ -219,7 +218,7 @@ def _constant(source: ov.Node, reader: ov.Node) -> ov.Node:
 
 
 def _restore_bias(node: ov.Node, theirs: Mapping[str, ov.Node]) -> None:
-    """Take NNCF's bias correction back: the bias behind `node` is that of the float graph, or goes if there is none."""
+    """Undoes NNCF's bias correction: the bias behind `node` is that of the float graph, or goes if there is none."""
     users = list(node.output(0).get_target_inputs())
     if len(users) != 1:
         return

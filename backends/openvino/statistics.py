@@ -1,10 +1,10 @@
-"""Checks that NNCF does not make: of what it measures on a calibration set, and of what its rounding does to weights.
+"""Adds two checks that NNCF lacks: of the values that it measures on a calibration set, and of its rounding of weights.
 
 - An item may give NaN or inf inside the model; NNCF takes the ranges that come of it. `watched` adds a sum of each
   operand of a matmul or convolution to the graph that NNCF runs (least and largest values pass over NaN, sums do not),
   and refuses the item.
 - NNCF gives no output channel a range below 1 % of the widest one's, nor below 8e-5 (`fix_zero_filters_symmetric`): a
-  channel of very small weights gets few steps or none. `weight_magnitudes` of both graphs tells which.
+  channel of very small weights gets few steps or none. `weight_magnitudes` of both graphs shows which.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _SUM = "finite sum of "
 
 @contextlib.contextmanager
 def watched(items: CalibrationItems) -> Iterator[None]:
-    """While it lasts, NNCF's engines refuse an item of `items` that gives NaN or inf inside: BackendError."""
+    """Makes NNCF's engines raise BackendError for an item that gives NaN or inf inside, within this context."""
     from nncf.openvino.engine import OVNativeEngine
 
     patched: Any = OVNativeEngine
@@ -50,7 +50,7 @@ def watched(items: CalibrationItems) -> Iterator[None]:
 
 
 def _with_sums(model: ov.Model) -> ov.Model:
-    """A copy of `model` that also gives the sum of each operand of its matmuls and convolutions, in order.
+    """Returns a copy of `model` that also gives the sum of each operand of its matmuls and convolutions, in order.
 
     Those that Softmax makes are left out: they are large, and finite where the operands before it are.
     """
@@ -74,7 +74,7 @@ def _with_sums(model: ov.Model) -> ov.Model:
 
 
 def weight_magnitudes(model: ov.Model) -> dict[str, np.ndarray]:
-    """The largest magnitude of each output channel's weights, for each matmul and convolution with constant weights.
+    """Returns the largest weight of each output channel, for matmuls and convolutions with constant weights.
 
     Of a quantized model those of the stored integers, in steps of the channel.
     """
@@ -89,14 +89,14 @@ def weight_magnitudes(model: ov.Model) -> dict[str, np.ndarray]:
 
 
 def _stored(node: ov.Node) -> np.ndarray | None:
-    """The constant behind the nodes that spread integers to floats; None when there is none."""
+    """Returns the constant behind the nodes that spread integers to floats; None when there is none."""
     while node.get_type_name() in {"Multiply", "Subtract", "Convert", "FakeQuantize"}:
         node = node.input_value(0).get_node()
     return np.asarray(node.get_data()) if node.get_type_name() == "Constant" and node.get_output_shape(0) else None
 
 
 def _output_axes(op: ov.Node, rank: int) -> tuple[int, ...]:
-    """The axes of a weight that stand for output channels."""
+    """Returns the axes of a weight that index output channels."""
     kind = op.get_type_name()
     if kind == "MatMul":
         return (rank - 2,) if op.get_attributes()["transpose_b"] else (rank - 1,)

@@ -1,1 +1,1 @@
-"""TensorRT toolchain. Importing this package imports nothing from NVIDIA."""
+"""Holds the TensorRT toolchain. Importing this package imports nothing from NVIDIA."""

@@ -1,16 +1,16 @@
-"""TensorRT: what this machine offers, its quantizers, and compilation. With a CUDA device it runs, else it emulates."""
+"""Describes TensorRT on this machine, lists its quantizers, and compiles graphs, emulated without a CUDA device."""
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping, Sequence
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 from backends.base import Availability, BackendError, Engine, Graph, Kernel, Precision, Quantizer, Surgery, Unavailable
+from backends.cpu import cpu_name, instruction_sets
 
-MEND = 'pip install -e ".[trt]", or use --backend openvino'
+REMEDY = 'pip install -e ".[trt]", or use --backend openvino'
 AHEAD_OF_TIME = "builds engines ahead of time; no CUDA device: quality is emulated by ONNX Runtime, nothing is timed"
 NO_PROVIDER = (
     'neither torch with CUDA nor pycuda (pip install -e ".[edge]"): quality is emulated by ONNX Runtime, '
@@ -35,13 +35,13 @@ class TensorRTBackend:
         "backends.trt.engine",
         "backends.trt.builder",
         "backends.trt.inspector",
-        "backends.trt.onnx_graph",
+        "backends.onnx_graph",
         "backends.trt.cuda",
         "backends.reference",
     )
 
     def availability(self) -> Availability:
-        """Versions, devices and what this machine can do; or what is missing and what installs it.
+        """Returns versions, devices and what this machine can do; or what is missing and what installs it.
 
         `details` holds `gpu` (names and compute capabilities) where there is one, else `cpu`; `isa` of the CPU; `can`.
         Where a GPU runs the engines, `device` is its name; `driver`, `cuda` and `clocks` are what else decides its
@@ -58,9 +58,7 @@ class TensorRTBackend:
             else:
                 missing.insert(0, "tensorrt-rtx-cu13-libs or tensorrt")
         if missing or package is None:
-            return Availability(available=False, reason=f"packages are missing: {', '.join(missing)}", mend=MEND)
-        from backends.openvino.cpu import instruction_sets
-
+            return Availability(available=False, reason=f"packages are missing: {', '.join(missing)}", remedy=REMEDY)
         details = {"isa": " ".join(instruction_sets())}
         if here:
             details["gpu"] = ", ".join(f"{d.name} ({d.capability})" for d in here)
@@ -68,14 +66,13 @@ class TensorRTBackend:
             if cuda.provider():
                 details |= {"device": here[0].name, **cuda.identity(here[0])}
         else:
-            details["cpu"] = _cpu_name()
+            details["cpu"] = cpu_name()
             details["can"] = AHEAD_OF_TIME
         devices = tuple(d.name for d in here) or ("CPU (emulated)",)
         return Availability(True, devices, _versions(package), details, emulated=cuda.provider() is None)
 
     def quantizers(self) -> Mapping[str, Quantizer]:
-        """`modelopt` (int8, or int4 weights when the spec says W4A16), `modelopt-torch` (int8; SmoothQuant, weights per
-        tensor) and `modelopt-fp8`."""
+        """Returns `modelopt` (int8; int4 weights for W4A16), `modelopt-torch` (int8, SmoothQuant), `modelopt-fp8`."""
         from backends.trt.modelopt import ModelOptQuantizer
         from backends.trt.modelopt_torch import ModelOptTorchQuantizer
 
@@ -83,8 +80,7 @@ class TensorRTBackend:
         return {quantizer.name: quantizer for quantizer in listed}
 
     def float_precisions(self) -> Sequence[Precision]:
-        """F32 and F16, TF32 between them where the device has it; without a device both are emulated. Raises
-        Unavailable."""
+        """Returns F32, TF32 where the device has it, and F16; emulated without a device. Raises Unavailable."""
         self._require()
         from backends.trt.cuda import provider
         from backends.trt.engine import has_tf32
@@ -92,24 +88,25 @@ class TensorRTBackend:
         return [Precision.F32, *([Precision.TF32] if provider() and has_tf32() else []), Precision.F16]
 
     def baselines(self) -> Sequence[Precision]:
-        """The float precisions that are worth a row: what is not timed is no base of a speedup, so F32 alone without a
-        device. F16 can still be built ahead of time."""
+        """Returns the float precisions that deserve a row. Without a device that is F32 alone: a speedup needs a timed
+        base. F16 can still be built ahead of time."""
         from backends.trt.cuda import provider
 
         return [p for p in self.float_precisions() if p is Precision.F32 or provider()]
 
     def compile(self, graph: Graph, precision: Precision, options: Mapping[str, Any] | None = None) -> Engine:
-        """Build an ONNX graph; options are those of `engine.OPTIONS`. Raises Unavailable or BackendError."""
+        """Builds an ONNX graph; options are those of `engine.OPTIONS`. Raises Unavailable or BackendError."""
         self._require()
         from backends.trt.engine import make_engine
 
         return make_engine(graph, Precision(precision), options)
 
     def kept_in_int8(self, engine: Engine, keep: Sequence[str], kernels: Sequence[Kernel]) -> list[Kernel]:
-        """Kernels that ran a kept node in int8 or fp8. Elementwise nodes fused into a matmul's kernel are computed in
-        float there, so of a kernel with several nodes only kept matmuls and convolutions count."""
+        """Returns the kernels that ran a kept node in int8 or fp8. Elementwise nodes that are fused into a matmul's
+        kernel are computed in float there, so of a kernel with several nodes only kept matmuls and convolutions
+        count."""
+        from backends.onnx_graph import CONVOLUTIONS, MATMULS, OnnxGraph, kept_nodes
         from backends.trt.engine import EmulatedEngine, TensorRTEngine
-        from backends.trt.onnx_graph import CONVOLUTIONS, MATMULS, OnnxGraph, kept_nodes
 
         if not isinstance(engine, EmulatedEngine | TensorRTEngine):
             raise BackendError(f"the keep-list of {type(engine).__name__} cannot be checked by TensorRT")
@@ -123,7 +120,7 @@ class TensorRTBackend:
         return offending
 
     def surgery(self) -> type[Surgery]:
-        """Nodes of ModelOpt's graphs go back to float in the ONNX file; ONNX Runtime computes the ranking."""
+        """Returns the class that puts nodes of ModelOpt's graphs back to float; ONNX Runtime computes the ranking."""
         from backends.trt.rank import QDQSurgery
 
         return QDQSurgery
@@ -131,7 +128,7 @@ class TensorRTBackend:
     def _require(self) -> None:
         found = self.availability()
         if not found.available:
-            raise Unavailable(f"backend 'trt' cannot run: {found.reason}; {found.mend}")
+            raise Unavailable(f"backend 'trt' cannot run: {found.reason}; {found.remedy}")
 
 
 def _versions(package: str) -> dict[str, str]:
@@ -143,11 +140,3 @@ def _versions(package: str) -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
-
-
-def _cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    try:
-        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return "unknown"
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")

@@ -1,4 +1,4 @@
-"""ONNX -> strongly typed TensorRT network -> plan file with a manifest beside it; float graphs of 16 bits.
+"""Builds TensorRT plans: ONNX -> strongly typed network -> plan file with a manifest; also float graphs of 16 bits.
 
 TensorRT-RTX builds plans without a CUDA device; TensorRT itself needs one. Neither quantizes by itself: int8 and fp8
 are what the Q/DQ nodes of the graph say. Two builds of one graph differ in their bytes, so a cached plan is found by
@@ -12,15 +12,14 @@ import hashlib
 import importlib
 import importlib.util
 import json
-import os
 import re
-import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from backends.base import BackendError, Graph, Precision, sha256_files
+from backends.base import BackendError, Graph, Precision, first_line, sha256_files
+from backends.files import write_whole
 from backends.trt.cuda import devices
 
 OPTIONS: dict[str, Any] = {
@@ -41,7 +40,7 @@ _NO_DRIVER = re.compile(r"\[?checkMacros|cudaError 35|CUDA initialization failur
 
 
 def package() -> str | None:
-    """The TensorRT package that can build here: `tensorrt` only with a CUDA device, else a TensorRT-RTX one."""
+    """Returns the TensorRT package that can build here: `tensorrt` only with a CUDA device, else a TensorRT-RTX one."""
     found = [name for name in PACKAGES if importlib.util.find_spec(name)]
     if not devices():
         found = [name for name in found if name != "tensorrt"]
@@ -49,7 +48,7 @@ def package() -> str | None:
 
 
 def load() -> Any:
-    """The TensorRT module. Raises BackendError when there is none, or when its libraries do not load."""
+    """Imports TensorRT. Raises BackendError when there is none, or when its libraries do not load."""
     name = package()
     if name is None:
         raise BackendError("no TensorRT package that can build here is installed")
@@ -63,12 +62,12 @@ def load() -> Any:
 
 
 def flavour(module: Any) -> str:
-    """'TensorRT-RTX' or 'TensorRT'."""
+    """Returns 'TensorRT-RTX' or 'TensorRT'."""
     return "TensorRT-RTX" if "rtx" in module.__name__ else "TensorRT"
 
 
 def make_logger(module: Any) -> Any:
-    """A TensorRT logger that prints nothing; `errors` holds the error messages of the current call, in order."""
+    """Returns a TensorRT logger that prints nothing; `errors` holds the messages of the current call, in order."""
 
     class Logger(module.ILogger):
         def __init__(self) -> None:
@@ -94,7 +93,7 @@ def check_options(options: Mapping[str, Any]) -> None:
 
 
 def build_plan(graph: Graph, options: Mapping[str, Any], folder: Path, tf32: bool = False) -> Path:
-    """Build (or find) `<folder>/<stem>-<key>.plan` and its `.json` manifest; returns the plan's path.
+    """Builds (or finds) `<folder>/<stem>-<key>.plan` and its `.json` manifest; returns the plan's path.
 
     `tf32`: products of 32-bit floats may be rounded to TF32, which TensorRT allows by default and f32 is not.
     The key is made of the graph's sha256, the options and TensorRT's version. The graph is parsed from its file, so its
@@ -134,7 +133,7 @@ def build_plan(graph: Graph, options: Mapping[str, Any], folder: Path, tf32: boo
 
 
 def read_manifest(plan: Path) -> dict[str, Any]:
-    """What made a plan. Raises BackendError when the plan or its manifest is missing or damaged."""
+    """Returns a plan's manifest. Raises BackendError when the plan or its manifest is missing or damaged."""
     try:
         manifest = json.loads(plan.with_suffix(".json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -144,24 +143,8 @@ def read_manifest(plan: Path) -> dict[str, Any]:
     return manifest
 
 
-def write_whole(path: Path, data: bytes | memoryview) -> None:
-    """Write a file that is whole or absent. Raises BackendError when that fails."""
-    try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with os.fdopen(handle, "wb") as stream:
-                stream.write(data)
-                stream.flush()
-                os.fsync(stream.fileno())
-            Path(name).replace(path)
-        finally:
-            Path(name).unlink(missing_ok=True)
-    except OSError as error:
-        raise BackendError(f"cannot write {path}: {error.strerror or error}") from error
-
-
 def half_graph(graph: Graph, precision: Precision, folder: Path) -> Graph:
-    """Write `graph` with f16 or bf16 arithmetic into `folder`; its inputs and outputs stay float32.
+    """Writes `graph` with f16 or bf16 arithmetic into `folder`; its inputs and outputs stay float32.
 
     Converted by ModelOpt's AutoCast, every operator. Raises BackendError for a graph that it cannot convert; it needs
     the whole graph in one protobuf, so 2 GB is its limit.
@@ -181,8 +164,7 @@ def half_graph(graph: Graph, precision: Precision, folder: Path) -> Graph:
             kind = {Precision.F16: "fp16", Precision.BF16: "bf16"}[precision]
             model = convert_to_f16(onnx.load(str(graph.path)), low_precision_type=kind, keep_io_types=True)
         except Exception as error:
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise BackendError(f"{graph.path.name} cannot be converted to {precision}: {reason[0]}") from error
+            raise BackendError(f"{graph.path.name} cannot be converted to {precision}: {first_line(error)}") from error
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(target, model.SerializeToString(deterministic=True))
     return describe_onnx(target)

@@ -1,4 +1,4 @@
-"""The CUDA device: which one is there, and buffers, copies, events and graphs through torch.cuda or pycuda.
+"""Finds the CUDA device and gives buffers, copies, events and graphs on it through torch.cuda or pycuda.
 
 Both providers offer the same few calls, so that an engine runs in a process with torch and on a host without it. All
 work of a provider goes to one stream, in order; host memory is page-locked, without which no copy is asynchronous.
@@ -30,7 +30,7 @@ class Device:
 
 
 def devices() -> list[Device]:
-    """The CUDA devices that the driver reports; empty without a driver. Needs no Python package."""
+    """Returns the CUDA devices that the driver reports; empty without a driver. Needs no Python package."""
     driver = _driver()
     count = ctypes.c_int()
     if driver is None or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
@@ -50,10 +50,10 @@ def devices() -> list[Device]:
 
 
 def identity(device: Device) -> dict[str, str]:
-    """What of a device decides its times beside its name, as text: `driver` and `cuda` (the newest CUDA version that
-    the driver runs), and `clocks`, its settings; what cannot be read is 'unknown'.
+    """Returns what decides a device's times beside its name, as text: `driver`, `cuda` (the newest CUDA version that
+    the driver runs) and `clocks`, its settings; what cannot be read is 'unknown'.
 
-    NVML, the driver's management library, tells the highest clock and the application clock that somebody may have set.
+    NVML, the driver's management library, gives the highest clock and the application clock that somebody may have set.
     It has no query for clocks locked with `nvidia-smi --lock-gpu-clocks`, so the text says so.
     """
     driver, number = _driver(), ctypes.c_int()
@@ -95,7 +95,7 @@ def _library(name: str) -> Any:
 
 
 def _driver() -> Any:
-    """The driver's library, initialised; None without a usable one."""
+    """Returns the driver's library, initialised; None without a usable one."""
     found = _library("libcuda.so.1")
     return found if found is not None and found.cuInit(0) == 0 else None
 
@@ -130,11 +130,11 @@ class Provider(Protocol):
     closed: bool
 
     def allocate(self, size: int) -> Buffer:
-        """Device memory of `size` bytes."""
+        """Returns device memory of `size` bytes."""
         ...
 
     def pinned(self, shape: tuple[int, ...], dtype: Any) -> HostBuffer:
-        """Page-locked host memory of an array."""
+        """Returns page-locked host memory of an array."""
         ...
 
     def upload(self, target: Buffer, source: HostBuffer) -> None:
@@ -297,7 +297,7 @@ class PyCuda:
 
 
 def provider() -> type[TorchCuda] | type[PyCuda] | None:
-    """torch.cuda where torch sees a device, else pycuda where it is installed, else None: nothing can run."""
+    """Returns torch.cuda where torch sees a device, else pycuda where it is installed, else None: nothing can run."""
     if not devices():
         return None
     if importlib.util.find_spec("torch"):

@@ -1,4 +1,4 @@
-"""TensorRT engines: on a CUDA device they run; without one the plan is built and ONNX Runtime computes the outputs.
+"""Runs TensorRT engines on a CUDA device; without one builds the plan and lets ONNX Runtime compute the outputs.
 
 An emulated engine computes the very graph that the plan was built from, Q/DQ nodes as they are defined, in floats: the
 numbers that exact int8 arithmetic gives, up to rounding. Its time means nothing, and its kernels are those of the
@@ -30,11 +30,12 @@ from backends.base import (
     known_options,
     sha256_files,
 )
+from backends.files import write_whole
+from backends.onnx_graph import OnnxGraph
 from backends.reference import OnnxRuntimeEngine
 from backends.trt import builder
 from backends.trt.cuda import Buffer, CudaArray, HostBuffer, devices, provider
 from backends.trt.inspector import layer_kernels as layer_kernels
-from backends.trt.onnx_graph import OnnxGraph
 
 OPTIONS: dict[str, Any] = {
     **builder.OPTIONS,
@@ -47,7 +48,7 @@ _PROFILED_RUNS = 3
 
 
 def make_engine(graph: Graph, precision: Precision, options: Mapping[str, Any] | None = None) -> Engine:
-    """Build the plan of an ONNX graph and open it: on the device that is here, else emulated.
+    """Builds the plan of an ONNX graph and opens it: on the device of this machine, else emulated.
 
     F32, TF32, F16 and BF16 take a float graph; INT8 takes a graph with Q/DQ nodes, which say what is int8 or fp8. Only
     TF32 lets products of 32-bit floats be rounded to it: TensorRT would do so by default.
@@ -90,13 +91,13 @@ def make_engine(graph: Graph, precision: Precision, options: Mapping[str, Any] |
 
 
 def has_tf32() -> bool:
-    """Whether the device that runs engines here multiplies in TF32: from compute capability 8.0 on (CUDA C++ guide)."""
+    """Returns whether the device here multiplies in TF32: from compute capability 8.0 on (CUDA C++ guide)."""
     here = devices()
     return bool(here) and int(here[0].capability.split(".")[0]) >= 8
 
 
 class _PlanEngine(Engine):
-    """What both kinds share: the plan that ships, and a folder of their own that goes with them."""
+    """The common part of both kinds: the plan that ships, and a temporary folder that is removed with the engine."""
 
     def __init__(self, graph: Graph, plan: Path | None, precision: Precision, own: Path) -> None:
         self.graph = graph
@@ -108,21 +109,21 @@ class _PlanEngine(Engine):
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of the plan file. Raises BackendError when it was not built."""
+        """Returns the bytes of the plan file. Raises BackendError when it was not built."""
         if self.plan is None:
             raise BackendError(f"{self.graph.path.name} was not built (option 'build'): nothing ships, no size")
         return self.plan.stat().st_size
 
     def save(self, path: Path | str) -> Path:
-        """Copy the plan to `path` (`.plan`) and its manifest beside it; returns the plan's path."""
+        """Copys the plan to `path` (`.plan`) and its manifest beside it; returns the plan's path."""
         if self.plan is None:
             raise BackendError(f"{self.graph.path.name} was not built (option 'build'): there is no plan to save")
         target = Path(path)
         if target.suffix != ".plan":
             raise BackendError(f"a TensorRT engine is saved as .plan, got {target.name!r}")
         target.parent.mkdir(parents=True, exist_ok=True)
-        builder.write_whole(target, self.plan.read_bytes())
-        builder.write_whole(target.with_suffix(".json"), self.plan.with_suffix(".json").read_bytes())
+        write_whole(target, self.plan.read_bytes())
+        write_whole(target.with_suffix(".json"), self.plan.with_suffix(".json").read_bytes())
         return target
 
     def close(self) -> None:
@@ -151,7 +152,7 @@ class EmulatedEngine(_PlanEngine):
         return self._emulation.infer(feeds)
 
     def kernels(self) -> list[Kernel]:
-        """The graph's nodes in order, their precision read from its Q/DQ nodes and types; times are 0: none is known.
+        """Returns the graph's nodes in order, with the precision of its Q/DQ nodes and types; times are 0, not known.
 
         A strongly typed network must compute in these precisions, but which nodes become one kernel is decided when
         the plan meets a device. `implementation` says so: 'graph'.
@@ -248,7 +249,7 @@ class TensorRTEngine(_PlanEngine):
         self.last_device_ms = spent()
 
     def device_ms(self, feeds: Feeds) -> float:
-        """Milliseconds of one run on the device between two CUDA events, without the copies."""
+        """Runs once and returns the milliseconds on the device between two CUDA events, without the copies."""
         self._upload(feeds)
         spent = self._cuda.timed(self._launch)
         self._finish(spent)
@@ -256,7 +257,7 @@ class TensorRTEngine(_PlanEngine):
         return self.last_device_ms
 
     def kernels(self) -> list[Kernel]:
-        """The engine's layers from TensorRT's inspector, with mean times of a few runs on zeros (microseconds)."""
+        """Returns the layers from TensorRT's inspector, with mean times of a few runs on zeros (microseconds)."""
         if self._context is None:
             raise BackendError("this engine is closed")
         form = self._module.LayerInformationFormat.JSON

@@ -1,4 +1,4 @@
-"""What a TensorRT engine executed: the JSON of its inspector (detailed verbosity) as kernels.
+"""Reads what a TensorRT engine executed: the JSON of its inspector (detailed verbosity) as kernels.
 
 Three forms are read. Of a layer's tensors each has
 
@@ -7,7 +7,7 @@ Three forms are read. Of a layer's tensors each has
   migration guide, "IEngineInspector JSON Output"),
 - TensorRT-RTX 1.7: `Format` and `Datatype`, and `I/O Tensors` (the strings of its library).
 
-An engine that was built with names alone lists them as plain strings. What these do not tell is 'unknown'.
+An engine that was built with names alone lists them as plain strings. What these do not show is 'unknown'.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from backends.base import Kernel
-from backends.trt.onnx_graph import CONVOLUTIONS, MATMULS, OnnxGraph
+from backends.onnx_graph import CONVOLUTIONS, MATMULS, OnnxGraph
 
 _TYPES = {
     **dict.fromkeys(("float", "fp32", "float32"), "f32"),
@@ -38,7 +38,7 @@ _MOVERS = re.compile(r"reformat|shuffle|constant|noop|signal|wait|copy|slice|con
 
 
 def layer_kernels(inspected: str, times: Mapping[str, float], graph: OnnxGraph, tf32: bool = False) -> list[Kernel]:
-    """Kernels of the inspector's JSON. `times`: microseconds by layer name. `tf32`: the engine may round to TF32.
+    """Returns the kernels of the inspector's JSON. times: microseconds by layer name. tf32: it may round to TF32.
 
     A layer's `Metadata` names its ONNX nodes. A node's FLOPs go to the layer that names it and multiplies; where
     several layers could have done the work in different precisions, and where none names it, they go to a kernel of
@@ -91,7 +91,7 @@ def _title(layer: Mapping[str, Any], position: int) -> str:
 def _owner(
     node: str, layers: Sequence[Mapping[str, Any]], names: Sequence[Sequence[str]], precisions: Sequence[str]
 ) -> int | None:
-    """The layer that did the work of an ONNX node; None when none did, or which one did makes a difference."""
+    """Returns the layer that did an ONNX node's work; None where none did, or several of different precisions may."""
     able = [k for k, mine in enumerate(names) if node in mine and not _MOVERS.search(_kind(layers[k]))]
     heavy = [
         k for k in able if _HEAVY.search(_kind(layers[k])) or _HEAVY.search(str(layers[k].get("TacticName") or ""))
@@ -117,7 +117,7 @@ def _precision(layer: Mapping[str, Any], tf32: bool) -> str:
 
 
 def _type(port: Any) -> str:
-    """The type of a tensor of a layer, when its fields name exactly one."""
+    """Returns the type of a tensor of a layer, when its fields name exactly one."""
     if not isinstance(port, dict):
         return "unknown"
     texts = [str(v) for key, v in port.items() if key.lower() in ("format/datatype", "datatype", "format")]

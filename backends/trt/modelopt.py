@@ -1,6 +1,6 @@
-"""Post-training quantization with ModelOpt: a float ONNX graph and calibration feeds -> an ONNX graph with Q/DQ nodes.
+"""Quantizes graphs with ModelOpt: a float ONNX graph and calibration feeds -> an ONNX graph with Q/DQ nodes.
 
-ModelOpt says where Q/DQ nodes stand and quantizes the weights, from the graph and one item; the ranges of activations
+ModelOpt places the Q/DQ nodes and quantizes the weights, from the graph and one item; the ranges of activations
 are measured here over the whole set (`backends.trt.ranges`). Its file is finished here too: kept nodes read the float
 tensors again (a tensor that feeds a quantized and a kept node reaches both through Q/DQ otherwise), so do additions and
 all that is neither matmul nor convolution, and int8 weights are stored as int8.
@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from backends.base import BackendError, Feeds, Graph, QuantSpec, Source
+from backends.base import BackendError, Feeds, Graph, QuantSpec, Source, first_line
 from backends.calibration import CalibrationItems
-from backends.openvino.cpu import saturates
+from backends.cpu import saturates
+from backends.exchange import EXTERNAL_ABOVE, SHARED_ABOVE, describe_onnx, move_graph, save_with_data
+from backends.onnx_graph import CONVOLUTIONS, MATMULS, MOVES, OnnxGraph, kept_nodes, name_nodes
 from backends.quantspec import check_common, check_left, check_settings, nothing_left
 from backends.quiet import quiet
-from backends.trt.onnx_graph import CONVOLUTIONS, MATMULS, MOVES, OnnxGraph, kept_nodes, name_nodes
 from backends.trt.ranges import largest_magnitudes, quantized_tensors, set_ranges
 
 if TYPE_CHECKING:
@@ -35,8 +36,6 @@ _HALF = 64  # the largest weight of 7 bits
 _LARGEST_FP8 = 448  # of E4M3
 _BLOCK = 32  # int4 weights of a column that share a scale
 _OPSET = {"int8": 19, "fp8": 19, "int4": 21}
-_SHARED_ABOVE = 1024  # bytes
-_EXTERNAL_ABOVE = 1_800_000_000
 NO_CORRECTION = "ModelOpt corrects no biases"
 
 
@@ -52,7 +51,7 @@ class Report:
 
 
 class ModelOptQuantizer:
-    """ModelOpt's ONNX mode. `number_format`: int8, fp8 (E4M3) or int4 (weights only); `report` tells of its last call.
+    """ModelOpt's ONNX mode. `number_format`: int8, fp8 (E4M3) or int4 (weights only); `report` describes its last call.
 
     QuantSpec.bits_w = 4 with bits_a = 16 asks the int8 quantizer for int4 weights.
     """
@@ -75,11 +74,11 @@ class ModelOptQuantizer:
         self.report = Report()
 
     def notes(self) -> list[str]:
-        """Sentences on the last `quantize` that belong beside its results."""
+        """Returns notes on the last `quantize` for its results."""
         return list(self.report.notes)
 
     def quantize(self, source: Source, spec: QuantSpec, calibration: Iterable[Feeds]) -> Graph:
-        """Write `<spec.output_dir>/<source.name>.onnx` (and `.onnx.data` for large graphs) and return that graph.
+        """Writes `<spec.output_dir>/<source.name>.onnx` (and `.onnx.data` for large graphs) and returns that graph.
 
         `calibration` must be iterable again; items are made, used and dropped one by one, and only the first
         `spec.calibration_samples` are used. The same input gives the same bytes. Raises BackendError for a spec that
@@ -159,7 +158,7 @@ class ModelOptQuantizer:
 
 
 def _modelopt(graph: Graph, number_format: str, items: CalibrationItems, kept: list[str], folder: Path) -> Path:
-    """Run ModelOpt on a copy with named nodes; returns the file that it wrote into `folder`."""
+    """Runs ModelOpt on a copy with named nodes; returns the file that it wrote into `folder`."""
     import onnx
 
     next(iter(items))  # refuses an empty set, which ModelOpt would take
@@ -193,13 +192,12 @@ def _modelopt(graph: Graph, number_format: str, items: CalibrationItems, kept: l
         except BackendError:
             raise
         except Exception as error:
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise BackendError(f"ModelOpt cannot quantize {graph.path.name}: {reason[0]}") from error
+            raise BackendError(f"ModelOpt cannot quantize {graph.path.name}: {first_line(error)}") from error
     return made
 
 
 def range_notes(half: bool) -> list[str]:
-    """What is to be told of the range of int8 weights."""
+    """Returns the notes on the range of int8 weights."""
     if half:
         return ["weights use 7 of their 8 bits"]
     if saturates():
@@ -208,7 +206,7 @@ def range_notes(half: bool) -> list[str]:
 
 
 def free_kept(model: onnx.ModelProto, kept: set[str]) -> None:
-    """Let every kept node read the float tensors again, and drop Q/DQ pairs that nobody reads any more."""
+    """Lets every kept node read the float tensors again, and drops Q/DQ pairs that nobody reads any more."""
     nodes = model.graph.node
     maker = {name: node for node in nodes for name in node.output}
     for node in nodes:
@@ -228,8 +226,7 @@ def free_kept(model: onnx.ModelProto, kept: set[str]) -> None:
 
 
 def store_weights(model: onnx.ModelProto, half: bool) -> None:
-    """Replace every QuantizeLinear of a constant weight by its int8 or fp8 values: a quarter of the file, the same
-    numbers.
+    """Replaces each QuantizeLinear of a constant weight by its int8 or fp8 values: the same numbers in a quarter.
 
     `half`: weights of 7 bits: scales grow by 127/64 and values stay within 64, so sums of two products fit 16 bits.
     """
@@ -270,7 +267,7 @@ def store_weights(model: onnx.ModelProto, half: bool) -> None:
 
 
 def tidy(model: onnx.ModelProto) -> None:
-    """Drop constants that nobody reads, and store equal ones once: ModelOpt gives every reader of a table a copy."""
+    """Drops constants that nobody reads, and stores equal ones once: ModelOpt gives every reader of a table a copy."""
     graph = model.graph
     outputs = {value.name for value in graph.output}
     read = {name for node in graph.node for name in node.input} | outputs
@@ -284,7 +281,7 @@ def tidy(model: onnx.ModelProto) -> None:
         if tensor.name not in read:
             continue
         content = hashlib.sha256(tensor.raw_data).digest() + str((tensor.data_type, list(tensor.dims))).encode()
-        if len(tensor.raw_data) < _SHARED_ABOVE or content not in first or tensor.name in outputs:
+        if len(tensor.raw_data) < SHARED_ABOVE or content not in first or tensor.name in outputs:
             first.setdefault(content, tensor.name)
             kept.append(tensor)
         else:
@@ -298,39 +295,22 @@ def tidy(model: onnx.ModelProto) -> None:
 
 
 def write_graph(model: onnx.ModelProto, name: str, folder: Path, target: Path) -> Graph:
-    """Write the finished graph, its data file first, and describe it. The same model gives the same bytes."""
-    import onnx
-
-    from backends.exchange import describe_onnx
-
+    """Writes the finished graph, its data file first, and describes it. The same model gives the same bytes."""
     model.producer_name = model.producer_version = model.doc_string = ""
     del model.metadata_props[:]
     del model.graph.value_info[:]
-    out = folder / "out"
-    out.mkdir()
-    size = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
-    if size > _EXTERNAL_ABOVE:
-        onnx.save_model(
-            model,
-            str(out / f"{name}.onnx"),
-            save_as_external_data=True,
-            all_tensors_to_one_file=True,
-            location=f"{name}.onnx.data",
-            size_threshold=1024,
-        )
+    made = folder / "out" / f"{name}.onnx"
+    made.parent.mkdir()
+    if sum(len(tensor.raw_data) for tensor in model.graph.initializer) > EXTERNAL_ABOVE:
+        save_with_data(model, made)
     else:
-        (out / f"{name}.onnx").write_bytes(model.SerializeToString(deterministic=True))
-    data = out / f"{name}.onnx.data"
-    if data.exists():
-        data.replace(target / data.name)
-    else:
-        (target / data.name).unlink(missing_ok=True)
-    (out / f"{name}.onnx").replace(target / f"{name}.onnx")
-    return describe_onnx(target / f"{name}.onnx")
+        made.write_bytes(model.SerializeToString(deterministic=True))
+    move_graph(made, target / made.name)
+    return describe_onnx(target / made.name)
 
 
 def _reader(items: CalibrationItems) -> Any:
-    """The set as ONNX Runtime's CalibrationDataReader, with the two calls that ModelOpt adds to it."""
+    """Returns the set as ONNX Runtime's CalibrationDataReader, with the two calls that ModelOpt adds to it."""
     from onnxruntime.quantization.calibrate import CalibrationDataReader
 
     class Reader(CalibrationDataReader):

@@ -1,4 +1,4 @@
-"""Quantization-aware training with ModelOpt: a torch module that rounds as its int8 engine will, and its Q/DQ graph.
+"""Trains quantized modules with ModelOpt: a torch module that rounds as its int8 engine will, and its Q/DQ graph.
 
 ModelOpt's own training: its quantizers round in the forward pass and let gradients pass straight through inside the
 range; weights, biases and norms learn, while the ranges of activations and weights stay those of calibration. (What it
@@ -11,16 +11,17 @@ import copy
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
-from backends.base import BackendError, Feeds, Graph, QuantSpec, Source
+from backends.base import BackendError, Feeds, Graph, Quantizer, QuantSpec, Source
 from backends.calibration import CalibrationItems
+from backends.onnx_graph import CONVOLUTIONS, MATMULS, OnnxGraph
 from backends.quantspec import lost_channels, nothing_left
 from backends.trt.modelopt import Report
-from backends.trt.modelopt_torch import (
+from backends.trt.modelopt_export import (
     calibrated,
     check,
     common_notes,
@@ -30,19 +31,15 @@ from backends.trt.modelopt_torch import (
     kept_in,
     weight_steps,
 )
-from backends.trt.onnx_graph import CONVOLUTIONS, MATMULS, OnnxGraph
-
-if TYPE_CHECKING:
-    from backends.trt.modelopt_torch import ModelOptTorchQuantizer
 
 _HALF_BITS, _HALF, _FULL = 7, 63, 127
 LEARNED = "weights and biases were trained, ranges are those of calibration"
 
 
 def prepare(
-    quantizer: ModelOptTorchQuantizer, source: Source, spec: QuantSpec, calibration: Iterable[Feeds]
+    quantizer: Quantizer, source: Source, spec: QuantSpec, calibration: Iterable[Feeds]
 ) -> tuple[nn.Module, Report]:
-    """A trainable copy of `source.module` that rounds as an int8 engine does, its ranges calibrated; and what was done.
+    """Returns a trainable copy of `source.module` that rounds as its engine will, its ranges calibrated, and a report.
 
     The module takes and returns what `source.module` does, at any batch and size that this runs at; all its parameters
     are trainable. Its ranges are buffers, part of the state_dict. A layer that is called more than once stays in float
@@ -65,8 +62,8 @@ def prepare(
     return prepared.requires_grad_(True), Report(items.used, tuple(sorted(kept)), (), half, tuple(notes))
 
 
-def finish(quantizer: ModelOptTorchQuantizer, module: nn.Module, source: Source, spec: QuantSpec) -> Graph:
-    """Write the trained `module` as `<spec.output_dir>/<source.name>.onnx` with Q/DQ nodes and int8 weights; return it.
+def finish(quantizer: Quantizer, module: nn.Module, source: Source, spec: QuantSpec) -> Graph:
+    """Writes the trained `module` as `<spec.output_dir>/<source.name>.onnx` with Q/DQ nodes; returns that graph.
 
     `module` comes from `prepare` with the same source and spec; it is left as it is. The graph holds its rounded
     weights and its ranges, so it computes what the module does, up to values that fall on the other side of a rounding
@@ -93,13 +90,13 @@ def finish(quantizer: ModelOptTorchQuantizer, module: nn.Module, source: Source,
 
 
 def _rounded(module: nn.Module) -> list[Any]:
-    """The layers whose weights and inputs ModelOpt rounds."""
+    """Returns the layers whose weights and inputs ModelOpt rounds."""
     found: list[Any] = [part for _, part in heavy_layers(module) if hasattr(part, "weight_quantizer")]
     return [part for part in found if part.weight_quantizer.is_enabled]
 
 
 def _kept_layers(module: nn.Module, source: Source, kept: Iterable[str]) -> set[str]:
-    """Names of the layers of which a call is kept. Calls and the graph's nodes with weights have one order.
+    """Returns the names of the layers of which a call is kept. Calls and the graph's nodes with weights have one order.
 
     Raises BackendError where the module does other work than the graph.
     """
@@ -118,7 +115,7 @@ def _kept_layers(module: nn.Module, source: Source, kept: Iterable[str]) -> set[
 
 
 def _calls(module: nn.Module, source: Source) -> Sequence[tuple[str, str]]:
-    """Each call of a linear layer or convolution, in order: the layer's name, and the type of its ONNX node."""
+    """Returns each call of a linear layer or convolution, in order: the layer's name, and the type of its ONNX node."""
     calls: list[tuple[str, str]] = []
     copied = copy.deepcopy(module, {id(p): p for p in module.parameters()})  # for the hooks
     for name, layer in heavy_layers(copied):

@@ -1,4 +1,4 @@
-"""Ranges of activations: the float graph runs over the calibration items and reduces each tensor that counts inside it.
+"""Measures ranges of activations: runs the float graph over the calibration items and reduces tensors inside it.
 
 ModelOpt's own calibration does the same with all graph optimisations off, for every tensor that it may quantize.
 """
@@ -24,7 +24,7 @@ _LARGEST = {"INT8": 127.0, "FLOAT8E4M3FN": 448.0}
 def largest_magnitudes(
     path: Path, inputs: Sequence[TensorInfo], tensors: Sequence[str], items: Iterable[Feeds]
 ) -> dict[str, float]:
-    """max|x| of each tensor over all items. Only one item is in memory at a time.
+    """Returns max|x| of each tensor over all items. Only one item is in memory at a time.
 
     Writes `<stem>.ranges.onnx` beside `path`, so that external weights are found. Raises BackendError for a tensor that
     the graph does not compute, and for an item that gives NaN or inf in one of the tensors.
@@ -66,7 +66,7 @@ def largest_magnitudes(
 
 
 def quantized_tensors(model: onnx.ModelProto) -> list[str]:
-    """The float tensors, in order, that a QuantizeLinear reads and that are no constants."""
+    """Returns the float tensors, in order, that a QuantizeLinear reads and that are no constants."""
     constants = {tensor.name for tensor in model.graph.initializer}
     for node in model.graph.node:
         if node.op_type == "Constant" or (node.op_type == "Identity" and node.input[0] in constants):
@@ -76,7 +76,7 @@ def quantized_tensors(model: onnx.ModelProto) -> list[str]:
 
 
 def set_ranges(model: onnx.ModelProto, ranges: dict[str, float]) -> None:
-    """Let every Q/DQ pair of a tensor represent [-range, range]: int8 up to 127, fp8 (E4M3) up to 448."""
+    """Lets every Q/DQ pair of a tensor represent [-range, range]: int8 up to 127, fp8 (E4M3) up to 448."""
     import onnx
 
     kinds = {tensor.name: onnx.TensorProto.DataType.Name(tensor.data_type) for tensor in model.graph.initializer}

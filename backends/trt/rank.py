@@ -1,4 +1,4 @@
-"""Nodes of a Q/DQ graph back in float: the `Surgery` of TensorRT.
+"""Puts nodes of a Q/DQ graph back to float: the `Surgery` of TensorRT.
 
 A node reads the tensors from before their Q/DQ pairs (and before the scale of SmoothQuant) and takes its weights from
 the float graph; other nodes that read the same Q/DQ pair keep reading it. Nodes are matched by name: ModelOpt keeps
@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from backends.base import BackendError, Feeds, Graph
+from backends.onnx_graph import CONVOLUTIONS, MATMULS, MOVES, OnnxGraph, constant_of, name_nodes, reads, with_data
 from backends.rank import check_names, other_model
 from backends.reference import OnnxRuntimeEngine
 from backends.trt.modelopt import tidy, write_graph
-from backends.trt.onnx_graph import CONVOLUTIONS, MATMULS, MOVES, OnnxGraph, name_nodes
 
 if TYPE_CHECKING:
     import onnx
@@ -74,7 +74,7 @@ def _run(graph: Graph, feeds: Sequence[Feeds]) -> list[Feeds]:
 
 
 def _restore(graph: onnx.GraphProto, plain: Graph, names: set[str]) -> None:
-    """Let the nodes `names` compute in float, as in `plain`, and drop what is no longer read."""
+    """Lets the nodes `names` compute in float, as in `plain`, and drops what is no longer read."""
     weights = _Weights(plain)
     maker = {name: node for node in graph.node for name in node.output if name}
     scales = _scales(graph, maker, weights)
@@ -106,8 +106,7 @@ def _from_dequantize(name: str, maker: dict[str, onnx.NodeProto]) -> bool:
 
 
 def _scales(graph: onnx.GraphProto, maker: dict[str, onnx.NodeProto], weights: _Weights) -> dict[str, str]:
-    """Results of products by a constant that the float graph does not have, as SmoothQuant adds them, and the other
-    factor of each."""
+    """Returns the products by a constant that SmoothQuant added, and the other factor of each."""
     constants = {tensor.name for tensor in graph.initializer}
     found = {}
     for node in graph.node:
@@ -121,8 +120,8 @@ def _scales(graph: onnx.GraphProto, maker: dict[str, onnx.NodeProto], weights: _
 def _unquantized(
     name: str, maker: dict[str, onnx.NodeProto], scales: dict[str, str], nodes: list[onnx.NodeProto]
 ) -> str:
-    """The tensor from before its Q/DQ pair and its scale. Moves between are made anew, as others may read the quantized
-    ones; they are appended to `nodes`."""
+    """Returns the tensor from before its Q/DQ pair and its scale. Moves between are made anew, as others may read the
+    quantized ones; they are appended to `nodes`."""
     import onnx
 
     node = maker.get(name)
@@ -152,61 +151,38 @@ def _unquantized(
 
 
 def _read(nodes: list[onnx.NodeProto], outputs: set[str]) -> list[onnx.NodeProto]:
-    """The nodes that lead to `outputs`, in their order."""
+    """Returns the nodes that lead to `outputs`, in their order."""
     wanted, kept = set(outputs), []
     for node in reversed(nodes):
         if not wanted.isdisjoint(node.output):
-            wanted.update(_inputs(node))
+            wanted.update(reads(node))
             kept.append(node)
     return kept[::-1]
 
 
-def _inputs(node: onnx.NodeProto) -> list[str]:
-    """Names that a node reads, its branches included."""
-    names = list(node.input)
-    for attribute in node.attribute:
-        for body in (*([attribute.g] if attribute.HasField("g") else ()), *attribute.graphs):
-            names += [name for inner in body.node for name in _inputs(inner)]
-            names += [value.name for value in body.output]
-    return names
-
-
 class _Weights:
-    """The float graph: its nodes, which tensors depend on the inputs' values, and its constants."""
+    """The float graph: its nodes by name, which tensors depend on the inputs' values, and its constants."""
 
     def __init__(self, graph: Graph) -> None:
         import onnx
 
         self._folder = graph.path.parent
-        model = onnx.load(str(graph.path), load_external_data=False).graph
-        name_nodes(model.node)
-        self.nodes = {node.name: node for node in model.node}
-        self._maker = {name: node for node in model.node for name in node.output if name}
-        self._constants = {tensor.name: tensor for tensor in model.initializer}
-        self.live = {value.name for value in model.input if value.name not in self._constants}
-        for node in model.node:
-            if node.op_type not in ("Shape", "Size") and not self.live.isdisjoint(node.input):
-                self.live.update(name for name in node.output if name)
+        model = onnx.load(str(graph.path), load_external_data=False)
+        found = OnnxGraph(graph.path, model)
+        self.nodes = {node.name: node for node in found.nodes}
+        self.live = found.live
+        self._maker = found.maker
+        self._initializers = {tensor.name: tensor for tensor in model.graph.initializer}
 
     def tensor(self, name: str, reader: str) -> onnx.TensorProto:
-        """A copy of the constant `name` under a name of its own. Raises BackendError when it is computed by nodes."""
+        """Returns a copy of the constant `name`, called `<name>/float`. Raises BackendError when nodes compute it."""
         import onnx
 
-        source = name
-        while source in self._maker and self._maker[source].op_type == "Identity":
-            source = self._maker[source].input[0]
-        found = self._constants.get(source)
-        node = self._maker.get(source)
-        if found is None and node is not None and node.op_type == "Constant" and node.attribute[0].name == "value":
-            found = node.attribute[0].t
+        found = constant_of(name, self._maker, self._initializers)
         if found is None:
-            kind = node.op_type if node is not None else "nothing"
+            kind = self._maker[name].op_type if name in self._maker else "nothing"
             raise BackendError(f"{reader!r}: its weights are computed by {kind}")
         made = onnx.TensorProto()
-        made.CopyFrom(found)
-        if made.data_location == onnx.TensorProto.EXTERNAL:
-            onnx.external_data_helper.load_external_data_for_tensor(made, str(self._folder))
-            del made.external_data[:]
-            made.ClearField("data_location")
+        made.CopyFrom(with_data(found, self._folder))
         made.name = f"{name}/float"
         return made

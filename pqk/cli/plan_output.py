@@ -102,7 +102,7 @@ def _usable(backend: str | None) -> str:
     assert backend is not None
     found = registry.get(backend).availability()
     if not found.available:
-        raise Unavailable(f"backend {backend!r} cannot run: {found.reason}; {found.mend}")
+        raise Unavailable(f"backend {backend!r} cannot run: {found.reason}; {found.remedy}")
     return backend
 
 

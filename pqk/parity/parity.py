@@ -19,7 +19,7 @@ from typing import Any
 
 from backends import registry
 from backends.base import BackendError, Precision
-from backends.openvino.cpu import saturates
+from backends.cpu import saturates
 from pqk.engines.variant import Variant
 from pqk.errors import PqkError, nearest
 from pqk.files import write_json
@@ -102,7 +102,7 @@ def parity(
     for backend in backends:
         found = registry.get(backend).availability()
         if not found.available:
-            missing.append(Row("recipe", backend, note=f"unavailable: {found.reason}; {found.mend}"))
+            missing.append(Row("recipe", backend, note=f"unavailable: {found.reason}; {found.remedy}"))
             continue
         if not offered[backend]:
             missing.append(Row("recipe", backend, note="it has no quantizer"))

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from backends import registry
 from backends.base import Backend, Unavailable, rests_of
+from backends.cpu import cpu_name
 from backends.quantspec import check_installed, check_settings
 from pqk import __version__, paths
-from pqk.cores import affinity_cores, cpu_name, cpu_quota
+from pqk.cores import affinity_cores, cpu_quota
 from pqk.errors import PqkError, nearest
 from pqk.families.checkpoint import load_model, model_name
 from pqk.files import matching, sha256_file, sha256_json, sweep_temporary
@@ -117,7 +118,7 @@ def usable_backend(name: str) -> Backend:
     backend = registry.get(name)
     found = backend.availability()
     if not found.available:
-        raise Unavailable(f"backend {name!r} cannot run: {found.reason}; {found.mend}")
+        raise Unavailable(f"backend {name!r} cannot run: {found.reason}; {found.remedy}")
     return backend
 
 

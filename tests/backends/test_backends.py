@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from backend_toys import image
 import backends
 from backends import registry
 from backends.base import BackendError, Precision
+from backends.cpu import cpu_name, instruction_sets
 from backends.reference import TorchEngine
 
 ROOT = Path(backends.__file__).parent
@@ -21,6 +23,15 @@ RUNNABLE = [name for name, found in registry.availabilities().items() if found.a
 
 def test_reference_always_runs():
     assert "reference" in RUNNABLE
+
+
+def test_the_cpu_is_described_by_cpuinfo(tmp_path):
+    path = tmp_path / "cpuinfo"
+    path.write_text("processor : 0\nmodel name\t: Some CPU @ 2 GHz\nflags\t: sse avx2 avx512f amx_tile amx_int8\n")
+    assert instruction_sets(path) == ["avx2", "avx512f", "amx_tile", "amx_int8"]
+    assert cpu_name(path) == "Some CPU @ 2 GHz"
+    assert instruction_sets(tmp_path / "absent") == []
+    assert cpu_name(tmp_path / "absent") in (platform.processor(), platform.machine())
 
 
 def test_torch_engine_refuses_what_it_cannot_do(source):
@@ -61,7 +72,7 @@ from backends import registry
 from backends.base import Graph, Precision, Unavailable
 backend = registry.get("trt")
 found = backend.availability()
-print(found.available, "|", found.reason, "|", found.mend)
+print(found.available, "|", found.reason, "|", found.remedy)
 try:
     backend.compile(Graph(Path("x.onnx"), (), (), ""), Precision.F32)
 except Unavailable as error:
@@ -90,7 +101,7 @@ from pathlib import Path
 from backends import registry
 from backends.base import Graph, Precision, Unavailable
 backend = registry.get("openvino")
-print(backend.availability().reason, "|", backend.availability().mend)
+print(backend.availability().reason, "|", backend.availability().remedy)
 try:
     backend.compile(Graph(Path("x.onnx"), (), (), ""), Precision.F32)
 except Unavailable as error:

@@ -22,11 +22,11 @@ from backends.exchange import export
 pytest.importorskip("openvino")
 pytest.importorskip("nncf")
 
+from backends.cpu import saturates
 from backends.openvino.backend import INC
-from backends.openvino.cpu import saturates
 from backends.openvino.engine import OpenVINOEngine, best_float, read_model
 from backends.openvino.inc import INCQuantizer, _own_logs
-from backends.openvino.nncf import check_keep
+from backends.openvino.keep import check_keep
 
 ITEMS = 6
 SPEC = QuantSpec(calibration_samples=ITEMS, smooth_quant_alpha=None, bias_correction="none")
@@ -269,7 +269,7 @@ def test_auto_holds_weights_to_half_their_range_where_sums_saturate(inc, tmp_pat
     source = Source("lin", module, {"x": torch.zeros(8, 64)}, ("y",), graph)
     items = [{"x": np.random.default_rng(0).uniform(-1, 1, (8, 64)).astype(np.float32)}]
     for here, largest in ((False, 127), (True, 63)):
-        monkeypatch.setattr("backends.openvino.cpu.saturates", lambda here=here: here)
+        monkeypatch.setattr("backends.cpu.saturates", lambda here=here: here)
         quantizer = INCQuantizer()
         spec = dataclasses.replace(SPEC, calibration_samples=1, output_dir=tmp_path / str(here))
         made = quantizer.quantize(source, spec, items)

@@ -18,8 +18,8 @@ import pytest
 from contract_toys import network, write_graph
 
 from backends.base import Kernel, executed_precision
+from backends.onnx_graph import OnnxGraph
 from backends.trt.engine import layer_kernels
-from backends.trt.onnx_graph import OnnxGraph
 
 SAMPLES = Path(__file__).parent / "inspector"
 NET = network()

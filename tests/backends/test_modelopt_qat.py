@@ -15,9 +15,9 @@ from torch import nn
 from backends import registry
 from backends.base import BackendError, Precision, QuantSpec, Source, can_train, executed_precision
 from backends.exchange import export
-from backends.trt import modelopt_torch
+from backends.onnx_graph import CONVOLUTIONS, MATMULS, OnnxGraph
+from backends.trt import modelopt_export
 from backends.trt.modelopt_torch import ModelOptTorchQuantizer
-from backends.trt.onnx_graph import CONVOLUTIONS, MATMULS, OnnxGraph
 
 pytest.importorskip("modelopt", reason="ModelOpt is not installed")
 pytest.importorskip("requests", reason="ModelOpt's torch mode needs requests")
@@ -269,6 +269,6 @@ def test_finish_proves_the_keep_list(source, tmp_path, monkeypatch):
     """A module that was prepared with a shorter keep-list, and nothing that frees the kept node."""
     quantizer = ModelOptTorchQuantizer()
     module = quantizer.prepare(source, spec_for(tmp_path), Calibration(ITEMS))
-    monkeypatch.setattr(modelopt_torch, "free_kept", lambda *_: None)
+    monkeypatch.setattr(modelopt_export, "free_kept", lambda *_: None)
     with pytest.raises(BackendError, match=r"quantized or renamed kept nodes: \['/conv1/Conv'\]"):
         quantizer.finish(module, source, spec_for(tmp_path, keep=("conv1/Conv",)))

@@ -19,9 +19,9 @@ import backends
 from backends import registry
 from backends.base import BackendError, Precision, QuantSpec, Source, Unavailable, executed_precision
 from backends.exchange import export
+from backends.onnx_graph import CONVOLUTIONS, MATMULS, OnnxGraph
 from backends.quantspec import check_installed
 from backends.trt.modelopt_torch import ModelOptTorchQuantizer
-from backends.trt.onnx_graph import CONVOLUTIONS, MATMULS, OnnxGraph
 
 pytest.importorskip("modelopt", reason="ModelOpt is not installed")
 pytest.importorskip("requests", reason="ModelOpt's torch mode needs requests")

@@ -20,10 +20,12 @@ from backends.base import BackendError, Precision, QuantSpec, Source, executed_p
 pytest.importorskip("openvino")
 pytest.importorskip("nncf")
 
+from backends.cpu import saturates
+from backends.keep import GROUPS
 from backends.openvino import flops as work
-from backends.openvino.cpu import instruction_sets, saturates
 from backends.openvino.engine import OpenVINOEngine, best_float, describe_ir, read_model
-from backends.openvino.nncf import GROUPS, NNCFQuantizer, check_keep, kept_nodes
+from backends.openvino.keep import check_keep, kept_nodes
+from backends.openvino.nncf import NNCFQuantizer
 
 ITEMS = 6
 SPEC = QuantSpec(calibration_samples=ITEMS, smooth_quant_alpha=0.95, bias_correction="fast")
@@ -333,13 +335,6 @@ def test_availability_names_the_machine():
     assert ("BF16" in found.details["capabilities"]) == (best_float() == Precision.BF16)
 
 
-def test_instruction_sets_are_read_from_cpuinfo(tmp_path):
-    path = tmp_path / "cpuinfo"
-    path.write_text("processor : 0\nflags\t: sse avx2 avx512f amx_tile amx_int8\n")
-    assert instruction_sets(path) == ["avx2", "avx512f", "amx_tile", "amx_int8"]
-    assert instruction_sets(tmp_path / "absent") == []
-
-
 @pytest.mark.parametrize(
     ("primitive", "runtime", "want"),
     [
@@ -466,7 +461,7 @@ def test_auto_holds_weights_to_half_their_range_where_sums_saturate(tmp_path, mo
     items = [{"x": np.random.default_rng(0).uniform(-1, 1, (8, 64)).astype(np.float32)}]
     made = {}
     for here in (False, True):
-        monkeypatch.setattr("backends.openvino.cpu.saturates", lambda here=here: here)
+        monkeypatch.setattr("backends.cpu.saturates", lambda here=here: here)
         quantizer = NNCFQuantizer()
         spec = QuantSpec(
             calibration_samples=1, keep=(), bias_correction="none", smooth_quant_alpha=None, output_dir=tmp_path

@@ -18,7 +18,8 @@ pytest.importorskip("nncf")
 ov = pytest.importorskip("openvino")
 
 from backends.openvino.engine import OpenVINOEngine, read_model  # noqa: E402
-from backends.openvino.nncf import NNCFQuantizer, check_keep  # noqa: E402
+from backends.openvino.keep import check_keep  # noqa: E402
+from backends.openvino.nncf import NNCFQuantizer  # noqa: E402
 from backends.openvino.qat import FakeQuantizer, fake_quantizers  # noqa: E402
 
 ITEMS = 4

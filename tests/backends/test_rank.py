@@ -16,7 +16,8 @@ pytest.importorskip("nncf")
 
 from backends.openvino.engine import OpenVINOEngine, read_model, write_ir
 from backends.openvino.inc import INCQuantizer
-from backends.openvino.nncf import NNCFQuantizer, check_keep, kept_nodes, name_nodes
+from backends.openvino.keep import check_keep, kept_nodes, name_nodes
+from backends.openvino.nncf import NNCFQuantizer
 from backends.openvino.passes import fold_constants
 from backends.openvino.rank import IRSurgery
 from backends.rank import mean_error, node_groups, rank_by_groups, rank_nodes

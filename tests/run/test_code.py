@@ -190,7 +190,7 @@ def test_every_file_of_a_stage_is_in_its_key_and_no_other(asked: Mapping[str, Re
         ("joint", "pqk.compress.train.stop_rules"),
         ("qat", "pqk.compress.train.stop_rules"),
         ("predictions", "backends.openvino.backend"),
-        ("predictions", "backends.openvino.nncf"),  # which checks the keep-list in the engine
+        ("predictions", "backends.openvino.keep"),  # which checks the keep-list in the engine
         ("quantize inc", "pqk.families.dust3r.model"),  # it starts from the module
     ],
 )

@@ -12,7 +12,7 @@ from run_toys import make_project, pqk
 
 from backends import registry
 from backends.base import BackendError, Unavailable
-from backends.trt.onnx_graph import OnnxGraph
+from backends.onnx_graph import OnnxGraph
 from pqk.cli.run_output import run_card
 from pqk.errors import PqkError
 from pqk.recipe import stages

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from backends import registry
-from backends.trt.onnx_graph import OnnxGraph, kept_nodes
+from backends.onnx_graph import OnnxGraph, kept_nodes
 from pqk.recipe import candidate, runner
 from pqk.recipe.quantization import Lowering
 from pqk.recipe.request import Request

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from backends.cpu import cpu_name
 from pqk.compress.train.loop import Progress, Schedule, Trainer, world
 from pqk.compress.train.pairs import SymmetricPairs, means_of, pick_device, scenery, validation_scores
-from pqk.cores import allowed_cores, cpu_name
+from pqk.cores import allowed_cores
 from pqk.data.render.stream import PairBatch, training_pairs
 from pqk.data.render.synthetic import texture_bank
 from pqk.errors import PqkError, nearest
