@@ -126,12 +126,12 @@ class SampleSet:
         return SampleSet(**{**data, "groups": tuple(data["groups"])})
 
 
-class Recallable(Protocol):
-    """Calibration samples: iterating again starts anew, nothing is held in memory."""
+class Calibration(Protocol):
+    """Calibration samples by their place; each is decoded when it is asked for, and nothing is held in memory."""
 
     images: int  # that the samples hold in all
 
-    def __iter__(self) -> Iterator[Sample]: ...
+    def __getitem__(self, index: int) -> Sample: ...
 
     def __len__(self) -> int: ...
 
@@ -267,7 +267,7 @@ class DataPart(Protocol):
         """Returns how many samples there are at most, without decoding any."""
         ...
 
-    def calibration(self, found: SampleSet, workload: Workload, images: int) -> Recallable:
+    def calibration(self, found: SampleSet, workload: Workload, images: int) -> Calibration:
         """Returns the first calibration samples that hold `images` images. Raises PqkError where there are fewer."""
         ...
 

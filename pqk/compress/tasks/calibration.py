@@ -10,7 +10,7 @@ import numpy as np
 
 from backends.base import Feeds, Graph
 from pqk.engines.calls import Recorder, on_reference
-from pqk.families.contract import Family, GraphUse, Recallable, Sample
+from pqk.families.contract import Calibration, Family, GraphUse
 from pqk.measure.predictions import Predictions, Writer
 from pqk.settings.workload import Workload
 
@@ -24,7 +24,7 @@ class Recording:
     """
 
     def __init__(
-        self, of: Family, workload: Workload, samples: Recallable, graphs: Mapping[str, Graph], folder: Path
+        self, of: Family, workload: Workload, samples: Calibration, graphs: Mapping[str, Graph], folder: Path
     ) -> None:
         self._of, self._workload, self._samples, self._graphs = of, workload, samples, graphs
         self._folder = folder
@@ -36,19 +36,23 @@ class Recording:
     def __exit__(self, *exc: object) -> None:
         self._kept.cleanup()
 
+    @property
+    def count(self) -> int:
+        """How many calibration samples there are."""
+        return len(self._samples)
+
     def feeds(self, use: GraphUse) -> _Live | _Kept:
         """Returns the feeds of a graph; the samples 0, every, 2 every ... feed it."""
         live = _Live(self, use)
         return live if not use.after else _Kept(live, Path(self._kept.name) / use.name)
 
-    def recorded(self, use: GraphUse) -> Iterator[tuple[Sample, list[Feeds]]]:
-        """Yields each chosen sample with the feeds of its calls."""
+    def recorded(self, use: GraphUse) -> Iterator[list[Feeds]]:
+        """Yields the feeds of all calls of one sample after the other."""
         with on_reference({name: self._graphs[name] for name in use.after}) as engines:
-            for number, sample in enumerate(self._samples):
-                if number % use.every == 0:
-                    recorder = Recorder(use.name, engines, self._graphs)
-                    self._of.predict_part().predict(recorder, sample, self._workload, 0)
-                    yield sample, recorder.feeds
+            for index in range(0, len(self._samples), use.every):
+                recorder = Recorder(use.name, engines, self._graphs)
+                self._of.predict_part().predict(recorder, self._samples[index], self._workload, 0)
+                yield recorder.feeds
 
 
 class _Live:
@@ -56,15 +60,14 @@ class _Live:
 
     def __init__(self, recording: Recording, use: GraphUse) -> None:
         self.recording, self.use = recording, use
-        first = next(iter(recording.recorded(use)), None)
-        chosen = -(-len(recording._samples) // use.every)
-        self._count = 0 if first is None else chosen * len(first[1])
+        first = next(recording.recorded(use), [])
+        self._count = len(first) * -(-recording.count // use.every)
 
     def __len__(self) -> int:
         return self._count
 
     def __iter__(self) -> Iterator[Feeds]:
-        return (feeds for _, found in self.recording.recorded(self.use) for feeds in found)
+        return (feeds for found in self.recording.recorded(self.use) for feeds in found)
 
 
 class _Kept:

@@ -248,7 +248,7 @@ def most(found: SampleSet, workload: Workload) -> int:
 
 
 class CalibrationPairs:
-    """Neighbouring calibration images as pairs; iterating again starts anew. images: how many there are in all."""
+    """Neighbouring calibration images as pairs. images: how many there are in all."""
 
     def __init__(self, pictures: CalibrationImages) -> None:
         self._pictures = pictures
@@ -257,10 +257,8 @@ class CalibrationPairs:
     def __len__(self) -> int:
         return self.images // 2
 
-    def __iter__(self) -> Iterator[Sample]:
-        frames = iter(self._pictures)
-        for number, (first, second) in enumerate(zip(frames, frames, strict=False)):
-            yield Sample(0, str(number), (first, second))
+    def __getitem__(self, index: int) -> Sample:
+        return Sample(0, str(index), (self._pictures[2 * index], self._pictures[2 * index + 1]))
 
 
 def calibration(found: SampleSet, workload: Workload, images: int) -> CalibrationPairs:

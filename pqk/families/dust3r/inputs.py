@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -101,7 +101,7 @@ def _overlap(a: Frame, b: Frame) -> float:
 
 
 class CalibrationImages:
-    """The calibration images as frames, one at a time; iterating again starts anew.
+    """The calibration images as frames, each decoded when it is asked for.
 
     folders: of the scenes. Images are taken scene by scene, so that images 2k and 2k+1 of the list are neighbours in a
     scene. Raises PqkError when there are none, or fewer than asked.
@@ -126,7 +126,6 @@ class CalibrationImages:
     def __len__(self) -> int:
         return len(self.views)
 
-    def __iter__(self) -> Iterator[Frame]:
-        for view in self.views:
-            # with its camera, so that it is undistorted and oriented as the pictures of an evaluation are
-            yield fit_to_shape(replace(view, depth_path=None, mask_path=None), *self.shape)
+    def __getitem__(self, index: int) -> Frame:
+        # with its camera, so that it is undistorted and oriented as the pictures of an evaluation are
+        return fit_to_shape(replace(self.views[index], depth_path=None, mask_path=None), *self.shape)
