@@ -23,7 +23,7 @@ from pqk.store.store import Artifact
 TRAINS = ("P", "K", "PQK")
 _TASK = {"P": "prune", "K": "distill"}
 _CODE = {"P": ("pqk.compress.tasks.pruned", *LOADER_CODE), "K": ("pqk.compress.tasks.distilled", *LOADER_CODE)}
-_TOOLS = {"P": ("torch", "torch-pruning", "numpy", "scipy", "pillow"), "K": ("torch", "numpy", "scipy", "pillow")}
+_TOOLS = ("torch", "torch-pruning", "numpy", "scipy", "pillow")
 _STAGE = {"P": "pruned", "K": "distilled"}
 
 
@@ -104,7 +104,7 @@ def _train(
         "seed": experiment.workload.seeds.train,
         "lines": lines_of(rules),
         "device": "cuda" if torch.cuda.is_available() else "cpu",
-        "versions": {name: ctx.machine["versions"].get(name) for name in _TOOLS[method]},
+        "versions": {name: ctx.machine["versions"].get(name) for name in _TOOLS},
     }
     label = "" if before is None else f"after {card.recipe[0]}"
 
