@@ -134,7 +134,7 @@ def distill(
     stop: Stop | None = None,
     report: Callable[[Progress], None] | None = None,
 ) -> Fitted:
-    """Train `student`, a DUSt3R of any size (see `pqk.compress.cut.student`), in place; returns its best averaged weights.
+    """Train `student`, a DUSt3R of any size, in place; returns its best averaged weights.
 
     The Teacher sees the same rendered pairs in both orders and is not changed; it moves to the training device. Up to
     loss.task_share of the run beta is beta_start, then it rises in a line to beta_end. Features are only looked at when

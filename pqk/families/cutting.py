@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 
 Plan = Mapping[str, int]
 """Name of a size -> units that stay; sizes that are not named keep all."""
@@ -65,17 +65,17 @@ class CuttingPart(Protocol):
         on, as long as enough are left.
         """
 
-    def tracing(self, net: nn.Module) -> tuple[Callable[[nn.Module, Tensor], Any], Tensor]:
+    def tracing(self, net: Any) -> tuple[Callable[[Any, Tensor], Any], Tensor]:
         """Make a network ready for the dependency tracer, in place; returns a forward and its example input."""
 
-    def run_sample(self, net: nn.Module, side: int) -> None:
+    def run_sample(self, net: Any, side: int) -> None:
         """Run the network once on a sample of square images of this side, all zeros: its FLOPs are counted."""
 
-    def begin(self, net: nn.Module, images: Tensor) -> Any:
+    def begin(self, net: Any, images: Tensor) -> Any:
         """The part of the forward for images (B, 2, 3, H, W) that cuts of sizes for which `begins` is False leave."""
 
     def begins(self, size: str) -> bool:
         """Whether cutting this size changes what `begin` gives."""
 
-    def finish(self, net: nn.Module, begun: Any, images: Tensor) -> tuple[Tensor, Tensor]:
+    def finish(self, net: Any, begun: Any, images: Tensor) -> tuple[Tensor, Tensor]:
         """The points (2B, H, W, 3) of both views, each pair in both orders, from what `begin` gave."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -83,7 +84,7 @@ def _flops_of_modules(model: Any, cutting: CuttingPart) -> dict[str, int]:
         def enter(module: nn.Module, inputs: Any) -> None:
             open_.append([counter.get_total_flops(), 0])
 
-        def leave(module: nn.Module, inputs: Any, output: Any, name: str) -> None:
+        def leave(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
             start, inner = open_.pop()
             total = counter.get_total_flops() - start
             if total > inner:
@@ -93,6 +94,6 @@ def _flops_of_modules(model: Any, cutting: CuttingPart) -> dict[str, int]:
 
         for name, module in net.named_modules():
             module.register_forward_pre_hook(enter)
-            module.register_forward_hook(lambda *args, name=name: leave(*args, name=name))
+            module.register_forward_hook(partial(leave, name))
         cutting.run_sample(net, FLOPS_SIDE)
     return found

@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from pqk.compress.cut.cost import FLOPS_SIDE, Costs
 from pqk.compress.cut.importance import LossOf, norms, taylor
@@ -25,7 +24,6 @@ from pqk.compress.train.pairs import pick_device, scenery
 from pqk.errors import PqkError
 from pqk.families.cutting import CuttingPart, Plan
 from pqk.settings.prune import Prune
-
 
 REFITTED = ("heads", "ffn")
 """Kinds of units whose readers are refitted; see `pqk.settings.prune.Prune`."""
@@ -114,7 +112,7 @@ def prune(
         importance = taylor(working, groups, rendered(*samples), loss_of)
     else:
         importance = norms(working, groups, spec.importance)
-    known = None
+    known: dict[str, torch.Tensor] = {}
     if spec.refit:
         say("second moments for the refit")
         read = groups_of([slot for slot in slots if slot.kind in REFITTED])
@@ -138,7 +136,7 @@ def prune(
         if slot.name in plan:
             chosen = kept(slot, importance, plan[slot.name])
             keep |= chosen
-            for group in slot.groups if known is not None else ():
+            for group in slot.groups:
                 refit(working, group, chosen[group.name], known)
     pruned = cut(working, slots, plan, keep, cutting).eval()
     after = probe.score(copy.deepcopy(pruned).to(where)) if probe else None

@@ -24,9 +24,7 @@ Moments = Mapping[str, Tensor]
 """Name of a layer -> (n + 1, n + 1): mean of x x^T over all tokens or places, x the layer's n inputs and a 1."""
 
 
-def rendered(
-    pairs: int, size: int, seed: int, device: torch.device, scenery: Mapping[str, Any]
-) -> Iterator[PairBatch]:
+def rendered(pairs: int, size: int, seed: int, device: torch.device, scenery: Mapping[str, Any]) -> Iterator[PairBatch]:
     """Yields the first training pairs of a seed, one by one, of size x size pixels; scenery: as in `training_pairs`."""
     bank = texture_bank().to(device)
     for index in range(pairs):
@@ -86,14 +84,15 @@ def refit(model: nn.Module, group: Group, keep: Tensor, known: Moments) -> None:
         covariance = total[:-1, :-1] - mean[:, None] * mean
         ridge = RIDGE * float(covariance.diagonal().mean()) + 1e-12
         # where its stride leaves holes, a transposed convolution (whose inputs are axis 0) adds a constant to some only
-        constant = bias is not None and part.axis == 1
-        products = covariance if constant else total[:-1, :-1]
+        if part.axis == 0:
+            bias = None
+        products = total[:-1, :-1] if bias is None else covariance
         square = products[staying][:, staying]
         square.diagonal().add_(ridge)
         share = torch.linalg.solve(square, products[staying][:, leaving]).T  # g is about share @ k and a constant
         weight = weights[part.key].movedim(part.axis, -1)
         lost = weight[..., leaving.to(weight.device)].double().cpu()
         weight[..., staying.to(weight.device)] += (lost @ share).to(weight)
-        if constant:
+        if bias is not None:
             added = lost @ (mean[leaving] - share @ mean[staying])  # for each tap
             bias.add_(added.reshape(len(bias), -1).sum(1).to(bias))

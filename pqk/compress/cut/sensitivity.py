@@ -121,12 +121,12 @@ def scan(
     importance: Mapping[str, Tensor],
     levels: Sequence[float],
     probe: Probe,
-    known: Moments | None = None,
+    known: Moments,
     report: Callable[[str], None] | None = None,
 ) -> Scores:
     """The scores when each slot alone loses each level of its units. The weights come back as they were.
 
-    The least important units of every group of the slot are silenced, and with `known` the others refitted, as they
+    The least important units of every group of the slot are silenced, and with the layers in `known` refitted, as they
     will be in the cut network. A level whose points are not finite is left out, and all that cut more of this slot.
     """
     found: Scores = {}
@@ -143,13 +143,12 @@ def scan(
 
 
 @contextlib.contextmanager
-def taken_over(model: nn.Module, slot: Slot, keep: Mapping[str, Tensor], known: Moments | None) -> Iterator[None]:
-    """`silenced`, with the layers behind refitted where there are moments."""
+def taken_over(model: nn.Module, slot: Slot, keep: Mapping[str, Tensor], known: Moments) -> Iterator[None]:
+    """`silenced`, with the layers behind refitted whose moments are known."""
     whole = {group.name: torch.arange(group.units) for group in slot.groups}
     with silenced(model, slot, whole):  # remembers the weights
-        if known is not None:
-            for group in slot.groups:
-                refit(model, group, keep[group.name], known)
+        for group in slot.groups:
+            refit(model, group, keep[group.name], known)
         with silenced(model, slot, keep):
             yield
 

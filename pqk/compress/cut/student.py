@@ -12,7 +12,6 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from pqk.compress.cut.importance import most_important, norms
@@ -70,7 +69,6 @@ def plan_of_shares(
     return plan
 
 
-@torch.no_grad()
 def make_student(teacher: Any, shares: StudentCut, cutting: CuttingPart) -> nn.Module:
     """A smaller model on the CPU, in eval mode, made of the Teacher's kept layers; the Teacher stays as it is.
 

@@ -85,7 +85,7 @@ class Slot:
         return any(group.name.startswith(modules) for group in self.groups)
 
 
-def slots_of(model: nn.Module, kinds: Collection[str], round_to: int, cutting: CuttingPart) -> list[Slot]:
+def slots_of(model: Any, kinds: Collection[str], round_to: int, cutting: CuttingPart) -> list[Slot]:
     """Everything of these kinds that may be cut from the model; see `CuttingPart.sizes`.
 
     Raises PqkError when torch-pruning is not installed.
@@ -116,7 +116,7 @@ def _whole(model: nn.Module, name: str) -> Group:
 class _Tracer:
     """The dependency graph of a network of the same configuration, traced with tensors that have shapes but no data."""
 
-    def __init__(self, model: nn.Module, cutting: CuttingPart) -> None:
+    def __init__(self, model: Any, cutting: CuttingPart) -> None:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")

@@ -13,8 +13,8 @@ from pqk.compress.finetune import finetune, task_loss
 from pqk.compress.train.progress import tell_training
 from pqk.compress.train.stop_rules import stopper
 from pqk.compress.train.trained import finish
-from pqk.files import write_json
 from pqk.families.dust3r import cutting
+from pqk.files import write_json
 from pqk.models import load_model, save_model
 from pqk.settings.prune import Prune
 from pqk.store.progress import tell
