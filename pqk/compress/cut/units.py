@@ -56,7 +56,7 @@ class Group:
 class Slot:
     """One size of the configuration (`pqk.families.cutting.Size`) and the groups of units that have to follow it.
 
-    name: such as 'enc_blocks.0.ffn', or that of a block that goes whole, which has a group for each of its modules.
+    name: such as 'blocks.0.ffn', or that of a block that goes whole, which has a group for each of its modules.
     units: the size now. step: what is cut at a time. follows: layers of this size that no output depends on.
     """
 
