@@ -33,10 +33,11 @@ REFITTED = ("heads", "ffn")
 class Removed:
     """What one size of the configuration gave.
 
-    name: such as 'blocks.0.ffn'. kind: heads, ffn, block, or the family's own. params, flops: what cutting this alone would save.
-    importance_kept: share of the summed importance of its units that stays (None for a block). scan: for each number of
-    units that stay, in this group alone and before any training, the rise of AbsRel against the truth (`rise_pct`) and
-    the relative distance of the points of both views to those of the uncut network (`shift_pct`), which decides.
+    name: such as 'blocks.0.ffn'. kind: heads, ffn, block, or one of the family's own. params, flops: what cutting this
+    alone would save. importance_kept: share of the summed importance of its units that stays (None for a block). scan:
+    for each number of units that stay, in this group alone and before any training, the rise of AbsRel against the
+    truth (`rise_pct`) and the relative distance of the points of both views to those of the uncut network
+    (`shift_pct`), which decides.
     """
 
     name: str
