@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pqk.compress.cut.student import evenly, make_student
+from pqk.compress.cut.student import evenly
 from pqk.compress.train.fit import Fitted, Stop, fit
 from pqk.compress.train.loop import Progress
 from pqk.compress.train.pairs import SymmetricPairs
@@ -23,8 +23,6 @@ from pqk.data.render.stream import PairBatch
 from pqk.families.dust3r.layers import initialize
 from pqk.families.dust3r.losses import Prediction, confidence_loss, masked_mean, normalise_jointly
 from pqk.settings.distill import Distill
-
-__all__ = ["distill", "laplace_kl", "make_student", "softened_kl"]
 
 _SERIES_BELOW = 0.5
 _SERIES = [(-1) ** n * (3 - n) / math.factorial(n + 1) for n in range(2, 15)]
@@ -136,7 +134,7 @@ def distill(
     stop: Stop | None = None,
     report: Callable[[Progress], None] | None = None,
 ) -> Fitted:
-    """Train `student`, a DUSt3R of any size (see `make_student`), in place; returns its best averaged weights.
+    """Train `student`, a DUSt3R of any size, in place; returns its best averaged weights.
 
     The Teacher sees the same rendered pairs in both orders and is not changed; it moves to the training device. Up to
     loss.task_share of the run beta is beta_start, then it rises in a line to beta_end. Features are only looked at when

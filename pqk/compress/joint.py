@@ -8,8 +8,9 @@ The toolchain prepares the modules of both phases; see `pqk.recipe.joint`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +19,22 @@ from torch import Tensor, nn
 
 from pqk.compress.cut.cost import FLOPS_SIDE, Costs
 from pqk.compress.cut.gates import Gated, Layout, Price, fold, kept_units, layouts_of, shut, starting_logits
-from pqk.compress.cut.importance import importances
-from pqk.compress.cut.prune import Removed
-from pqk.compress.cut.refit import moments, refit
-from pqk.compress.cut.units import Slot, cut, slots_of
+from pqk.compress.cut.importance import taylor
+from pqk.compress.cut.prune import Removed, removed_units
+from pqk.compress.cut.refit import moments, refit, rendered
+from pqk.compress.cut.units import Slot, cut, groups_of, slots_of
+from pqk.compress.finetune import task_loss
 from pqk.compress.qat import Quantized, imitation_loss, qat, training_of
 from pqk.compress.train.fit import Fitted, Stop, fit
 from pqk.compress.train.loop import Progress
-from pqk.compress.train.pairs import SymmetricPairs
+from pqk.compress.train.pairs import SymmetricPairs, scenery
 from pqk.data.render.stream import PairBatch
 from pqk.errors import PqkError
+from pqk.families.cutting import CuttingPart
 from pqk.families.dust3r.losses import confidence_loss
 from pqk.families.dust3r.model import Dust3r
 from pqk.models import build_model
 from pqk.settings.joint import Joint
-from pqk.settings.prune import Prune, Sensitivity, Units
 from pqk.settings.quant import Qat
 from pqk.settings.seeds import LIMIT
 from pqk.settings.training import Fit
@@ -72,19 +74,33 @@ class GatePlan:
     seed: of the training pairs of the importance. On one CPU the same arguments give the same gates.
     """
 
-    def __init__(self, teacher: Dust3r, spec: Joint, *, seed: int, importance: dict[str, Tensor] | None = None) -> None:
-        """importance: what `importances` gave before, to spare its time. Raises PqkError when flops_cut is too much."""
-        self.spec, self.seed = spec, seed
-        self.sampling = _sampling(spec)
-        self.slots: list[Slot] = slots_of(teacher, self.sampling.units, spec.round_to)
+    def __init__(
+        self,
+        teacher: Dust3r,
+        spec: Joint,
+        cutting: CuttingPart,
+        *,
+        seed: int,
+        importance: dict[str, Tensor] | None = None,
+    ) -> None:
+        """importance: what `taylor` gave before, to spare its time. Raises PqkError when flops_cut is too much."""
+        self.spec, self.seed, self.cutting = spec, seed, cutting
+        kinds = {name for name, allowed in spec.units if allowed}
+        self.slots: list[Slot] = slots_of(teacher, kinds, spec.round_to, cutting)
         if importance is None:
             working = copy.deepcopy(teacher).requires_grad_(True).eval()
-            importance = importances(working, self.slots, self.sampling, seed=seed)
+            loss_of = partial(task_loss, alpha=training_of(spec.train).alpha)
+            importance = taylor(working, groups_of(self.slots), self.samples(), loss_of)
         self.importance = importance
-        self.layouts: list[Layout] = layouts_of(teacher, self.slots, importance)
+        self.layouts: list[Layout] = layouts_of(teacher, self.slots, importance, cutting)
         self.starts = starting_logits(self.layouts, spec.gates.start, spec.gates.spread)
-        self.total = Costs(teacher, self.slots)({}).flops
+        self.total = Costs(teacher, self.slots, cutting)({}).flops
         shut(self.layouts, self.starts, self.total, spec.flops_cut)  # what cannot be reached is told before training
+
+    def samples(self) -> Iterator[PairBatch]:
+        """The training pairs of the importance, and of the refit."""
+        some, device = self.spec.samples, torch.device("cpu")
+        return rendered(some.pairs, some.size, self.seed, device, scenery(training_of(self.spec.train)))
 
     def into(self, encoder: nn.Module, decoder: nn.Module) -> Gated:
         """Put the gates into the prepared modules."""
@@ -178,31 +194,13 @@ def cut_gates(teacher: Dust3r, weights: dict[str, Tensor], plan: GatePlan, gated
     fold(working, plan.layouts, factors)
     units, keep = kept_units(plan.layouts, shut(plan.layouts, logits, plan.total, spec.flops_cut))
     if spec.refit:
-        known = moments(working, plan.slots, plan.sampling, seed=plan.seed)
-        for slot in plan.slots:
-            if slot.name in units:
-                refit(working, slot, keep, known)
-    small = cut(working, plan.slots, units, keep).eval()
-    costs = Costs(teacher, plan.slots)
+        images = (pair.images for pair in plan.samples())
+        known = moments(working, groups_of(plan.slots), images, spec.samples.pairs)
+        for group in groups_of([slot for slot in plan.slots if slot.name in units]):
+            refit(working, group, keep[group.name], known)
+    small = cut(working, plan.slots, units, keep, plan.cutting).eval()
+    costs = Costs(teacher, plan.slots, plan.cutting)
     before, after = costs({}), costs(units)
-    removed = []
-    for slot in plan.slots:
-        if slot.name in units:
-            alone = costs({slot.name: units[slot.name]})
-            total = sum(float(plan.importance[group.name].sum()) for group in slot.groups)
-            stays = sum(float(plan.importance[group.name][keep[group.name]].sum()) for group in slot.groups)
-            removed.append(
-                Removed(
-                    name=slot.name,
-                    kind=slot.kind,
-                    units_before=slot.units,
-                    units_after=units[slot.name],
-                    params=before.params - alone.params,
-                    flops=before.flops - alone.flops,
-                    importance_kept=stays / total if total else None,
-                    scan={},
-                )
-            )
     every = torch.cat([factor[1:] for factor in factors])
     report = JointReport(
         flops_cut=spec.flops_cut,
@@ -216,7 +214,7 @@ def cut_gates(teacher: Dust3r, weights: dict[str, Tensor], plan: GatePlan, gated
         gates=len(every),
         undecided=int(((every > 0.05) & (every < 0.95)).sum()),
         gated_cut=float(gated.cut().detach()),
-        removed=removed,
+        removed=removed_units(plan.slots, units, costs, plan.importance, keep, {}),
     )
     return small, report
 
@@ -265,19 +263,3 @@ class Whole:
         history = [{**entry, "step": first + entry["step"]} for entry in shown]
         share = min(1.0, step / (self.spec.train.epochs * steps))
         return replace(p, step=step, seconds=self.seconds + p.seconds, share=share, history=history)
-
-
-def _sampling(spec: Joint) -> Prune:
-    """The part of the configuration that importance, units and refit share with pruning, in pruning's words."""
-    return Prune(
-        version=spec.version,
-        rho=spec.flops_cut,
-        measure="flops",
-        importance="taylor",
-        samples=spec.samples,
-        refit=spec.refit,
-        units=Units(heads=spec.units.heads, ffn=spec.units.ffn, dpt=False, blocks=False),
-        round_to=spec.round_to,
-        sensitivity=Sensitivity(enabled=False, pairs=1, size=spec.samples.size, levels=(0.5,)),
-        train=training_of(spec.train),
-    )

@@ -25,7 +25,7 @@ _TASK = {"P": "prune", "K": "distill"}
 _CODE = {"P": ("pqk.compress.tasks.pruned", *LOADER_CODE), "K": ("pqk.compress.tasks.distilled", *LOADER_CODE)}
 LEARNS = ("learning", "cutting")
 """Parts of a family that its training stages use."""
-_TOOLS = {"P": ("torch", "torch-pruning", "numpy", "scipy", "pillow"), "K": ("torch", "numpy", "scipy", "pillow")}
+_TOOLS = ("torch", "torch-pruning", "numpy", "scipy", "pillow")
 _STAGE = {"P": "pruned", "K": "distilled"}
 
 
@@ -106,7 +106,7 @@ def _train(
         "seed": experiment.workload.seeds.train,
         "lines": lines_of(rules),
         "device": "cuda" if torch.cuda.is_available() else "cpu",
-        "versions": {name: ctx.machine["versions"].get(name) for name in _TOOLS[method]},
+        "versions": {name: ctx.machine["versions"].get(name) for name in _TOOLS},
     }
     code = (*_CODE[method], *parts_code(experiment.family, "settings", "model", *LEARNS))
     label = "" if before is None else f"after {card.recipe[0]}"

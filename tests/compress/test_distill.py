@@ -20,10 +20,12 @@ from hypothesis import strategies as st
 from scipy.integrate import dblquad, quad
 from torch import nn
 
-from pqk.compress.distill import PairsWithFeatures, distill, feature_loss, laplace_kl, make_student, softened_kl
+from pqk.compress.cut.student import make_student
+from pqk.compress.distill import PairsWithFeatures, distill, feature_loss, laplace_kl, softened_kl
 from pqk.compress.train.fit import Fitted
 from pqk.compress.train.pairs import SymmetricPairs
 from pqk.errors import PqkError
+from pqk.families.dust3r import cutting
 from pqk.families.dust3r.losses import confidence_loss
 from pqk.models import build_model
 from pqk.settings.distill import Distill, StudentCut, load_distill
@@ -305,7 +307,7 @@ def test_a_student_of_other_widths_learns_features(tmp_path):
 def test_a_student_comes_closer_to_its_teacher(tmp_path):
     """Asked for the Teacher alone, not for the truth, the KL falls, and the history tells the drop."""
     teacher = tiny()
-    student = make_student(teacher, StudentCut.model_validate(QUICK["student"]))
+    student = make_student(teacher, StudentCut.model_validate(QUICK["student"]), cutting)
     losses: list[float] = []
     spec = quick(**{"loss.alpha": 0, "train.steps_per_epoch": 15})
     done = distill(
@@ -321,7 +323,9 @@ import json, os, signal, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from pqk.compress.distill import distill, make_student
+from pqk.compress.cut.student import make_student
+from pqk.compress.distill import distill
+from pqk.families.dust3r import cutting
 from pqk.compress.train.loop import Trainer
 from pqk.models import build_model
 from pqk.settings.distill import load_distill
@@ -335,7 +339,8 @@ def report(p):
     if p.step == 7:
         os.kill(os.getpid(), signal.SIGKILL)
 
-distill(teacher, make_student(teacher, spec.student), spec, seed=3, scratch=Path("killed"), device="cpu", report=report)
+student = make_student(teacher, spec.student, cutting)
+distill(teacher, student, spec, seed=3, scratch=Path("killed"), device="cpu", report=report)
 """
 
 
@@ -352,7 +357,7 @@ def test_killed_in_the_middle_and_started_again(tmp_path):
 
     def run(name: str) -> tuple[Fitted, list[int]]:
         teacher, spec, steps = tiny(), quick(**overrides), []
-        student = make_student(teacher, spec.student)
+        student = make_student(teacher, spec.student, cutting)
         (tmp_path / name).mkdir(exist_ok=True)
         done = distill(
             teacher, student, spec, seed=3, scratch=tmp_path / name, device="cpu", report=lambda p: steps.append(p.step)
@@ -373,7 +378,7 @@ def environment() -> dict[str, str]:
 
 def test_a_stopped_run_says_why(tmp_path):
     teacher = tiny()
-    student = make_student(teacher, StudentCut.model_validate(QUICK["student"]))
+    student = make_student(teacher, StudentCut.model_validate(QUICK["student"]), cutting)
     began = time.monotonic()
     done = distill(
         teacher, student, quick(), seed=0, scratch=tmp_path, device="cpu",

@@ -22,6 +22,7 @@ from pqk.compress.train import fit as fit_module
 from pqk.compress.train.loop import Progress, Trainer
 from pqk.compress.train.pairs import SymmetricPairs
 from pqk.errors import PqkError
+from pqk.families.dust3r import cutting
 from pqk.models import build_model
 from pqk.recipe.request import count_parameters
 from pqk.settings.joint import Joint, load_joint
@@ -80,7 +81,7 @@ def plan(teacher):
 
 
 def planned(teacher, spec: Joint) -> GatePlan:
-    return GatePlan(teacher, spec, seed=0, importance=_Random(5))
+    return GatePlan(teacher, spec, cutting, seed=0, importance=_Random(5))
 
 
 class _Random(dict):
@@ -135,9 +136,9 @@ def test_gates_of_0_and_1_cost_what_the_cut_network_costs(teacher, plan, seed):
     gated = plan.into(*modules(teacher))
     put(gated, [torch.where(stays[layout.slot.name][1:], 60.0, -60.0) for layout in plan.layouts])
     units, keep = kept_units(plan.layouts, stays)
-    after = Costs(teacher, plan.slots)(units)
+    after = Costs(teacher, plan.slots, cutting)(units)
     assert float(gated.cut().detach()) == pytest.approx(1 - after.flops / plan.total, abs=1e-6)
-    assert count_parameters(cut(teacher, plan.slots, units, keep)) == after.params
+    assert count_parameters(cut(teacher, plan.slots, units, keep, cutting)) == after.params
 
 
 def test_shut_gates_compute_what_the_cut_network_does(teacher, plan):
@@ -158,7 +159,7 @@ def test_shut_gates_compute_what_the_cut_network_does(teacher, plan):
     with torch.no_grad():
         want = SymmetricPairs(model)(images)
         whole = SymmetricPairs(teacher)(images)
-        for network in (folded, cut(folded, plan.slots, *kept_units(plan.layouts, stays)).eval()):
+        for network in (folded, cut(folded, plan.slots, *kept_units(plan.layouts, stays), cutting).eval()):
             got = SymmetricPairs(network)(images)
             for name, value in want.items():
                 torch.testing.assert_close(got[name], value, atol=1e-5, rtol=1e-5)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,19 +16,21 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pqk.compress.cut.cost import Costs
-from pqk.compress.cut.importance import importances, most_important
-from pqk.compress.cut.prune import finetune, prune
-from pqk.compress.cut.refit import moments, refit
+from pqk.compress.cut.importance import most_important, norms, taylor
+from pqk.compress.cut.prune import REFITTED, PruneReport, prune
+from pqk.compress.cut.refit import moments, refit, rendered
 from pqk.compress.cut.sensitivity import Probe, Score, Step, even_steps, kept, scan, spend, steps_by_scan, taken_over
-from pqk.compress.cut.units import Slot, cut, may_drop, silenced, slots_of, smaller_config
+from pqk.compress.cut.units import Slot, cut, groups_of, silenced, slots_of
+from pqk.compress.finetune import finetune, task_loss
 from pqk.compress.train.pairs import SymmetricPairs, scenery
 from pqk.data.render.stream import training_pairs
 from pqk.data.render.synthetic import texture_bank
 from pqk.errors import PqkError
+from pqk.families.dust3r import cutting
 from pqk.families.dust3r.losses import confidence_loss
 from pqk.families.dust3r.model import OUTPUTS, Dust3r
 from pqk.models import build_model, load_model, save_model
-from pqk.settings.prune import Prune, Units, load_prune
+from pqk.settings.prune import Prune, load_prune
 from pqk.settings.seeds import split_seed
 from pqk.settings.yamlfile import expand, merge
 
@@ -42,7 +46,7 @@ CONFIG = {
     "dec_num_heads": 2,
     "dpt": {"feature_dim": 16, "last_dim": 8, "layer_dims": [8, 12, 16, 24]},
 }
-ALL = Units(heads=True, ffn=True, dpt=True, blocks=True)
+ALL = ("heads", "ffn", "dpt", "block")
 REPOSITORY = Path(__file__).resolve().parents[2]
 SHIPPED = REPOSITORY / "configs" / "prune.yaml"
 
@@ -68,6 +72,22 @@ def spec_with(**changes) -> Prune:
     return plain if not dotted else Prune.model_validate(merge(plain.model_dump(), expand(dotted, "test")))
 
 
+def pruned(model: Dust3r, spec: Prune, *, seed: int, device: str = "cpu") -> tuple[Dust3r, PruneReport]:
+    return prune(model, spec, cutting, partial(task_loss, alpha=spec.train.alpha), seed=seed, device=device)
+
+
+def samples(spec: Prune, seed: int):
+    return rendered(spec.samples.pairs, spec.samples.size, seed, torch.device("cpu"), scenery(spec.train))
+
+
+def by_gradients(model: Dust3r, slots: list[Slot], spec: Prune, seed: int) -> dict[str, torch.Tensor]:
+    return taylor(model, groups_of(slots), samples(spec, seed), partial(task_loss, alpha=spec.train.alpha))
+
+
+def seen(model: Dust3r, slots: list[Slot], spec: Prune) -> dict[str, torch.Tensor]:
+    return moments(model, groups_of(slots), (pair.images for pair in samples(spec, 0)), spec.samples.pairs)
+
+
 def network(config=CONFIG, seed: int = 0) -> Dust3r:
     """Random weights with biases too, so that what a cut unit leaves behind would show."""
     generator = torch.Generator().manual_seed(seed)
@@ -85,7 +105,7 @@ def model() -> Dust3r:
 
 @pytest.fixture(scope="module")
 def slots(model) -> list[Slot]:
-    return slots_of(model, ALL, round_to=4)
+    return slots_of(model, ALL, 4, cutting)
 
 
 @pytest.fixture(autouse=True)
@@ -127,7 +147,7 @@ def test_every_width_of_the_network_is_found(slots) -> None:
     assert len(by_name) == len(slots)
     stacks = [f"enc_blocks.{i}" for i in range(2)] + [f"dec_blocks{two}.{i}" for two in ("", "2") for i in range(3)]
     expected = {f"{block}.{kind}" for block in stacks for kind in ("heads", "ffn")}
-    expected |= {"enc_blocks.0", "enc_blocks.1"}  # a decoder of three layers can lose none: its DPT head reads them all
+    expected |= {"enc_blocks.0", "enc_blocks.1", "dec_blocks.0", "dec_blocks.1", "dec_blocks.2"}
     expected |= {"dpt.feature_dim", "dpt.last_dim", *(f"dpt.layer_dims.{i}" for i in range(4))}
     assert set(by_name) == expected
     assert [group.name for group in by_name["dec_blocks2.1.heads"].groups] == [
@@ -155,7 +175,7 @@ def test_every_width_of_the_network_is_found(slots) -> None:
 @given(data=st.data())
 def test_small_weights_compute_what_the_silenced_network_computes(model, slots, data) -> None:
     plan, keep = draw_cut(data, slots)
-    small = cut(model, slots, plan, keep)
+    small = cut(model, slots, plan, keep, cutting)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with contextlib.ExitStack() as stack:
         for slot in slots:
@@ -164,8 +184,8 @@ def test_small_weights_compute_what_the_silenced_network_computes(model, slots, 
         expected = outputs(model)
     assert difference(outputs(small), expected) < 1e-4
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items()), "weights come back"
-    assert sum(p.numel() for p in small.parameters()) == Costs(model, slots)(plan).params
-    assert small.config == smaller_config(model.config, plan)
+    assert sum(p.numel() for p in small.parameters()) == Costs(model, slots, cutting)(plan).params
+    assert small.config == cutting.smaller(model.config, plan)
     for name in plan:
         if name.endswith(".ffn"):
             assert small.get_submodule(name.replace(".ffn", ".mlp.fc1")).out_features == plan[name]
@@ -177,7 +197,7 @@ def test_each_kind_alone_shows_in_the_output(model, slots, kind) -> None:
     chosen = [slot for slot in slots if slot.kind == kind]
     plan = {slot.name: slot.sizes([0.5])[0] for slot in chosen}
     keep = {k: v for slot in chosen for k, v in kept(slot, _random(slot), plan[slot.name]).items()}
-    assert difference(outputs(cut(model, slots, plan, keep)), outputs(model)) > 1e-2
+    assert difference(outputs(cut(model, slots, plan, keep, cutting)), outputs(model)) > 1e-2
 
 
 def _random(slot: Slot) -> dict[str, torch.Tensor]:
@@ -187,7 +207,7 @@ def _random(slot: Slot) -> dict[str, torch.Tensor]:
 
 def test_a_block_goes_as_a_whole(model, slots) -> None:
     block = next(slot for slot in slots if slot.name == "enc_blocks.0")
-    small = cut(model, slots, {block.name: 0}, {})
+    small = cut(model, slots, {block.name: 0}, {}, cutting)
     with silenced(model, block, kept(block, {}, 0)):
         assert difference(outputs(small), outputs(model)) < 1e-4
     assert len(small.enc_blocks) == 1 and len(small.dec_blocks) == 3
@@ -198,25 +218,31 @@ def test_twin_blocks_of_both_decoders_go_together_where_the_head_allows_it() -> 
     deep = {**CONFIG, "dec_depth": 5, "head_type": "linear"}
     del deep["dpt"]
     model = network(deep)
-    slots = slots_of(model, ALL, round_to=4)
+    slots = slots_of(model, ALL, 4, cutting)
     block = next(slot for slot in slots if slot.name == "dec_blocks.1")
-    small = cut(model, slots, {"dec_blocks.1": 0, "dec_blocks2.2.ffn": 64}, {"dec_blocks2.2.mlp.fc1": torch.arange(64)})
+    small = cut(
+        model, slots, {"dec_blocks.1": 0, "dec_blocks2.2.ffn": 64}, {"dec_blocks2.2.mlp.fc1": torch.arange(64)}, cutting
+    )
     assert len(small.dec_blocks) == len(small.dec_blocks2) == 4
     with silenced(model, block, kept(block, {}, 0)):
         assert difference(outputs(small), outputs(model)) < 1e-4
     full = {**CONFIG, "dec_depth": 12}  # a DPT head reads the layers 6, 9 and 12
-    assert may_drop(full, ["dec_blocks.0"]) and may_drop(full, ["dec_blocks.4"])
-    assert not may_drop(full, ["dec_blocks.5"]) and not may_drop(full, ["dec_blocks.8"])
-    assert not may_drop(full, ["dec_blocks.11"])
-    assert may_drop(full, ["dec_blocks.1", "dec_blocks.6"]) and not may_drop(full, ["dec_blocks.1", "dec_blocks.2"])
-    assert may_drop({**full, "head_type": "linear"}, ["dec_blocks.11"])
-    assert not may_drop(CONFIG, ["dec_blocks.0"]) and not may_drop(CONFIG, ["enc_blocks.0", "enc_blocks.1"])
+    assert cutting.may_drop(full, ["dec_blocks.0"]) and cutting.may_drop(full, ["dec_blocks.4"])
+    assert not cutting.may_drop(full, ["dec_blocks.5"]) and not cutting.may_drop(full, ["dec_blocks.8"])
+    assert not cutting.may_drop(full, ["dec_blocks.11"])
+    assert cutting.may_drop(full, ["dec_blocks.1", "dec_blocks.6"]) and not cutting.may_drop(
+        full, ["dec_blocks.1", "dec_blocks.2"]
+    )
+    assert cutting.may_drop({**full, "head_type": "linear"}, ["dec_blocks.11"])
+    assert not cutting.may_drop(CONFIG, ["dec_blocks.0"]) and not cutting.may_drop(
+        CONFIG, ["enc_blocks.0", "enc_blocks.1"]
+    )
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_pruned_network_saves_loads_and_exports(model, tmp_path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
-    small, _ = prune(model, spec_with(), seed=0, device="cpu")
+    small, _ = pruned(model, spec_with(), seed=0, device="cpu")
     back = load_model(save_model(small, tmp_path / "small"))
     assert back.sizes == small.sizes
     assert all(torch.equal(value, back.state_dict()[key]) for key, value in small.state_dict().items())
@@ -249,7 +275,7 @@ def test_the_budget_is_met_and_more_is_smaller(model, scanned) -> None:
     sizes, before = [], {key: value.clone() for key, value in model.state_dict().items()}
     for rho in (0.1, 0.25, 0.4):
         spec = spec_with(rho=rho, round_to=2, **{"sensitivity.enabled": scanned})
-        small, report = prune(model, spec, seed=0, device="cpu")
+        small, report = pruned(model, spec, seed=0, device="cpu")
         assert report.params_after == sum(p.numel() for p in small.parameters())
         assert report.params_before == sum(p.numel() for p in model.parameters())
         assert rho <= report.share < rho + 0.12, "at most one step too much, and steps are large in a network like this"
@@ -265,10 +291,21 @@ def test_the_budget_is_met_and_more_is_smaller(model, scanned) -> None:
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize(("kind", "sha256"), [("l1", "3fbb3938b67f9852"), ("l2", "39981f2d1292c442")])
+def test_golden_pruned_networks(kind: str, sha256: str) -> None:
+    """Without a scan or a refit the weights are chosen, not computed: they are the same on every machine."""
+    small, _ = pruned(network(), spec_with(importance=kind, refit=False, **{"sensitivity.enabled": False}), seed=0)
+    found = hashlib.sha256(json.dumps(small.config, sort_keys=True).encode())
+    for name, weight in sorted(small.state_dict().items()):
+        if "refinenet4.resConfUnit1" not in name:  # no output depends on it
+            found.update(name.encode() + weight.numpy().tobytes())
+    assert found.hexdigest()[:16] == sha256
+
+
 def test_a_pruned_network_can_be_pruned_again(model) -> None:
     spec = spec_with(rho=0.2, round_to=2, **{"sensitivity.enabled": False})
-    once, _ = prune(model, spec, seed=0, device="cpu")
-    twice, report = prune(once, spec, seed=0, device="cpu")
+    once, _ = pruned(model, spec, seed=0, device="cpu")
+    twice, report = pruned(once, spec, seed=0, device="cpu")
     assert report.params_before == sum(p.numel() for p in once.parameters())
     assert sum(p.numel() for p in twice.parameters()) <= 0.8 * report.params_before
     assert all(bool(torch.isfinite(value).all()) for value in outputs(twice).values())
@@ -276,8 +313,8 @@ def test_a_pruned_network_can_be_pruned_again(model) -> None:
 
 def test_rho_can_be_a_share_of_the_flops(model) -> None:
     spec = spec_with(measure="flops", **{"sensitivity.enabled": False})
-    small, report = prune(model, spec, seed=0, device="cpu")
-    assert report.share == pytest.approx(1 - Costs(small, [])({}).flops / Costs(model, [])({}).flops)
+    small, report = pruned(model, spec, seed=0, device="cpu")
+    assert report.share == pytest.approx(1 - Costs(small, [], cutting)({}).flops / Costs(model, [], cutting)({}).flops)
     assert report.share >= 0.3
 
 
@@ -291,18 +328,19 @@ def test_flops_are_those_that_torch_counts(model, slots) -> None:
         slots,
         plan,
         {k: v for s in slots if s.name in plan for k, v in kept(s, _random(s), plan[s.name]).items()},
+        cutting,
     )
     image = torch.zeros(1, 3, 512, 512)
     # attention as plain products: the counter does not know the fused kernel of the CPU
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         small(image, image)
-    assert Costs(model, slots)(plan).flops == counter.get_total_flops()
+    assert Costs(model, slots, cutting)(plan).flops == counter.get_total_flops()
 
 
 @pytest.mark.parametrize("kind", ["l1", "l2", "taylor"])
 def test_same_arguments_same_network(model, kind) -> None:
     spec = spec_with(importance=kind, **{"sensitivity.enabled": kind == "l2"})
-    (first, told), (second, again) = (prune(model, spec, seed=3, device="cpu") for _ in range(2))
+    (first, told), (second, again) = (pruned(model, spec, seed=3, device="cpu") for _ in range(2))
     assert told == again and first.config == second.config
     assert all(torch.equal(value, second.state_dict()[key]) for key, value in first.state_dict().items())
 
@@ -310,12 +348,12 @@ def test_same_arguments_same_network(model, kind) -> None:
 def test_norms_are_those_of_all_weights_of_a_unit(model, slots) -> None:
     mlp = model.enc_blocks[0].mlp
     weights = torch.cat([mlp.fc1.weight, mlp.fc1.bias[:, None], mlp.fc2.weight.T], dim=1).detach().double()
-    l1 = importances(model, slots, spec_with(importance="l1"), seed=0)["enc_blocks.0.mlp.fc1"]
-    l2 = importances(model, slots, spec_with(importance="l2"), seed=0)["enc_blocks.0.mlp.fc1"]
+    l1 = norms(model, groups_of(slots), "l1")["enc_blocks.0.mlp.fc1"]
+    l2 = norms(model, groups_of(slots), "l2")["enc_blocks.0.mlp.fc1"]
     torch.testing.assert_close(l1, weights.abs().sum(1), rtol=1e-5, atol=0)
     torch.testing.assert_close(l2, weights.norm(dim=1), rtol=1e-5, atol=0)
     attention = model.dec_blocks2[2].cross_attn
-    l2_heads = importances(model, slots, spec_with(importance="l2"), seed=0)["dec_blocks2.2.cross_attn"]
+    l2_heads = norms(model, groups_of(slots), "l2")["dec_blocks2.2.cross_attn"]
     second = [getattr(attention, f"proj{x}").weight[8:] for x in "qkv"] + [attention.proj.weight[:, 8:]]
     second += [getattr(attention, f"proj{x}").bias[8:] for x in "qkv"]
     assert float(l2_heads[1]) == pytest.approx(float(sum(w.detach().double().square().sum() for w in second)) ** 0.5)
@@ -324,7 +362,7 @@ def test_norms_are_those_of_all_weights_of_a_unit(model, slots) -> None:
 def test_taylor_is_the_squared_derivative_by_a_factor_on_the_unit(model, slots) -> None:
     """A head and an MLP unit, by finite differences of the loss in float64."""
     spec = spec_with(importance="taylor", **{"samples.pairs": 1})
-    found = importances(model, slots, spec, seed=7)
+    found = by_gradients(model, slots, spec, 7)
     pairs = training_pairs(1, 32, split_seed("train", 7, 0), texture_bank(), **scenery(spec.train))
     truth = pairs.ordered()
 
@@ -351,18 +389,18 @@ def test_taylor_sees_what_norms_do_not() -> None:
     with torch.no_grad():
         model.enc_blocks[0].mlp.fc1.weight[3] *= 100
         model.enc_blocks[0].mlp.fc2.weight[:, 3] = 0
-    slots = slots_of(model, Units(heads=False, ffn=True, dpt=False, blocks=False), round_to=4)
-    taylor = importances(model, slots, spec_with(importance="taylor"), seed=0)["enc_blocks.0.mlp.fc1"]
-    norm = importances(model, slots, spec_with(importance="l2"), seed=0)["enc_blocks.0.mlp.fc1"]
-    assert 3 not in most_important(taylor, 127) and 3 in most_important(norm, 1)
+    slots = slots_of(model, ["ffn"], 4, cutting)
+    slopes = by_gradients(model, slots, spec_with(), 0)["enc_blocks.0.mlp.fc1"]
+    norm = norms(model, groups_of(slots), "l2")["enc_blocks.0.mlp.fc1"]
+    assert 3 not in most_important(slopes, 127) and 3 in most_important(norm, 1)
 
 
 def test_taylor_needs_gradients(model, slots) -> None:
     frozen = network().requires_grad_(False)
     with pytest.raises(RuntimeError, match="grad"):
-        importances(frozen, slots, spec_with(importance="taylor"), seed=0)
+        by_gradients(frozen, slots, spec_with(), 0)
     spec = spec_with(importance="taylor", **{"sensitivity.enabled": False})
-    small, _ = prune(frozen, spec, seed=0, device="cpu")  # on a copy that has them
+    small, _ = pruned(frozen, spec, seed=0, device="cpu")  # on a copy that has them
     assert small.config != frozen.config and not frozen.enc_blocks[0].mlp.fc1.weight.requires_grad
 
 
@@ -372,15 +410,15 @@ def test_most_important_prefers_the_first_of_equals() -> None:
 
 def test_the_scan_measures_what_a_cut_does(model, slots) -> None:
     spec = spec_with()
-    importance = importances(model, slots, spec, seed=0)
-    probe = Probe(model, spec, 0)
+    importance = norms(model, groups_of(slots), "l2")
+    probe = Probe(model, spec, cutting, 0)
     assert probe.score(model) == (probe.absrel, 0.0)
-    scores = scan(model, slots, importance, spec, probe)
+    scores = scan(model, slots, importance, spec.sensitivity.levels, probe, {})
     assert set(scores) == {slot.name for slot in slots}
     for name in ("enc_blocks.1.ffn", "dec_blocks2.0.heads", "dpt.feature_dim"):
         slot = next(slot for slot in slots if slot.name == name)
         units, score = list(scores[name].items())[-1]
-        small = cut(model, slots, {name: units}, kept(slot, importance, units))
+        small = cut(model, slots, {name: units}, kept(slot, importance, units), cutting)
         assert probe.score(small) == pytest.approx(score, abs=1e-5) and score.shift > 0, name
     last = next(slot for slot in slots if slot.name == "dec_blocks2.2.ffn")  # feeds the points of view 2 alone
     absrel, shift = scores[last.name][last.sizes([0.6])[0]]
@@ -394,20 +432,20 @@ def test_refit_hands_over_to_a_twin() -> None:
     with torch.no_grad():
         mlp.fc1.weight[9], mlp.fc1.bias[9] = mlp.fc1.weight[4], mlp.fc1.bias[4]
         mlp.fc1.weight[11], mlp.fc1.bias[11] = 0.0, 1.5  # always the same output: the bias can take it
-    slots = slots_of(model, Units(heads=True, ffn=True, dpt=False, blocks=False), round_to=4)
-    known = moments(model, slots, spec_with(samples={"pairs": 4, "size": 96}), seed=0)
+    slots = slots_of(model, REFITTED, 4, cutting)
+    known = seen(model, slots, spec_with(samples={"pairs": 4, "size": 96}))
     slot = next(slot for slot in slots if slot.name == "dec_blocks2.1.ffn")
     keep = {slot.groups[0].name: torch.tensor([i for i in range(64) if i not in (9, 11)])}
-    expected, plain = outputs(model), outputs(cut(model, slots, {slot.name: 62}, keep))
-    refit(model, slot, keep, known)
-    handed = difference(outputs(cut(model, slots, {slot.name: 62}, keep)), expected)
+    expected, plain = outputs(model), outputs(cut(model, slots, {slot.name: 62}, keep, cutting))
+    refit(model, slot.groups[0], keep[slot.groups[0].name], known)
+    handed = difference(outputs(cut(model, slots, {slot.name: 62}, keep, cutting)), expected)
     assert handed < 0.05 * difference(plain, expected), (handed, difference(plain, expected))
 
 
 def test_refit_lowers_the_error_of_the_layer_behind(model, slots) -> None:
     """On the samples themselves, for heads and MLP units of random networks; and the scan leaves no trace of it."""
     spec = spec_with()
-    known = moments(model, slots, spec, seed=0)
+    known = seen(model, slots, spec)
     weights = dict(model.named_parameters())
     origin = {key: weight.detach().clone() for key, weight in weights.items()}
 
@@ -420,7 +458,7 @@ def test_refit_lowers_the_error_of_the_layer_behind(model, slots) -> None:
     for name in ("enc_blocks.0.ffn", "dec_blocks.1.heads"):
         slot = next(slot for slot in slots if slot.name == name)
         keep = kept(slot, _random(slot), slot.units // 2)
-        readers = [(part.key, known[group.name]) for group in slot.groups for part in group.parts if part.reads]
+        readers = [(part.key, known[part.layer]) for group in slot.groups for part in group.parts if part.reads]
         with silenced(model, slot, keep):
             without = [error(*reader) for reader in readers]
         with taken_over(model, slot, keep, known):
@@ -476,18 +514,17 @@ def test_without_a_scan_all_give_alike(widths, step) -> None:
 
 def test_what_cannot_be_reached_is_said(model) -> None:
     with pytest.raises(PqkError, match=r"rho 0\.8 cannot be reached: everything that may be cut is \d+\.\d % of the"):
-        prune(model, spec_with(rho=0.8, **{"units.ffn": False}), seed=0, device="cpu")
-    config = {**CONFIG, "dec_depth": 12}
+        pruned(model, spec_with(rho=0.8, **{"units.ffn": False}), seed=0, device="cpu")
     blocks = [Slot("dec_blocks.11", "block", 1, 1, ())]
-    with pytest.raises(PqkError, match="cannot be reached"):  # the head reads that layer
-        spend(config, blocks, [Step(0.0, 1.0, "dec_blocks.11", 0)], lambda plan: 10 - 5 * len(plan), 0.1)
+    with pytest.raises(PqkError, match="cannot be reached"):  # the family says that it must stay
+        spend(blocks, [Step(0.0, 1.0, "dec_blocks.11", 0)], lambda plan: 10 - 5 * len(plan), 0.1, lambda names: False)
 
 
 def test_blocks_go_when_they_are_cheapest(model) -> None:
     spec = spec_with(
         **{"units.heads": False, "units.ffn": False, "units.dpt": False, "units.blocks": True, "rho": 0.05}
     )
-    small, report = prune(model, spec, seed=0, device="cpu")
+    small, report = pruned(model, spec, seed=0, device="cpu")
     assert len(small.enc_blocks) == 1 and len(report.removed) == 1
     assert report.removed[0].kind == "block" and report.removed[0].importance_kept is None
 
@@ -497,22 +534,22 @@ def test_a_network_without_finite_points_is_refused() -> None:
     with torch.no_grad():
         broken.downstream_head1.dpt.head["4"].bias[:3] = 200.0  # the depth mode exp overflows
     with pytest.raises(PqkError, match="not finite"):
-        prune(broken, spec_with(), seed=0, device="cpu")
+        pruned(broken, spec_with(), seed=0, device="cpu")
 
 
 def test_device_and_missing_package_are_refused_in_a_sentence(model, monkeypatch) -> None:
     with pytest.raises(PqkError, match="unknown device 'gpu'"):
-        prune(model, spec_with(), seed=0, device="gpu")
+        pruned(model, spec_with(), seed=0, device="gpu")
     monkeypatch.setitem(sys.modules, "torch_pruning", None)
     with pytest.raises(PqkError, match="pip install torch-pruning"):
-        prune(model, spec_with(), seed=0, device="cpu")
+        pruned(model, spec_with(), seed=0, device="cpu")
 
 
 def test_finetuning_brings_the_network_nearer_to_the_teacher(model, tmp_path) -> None:
     spec = spec_with(
         **{"train.epochs": 3, "train.steps_per_epoch": 8, "train.learning_rate": 2e-3, "sensitivity.enabled": False}
     )
-    small, _ = prune(model, spec, seed=0, device="cpu")
+    small, _ = pruned(model, spec, seed=0, device="cpu")
     losses: dict[int, float] = {}
     done = finetune(
         small, model, spec, seed=0, scratch=tmp_path, device="cpu", report=lambda p: losses.update({p.step: p.loss})

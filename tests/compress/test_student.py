@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,8 +17,12 @@ from torch._subclasses import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from pqk.compress.cut.student import _fold, evenly, make_student, remaining
-from pqk.errors import PqkError
+from pqk.compress.cut import refit
+from pqk.compress.cut import student as cutter
+from pqk.compress.cut.refit import moments, refit
+from pqk.compress.cut.student import evenly, remaining
+from pqk.compress.cut.units import Group, Part
+from pqk.families.dust3r import cutting
 from pqk.families.dust3r.configs import NAMED
 from pqk.models import build_model, load_model, save_model
 from pqk.settings.distill import StudentCut, load_distill
@@ -37,6 +43,10 @@ HEADS = ("downstream_head1.dpt.", "downstream_head2.dpt.")
 
 def cut(**shares: float) -> StudentCut:
     return StudentCut.model_validate({"depth": 0.0, "heads": 0.0, "ffn": 0.0, "dpt": 0.0, **shares})
+
+
+def make_student(teacher: nn.Module, shares: StudentCut) -> nn.Module:
+    return cutter.make_student(teacher, shares, cutting)
 
 
 def teacher_of(config: dict = SMALL, seed: int = 0) -> nn.Module:
@@ -73,6 +83,53 @@ def test_nothing_cut_is_a_copy():
         for parameter in student.parameters():
             parameter.zero_()
     assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
+
+
+LINEAR = {
+    "head_type": "linear",
+    "enc_embed_dim": 32,
+    "enc_depth": 2,
+    "enc_num_heads": 2,
+    "dec_embed_dim": 32,
+    "dec_depth": 1,
+    "dec_num_heads": 2,
+}
+DPT = {
+    "head_type": "dpt",
+    "enc_embed_dim": 32,
+    "enc_depth": 2,
+    "enc_num_heads": 4,
+    "dec_embed_dim": 16,
+    "dec_depth": 3,
+    "dec_num_heads": 2,
+    "dpt": {"feature_dim": 16, "last_dim": 8, "layer_dims": [8, 12, 16, 24]},
+}
+ALL = {"depth": 0.3, "heads": 0.5, "ffn": 0.4, "dpt": 0.25}
+
+
+@pytest.mark.parametrize(
+    ("config", "shares", "sha256"),
+    [
+        (LINEAR, {"ffn": 0.4}, "6da7f7b03ed11754"),
+        (LINEAR, {"heads": 0.5}, "21f1cbed505ffff5"),
+        (LINEAR, {"dpt": 0.25}, "85bd873ab57d3290"),
+        (LINEAR, {"depth": 0.5}, "d8cc0ffe79a164c1"),
+        (LINEAR, ALL, "927c584ca92ecc88"),
+        (DPT, {"ffn": 0.4}, "b053f86e60f08882"),
+        (DPT, {"heads": 0.5}, "3d96e07a5d9e3d34"),
+        (DPT, {"dpt": 0.25}, "aec5d7316c375cd3"),
+        (DPT, {"depth": 0.5}, "aa5d579cb5776f23"),
+        (DPT, ALL, "f54ae2d7b763168b"),
+    ],
+)
+def test_golden_students(config: dict, shares: dict[str, float], sha256: str):
+    """Sizes and weights of a cutter that had a hand-written map of every layer instead of a traced network."""
+    student = make_student(teacher_of(config), cut(**shares))
+    found = hashlib.sha256(json.dumps(student.config, sort_keys=True).encode())
+    for name, weight in sorted(student.state_dict().items()):
+        if "refinenet4.resConfUnit1" not in name:  # no output depends on it
+            found.update(name.encode() + weight.numpy().tobytes())
+    assert found.hexdigest()[:16] == sha256
 
 
 @torch.no_grad()
@@ -172,15 +229,18 @@ def mimic(model: nn.Module, generator: torch.Generator) -> None:
             reader.weight[:, second] *= 0.3
 
 
-def test_readers_make_up_for_what_was_cut():
-    """Where the units that go are copies of those that stay, least squares finds that, and hardly anything is lost."""
+def test_readers_make_up_for_what_was_cut(monkeypatch):
+    """Where the units that go are copies of those that stay, least squares finds that, up to its ridge."""
     teacher = teacher_of()
     mimic(teacher, torch.Generator().manual_seed(2))
     shares = {"heads": 0.5, "ffn": 0.5}
     before = copy.deepcopy(teacher.state_dict())
     plain = difference(teacher, make_student(teacher, cut(**shares)))
     folded = make_student(teacher, cut(**shares, fold_pairs=4, fold_size=96))
-    assert difference(teacher, folded) < 0.05 * plain
+    assert difference(teacher, folded) < 0.25 * plain
+    monkeypatch.setattr(refit, "RIDGE", 1e-6)
+    assert difference(teacher, make_student(teacher, cut(**shares, fold_pairs=4, fold_size=96))) < 0.05 * plain
+    monkeypatch.undo()
     again = make_student(teacher, cut(**shares, fold_pairs=4, fold_size=96))
     assert difference(folded, again) == 0
     assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
@@ -188,24 +248,45 @@ def test_readers_make_up_for_what_was_cut():
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_a_layer_that_lost_inputs(transposed: bool):
+def test_a_convolution_that_lost_inputs(transposed: bool):
     """Channel 2 is 3 times channel 0 minus 0.5: a convolution does without it, its bias takes the constant."""
     generator = torch.Generator().manual_seed(0)
-    kind, dim = (nn.ConvTranspose2d, 0) if transposed else (nn.Conv2d, 1)
-    layer = kind(3, 4, 2, stride=2)
+    kind, axis = (nn.ConvTranspose2d, 0) if transposed else (nn.Conv2d, 1)
     constant = 0.0 if transposed else -0.5  # which no bias can take over where a stride leaves holes
     x = torch.randn(1, 3, 40, 40, generator=generator)
     x[:, 2] = 3 * x[:, 0] + constant
     flat = torch.cat([x.flatten(2)[0].T, torch.ones(1600, 1)], dim=1).double()
-    weights = {f"layer.{k}": v.detach() for k, v in layer.state_dict().items()}
-    _fold(weights, "layer", dim, torch.tensor([0, 1]), flat.T @ flat / len(flat))
-    small = kind(2, 4, 2, stride=2)
-    small.load_state_dict(
-        {"weight": weights["layer.weight"].index_select(dim, torch.tensor([0, 1])), "bias": weights["layer.bias"]}
-    )
+    network = nn.Sequential(kind(3, 4, 2, stride=2))
     with torch.no_grad():
-        assert torch.allclose(small(x[:, :2]), layer(x), atol=0.02)
-        assert (small(x[:, :2]) - layer(x)).abs().max() < 0.05 * layer(x[:, [0, 1, 1]]).abs().max()
+        expected = network(x)
+        alone = network(x * torch.tensor([1.0, 1.0, 0.0])[None, :, None, None])
+        group = Group("channels", (Part("0.weight", axis, torch.arange(3)[:, None], True),))
+        refit(network, group, torch.tensor([0, 1]), {"0": flat.T @ flat / len(flat)})
+        changed = network(x * torch.tensor([1.0, 1.0, 0.0])[None, :, None, None])
+    assert (changed - expected).abs().max() < 0.02 * (alone - expected).abs().max()
+
+
+def test_moments_of_a_map_are_those_of_its_places():
+    """Places are skipped by an odd step, so that every column of a map of even width is seen."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Conv2d(3, 2, 1)
+
+        def encode(self, images: torch.Tensor) -> torch.Tensor:
+            return images
+
+        def decode(self, a: torch.Tensor, b: torch.Tensor, *sizes: tuple[int, int]) -> dict[str, torch.Tensor]:
+            return {"out": self.layer(a)}
+
+    group = Group("channels", (Part("layer.weight", 1, torch.arange(3)[:, None], True),))
+    batches = torch.rand(2, 1, 2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    batches[..., 1::2] += 1.0  # of every row the odd columns
+    found = moments(Model(), [group], batches, len(batches))["layer"]
+    places = batches.movedim(3, -1).reshape(-1, 3)
+    places = torch.cat([places, torch.ones(len(places), 1)], dim=1)
+    torch.testing.assert_close(found, places.T @ places / len(places), atol=0.03, rtol=0)
 
 
 def test_depth_keeps_evenly_spaced_blocks_of_both_decoders():
@@ -240,11 +321,6 @@ def test_what_remains(count: int, share: float, step: int):
 def test_a_student_saves_and_loads(tmp_path: Path):
     student = make_student(teacher_of(), cut(depth=0.3, heads=0.5, ffn=0.4, dpt=0.25))
     assert difference(student, load_model(save_model(student, tmp_path / "student"))) == 0
-
-
-def test_another_family_is_refused():
-    with pytest.raises(PqkError, match="students are made of DUSt3R models"):
-        make_student(nn.Linear(2, 2), cut())
 
 
 def gflops(model: nn.Module) -> float:

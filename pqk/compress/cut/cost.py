@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-from pqk.compress.cut.units import FEEDS_NOTHING, Plan, Slot
-from pqk.families.dust3r.layers import CrossAttention, SelfAttention
-from pqk.families.dust3r.model import Dust3r
+from pqk.compress.cut.units import Slot
+from pqk.families.cutting import CuttingPart, Plan
 
 FLOPS_SIDE = 512
-"""FLOPs are those of one pair of square images of this side."""
+"""FLOPs are those of one sample of square images of this side."""
 
 
 class Cost(NamedTuple):
-    """Parameters, and FLOPs of one pair of images: two per multiply-add of layers and attention."""
+    """Parameters, and FLOPs of one sample: two per multiply-add of layers and attention."""
 
     params: int
     flops: int
@@ -28,15 +30,14 @@ class Cost(NamedTuple):
 class Costs:
     """What a network costs after any plan: costs(plan)."""
 
-    def __init__(self, model: Dust3r, slots: Sequence[Slot]) -> None:
+    def __init__(self, model: nn.Module, slots: Sequence[Slot], cutting: CuttingPart) -> None:
         self.slots = {slot.name: slot for slot in slots}
         self.shapes = {key: tuple(weight.shape) for key, weight in model.named_parameters()}
-        self.positions = _positions(model.config)
-        self.tokens = (FLOPS_SIDE // model.sizes.patch_size) ** 2
-        self.attentions = [n for n, m in model.named_modules() if isinstance(m, SelfAttention | CrossAttention)]
+        self.flops = _flops_of_modules(model, cutting)
 
     def __call__(self, plan: Plan) -> Cost:
-        sizes: dict[tuple[str, int], int] = {}  # new lengths of axes
+        lengths: dict[tuple[str, int], int] = {}  # new ones, of axes
+        shares: dict[str, tuple[int, int]] = {}  # of attentions: heads that stay, and all
         dropped: tuple[str, ...] = ()
         for name, units in plan.items():
             slot = self.slots[name]
@@ -44,40 +45,55 @@ class Costs:
                 dropped += tuple(f"{group.name}." for group in slot.groups)
                 continue
             for group in slot.groups:
+                shares[group.name] = (slot.keeps(group, units), group.units)
                 for part in group.parts:
-                    sizes[part.key, part.axis] = part.rows.shape[1] * slot.keeps(group, units)
-            if name == "dpt.feature_dim":  # no group has these, but they are stored
-                unused = [key for key in self.shapes if FEEDS_NOTHING in key]
-                sizes |= {(key, axis): units for key in unused for axis in (0, 1)}
-        params, products = 0, 0.0
+                    lengths[part.key, part.axis] = part.rows.shape[1] * slot.keeps(group, units)
+            for layer in slot.follows:  # no group has these, but they are stored
+                lengths |= {(f"{layer}.weight", 0): units, (f"{layer}.weight", 1): units, (f"{layer}.bias", 0): units}
+        params = flops = 0
         for key, shape in self.shapes.items():
             if not key.startswith(dropped):
-                count = math.prod(sizes.get((key, axis), length) for axis, length in enumerate(shape))
+                count = math.prod(lengths.get((key, axis), length) for axis, length in enumerate(shape))
                 params += count
-                products += count * self.positions.get(key, 0.0)
-        for name in self.attentions:
-            key = f"{name}.proj.weight"
-            if not key.startswith(dropped):
-                inner = sizes.get((key, 1), self.shapes[key][1])
-                # every token with every token of the view it looks at: q k^T, and the weighted sum of v
-                products += 2 * inner * self.tokens * self.positions[key]
-        return Cost(params, round(2 * products))
+                if key.endswith(".weight"):
+                    flops += self.flops.get(key.removesuffix(".weight"), 0) * count // math.prod(shape)
+        for name, found in self.flops.items():
+            if f"{name}.weight" not in self.shapes and not f"{name}.".startswith(dropped):
+                kept, every = shares.get(name, (1, 1))
+                flops += found * kept // every
+        return Cost(params, flops)
 
 
-def _positions(config: Mapping[str, Any]) -> dict[str, float]:
-    """How many tokens or pixels each layer's weight is applied to for one pair; unused layers are left out."""
-    found: dict[str, float] = {}
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():  # shapes without data
-        model = Dust3r(config)
-        for key, module in model.named_modules():
-            if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
+def _flops_of_modules(model: Any, cutting: CuttingPart) -> dict[str, int]:
+    """FLOPs of one sample in each module, without those of the modules inside it; those with none are left out.
 
-                def note(layer: Any, inputs: tuple[Tensor, ...], output: Tensor, key: str = f"{key}.weight") -> None:
-                    # a transposed convolution spreads each pixel that comes in
-                    ends = inputs[0] if isinstance(layer, nn.ConvTranspose2d) else output
-                    found[key] = found.get(key, 0.0) + ends.numel() / len(layer.weight)  # some run once per view
+    What an attention, the module of a group of heads, computes itself is proportional to its heads: every token with
+    every token that it looks at.
+    """
+    found: dict[str, int] = {}
+    open_: list[list[int]] = []  # of the modules that are running: FLOPs at the start, and FLOPs of modules inside
+    # shapes without data; attention as plain products, as its fused kernel on a CPU is not counted
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True),
+        torch.no_grad(),
+        sdpa_kernel(SDPBackend.MATH),
+        FlopCounterMode(display=False) as counter,
+    ):
+        net = type(model)(model.config)
 
-                module.register_forward_hook(note)
-        image = torch.zeros(1, 3, FLOPS_SIDE, FLOPS_SIDE)
-        model(image, image)
+        def enter(module: nn.Module, inputs: Any) -> None:
+            open_.append([counter.get_total_flops(), 0])
+
+        def leave(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+            start, inner = open_.pop()
+            total = counter.get_total_flops() - start
+            if total > inner:
+                found[name] = found.get(name, 0) + total - inner  # some run once per view
+            if open_:
+                open_[-1][1] += total
+
+        for name, module in net.named_modules():
+            module.register_forward_pre_hook(enter)
+            module.register_forward_hook(partial(leave, name))
+        cutting.run_sample(net, FLOPS_SIDE)
     return found

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pqk.compress.cut.cost import Costs
 from pqk.compress.cut.units import Slot
 from pqk.errors import PqkError
-from pqk.families.dust3r.model import Dust3r
+from pqk.families.cutting import CuttingPart
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Layout:
     """The gates of one slot: for each of its groups the units of every gate, the most important ones first.
 
     units: group name -> tensors of indices: of the units that always stay, then of each gate. A gate holds `slot.step`
-    units of every group, so self- and cross-attention of a decoder block lose as many heads. flops: what each gate's
+    units of every group, so all attentions of a slot lose as many heads. flops: what each gate's
     units cost, for one pair of images. worth: their importance per FLOP, added up over the groups.
     """
 
@@ -35,9 +35,11 @@ class Layout:
     worth: Tensor
 
 
-def layouts_of(model: Dust3r, slots: Sequence[Slot], importance: Mapping[str, Tensor]) -> list[Layout]:
+def layouts_of(
+    model: nn.Module, slots: Sequence[Slot], importance: Mapping[str, Tensor], cutting: CuttingPart
+) -> list[Layout]:
     """Gates for every slot. FLOPs of heads and MLP units add up exactly: each has layers of its own."""
-    costs = Costs(model, slots)
+    costs = Costs(model, slots, cutting)
     full, found = costs({}).flops, []
     for slot in slots:
         if slot.units <= slot.step:  # all of them must stay

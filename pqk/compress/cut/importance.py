@@ -1,68 +1,71 @@
-"""Which units of a group matter least: L1, L2 and first-order Taylor importance."""
+"""Which units of a group matter least: norms of their weights, and first-order Taylor importance.
+
+Every function gives the importance (units,) of every unit, on the CPU, by name of its group. It is only comparable
+inside a group.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from pqk.compress.cut.units import Group, Part, Slot
-from pqk.compress.train.pairs import SymmetricPairs, scenery
-from pqk.data.render.stream import training_pairs
-from pqk.data.render.synthetic import texture_bank
+from pqk.compress.cut.units import Group, Part
+from pqk.compress.train.pairs import SymmetricPairs
+from pqk.data.render.stream import PairBatch
 from pqk.errors import PqkError
-from pqk.families.dust3r.losses import confidence_loss
-from pqk.settings.prune import Prune
-from pqk.settings.seeds import split_seed
+
+LossOf = Callable[[nn.Module, PairBatch], Tensor]
+"""`SymmetricPairs` of a network and a batch of pairs -> the task loss, a scalar."""
 
 
-def importances(model: nn.Module, slots: Sequence[Slot], spec: Prune, *, seed: int) -> dict[str, Tensor]:
-    """Importance (units,) of every unit, on the CPU, by name of its group; only comparable inside a group.
-
-    l1, l2: that norm of all weights that go with the unit, both those that make it and those that read it (Li et al.,
-    ICLR 2017, for filters; Fang et al., CVPR 2023, for the group). taylor: see `_taylor`; it needs parameters that
-    require gradients. Raises PqkError when the gradients are not finite.
+@torch.no_grad()
+def norms(model: nn.Module, groups: Sequence[Group], kind: str) -> dict[str, Tensor]:
+    """l1, l2: that norm of all weights that go with the unit, both those that make it and those that read it (Li et
+    al., ICLR 2017, for filters; Fang et al., CVPR 2023, for the group). l2_product: L2 norm of the weights that make
+    the unit times L2 norm of those that read it.
     """
-    groups = [group for slot in slots if slot.kind != "block" for group in slot.groups]
-    if not groups:  # only whole blocks may go
-        return {}
-    if spec.importance == "taylor":
-        return _taylor(model, groups, spec, seed)
     weights = dict(model.named_parameters())
-    power = 1 if spec.importance == "l1" else 2
-    found = {}
-    with torch.no_grad():
-        for group in groups:
-            sums = [_per_unit(weights[part.key].abs() ** power, part) for part in group.parts]
-            found[group.name] = torch.stack(sums).sum(0) ** (1 / power)
-    return found
+    power = 1 if kind == "l1" else 2
+
+    def summed(group: Group, *reads: bool) -> Tensor:
+        parts = [part for part in group.parts if part.reads in reads]
+        return torch.stack([_per_unit(weights[part.key].abs() ** power, part) for part in parts]).sum(0)
+
+    if kind == "l2_product":
+        return {group.name: (summed(group, False) * summed(group, True)).sqrt() for group in groups}
+    return {group.name: summed(group, False, True) ** (1 / power) for group in groups}
 
 
-def _taylor(model: nn.Module, groups: Sequence[Group], spec: Prune, seed: int) -> dict[str, Tensor]:
-    """Mean over rendered training pairs of (sum of g w)^2, over the weights w that read the unit.
+def taylor(
+    model: nn.Module, groups: Sequence[Group], batches: Iterable[PairBatch], loss_of: LossOf
+) -> dict[str, Tensor]:
+    """Mean over the batches of (sum of g w)^2, over the weights w that read the unit; parameters require gradients.
 
     g is the gradient of the task loss. The sum is the derivative of the loss by a factor on the unit's output, so this
     is the squared first-order change of the loss when the unit goes (Molchanov et al., "Importance Estimation for
     Neural Network Pruning", CVPR 2019, section 3; Michel et al., NeurIPS 2019, use its absolute value for heads).
+    Raises PqkError when the gradients are not finite.
     """
-    weights = dict(model.named_parameters())
-    device = next(iter(weights.values())).device
+    if not groups:  # only whole blocks may go
+        return {}
+    weights, symmetric = dict(model.named_parameters()), SymmetricPairs(model)
     keys = sorted({part.key for group in groups for part in group.parts if part.reads})
-    bank, symmetric = texture_bank().to(device), SymmetricPairs(model)
     sums = {group.name: torch.zeros(group.units) for group in groups}
-    for index in range(spec.samples.pairs):
-        pairs = training_pairs(1, spec.samples.size, split_seed("train", seed, index), bank, **scenery(spec.train))
-        loss = confidence_loss(symmetric(pairs.images), *pairs.ordered(), spec.train.alpha)[0]
-        gradients = dict(zip(keys, torch.autograd.grad(loss, [weights[key] for key in keys]), strict=True))
+    count = 0
+    for batch in batches:
+        gradients = torch.autograd.grad(loss_of(symmetric, batch), [weights[key] for key in keys])
+        slopes = dict(zip(keys, gradients, strict=True))
         with torch.no_grad():
             for group in groups:
                 reading = [part for part in group.parts if part.reads]
-                change = torch.stack([_per_unit(gradients[p.key] * weights[p.key], p) for p in reading]).sum(0)
+                change = torch.stack([_per_unit(slopes[p.key] * weights[p.key], p) for p in reading]).sum(0)
                 sums[group.name] += change.square()
+        count += 1
     if not all(bool(torch.isfinite(total).all()) for total in sums.values()):
         raise PqkError("the gradients of the Taylor importance are not finite")
-    return {name: total / spec.samples.pairs for name, total in sums.items()}
+    return {name: total / count for name, total in sums.items()}
 
 
 def _per_unit(values: Tensor, part: Part) -> Tensor:

@@ -1,4 +1,4 @@
-"""Structured pruning: whole units are cut out of a network, which is then smaller for every runtime; and fine-tuning.
+"""Structured pruning: whole units are cut out of a network, which is then smaller for every runtime.
 
 Which units can go and what goes with them: `pqk.compress.cut.units`. Which of a group go first:
 `pqk.compress.cut.importance`. How many each group gives: `pqk.compress.cut.sensitivity`.
@@ -8,37 +8,36 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from pqk.compress.cut.cost import FLOPS_SIDE, Costs
-from pqk.compress.cut.importance import importances
-from pqk.compress.cut.refit import moments, refit
+from pqk.compress.cut.importance import LossOf, norms, taylor
+from pqk.compress.cut.refit import moments, refit, rendered
 from pqk.compress.cut.sensitivity import Probe, Scores, even_steps, kept, scan, spend, steps_by_scan
-from pqk.compress.cut.units import Plan, Slot, cut, slots_of
-from pqk.compress.train.fit import VALIDATION_SEED, Fitted, Stop, fit
-from pqk.compress.train.loop import Progress
-from pqk.compress.train.pairs import pick_device
-from pqk.data.render.stream import PairBatch
+from pqk.compress.cut.units import Slot, cut, groups_of, slots_of
+from pqk.compress.train.fit import VALIDATION_SEED
+from pqk.compress.train.pairs import pick_device, scenery
 from pqk.errors import PqkError
-from pqk.families.dust3r.losses import confidence_loss
-from pqk.families.dust3r.model import Dust3r
+from pqk.families.cutting import CuttingPart, Plan
 from pqk.settings.prune import Prune
+
+REFITTED = ("heads", "ffn")
+"""Kinds of units whose readers are refitted; see `pqk.settings.prune.Prune`."""
 
 
 @dataclass(frozen=True)
 class Removed:
     """What one size of the configuration gave.
 
-    name: such as 'enc_blocks.0.ffn'. kind: heads, ffn, dpt or block. params, flops: what cutting this alone would save.
-    importance_kept: share of the summed importance of its units that stays (None for a block). scan: for each number of
-    units that stay, in this group alone and before any training, the rise of AbsRel against the truth (`rise_pct`) and
-    the relative distance of the points of both views to those of the uncut network (`shift_pct`), which decides.
+    name: such as 'blocks.0.ffn'. kind: heads, ffn, block, or one of the family's own. params, flops: what cutting this
+    alone would save. importance_kept: share of the summed importance of its units that stays (None for a block). scan:
+    for each number of units that stay, in this group alone and before any training, the rise of AbsRel against the
+    truth (`rise_pct`) and the relative distance of the points of both views to those of the uncut network
+    (`shift_pct`), which decides.
     """
 
     name: str
@@ -80,13 +79,15 @@ class PruneReport:
 
 
 def prune(
-    model: Dust3r,
+    model: Any,
     spec: Prune,
+    cutting: CuttingPart,
+    loss_of: LossOf,
     *,
     seed: int,
     device: str = "auto",
     report: Callable[[str], None] | None = None,
-) -> tuple[Dust3r, PruneReport]:
+) -> tuple[Any, PruneReport]:
     """A smaller network, float32 in eval mode on the CPU, and what was cut; the given one stays as it is.
 
     At least the share spec.rho of the parameters (or FLOPs) of the whole network goes, and no more steps than that
@@ -97,36 +98,48 @@ def prune(
     """
     say = report or (lambda line: None)
     where = pick_device(device)
-    slots = slots_of(model, spec.units, spec.round_to)
+    samples = (spec.samples.pairs, spec.samples.size, seed, where, scenery(spec.train))
+
+    def may_drop(blocks: Sequence[str]) -> bool:
+        return cutting.may_drop(model.config, blocks)
+
+    kinds = {"block" if name == "blocks" else name for name, allowed in spec.units if allowed}
+    slots = slots_of(model, kinds, spec.round_to, cutting)
+    slots = [slot for slot in slots if slot.kind != "block" or may_drop([slot.name])]
+    groups = groups_of(slots)
     working = copy.deepcopy(model).requires_grad_(True).eval().to(where)
     say(f"importance {spec.importance} of {sum(len(slot.groups) for slot in slots)} groups")
-    importance = importances(working, slots, spec, seed=seed)
-    known = None
+    if spec.importance == "taylor":
+        importance = taylor(working, groups, rendered(*samples), loss_of)
+    else:
+        importance = norms(working, groups, spec.importance)
+    known: dict[str, torch.Tensor] = {}
     if spec.refit:
         say("second moments for the refit")
-        known = moments(working, slots, spec, seed=seed)
-    costs = Costs(model, slots)
+        read = groups_of([slot for slot in slots if slot.kind in REFITTED])
+        known = moments(working, read, (pair.images for pair in rendered(*samples)), spec.samples.pairs)
+    costs = Costs(model, slots, cutting)
 
     def cost(plan: Plan) -> int:
         return costs(plan).params if spec.measure == "params" else costs(plan).flops
 
     scores, probe = Scores(), None
     if spec.sensitivity.enabled:
-        probe = Probe(working, spec, VALIDATION_SEED)
-        scores = scan(working, slots, importance, spec, probe, known, report)
+        probe = Probe(working, spec, cutting, VALIDATION_SEED)
+        scores = scan(working, slots, importance, spec.sensitivity.levels, probe, known, report)
         steps = steps_by_scan(slots, scores, cost)
     else:
         steps = even_steps(slots)
-    plan = spend(model.config, slots, steps, cost, spec.rho)
+    plan = spend(slots, steps, cost, spec.rho, may_drop)
     say(f"cutting {len(plan)} of {len(slots)} groups")
     keep: dict[str, torch.Tensor] = {}
     for slot in slots:
         if slot.name in plan:
             chosen = kept(slot, importance, plan[slot.name])
             keep |= chosen
-            if known is not None:
-                refit(working, slot, chosen, known)
-    pruned = cut(working, slots, plan, keep).eval()
+            for group in slot.groups:
+                refit(working, group, chosen[group.name], known)
+    pruned = cut(working, slots, plan, keep, cutting).eval()
     after = probe.score(copy.deepcopy(pruned).to(where)) if probe else None
     if after and not math.isfinite(after.shift):
         raise PqkError(f"the points of the network are no longer finite at rho {spec.rho:g}; lower it")
@@ -137,22 +150,6 @@ def prune(
             str(units): {"rise_pct": 100 * (score.absrel / probe.absrel - 1), "shift_pct": 100 * score.shift}
             for units, score in levels.items()
         }
-    removed = []
-    for slot in slots:
-        if slot.name in plan:
-            alone = costs({slot.name: plan[slot.name]})
-            removed.append(
-                Removed(
-                    name=slot.name,
-                    kind=slot.kind,
-                    units_before=slot.units,
-                    units_after=plan[slot.name],
-                    params=costs({}).params - alone.params,
-                    flops=costs({}).flops - alone.flops,
-                    importance_kept=_share_kept(slot, importance, keep),
-                    scan=scanned.get(slot.name, {}),
-                )
-            )
     return pruned, PruneReport(
         rho=spec.rho,
         measure=spec.measure,
@@ -166,9 +163,37 @@ def prune(
         absrel_before=probe.absrel if probe else None,
         absrel_after=after.absrel if after else None,
         shift_pct=100 * after.shift if after else None,
-        removed=removed,
+        removed=removed_units(slots, plan, costs, importance, keep, scanned),
         scan=scanned,
     )
+
+
+def removed_units(
+    slots: Sequence[Slot],
+    plan: Plan,
+    costs: Costs,
+    importance: Mapping[str, torch.Tensor],
+    keep: Mapping[str, torch.Tensor],
+    scanned: Mapping[str, dict[str, dict[str, float]]],
+) -> list[Removed]:
+    """What each slot of the plan gave."""
+    found, whole = [], costs({})
+    for slot in slots:
+        if slot.name in plan:
+            alone = costs({slot.name: plan[slot.name]})
+            found.append(
+                Removed(
+                    name=slot.name,
+                    kind=slot.kind,
+                    units_before=slot.units,
+                    units_after=plan[slot.name],
+                    params=whole.params - alone.params,
+                    flops=whole.flops - alone.flops,
+                    importance_kept=_share_kept(slot, importance, keep),
+                    scan=scanned.get(slot.name, {}),
+                )
+            )
+    return found
 
 
 def _share_kept(slot: Slot, importance: Mapping[str, torch.Tensor], keep: Mapping[str, torch.Tensor]) -> float | None:
@@ -179,34 +204,3 @@ def _share_kept(slot: Slot, importance: Mapping[str, torch.Tensor], keep: Mappin
         return None
     stays = (importance[group.name][keep[group.name]] for group in slot.groups)
     return sum(float(value.sum()) for value in stays) / total
-
-
-def finetune(
-    pruned: Dust3r,
-    teacher: nn.Module,
-    spec: Prune,
-    *,
-    seed: int,
-    scratch: Path,
-    device: str = "auto",
-    stop: Stop | None = None,
-    report: Callable[[Progress], None] | None = None,
-) -> Fitted:
-    """Train the pruned network on the task loss alone; the Teacher only gives the drop (`pqk.compress.train.fit`)."""
-
-    def loss_of(module: nn.Module, pairs: PairBatch, share: float) -> torch.Tensor:
-        prediction = module(pairs.images)
-        with torch.autocast(pairs.images.device.type, enabled=False):
-            return confidence_loss(prediction, *pairs.ordered(), spec.train.alpha)[0]
-
-    return fit(
-        pruned.requires_grad_(True),  # what an earlier training left has no gradients
-        spec.train,
-        loss_of,
-        seed=seed,
-        scratch=scratch,
-        device=device,
-        teacher=teacher,
-        stop=stop,
-        report=report,
-    )

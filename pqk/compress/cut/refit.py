@@ -1,48 +1,61 @@
-"""What the units that stay can take over from those that go: the layer behind them, refitted by least squares."""
+"""Lets the units that stay do the work of those that go: the layers that read them are refitted by least squares."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pqk.compress.cut.units import Group, Part, Slot
-from pqk.compress.train.pairs import SymmetricPairs, scenery
-from pqk.data.render.stream import training_pairs
+from pqk.compress.cut.units import Group
+from pqk.compress.train.pairs import SymmetricPairs
+from pqk.data.render.stream import PairBatch, training_pairs
 from pqk.data.render.synthetic import texture_bank
-from pqk.settings.prune import Prune
 from pqk.settings.seeds import split_seed
 
 RIDGE = 1e-3
 """Of the mean variance of the units' outputs: holds the correction back where the samples say little."""
+PLACES = 2048
+"""Places of a map that are looked at in one input of a convolution."""
 
 Moments = Mapping[str, Tensor]
-"""Name of a group -> (n + 1, n + 1): mean of x x^T over all tokens, x the n outputs of its units and a 1."""
+"""Name of a layer -> (n + 1, n + 1): mean of x x^T over all tokens or places, x the layer's n inputs and a 1."""
+
+
+def rendered(pairs: int, size: int, seed: int, device: torch.device, scenery: Mapping[str, Any]) -> Iterator[PairBatch]:
+    """Yields the first training pairs of a seed, one by one, of size x size pixels; scenery: as in `training_pairs`."""
+    bank = texture_bank().to(device)
+    for index in range(pairs):
+        yield training_pairs(1, size, split_seed("train", seed, index), bank, **scenery)
 
 
 @torch.no_grad()
-def moments(model: nn.Module, slots: Sequence[Slot], spec: Prune, *, seed: int) -> dict[str, Tensor]:
-    """Second moments of the outputs of all heads and MLP units on rendered training pairs, float32 on the CPU."""
+def moments(model: nn.Module, groups: Sequence[Group], images: Iterable[Tensor], count: int) -> dict[str, Tensor]:
+    """Second moments of the inputs of all layers that read these groups, float32 on the CPU.
+
+    images: `count` batches of pairs (B, 2, 3, H, W), each seen in both orders.
+    """
     found: dict[str, Tensor] = {}
 
     def note(name: str, layer: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
-        x = inputs[0].flatten(0, -2).double()
+        x = inputs[0]
+        if not isinstance(layer, nn.Linear):
+            x = x.flatten(2).mT
+            # an odd step, as one that divides the width of a map would look at the same few columns of every row
+            x = x[:, :: -(-x.shape[1] // PLACES) | 1]
+        x = x.flatten(0, -2).double()
         x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
-        total = (x.T @ x / (len(x) * spec.samples.pairs)).float().cpu()
+        total = (x.T @ x / (len(x) * count)).float().cpu()
         found[name] = found[name] + total if name in found else total
 
-    hooks = []
-    for group, part in _read_by_one(slots):
-        layer = model.get_submodule(part.key.removesuffix(".weight"))
-        hooks.append(layer.register_forward_hook(partial(note, group.name)))
+    readers = {part.layer: None for group in groups for part in group.parts if part.reads}
+    hooks = [model.get_submodule(name).register_forward_hook(partial(note, name)) for name in readers]
     try:
-        bank, symmetric = texture_bank().to(next(model.parameters()).device), SymmetricPairs(model)
-        for index in range(spec.samples.pairs):
-            seeds = split_seed("train", seed, index)
-            symmetric(training_pairs(1, spec.samples.size, seeds, bank, **scenery(spec.train)).images)
+        symmetric = SymmetricPairs(model)
+        for batch in images:
+            symmetric(batch)
     finally:
         for hook in hooks:
             hook.remove()
@@ -50,35 +63,36 @@ def moments(model: nn.Module, slots: Sequence[Slot], spec: Prune, *, seed: int) 
 
 
 @torch.no_grad()
-def refit(model: nn.Module, slot: Slot, keep: Mapping[str, Tensor], known: Moments) -> None:
-    """Correct, in place, the weights that read the units that stay (group name -> indices), before the others go.
+def refit(model: nn.Module, group: Group, keep: Tensor, known: Moments) -> None:
+    """Correct, in place, the layers in `known` that read the units that stay (indices), before the others go.
 
     The correction is the least-squares one (He, Zhang and Sun, ICCV 2017): with k the outputs that stay, g those that
     go and W_g the weights that read those, D = W_g cov(g, k) (cov(k, k) + ridge)^-1 is added to W_k and
-    W_g mean(g) - D mean(k) to the bias. Only linear layers are refitted: behind heads and MLP units, not behind a DPT
-    head's channels.
+    W_g mean(g) - D mean(k) to the bias. In a convolution every tap gets the same share of k. A layer that cannot add a
+    constant everywhere is fitted without one, by the uncentred moments.
     """
     weights = dict(model.named_parameters())
-    for group, part in _read_by_one([slot]):
-        gone = torch.ones(group.units, dtype=torch.bool)
-        gone[keep[group.name].cpu()] = False
-        if not bool(gone.any()):
+    gone = torch.ones(group.units, dtype=torch.bool)
+    gone[keep.cpu()] = False
+    for part in group.parts:
+        if not part.reads or part.layer not in known or not bool(gone.any()):
             continue
         leaving = part.rows[gone].flatten().sort().values
         staying = part.rows[~gone].flatten().sort().values
-        total = known[group.name].double()
-        mean = total[:-1, -1]
+        total = known[part.layer].double()
+        mean, bias = total[:-1, -1], weights.get(f"{part.layer}.bias")
         covariance = total[:-1, :-1] - mean[:, None] * mean
-        square = covariance[staying][:, staying]
-        square.diagonal().add_(RIDGE * float(covariance.diagonal().mean()) + 1e-12)
-        share = torch.linalg.solve(square, covariance[staying][:, leaving]).T  # g is about share @ k and a constant
-        weight, bias = weights[part.key], weights[part.key.removesuffix("weight") + "bias"]
-        lost = weight[:, leaving.to(weight.device)].double().cpu()
-        weight[:, staying.to(weight.device)] += (lost @ share).to(weight)
-        bias.add_((lost @ (mean[leaving] - share @ mean[staying])).to(bias))
-
-
-def _read_by_one(slots: Sequence[Slot]) -> list[tuple[Group, Part]]:
-    """The groups of heads and MLP units, with the weights of the one linear layer that reads each."""
-    pairs = [(group, part) for s in slots if s.kind in ("heads", "ffn") for group in s.groups for part in group.parts]
-    return [(group, part) for group, part in pairs if part.reads]
+        ridge = RIDGE * float(covariance.diagonal().mean()) + 1e-12
+        # where its stride leaves holes, a transposed convolution (whose inputs are axis 0) adds a constant to some only
+        if part.axis == 0:
+            bias = None
+        products = total[:-1, :-1] if bias is None else covariance
+        square = products[staying][:, staying]
+        square.diagonal().add_(ridge)
+        share = torch.linalg.solve(square, products[staying][:, leaving]).T  # g is about share @ k and a constant
+        weight = weights[part.key].movedim(part.axis, -1)
+        lost = weight[..., leaving.to(weight.device)].double().cpu()
+        weight[..., staying.to(weight.device)] += (lost @ share).to(weight)
+        if bias is not None:
+            added = lost @ (mean[leaving] - share @ mean[staying])  # for each tap
+            bias.add_(added.reshape(len(bias), -1).sum(1).to(bias))

@@ -7,19 +7,19 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pqk.compress.cut.importance import most_important
 from pqk.compress.cut.refit import Moments, refit
-from pqk.compress.cut.units import Plan, Slot, may_drop, silenced
+from pqk.compress.cut.units import Slot, silenced
 from pqk.compress.train.pairs import depth_scores, scenery
 from pqk.data.render.stream import training_pairs
 from pqk.data.render.synthetic import texture_bank
 from pqk.errors import PqkError
-from pqk.families.dust3r.model import Dust3r
+from pqk.families.cutting import CuttingPart, Plan
 from pqk.settings.prune import Prune
 from pqk.settings.seeds import split_seed
 
@@ -49,9 +49,9 @@ class Step:
 class Probe:
     """Held-out pairs, rendered once, on which networks are compared with an uncut one many times."""
 
-    def __init__(self, model: Dust3r, spec: Prune, seed: int) -> None:
-        self.device, wanted = model.mask_token.device, spec.sensitivity.pairs
-        bank = texture_bank().to(self.device)
+    def __init__(self, model: nn.Module, spec: Prune, cutting: CuttingPart, seed: int) -> None:
+        self.cutting, wanted = cutting, spec.sensitivity.pairs
+        bank = texture_bank().to(next(model.parameters()).device)
         drawn = [
             training_pairs(
                 min(BATCH, wanted - first),
@@ -65,25 +65,25 @@ class Probe:
         self.batches = [batch for batch in drawn if bool(batch.valid.any())]
         if not self.batches:
             raise PqkError("no pair of the sensitivity scan has a valid pixel; lower min_covisible")
-        self.tokens = self._encode(model)
-        self.points = list(self._points(model, self.tokens))  # of the uncut network
-        self.absrel = self.score(model, same_encoder=True).absrel
+        self.begun = self._begin(model)
+        self.points = list(self._points(model, self.begun))  # of the uncut network
+        self.absrel = self.score(model, same_beginning=True).absrel
         if not math.isfinite(self.absrel):
             raise PqkError("AbsRel of the network to be pruned is not finite on the pairs of the sensitivity scan")
 
     @torch.no_grad()
-    def score(self, model: Dust3r, same_encoder: bool = False) -> Score:
+    def score(self, model: nn.Module, same_beginning: bool = False) -> Score:
         """AbsRel and the shift over all pairs in both orders; not finite when the points are not.
 
         On few pairs AbsRel falls for every second small cut. So the shift compares the points of both views with the
         uncut network's, X' with X: the mean over valid pixels of |s X' - X| / |X|, with s = median |X| / median |X'|
         for each sample.
-        same_encoder: spares the encoder of a network that only differs from the uncut one behind it.
+        same_beginning: spares the first part of a network that only differs from the uncut one behind it.
         """
-        tokens = self.tokens if same_encoder else self._encode(model)
+        begun = self.begun if same_beginning else self._begin(model)
         absrel: list[float] = []
         shift, count = 0.0, 0
-        for batch, uncut, cut in zip(self.batches, self.points, self._points(model, tokens), strict=True):
+        for batch, uncut, cut in zip(self.batches, self.points, self._points(model, begun), strict=True):
             _, _, *valid = batch.ordered()
             usable = int(valid[0].flatten(1).any(1).sum())
             absrel += [row["absrel"] for row in depth_scores(*cut, batch)]
@@ -93,17 +93,14 @@ class Probe:
         return Score(math.fsum(absrel) / len(absrel), shift / count)
 
     @torch.no_grad()
-    def _encode(self, model: Dust3r) -> list[Tensor]:
-        return [model.encode(b.images.flatten(0, 1)).unflatten(0, b.images.shape[:2]) for b in self.batches]
+    def _begin(self, model: nn.Module) -> list[Any]:
+        return [self.cutting.begin(model, batch.images) for batch in self.batches]
 
     @torch.no_grad()
-    def _points(self, model: Dust3r, tokens: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    def _points(self, model: nn.Module, begun: Sequence[Any]) -> Iterator[tuple[Tensor, Tensor]]:
         """Points (2B, H, W, 3) of view 1 and view 2 of every batch, both orders."""
-        for batch, encoded in zip(self.batches, tokens, strict=True):
-            size = (batch.images.shape[-2], batch.images.shape[-1])
-            a, b = encoded[:, 0], encoded[:, 1]
-            out = model.decode(torch.cat([a, b]), torch.cat([b, a]), size, size)
-            yield out["pts3d_1"].float(), out["pts3d_2"].float()
+        for batch, first in zip(self.batches, begun, strict=True):
+            yield self.cutting.finish(model, first, batch.images)
 
 
 def _shift(cut: Tensor, uncut: Tensor, valid: Tensor) -> float:
@@ -119,24 +116,24 @@ def _shift(cut: Tensor, uncut: Tensor, valid: Tensor) -> float:
 
 
 def scan(
-    model: Dust3r,
+    model: nn.Module,
     slots: Sequence[Slot],
     importance: Mapping[str, Tensor],
-    spec: Prune,
+    levels: Sequence[float],
     probe: Probe,
-    known: Moments | None = None,
+    known: Moments,
     report: Callable[[str], None] | None = None,
 ) -> Scores:
     """The scores when each slot alone loses each level of its units. The weights come back as they were.
 
-    The least important units of every group of the slot are silenced, and with `known` the others refitted, as they
+    The least important units of every group of the slot are silenced, and with the layers in `known` refitted, as they
     will be in the cut network. A level whose points are not finite is left out, and all that cut more of this slot.
     """
     found: Scores = {}
     for index, slot in enumerate(slots):
-        for units in slot.sizes(spec.sensitivity.levels):
+        for units in slot.sizes(levels):
             with taken_over(model, slot, kept(slot, importance, units), known):
-                score = probe.score(model, same_encoder=not slot.name.startswith("enc_"))
+                score = probe.score(model, same_beginning=not probe.cutting.begins(slot.name))
             if not math.isfinite(score.shift):
                 break
             found.setdefault(slot.name, {})[units] = score
@@ -146,12 +143,12 @@ def scan(
 
 
 @contextlib.contextmanager
-def taken_over(model: Dust3r, slot: Slot, keep: Mapping[str, Tensor], known: Moments | None) -> Iterator[None]:
-    """`silenced`, with the layers behind refitted where there are moments."""
+def taken_over(model: nn.Module, slot: Slot, keep: Mapping[str, Tensor], known: Moments) -> Iterator[None]:
+    """`silenced`, with the layers behind refitted whose moments are known."""
     whole = {group.name: torch.arange(group.units) for group in slot.groups}
     with silenced(model, slot, whole):  # remembers the weights
-        if known is not None:
-            refit(model, slot, keep, known)
+        for group in slot.groups:
+            refit(model, group, keep[group.name], known)
         with silenced(model, slot, keep):
             yield
 
@@ -212,19 +209,25 @@ def even_steps(slots: Sequence[Slot]) -> list[Step]:
 
 
 def spend(
-    config: Mapping[str, object], slots: Sequence[Slot], steps: Sequence[Step], cost: Callable[[Plan], int], rho: float
+    slots: Sequence[Slot],
+    steps: Sequence[Step],
+    cost: Callable[[Plan], int],
+    rho: float,
+    may_drop: Callable[[Sequence[str]], bool],
 ) -> dict[str, int]:
     """The plan of the fewest steps that cuts at least the share `rho` of the cost.
 
-    A block that may not go (`may_drop`) is passed over; once a block goes, its own heads and MLP no longer matter.
+    may_drop: whether these blocks may all go. One that may not is passed over; once a block goes, its own heads and MLP
+    no longer matter.
     Raises PqkError when all steps together do not reach rho.
     """
-    blocks = {slot.name for slot in slots if slot.kind == "block"}
+    blocks = {slot.name: slot for slot in slots if slot.kind == "block"}
+    around = {slot.name: {name for name, block in blocks.items() if slot.inside(block)} for slot in slots}
     plans: list[dict[str, int]] = [{}]
     for step in steps:
         last = plans[-1]
         dropped = [name for name in last if name in blocks]
-        if _block_of(step.slot) in dropped or (step.slot in blocks and not may_drop(config, [*dropped, step.slot])):
+        if around[step.slot] & {*dropped} or (step.slot in blocks and not may_drop([*dropped, step.slot])):
             continue
         plans.append({**last, step.slot: step.units})
     aim = (1 - rho) * cost({})
@@ -239,9 +242,4 @@ def spend(
         middle = (low + high) // 2
         low, high = (low, middle) if cost(plans[middle]) <= aim else (middle + 1, high)
     gone = {name for name in plans[low] if name in blocks}
-    return {name: units for name, units in plans[low].items() if name in gone or _block_of(name) not in gone}
-
-
-def _block_of(slot: str) -> str:
-    """The block slot that a slot lies in: 'dec_blocks.1' for 'dec_blocks2.1.ffn'."""
-    return ".".join(slot.replace("dec_blocks2.", "dec_blocks.").split(".")[:2])
+    return {name: units for name, units in plans[low].items() if name in gone or not around[name] & gone}

@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pqk.compress.distill import distill, make_student
+from pqk.compress.cut.student import make_student
+from pqk.compress.distill import distill
 from pqk.compress.train.progress import tell_training
 from pqk.compress.train.stop_rules import stopper
 from pqk.compress.train.trained import finish
+from pqk.families.dust3r import cutting
 from pqk.models import load_model
 from pqk.settings.distill import Distill
 
@@ -24,7 +26,8 @@ def train_distilled(request: Mapping[str, Any]) -> dict[str, Any]:
     scratch, seed = Path(request["scratch"]), request["seed"]
     teacher = load_model(request["teacher"])
     distilling = Distill.model_validate_json(json.dumps(request["spec"]))
-    student = load_model(request["before"]) if request["before"] else make_student(teacher, distilling.student)
+    before = request["before"]
+    student = load_model(before) if before else make_student(teacher, distilling.student, cutting)
     stop = stopper(request["rules"])
     fitted = distill(teacher, student, distilling, seed=seed, scratch=scratch, stop=stop, report=tell_training)
     return finish(fitted, request, "K", {})

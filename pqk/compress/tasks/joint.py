@@ -20,6 +20,7 @@ from pqk.compress.train.progress import tell_training
 from pqk.compress.train.stop_rules import StopRules, best_checkpoint, stopper, untold_drop
 from pqk.compress.train.trained import save_trained
 from pqk.engines.variant import graphs_to_json
+from pqk.families.dust3r import cutting
 from pqk.files import write_json
 from pqk.measure.footprint import peak_ram_bytes
 from pqk.measure.predict import opened_workload
@@ -69,7 +70,7 @@ def _gates(request: Mapping[str, Any], spec: Joint, teacher: Any, cut: Path) -> 
     tell({"text": "importance of heads and MLP units", "share": 0.0})
     kept = scratch / "importance.pt"
     known = torch.load(kept, weights_only=True) if kept.exists() else None
-    plan = GatePlan(teacher, spec, seed=seed, importance=known)
+    plan = GatePlan(teacher, spec, cutting, seed=seed, importance=known)
     if known is None:
         part = kept.with_suffix(".tmp")
         torch.save(plan.importance, part)

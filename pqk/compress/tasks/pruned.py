@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pqk.compress.cut.prune import finetune, prune
+from pqk.compress.cut.prune import prune
+from pqk.compress.finetune import finetune, task_loss
 from pqk.compress.train.progress import tell_training
 from pqk.compress.train.stop_rules import stopper
 from pqk.compress.train.trained import finish
+from pqk.families.dust3r import cutting
 from pqk.files import write_json
 from pqk.models import load_model, save_model
 from pqk.settings.prune import Prune
@@ -29,7 +32,10 @@ def train_pruned(request: Mapping[str, Any]) -> dict[str, Any]:
     pruning = Prune.model_validate_json(json.dumps(request["spec"]))
     kept = scratch / "pruned"
     if not (kept / "report.json").exists():  # written last: a killed run prunes anew
-        small, found = prune(start, pruning, seed=seed, report=lambda line: tell({"text": line, "share": 0.0}))
+        loss_of = partial(task_loss, alpha=pruning.train.alpha)
+        small, found = prune(
+            start, pruning, cutting, loss_of, seed=seed, report=lambda line: tell({"text": line, "share": 0.0})
+        )
         save_model(small, kept)
         write_json(kept / "report.json", found.as_dict())
     report = json.loads((kept / "report.json").read_text())
