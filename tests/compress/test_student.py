@@ -17,7 +17,6 @@ from torch._subclasses import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from pqk.compress.cut import refit
 from pqk.compress.cut import student as cutter
 from pqk.compress.cut.refit import moments, refit
 from pqk.compress.cut.student import evenly, remaining
@@ -238,7 +237,7 @@ def test_readers_make_up_for_what_was_cut(monkeypatch):
     plain = difference(teacher, make_student(teacher, cut(**shares)))
     folded = make_student(teacher, cut(**shares, fold_pairs=4, fold_size=96))
     assert difference(teacher, folded) < 0.25 * plain
-    monkeypatch.setattr(refit, "RIDGE", 1e-6)
+    monkeypatch.setattr("pqk.compress.cut.refit.RIDGE", 1e-6)
     assert difference(teacher, make_student(teacher, cut(**shares, fold_pairs=4, fold_size=96))) < 0.05 * plain
     monkeypatch.undo()
     again = make_student(teacher, cut(**shares, fold_pairs=4, fold_size=96))
