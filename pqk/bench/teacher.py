@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pqk import paths
-from pqk.data.scenes.scene import open_scene
+from pqk.data.scenes.open import open_scene
 from pqk.errors import PqkError
 from pqk.families.dust3r.inputs import load_frames, scene_pairs
 from pqk.families.dust3r.scoring import constant_depth_scores, pair_truth, summarise

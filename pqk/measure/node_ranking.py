@@ -19,7 +19,7 @@ from backends import registry
 from backends.base import BackendError, Feeds, Graph, Precision, Surgery, surgery_of
 from backends.rank import Progress, rank_by_groups
 from backends.reference import OnnxRuntimeEngine
-from pqk.data.scenes.scene import open_scene
+from pqk.data.scenes.open import open_scene
 from pqk.engines.variant import graph_from_json, graph_to_json
 from pqk.families.dust3r.inputs import load_frames, scene_pairs
 from pqk.files import write_json

@@ -11,8 +11,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from backends.base import Array
+from pqk.data.scenes.open import open_scene
 from pqk.data.scenes.preprocess import Frame
-from pqk.data.scenes.scene import open_scene
 from pqk.engines.variant import Runner, Variant
 from pqk.errors import PqkError
 from pqk.families.dust3r.inputs import Frames, load_frames, scene_pairs

@@ -13,9 +13,9 @@ import numpy as np
 
 from backends import registry
 from backends.base import Array, Kernel, executed_precision, matched_by_size
+from pqk.data.scenes.open import open_scene
 from pqk.data.scenes.pairs import spread
 from pqk.data.scenes.preprocess import Frame
-from pqk.data.scenes.scene import open_scene
 from pqk.engines.variant import Runner, Variant
 from pqk.errors import CheckFailed
 from pqk.families.dust3r.inputs import Kept, load_frames, scene_pairs

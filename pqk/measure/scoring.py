@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from pqk.cores import allowed_cores
+from pqk.data.scenes.open import open_scene
 from pqk.data.scenes.preprocess import Frame
-from pqk.data.scenes.scene import open_scene
 from pqk.errors import PqkError
 from pqk.families.dust3r.inputs import load_frames
 from pqk.families.dust3r.scoring import pair_truth, score_against_reference, score_pair, summarise

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from pqk.data.scenes.open import open_scene
 from pqk.data.scenes.pairs import image_similarity, pair_graph
-from pqk.data.scenes.scene import open_scene
 from pqk.engines.variant import Runner, Variant
 from pqk.families.dust3r.inputs import load_frames
 from pqk.measure.noise import Clocks, drift_pct, load_between, load_now, read_clocks

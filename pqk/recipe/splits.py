@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from pqk.data.scenes.open import open_scene
 from pqk.data.scenes.overlap import refuse_overlap
-from pqk.data.scenes.scene import open_scene
 from pqk.errors import PqkError
 from pqk.families.dust3r.inputs import load_frames, scene_pairs
 from pqk.recipe import stages

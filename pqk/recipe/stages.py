@@ -167,7 +167,7 @@ def folder_scenes(
     pictures: see `open_scenes`. truth: whether depth and masks are read too, and so are part of the sha256.
     Raises PqkError for what the readers refuse.
     """
-    from pqk.data.scenes.scene import open_scene, open_scenes
+    from pqk.data.scenes.open import open_scene, open_scenes
 
     found = [open_scene(folder / name) for name in names] if names else open_scenes(folder, pictures)
     chosen = found[:count]
@@ -434,7 +434,7 @@ class _Predicted:
 
 def _most_pairs(scenes: Scenes, fed: Mapping[str, Any]) -> int:
     """How many pairs the scenes have at most; too little overlap may leave fewer."""
-    from pqk.data.scenes.scene import open_scene
+    from pqk.data.scenes.open import open_scene
 
     counts = [most_pairs(len(open_scene(p).views[: fed["views"]]), **fed["pair_graph"]) for p in scenes.folders]
     return sum(min(count, fed["pairs_per_scene"] or count) for count in counts)

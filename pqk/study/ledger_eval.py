@@ -17,7 +17,7 @@ from typing import Any
 
 from backends.base import Backend, Graph, Precision, lowered_to
 from pqk import paths
-from pqk.data.scenes.scene import open_scene
+from pqk.data.scenes.open import open_scene
 from pqk.engines.variant import Variant
 from pqk.errors import CheckFailed, PqkError, nearest
 from pqk.families.checkpoint import load_model

@@ -21,8 +21,8 @@ import torch
 from pqk.data.render.generate import CLOSEST, ScenePlan, find_scene, make_scenes
 from pqk.data.render.synthetic import render, texture_bank
 from pqk.data.scenes.covisibility import covisibility
+from pqk.data.scenes.open import open_scene, open_scenes
 from pqk.data.scenes.pairs import pair_graph
-from pqk.data.scenes.scene import open_scene, open_scenes
 from pqk.errors import PqkError
 from pqk.files import sha256_file
 

@@ -10,8 +10,9 @@ from PIL import Image
 
 from pqk.data.scenes.camera import Camera
 from pqk.data.scenes.colmap import ModelImage, write_text_model
+from pqk.data.scenes.open import open_scene, open_scenes
 from pqk.data.scenes.preprocess import fit_to_shape
-from pqk.data.scenes.scene import View, open_scene, open_scenes
+from pqk.data.scenes.scene import View
 from pqk.errors import PqkError
 from pqk.families.dust3r.inputs import CalibrationImages
 
