@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from pqk.data.scenes import colmap_library
 from pqk.data.scenes.camera import CAMERA_MODELS, MODEL_NAMES, Camera
 from pqk.errors import PqkError
 from pqk.files import write_text
@@ -125,7 +126,7 @@ def has_model(folder: Path) -> bool:
 
 
 def read_model(folder: Path | str) -> Model:
-    """Read cameras and images, from the files of `model_paths`.
+    """Reads cameras and images from the files of `model_paths`; the numbers come from pycolmap where it is installed.
 
     Raises PqkError that names the file and the line (text) or the byte (binary) for anything malformed, for an image
     whose camera is missing, for quaternions whose length is not about 1, and for image names that leave the image
@@ -149,6 +150,10 @@ def read_model(folder: Path | str) -> Model:
         if image.name in names:
             raise PqkError(f"{images_file}: image {image.name!r} appears twice")
         names.add(image.name)
+    reread = colmap_library.read(cameras_file, images_file)
+    if reread is not None and reread[0].keys() == by_id.keys() and reread[1].keys() == {i.image_id for i in images}:
+        by_id, poses = reread
+        images = [ModelImage(i.image_id, *poses[i.image_id], i.camera_id, i.name) for i in images]
     return Model(by_id, tuple(images))
 
 

@@ -141,8 +141,8 @@ def model_views(
         camera = model.cameras[image.camera_id]
         if not camera.can_undistort:
             raise PqkError(
-                f"{image_folder / image.name}: camera model {camera.model} cannot be undistorted here; "
-                "run `colmap image_undistorter` and use its output folder"
+                f"{image_folder / image.name}: camera model {camera.model} shows a whole sphere and has no "
+                "pinhole view; cut perspective views out of the images first"
             )
         views.append(
             View(
