@@ -28,7 +28,7 @@ from typing import Any
 
 from pqk.errors import PqkError
 from pqk.files import below, clear_write_errors, fsync_folder, sha256_file, sha256_json, write_json
-from pqk.locks import lock, unlock
+from pqk.locks import locked
 from pqk.oserrors import says_nothing
 
 MANIFEST = "manifest.json"
@@ -146,7 +146,7 @@ class Store:
         for used, size, folder in sorted(found):
             if total <= limit or time.time() - used < spare_s:
                 return
-            with self._try_lock(stage, folder.name) as free:
+            with self._lock(stage, folder.name, timeout=0) as free:
                 if free:
                     with contextlib.suppress(OSError):
                         _delete(folder.rename(self._temporary(folder)))
@@ -208,39 +208,18 @@ class Store:
             if match[1] == held:
                 shutil.rmtree(folder, ignore_errors=True)
                 continue
-            with self._try_lock(stage, match[1]) as free:
+            with self._lock(stage, match[1], timeout=0) as free:
                 if free:
                     shutil.rmtree(folder, ignore_errors=True)
 
-    def _lock_path(self, stage: str, short: str) -> Path:
-        return self.root / ".locks" / f"{stage}-{short}.lock"
-
-    def _open_lock(self, stage: str, short: str) -> int:
-        path = self._lock_path(stage, short)
+    @contextlib.contextmanager
+    def _lock(self, stage: str, short: str, **how: Any) -> Iterator[bool]:
+        """Holds the lock of an artifact; `how` as in `locked`."""
+        path = self.root / ".locks" / f"{stage}-{short}.lock"
         with clear_write_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            # Lock files are never deleted: a process could then lock a file that no one else can see.
-            return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-
-    @contextlib.contextmanager
-    def _lock(self, stage: str, short: str, waiting: Callable[[], None]) -> Iterator[None]:
-        handle = self._open_lock(stage, short)
-        try:
-            path = self._lock_path(stage, short)
-            if not lock(handle, path, wait=False):
-                waiting()
-                lock(handle, path)
-            yield
-        finally:
-            _unlock(handle)
-
-    @contextlib.contextmanager
-    def _try_lock(self, stage: str, short: str) -> Iterator[bool]:
-        handle = self._open_lock(stage, short)
-        try:
-            yield lock(handle, self._lock_path(stage, short), wait=False)
-        finally:
-            _unlock(handle)
+        with locked(path, **how) as free:
+            yield free
 
 
 def _exchange(one: Path, other: Path) -> bool:
@@ -256,12 +235,6 @@ def _delete(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink()
-
-
-def _unlock(handle: int) -> None:
-    """Release and close. A worker process forked inside `make` would otherwise keep the lock that it inherited."""
-    unlock(handle)
-    os.close(handle)
 
 
 def _say_nothing(kind: str, stage: str, key: str, seconds: float) -> None:
