@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from pqk.compress.train.loop import loop as train
+from pqk.compress.train import loop as train
 from pqk.paths import project_root
 
 

@@ -38,8 +38,8 @@ _TEMPORARY = re.compile(r"\.([0-9a-f]{16})\..*\.tmp")
 
 OnEvent = Callable[[str, str, str, float], None]
 """Called as on_event(kind, stage, key, seconds). Kinds: 'wait' (another process is making it), 'damaged' (it will be
-made again), 'make' (begins), 'done' (seconds it took), 'reuse' (seconds that making it took back then). A stage that
-takes long also calls it with 'progress': then the third argument is a text to show, the fourth the share done."""
+made again), 'make' (begins), 'failed' (it raised), 'done' (seconds it took), 'reuse' (seconds that making it took back
+then). A long stage also calls it with 'progress': then the third argument is a text, and the fourth the share done."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,11 @@ class Store:
             if os.path.lexists(target) and manifest is None:
                 tell("damaged", stage, key, 0.0)
             tell("make", stage, key, 0.0)
-            manifest = self._make(target, stage, key, _plain(inputs, stage), make)
+            try:
+                manifest = self._make(target, stage, key, _plain(inputs, stage), make)
+            except BaseException:
+                tell("failed", stage, key, 0.0)
+                raise
             self._made.add(key)
             tell("done", stage, key, float(manifest["seconds"]))
             return Artifact(target, key, stage, False, manifest)
