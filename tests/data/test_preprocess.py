@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pqk.data.scenes.preprocess import fit_to_shape, official_preprocess, official_size, unproject
+from pqk.data.scenes.preprocess import fit_to_shape, unproject
 from pqk.data.scenes.scene import View
 from pqk.errors import PqkError
+from pqk.families.dust3r.preprocess import official_preprocess, official_size
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "dust3r_preprocess"
 CASE = json.loads((GOLDEN / "case.json").read_text())

@@ -1,4 +1,4 @@
-"""COLMAP's camera models: their parameters, lens distortion, and resampling to an ideal pinhole camera.
+"""Implements COLMAP's camera models: their parameters, lens distortion, and resampling to an ideal pinhole camera.
 
 Pixel convention everywhere: the top-left corner of the image is (0, 0), the centre of the first pixel (0.5, 0.5).
 """
@@ -81,12 +81,12 @@ class Camera:
 
     @property
     def is_pinhole(self) -> bool:
-        """Whether the images are free of lens distortion as they are."""
+        """Tells whether the images are free of lens distortion as they are."""
         return self.model in PINHOLES
 
     @property
     def can_undistort(self) -> bool:
-        """Whether the camera has a pinhole matrix that its images can be resampled to."""
+        """Tells whether the camera has a pinhole matrix that its images can be resampled to."""
         return "cx" in self.named
 
     @property

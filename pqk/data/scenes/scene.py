@@ -1,4 +1,4 @@
-"""Scenes and views: images on disk with what is known of their cameras. Nothing is decoded before it is asked for."""
+"""Defines scenes and views: images on disk with what is known of their cameras. Files are decoded on demand."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ class Scene:
 
     @property
     def is_calibrated(self) -> bool:
-        """Whether the cameras are known: the scene is more than a folder of pictures."""
+        """Tells whether the cameras are known: the scene is more than a folder of pictures."""
         return bool(self.model_files)
 
     def content(self, truth: bool = True) -> dict[str, Any]:
@@ -153,7 +153,7 @@ class Scene:
 
     @property
     def has_ground_truth(self) -> bool:
-        """Whether every view has K, pose and depth."""
+        """Tells whether every view has K, pose and depth."""
         return all(v.K is not None and v.world_to_cam is not None and v.depth_path is not None for v in self.views)
 
 
