@@ -245,7 +245,7 @@ def test_a_killed_process_of_the_pool(tmp_path):
         "import os, sys\n"
         "from dataclasses import replace\n"
         "from pathlib import Path\n"
-        "from pqk.data import generate\n"
+        "from pqk.data.render import generate\n"
         "from pqk.errors import told\n"
         "def die(task):\n"
         "    os.kill(os.getpid(), 9)\n"
