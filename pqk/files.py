@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: write beside the target, fsync, rename. Plus sha256 of files and folders."""
+"""Writes files that are either whole or absent (beside the target, fsync, rename), and hashes files and JSON."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _OWNER = ".owner"
 
 @contextlib.contextmanager
 def clear_write_errors(path: Path | str) -> Iterator[None]:
-    """Turn the OSErrors of writing into one sentence that names the path."""
+    """Turns the OSErrors of writing into one sentence that names the path."""
     try:
         yield
     except OSError as error:
@@ -42,7 +42,7 @@ def check_readable(path: Path | str) -> None:
 
 
 def matching(folder: Path, pattern: str) -> list[Path]:
-    """Returns what `folder` holds by a pattern of names such as '*.md', sorted; nothing when there is no such folder.
+    """Returns the entries of `folder` that match a pattern such as '*.md', sorted; none when there is no such folder.
 
     Raises PermissionError for a folder that may not be read; `Path.glob` would find nothing there.
     """
@@ -67,7 +67,7 @@ def below(folder: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def atomic_path(path: Path | str) -> Iterator[Path]:
-    """Yield a temporary path in the target's folder; on success fsync it and rename it over the target.
+    """Yields a temporary path in the target's folder; on success fsync it and rename it over the target.
 
     On any failure the target stays as it was and the temporary file is removed.
     Raises PqkError when the folder is not writable or the disk is full.
@@ -93,9 +93,9 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside the target; on success it is on disk as a whole, and gets the target's name.
+    """Yields a temporary folder beside the target; on success it is on disk as a whole, and gets the target's name.
 
-    On any failure there is no target and the temporary folder is removed; what a killed process left behind goes too.
+    On any failure there is no target and the temporary folder is removed. Folders of killed processes are removed too.
     Raises PqkError when something has the target's name already, or the disk is full or not writable.
     """
     taken = f"{target} exists already; choose another name, or move it away"
@@ -181,14 +181,14 @@ def alive(process: int) -> bool:
 
 
 def check_writable(folder: Path) -> None:
-    """Make the folder if need be, and write and remove an empty file in it. Raises PqkError when that fails."""
+    """Makes the folder if need be, and write and remove an empty file in it. Raises PqkError when that fails."""
     with clear_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
 
 
 def fsync_folder(folder: Path) -> None:
-    """Make a rename inside `folder` durable."""
+    """Makes a rename inside `folder` durable."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -197,13 +197,13 @@ def fsync_folder(folder: Path) -> None:
 
 
 def write_text(path: Path | str, text: str) -> None:
-    """Write UTF-8 text atomically."""
+    """Writes UTF-8 text atomically."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path | str, value: Any) -> None:
-    """Write JSON atomically; NaN and infinities are refused (ValueError), they are not JSON."""
+    """Writes JSON atomically; NaN and infinities are refused (ValueError), they are not JSON."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 

@@ -12,6 +12,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Column
 
 from pqk import paths
 from pqk.errors import EXIT_CHECK_FAILED, EXIT_OK, EXIT_UNDECIDED, PqkError
@@ -164,24 +166,31 @@ def _run_matrix(
 
 
 def _progress(errors: Console) -> OnEvent:
-    """Prints what the store does, a line each; a training shows how far it is, live in a terminal."""
+    """Prints what the store does, a line each; a long stage shows a bar in a terminal, else a line now and then."""
+    bar: Progress | None = None
     spoken = 0.0
 
+    def long_stage(share: float, text: str) -> None:
+        nonlocal bar, spoken
+        if errors.is_terminal:
+            if bar is None:
+                bar = _bar(errors)
+                bar.start()
+            bar.update(bar.task_ids[0], completed=share, description=text[: max(0, errors.width - 44)], refresh=True)
+        elif time.monotonic() - spoken > 15:
+            spoken = time.monotonic()
+            errors.print(f"    {escape(f'{100 * share:5.1f} %  {text}')}", soft_wrap=True)
+
     def on_event(kind: str, stage: str, key: str, seconds: float) -> None:
-        nonlocal spoken
+        nonlocal bar
+        if kind == "progress":
+            long_stage(seconds, key)
+            return
+        if bar is not None and kind in ("done", "failed"):
+            bar.stop()
+            bar = None
         name, _, variant = stage.partition(" ")
         what = f"{_DOING.get(name, name)} {variant}".strip()
-        if kind == "progress":
-            line = f"{100 * seconds:5.1f} %  {key}"
-            if errors.is_terminal:
-                errors.file.write(f"\r\x1b[2K    {line[: errors.width - 6]}")  # replaced by the next one
-                errors.file.flush()
-            elif time.monotonic() - spoken > 15:  # a log file gets a line now and then
-                spoken = time.monotonic()
-                errors.print(f"    {escape(line)}", soft_wrap=True)
-            return
-        if errors.is_terminal and kind in ("done", "damaged"):
-            errors.file.write("\r\x1b[2K")
         if kind == "make":
             errors.print(f"  [dim]…[/] {what}")
         elif kind == "done":
@@ -194,6 +203,20 @@ def _progress(errors: Console) -> OnEvent:
             errors.print(f"  [dim]…[/] {what}: another process is making it")
 
     return on_event
+
+
+def _bar(errors: Console) -> Progress:
+    """Returns a bar that goes away at its end. No thread redraws it, and it leaves the standard streams as they are."""
+    columns = (
+        TextColumn("   {task.percentage:5.1f} %"),
+        BarColumn(24),
+        TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
+    )
+    bar = Progress(
+        *columns, console=errors, transient=True, auto_refresh=False, redirect_stdout=False, redirect_stderr=False
+    )
+    bar.add_task("", total=1.0)
+    return bar
 
 
 def _begin(verb: str) -> tuple[Path, Path, Console, float]:

@@ -1,4 +1,4 @@
-"""What the terminal shows of a training run."""
+"""Shows the progress of a training in the terminal: `run_train_teacher`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def run_train_teacher(
     fresh: bool,
     init: str | None,
 ) -> None:
-    """`pqk train teacher`: read the file, train with a progress line, say what came out."""
+    """Runs `pqk train teacher`: reads the file, trains with a progress bar, prints the outcome."""
     from pqk.compress.train.teacher import train_teacher
     from pqk.recipe.experiment import default_teacher
     from pqk.settings.training import load_training
@@ -71,6 +71,6 @@ def run_train_teacher(
         )
     best = "no validation yet" if math.isinf(progress.best) else f"best validation AbsRel {progress.best:.4f}"
     if train.world()[0] == 0:
-        paused = "no weights written yet, the same command goes on"
+        paused = "no weights written yet; the same command continues"
         left = paused if outcome == "paused" else f"weights and card in {out}"
         print(f"{outcome}: {progress.step} steps in {progress.seconds / 60:.1f} min, {best}; {left}")

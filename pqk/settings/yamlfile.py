@@ -1,4 +1,4 @@
-"""YAML files into frozen, validated objects; everything wrong with a file becomes one clear sentence each.
+"""Reads YAML files into frozen, validated objects; each problem of a file becomes one sentence with its line.
 
 Only the JSON subset of YAML is read: mappings with text keys, lists, text, numbers, true/false, null. Duplicate keys,
 aliases, merge keys, dates and tags are refused, so that what a file says is what a reader sees.
@@ -112,7 +112,7 @@ _Loader.add_implicit_resolver(  # type: ignore[no-untyped-call,unused-ignore]
 
 
 def read_text(path: Path | str) -> str:
-    """The UTF-8 text of a file of at most 1 MB; raises PqkError with one sentence when that cannot be read."""
+    """Returns the UTF-8 text of a file of at most 1 MB; raises PqkError with one sentence when that cannot be read."""
     file, name = Path(path), shown(path)
     if not file.exists():
         if file.is_symlink():
@@ -133,7 +133,7 @@ def read_text(path: Path | str) -> str:
 
 
 def parse_yaml(text: str, where: str, first_line: int = 1) -> Document:
-    """Parse one YAML mapping; `first_line` is the file's line number of the first line of `text`.
+    """Parses one YAML mapping; `first_line` is the file's line number of the first line of `text`.
 
     Raises PqkError naming `where` and the line.
     """
@@ -171,7 +171,7 @@ def parse_yaml(text: str, where: str, first_line: int = 1) -> Document:
 
 
 def _walk(node: yaml.Node, key: Key, lines: dict[Key, int], seen: set[int], where: str, first_line: int) -> None:
-    """Refuse what is not plain data before anything is constructed, and note the line of every key path."""
+    """Refuses what is not plain data before anything is constructed, and note the line of every key path."""
     line = node.start_mark.line + first_line
     place = f"{where}:{line}"
     lines.setdefault(key, line)
@@ -253,7 +253,7 @@ def join(left: Mapping[str, Any], right: Mapping[str, Any], where: str, key: Key
 
 
 def merge(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with `overrides` (nested) laid over it: mappings merge key by key, every other value is replaced."""
+    """`base` with `overrides` (nested) applied: mappings merge key by key, every other value is replaced."""
     merged = dict(base)
     for name, value in overrides.items():
         old = merged.get(name)
@@ -264,7 +264,7 @@ def merge(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, An
 def load_spec(
     model: type[AnySpec], path: Path, overrides: Mapping[str, Any] | None, origin: str, section: str
 ) -> AnySpec:
-    """Read, validate, lay `overrides` over it and validate again.
+    """Read, validate, apply `overrides` and validate again.
 
     `origin` names where the overrides come from and `section` the config they change; both only serve messages.
     Raises PqkError (SpecError when values are wrong).
@@ -278,19 +278,19 @@ def load_spec(
 
 
 class ConfigLoader(Protocol[Loaded]):
-    """What reads one of the files in configs/."""
+    """Reads one of the files in configs/."""
 
     def __call__(
         self, path: Path | str | None = None, overrides: Mapping[str, Any] | None = None, origin: str = "overrides"
     ) -> Loaded:
-        """Read the project's file (or `path`) and lay `overrides` (nested or dotted keys) over it.
+        """Reads the project's file (or `path`) and lay `overrides` (nested or dotted keys) over it.
 
         `origin` names where the overrides come from in messages. Raises PqkError.
         """
 
 
 def config_loader(model: type[AnySpec], section: str) -> ConfigLoader[AnySpec]:
-    """The reader of configs/SECTION.yaml."""
+    """Returns the reader of configs/SECTION.yaml."""
 
     def load(
         path: Path | str | None = None, overrides: Mapping[str, Any] | None = None, origin: str = "overrides"
@@ -302,7 +302,7 @@ def config_loader(model: type[AnySpec], section: str) -> ConfigLoader[AnySpec]:
 
 
 def validate(model: type[AnySpec], document: Document, source: Path, prefix: str = "") -> AnySpec:
-    """Build the model from a document; raises SpecError with one sentence for each problem."""
+    """Builds the model from a document; raises SpecError with one sentence for each problem."""
     try:
         spec = model.model_validate(document.values)
     except ValidationError as error:

@@ -96,7 +96,7 @@ def hashed() -> dict[str, str]:
 
 
 def refuse_other(task: str, expected: Mapping[str, str], ran: Mapping[str, str]) -> None:
-    """Raise PqkError when code that ran is not the code that was hashed. Modules of only one of the two do not count.
+    """Raises PqkError when code that ran is not the code that was hashed. Modules of only one of the two do not count.
 
     expected: of `hashed`; ran: of `loaded`, in the process that ran the task.
     """
@@ -106,7 +106,7 @@ def refuse_other(task: str, expected: Mapping[str, str], ran: Mapping[str, str])
 
 
 def refuse_edited(task: str, *modules: str) -> None:
-    """Raise PqkError when the code of `modules` on the disk is no longer what this process has hashed.
+    """Raises PqkError when the code of `modules` on the disk is no longer what this process has hashed.
 
     For work in processes that load their code from the disk and return no hash of it.
     """
@@ -150,7 +150,7 @@ def _facts(source: bytes) -> _Facts:
 
 
 def _strip(node: ast.AST) -> None:
-    """Take out of a syntax tree what does nothing when a program runs."""
+    """Takes out of a syntax tree what does nothing when a program runs."""
     for name in _BLOCKS:
         listed = getattr(node, name, None)
         if isinstance(listed, list):

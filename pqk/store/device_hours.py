@@ -1,4 +1,4 @@
-"""The device hours of work that may be killed and goes on later."""
+"""Counts the device hours of work that may be killed and resumed."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class Clock:
 
     @property
     def seconds(self) -> float:
-        """So far, earlier parts included."""
+        """Wall seconds so far, earlier processes included."""
         return self._before + time.monotonic() - self._began
 
     def keep(self, now: bool = False) -> None:
-        """Write it down, at most every few seconds unless `now`: what a killed process loses."""
+        """Saves it, at most every few seconds unless `now`: what a killed process loses."""
         if now or time.monotonic() - self._kept > _EVERY_S:
             self._kept = time.monotonic()
             write_json(self._path, {"seconds": round(self.seconds, 3)})
@@ -37,7 +37,7 @@ class Clock:
 
 @contextmanager
 def clock(folder: Path) -> Iterator[Clock]:
-    """A clock that is also written down when the work fails, such as for want of hours."""
+    """Yields a clock that is saved also when the work fails, as when its hours are used up."""
     running = Clock(folder)
     try:
         yield running

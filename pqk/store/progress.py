@@ -13,5 +13,5 @@ PREFIX = "pqk-progress "
 
 
 def tell(news: dict[str, Any]) -> None:
-    """Say how far this worker is: 'text', and the 'share' done. Nothing is visible where nobody listens."""
+    """Reports the progress of this worker: 'text', and the 'share' done. The parent may ignore it."""
     print(PREFIX + json.dumps(news), flush=True)

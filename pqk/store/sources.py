@@ -21,7 +21,7 @@ ROOTS = ("pqk", "backends")
 
 
 def keep_sources() -> None:
-    """Load modules of `ROOTS` from kept sources from now on, and keep the sources of those that are loaded already."""
+    """Loads modules of `ROOTS` from kept sources from now on, and keep the sources of those that are loaded already."""
     if any(isinstance(finder, _Finder) for finder in sys.meta_path):
         return
     for name in list(sys.modules):

@@ -1,8 +1,8 @@
-"""The artifact store: results named by the hash of everything that made them; the backbone of resuming a run.
+"""Stores artifacts, results named by the hash of everything that made them, so that a run can resume: `Store`.
 
     <root>/<stage>/<first 16 hex digits of the key>/   the files of one artifact, and manifest.json
     <root>/<stage>/.<16 digits>.<pid>.<random>.tmp/    one that is being made, or that a killed process left behind
-    <root>/.scratch/<stage>-<16 digits>/               half-done work that a killed process left to be gone on with
+    <root>/.scratch/<stage>-<16 digits>/               unfinished work that a later process resumes
     <root>/.locks/<stage>-<16 digits>.lock             held (flock) while an artifact is made or checked
 
 An artifact is made in a temporary folder and renamed into place when every byte is on disk, so it is whole or absent
@@ -28,7 +28,7 @@ from typing import Any
 
 from pqk.errors import PqkError
 from pqk.files import below, clear_write_errors, fsync_folder, sha256_file, sha256_json, write_json
-from pqk.locks import lock, unlock
+from pqk.locks import locked
 from pqk.oserrors import says_nothing
 
 MANIFEST = "manifest.json"
@@ -38,8 +38,8 @@ _TEMPORARY = re.compile(r"\.([0-9a-f]{16})\..*\.tmp")
 
 OnEvent = Callable[[str, str, str, float], None]
 """Called as on_event(kind, stage, key, seconds). Kinds: 'wait' (another process is making it), 'damaged' (it will be
-made again), 'make' (begins), 'done' (seconds it took), 'reuse' (seconds that making it took back then). A stage that
-takes long also calls it with 'progress': then the third argument is a text to show, the fourth the share done."""
+made again), 'make' (begins), 'failed' (it raised), 'done' (seconds it took), 'reuse' (seconds that making it took back
+then). A long stage also calls it with 'progress': then the third argument is a text, and the fourth the share done."""
 
 
 @dataclass(frozen=True)
@@ -89,9 +89,9 @@ class Store:
         on_event: OnEvent | None = None,
         stale: Callable[[Path], bool] = lambda folder: False,
     ) -> Artifact:
-        """The artifact of these inputs: the one that is there when it is intact, else what `make(folder)` writes.
+        """Returns the artifact of these inputs: the stored one when it is intact, else what `make(folder)` writes.
 
-        `make` gets an empty folder. When it raises, nothing is kept and its error goes on. Two callers that ask for
+        `make` gets an empty folder. When it raises, nothing is kept and its error is raised. Two callers that ask for
         the same artifact at once make it once: the other one waits. `make` may ask for other artifacts, but not for
         its own. `stale` looks at an intact artifact that this store has not made itself: True makes it anew.
         Raises PqkError when the disk is full or not writable.
@@ -109,17 +109,21 @@ class Store:
             if os.path.lexists(target) and manifest is None:
                 tell("damaged", stage, key, 0.0)
             tell("make", stage, key, 0.0)
-            manifest = self._make(target, stage, key, _plain(inputs, stage), make)
+            try:
+                manifest = self._make(target, stage, key, _plain(inputs, stage), make)
+            except BaseException:
+                tell("failed", stage, key, 0.0)
+                raise
             self._made.add(key)
             tell("done", stage, key, float(manifest["seconds"]))
             return Artifact(target, key, stage, False, manifest)
 
     @contextlib.contextmanager
     def scratch(self, stage: str, inputs: Mapping[str, Any]) -> Iterator[Path]:
-        """A folder for the half-done work of an artifact, such as the checkpoint of a training.
+        """Yields a folder for unfinished work on an artifact, such as the checkpoint of a training.
 
-        It outlives a killed process, so that the next one goes on where that one was, and is removed when the block
-        ends well. To be used inside the `make` of the artifact with these inputs, whose lock keeps others out.
+        It outlives a killed process, so that the next one resumes there, and is removed when the block ends without an
+        error. Use it inside the `make` of the artifact with these inputs, whose lock keeps others out.
         """
         folder = self.root / ".scratch" / f"{stage}-{self.key(stage, inputs)[:16]}"
         with clear_write_errors(folder):
@@ -131,7 +135,7 @@ class Store:
         shutil.rmtree(folder, ignore_errors=True)
 
     def trim(self, stage: str, limit: int, spare_s: float = 3600.0) -> None:
-        """Remove the artifacts of a stage that were used longest ago, until those that are left take `limit` bytes.
+        """Removes the artifacts of a stage that were used longest ago, until the others take at most `limit` bytes.
 
         Used: the time of the artifact's folder, which a caller may set. What was used within the last `spare_s` seconds
         stays, and so does what another process is making or checking.
@@ -146,7 +150,7 @@ class Store:
         for used, size, folder in sorted(found):
             if total <= limit or time.time() - used < spare_s:
                 return
-            with self._try_lock(stage, folder.name) as free:
+            with self._lock(stage, folder.name, timeout=0) as free:
                 if free:
                     with contextlib.suppress(OSError):
                         _delete(folder.rename(self._temporary(folder)))
@@ -177,12 +181,14 @@ class Store:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
         if old is not None:
-            with contextlib.suppress(OSError):  # the new one stands; the next sweep takes what is left of the old one
+            with contextlib.suppress(
+                OSError
+            ):  # the new one is in place; the next sweep removes what is left of the old one
                 _delete(old)
         return manifest
 
     def _put(self, new: Path, target: Path) -> Path | None:
-        """Bring `new` under the name `target`; returns where the old one lies now, None when there was none.
+        """Brings `new` under the name `target`; returns where the old one lies now, None when there was none.
 
         A reader finds the old or the new one at every moment, where the file system can exchange two names.
         """
@@ -200,7 +206,7 @@ class Store:
         return target.parent / f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
 
     def _sweep(self, stage: str, held: str | None = None) -> None:
-        """Remove the temporary folders of a stage whose maker is gone: their lock is free, or `held` by the caller."""
+        """Removes the temporary folders of a stage whose maker is gone: their lock is free, or `held` by the caller."""
         for folder in _folders(self.root / stage):
             match = _TEMPORARY.fullmatch(folder.name)
             if match is None:
@@ -208,43 +214,22 @@ class Store:
             if match[1] == held:
                 shutil.rmtree(folder, ignore_errors=True)
                 continue
-            with self._try_lock(stage, match[1]) as free:
+            with self._lock(stage, match[1], timeout=0) as free:
                 if free:
                     shutil.rmtree(folder, ignore_errors=True)
 
-    def _lock_path(self, stage: str, short: str) -> Path:
-        return self.root / ".locks" / f"{stage}-{short}.lock"
-
-    def _open_lock(self, stage: str, short: str) -> int:
-        path = self._lock_path(stage, short)
+    @contextlib.contextmanager
+    def _lock(self, stage: str, short: str, **how: Any) -> Iterator[bool]:
+        """Holds the lock of an artifact; `how` as in `locked`."""
+        path = self.root / ".locks" / f"{stage}-{short}.lock"
         with clear_write_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            # Lock files are never deleted: a process could then lock a file that no one else can see.
-            return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-
-    @contextlib.contextmanager
-    def _lock(self, stage: str, short: str, waiting: Callable[[], None]) -> Iterator[None]:
-        handle = self._open_lock(stage, short)
-        try:
-            path = self._lock_path(stage, short)
-            if not lock(handle, path, wait=False):
-                waiting()
-                lock(handle, path)
-            yield
-        finally:
-            _unlock(handle)
-
-    @contextlib.contextmanager
-    def _try_lock(self, stage: str, short: str) -> Iterator[bool]:
-        handle = self._open_lock(stage, short)
-        try:
-            yield lock(handle, self._lock_path(stage, short), wait=False)
-        finally:
-            _unlock(handle)
+        with locked(path, **how) as free:
+            yield free
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Swap two names in one step (renameat2 of Linux); False where the system or the file system cannot."""
+    """Swaps two names in one step (renameat2 of Linux); False where the system or the file system cannot."""
     rename = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
     if rename is None:
         return False
@@ -258,14 +243,8 @@ def _delete(path: Path) -> None:
         path.unlink()
 
 
-def _unlock(handle: int) -> None:
-    """Release and close. A worker process forked inside `make` would otherwise keep the lock that it inherited."""
-    unlock(handle)
-    os.close(handle)
-
-
 def _say_nothing(kind: str, stage: str, key: str, seconds: float) -> None:
-    """The on_event of a caller that gave none."""
+    """Does nothing; the on_event of a caller that gave none."""
 
 
 def _plain(value: Any, where: str) -> Any:
@@ -282,7 +261,7 @@ def _plain(value: Any, where: str) -> Any:
 
 
 def _call(make: Callable[[Path], None], folder: Path) -> None:
-    """Run `make`; when writing into the folder fails that becomes one sentence, other errors go on as they are."""
+    """Runs `make`; an error of writing into the folder becomes one sentence, others are raised as they are."""
     try:
         make(folder)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Measurements in a process of their own: `python -m pqk.store.worker TASK REQUEST.json RESULT.json`.
+"""Runs tasks in a fresh process with `call`, which starts `python -m pqk.store.worker TASK REQUEST.json RESULT.json`.
 
 A fresh process has no leftovers in its caches, its thread pools and its memory peak. The parent only waits. A worker
 dies with its parent, so that a killed run leaves nothing behind that would disturb the next one.
@@ -37,7 +37,7 @@ class WorkerCrashed(Exception):
 
 
 def call(task: str, request: dict[str, Any], on_progress: Callable[[dict[str, Any]], None] | None = None) -> Result:
-    """Run a task in a fresh process and return its result.
+    """Runs a task in a fresh process and return its result.
 
     on_progress: gets what the task says with `tell` while it works.
     A PqkError or BackendError of the worker is raised here with its sentence. Raises PqkError when the worker was
@@ -48,7 +48,7 @@ def call(task: str, request: dict[str, Any], on_progress: Callable[[dict[str, An
         asked, answered = folder / "request.json", folder / "result.json"
         with clear_write_errors(asked):
             asked.write_text(json.dumps({"request": request, "code": hashed()}))
-        # -P: the folder that the user stands in may hold a random.py of his own.
+        # -P: the current folder may hold a random.py of the user's.
         command = [sys.executable, "-P", "-m", "pqk.store.worker", task, str(asked), str(answered), str(os.getpid())]
         code, said = _run(command, folder / "stderr", on_progress)
         if not answered.exists():
@@ -63,7 +63,7 @@ def call(task: str, request: dict[str, Any], on_progress: Callable[[dict[str, An
 
 
 def _run(command: list[str], errors: Path, on_progress: Callable[[dict[str, Any]], None] | None) -> tuple[int, str]:
-    """Exit code and stderr of a worker. Its stdout is read only for the lines of `tell`; a silent parent sleeps."""
+    """Runs a worker; returns its exit code and stderr. Reads of its stdout only the lines of `tell`."""
     with clear_write_errors(errors):
         stream = errors.open("w+", encoding="utf-8", errors="replace")
     with stream:
@@ -90,7 +90,7 @@ def _run(command: list[str], errors: Path, on_progress: Callable[[dict[str, Any]
 
 
 def _places(folder: Path) -> dict[str, str]:
-    """Where a worker and its libraries may leave files: its own folder, which goes with it, however it ends."""
+    """Returns variables that make a worker and its libraries keep their files in `folder`, which is removed."""
     try:
         Path.home()
     except RuntimeError:  # a container's user without a name; libraries ask for a home when they are imported
@@ -99,7 +99,7 @@ def _places(folder: Path) -> dict[str, str]:
 
 
 def _environment() -> dict[str, str]:
-    """The parent's, with the folder of this pqk first: under -P a checkout is not found by standing in it."""
+    """Returns the parent's variables, with this pqk first on the path, as -P hides the current folder."""
     here = str(Path(__file__).resolve().parents[2])
     # An empty entry would mean the current folder.
     others = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
@@ -107,9 +107,9 @@ def _environment() -> dict[str, str]:
 
 
 def _no_answer(task: str, code: int, said: str) -> Exception:
-    """What to raise for a worker that left no result."""
+    """Returns the error for a worker that left no result."""
     if code == -signal.SIGKILL:
-        return PqkError(f"the {task} process was killed, probably for want of memory")
+        return PqkError(f"the {task} process was killed (SIGKILL), probably out of memory")
     if code == _CANNOT_WRITE:
         return PqkError(said.splitlines()[-1] if said else f"the {task} process cannot write its result")
     how = signal.Signals(-code).name if code < 0 else f"exit code {code}"

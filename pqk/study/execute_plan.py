@@ -29,7 +29,7 @@ from typing import Any
 from pqk import paths
 from pqk.errors import EXIT_CHECK_FAILED, EXIT_OK, EXIT_UNAVAILABLE, EXIT_UNDECIDED, EXIT_USAGE, PqkError
 from pqk.files import check_writable, clear_write_errors, sha256_json, write_json
-from pqk.locks import lock
+from pqk.locks import is_locked, locked
 from pqk.oserrors import cannot_read, says_nothing
 from pqk.recipe.experiment import default_teacher, resolve
 from pqk.record.runlog import RunLog
@@ -82,7 +82,7 @@ def progress(plan: Plan, steps: Sequence[Step], root: Path) -> list[Progressed]:
     """How far every experiment of a plan has come; reads files only. Raises PqkError when the state is damaged."""
     folder = folder_of(plan.name, root)
     state = _read(folder)
-    live = _locked(folder)
+    live = is_locked(folder / ".lock")
     keys = _keys(plan, steps, Asked(**state["asked"]), root) if state["asked"] else {}
     found = []
     statuses: dict[str, str] = {}
@@ -388,22 +388,7 @@ def _close_interrupted(state: Mapping[str, Any], folder: Path) -> None:
 
 @contextlib.contextmanager
 def _lock(folder: Path, name: str) -> Iterator[None]:
-    path = folder / ".lock"
-    with clear_write_errors(path):
-        handle = path.open("a")
-    with handle:
-        if not lock(handle.fileno(), path, wait=False):
-            time.sleep(0.2)  # `pqk plan status` may be looking at it
-            if not lock(handle.fileno(), path, wait=False):
-                raise PqkError(f"plan {name} is running already; see `pqk plan status {name}`")
+    with locked(folder / ".lock", timeout=0.5) as free:  # `pqk plan status` may be looking at it
+        if not free:
+            raise PqkError(f"plan {name} is running already; see `pqk plan status {name}`")
         yield
-
-
-def _locked(folder: Path) -> bool:
-    """Whether some process runs the plan."""
-    path = folder / ".lock"
-    try:
-        with path.open("r") as handle:
-            return not lock(handle.fileno(), path, shared=True, wait=False)
-    except FileNotFoundError:
-        return False

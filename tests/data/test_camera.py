@@ -21,6 +21,17 @@ LENSES = [
     Camera(1, "RADIAL_FISHEYE", WIDTH, HEIGHT, (150.0, 82.0, 57.0, 0.1, -0.05)),
     Camera(1, "FISHEYE", WIDTH, HEIGHT, F),
     Camera(1, "THIN_PRISM_FISHEYE", WIDTH, HEIGHT, (*F, 0.21, 0.2, -5e-4, 5e-3, -0.16, 0.4, -8e-3, 9e-3)),
+    Camera(1, "FOV", WIDTH, HEIGHT, (*F, 0.8)),
+    Camera(1, "SIMPLE_DIVISION", WIDTH, HEIGHT, (150.0, 82.0, 57.0, -0.3)),
+    Camera(1, "DIVISION", WIDTH, HEIGHT, (*F, 0.2)),
+    Camera(1, "EUCM", WIDTH, HEIGHT, (*F, 0.6, 1.1)),
+    Camera(
+        1,
+        "RAD_TAN_THIN_PRISM_FISHEYE",
+        WIDTH,
+        HEIGHT,
+        (*F, 0.1, -0.05, 0.02, 0.01, -0.01, 0.01, 3e-3, -2e-3, 1e-3, -1e-3, 2e-3, 1e-3),
+    ),
 ]
 
 
@@ -136,4 +147,21 @@ def test_refusals():
         _ = Camera(1, "EQUIRECTANGULAR", 64, 32, (64.0, 32.0)).K
     with pytest.raises(PqkError, match="the camera is for 160x120 pixels, the image has 10x20"):
         undistort_nearest(np.ones((20, 10)), LENSES[0])
-    assert not Camera(1, "FOV", 64, 48, (50.0, 50.0, 32.0, 24.0, 0.9)).can_undistort
+    assert not Camera(1, "EQUIRECTANGULAR", 64, 32, (64.0, 32.0)).can_undistort
+
+
+def test_rays_that_a_lens_cannot_see_are_left_black():
+    """r = r_d / (1 + k r_d^2) grows to 1 / (2 sqrt(k)) only: here to 0.5."""
+    camera = Camera(1, "SIMPLE_DIVISION", WIDTH, HEIGHT, (30.0, 80.0, 60.0, 1.0))
+    assert largest_radius(camera) == pytest.approx(0.5, abs=0.01)
+    result = undistort_nearest(np.ones((HEIGHT, WIDTH)), camera)
+    x, y = rays(camera)
+    assert (result[np.hypot(x, y) > 0.51] == 0).all() and (result[np.hypot(x, y) < 0.49] == 1).all()
+
+
+@pytest.mark.parametrize("model, params", [("FOV", (0.0,)), ("DIVISION", (0.0,)), ("EUCM", (0.0, 1.0))])
+def test_a_lens_without_distortion_is_a_pinhole(model, params):
+    x, y = np.array([0.0, 0.3]), np.array([0.0, -0.2])
+    u, v = distort(Camera(1, model, WIDTH, HEIGHT, (*F, *params)), x, y)
+    np.testing.assert_array_equal(u, F[0] * x + F[2])
+    np.testing.assert_array_equal(v, F[1] * y + F[3])

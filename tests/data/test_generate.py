@@ -21,8 +21,8 @@ import torch
 from pqk.data.render.generate import CLOSEST, ScenePlan, find_scene, make_scenes
 from pqk.data.render.synthetic import render, texture_bank
 from pqk.data.scenes.covisibility import covisibility
+from pqk.data.scenes.open import open_scene, open_scenes
 from pqk.data.scenes.pairs import pair_graph
-from pqk.data.scenes.scene import open_scene, open_scenes
 from pqk.errors import PqkError
 from pqk.files import sha256_file
 
@@ -245,7 +245,7 @@ def test_a_killed_process_of_the_pool(tmp_path):
         "import os, sys\n"
         "from dataclasses import replace\n"
         "from pathlib import Path\n"
-        "from pqk.data import generate\n"
+        "from pqk.data.render import generate\n"
         "from pqk.errors import told\n"
         "def die(task):\n"
         "    os.kill(os.getpid(), 9)\n"

@@ -15,7 +15,7 @@ from PIL import Image
 
 from pqk.data.scenes.camera import Camera
 from pqk.data.scenes.colmap import ModelImage, write_text_model
-from pqk.data.scenes.scene import open_scene, open_scenes
+from pqk.data.scenes.open import open_scene, open_scenes
 from pqk.errors import PqkError
 from pqk.families.dust3r.data import folder_scenes
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from pqk.data.scenes.open import open_scene
 from pqk.data.scenes.overlap import refuse_overlap
-from pqk.data.scenes.scene import Scene, open_scene
+from pqk.data.scenes.scene import Scene
 from pqk.errors import PqkError
 
 

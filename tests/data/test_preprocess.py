@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pqk.data.scenes.preprocess import fit_to_shape, official_preprocess, unproject
+from pqk.data.scenes.preprocess import fit_to_shape, unproject
 from pqk.data.scenes.scene import View
 from pqk.errors import PqkError
+from pqk.families.dust3r.preprocess import official_preprocess
 
 
 def view_with(folder: Path, image: np.ndarray, depth=None, mask=None, K=None, pose=None) -> View:

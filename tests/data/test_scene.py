@@ -10,8 +10,9 @@ from PIL import Image
 
 from pqk.data.scenes.camera import Camera
 from pqk.data.scenes.colmap import ModelImage, write_text_model
+from pqk.data.scenes.open import open_scene, open_scenes
 from pqk.data.scenes.preprocess import fit_to_shape
-from pqk.data.scenes.scene import View, open_scene, open_scenes
+from pqk.data.scenes.scene import View
 from pqk.errors import PqkError
 from pqk.families.dust3r.inputs import CalibrationImages
 
@@ -126,9 +127,9 @@ def test_colmap_project(tmp_path, model_folder):
 
 
 def test_camera_model_that_cannot_be_undistorted(tmp_path):
-    camera = Camera(1, "FOV", WIDTH, HEIGHT, (40.0, 40.0, 24.0, 16.0, 0.9))
+    camera = Camera(1, "EQUIRECTANGULAR", WIDTH, HEIGHT, (WIDTH, HEIGHT))
     root = write_eth3d(tmp_path / "s", camera=camera)
-    with pytest.raises(PqkError, match="camera model FOV cannot be undistorted here; run `colmap image_undistorter`"):
+    with pytest.raises(PqkError, match="camera model EQUIRECTANGULAR shows a whole sphere"):
         open_scene(root)
 
 

@@ -17,9 +17,10 @@ from edge_toys import QUICK, SCRIPT, edge_eval, edge_power, outputs_of
 from PIL import Image
 from run_toys import REPOSITORY, Outcome, pqk
 
+from pqk.data.scenes.open import open_scene
 from pqk.data.scenes.pairs import pair_graph
 from pqk.data.scenes.preprocess import fit_to_shape
-from pqk.data.scenes.scene import View, open_scene
+from pqk.data.scenes.scene import View
 from pqk.record.log import read_records
 from pqk.record.schema import empty_record, validate
 

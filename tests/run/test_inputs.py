@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from pqk.data.scenes import preprocess
-from pqk.data.scenes.scene import View, open_scene
+from pqk.data.scenes.open import open_scene
+from pqk.data.scenes.scene import View
 from pqk.errors import PqkError
 from pqk.families.dust3r.inputs import CalibrationImages, Frames, Kept, load_frames, scene_pairs
 from pqk.families.dust3r.settings import PairGraph, load_workload

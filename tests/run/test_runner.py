@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 from run_toys import REPOSITORY, Outcome, environment, pqk, times_as_fast, written
 
-from pqk.data.scenes.scene import open_scene
+from pqk.data.scenes.open import open_scene
 from pqk.files import sha256_json
 from pqk.record.log import read_records
 from pqk.record.schema import validate

@@ -447,6 +447,17 @@ def test_what_a_stage_may_not_write(tmp_path: Path, name: str) -> None:
     assert not list((tmp_path / "export").iterdir())
 
 
+def test_a_stage_that_fails_says_so(tmp_path: Path) -> None:
+    events = Events()
+
+    def make(folder: Path) -> None:
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        Store(tmp_path).get_or_make("export", {}, make, events)
+    assert events == ["make", "failed"]
+
+
 def test_full_disk_while_making_is_one_sentence(tmp_path: Path) -> None:
     def make(folder: Path) -> None:
         with Path("/dev/full").open("wb", buffering=0) as stream:

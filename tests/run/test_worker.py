@@ -33,7 +33,7 @@ def test_a_defect_keeps_its_traceback(capsys: pytest.CaptureFixture[str]) -> Non
 def test_an_end_without_an_answer() -> None:
     killed = worker._no_answer("quality", -9, "")
     assert isinstance(killed, PqkError)
-    assert str(killed) == "the quality process was killed, probably for want of memory"
+    assert str(killed) == "the quality process was killed (SIGKILL), probably out of memory"
     full = worker._no_answer("quality", worker._CANNOT_WRITE, "a warning\ncannot write x: the disk is full")
     assert isinstance(full, PqkError)
     assert str(full) == "cannot write x: the disk is full"
@@ -50,7 +50,7 @@ def fake_worker(monkeypatch: pytest.MonkeyPatch, script: str) -> None:
 
 def test_a_killed_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_worker(monkeypatch, "import os; os.kill(os.getpid(), 9)")
-    with pytest.raises(PqkError, match="the timing process was killed, probably for want of memory"):
+    with pytest.raises(PqkError, match=r"the timing process was killed \(SIGKILL\), probably out of memory"):
         worker.call("timing", {})
 
 

@@ -1,4 +1,4 @@
-"""`pqk data make`: procedural scenes as files, in the COLMAP + depth layout that real scenes have."""
+"""Writes procedural scenes for `pqk data make` as files, in the COLMAP + depth layout that real scenes have."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class ScenePlan:
 def make_scenes(
     out: Path, plans: Iterable[ScenePlan], jobs: int | None = None, done: Callable[[str], None] | None = None
 ) -> list[Path]:
-    """Render the planned scenes into `out`, several processes side by side; existing scenes are kept.
+    """Renders the planned scenes into `out`, several processes side by side; existing scenes are kept.
 
     `jobs`: how many, by default as many as this process may use cores. Returns the scene folders in the order of the
     plans. Raises PqkError for a plan with an impossible value, a folder that cannot be written, a folder that already
@@ -103,7 +103,7 @@ def make_scenes(
                         done(name)
         except BrokenProcessPool:
             raise PqkError(
-                f"one of the {jobs} processes that render scenes was killed, probably for want of memory; "
+                f"one of the {jobs} processes that render scenes was killed (SIGKILL), probably out of memory; "
                 "fewer at once need less (pqk data make --jobs 1)"
             ) from None
     return [out / plan.name for plan in plans]
@@ -123,7 +123,7 @@ def _start_worker() -> None:
 
 
 def _is_made(folder: Path, plan: ScenePlan) -> bool:
-    """Whether the planned scene is there. Raises PqkError when something else has its name."""
+    """Tells whether the planned scene is there. Raises PqkError when something else has its name."""
     about = folder / "scene.json"
     if not about.exists():
         if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
@@ -144,7 +144,7 @@ def _is_made(folder: Path, plan: ScenePlan) -> bool:
 
 
 def _remove_leftovers(out: Path, plan: ScenePlan) -> None:
-    """Delete the temporary folders of processes that were killed while they wrote this scene."""
+    """Deletes the temporary folders of processes that were killed while they wrote this scene."""
     for folder in out.glob(f".{plan.name}.*.tmp"):
         number = folder.name.split(".")[-2]
         if number.isdigit() and not psutil.pid_exists(int(number)):
@@ -157,7 +157,7 @@ def _write_one(task: tuple[Path, ScenePlan]) -> str:
 
 
 def find_scene(plan: ScenePlan) -> tuple[SceneBatch, torch.Tensor, torch.Tensor, torch.Generator, dict[str, float]]:
-    """Draw scenes until every used pair overlaps enough, narrowing the camera arc each time.
+    """Draws scenes until every used pair overlaps enough, narrowing the camera arc each time.
 
     Returns the scene, cam_to_world (1,V,4,4), field of view (1,V), the generator for the image noise, and the
     covisibility of each used pair. Deterministic in the plan's seed.
@@ -186,7 +186,7 @@ def find_scene(plan: ScenePlan) -> tuple[SceneBatch, torch.Tensor, torch.Tensor,
 
 
 def write_scene(out: Path, plan: ScenePlan) -> Path:
-    """Render one scene into `out`/<name>; the folder appears whole or not at all."""
+    """Renders one scene into `out`/<name>; the folder appears whole or not at all."""
     scene, pose, fov, generator, shares = find_scene(plan)
     size, target = plan.size, out / plan.name
     images, depth, focal = render(scene, pose, fov, size, size, _bank(), generator, band=BAND)

@@ -1,4 +1,4 @@
-"""What a scene is made of, and where rays hit it: rooms with boxes, ellipsoids, cylinders and rolling floors.
+"""Defines scenes as tensors and finds where rays hit them: rooms with boxes, ellipsoids, cylinders and rolling floors.
 
 World axes follow the cameras: x right, y down, z forward; the floor is y = 0 and up is -y. Lengths are metres. All
 primitives are intersected in closed form, except the rolling floor, whose root is bracketed by marching and closed by
@@ -41,7 +41,7 @@ class SceneBatch:
     exposure: torch.Tensor
 
     def to(self, device: torch.device | str) -> SceneBatch:
-        """Copy to a device."""
+        """Copies to a device."""
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         moved = {k: v.to(device) for k, v in values.items() if isinstance(v, torch.Tensor)}
         return SceneBatch(**{**values, **moved})
@@ -69,7 +69,7 @@ def _slab(origin: Planes, direction: Planes, half: Planes) -> tuple[torch.Tensor
 
 
 def turned(vector: Planes, cos: torch.Tensor, sin: torch.Tensor) -> Planes:
-    """Rotate about the vertical axis into an object's own frame."""
+    """Rotates about the vertical axis into an object's own frame."""
     x, y, z = vector
     return cos * x - sin * z, y, sin * x + cos * z
 
@@ -80,7 +80,7 @@ def dot(a: Planes, b: Planes) -> torch.Tensor:
 
 
 def per_view(vectors: torch.Tensor) -> Planes:
-    """(N,3), a vector per view, as planes (N,1) that stand for every ray of the view."""
+    """(N,3), a vector per view, as planes (N,1) that broadcast over the rays of the view."""
     return vectors[:, 0, None], vectors[:, 1, None], vectors[:, 2, None]
 
 
@@ -133,7 +133,7 @@ def _hit_floor(
 
 
 def lone_on_cpu(rays: torch.Tensor) -> bool:
-    """Whether values (N,P) of rays belong to a single camera on a CPU: rays that need no work may be left out there.
+    """Tells whether rays (N,P) belong to a single camera on a CPU, where rays that need no work may be left out.
 
     On a GPU such a choice costs more than it saves: it waits for the device.
     """

@@ -1,4 +1,4 @@
-"""Batched ray tracing of generated scenes in plain torch.
+"""Traces rays through batches of generated scenes in plain torch.
 
 The same code renders files on a CPU and training pairs on the training device.
 """
@@ -35,7 +35,7 @@ def trace(
     bank: torch.Tensor | None,
     rows: tuple[int, int] | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """Render V views of each of B scenes.
+    """Renders V views of each of B scenes.
 
     cam_to_world (B,V,4,4), focal (B,V) in pixels. Returns linear radiance (B,V,3,h,W) (None without a texture bank) and
     depth along z in metres (B,V,h,W). `rows` renders only that band of image rows.

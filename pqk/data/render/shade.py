@@ -1,4 +1,4 @@
-"""Colours of what the rays hit: normals, textures, and Lambert's law under point lights that fade with distance."""
+"""Computes the colours of what rays hit: normals, textures, and Lambert's law under fading point lights."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def _of_objects(
 
 
 def _largest(vector: Planes) -> tuple[torch.Tensor, torch.Tensor]:
-    """Whether the x component is the largest in size, and whether the y component is; of equal ones the first."""
+    """Tells whether the x component is the largest in size, and whether the y component is; of equal ones the first."""
     x, y, z = (component.abs() for component in vector)
     is_x = (x >= y) & (x >= z)
     return is_x, ~is_x & (y >= z)

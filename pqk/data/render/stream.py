@@ -1,4 +1,4 @@
-"""Endless training pairs, rendered on the training device: nothing is stored, nothing is seen twice."""
+"""Draws endless training pairs, rendered on the training device: nothing is stored, nothing is seen twice."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def invert_rigid(pose: torch.Tensor) -> torch.Tensor:
 
 
 def _move(pose: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
-    """Apply rigid motions (B,4,4) to points (B,H,W,3); written without matmul, which TF32 would round."""
+    """Applies rigid motions (B,4,4) to points (B,H,W,3); written without matmul, which TF32 would round."""
     return (pose[:, None, None, :3, :3] * points[..., None, :]).sum(-1) + pose[:, None, None, :3, 3]
 
 
@@ -80,7 +80,7 @@ def training_pairs(
     fov: tuple[float, float] = (55.0, 70.0),
     min_covisible: float = 0.25,
 ) -> PairBatch:
-    """Render `batch` pairs of size x size on the bank's device. Pairs with too little overlap carry no valid pixel."""
+    """Renders `batch` pairs of size x size on the bank's device. Pairs with too little overlap carry no valid pixel."""
     device = bank.device
     generator = torch.Generator(device=device).manual_seed(seed)
     with torch.no_grad():

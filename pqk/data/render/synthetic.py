@@ -1,4 +1,4 @@
-"""Random rooms and camera paths for the ray tracer: gravity-aligned, furnished, seen at eye height.
+"""Draws random rooms and camera paths for the ray tracer: gravity-aligned, furnished, seen at eye height.
 
 What the scenes look like decides whether a small model learns at all: floor and objects on it, texture scale nearly
 constant in metres, moderate focal lengths, and neither an object nearer than `NEAREST` to a camera nor a wall nearer
@@ -118,7 +118,7 @@ def sample_scenes(
     spread: tuple[float, float] = (5.0, 11.0),
     fov: tuple[float, float] = (55.0, 70.0),
 ) -> tuple[SceneBatch, torch.Tensor, torch.Tensor]:
-    """Draw `batch` furnished rooms with `views` cameras each, on the generator's device.
+    """Draws `batch` furnished rooms with `views` cameras each, on the generator's device.
 
     Returns the scenes, cam_to_world (B,V,4,4) and the horizontal field of view in radians (B,V).
     The same generator state gives the same scenes.

@@ -1,4 +1,4 @@
-"""COLMAP's camera models: their parameters, lens distortion, and resampling to an ideal pinhole camera.
+"""Implements COLMAP's camera models: their parameters, lens distortion, and resampling to an ideal pinhole camera.
 
 Pixel convention everywhere: the top-left corner of the image is (0, 0), the centre of the first pixel (0.5, 0.5).
 """
@@ -15,7 +15,7 @@ from pqk.errors import PqkError, nearest
 
 # Names and ids of https://colmap.github.io/cameras.html and COLMAP's sensor/models. Parameters are named by their role
 # in `distort`: k* and d* are the numerator and denominator of the radial polynomial in r^2, p* tangential, s* thin
-# prism. A name that `distort` does not know (omega, alpha, ...) marks a model that can be read but not undistorted.
+# prism. EQUIRECTANGULAR shows the whole sphere and has no pinhole matrix: it can be read but not undistorted.
 CAMERA_MODELS: dict[str, tuple[int, str]] = {
     "SIMPLE_PINHOLE": (0, "f cx cy"),
     "PINHOLE": (1, "fx fy cx cy"),
@@ -28,7 +28,7 @@ CAMERA_MODELS: dict[str, tuple[int, str]] = {
     "SIMPLE_RADIAL_FISHEYE": (8, "f cx cy k1"),
     "RADIAL_FISHEYE": (9, "f cx cy k1 k2"),
     "THIN_PRISM_FISHEYE": (10, "fx fy cx cy k1 k2 p1 p2 k3 k4 sx1 sy1"),
-    "RAD_TAN_THIN_PRISM_FISHEYE": (11, "fx fy cx cy r0 r1 r2 r3 r4 r5 t0 t1 s0 s1 s2 s3"),
+    "RAD_TAN_THIN_PRISM_FISHEYE": (11, "fx fy cx cy k1 k2 k3 k4 k5 k6 p1 p2 sx1 sx2 sy1 sy2"),
     "SIMPLE_DIVISION": (12, "f cx cy division"),
     "DIVISION": (13, "fx fy cx cy division"),
     "SIMPLE_FISHEYE": (14, "f cx cy"),
@@ -38,7 +38,6 @@ CAMERA_MODELS: dict[str, tuple[int, str]] = {
 }
 MODEL_NAMES: dict[int, str] = {number: name for name, (number, _) in CAMERA_MODELS.items()}
 PINHOLES = ("SIMPLE_PINHOLE", "PINHOLE")
-_FOCAL = {"f", "fx", "fy", "cx", "cy"}
 _LENS = {"k1", "k2", "k3", "k4", "d1", "d2", "d3", "p1", "p2", "sx1", "sy1"}
 LEAST_SEEN = 0.25  # of the pixels of an undistorted image must have a source; real lenses keep nearly all
 _BAND_ROWS = 256  # undistortion works on this many rows at a time, so that 24-megapixel images stay under 1 GB
@@ -82,44 +81,82 @@ class Camera:
 
     @property
     def is_pinhole(self) -> bool:
-        """Whether the images are free of lens distortion as they are."""
+        """Tells whether the images are free of lens distortion as they are."""
         return self.model in PINHOLES
 
     @property
     def can_undistort(self) -> bool:
-        """Whether `distort` knows every parameter of the model."""
-        return set(self.named) <= _FOCAL | _LENS
+        """Tells whether the camera has a pinhole matrix that its images can be resampled to."""
+        return "cx" in self.named
 
     @property
     def K(self) -> np.ndarray:
         """(3,3) float64: the matrix of the pinhole camera with the same focal lengths and principal point."""
         p = self.named
         if "cx" not in p:
-            raise PqkError(f"camera model {self.model} has no pinhole matrix; undistort the images with COLMAP first")
+            raise PqkError(f"camera model {self.model} has no pinhole matrix")
         fx, fy = p.get("fx", p.get("f", 0.0)), p.get("fy", p.get("f", 0.0))
         return np.array([[fx, 0.0, p["cx"]], [0.0, fy, p["cy"]], [0.0, 0.0, 1.0]])
 
 
 def distort(camera: Camera, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Pixel coordinates in the distorted image of the rays (x, y, 1), any shape.
+    """Returns the pixel coordinates in the distorted image of the rays (x, y, 1), any shape.
 
-    Formulas: COLMAP sensor/models (OPENCV, THIN_PRISM_FISHEYE, ...) and https://www.eth3d.net/documentation, after
-    Weng et al., "Camera calibration with distortion models and accuracy evaluation", TPAMI 1992. The fisheye models
-    first replace the radius r = tan(theta) by the angle theta.
+    Formulas: COLMAP sensor/models and https://www.eth3d.net/documentation, after Weng et al., "Camera calibration with
+    distortion models and accuracy evaluation", TPAMI 1992. The fisheye models first replace the radius r = tan(theta)
+    by the angle theta. FOV, DIVISION and EUCM: `_radial_factor`; RAD_TAN_THIN_PRISM_FISHEYE: `_rad_tan_thin_prism`.
     """
-    p = {name: camera.named.get(name, 0.0) for name in _LENS}
     if camera.model.endswith("FISHEYE"):
         r = np.hypot(x, y)
         shrink = np.divide(np.arctan(r), r, out=np.ones_like(r), where=r > 1e-12)
         x, y = x * shrink, y * shrink
     r2 = x * x + y * y
-    radial = 1 + r2 * (p["k1"] + r2 * (p["k2"] + r2 * (p["k3"] + r2 * p["k4"])))
-    if p["d1"] or p["d2"] or p["d3"]:
-        radial = radial / (1 + r2 * (p["d1"] + r2 * (p["d2"] + r2 * p["d3"])))
-    u = x * radial + 2 * p["p1"] * x * y + p["p2"] * (r2 + 2 * x * x) + p["sx1"] * r2
-    v = y * radial + 2 * p["p2"] * x * y + p["p1"] * (r2 + 2 * y * y) + p["sy1"] * r2
+    if camera.model == "RAD_TAN_THIN_PRISM_FISHEYE":
+        u, v = _rad_tan_thin_prism(camera.named, x, y)
+    elif camera.named.keys() & {"omega", "division", "alpha"}:
+        factor = _radial_factor(camera.named, r2)
+        u, v = x * factor, y * factor
+    else:
+        p = {name: camera.named.get(name, 0.0) for name in _LENS}
+        radial = 1 + r2 * (p["k1"] + r2 * (p["k2"] + r2 * (p["k3"] + r2 * p["k4"])))
+        if p["d1"] or p["d2"] or p["d3"]:
+            radial = radial / (1 + r2 * (p["d1"] + r2 * (p["d2"] + r2 * p["d3"])))
+        u = x * radial + 2 * p["p1"] * x * y + p["p2"] * (r2 + 2 * x * x) + p["sx1"] * r2
+        v = y * radial + 2 * p["p2"] * x * y + p["p1"] * (r2 + 2 * y * y) + p["sy1"] * r2
     K = camera.K
     return K[0, 0] * u + K[0, 2], K[1, 1] * v + K[1, 2]
+
+
+def _radial_factor(p: dict[str, float], r2: np.ndarray) -> np.ndarray:
+    """Distorted over ideal radius of the models that give it in closed form; 0 where a ray has no image.
+
+    FOV: atan(2 r tan(omega / 2)) / omega (Devernay and Faugeras, "Straight lines have to be straight", 2001).
+    DIVISION: the inverse of r = r_d / (1 + k r_d^2) (Fitzgibbon, CVPR 2001).
+    EUCM: 1 / (alpha sqrt(beta r^2 + 1) + 1 - alpha) (Khomutenko et al., "An enhanced unified camera model", 2016).
+    """
+    if "omega" in p:
+        omega, r = p["omega"], np.sqrt(r2)
+        if abs(omega) < 1e-6:
+            return np.ones_like(r2)
+        slope = 2 * np.tan(omega / 2)
+        return np.divide(np.arctan(slope * r), omega * r, out=np.full_like(r, slope / omega), where=r > 1e-12)
+    if "division" in p:
+        inside = 1 - 4 * p["division"] * r2
+        return np.where(inside >= 0, 2 / (1 + np.sqrt(np.maximum(inside, 0))), 0.0)
+    below = p["alpha"] * np.sqrt(np.maximum(p["beta"] * r2 + 1, 0)) + 1 - p["alpha"]
+    return np.divide(1.0, below, out=np.zeros_like(r2), where=below > 0)
+
+
+def _rad_tan_thin_prism(p: dict[str, float], x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Distorts fisheye coordinates as Project Aria's Fisheye624 does: radial first, then tangential and prism."""
+    r2 = x * x + y * y
+    radial = 1 + r2 * (p["k1"] + r2 * (p["k2"] + r2 * (p["k3"] + r2 * (p["k4"] + r2 * (p["k5"] + r2 * p["k6"])))))
+    x, y = x * radial, y * radial
+    r2 = x * x + y * y
+    tangential = 2 * (p["p1"] * x + p["p2"] * y)
+    u = x + x * tangential + r2 * (p["p1"] + p["sx1"] + r2 * p["sx2"])
+    v = y + y * tangential + r2 * (p["p2"] + p["sy1"] + r2 * p["sy2"])
+    return u, v
 
 
 def largest_radius(camera: Camera) -> float:

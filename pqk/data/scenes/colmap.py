@@ -1,4 +1,4 @@
-"""COLMAP's sparse models: text and binary in, text out (https://colmap.github.io/format.html).
+"""Reads COLMAP's sparse models, text and binary, and writes text (https://colmap.github.io/format.html).
 
 Keypoint observations and tracks are skipped when reading: the bench needs cameras, poses and perhaps the points.
 """
@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from pqk.data.scenes import colmap_library
 from pqk.data.scenes.camera import CAMERA_MODELS, MODEL_NAMES, Camera
 from pqk.errors import PqkError
 from pqk.files import write_text
@@ -33,7 +34,7 @@ class ModelImage:
 
     @staticmethod
     def from_pose(image_id: int, world_to_cam: np.ndarray, camera_id: int, name: str) -> ModelImage:
-        """Build from a (4,4) world-to-camera matrix."""
+        """Builds from a (4,4) world-to-camera matrix."""
         w, x, y, z = (float(value) for value in rotation_to_quaternion(world_to_cam[:3, :3]))
         tx, ty, tz = (float(value) for value in world_to_cam[:3, 3])
         return ModelImage(image_id, (w, x, y, z), (tx, ty, tz), camera_id, name)
@@ -87,7 +88,7 @@ def rotation_to_quaternion(rotation: np.ndarray) -> np.ndarray:
 
 
 def safe_name(name: str, source: str) -> str:
-    """Return `name` if it stays inside the folder it is relative to; else PqkError naming `source`.
+    """Returns `name` if it stays inside the folder it is relative to; else PqkError naming `source`.
 
     Colons and backslashes are parts of names here, but a name that would leave the folder where a backslash separates
     folders is refused too.
@@ -120,12 +121,12 @@ def model_paths(folder: Path) -> tuple[Path, ...]:
 
 
 def has_model(folder: Path) -> bool:
-    """Whether the folder holds a text or a binary model."""
+    """Tells whether the folder holds a text or a binary model."""
     return bool(model_paths(folder))
 
 
 def read_model(folder: Path | str) -> Model:
-    """Read cameras and images, from the files of `model_paths`.
+    """Reads cameras and images from the files of `model_paths`; the numbers come from pycolmap where it is installed.
 
     Raises PqkError that names the file and the line (text) or the byte (binary) for anything malformed, for an image
     whose camera is missing, for quaternions whose length is not about 1, and for image names that leave the image
@@ -149,6 +150,10 @@ def read_model(folder: Path | str) -> Model:
         if image.name in names:
             raise PqkError(f"{images_file}: image {image.name!r} appears twice")
         names.add(image.name)
+    reread = colmap_library.read(cameras_file, images_file)
+    if reread is not None and reread[0].keys() == by_id.keys() and reread[1].keys() == {i.image_id for i in images}:
+        by_id, poses = reread
+        images = [ModelImage(i.image_id, *poses[i.image_id], i.camera_id, i.name) for i in images]
     return Model(by_id, tuple(images))
 
 
@@ -159,7 +164,7 @@ def write_text_model(
     points: np.ndarray | None = None,
     colours: np.ndarray | None = None,
 ) -> None:
-    """Write cameras.txt, images.txt and points3D.txt; numbers survive reading back bit for bit.
+    """Writes cameras.txt, images.txt and points3D.txt; numbers survive reading back bit for bit.
 
     points: (N,3) world coordinates; colours: (N,3) uint8, grey 128 when absent. Each file is whole or absent; raises
     PqkError when the folder cannot be written.
@@ -238,7 +243,7 @@ def _images_from_text(path: Path) -> Iterator[ModelImage]:
 
 
 def _are_keypoints(words: list[str]) -> bool:
-    """Whether the words are triples of two numbers and a whole one."""
+    """Tells whether the words are triples of two numbers and a whole one."""
     try:
         for word in words[::3] + words[1::3]:
             float(word)

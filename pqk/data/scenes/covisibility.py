@@ -1,4 +1,4 @@
-"""How much of one view another view sees, from ground-truth depth and cameras."""
+"""Measures how much of one view another view sees, from ground-truth depth and cameras."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Depth maps as they lie on disk: which of their numbers are measurements, and which files hold no metres at all."""
+"""Reads raw depth maps: tells which numbers are measurements, and refuses files that hold no metres."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which depth file belongs to which image, and which belong to none."""
+"""Matches depth files to images, and names those that match none."""
 
 from __future__ import annotations
 

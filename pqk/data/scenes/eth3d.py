@@ -1,4 +1,4 @@
-"""ETH3D's folder layout (https://www.eth3d.net/documentation), also written by our own scene generator.
+"""Reads ETH3D's folder layout (https://www.eth3d.net/documentation), also written by our own scene generator.
 
     <scene>/dslr_calibration_undistorted/{cameras,images,points3D}.txt    pinhole cameras
     <scene>/dslr_calibration_jpg/{cameras,images,points3D}.txt            THIN_PRISM_FISHEYE cameras
@@ -33,7 +33,7 @@ LAYOUT = (UNDISTORTED, DISTORTED, *RIG, "images", DEPTH, MASKS)  # what a scene 
 
 
 def read(root: Path) -> Scene | None:
-    """Read a scene in this layout; None when `root` has none of the calibration folders.
+    """Reads a scene in this layout; None when `root` has none of the calibration folders.
 
     Calibrations with depth win, then the camera's over the rig's, then undistorted ones. Raises PqkError for a
     malformed calibration, and NoPictures when the images of none are there.

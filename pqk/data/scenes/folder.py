@@ -1,4 +1,4 @@
-"""Two plain layouts: images beside a COLMAP model, and a bare folder of images."""
+"""Reads two plain layouts: images beside a COLMAP model, and a bare folder of images."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def unread_pictures(folder: Path) -> str:
 
 
 def refuse_dead_links(folder: Path, known: Collection[str] = ()) -> None:
-    """Raises PqkError for a link directly in a folder that leads nowhere, or in circles, where a scene would need it.
+    """Raises PqkError for a link directly in a folder that leads nowhere or in a circle, where a scene needs it.
 
     That is a link with the name of a picture, or one of the `known` names.
     """
@@ -141,8 +141,8 @@ def model_views(
         camera = model.cameras[image.camera_id]
         if not camera.can_undistort:
             raise PqkError(
-                f"{image_folder / image.name}: camera model {camera.model} cannot be undistorted here; "
-                "run `colmap image_undistorter` and use its output folder"
+                f"{image_folder / image.name}: camera model {camera.model} shows a whole sphere and has no "
+                "pinhole view; cut perspective views out of the images first"
             )
         views.append(
             View(

@@ -1,4 +1,4 @@
-"""Names of files: their natural order, and names that only look alike."""
+"""Sorts names of files in natural order, and finds names that only look alike."""
 
 from __future__ import annotations
 

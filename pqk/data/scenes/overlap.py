@@ -1,4 +1,4 @@
-"""Splits share nothing: a run refuses pictures that two of its splits would see."""
+"""Refuses scenes and pictures that two splits of a run would share."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Which images are fed together: pair graphs by name, and a cheap image similarity for the top-k graph.
+"""Chooses which images are fed together: pair graphs by name, and a cheap image similarity for the top-k graph.
 
-The names complete, swin, logwin and oneref (and the filters seqK and cycK) are those of DUSt3R's demo.
+The names complete, swin, logwin and oneref (and the filters seqK and cycK) are those of other pairwise 3D models.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def image_similarity(images: Iterable[np.ndarray], size: int = 16) -> np.ndarray
     """(n,n) float64 cosine similarity in [-1,1] of images (3,H,W), any float or integer range; each is looked at once.
 
     Each image is averaged down to size x size, its mean colour is taken off, and the vectors are compared. A cheap
-    stand-in for retrieval features: it finds overlapping views of a slow camera, not a place seen from another side.
+    substitute for retrieval features: it finds overlapping views of a slow camera, not a place seen from another side.
     A picture of one colour is similar to itself only. Raises PqkError when an array is not (3,H,W).
     """
     rows = []

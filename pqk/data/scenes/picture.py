@@ -1,4 +1,4 @@
-"""Pictures from files: which formats are opened, what is refused, and how EXIF turns a picture.
+"""Reads pictures: opens known formats, refuses damaged files, and turns pictures as EXIF says.
 
 The one place that decides this. The functions need Pillow only: an export's sample.py is written with their source, and
 scripts/edge_eval.py, which must run without pqk, holds a copy that a test compares with them.

@@ -1,4 +1,4 @@
-"""From a view on disk to what a network is fed: DUSt3R's own rule, and the rule for a workload's fixed shape."""
+"""Brings a view on disk to what a network is fed, `fit_to_shape`: the rule for a workload's fixed shape."""
 
 from __future__ import annotations
 
@@ -26,42 +26,16 @@ class Frame:
     scene: str = ""
 
 
-def official_size(width: int, height: int, size: int, square_ok: bool = False) -> tuple[int, int]:
-    """Width and height of a DUSt3R input for an image of width x height (DUSt3R's demo preprocessing, size 224 or 512).
-
-    Raises PqkError when the image is so narrow that nothing is left.
-    """
-    resized_width, resized_height = _official_resize(width, height, size)
-    left, top, right, bottom = _official_crop(resized_width, resized_height, size, square_ok)
-    if right <= left or bottom <= top:
-        raise PqkError(f"an image of {width}x{height} pixels leaves no {PATCH}-pixel patch at size {size}")
-    return right - left, bottom - top
-
-
-def official_preprocess(image: np.ndarray, size: int, square_ok: bool = False) -> np.ndarray:
-    """(H,W,3) uint8 -> (3,h,w) float32 in [-1,1], exactly as DUSt3R's demo feeds it.
-
-    The long side becomes `size` (for 224: the short side), Lanczos where it shrinks and bicubic otherwise; then a
-    centre crop to multiples of 16, to a square for 224, and to 4:3 for square images unless `square_ok`.
-    """
-    height, width = image.shape[:2]
-    official_size(width, height, size, square_ok)
-    resized_width, resized_height = _official_resize(width, height, size)
-    resized = _resize(image, resized_width, resized_height)
-    left, top, right, bottom = _official_crop(resized_width, resized_height, size, square_ok)
-    return _normalise(resized[top:bottom, left:right])
-
-
 def fit_to_shape(
     view: View, height: int, width: int, scene: str = "", jitter: np.random.Generator | None = None
 ) -> Frame:
-    """Load a view and bring it to (height, width): scale until it covers the shape, crop the centre.
+    """Loads a view and bring it to (height, width): scale until it covers the shape, crop the centre.
 
     With `jitter` the crop lies anywhere the image leaves room for it, drawn uniformly: an image of the shape's own
     aspect ratio leaves none.
 
-    The image is resampled as in `official_preprocess` (an image smaller than the shape is enlarged, bicubic), depth
-    and mask by nearest neighbour. K follows exactly: with pixel corners at whole numbers a resize is a pure scaling,
+    The image is resampled by `resize` (an image smaller than the shape is enlarged, bicubic), depth and mask by nearest
+    neighbour. K follows exactly: with pixel corners at whole numbers a resize is a pure scaling,
     fx' = sx fx, cx' = sx cx with sx = new width / old width, and a crop a pure shift, cx' = cx - left.
     Raises PqkError when height or width is not a multiple of 16, when the image is more than 20 times as long as it is
     wide (or the other way round), and for what the view's files raise.
@@ -81,7 +55,7 @@ def fit_to_shape(
         left, top = (new_width - width) // 2, (new_height - height) // 2
     else:
         left, top = int(jitter.integers(new_width - width + 1)), int(jitter.integers(new_height - height + 1))
-    resized = _resize(image, new_width, new_height)[top : top + height, left : left + width]
+    resized = resize(image, new_width, new_height)[top : top + height, left : left + width]
 
     K = None
     if view.K is not None:
@@ -97,7 +71,7 @@ def fit_to_shape(
         columns = _nearest(left, width, old_width, new_width)
         depth = np.ascontiguousarray(depth[np.ix_(rows, columns)])
     pose = None if view.world_to_cam is None else view.world_to_cam.copy()
-    return Frame(view.name, _normalise(resized), K, pose, depth, scene)
+    return Frame(view.name, normalise(resized), K, pose, depth, scene)
 
 
 def unproject(depth: np.ndarray, K: np.ndarray) -> np.ndarray:
@@ -108,33 +82,15 @@ def unproject(depth: np.ndarray, K: np.ndarray) -> np.ndarray:
     return rays * depth[..., None].astype(np.float64)
 
 
-def _official_resize(width: int, height: int, size: int) -> tuple[int, int]:
-    long_side = max(width, height)
-    target = round(size * max(width / height, height / width)) if size == 224 else size
-    # Python rounds ties to even, which is part of the rule.
-    return round(width * target / long_side), round(height * target / long_side)
-
-
-def _official_crop(width: int, height: int, size: int, square_ok: bool) -> tuple[int, int, int, int]:
-    """left, top, right, bottom around the centre (width // 2, height // 2)."""
-    centre_x, centre_y = width // 2, height // 2
-    if size == 224:
-        half_width = half_height = min(centre_x, centre_y)
-    else:
-        half_width, half_height = 2 * centre_x // PATCH * PATCH // 2, 2 * centre_y // PATCH * PATCH // 2
-        if width == height and not square_ok:
-            half_height = 3 * half_width // 4
-    return centre_x - half_width, centre_y - half_height, centre_x + half_width, centre_y + half_height
-
-
-def _resize(image: np.ndarray, width: int, height: int) -> np.ndarray:
+def resize(image: np.ndarray, width: int, height: int) -> np.ndarray:
+    """(H,W,3) uint8 -> (height,width,3) uint8: Lanczos where it shrinks, bicubic otherwise."""
     shrinks = max(image.shape[:2]) > max(width, height)
     kernel = Image.Resampling.LANCZOS if shrinks else Image.Resampling.BICUBIC
     return np.asarray(Image.fromarray(image).resize((width, height), kernel))
 
 
-def _normalise(image: np.ndarray) -> np.ndarray:
-    """(H,W,3) uint8 -> (3,H,W) float32 in [-1,1]; float32 throughout, so that it is bit-exact with the official one."""
+def normalise(image: np.ndarray) -> np.ndarray:
+    """(H,W,3) uint8 -> (3,H,W) float32 in [-1,1]; float32 throughout."""
     half = np.float32(0.5)
     return np.ascontiguousarray(((image.astype(np.float32) / np.float32(255) - half) / half).transpose(2, 0, 1))
 

@@ -1,11 +1,9 @@
-"""Scenes and views: images on disk with what is known of their cameras. Nothing is decoded before it is asked for."""
+"""Defines scenes and views: images on disk with what is known of their cameras. Files are decoded on demand."""
 
 from __future__ import annotations
 
 import logging
-import os
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,6 @@ from PIL import Image
 
 from pqk.data.scenes.camera import Camera, undistort_image, undistort_nearest
 from pqk.data.scenes.depth import measured_depth
-from pqk.data.scenes.names import look_alike, natural
 from pqk.data.scenes.picture import read_picture, upright
 from pqk.errors import PqkError
 from pqk.files import sha256_file
@@ -139,7 +136,7 @@ class Scene:
 
     @property
     def is_calibrated(self) -> bool:
-        """Whether the cameras are known: the scene is more than a folder of pictures."""
+        """Tells whether the cameras are known: the scene is more than a folder of pictures."""
         return bool(self.model_files)
 
     def content(self, truth: bool = True) -> dict[str, Any]:
@@ -156,130 +153,12 @@ class Scene:
 
     @property
     def has_ground_truth(self) -> bool:
-        """Whether every view has K, pose and depth."""
+        """Tells whether every view has K, pose and depth."""
         return all(v.K is not None and v.world_to_cam is not None and v.depth_path is not None for v in self.views)
 
 
 class NoPictures(PqkError):
     """A camera model was found, but none of its pictures. Exit code 2."""
-
-
-def open_scene(path: Path | str) -> Scene:
-    """Open one scene: ETH3D layout, COLMAP project, or a folder of images, in this order of preference.
-
-    Raises PqkError when the folder is missing, cannot be read or holds none of these, and for malformed calibration
-    files.
-    """
-    root = _folder(path)
-    scene = _open(root)
-    if scene is None:
-        raise PqkError(
-            f"{root}: no scene here{_unread(root)}; expected images, or images/ with a COLMAP model in sparse/0, "
-            "or the ETH3D layout"
-        )
-    return _noted([scene])[0]
-
-
-def open_scenes(path: Path | str, pictures: bool = False) -> list[Scene]:
-    """Open a single scene, or every subfolder that is one, in the natural order of their names.
-
-    Scenes with known cameras win over plain pictures: where a subfolder holds such a scene, pictures beside it and
-    folders of plain pictures are left out, and named in a warning. With `pictures` the pictures in the folder itself
-    are what is asked for, and no scene wins over another. A subfolder that holds no scene or may not be read is named
-    and skipped.
-    Raises PqkError when there is no scene, and for what `open_scene` raises, of a subfolder too.
-    """
-    root = _folder(path)
-    here = _open(root)
-    if here is not None and (here.is_calibrated or pictures):
-        return _noted([here])
-    found: list[Scene] = []
-    for folder in _subfolders(root):
-        try:
-            scene = _open(folder)
-        except NoPictures as error:
-            if here is None:
-                raise
-            _warn(f"{error}; skipped")  # pictures lie above it, and a model without its own is no scene beside them
-            continue
-        if scene is not None:
-            found.append(scene)
-        elif here is None:
-            _warn(f"{folder} holds no scene, skipped{_unread(folder)}")
-    calibrated = [scene for scene in found if scene.is_calibrated]
-    if here is not None and not calibrated:
-        return _noted([here])
-    if not found:
-        raise PqkError(f"{root}: no scene here, and none in its subfolders{_unread(root)}")
-    if not calibrated or pictures:
-        return _noted(found)
-    ignored = [str(scene.root) for scene in found if not scene.is_calibrated]
-    if here is not None:
-        ignored.insert(0, f"{len(here.views)} pictures directly in {root} ({here.views[0].name}, ...)")
-    if ignored:
-        _warn(
-            f"left out, because {len(calibrated)} scenes with known cameras are there and these have none: "
-            f"{', '.join(ignored)}"
-        )
-    return _noted(calibrated)
-
-
-def _open(root: Path) -> Scene | None:
-    # The readers build Views, so they import this module; importing them here, at use, keeps that one-directional.
-    from pqk.data.scenes import colmap, eth3d, folder
-
-    try:
-        folder.refuse_dead_links(root, (*folder.LAYOUT, *eth3d.LAYOUT))
-        scene = eth3d.read(root) or folder.read_colmap_project(root) or folder.read_images(root)
-    except OSError as error:
-        raise unreadable(error, root) from error
-    if scene is not None:
-        colmap.check_utf8(root.name, str(root.parent))
-    return scene
-
-
-def _unread(root: Path) -> str:
-    """What a folder without a scene holds in pictures that are not read, as the end of a sentence; '' if nothing."""
-    from pqk.data.scenes.folder import unread_pictures
-
-    found = unread_pictures(root) or unread_pictures(root / "images")
-    return f" ({found})" if found else ""
-
-
-def _folder(path: Path | str) -> Path:
-    """The folder as an absolute path that keeps the name it was given, also where that is a link."""
-    root = Path(path)
-    try:
-        if not root.exists():
-            hint = look_alike(root.parent, root.name) if root.parent.is_dir() else ""
-            raise PqkError(f"scene folder {root} does not exist{hint}")
-        if not root.is_dir():
-            raise PqkError(f"scene folder {root} is a file; give the folder that holds the scene")
-        return root.resolve() if root.name in ("", "..") else root.parent.resolve() / root.name
-    except OSError as error:
-        raise unreadable(error, root) from error
-
-
-def _subfolders(root: Path) -> list[Path]:
-    """The folders in `root` that can be listed; others are named in a warning, such as lost+found of a disk."""
-    try:
-        entries = sorted(
-            (e for e in root.iterdir() if not e.name.startswith(".")), key=lambda entry: natural(entry.name)
-        )
-    except OSError as error:
-        raise unreadable(error, root) from error
-    folders = []
-    for entry in entries:
-        try:
-            if entry.is_dir():
-                with os.scandir(entry) as listed:
-                    for item in listed:
-                        item.stat(follow_symlinks=False)  # a folder may be listed and still keep its entries shut
-                        break
-                folders.append(entry)
-        except OSError as error:
-            _warn(f"{unreadable(error, entry)}; skipped")
-    return folders
 
 
 def unreadable(error: OSError, path: Path) -> PqkError:
@@ -292,20 +171,6 @@ def _sha256(path: Path) -> str:
         return sha256_file(path)
     except OSError as error:
         raise unreadable(error, path) from error
-
-
-def _noted(scenes: list[Scene]) -> list[Scene]:
-    """The scenes, after a warning for each of their notes."""
-    for scene in scenes:
-        for note in scene.notes:
-            _warn(note)
-    return scenes
-
-
-@cache
-def _warn(sentence: str) -> None:
-    """Warn once: a scene is opened many times in a run."""
-    log.warning("%s", sentence)
 
 
 def _decode(path: Path) -> tuple[Image.Image, int]:

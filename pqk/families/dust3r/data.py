@@ -21,10 +21,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from pqk.data.scenes.open import open_scene, open_scenes
 from pqk.data.scenes.overlap import refuse_overlap as refuse_shared
 from pqk.data.scenes.pairs import image_similarity, most_pairs, pair_graph
 from pqk.data.scenes.preprocess import Frame
-from pqk.data.scenes.scene import open_scene, open_scenes
 from pqk.errors import PqkError
 from pqk.families.contract import Given, Maker, Sample, SampleSet
 from pqk.families.dust3r.inputs import CalibrationImages, load_frames, scene_pairs

@@ -11,9 +11,10 @@ import numpy as np
 
 from pqk.data.scenes.covisibility import covisibility
 from pqk.data.scenes.kept import Kept
+from pqk.data.scenes.open import open_scene
 from pqk.data.scenes.pairs import image_similarity, pair_graph
 from pqk.data.scenes.preprocess import Frame, fit_to_shape
-from pqk.data.scenes.scene import Scene, View, open_scene, unreadable
+from pqk.data.scenes.scene import Scene, View, unreadable
 from pqk.errors import PqkError
 from pqk.families.dust3r.settings import PairGraph
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pqk.data.scenes.pairs import pair_graph
-from pqk.data.scenes.preprocess import official_preprocess, official_size, unproject
+from pqk.data.scenes.preprocess import unproject
 from pqk.errors import PqkError
 from pqk.families.build import build_model, empty_model
 from pqk.families.checkpoint import load_model
@@ -32,6 +32,7 @@ from pqk.families.dust3r.losses import (
     to_camera1,
 )
 from pqk.families.dust3r.model import OUTPUTS, Dust3r, activate
+from pqk.families.dust3r.preprocess import official_preprocess, official_size
 from pqk.families.vectors import MARK, BadCase, Case, Compared, NotHandled, compare
 
 FULL_MARK = 1e-4  # of the full-size network
