@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pqk.errors import PqkError, first_line
-from pqk.families.registry import families, names
+from pqk.families.registry import families
 from pqk.files import check_readable
 
 
@@ -41,8 +41,8 @@ def read_official(path: Path) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
             raise PqkError(f"{path}: {error}") from error
         if found is not None:
             return of.name, *found
-    known = ", ".join(names())
-    raise PqkError(f"{path} is no official checkpoint of a known family ({known}): its layout is another one")
+    known = "; ".join(f"one of {of.name} holds {of.model_part().LAYOUT}" for of in families())
+    raise PqkError(f"{path} is no official checkpoint: {known}")
 
 
 def _harmless() -> list[Any]:

@@ -154,7 +154,7 @@ def test_wrong_keys_and_shapes(official, tmp_path):
     torch.save({**official, "model": {**official["model"], "enc_norm.weight": torch.zeros(7)}}, path)
     assert "enc_norm.weight: (7,) instead of (24,)" in sentence_of(path)
     torch.save({"model": official["model"]}, path)
-    assert "has no 'args'" in sentence_of(path)
+    assert "holds 'args' and 'model'" in sentence_of(path)
     torch.save({**official, "model": {"enc_norm.weight": 3}}, path)
     assert "is no tensor" in sentence_of(path)
 

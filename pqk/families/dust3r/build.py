@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 UNDONE = {"landscape_only": False, "patch_embed_cls": "PatchEmbedDust3R"}
 """Training-only settings of official files, and what they are set to here."""
 
+LAYOUT = "'args' and 'model'"
+"""What an official checkpoint holds."""
+
 _CLASS = "AsymmetricCroCo3DStereo"
 _UNUSED = (".refinenet4.resConfUnit1.", "mask_token")
 """Weights of the official files that no result depends on; a file may lack them."""
