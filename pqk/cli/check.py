@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pqk import paths
 from pqk.errors import EXIT_OK, PqkError, nearest
+from pqk.families.registry import family
 from pqk.recipe.experiment import config_file, config_loaders, experiment_family, resolve
 from pqk.settings.card import TEMPLATE, Card, list_cards, load_card, read_card
 from pqk.settings.plan import list_plans, load_plan, ordered
@@ -46,9 +47,7 @@ def dry_run(root: Path) -> list[Finding]:
 def _problems(root: Path) -> Iterator[str]:
     try:
         teacher = load_teacher_settings(paths.configs(root) / "teacher.yaml")
-        of = experiment_family(
-            teacher.model if teacher.model.startswith("random:") else str(root / teacher.model), root
-        )
+        of = family(teacher.family)
     except PqkError as error:
         yield from _each(error)
         return

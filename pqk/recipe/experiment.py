@@ -17,6 +17,7 @@ from pqk.settings.card import Card, Overrides
 from pqk.settings.distill import Distill, load_distill
 from pqk.settings.evaluation import Evaluation, loosened
 from pqk.settings.joint import Joint, load_joint
+from pqk.settings.keep import split_entry
 from pqk.settings.prune import Prune, load_prune
 from pqk.settings.quant import Quant, load_quant
 from pqk.settings.teacher import DefaultTeacher, load_teacher_settings
@@ -81,7 +82,7 @@ def teacher_path(asked: str | None, root: Path) -> str:
 
 def experiment_family(model: str | None, root: Path) -> Family:
     """The family of a model, by default of the project's Teacher. Raises PqkError."""
-    return family(family_of(teacher_path(model, root)))
+    return family(default_teacher(root).family if model is None else family_of(model))
 
 
 def config_loaders(of: Family) -> dict[str, Callable[..., Spec]]:
@@ -153,10 +154,23 @@ def _laid_over(
             raise PqkError(
                 f"{where}: exceptions.{name} is noted, but the card does not loosen it{nearest(name, loose)}"
             )
+    _check_keep_list(resolved, where)
     asked, there = resolved.quant.ptq.calibration_images, resolved.workload.calibration_images
     if there is not None and asked > there:
         raise PqkError(f"{where}: quant.ptq.calibration_images is {asked} but workload.calibration.images is {there}")
     return resolved
+
+
+def _check_keep_list(experiment: Experiment, where: str) -> None:
+    """Raises PqkError for an entry of the keep-list that names a graph which the family does not have."""
+    graphs = [use.name for use in experiment.family.settings_part().GRAPHS]
+    for entry in experiment.quant.ptq.keep_list:
+        graph, _ = split_entry(entry)
+        if graph is not None and graph not in graphs:
+            raise PqkError(
+                f"{where}: quant.ptq.keep_list: {entry!r} names the graph {graph!r}{nearest(graph, graphs)}; a model of "
+                f"family {experiment.family.name} has {', '.join(graphs)} (a colon in a node's name: write it as [:])"
+            )
 
 
 def _by_group(settings: Mapping[str, Any], origin: str) -> dict[str, dict[str, Any]]:

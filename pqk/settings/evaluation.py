@@ -7,6 +7,7 @@ from typing import Annotated, Self
 
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
+from pqk.errors import nearest
 from pqk.paths import shown
 from pqk.settings.yamlfile import Section, Spec, parse_yaml, read_text, validate
 
@@ -37,7 +38,8 @@ class Quality(Section):
         if len(set(self.metrics)) != len(self.metrics):
             raise ValueError("lists a metric twice")
         if self.main_metric not in self.metrics:
-            raise ValueError(f"has main_metric {self.main_metric!r}, which is not among its metrics")
+            hint = nearest(self.main_metric, self.metrics)
+            raise ValueError(f"has main_metric {self.main_metric!r}, which is not among its metrics{hint}")
         return self
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable
 
-_NAMED = re.compile(r"([a-z][a-z0-9_]*):(?!:)(.+)", re.DOTALL)
+_NAMED = re.compile(r"([a-z][a-z0-9_]*):(.*)", re.DOTALL)
 
 
 def split_entry(entry: str) -> tuple[str | None, str]:

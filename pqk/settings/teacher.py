@@ -13,7 +13,8 @@ class DefaultTeacher(Spec):
     """The shipped Teacher, and how such a one is trained."""
 
     version: Annotated[str, Field(pattern=r"^\d+\.\d+$")]
-    model: Annotated[str, Field(min_length=1)]  # folder or file below the project's root, or random:NAME
+    family: Annotated[str, Field(min_length=1)]
+    model: Annotated[str, Field(min_length=1)]  # of that family: folder or file below the project's root, or random:NAME
     training: Annotated[str, Field(min_length=1)]  # file of `pqk train teacher`
 
 

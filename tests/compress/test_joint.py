@@ -18,8 +18,8 @@ from pqk.compress.cut.gates import Gate, Gated, Price, fold, kept_units, owners,
 from pqk.compress.cut.units import cut
 from pqk.compress.joint import GatePlan, Whole, close_gates, cut_gates, float_weights, phases
 from pqk.compress.qat import Quantized
+from pqk.compress.train import fit as fit_module
 from pqk.compress.train.loop import Progress, Trainer
-from pqk.compress.train.loop import fit as fit_module
 from pqk.compress.train.pairs import SymmetricPairs
 from pqk.errors import PqkError
 from pqk.models import build_model

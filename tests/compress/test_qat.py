@@ -13,10 +13,10 @@ from pydantic import ValidationError
 from backends.base import QuantSpec, Source
 from backends.exchange import export
 from pqk.compress.qat import Quantized, qat, training_of
+from pqk.compress.train import fit as fit_module
 from pqk.compress.train.fit import VALIDATION_SEED
 from pqk.compress.train.imitation import NEAREST, imitation_loss
 from pqk.compress.train.loop import Trainer
-from pqk.compress.train.loop import fit as fit_module
 from pqk.compress.train.pairs import SymmetricPairs
 from pqk.data.render.stream import training_pairs
 from pqk.data.render.synthetic import texture_bank

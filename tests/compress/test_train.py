@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from pqk.compress.train import pairs as pairs_module
 from pqk.compress.train.loop import Schedule, Trainer, parameter_groups, teacher
-from pqk.compress.train.loop import pairs as pairs_module
 from pqk.compress.train.pairs import depth_scores, means_of, pick_device, validation_scores
 from pqk.compress.train.teacher import train_teacher
 from pqk.data.render.synthetic import texture_bank
@@ -554,7 +554,7 @@ def test_two_processes_from_the_command_line(tmp_path):
 RANKS = """
 import os, sys, torch
 from pathlib import Path
-from pqk.compress.train.loop import teacher
+from pqk.compress.train import teacher
 from pqk.compress.train.loop import Trainer
 from pqk.families.dust3r.configs import NAMED
 from pqk.settings.training import load_training

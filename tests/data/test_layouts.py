@@ -17,7 +17,7 @@ from pqk.data.scenes.camera import Camera
 from pqk.data.scenes.colmap import ModelImage, write_text_model
 from pqk.data.scenes.scene import open_scene, open_scenes
 from pqk.errors import PqkError
-from pqk.recipe.stages import folder_scenes
+from pqk.families.dust3r.data import folder_scenes
 
 WIDTH, HEIGHT = 48, 32
 NAMES = ("0.png", "1.png", "2.png")
@@ -91,7 +91,7 @@ def test_only_what_is_read_counts(tmp_path: Path) -> None:
     (room / "images" / "preview.gif").write_bytes(b"x")
     (room / "sparse" / "0" / "points3D.txt").write_text("changed")
     renamed = shutil.move(room, tmp_path / "kitchen")
-    assert folder_scenes(renamed).sha256 == first and folder_scenes(renamed).names == ["kitchen"]
+    assert folder_scenes(renamed).sha256 == first and [f.name for f in folder_scenes(renamed).folders] == ["kitchen"]
     write_depth(renamed / "ground_truth_depth", ["1.png"], 3.0)
     assert folder_scenes(renamed).sha256 != first and folder_scenes(renamed, truth=False).sha256 == pictures
     for name in ("images/1.png", "sparse/0/cameras.txt"):
@@ -153,9 +153,9 @@ def test_unreadable_things_beside_scenes(caplog: pytest.LogCaptureFixture, mode:
         (disk / "album" / "notes.txt").chmod(0)
         (disk / "lost+found").chmod(mode)
         leave_root()
-        assert folder_scenes(disk).names == ["room"]
+        assert [f.name for f in folder_scenes(disk).folders] == ["room"]
         assert "lost+found" in caplog.text and "permission denied; skipped" in caplog.text
-        assert folder_scenes(disk / "album").names == ["album"]
+        assert [f.name for f in folder_scenes(disk / "album").folders] == ["album"]
 
 
 @pytest.mark.parametrize(
@@ -256,14 +256,14 @@ def test_scenes_win_over_pictures_beside_them(tmp_path: Path, caplog: pytest.Log
     photos(tmp_path / "previews", 7)
     for name in ("room10", "room2"):
         write_room(tmp_path / name)
-    assert folder_scenes(tmp_path).names == ["room2", "room10"]
+    assert [f.name for f in folder_scenes(tmp_path).folders] == ["room2", "room10"]
     assert f"2 pictures directly in {tmp_path} (0.png, ...), {tmp_path / 'previews'}" in caplog.text
-    assert folder_scenes(tmp_path, pictures=True).names == [tmp_path.name]
+    assert [f.name for f in folder_scenes(tmp_path, pictures=True).folders] == [tmp_path.name]
     for name in ("room10", "room2"):
         shutil.rmtree(tmp_path / name)
     assert [len(scene.views) for scene in open_scenes(tmp_path)] == [2]  # no scene wins: the pictures are the scene
     write_model(tmp_path / "model", ["x.png"])  # nor is a model without its pictures one
-    assert folder_scenes(tmp_path).names == [tmp_path.name]
+    assert [f.name for f in folder_scenes(tmp_path).folders] == [tmp_path.name]
 
 
 def test_pictures_in_natural_order(tmp_path: Path) -> None:

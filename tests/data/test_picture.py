@@ -15,7 +15,7 @@ from PIL import Image
 
 from pqk.data.scenes import picture
 from pqk.data.scenes.picture import read_picture, upright
-from pqk.export.sample_source import sample_source
+from pqk.families.dust3r.export import sample_source
 
 sys.path.insert(0, str(Path(__file__).parent))
 

@@ -327,7 +327,7 @@ def test_names_that_are_not_utf8(tmp_path):
     """Refused where a picture or a scene has such a name; other files are not looked at."""
     import os
 
-    from pqk.recipe.stages import folder_scenes
+    from pqk.families.dust3r.data import folder_scenes
 
     folder = tmp_path / "room"
     folder.mkdir()

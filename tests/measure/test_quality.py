@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
 from pqk.errors import PqkError
+from pqk.families.contract import Sample, SampleSet
 from pqk.families.dust3r.configs import NAMED, lowest_confidence
 from pqk.families.dust3r.scoring import (
     PairTruth,
@@ -380,6 +381,9 @@ def test_confidences_of_a_sigmoid_count():
     with pytest.raises(PqkError):
         score_against_reference(reference, reference, min_conf=lowest_confidence(official))
     quality = {"scale_alignment": "median", "chamfer_points": 16}
-    with Scorer({"scenes": ["a"], "quality": quality, "seed": 0, "min_conf": low}, threads=1) as scorer:
-        scorer.add({"scene": 0, "first": "x", "second": "y"}, None, reference, reference)
+    config = {**official, "conf_mode": ["sigmoid", 0, 1]}
+    samples = SampleSet({}, {}, ("a",), "0", False).to_json()
+    request = {"family": "dust3r", "samples": samples, "quality": quality, "seed": 0, "config": config}
+    with Scorer(request, threads=1) as scorer:
+        scorer.add(Sample(0, "x, y", None), reference, reference)
         assert scorer.result()["summary"]["delta1"] == 1

@@ -8,7 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pqk.errors import PqkError
-from pqk.measure.similarity import HEADS, POINTS, Agreement
+from pqk.families.dust3r.scoring import OUTPUTS
+from pqk.measure.similarity import Agreement
+
+HEADS = tuple(OUTPUTS)
+POINTS = ("pts3d_1", "pts3d_2")
 
 
 def prediction(seed=0, size=8):
@@ -20,7 +24,7 @@ def prediction(seed=0, size=8):
 
 
 def compare(*pairs):
-    agreement = Agreement()
+    agreement = Agreement(OUTPUTS)
     for a, b in pairs:
         agreement.add(a, b)
     return agreement.result()

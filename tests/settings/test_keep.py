@@ -7,9 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pqk.errors import PqkError
-from pqk.settings.keep import GRAPHS, hint, keep_for, split_entry
+from pqk.recipe.experiment import resolve
+from pqk.settings.card import load_card
+from pqk.settings.keep import hint, keep_for, split_entry
 from pqk.settings.quant import load_quant
 
+GRAPHS = ("encoder", "decoder")
 patterns = st.text(st.characters(codec="utf-8"), min_size=1).filter(lambda text: split_entry(text)[0] is None)
 entries = st.lists(st.tuples(st.sampled_from([None, *GRAPHS]), patterns), max_size=12)
 
@@ -37,20 +40,30 @@ def test_each_graph_gets_what_concerns_it_once_and_in_order(pairs: list[tuple[st
         assert keep_for(listed, "encoder") == keep_for(listed, "decoder") == list(dict.fromkeys(listed))
 
 
-def test_only_known_graphs_are_names() -> None:
+def test_a_graph_is_a_plain_name() -> None:
     assert split_entry("(?:a|b):c") == (None, "(?:a|b):c")
-    assert split_entry("head:x") == (None, "head:x")
+    assert split_entry("head:x") == ("head", "x")
     assert split_entry("decoder:a:b") == ("decoder", "a:b")
     assert keep_for(["LayerNorm", "encoder:Softmax", "decoder:^/x$"], "decoder") == ["LayerNorm", "^/x$"]
 
 
+def test_a_graph_that_the_family_does_not_have_is_refused() -> None:
+    settings = {"quant.ptq.keep_list": ["encodr:Softmax"]}
+    with pytest.raises(PqkError, match=r"names the graph 'encodr' \(did you mean 'encoder'\?\); .* encoder, decoder"):
+        resolve(load_card("B1"), settings=settings)
+
+
+def test_one_graph_alone_needs_no_hint() -> None:
+    assert hint(["a.b"], "net", ["net"], "keep entry 'a.b' matches no node") == ""
+
+
 def test_the_hint_is_for_entries_that_stand_for_both_graphs() -> None:
     listed = ["LayerNorm", "a.b", "encoder:c.d"]
-    assert hint(listed, "encoder", "keep entry 'a.b' matches no node") == (
+    assert hint(listed, "encoder", GRAPHS, "keep entry 'a.b' matches no node") == (
         "; an entry must match in both graphs, or name its graph: 'decoder:...'"
     )
-    assert hint(listed, "encoder", "keep entry 'c.d' matches no node") == ""
-    assert hint(listed, "decoder", "no disk") == ""
+    assert hint(listed, "encoder", GRAPHS, "keep entry 'c.d' matches no node") == ""
+    assert hint(listed, "decoder", GRAPHS, "no disk") == ""
 
 
 @pytest.mark.parametrize(
