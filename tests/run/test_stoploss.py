@@ -26,10 +26,10 @@ from run_toys import TINY, environment
 from pqk.compress.train.loop import Progress, Schedule, Trainer
 from pqk.compress.train.stop_rules import StopRules, best_checkpoint, drop_line, stale, untold_drop
 from pqk.errors import PqkError
-from pqk.families.dust3r.parts import LAST_LAYERS
+from pqk.families.dust3r.parts import ATTENTION, LAST_LAYERS
 from pqk.families.dust3r.settings import Evaluation, load_evaluation
 from pqk.recipe import rollback
-from pqk.recipe.rollback import ATTENTION, TABLE, Move, State, next_move
+from pqk.recipe.rollback import TABLE, Move, State, next_move
 from pqk.record.runlog import RunLog
 from pqk.settings.keep import split_entry
 from pqk.settings.quant import load_quant
@@ -318,8 +318,10 @@ HOURS = {"P": 1.2, "K": 2.0, "Q": 0.5}
 
 
 def state(stage: str, *recipe: str, **known: Any) -> State:
-    least = {"trouble": f"{stage} drops 3 %", "settings": SETTINGS, "hours": HOURS, "last_layers": LAST_LAYERS}
-    return State(stage, recipe, **{**least, **known})
+    named = {"attention": ATTENTION, "last_layers": LAST_LAYERS}
+    return State(
+        stage, recipe, **{"trouble": f"{stage} drops 3 %", "settings": SETTINGS, "hours": HOURS, **named, **known}
+    )
 
 
 def chain(begin: State) -> list[Move]:
@@ -349,8 +351,9 @@ def test_q_alone() -> None:
     assert moves[3].settings == {"quant.qat.epochs": 17}
     assert moves[3].hours == pytest.approx(0.5 * 17 / 12)
     assert all(m.why.startswith("Q drops 3 %; ") for m in moves)
-    nameless = chain(state("Q", "Q", last_layers=None))  # a family that names no last layers
+    nameless = chain(state("Q", "Q", last_layers=None))  # of a family that names no last layers
     assert [m.name for m in nameless] == ["keep-attention", "distil-first", "longer-qat"]
+    assert chain(state("Q", "Q", attention=None, last_layers=None, trains=False)) == []
 
 
 def test_the_worst_ranked_nodes_go_first() -> None:
