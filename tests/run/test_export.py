@@ -53,7 +53,7 @@ def through_pqk(folder: Path, pictures: list[Path]) -> dict[str, np.ndarray]:
     height, width = about["preprocessing"]["size"]
     frames = tuple(fit_to_shape(View(p.name, p), height, width) for p in pictures)
     with compiled(variant) as engines:
-        return predict(engines, Sample(0, "a pair", frames), small_experiment().workload, 0)  # type: ignore[arg-type]
+        return predict(engines, Sample(0, "a pair", frames), small_experiment().workload, 0)
 
 
 def quiet(*_: object) -> None:

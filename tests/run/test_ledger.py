@@ -14,8 +14,8 @@ import pytest
 import torch
 from run_toys import TINY, make_project, start
 
-from pqk.cli.app import app
 from pqk.cli import legacy_scripts as doors
+from pqk.cli.app import app
 from pqk.data.render.generate import ScenePlan, make_scenes
 from pqk.errors import PqkError, told
 from pqk.files import sha256_file

@@ -46,7 +46,7 @@ def held_against(before: dict[str, dict[str, Any]], after: dict[str, dict[str, A
     """The rows of two sides, whose parts get the kinds that their names have."""
     sides = [{name: {"kind": (part_of(name) or (REST, REST))[1], **part} for name, part in side.items()}
              for side in (before, after)]  # fmt: skip
-    return summed(*sides, (*KINDS, REST))
+    return summed(sides[0], sides[1], (*KINDS, REST))
 
 
 def test_a_part_is_faster_when_it_is_so_in_every_round() -> None:

@@ -105,7 +105,8 @@ def test_a_changed_metric_runs_no_engine(bench: Bench) -> None:
     assert first.keys() >= {"summary", "measured", "size_bytes", "executed", "flops", "artifact", "measured_at"}
     assert {p.name for p in Path(first["artifact"]).iterdir()} == {"quality.json", "kernels.json", "manifest.json"}
 
-    for name, value in (("chamfer_points", 64), ("scale_alignment", "lstsq"), ("min_valid_pixels", 5)):
+    changes: list[tuple[str, Any]] = [("chamfer_points", 64), ("scale_alignment", "lstsq"), ("min_valid_pixels", 5)]
+    for name, value in changes:
         again = bench.quality(bench.plain, **{name: value})
         assert bench.said == ["make scores", "reuse predictions", "done scores"], name
         assert {k: again[k] for k in ("executed", "flops", "size_bytes")} == {
@@ -179,7 +180,7 @@ def test_most_pairs_are_counted() -> None:
 
 def test_kept_arrays_come_back_in_their_shapes(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
-    samples = [
+    samples: list[dict[str, Any]] = [
         {"pts3d_1": random.normal(size=(*a, 3)).astype(np.float32), "conf_1": random.random(a).astype(np.float32),
          "count": np.int64(7), "conf_2": random.random(b)}
         for a, b in (((4, 6), (6, 4)), ((5, 5), (3, 3)))

@@ -299,7 +299,7 @@ def test_a_real_loop_is_stopped(
     assert (outcome, trainer.progress.step) == ("stopped" if kind else "done", steps)
     assert (found.kind if found else None) == kind
     if kind:
-        assert trainer.progress.reason == found.why
+        assert found is not None and trainer.progress.reason == found.why
     assert (rules.at_end(trainer.progress) is None) == (kind in (None, "no_improvement"))
 
 
