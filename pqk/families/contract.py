@@ -185,6 +185,7 @@ class SettingsPart(Protocol):
     METRICS: tuple[Metric, ...]  # the first is the default main metric
     NAMED: Mapping[str, Mapping[str, Any]]  # configurations that `random:NAME` builds
     KINDS: tuple[str, ...]  # kinds of the parts of a network, in the order of a table
+    ATTENTION: str | None  # keep-list entry of the matmuls of attention
     LAST_LAYERS: str | None  # keep-list entry of the layers whose errors reach the outputs undamped
 
     def part_of(self, name: str) -> tuple[str, str] | None:

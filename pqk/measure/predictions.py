@@ -41,7 +41,7 @@ class Writer:
 
     def add(self, group: int, name: str, arrays: Mapping[str, np.ndarray]) -> None:
         """Appends a sample. Raises PqkError when it cannot be written."""
-        kept = {key: np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<")) for key, array in arrays.items()}
+        kept = {key: np.asarray(array, array.dtype.newbyteorder("<"), order="C") for key, array in arrays.items()}
         for array in kept.values():
             with clear_write_errors(self._folder / _ARRAYS):
                 self._stream.write(array.data)

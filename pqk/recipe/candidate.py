@@ -39,7 +39,7 @@ from pqk.recipe.request import (
 )
 from pqk.recipe.splits import check_apart, test_split
 from pqk.recipe.stages import ENGINE_VARIANTS, Context, open_split
-from pqk.recipe.training import TRAINS, Trained, method_columns, train_stages
+from pqk.recipe.training import TRAINS, Trained, check_family, method_columns, train_stages
 from pqk.recipe.verdict import drop_limit
 from pqk.record.log import refuse_to_lose
 from pqk.settings.recipe import JOINT, quantizes
@@ -277,6 +277,7 @@ def make(
 def _tools(request: Request, experiment: Experiment, recipe: Sequence[str], root: Path) -> _Tools:
     """The asked backend and quantizer. Raises PqkError or NotBuilt where they cannot do the recipe."""
     card, ptq = experiment.card, experiment.quant.ptq
+    check_family(experiment, recipe)
     backend = usable_backend(request.backend)
     quantizer = chosen_quantizer(backend, request.quantizer, ptq) if quantizes(recipe) else None
     if quantizer is not None and recipe == JOINT:

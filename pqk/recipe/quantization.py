@@ -62,6 +62,8 @@ class Lowering:
         ptq, tools = self.experiment.quant.ptq, registry.get(self.backend).quantizers()
         if ptq.bits_a > ptq.bits_w:
             return "weights alone are lowered, which is not trained"
+        if self.experiment.family.learning is None:
+            return f"models of the family {self.experiment.family.name} are not trained here"
         if can_train(tools[self.quantizer]):
             return ""
         able = [f"--quantizer {name}" for name, tool in tools.items() if can_train(tool) and _takes(tool, ptq)]

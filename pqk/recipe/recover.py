@@ -70,8 +70,9 @@ def choose(
             return best
         budget = card.budget.gpu_hours * outcome.experiment.evaluation.stop_loss.gpu_hours_overrun_pct / 100
         settings, ranked = _settings(outcome.experiment), _ranked(made, failed[0], "keep-worst-nodes" in tried, say)
-        last = outcome.experiment.family.settings_part().LAST_LAYERS
-        state = State(failed[0], card.recipe, failed[1], settings, ranked, tried, hours, budget - spent, last)
+        part, trains = outcome.experiment.family.settings_part(), outcome.experiment.family.learning is not None
+        known_of = (part.ATTENTION, part.LAST_LAYERS, trains)
+        state = State(failed[0], card.recipe, failed[1], settings, ranked, tried, hours, budget - spent, *known_of)
         move = next_move(state)
         if move is None:
             say(f"{failed[1]}; the rollback table has no {'further ' if tried else ''}move for it")

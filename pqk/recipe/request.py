@@ -21,6 +21,7 @@ from pqk import __version__, paths
 from pqk.cores import affinity_cores, cpu_quota
 from pqk.errors import PqkError, nearest
 from pqk.families.checkpoint import load_model, model_name
+from pqk.families.registry import family
 from pqk.files import matching, sha256_file, sha256_json, sweep_temporary
 from pqk.recipe import stages
 from pqk.recipe.experiment import Experiment, experiment_family, resolve, teacher_path
@@ -175,7 +176,8 @@ def load_teacher(asked: str | None, root: Path) -> tuple[Model, Any]:
     asked = teacher_path(asked, root)
     model = load_model(asked)
     if asked.startswith("random:"):
-        return Model(asked, asked, sha256_json({"random": asked, "code": code_of(*stages.LOADER_CODE)})), model
+        code = code_of(*stages.LOADER_CODE, *stages.parts_code(family(model.family), "model"))
+        return Model(asked, asked, sha256_json({"random": asked, "code": code})), model
     return describe(Path(asked), model_name(asked)), model
 
 

@@ -20,8 +20,6 @@ KEEP_LIST, QAT_EPOCHS = "quant.ptq.keep_list", "quant.qat.epochs"
 BETAS, TASK_SHARE = ("distill.loss.beta_start", "distill.loss.beta_end"), "distill.loss.task_share"
 RHO, TUNE_EPOCHS = "prune.rho", "prune.train.epochs"
 
-ATTENTION = r"attn/MatMul(_1)?$"
-"""Q K^T and its product with V, of every attention of both graphs."""
 MOST_NODES, ENOUGH = (
     4,
     0.5,
@@ -59,7 +57,8 @@ class State:
     settings: the values that the failed attempt ran with, by dotted name; a rung whose values are not among them does
     not apply. ranking: keep-list entries with their share of the quantization error (0..1). tried: names of the moves
     made so far. hours: what each stage took, by letter (an estimate for one that never ran, if there is any).
-    hours_left: of the card's budget with its overrun. last_layers: keep-list entry of the family's last layers.
+    hours_left: of the card's budget with its overrun. attention, last_layers: the family's keep-list entries of
+    the matmuls of attention and of its last layers. trains: whether models of the family can be trained.
     """
 
     stage: str
@@ -70,7 +69,9 @@ class State:
     tried: tuple[str, ...] = ()
     hours: Mapping[str, float] = field(default_factory=dict)
     hours_left: float = math.inf
+    attention: str | None = None
     last_layers: str | None = None
+    trains: bool = True
 
 
 def next_move(state: State) -> Move | None:
@@ -109,18 +110,16 @@ def _keep_worst(state: State) -> Move | None:
 
 
 def _keep_attention(state: State) -> Move | None:
-    return _keep_pattern(state, "keep-attention", "the matmuls of attention are the most sensitive", ATTENTION)
+    return _keep_pattern(state, "keep-attention", "the matmuls of attention are the most sensitive", state.attention)
 
 
 def _keep_heads(state: State) -> Move | None:
-    if state.last_layers is None:
-        return None
     return _keep_pattern(state, "keep-heads", "errors of the last layers reach the outputs undamped", state.last_layers)
 
 
-def _keep_pattern(state: State, name: str, what: str, entry: str) -> Move | None:
+def _keep_pattern(state: State, name: str, what: str, entry: str | None) -> Move | None:
     listed = state.settings.get(KEEP_LIST)
-    if listed is None or state.ranking or entry in listed:
+    if entry is None or listed is None or state.ranking or entry in listed:
         return None
     return _widened(state, name, what, [entry])
 
@@ -132,7 +131,7 @@ def _widened(state: State, name: str, what: str, entries: list[str]) -> Move:
 
 
 def _distil_first(state: State) -> Move | None:
-    if "K" in state.recipe:
+    if "K" in state.recipe or not state.trains:
         return None
     at = state.recipe.index("Q")
     recipe = (*state.recipe[:at], "K", *state.recipe[at:])
@@ -144,7 +143,7 @@ def _distil_first(state: State) -> Move | None:
 
 def _more_qat(state: State) -> Move | None:
     epochs = state.settings.get(QAT_EPOCHS)
-    if epochs is None:
+    if epochs is None or not state.trains:
         return None
     more, hours = epochs + MORE_EPOCHS, state.hours.get("Q")
     why = f"{state.trouble}; QAT gets {more} epochs instead of {epochs}"

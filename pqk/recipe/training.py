@@ -12,10 +12,12 @@ import torch
 
 from pqk.compress.train.stop_rules import StopRules
 from pqk.compress.train.trained import MODEL
+from pqk.errors import NotBuilt
 from pqk.files import write_json
 from pqk.recipe.experiment import Experiment
 from pqk.recipe.request import Model, describe
 from pqk.recipe.stages import LOADER_CODE, Context, Learn, device_hours, parts_code, trained_note
+from pqk.settings.recipe import STAGES
 from pqk.store import worker
 from pqk.store.device_hours import clock
 from pqk.store.store import Artifact
@@ -75,6 +77,17 @@ class Trained:
             told += f", {100 * self.report['share']:.1f} % of {self.report['measure']} cut"
         told += f"; {self.method} ended early: {self.reason}" if self.reason else ""
         return told + (f"; {self.waited}" if self.waited else "")
+
+
+def check_family(experiment: Experiment, recipe: Sequence[str]) -> None:
+    """Raises NotBuilt (exit code 3) for a recipe that trains and a family without the parts for that."""
+    of, stage = experiment.family, next((stage for stage in recipe if stage in TRAINS), None)
+    lacking = [part for part in LEARNS if getattr(of, part) is None]
+    if stage is not None and lacking:
+        raise NotBuilt(
+            f"card {experiment.card.id} asks for {STAGES[stage]} ({stage}), and the family {of.name} has no part "
+            f"{' and none '.join(lacking)}"
+        )
 
 
 def train_stages(ctx: Context, experiment: Experiment, teacher: Model) -> list[Trained]:

@@ -14,9 +14,8 @@ class DefaultTeacher(Spec):
 
     version: Annotated[str, Field(pattern=r"^\d+\.\d+$")]
     family: Annotated[str, Field(min_length=1)]
-    model: Annotated[
-        str, Field(min_length=1)
-    ]  # of that family: folder or file below the project's root, or random:NAME
+    # folder or file below the project's root, or random:NAME; of that family
+    model: Annotated[str, Field(min_length=1)]
     training: Annotated[str, Field(min_length=1)]  # file of `pqk train teacher`
 
 

@@ -120,7 +120,7 @@ def groups_to_decide(interval: Interval, limit: float) -> int | None:
     The width falls with the root of the number of groups. None where the value lies on the limit, or nothing is known.
     """
     half, away = interval.half, abs(interval.value - limit)
-    if half is None or away == 0:
+    if half is None or half >= 1e5 * away:  # more than any number below, or than a float can hold
         return None
     needed = interval.groups * (half / away) ** 2
     return math.ceil(needed) if needed < 1e9 else None

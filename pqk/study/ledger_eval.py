@@ -113,7 +113,7 @@ class Bench:
             str(card),
             asked.backend,
             asked.quantizer,
-            model=asked.model,
+            model=asked.model if self.checkpoint is None else str(self.checkpoint.path),  # whose family counts
             settings=settings,
             recipe=self.checkpoint is None,
             qat=True,

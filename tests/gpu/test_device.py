@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,17 @@ import numpy as np
 import pytest
 import torch
 from contract_toys import network, write_graph
-from run_toys import TINY
+from run_toys import TINY, small_experiment
 
 from backends import exchange, registry
 from backends.base import Graph, Precision, executed_precision
 from backends.trt import cuda
 from backends.trt.cuda import CudaArray, provider
 from backends.trt.engine import has_tf32
-from pqk.engines.variant import Runner, Variant
+from pqk.engines.calls import Stopwatch, compiled
+from pqk.engines.variant import Variant
+from pqk.families.dust3r.data import example
+from pqk.families.dust3r.predict import predict
 from pqk.models import build_model
 from pqk.recipe.request import Request, context
 
@@ -91,26 +95,31 @@ def test_the_inspector_of_this_version_is_read(quantized: Graph, tmp_path: Path)
 
 @pytest.mark.parametrize("cuda_graph", [False, True])
 def test_tokens_stay_on_the_device(graphs: dict[str, Graph], cuda_graph: bool) -> None:
-    rng = np.random.default_rng(0)
-    a, b = (rng.uniform(-1, 1, (1, 3, 64, 64)).astype(np.float32) for _ in range(2))
+    workload: Any = small_experiment().workload
+    pair = example(workload)
     variants = [
-        Variant("fp32", backend, Precision.F32, graphs["encoder"], graphs["decoder"], options)
+        Variant("fp32", backend, Precision.F32, graphs, options)
         for backend, options in (("reference", {}), ("trt", {"cuda_graph": cuda_graph}))
     ]
-    with Runner(variants[0]) as host, Runner(variants[1]) as device:
-        want = host.decode(host.encode(a), host.encode(b))
-        tokens = device.encode(a), device.encode(b)
+    with compiled(variants[0]) as host, compiled(variants[1]) as device:
+        want, got = (predict(call, pair, workload, 0) for call in (host, device))
+        tokens = [device("encoder", {"image": frame.image[None]}, stay=True)["tokens"] for frame in pair.inputs]
         assert all(isinstance(array, CudaArray) for array in tokens)
-        got = device.decode(*tokens)
-        over_the_host = device.decoder.infer({f"tokens_{k}": t.numpy() for k, t in enumerate(tokens, 1)})  # type: ignore[union-attr]
-        times = [device.timed_pair(a, b) for _ in range(20)][10:]
+        over_the_host = device("decoder", {f"tokens_{k}": array.numpy() for k, array in enumerate(tokens, 1)})
+        watch, times = Stopwatch(device), []
+        for _ in range(20):
+            watch.reset()
+            begin = time.perf_counter()
+            predict(watch, pair, workload, 0)
+            times.append((1e3 * (time.perf_counter() - begin), watch.device_ms))
+    assert set(got) == set(want) == {"pts3d_1", "conf_1", "pts3d_2", "conf_2"}
     for name, value in want.items():
         np.testing.assert_allclose(got[name], value, rtol=1e-3, atol=1e-4)
         np.testing.assert_array_equal(got[name], over_the_host[name][0])
-    for pair in times:
-        assert pair.device_ms is not None
-        assert 0 < pair.device_ms < pair.pair_ms
-    print(f"host {times[-1].pair_ms:.3f} ms, device {times[-1].device_ms:.3f} ms")
+    for pair_ms, device_ms in times[10:]:
+        assert device_ms is not None
+        assert 0 < device_ms < pair_ms
+    print(f"host {times[-1][0]:.3f} ms, device {times[-1][1]:.3f} ms")
 
 
 def test_arrays_of_many_runs_do_not_disturb_each_other(plain: Graph) -> None:

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pqk.stats.intervals import (
+    Interval,
     difference_interval,
     drop_interval,
     groups_to_decide,
@@ -138,3 +139,4 @@ def test_how_many_scenes_would_decide() -> None:
     needed = groups_to_decide(found, limit=1.0)
     assert needed == math.ceil(4 * (found.half / abs(found.value - 1.0)) ** 2)
     assert groups_to_decide(found, found.value) is None
+    assert groups_to_decide(Interval(1e-200, 1e-200, 1.0, 8), 0.0) is None  # the ratio's square is no float

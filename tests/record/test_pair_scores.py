@@ -63,6 +63,12 @@ def evaluation(card: str, seed: int, shift: float, noise: float, train: int = 0)
     return dict.fromkeys(COLUMNS) | row, pairs
 
 
+def as_sample(pair: dict[str, Any]) -> dict[str, Any]:
+    """A pair as a sample of its group."""
+    place = {"group": pair["scene"], "sample": f"{pair['first']}, {pair['second']}"}
+    return {**place, **{name: value for name, value in pair.items() if name not in ("scene", "first", "second")}}
+
+
 Make = Callable[..., list[Row]]
 
 
@@ -77,7 +83,9 @@ def make(tmp_path: Path) -> Make:
                 row, pairs = evaluation(card, seed, shift, noise, train)
                 folder = tmp_path / row["output"]
                 folder.mkdir(parents=True)
-                (folder / "quality.json").write_text(json.dumps({"pairs": pairs, "summary": {}}))
+                # As they were kept before samples had one name, and as they are kept now.
+                stored = {"pairs": pairs} if card == "A1" else {"samples": [as_sample(pair) for pair in pairs]}
+                (folder / "quality.json").write_text(json.dumps({**stored, "summary": {}}))
                 rows.append(row)
         return rows
 
@@ -173,7 +181,7 @@ def test_scores_that_are_gone_are_told(tmp_path: Path, make: Make) -> None:
     rows = make("A1")
     shutil.rmtree(tmp_path / rows[0]["output"])
     files, gone = files_of(rows, tmp_path)
-    assert len(files) == 1 and len(gone) == 1 and gone[0].startswith("scores per pair of 1 of 2 runs are not in")
+    assert len(files) == 1 and len(gone) == 1 and gone[0].startswith("scores per sample of 1 of 2 runs are not in")
 
 
 @pytest.mark.parametrize("output", ["", None, "../secret", "/etc", "outputs/store/../../secret", "a\0b", "outputs/x\n"])
@@ -198,11 +206,11 @@ def test_a_row_with_another_number_has_no_scores(tmp_path: Path, make: Make) -> 
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        ('{"pairs": [7]}', "holds no scores of pairs"),
-        ("{", "holds no scores of pairs"),
-        ("[]", "holds no scores of pairs"),
-        ('{"pairs": [{"scene": "a"}]}', "holds no scores of pairs"),
-        ('{"pairs": []}', "not every pair has a absrel"),
+        ('{"pairs": [7]}', "holds no scores of samples"),
+        ("{", "holds no scores of samples"),
+        ("[]", "holds no scores of samples"),
+        ('{"pairs": [{"scene": "a"}]}', "holds no scores of samples"),
+        ('{"pairs": []}', "not every sample has a absrel"),
     ],
 )
 def test_what_holds_no_scores_is_refused(tmp_path: Path, make: Make, content: str, sentence: str) -> None:

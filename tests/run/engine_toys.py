@@ -40,7 +40,7 @@ def toy_variant(folder: Path, name: str, backend: str = "reference", width: int 
         {"row": np.array([1, 1, PIXELS]), **stored},
     )
     decoder = _graph(folder / "decoder.onnx", decode, {"tokens_1": tokens, "tokens_2": tokens}, {"pts3d_1": tokens}, {})
-    return Variant(name, backend, Precision.F32, encoder, decoder, {})
+    return Variant(name, backend, Precision.F32, {"encoder": encoder, "decoder": decoder})
 
 
 def _graph(

@@ -10,10 +10,14 @@ import signal
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pqk.families.contract import SampleSet
+    from pqk.recipe.experiment import Experiment
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -176,6 +180,26 @@ def make_model(folder: Path) -> Path:
             z = head.proj.bias.view(4, -1)[2]
             z += 1.5
     return save_model(model, folder)
+
+
+def small_experiment(settings: Mapping[str, Any] | None = None, card: str = "B1") -> Experiment:
+    """A card of this repository at 64x64 pixels, with settings such as {"workload.pair_graph.k": 2} laid over it."""
+    from pqk.families.registry import family
+    from pqk.recipe.experiment import resolve
+    from pqk.settings.card import load_card
+
+    given = {"workload.input.shape": [1, 3, 64, 64], **(settings or {})}
+    return resolve(load_card(card, REPOSITORY), REPOSITORY, of=family("dust3r"), settings=given)
+
+
+def scene_samples(
+    folders: Sequence[Path], sha256: str = "0" * 64, views: int | None = None, truthful: bool = True
+) -> SampleSet:
+    """The samples of scenes that lie in folders, as a worker is given them."""
+    from pqk.families.contract import SampleSet
+
+    where = {"folders": [str(folder) for folder in folders]}
+    return SampleSet(where, {"views": views}, tuple(folder.name for folder in folders), sha256, truthful)
 
 
 def times_as_fast(record: dict[str, Any], other: dict[str, Any]) -> float:

@@ -12,14 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from run_toys import Outcome, environment, pqk
+from run_toys import Outcome, environment, pqk, small_experiment
 
 from backends import registry
 from pqk.cli import main
 from pqk.cli.run_output import settings_of
 from pqk.errors import PqkError
 from pqk.families.dust3r.inputs import CalibrationImages
-from pqk.families.dust3r.settings import load_workload
 from pqk.files import write_text
 from pqk.recipe import stages
 from pqk.store.store import Store
@@ -320,13 +319,12 @@ def test_calibration_sets(copy_of: Copy, refused: Refused, tiny_model: Path, sce
 
 def test_odd_views_still_give_enough_images(project: Path) -> None:
     """The odd view of a scene has no partner; another scene makes up for it."""
-    workload = load_workload(
-        project / "configs" / "workload.yaml", {"calibration.views_per_scene": 3, "calibration.images": 4}
-    )
+    calibration = {"workload.calibration.views_per_scene": 3, "workload.calibration.images": 4}
+    experiment = small_experiment({**calibration, "quant.ptq.calibration_images": 4})
     ctx = stages.Context(Store(project / "store"), lambda *event: None, {})
-    made = stages.calibration_images(ctx, workload.calibration, workload, project)
-    images = CalibrationImages(made.folders, 4, 64, 64)
-    assert [array.shape for array in images] == [(1, 3, 64, 64)] * 4
+    made = stages.open_split(ctx, experiment, "calibration", project)
+    images = CalibrationImages([Path(folder) for folder in made.where["folders"]], 4, 64, 64)
+    assert [frame.image.shape for frame in images] == [(3, 64, 64)] * 4
     assert [view.image_path.parents[2].name for view in images.views] == [
         "calibration-0-0000", "calibration-0-0000", "calibration-0-0001", "calibration-0-0001",
     ]  # fmt: skip

@@ -22,7 +22,7 @@ def test_the_figures_are_those_of_a_run(project: Path, tiny_model: Path, monkeyp
     names = ("absrel", "rmse", "delta1", "chamfer", "reproj_px", "pairs")
     assert [found[name] for name in names] == [record[name] for name in names]
     assert found["intervals"]["absrel"] == record["intervals"]["absrel"]
-    assert found["constant_depth"]["absrel"] > 0
+    assert found["floor"]["absrel"] > 0
     scenes = [p for p in (project / "outputs" / "store" / "scenes").iterdir() if p.is_dir()]
     assert len(scenes) == 2  # validation and test, rendered once for both
 

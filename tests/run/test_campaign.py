@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pqk.cli import app
+from pqk.cli.app import app
 from pqk.errors import PqkError, told
 from pqk.files import sha256_json
 from pqk.recipe.experiment import resolve

@@ -17,17 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_toys import REPOSITORY
+from run_toys import REPOSITORY, scene_samples
 
 from backends.base import Graph, Precision
 from pqk.engines.variant import Variant
 from pqk.errors import PqkError
+from pqk.families.registry import family
 from pqk.recipe import ranking, stages, training
 from pqk.recipe.block_profile import bought
 from pqk.recipe.experiment import resolve
 from pqk.recipe.joint import join
 from pqk.recipe.request import PACKAGES, Model
-from pqk.recipe.stages import Context, Learn, Scenes
+from pqk.recipe.stages import Context, Learn
 from pqk.settings.card import load_card
 from pqk.store import worker
 from pqk.store.code import Reader, Top, closure, code_of, digest, refuse_other
@@ -77,46 +78,39 @@ def graph(name: str, suffix: str = ".onnx") -> Graph:
 
 
 def variant(precision: Precision = Precision.F32, backend: str = "openvino") -> Variant:
-    return Variant(str(precision), backend, precision, graph("encoder"), graph("decoder"))
+    return Variant(str(precision), backend, precision, GRAPHS)
 
 
 GRAPHS = {"encoder": graph("encoder"), "decoder": graph("decoder")}
-SCENES = Scenes((Path("scene"),), "sha", Path("scenes"))
+SAMPLES = scene_samples([Path("scene")])
 TEACHER = Model("teacher", "teacher", "sha")
-SCORING = {
-    "keep": ["Softmax"],
-    "quality": {"scale_alignment": "median", "chamfer_points": 9, "min_valid_pixels": 9},
-    "seed": 0,
-    "min_conf": 1.0,
-}
-TIMED = {"efficiency": {"max_load": 1.0, "max_drift_pct": 9.0}}
 
 
-def _experiment(card: str) -> Any:
+def _experiment(card: str = "B1") -> Any:
     return resolve(load_card(card, REPOSITORY), REPOSITORY)
 
 
 def _quantize(ctx: Context, learn: bool, quantizer: str = "nncf") -> Any:
     spec, lines = {"epochs": 1}, {"line_pct": 1.0}
     asked = Learn(spec, 0, lines, lines) if learn else None
-    return stages.quantize(ctx, "openvino", quantizer, "model", GRAPHS, SCENES, {"bits_w": 8}, (64, 64), asked)
+    return stages.quantize(ctx, _experiment(), "openvino", quantizer, "model", GRAPHS, SAMPLES, asked)
 
 
 def _scenes(ctx: Context) -> Any:
-    return stages.synthetic_scenes(ctx, "scenes", "test", 1, 2, 0, _experiment("B1").workload, True)
+    return stages.open_split(ctx, _experiment(), "test", Path("unused"))
 
 
 def _scores(ctx: Context) -> Any:
-    return stages.quality(ctx, variant(Precision.INT8), variant(), SCENES, SCORING)
+    return stages.quality(ctx, _experiment(), variant(Precision.INT8), variant(), SAMPLES, {}, ["Softmax"])
 
 
 def _joint(ctx: Context) -> Any:
-    return join(ctx, _experiment("G1"), "openvino", "nncf", TEACHER, GRAPHS, SCENES)
+    return join(ctx, _experiment("G1"), "openvino", "nncf", TEACHER, GRAPHS, SAMPLES)
 
 
 STAGES: dict[str, Callable[[Context], Any]] = {
     "scenes": _scenes,
-    "graphs": lambda ctx: stages.export_graphs(ctx, None, "sha", 64, 64),  # type: ignore[arg-type]
+    "graphs": lambda ctx: stages.export_graphs(ctx, _experiment(), None, "sha"),  # type: ignore[arg-type]
     "prune": lambda ctx: training.train_stages(ctx, _experiment("C1"), TEACHER),
     "distill": lambda ctx: training.train_stages(ctx, _experiment("A1"), TEACHER),
     "joint": _joint,
@@ -125,10 +119,15 @@ STAGES: dict[str, Callable[[Context], Any]] = {
     "qat": lambda ctx: _quantize(ctx, True),
     "predictions": lambda ctx: _scores(ctx),
     "scores": lambda ctx: _scores(ctx),
-    "timing": lambda ctx: stages.timing(ctx, [variant()], SCENES, TIMED),
-    "memory": lambda ctx: stages.memory(ctx, variant()),
-    "parts": lambda ctx: bought(ctx, variant(), variant(), TEACHER, TEACHER),
+    "timing": lambda ctx: stages.timing(ctx, _experiment(), [variant()], SAMPLES),
+    "memory": lambda ctx: stages.memory(ctx, _experiment(), variant()),
+    "parts": lambda ctx: bought(ctx, _experiment(), variant(), variant(), TEACHER, TEACHER),
 }
+
+
+ENGINES = ("predictions", "timing", "memory", "parts", "quantize")
+"""Stages that run the family's `predict`, and neither its metrics nor its losses."""
+MEASURING = ("predictions", "scores", "timing", "memory")
 
 
 @pytest.fixture(scope="module")
@@ -182,6 +181,8 @@ def test_every_file_of_a_stage_is_in_its_key_and_no_other(asked: Mapping[str, Re
     [
         ("graphs", "pqk.families.checkpoint"),
         ("graphs", "pqk.families.registry"),
+        ("graphs", "pqk.families.build"),
+        ("graphs", "pqk.families.dust3r.build"),
         ("graphs", "pqk.families.dust3r.model"),
         ("prune", "pqk.families.checkpoint"),
         ("distill", "pqk.families.dust3r.model"),
@@ -192,6 +193,20 @@ def test_every_file_of_a_stage_is_in_its_key_and_no_other(asked: Mapping[str, Re
         ("predictions", "backends.openvino.backend"),
         ("predictions", "backends.openvino.keep"),  # which checks the keep-list in the engine
         ("quantize inc", "pqk.families.dust3r.model"),  # it starts from the module
+        ("qat", "pqk.families.dust3r.model"),
+        ("scenes", "pqk.data.render.generate"),
+        ("scores", "pqk.families.dust3r.scoring"),
+        ("scores", "pqk.families.metrics.geometry"),
+        ("scores", "pqk.families.dust3r.data"),  # the truth is read again
+        *((stage, "pqk.families.dust3r.predict") for stage in (*ENGINES, "qat")),
+        *((stage, "pqk.families.dust3r.data") for stage in (*ENGINES, "qat")),
+        *((stage, "pqk.families.dust3r.settings") for stage in (*ENGINES, "qat", "scores")),
+        *((stage, "pqk.engines.calls") for stage in ENGINES),
+        ("parts", "pqk.families.dust3r.parts"),
+        ("prune", "pqk.families.dust3r.learning"),
+        ("prune", "pqk.families.dust3r.cutting"),
+        ("distill", "pqk.families.dust3r.learning"),
+        ("joint", "pqk.families.dust3r.learning"),
     ],
 )
 def test_what_decides_a_result_is_in_its_key(asked: Mapping[str, Recorder], stage: str, module: str) -> None:
@@ -211,6 +226,15 @@ def test_what_decides_a_result_is_in_its_key(asked: Mapping[str, Recorder], stag
         ("distill", "pqk.compress.cut.prune"),
         ("timing", "backends.openvino.nncf"),
         ("quantize", "pqk.families.dust3r.model"),  # it starts from the graph
+        *((stage, "pqk.families.dust3r.scoring") for stage in ENGINES),
+        *((stage, "pqk.families.metrics.geometry") for stage in ENGINES),
+        *((stage, "pqk.families.dust3r.losses") for stage in (*MEASURING, "quantize")),
+        *((stage, "pqk.families.dust3r.learning") for stage in (*MEASURING, "quantize")),
+        *((stage, "pqk.families.dust3r.cutting") for stage in (*MEASURING, "quantize")),
+        *((stage, "pqk.families.dust3r.export") for stage in STAGES),
+        ("timing", "pqk.measure.scoring"),
+        ("memory", "pqk.measure.scoring"),
+        ("scenes", "pqk.families.dust3r.model"),
     ],
 )
 def test_what_a_stage_does_not_use_is_not_in_its_key(asked: Mapping[str, Recorder], stage: str, module: str) -> None:
@@ -337,11 +361,11 @@ def tree(tmp_path: Path) -> Path:
     ignored = shutil.ignore_patterns("__pycache__")
     for package in ("pqk", "backends"):
         shutil.copytree(REPOSITORY / package, tmp_path / package, ignore=ignored)
-    path = tmp_path / "pqk" / "run" / "worker.py"
+    path = tmp_path / "pqk" / "store" / "worker.py"
     text = path.read_text("utf-8")
     assert text.count("pqk.measure.timing:time_variants") == 1
     path.write_text(text.replace("pqk.measure.timing:time_variants", "pqk.store.toy:work"), "utf-8")
-    (tmp_path / "pqk" / "run" / "toy.py").write_text(TOY.format(extra="pass"))
+    (tmp_path / "pqk" / "store" / "toy.py").write_text(TOY.format(extra="pass"))
     return tmp_path
 
 
@@ -372,12 +396,12 @@ def test_a_file_edited_between_key_and_work(tree: Path, before: str, answer: str
         # what is loaded already is what runs, and it is what was hashed
         ('import pathlib; pathlib.Path(__file__).write_text("LENGTH = 5")', "3"),
         # what is loaded later is not: the worker loads it edited, and its parent notices
-        ('import pathlib; p = pathlib.Path(__file__).with_name("matrix.py"); p.write_text("A = 1"); '
-         "import pqk.recipe.matrix", REFUSED.replace("run.toy", "run.matrix")),
+        ('import pathlib; p = pathlib.Path(__file__).with_name("device_hours.py"); p.write_text("A = 1"); '
+         "import pqk.store.device_hours", REFUSED.replace("store.toy", "store.device_hours")),
     ],
 )  # fmt: skip
 def test_a_file_edited_while_its_worker_runs(tree: Path, extra: str, answer: str) -> None:
-    (tree / "pqk" / "run" / "toy.py").write_text(TOY.format(extra=extra))
+    (tree / "pqk" / "store" / "toy.py").write_text(TOY.format(extra=extra))
     assert ran(tree, PARENT, "pass") == answer
 
 
@@ -389,7 +413,7 @@ def test_a_process_runs_what_it_has_hashed(tree: Path) -> None:
     from pqk.store.sources import keep_sources
     keep_sources()
     from pqk.store.code import code_of
-    toy = Path(pqk.__file__).with_name("run") / "toy.py"
+    toy = Path(pqk.__file__).with_name("store") / "toy.py"
     old = toy.read_text()
     first = code_of("pqk.store.toy")
     toy.write_text(old.replace("3", "44"))
@@ -404,7 +428,7 @@ def test_a_process_runs_what_it_has_hashed(tree: Path) -> None:
     print(first, kept)
     """
     first, kept = ran(tree, textwrap.dedent(script)).split()
-    (tree / "pqk" / "run" / "toy.py").write_text(TOY.format(extra="pass"))
+    (tree / "pqk" / "store" / "toy.py").write_text(TOY.format(extra="pass"))
     again = "import sys\nfrom pqk.store.code import code_of\nprint(code_of(sys.argv[1]))"
     assert (first, kept) == (ran(tree, again, "pqk.store.toy"), ran(tree, again, "pqk.paths"))
 
@@ -412,8 +436,9 @@ def test_a_process_runs_what_it_has_hashed(tree: Path) -> None:
 def test_an_edited_loader_makes_new_graphs(tree: Path) -> None:
     """On the disk, not as it is read: the loader that decides which weights a graph gets, and its docstring."""
     script = "import sys\nfrom pqk.store.code import code_of\nprint(code_of(*sys.argv[1:]))"
-    before = ran(tree, script, *stages.MODEL_CODE)
-    path = tree / "pqk" / "models" / "registry.py"
+    code = (*stages.LOADER_CODE, *stages.parts_code(family("dust3r"), "model"))
+    before = ran(tree, script, *code)
+    path = tree / "pqk" / "families" / "build.py"
     text = path.read_text("utf-8")
     for old, new, same in [
         ("Give the model copies of the weights", "Hand the model copies of the weights", True),
@@ -421,4 +446,4 @@ def test_an_edited_loader_makes_new_graphs(tree: Path) -> None:
     ]:
         assert text.count(old) == 1
         path.write_text(text.replace(old, new), "utf-8")
-        assert (ran(tree, script, *stages.MODEL_CODE) == before) is same, new
+        assert (ran(tree, script, *code) == before) is same, new

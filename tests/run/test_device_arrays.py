@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from run_toys import TINY
+from run_toys import TINY, small_experiment
 
 from backends import exchange, registry
 from backends.base import Graph, Precision
-from pqk.engines.variant import Runner, Variant
+from pqk.engines.calls import Engines, Stopwatch, compiled
+from pqk.engines.variant import Variant
+from pqk.families.contract import Sample
+from pqk.families.dust3r.data import example
+from pqk.families.dust3r.predict import predict
 from pqk.models import build_model
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "backends"))
@@ -32,44 +37,56 @@ def graphs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Graph]:
     }
 
 
-def opened(backend: str, graphs: dict[str, Graph]) -> Runner:
-    return Runner(Variant("fp32", backend, Precision.F32, graphs["encoder"], graphs["decoder"]))
+def opened(backend: str, graphs: dict[str, Graph]) -> Engines:
+    return compiled(Variant("fp32", backend, Precision.F32, graphs))
 
 
-def images() -> list[np.ndarray]:
-    rng = np.random.default_rng(0)
-    return [rng.uniform(-1, 1, (1, 3, 64, 64)).astype(np.float32) for _ in range(2)]
+@pytest.fixture(scope="module")
+def workload() -> Any:
+    return small_experiment().workload
+
+
+@pytest.fixture(scope="module")
+def pair(workload: Any) -> Sample:
+    return example(workload)
 
 
 @pytest.mark.skipif(not FOUND.available, reason=FOUND.reason)
 def test_tokens_stay_on_the_device_and_both_times_are_taken(
-    graphs: dict[str, Graph], monkeypatch: pytest.MonkeyPatch
+    graphs: dict[str, Graph], workload: Any, pair: Sample, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    a, b = images()
-    with opened("reference", graphs) as runner:
-        want = runner.decode(runner.encode(a), runner.encode(b))
-        assert runner.timed_pair(a, b).device_ms is None
+    with opened("reference", graphs) as engines:
+        want, watch = predict(engines, pair, workload, 0), Stopwatch(engines)
+        predict(watch, pair, workload, 0)
+        assert watch.device_ms is None
     providers: list[FakeCuda] = []
     install(monkeypatch, providers)
-    with opened("trt", graphs) as runner:
-        assert runner.measured == "engine"
-        got = runner.decode(runner.encode(a), runner.encode(b))
-        times = runner.timed_pair(a, b)
+    with opened("trt", graphs) as engines:
+        assert engines.measured == "engine"
+        got, watch = predict(engines, pair, workload, 0), Stopwatch(engines)
+        begin = time.perf_counter()
+        predict(watch, pair, workload, 0)
+        pair_ms = 1e3 * (time.perf_counter() - begin)
         encoder, decoder = (provider.moved for provider in providers)
+    assert set(got) == set(want) == {"pts3d_1", "conf_1", "pts3d_2", "conf_2"}
     for name, value in want.items():
         np.testing.assert_allclose(got[name], value, rtol=1e-5, atol=1e-6)
-    assert times.device_ms == 3 * RUN_MS
-    assert times.pair_ms == sum(times.encoder_ms) + times.decoder_ms > 0
+    assert watch.device_ms == 3 * RUN_MS
+    assert {name: len(times) for name, times in watch.graphs.items()} == {"encoder": 2, "decoder": 1}
+    assert pair_ms >= sum(sum(times) for times in watch.graphs.values()) > 0
     assert encoder["down"] == decoder["up"] == 0
-    assert encoder["up"] == 4 * a.nbytes
+    assert encoder["up"] == 4 * pair.inputs[0].image.nbytes
 
 
 def test_one_engine_without_a_device_time_leaves_the_pair_without(
-    graphs: dict[str, Graph], monkeypatch: pytest.MonkeyPatch
+    graphs: dict[str, Graph], workload: Any, pair: Sample, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with opened("reference", graphs) as runner:
-        part: Any = runner.encoder
-        monkeypatch.setattr(part, "last_device_ms", 1.0)
-        assert runner.timed_pair(*images()).device_ms is None
-        monkeypatch.setattr(runner.decoder, "last_device_ms", 0.5)
-        assert runner.timed_pair(*images()).device_ms == 2.5
+    with opened("reference", graphs) as engines:
+        watch = Stopwatch(engines)
+        monkeypatch.setattr(engines.engines["encoder"], "last_device_ms", 1.0)
+        predict(watch, pair, workload, 0)
+        assert watch.device_ms is None
+        monkeypatch.setattr(engines.engines["decoder"], "last_device_ms", 0.5)
+        watch.reset()
+        predict(watch, pair, workload, 0)
+        assert watch.device_ms == 2.5

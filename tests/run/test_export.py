@@ -12,15 +12,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from run_toys import REPOSITORY, environment, pqk
+from run_toys import REPOSITORY, environment, pqk, small_experiment
 
 from backends import registry
 from backends.base import BackendError, Precision
 from pqk.data.scenes.preprocess import fit_to_shape
 from pqk.data.scenes.scene import View
-from pqk.engines.variant import Runner, Variant, graph_from_json
+from pqk.engines.calls import compiled
+from pqk.engines.variant import Variant, graphs_from_json
 from pqk.errors import PqkError
 from pqk.export import export as module
+from pqk.families.contract import Sample
+from pqk.families.dust3r.predict import predict
 from pqk.files import sha256_file, sha256_json
 from pqk.recipe.request import Request
 from pqk.record.schema import validate
@@ -43,15 +46,14 @@ def names(folder: Path) -> set[str]:
 def through_pqk(folder: Path, pictures: list[Path]) -> dict[str, np.ndarray]:
     """The pair through pqk's own preprocessing and engines, on the exported graphs."""
     about = manifest(folder)
-    graphs = {
-        part: graph_from_json({**about["graphs"][part], "path": str(folder / about["graphs"][part]["file"])})
-        for part in ("encoder", "decoder")
-    }
-    variant = Variant("x", about["backend"], Precision(about["precision"]), graphs["encoder"], graphs["decoder"], {})
+    graphs = graphs_from_json(
+        {part: {**entry, "path": entry["file"]} for part, entry in about["graphs"].items()}, folder
+    )
+    variant = Variant("x", about["backend"], Precision(about["precision"]), graphs)
     height, width = about["preprocessing"]["size"]
-    with Runner(variant) as engines:
-        a, b = (engines.encode(fit_to_shape(View(p.name, p), height, width).image[None]) for p in pictures)
-        return engines.decode(a, b)
+    frames = tuple(fit_to_shape(View(p.name, p), height, width) for p in pictures)
+    with compiled(variant) as engines:
+        return predict(engines, Sample(0, "a pair", frames), small_experiment().workload, 0)
 
 
 def quiet(*_: object) -> None:

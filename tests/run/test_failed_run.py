@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_toys import Outcome, written
+from run_toys import Outcome, small_experiment, written
 
 from backends.base import BackendError, Unavailable
 from pqk.cli.run_output import run_card
@@ -119,11 +119,12 @@ def test_only_the_listed_metrics_are_recorded(finished: tuple[Path, Outcome]) ->
     record = dict(finished[1].record)
     summary = dict.fromkeys(("chamfer", "chamfer_accuracy", "chamfer_completeness", "absrel", "rmse"), 0.5)
     about = {"measured": "engine", "executed": {}, "matched_by_size": 0.0, "flops": 1e9, "size_bytes": 1}
-    about |= {"scenes": ["a"], "pairs": [{"scene": "a", "first": "x", "second": "y"}]}
+    about |= {"groups": ["a"], "samples": [{"group": "a", "sample": "x, y"}]}
     graph = Graph(Path("toy.onnx"), (), (), "0" * 64)
-    teacher = Variant("fp32", "openvino", Precision.F32, graph, graph)
+    teacher = Variant("fp32", "openvino", Precision.F32, {"encoder": graph, "decoder": graph})
     measured = Measurements(teacher, {"fp32": {"summary": summary, **about}}, None, {})
     common = {name: record[name] for name in ("main_metric", "hashes")}
     for metrics, filled in ((("absrel",), {"absrel"}), (("absrel", "chamfer"), set(summary) - {"rmse"})):
-        row = measured_record(common, measured, teacher, [teacher], True, metrics)
+        experiment = small_experiment({"eval.quality.metrics": list(metrics)})
+        row = measured_record(common, measured, teacher, [teacher], True, experiment)
         assert {name for name in summary if row[name] is not None} == filled

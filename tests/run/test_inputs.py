@@ -9,13 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from run_toys import small_experiment
 
 from pqk.data.scenes import preprocess
+from pqk.data.scenes.kept import Kept
 from pqk.data.scenes.open import open_scene
 from pqk.data.scenes.scene import View
 from pqk.errors import PqkError
-from pqk.families.dust3r.inputs import CalibrationImages, Frames, Kept, load_frames, scene_pairs
-from pqk.families.dust3r.settings import PairGraph, load_workload
+from pqk.families.dust3r.inputs import CalibrationImages, Frames, load_frames, scene_pairs
+from pqk.families.dust3r.settings import PairGraph
 from pqk.recipe import stages
 from pqk.store.store import Store
 
@@ -95,19 +97,21 @@ def test_no_name_and_no_order_moves_a_crop(tmp_path: Path) -> None:
 def test_calibration_takes_the_named_scenes(tmp_path: Path) -> None:
     for name in ("a", "b", "c"):
         photos(tmp_path / "data" / name, 3)
-    given = {"calibration.source": "data", "calibration.names": ["c", "a"], "calibration.images": 4}
-    workload = load_workload(overrides=given)
+    given = {"source": "data", "names": ["c", "a"], "images": 4}
+    settings = {f"workload.calibration.{name}": value for name, value in given.items()}
+    settings["quant.ptq.calibration_images"] = 4
+    experiment = small_experiment(settings)
     ctx = stages.Context(Store(tmp_path / "store"), lambda *event: None, {})
-    made = stages.calibration_images(ctx, workload.calibration, workload, tmp_path)
-    assert made.names == ["c", "a"]
-    images = CalibrationImages(made.folders, 4, 64, 64)
+    made = stages.open_split(ctx, experiment, "calibration", tmp_path)
+    assert made.groups == ("c", "a")
+    images = CalibrationImages([Path(folder) for folder in made.where["folders"]], 4, 64, 64)
     assert [f"{view.image_path.parent.name}/{view.name}" for view in images.views] == [
         "c/0.bmp", "c/1.bmp", "a/0.bmp", "a/1.bmp",
     ]  # fmt: skip
     shutil.copy(tmp_path / "data" / "b" / "1.bmp", tmp_path / "data" / "a" / "0.bmp")
-    assert stages.calibration_images(ctx, workload.calibration, workload, tmp_path).sha256 != made.sha256
-    gone = workload.calibration.model_copy(update={"names": ("d",)})
+    assert stages.open_split(ctx, experiment, "calibration", tmp_path).sha256 != made.sha256
+    gone = small_experiment({**settings, "workload.calibration.names": ["d"]})
     with pytest.raises(
         PqkError, match=r"calibration set .workload.calibration.source. is empty or unreadable: .*data/d"
     ):
-        stages.calibration_images(ctx, gone, workload, tmp_path)
+        stages.open_split(ctx, gone, "calibration", tmp_path)

@@ -14,8 +14,8 @@ import pytest
 import torch
 from run_toys import TINY, make_project, start
 
-from pqk.cli import app
 from pqk.cli import legacy_scripts as doors
+from pqk.cli.app import app
 from pqk.data.render.generate import ScenePlan, make_scenes
 from pqk.errors import PqkError, told
 from pqk.files import sha256_file
@@ -169,8 +169,8 @@ def test_eval_seeds_draw_other_scenes(evaluated: Path) -> None:
     for row in rows:
         assert row["fps"] > 0 and row["measured"] == "engine" and row["pairs"] > 0
         scored = json.loads((evaluated / row["output"] / "quality.json").read_text())
-        assert scored["summary"]["absrel"] == row["absrel"] and len(scored["pairs"]) == row["pairs"]
-        assert {pair["scene"] for pair in scored["pairs"]} == {0}  # by number: names are no part of an artifact
+        assert scored["summary"]["absrel"] == row["absrel"] and len(scored["samples"]) == row["pairs"]
+        assert {sample["group"] for sample in scored["samples"]} == {0}  # by number: names are no part of an artifact
 
 
 @pytest.mark.parametrize(("seed", "folder"), [(0, False), (3, True)])
@@ -290,8 +290,8 @@ def test_scenes_of_a_folder_are_drawn_by_halves(project_copy: Path, pqk: Pqk) ->
     rows = read_rows(project_copy / "mine.tsv")
     assert [row["scenes"] for row in rows] == ["all 3 of the list"] + ["half: 1 of 3 of the list"] * 2
     assert len({row["scenes_sha256"] for row in rows[1:]}) > 1 and len({row["workload_sha256"] for row in rows}) == 1
-    drawn = json.loads((project_copy / rows[1]["output"] / "quality.json").read_text())["pairs"]
-    assert {pair["scene"] for pair in drawn} == {0}
+    drawn = json.loads((project_copy / rows[1]["output"] / "quality.json").read_text())["samples"]
+    assert {sample["group"] for sample in drawn} == {0}
     digest = rows[0]["workload_sha256"]
     cameras = next((project_copy / "mine" / "train-9-0000").glob("*/cameras.txt"))
     cameras.write_text(cameras.read_text() + "# a comment\n")  # the bytes of a scene count

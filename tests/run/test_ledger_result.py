@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from run_toys import Outcome, written
 
-from pqk.cli import app
+from pqk.cli.app import app
 from pqk.errors import told
 from pqk.models import load_model
 from pqk.recipe.request import count_parameters

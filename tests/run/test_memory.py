@@ -10,7 +10,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from engine_toys import PIXELS, toy_variant
+from engine_toys import PIXELS, SIDE, toy_variant
+from run_toys import small_experiment
 
 from pqk.compress.tasks import qat
 from pqk.engines.variant import Variant
@@ -25,8 +26,11 @@ WEIGHTS = 4 * PIXELS * WIDE
 """Bytes of the wide toy's weights, 25 MB; its file holds TERMS matrices of that size, which the compiler adds up."""
 
 
+EXPERIMENT = small_experiment({"workload.input.shape": [1, 3, SIDE, SIDE]})
+
+
 def measured(root: Path, variant: Variant) -> dict[str, int | None]:
-    return stages.memory(Context(Store(root), lambda *_: None, {}), variant)
+    return stages.memory(Context(Store(root), lambda *_: None, {}), EXPERIMENT, variant)
 
 
 @pytest.mark.skipif(not forget_peak(), reason="this kernel cannot forget a peak")
@@ -47,7 +51,7 @@ def test_a_compiled_model_needs_its_weights_and_compiling_needs_more(tmp_path: P
 def test_a_model_that_was_compiled_anew_has_no_steady_state(tmp_path: Path) -> None:
     pytest.importorskip("openvino")
     variant = toy_variant(tmp_path / "toy", "toy", "openvino").to_json()
-    request = {"variant": variant, "compiled": str(tmp_path / "compiled"), "step": "run"}
+    request = {**EXPERIMENT.fed, "variant": variant, "compiled": str(tmp_path / "compiled"), "step": "run"}
     assert worker.call("memory", request)["steady_bytes"] is None
     assert worker.call("memory", request)["steady_bytes"] > 2e7  # now it is there
 
@@ -97,7 +101,7 @@ def test_calibration_in_torch_gives_memory_back() -> None:
     class Job:
         quantizer = SimpleNamespace(prepare=lambda source, spec, feeds: list(feeds))
 
-        def both(self, lower: Any) -> Any:
+        def each(self, lower: Any) -> Any:
             seen.extend(lower(None, None, images))
             return seen
 

@@ -14,35 +14,30 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from run_toys import REPOSITORY
+from run_toys import scene_samples, small_experiment
 
 from backends.base import Precision
 from pqk.data.render.generate import ScenePlan, make_scenes
 from pqk.data.scenes.pairs import most_pairs, pair_graph, spread
 from pqk.engines.variant import Variant
 from pqk.errors import PqkError
-from pqk.families.dust3r.settings import load_evaluation
+from pqk.families.contract import SampleSet
 from pqk.measure.evaluate import evaluate
 from pqk.measure.predict import predict
-from pqk.measure.predictions import Predictions, Writer, bytes_of
+from pqk.measure.predictions import Predictions, Writer
 from pqk.measure.scoring import score
 from pqk.models import load_model
 from pqk.recipe import stages
 from pqk.recipe.stages import Context
 from pqk.store.store import Store
 
-QUALITY = load_evaluation(REPOSITORY / "configs" / "eval.yaml").quality.model_dump(mode="json")
 AGAIN = ("artifact", "measured_at")
-REQUEST: dict[str, Any] = {
-    "views": None,
-    "shape": [64, 64],
-    "pair_graph": {"kind": "neighbor", "k": 4, "symmetrize": False},
-    "min_covisibility": 0.2,
-    "quality": QUALITY,
-    "seed": 0,
-    "min_conf": 1.0,
-    "keep": [],
+FED = {
+    "workload.pair_graph": {"kind": "neighbor", "k": 4, "symmetrize": False},
+    "workload.min_covisibility": 0.2,
 }
+BYTES = 2 * 64 * 64 * 4 * 4
+"""Of a prediction: 4 float32 for each pixel of both views."""
 
 
 @dataclass
@@ -52,12 +47,18 @@ class Bench:
     ctx: Context
     plain: Variant
     other: Variant
-    scenes: stages.Scenes
+    samples: SampleSet
+    config: dict[str, Any]
     said: list[str] = field(default_factory=list)
 
-    def quality(self, variant: Variant, reference: Variant | None = None, **changes: Any) -> dict[str, Any]:
+    def quality(
+        self, variant: Variant, reference: Variant | None = None, seed: int = 0, **quality: Any
+    ) -> dict[str, Any]:
+        """quality: entries of that section of eval.yaml."""
         self.said.clear()
-        return stages.quality(self.ctx, variant, reference, self.scenes, {**REQUEST, **changes})
+        changed = {f"eval.quality.{name}": value for name, value in quality.items()}
+        experiment = small_experiment({**FED, "workload.seeds.eval": seed, **changed})
+        return stages.quality(self.ctx, experiment, variant, reference, self.samples, self.config)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +66,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> tuple[d
     """Exported graphs of the tiny model and of one with a rounded decoder, and two scenes of three views."""
     folder = tmp_path_factory.mktemp("parts")
     ctx = Context(Store(folder / "store"), lambda *_: None, {"versions": {}})
-    plain = stages.export_graphs(ctx, load_model(str(tiny_model)), "a" * 64, 64, 64)
+    plain = stages.export_graphs(ctx, small_experiment(), load_model(str(tiny_model)), "a" * 64)
     decoder = onnx.load(plain["decoder"].path)
     for weight in decoder.graph.initializer:
         values = onnx.numpy_helper.to_array(weight)
@@ -81,38 +82,38 @@ def parts(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> tuple[d
 
 @pytest.fixture
 def bench(
-    parts: tuple[dict[str, Any], Path, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    parts: tuple[dict[str, Any], Path, list[Path]], tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Bench]:
     graphs, _, folders = parts
     tasks = {"predictions": predict, "scores": score, "quality": evaluate}
     monkeypatch.setattr(stages.worker, "call", lambda task, request: tasks[task](json.loads(json.dumps(request))))
-    variants = [
-        Variant(name, "reference", Precision.F32, graph["encoder"], graph["decoder"]) for name, graph in graphs.items()
-    ]
-    scenes = stages.Scenes(tuple(folders), "c" * 64, folders[0].parent)
+    plain, other = (Variant(name, "reference", Precision.F32, own) for name, own in graphs.items())
+    samples = scene_samples(folders, "c" * 64)
+    config = dict(load_model(str(tiny_model)).config)
     said: list[str] = []
 
     def on_event(kind: str, stage: str, key: str, seconds: float) -> None:
         said.append(f"{kind} {stage.split()[0]}")
 
-    yield Bench(Context(Store(tmp_path / "store"), on_event, {"versions": {}}), *variants, scenes, said)
+    yield Bench(Context(Store(tmp_path / "store"), on_event, {"versions": {}}), plain, other, samples, config, said)
 
 
 def test_a_changed_metric_runs_no_engine(bench: Bench) -> None:
     first = bench.quality(bench.plain)
     assert bench.said == ["make scores", "make predictions", "done predictions", "done scores"]
-    assert [row["scene"] for row in first["pairs"]] == [name for name in first["scenes"] for _ in range(3)]
+    assert [row["group"] for row in first["samples"]] == [name for name in first["groups"] for _ in range(3)]
     assert first.keys() >= {"summary", "measured", "size_bytes", "executed", "flops", "artifact", "measured_at"}
     assert {p.name for p in Path(first["artifact"]).iterdir()} == {"quality.json", "kernels.json", "manifest.json"}
 
-    for name, value in (("chamfer_points", 64), ("scale_alignment", "lstsq"), ("min_valid_pixels", 5)):
-        again = bench.quality(bench.plain, quality={**QUALITY, name: value})
+    changes: list[tuple[str, Any]] = [("chamfer_points", 64), ("scale_alignment", "lstsq"), ("min_valid_pixels", 5)]
+    for name, value in changes:
+        again = bench.quality(bench.plain, **{name: value})
         assert bench.said == ["make scores", "reuse predictions", "done scores"], name
         assert {k: again[k] for k in ("executed", "flops", "size_bytes")} == {
             k: first[k] for k in ("executed", "flops", "size_bytes")
         }
     assert again["summary"] == first["summary"]
-    again = bench.quality(bench.plain, quality={**QUALITY, "main_metric": "rmse", "metrics": ["rmse"]})
+    again = bench.quality(bench.plain, main_metric="rmse", metrics=["rmse"])
     assert bench.said == ["reuse scores"] and again == first
     bench.quality(bench.plain, seed=3)  # another crop, and another sample of points
     assert bench.said[1] == "make predictions"
@@ -122,7 +123,7 @@ def test_kept_scores_need_no_predictions(bench: Bench) -> None:
     first = bench.quality(bench.plain)
     shutil.rmtree(bench.ctx.store.root / "predictions")
     assert bench.quality(bench.plain) == first and bench.said == ["reuse scores"]
-    bench.quality(bench.plain, quality={**QUALITY, "chamfer_points": 64})
+    bench.quality(bench.plain, chamfer_points=64)
     assert bench.said == ["make scores", "make predictions", "done predictions", "done scores"]
 
 
@@ -131,13 +132,13 @@ def test_kept_predictions_score_as_live_ones(bench: Bench, truthful: bool, monke
     """Nothing is rounded; and what is too large to be kept is scored beside the engines."""
     reference = None if truthful else bench.plain
     kept = bench.quality(bench.other, reference)
-    monkeypatch.setattr(stages, "ONE_BYTES", bytes_of(5, 64, 64))
+    monkeypatch.setattr(stages, "ONE_BYTES", 5 * BYTES)
     bench.ctx.store.root = bench.ctx.store.root.parent / "another"
     live = bench.quality(bench.other, reference)
     assert bench.said == ["make scores", "done scores"]
-    assert len(kept["pairs"]) == 6 and not (bench.ctx.store.root / "predictions").exists()
+    assert len(kept["samples"]) == 6 and not (bench.ctx.store.root / "predictions").exists()
     assert {k: v for k, v in kept.items() if k not in AGAIN} == {k: v for k, v in live.items() if k not in AGAIN}
-    monkeypatch.setattr(stages, "ONE_BYTES", bytes_of(6, 64, 64))
+    monkeypatch.setattr(stages, "ONE_BYTES", 6 * BYTES)
     bench.ctx.store.root = bench.ctx.store.root.parent / "third"
     bench.quality(bench.other, reference)
     assert "make predictions" in bench.said
@@ -152,14 +153,6 @@ def test_a_reference_is_predicted_once(bench: Bench) -> None:
     assert bench.said.count("make predictions") == 1 and bench.said.count("reuse predictions") == 1
     bench.quality(bench.other)
     assert bench.said.count("make predictions") == 1  # pairs are chosen by their ground truth
-
-
-def test_a_part_of_the_pairs(bench: Bench) -> None:
-    whole, part = bench.quality(bench.plain), bench.quality(bench.plain, pairs_per_scene=2)
-    assert [row["scene"] for row in part["pairs"]] == [name for name in whole["scenes"] for _ in range(2)]
-    assert all(row in whole["pairs"] for row in part["pairs"])
-    with pytest.raises(PqkError, match="must be at least 1, got 0"):
-        bench.quality(bench.plain, pairs_per_scene=0)
 
 
 def test_spread_is_even_and_nested() -> None:
@@ -187,32 +180,36 @@ def test_most_pairs_are_counted() -> None:
 
 def test_kept_arrays_come_back_in_their_shapes(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
-    pairs = [
-        {"pts3d_1": random.normal(size=(*a, 3)), "conf_1": random.random(a), "pts3d_2": random.normal(size=(*b, 3)),
-         "conf_2": random.random(b)}
+    samples: list[dict[str, Any]] = [
+        {"pts3d_1": random.normal(size=(*a, 3)).astype(np.float32), "conf_1": random.random(a).astype(np.float32),
+         "count": np.int64(7), "conf_2": random.random(b)}
         for a, b in (((4, 6), (6, 4)), ((5, 5), (3, 3)))
     ]  # fmt: skip
     with Writer(tmp_path) as writer:
-        for place, arrays in enumerate(pairs):
-            writer.add({"scene": 0, "first": "a", "second": "\u00e9", "places": [0, place]}, arrays)
-    assert (tmp_path / "pairs.bin").stat().st_size == 4 * (4 * 24 * 2 + 4 * (25 + 9))
+        for place, arrays in enumerate(samples):
+            writer.add(0, f"a, \u00e9{place}", arrays)
+    assert (tmp_path / "arrays.bin").stat().st_size == 4 * 4 * (24 + 25) + 8 * 2 + 8 * (24 + 9)
     with Predictions(tmp_path) as kept:
-        assert [pair["places"] for pair in kept.pairs] == [[0, 0], [0, 1]]
+        assert kept.samples == [(0, "a, \u00e90"), (0, "a, \u00e91")]
         for place in (1, 0):
             found = kept.arrays(place)
-            assert found.keys() == pairs[place].keys()
-            for name, values in pairs[place].items():
-                np.testing.assert_array_equal(found[name], values.astype(np.float32))
-    with pytest.raises(PqkError, match="no conf_1"), Writer(tmp_path) as writer:
-        writer.add({}, {"pts3d_1": np.zeros((1, 1, 3))})
+            assert found.keys() == samples[place].keys()
+            for name, values in samples[place].items():
+                assert (found[name].dtype, found[name].shape) == (values.dtype, values.shape)
+                np.testing.assert_array_equal(found[name], values)
+    with (tmp_path / "arrays.bin").open("r+b") as file:
+        file.truncate((tmp_path / "arrays.bin").stat().st_size - 1)
+    with Predictions(tmp_path) as kept, pytest.raises(PqkError, match="of sample 2 are cut short"):
+        kept.arrays(1)
 
 
 def test_the_oldest_predictions_make_room(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    made = [
-        store.get_or_make("predictions", {"k": k}, lambda f: (f / "x").write_bytes(b"0" * 1000) or None)
-        for k in range(4)
-    ]
+
+    def make(folder: Path) -> None:
+        (folder / "x").write_bytes(b"0" * 1000)
+
+    made = [store.get_or_make("predictions", {"k": k}, make) for k in range(4)]
     for age, artifact in zip((4000, 9000, 8000, 10), made, strict=True):
         now = artifact.path.stat().st_mtime
         os.utime(artifact.path, (now, now - age))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from run_toys import small_experiment
 
 from backends.base import Graph, Precision
 from pqk.engines.variant import Variant
@@ -29,7 +30,7 @@ QUIET = [1.0 + k / 100 for k in range(30)]
 
 def variant(name: str, precision: Precision, model: str) -> Variant:
     graph = Graph(Path(f"{model}-{precision}.onnx"), (), (), (model + str(precision)).ljust(64, "0")[:64])
-    return Variant(name, "openvino", precision, graph, graph, {})
+    return Variant(name, "openvino", precision, {"encoder": graph, "decoder": graph})
 
 
 TEACHER = variant("fp32", Precision.F32, "a")
@@ -37,6 +38,7 @@ TEACHER_16 = variant("bf16", Precision.BF16, "a")
 STUDENT = variant("student fp32", Precision.F32, "b")
 STUDENT_16 = variant("student bf16", Precision.BF16, "b")
 INT8 = variant("int8", Precision.INT8, "c")
+EXPERIMENT = small_experiment({"eval.quality.metrics": ["absrel"]})
 
 
 def record_of(
@@ -46,8 +48,8 @@ def record_of(
     scored = {
         name: {
             "summary": {"absrel": 0.1},
-            "scenes": ["s"],
-            "pairs": [{"scene": "s", "first": "a", "second": "b", "absrel": 0.1}],
+            "groups": ["s"],
+            "samples": [{"group": "s", "sample": "a, b", "absrel": 0.1}],
             "measured": "engine",
             "executed": {},
             "matched_by_size": None,
@@ -56,23 +58,22 @@ def record_of(
         }
         for name in pairs
     }
-    samples = {
+    samples: dict[str, dict[str, Any]] = {
         name: {
-            "pair": ms,
-            "encoder": [x / 4 for x in ms for _ in "ab"],
-            "decoder": [x / 2 for x in ms],
-            "scene_s": [1.0],
+            "sample": ms,
+            "graphs": {"encoder": [x / 4 for x in ms for _ in "ab"], "decoder": [x / 2 for x in ms]},
+            "group_s": [1.0],
+            "group_samples": 9,
         }
         for name, ms in pairs.items()
     }
     if "device" in about:
         samples[which.name]["device"] = about["device"]
     timed = {"variants": samples, "timing": TIMING, "disturbed": about.get("disturbed", [])}
-    timed = timed if about.get("timed", True) else None
     memory = {name: about.get("memory", {"compile": 3_000_000_000, "steady": 2_000_000_000}) for name in pairs}
     common = {"exp_id": "X", "role": "baseline", "status": "ok", "main_metric": "absrel", "hashes": {}}
-    measured = Measurements(TEACHER, scored, timed, memory)
-    record = measured_record(common | about.get("common", {}), measured, which, against, True, ["absrel"])
+    measured = Measurements(TEACHER, scored, timed if about.get("timed", True) else None, memory)
+    record = measured_record(common | about.get("common", {}), measured, which, against, True, EXPERIMENT)
     validate(record)
     return record
 

@@ -14,9 +14,9 @@ from run_toys import Outcome, pqk
 from pqk.cli.run_output import export_card, run_card
 from pqk.data.render.generate import ScenePlan, make_scenes
 from pqk.errors import PqkError
+from pqk.families.dust3r.data import refuse_partial_truth
 from pqk.recipe import stages
 from pqk.recipe.request import Request
-from pqk.recipe.splits import refuse_partial_truth
 from pqk.record.schema import empty_record
 
 

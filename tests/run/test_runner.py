@@ -294,8 +294,9 @@ def test_large_card(project: Path) -> None:
     from pqk.settings.card import load_card
 
     large, plain = (resolve(load_card(name, project), project) for name in ("B1-large", "B1"))
-    assert (large.workload.scenes.test.count, large.workload.scenes.test.views) == (1, 2)
-    assert large.quant.ptq.calibration_images == large.workload.calibration.images == 8
-    assert large.workload.pair_graph.kind == "complete"
+    workload: Any = large.workload
+    assert (workload.scenes.test.count, workload.scenes.test.views) == (1, 2)
+    assert large.quant.ptq.calibration_images == workload.calibration.images == 8
+    assert workload.pair_graph.kind == "complete"
     assert large.evaluation.thresholds == plain.evaluation.thresholds
     assert sha256_json(large.quant.model_dump(mode="json")) == large.quant.sha256

@@ -26,9 +26,10 @@ from run_toys import TINY, environment
 from pqk.compress.train.loop import Progress, Schedule, Trainer
 from pqk.compress.train.stop_rules import StopRules, best_checkpoint, drop_line, stale, untold_drop
 from pqk.errors import PqkError
+from pqk.families.dust3r.parts import ATTENTION, LAST_LAYERS
 from pqk.families.dust3r.settings import Evaluation, load_evaluation
 from pqk.recipe import rollback
-from pqk.recipe.rollback import ATTENTION, HEADS, TABLE, Move, State, next_move
+from pqk.recipe.rollback import TABLE, Move, State, next_move
 from pqk.record.runlog import RunLog
 from pqk.settings.keep import split_entry
 from pqk.settings.quant import load_quant
@@ -298,7 +299,7 @@ def test_a_real_loop_is_stopped(
     assert (outcome, trainer.progress.step) == ("stopped" if kind else "done", steps)
     assert (found.kind if found else None) == kind
     if kind:
-        assert trainer.progress.reason == found.why
+        assert found is not None and trainer.progress.reason == found.why
     assert (rules.at_end(trainer.progress) is None) == (kind in (None, "no_improvement"))
 
 
@@ -317,7 +318,10 @@ HOURS = {"P": 1.2, "K": 2.0, "Q": 0.5}
 
 
 def state(stage: str, *recipe: str, **known: Any) -> State:
-    return State(stage, recipe, **{"trouble": f"{stage} drops 3 %", "settings": SETTINGS, "hours": HOURS, **known})
+    named = {"attention": ATTENTION, "last_layers": LAST_LAYERS}
+    return State(
+        stage, recipe, **{"trouble": f"{stage} drops 3 %", "settings": SETTINGS, "hours": HOURS, **named, **known}
+    )
 
 
 def chain(begin: State) -> list[Move]:
@@ -342,11 +346,14 @@ def test_q_alone() -> None:
     moves = chain(state("Q", "Q"))
     assert [m.name for m in moves] == ["keep-attention", "keep-heads", "distil-first", "longer-qat"]
     assert moves[0].settings["quant.ptq.keep_list"][3:] == [ATTENTION]
-    assert moves[1].settings["quant.ptq.keep_list"][3:] == [ATTENTION, HEADS]
+    assert moves[1].settings["quant.ptq.keep_list"][3:] == [ATTENTION, LAST_LAYERS]
     assert moves[2].recipe == ("K", "Q") and moves[2].hours == 2.5
     assert moves[3].settings == {"quant.qat.epochs": 17}
     assert moves[3].hours == pytest.approx(0.5 * 17 / 12)
     assert all(m.why.startswith("Q drops 3 %; ") for m in moves)
+    nameless = chain(state("Q", "Q", last_layers=None))  # of a family that names no last layers
+    assert [m.name for m in nameless] == ["keep-attention", "distil-first", "longer-qat"]
+    assert chain(state("Q", "Q", attention=None, last_layers=None, trains=False)) == []
 
 
 def test_the_worst_ranked_nodes_go_first() -> None:
@@ -432,7 +439,7 @@ def test_the_patterns_name_nodes_of_real_graphs(tmp_path: Path, head: str) -> No
     from backends.exchange import export
     from pqk.models import build_model
 
-    load_quant(REPOSITORY / "configs" / "quant.yaml", {"ptq.keep_list": [ATTENTION, HEADS]})
+    load_quant(REPOSITORY / "configs" / "quant.yaml", {"ptq.keep_list": [ATTENTION, LAST_LAYERS]})
     widths = {"dpt": {"feature_dim": 16, "last_dim": 8, "layer_dims": [8, 12, 16, 24]}, "dec_depth": 3}
     model = build_model("dust3r", {**TINY, "head_type": head, **(widths if head == "dpt" else {})})
     for name, spec in model.graphs(64, 64).items():
@@ -441,7 +448,7 @@ def test_the_patterns_name_nodes_of_real_graphs(tmp_path: Path, head: str) -> No
         attention = {n for n in nodes if re.search(ATTENTION, n)}
         blocks = {n.rsplit("/", 1)[0] for n in nodes if n.endswith("attn/Softmax")}
         assert attention == {f"{block}/{m}" for block in blocks for m in ("MatMul", "MatMul_1")}
-        of, pattern = split_entry(HEADS)
+        of, pattern = split_entry(LAST_LAYERS)
         assert of == "decoder"
         heavy = {n for n in nodes if re.search(pattern, n) and nodes[n] in ("Conv", "MatMul", "Gemm")}
         assert len(heavy) == (0 if name == "encoder" else 2 if head == "linear" else 6)

@@ -13,13 +13,16 @@ from typing import Any
 import numpy as np
 import pytest
 from engine_toys import SIDE, toy_variant
+from run_toys import scene_samples, small_experiment
 
+from backends.reference import OnnxRuntimeEngine
 from pqk.data.render.generate import ScenePlan, make_scenes
-from pqk.engines.variant import PairTimes, Runner
+from pqk.engines.calls import Engines, Stopwatch
+from pqk.measure import timing as module
 from pqk.measure.noise import Clocks, disturbances
 from pqk.measure.timing import time_variants, why_to_end
 from pqk.recipe import stages
-from pqk.recipe.stages import Context, Scenes
+from pqk.recipe.stages import Context
 from pqk.store.store import Store
 
 EFFICIENCY = {"warmup": 1, "min_rounds": 12, "min_seconds": 0.0, "max_seconds": 20.0, "enough_pct": None}
@@ -42,15 +45,19 @@ def toys(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
     return scene, [toy_variant(root / name, name) for name in ("one", "two", "three")]
 
 
+FED = {
+    "workload.input.shape": [1, 3, SIDE, SIDE],
+    "workload.pair_graph": {"kind": "neighbor", "k": 2, "symmetrize": False},
+}
+
+
 @pytest.fixture
 def asked(toys: tuple[Path, list[Any]]) -> Asked:
     def request(**efficiency: Any) -> dict[str, Any]:
         return {
+            **small_experiment(FED).fed,
             "variants": [variant.to_json() for variant in toys[1]],
-            "scenes": [str(toys[0])],
-            "shape": [SIDE, SIDE],
-            "views": 3,
-            "pair_graph": {"kind": "neighbor", "k": 2, "symmetrize": False},
+            "samples": scene_samples([toys[0]], views=3).to_json(),
             "efficiency": {**EFFICIENCY, **efficiency},
         }
 
@@ -59,16 +66,23 @@ def asked(toys: tuple[Path, list[Any]]) -> Asked:
 
 def test_the_order_is_drawn_anew_in_each_round(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[str] = []
-    real = Runner.timed_pair
+    opened: dict[int, str] = {}
+    real, reset = module.compiled, Stopwatch.reset
 
-    def heard(self: Runner, image_1: np.ndarray, image_2: np.ndarray) -> PairTimes:
-        ran.append(self.variant.name)
-        return real(self, image_1, image_2)
+    def heard_opening(variant: Any) -> Engines:
+        engines = real(variant)
+        opened[id(engines)] = variant.name
+        return engines
 
-    monkeypatch.setattr(Runner, "timed_pair", heard)
+    def heard(self: Stopwatch) -> None:
+        ran.append(opened[id(self._engines)])
+        reset(self)
+
+    monkeypatch.setattr(module, "compiled", heard_opening)
+    monkeypatch.setattr(Stopwatch, "reset", heard)
     found = time_variants(asked(min_rounds=40))
     names = ["one", "two", "three"]
-    timed = ran[3:]  # after one round of warm-up
+    timed = ran[3:]  # each stopwatch begins by a reset of its own
     rounds = [timed[k : k + 3] for k in range(0, len(timed), 3)]
     assert len(rounds) == found["timing"]["rounds"] == 40
     assert all(sorted(each) == sorted(names) for each in rounds)
@@ -79,8 +93,12 @@ def test_the_order_is_drawn_anew_in_each_round(asked: Asked, monkeypatch: pytest
     random = np.random.default_rng(found["timing"]["order_seed"])
     assert rounds == [[names[k] for k in random.permutation(3)] for _ in range(40)]
     for samples in found["variants"].values():
-        assert (len(samples["pair"]), len(samples["encoder"]), len(samples["decoder"])) == (40, 80, 40)
-        assert len(samples["scene_s"]) == 2 and "device" not in samples
+        assert len(samples["sample"]) == 40
+        assert {graph: len(times) for graph, times in samples["graphs"].items()} == {"encoder": 80, "decoder": 40}
+        for k, whole in enumerate(samples["sample"]):  # with what lies between the graphs
+            assert whole >= sum(samples["graphs"]["encoder"][2 * k : 2 * k + 2]) + samples["graphs"]["decoder"][k] > 0
+        assert len(samples["group_s"]) == 2 and "device" not in samples
+        assert samples["group_samples"] == 2  # neighbours of three views
 
 
 @pytest.mark.parametrize(
@@ -120,12 +138,15 @@ def test_a_quick_model_is_timed_for_the_least_time(asked: Asked) -> None:
 def test_times_on_the_device_are_kept(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of an engine that tells them, as one on a GPU does; a double stands for it here."""
 
-    def timed_pair(self: Runner, image_1: np.ndarray, image_2: np.ndarray) -> PairTimes:
-        return PairTimes((1.0, 2.0), 3.0, 0.5 if self.variant.name == "two" else None)
+    real = OnnxRuntimeEngine.infer
 
-    monkeypatch.setattr(Runner, "timed_pair", timed_pair)
+    def infer(self: OnnxRuntimeEngine, feeds: Any) -> Any:
+        self.last_device_ms = 0.5 if "/two/" in str(self.graph.path) else None
+        return real(self, feeds)
+
+    monkeypatch.setattr(OnnxRuntimeEngine, "infer", infer)
     found = time_variants(asked())["variants"]
-    assert found["two"]["device"] == [0.5] * 12 and found["two"]["pair"] == [6.0] * 12
+    assert found["two"]["device"] == [1.5] * 12 and len(found["two"]["sample"]) == 12  # of three calls
     assert "device" not in found["one"]
 
 
@@ -154,15 +175,14 @@ def test_a_disturbed_timing_is_marked_and_taken_again(
 ) -> None:
     """The load that a real second process makes is in it; whether the machine is quiet afterwards is stated here."""
     scene, variants = toys
-    request = {name: asked(min_rounds=3)[name] for name in ("shape", "views", "pair_graph")}
     events: list[str] = []
 
     def time(load: float, max_load: float = 0.25, retime: bool = False) -> dict[str, Any]:
         ctx = Context(Store(tmp_path), lambda kind, *_: events.append(kind), {}, retime)
-        limits = {"max_load": max_load, "max_drift_pct": 1000.0}
+        efficiency = {**EFFICIENCY, "min_rounds": 3, "max_load": max_load, "max_drift_pct": 1000.0}
+        experiment = small_experiment({**FED, "eval.efficiency": efficiency})
         events.clear()
-        asked_now = {**request, "efficiency": {**EFFICIENCY, "min_rounds": 3, **limits}}
-        return stages.timing(ctx, variants[:1], Scenes((scene,), "0" * 64, scene), asked_now, load=lambda: load)
+        return stages.timing(ctx, experiment, variants[:1], scene_samples([scene], views=3), load=lambda: load)
 
     first = time(load=0.0)
     assert events == ["make", "done"]
@@ -171,7 +191,7 @@ def test_a_disturbed_timing_is_marked_and_taken_again(
     assert max(first["timing"][f"load_{when}"] for when in ("before", "during", "after")) > 0.25
 
     def pairs(timed: dict[str, Any]) -> list[float]:
-        found: list[float] = timed["variants"]["one"]["pair"]
+        found: list[float] = timed["variants"]["one"]["sample"]
         return found
 
     assert pairs(time(load=0.9)) == pairs(first) and events == ["reuse"]  # still not quiet
@@ -187,10 +207,10 @@ def test_a_disturbed_timing_is_marked_and_taken_again(
 def test_one_run_retimes_once(toys: tuple[Path, list[Any]], asked: Asked, tmp_path: Path) -> None:
     """What a run has timed itself it reuses, as the attempts of a rollback do."""
     scene, variants = toys
-    request = {name: asked()[name] for name in ("shape", "views", "pair_graph")}
-    request["efficiency"] = {**EFFICIENCY, "min_rounds": 3, "max_load": 1000.0, "max_drift_pct": 1000.0}
+    efficiency = {**EFFICIENCY, "min_rounds": 3, "max_load": 1000.0, "max_drift_pct": 1000.0}
+    experiment = small_experiment({**FED, "eval.efficiency": efficiency})
     events: list[str] = []
     ctx = Context(Store(tmp_path), lambda kind, *_: events.append(kind), {}, retime=True)
     for _ in range(2):
-        stages.timing(ctx, variants[:1], Scenes((scene,), "0" * 64, scene), request)
+        stages.timing(ctx, experiment, variants[:1], scene_samples([scene], views=3))
     assert events == ["make", "done", "reuse"]

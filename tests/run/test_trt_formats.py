@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from run_toys import make_project, pqk
@@ -15,7 +16,7 @@ from backends.base import BackendError, Unavailable
 from backends.onnx_graph import OnnxGraph
 from pqk.cli.run_output import run_card
 from pqk.errors import PqkError
-from pqk.recipe import stages
+from pqk.recipe import candidate, stages
 from pqk.recipe.request import Request
 
 FOUND = registry.get("trt").availability()
@@ -108,7 +109,12 @@ def no_stages(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def reached(*_: object) -> None:
         raise AssertionError("a stage began")
 
-    monkeypatch.setattr(stages, "calibration_images", reached)
+    real = candidate.open_split
+
+    def opened(ctx: Any, experiment: Any, split: str, *rest: Any) -> Any:
+        return reached() if split == "calibration" else real(ctx, experiment, split, *rest)
+
+    monkeypatch.setattr(candidate, "open_split", opened)
     monkeypatch.setattr(stages, "export_graphs", reached)
     monkeypatch.chdir(project)
 

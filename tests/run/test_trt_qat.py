@@ -91,7 +91,7 @@ def test_the_torch_mode_trains_where_ptq_drops_too_much(low_line: None, project:
     assert trained["quantizer"] == "modelopt-torch" and trained["keep_list"] == keep
     (folder,) = (m.parent for m in (project / "outputs" / "store" / "qat").glob("*/manifest.json"))
     about = json.loads((folder / "about.json").read_text())
-    assert about["steps"] == 4 and about["pairs"] == 1
+    assert about["steps"] == 4 and about["feeds"]["decoder"] == 1
     encoder, decoder = (OnnxGraph(folder / f"{part}.onnx") for part in ("encoder", "decoder"))
     # One call of this layer is kept, so both are.
     wanted = ((encoder, "/enc_blocks.0/mlp/fc1/"), (decoder, "/decoder_embed/MatMul"), (decoder, "_embed_1/MatMul"))

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pqk.families.dust3r.settings import Thresholds, load_evaluation
-from pqk.recipe.verdict import Measured, judge_drop, judge_quantized
+from pqk.recipe.verdict import Measured, Rise, judge_drop, judge_quantized
 from pqk.stats.intervals import Interval
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -22,8 +23,19 @@ def exact(value: float) -> Interval:
     return Interval(value, value, value, 8)
 
 
-GOOD = Measured(exact(0.4), exact(2.6), exact(1.3), size_ratio=0.26, int8_share=0.91, ause_rise=exact(0.01))
-ORDER = [field.name for field in fields(Measured)]
+def risen(value: Interval | None) -> list[Rise]:
+    """A rise of ause, which is judged beside the main metric."""
+    return [Rise("ause", "confidence", value, LIMITS.ause_rise)]
+
+
+def measured_as(name: str, value: Any) -> Measured:
+    """What is measured: GOOD with one number changed."""
+    changed: dict[str, Any] = {"rises": risen(value)} if name == "ause_rise" else {name: value}
+    return replace(GOOD, **changed)
+
+
+GOOD = Measured(exact(0.4), exact(2.6), exact(1.3), 0.26, int8_share=0.91, rises=risen(exact(0.01)))
+ORDER = ["drop_pct", "speedup_vs_own_f32", "speedup_vs_best_float", "size_ratio", "int8_share", "ause_rise"]
 NOISY = ("drop_pct", "speedup_vs_own_f32", "speedup_vs_best_float")
 
 # name: (just good enough, just not)
@@ -41,10 +53,8 @@ def test_all_good() -> None:
     verdict, sentences = judge_quantized(GOOD, LIMITS)
     assert verdict == "pass"
     assert len(sentences) == 6
-    assert judge_quantized(replace(GOOD, ause_rise=None), LIMITS) == (
-        "pass",
-        sentences[:5],
-    )  # where it is not asked for
+    for rises in ([], risen(None)):  # where it is not asked for, and where it was not measured
+        assert judge_quantized(replace(GOOD, rises=rises), LIMITS) == ("pass", sentences[:5])
     assert all(sentence.startswith("ok: ") for sentence in sentences)
     assert sentences[1] == "ok: t_pair p50 61.5 % below the model's own f32 (at least 50 % below)"
 
@@ -52,18 +62,18 @@ def test_all_good() -> None:
 @pytest.mark.parametrize("name", ORDER)
 def test_each_threshold_flips_alone(name: str) -> None:
     enough, not_enough = EDGES[name]
-    assert judge_quantized(replace(GOOD, **{name: enough}), LIMITS)[0] == "pass"
-    verdict, sentences = judge_quantized(replace(GOOD, **{name: not_enough}), LIMITS)
+    assert judge_quantized(measured_as(name, enough), LIMITS)[0] == "pass"
+    verdict, sentences = judge_quantized(measured_as(name, not_enough), LIMITS)
     assert verdict == "fail"
     assert [s.startswith("FAILED: ") for s in sentences] == [field == name for field in ORDER]
 
 
 @pytest.mark.parametrize("name", NOISY)
 def test_what_was_not_measured_neither_passes_nor_hides_a_failure(name: str) -> None:
-    verdict, sentences = judge_quantized(replace(GOOD, **{name: None}), LIMITS)
+    verdict, sentences = judge_quantized(measured_as(name, None), LIMITS)
     assert verdict is None
     assert [s.startswith("?: ") for s in sentences] == [field == name for field in ORDER]
-    assert judge_quantized(replace(GOOD, **{name: None}, int8_share=0.1), LIMITS)[0] == "fail"
+    assert judge_quantized(replace(measured_as(name, None), int8_share=0.1), LIMITS)[0] == "fail"
 
 
 def test_the_slack_against_the_best_float_is_said() -> None:
@@ -81,10 +91,10 @@ def test_an_interval_on_both_sides_of_its_limit_is_undecided(name: str) -> None:
     assert isinstance(good, Interval) and isinstance(bad, Interval)
     low, high = sorted((good.value, bad.value))
     for value in (low, high):  # whatever the number itself would say
-        verdict, sentences = judge_quantized(replace(GOOD, **{name: Interval(value, low, high, 8)}), LIMITS)
+        verdict, sentences = judge_quantized(measured_as(name, Interval(value, low, high, 8)), LIMITS)
         assert verdict == "undecided"
         assert [s.startswith("undecided: ") for s in sentences] == [field == name for field in ORDER]
-    unknown = replace(GOOD, **{name: Interval(good.value, None, None, 1)})
+    unknown = measured_as(name, Interval(good.value, None, None, 1))
     assert judge_quantized(unknown, LIMITS)[0] == "undecided"
     assert judge_quantized(replace(unknown, int8_share=0.1), LIMITS)[0] == "fail"
     assert judge_quantized(replace(unknown, int8_share=None), LIMITS)[0] is None
@@ -137,7 +147,7 @@ def test_the_verdict_is_the_conjunction(m: Measured, drop: float, cut: float, ra
         assert m.drop_pct.low is not None and m.drop_pct.high is not None
         assert (marks[0] == "ok") == (m.drop_pct.high <= drop)
         assert (marks[0] == "FAILED") == (m.drop_pct.low > drop)
-    assert (marks[4] == "ok") == (m.int8_share >= share)
+    assert m.int8_share is not None and (marks[4] == "ok") == (m.int8_share >= share)
 
 
 @given(measured, st.floats(0, 50), st.floats(1, 4))

@@ -7,6 +7,9 @@ import re
 KINDS = ("encoder attention", "encoder MLPs", "decoder attention", "decoder MLPs", "heads")
 """Kinds of parts, in the order of a table."""
 
+ATTENTION = r"attn/MatMul(_1)?$"
+"""The keep-list entry of Q K^T and its product with V, of every attention of both graphs."""
+
 LAST_LAYERS = r"decoder:/downstream_head\d/(dpt/head\.|proj/)"
 """The keep-list entry of the layers right before points and confidence."""
 

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from pqk.errors import nearest
 from pqk.families.contract import GraphUse, Metric
 from pqk.families.dust3r.configs import NAMED as NAMED
+from pqk.families.dust3r.parts import ATTENTION as ATTENTION
 from pqk.families.dust3r.parts import KINDS as KINDS
 from pqk.families.dust3r.parts import LAST_LAYERS as LAST_LAYERS
 from pqk.families.dust3r.parts import part_of as part_of
