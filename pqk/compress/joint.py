@@ -22,20 +22,15 @@ from pqk.compress.cut.importance import importances
 from pqk.compress.cut.prune import Removed
 from pqk.compress.cut.refit import moments, refit
 from pqk.compress.cut.units import Slot, cut, slots_of
-from pqk.compress.qat import Quantized, imitation_loss, qat, training_of
-from pqk.compress.train.fit import Fitted, Stop, fit
+from pqk.compress.qat import qat, rounded_loss
+from pqk.compress.train.fit import Fitted, Outputs, Stop, TrainingData, fit
 from pqk.compress.train.loop import Progress
-from pqk.compress.train.pairs import SymmetricPairs
-from pqk.data.render.stream import PairBatch
 from pqk.errors import PqkError
-from pqk.families.dust3r.losses import confidence_loss
-from pqk.families.dust3r.model import Dust3r
 from pqk.models import build_model
 from pqk.settings.joint import Joint
 from pqk.settings.prune import Prune, Sensitivity, Units
-from pqk.settings.quant import Qat
 from pqk.settings.seeds import LIMIT
-from pqk.settings.training import Fit
+from pqk.settings.training import Fit, Rounded
 
 Report = Callable[[Progress], None]
 
@@ -72,7 +67,7 @@ class GatePlan:
     seed: of the training pairs of the importance. On one CPU the same arguments give the same gates.
     """
 
-    def __init__(self, teacher: Dust3r, spec: Joint, *, seed: int, importance: dict[str, Tensor] | None = None) -> None:
+    def __init__(self, teacher: Any, spec: Joint, *, seed: int, importance: dict[str, Tensor] | None = None) -> None:
         """importance: what `importances` gave before, to spare its time. Raises PqkError when flops_cut is too much."""
         self.spec, self.seed = spec, seed
         self.sampling = _sampling(spec)
@@ -86,23 +81,25 @@ class GatePlan:
         self.total = Costs(teacher, self.slots)({}).flops
         shut(self.layouts, self.starts, self.total, spec.flops_cut)  # what cannot be reached is told before training
 
-    def into(self, encoder: nn.Module, decoder: nn.Module) -> Gated:
+    def into(self, parts: Mapping[str, nn.Module]) -> Gated:
         """Put the gates into the prepared modules."""
-        pace = self.spec.gates.rate / self.spec.train.lr
-        return Gated(self.layouts, (encoder, decoder), self.total, self.starts, pace)
+        pace = self.spec.gates.rate / self.spec.train.learning_rate
+        return Gated(self.layouts, tuple(parts.values()), self.total, self.starts, pace)
 
 
-def phases(spec: Joint) -> tuple[Fit, Qat]:
-    """The two phases as trainings: the first one's rate stays after its warm-up, the second one's falls to a tenth."""
-    first = training_of(spec.train.model_copy(update={"epochs": spec.gates.epochs}))
-    rest = spec.train.model_copy(update={"epochs": spec.train.epochs - spec.gates.epochs, "warmup_epochs": 0})
-    return first.model_copy(update={"final_rate": first.learning_rate}), rest
+def phases(spec: Joint) -> tuple[Rounded, Rounded]:
+    """The two phases as trainings: the first one's rate stays after its warm-up, the second one's falls."""
+    whole, gated = spec.train, spec.gates.epochs
+    first = {"epochs": gated, "warmup": whole.warmup * whole.epochs / gated, "final_rate": whole.learning_rate}
+    rest = {"epochs": whole.epochs - gated, "warmup": 0.0}
+    return whole.model_copy(update=first), whole.model_copy(update=rest)
 
 
 def close_gates(
     parts: Mapping[str, nn.Module],
     plan: GatePlan,
-    teacher: Dust3r,
+    teacher: Any,
+    data: TrainingData,
     *,
     scratch: Path,
     device: str = "cpu",
@@ -112,60 +109,51 @@ def close_gates(
     """The first phase: train the prepared modules, in place, with gates that shut until plan.spec.flops_cut is gone.
 
     parts: what a quantizer's `prepare` made of each graph's module, without gates. The loss is that of
-    `pqk.compress.qat.qat` and the price of the FLOPs that are still to go. The target goes in a line from what the
+    `pqk.compress.qat` and the price of the FLOPs that are still to go. The target goes in a line from what the
     gates cut at the start to flops_cut, at gates.ramp of the phase; the slope rises geometrically over the whole of it.
     Returns what `fit` does, the gates as they ended, and the averaged float weights by their names in the Teacher.
     """
     spec, training = plan.spec, phases(plan.spec)[0]
-    gated = plan.into(parts["encoder"], parts["decoder"])
-    model = Quantized(parts["encoder"], parts["decoder"], teacher.sizes.patch_size)
-    price = Price(spec.gates.penalty, spec.gates.dual_rate)
-    began = float(gated.cut().detach())
-    guide = SymmetricPairs(teacher).eval()
+    gated, price = plan.into(parts), Price(spec.gates.penalty, spec.gates.dual_rate)
+    model, began = nn.ModuleDict(parts), float(gated.cut().detach())
+    imitate = rounded_loss(training, data)
 
-    def loss_of(module: nn.Module, pairs: PairBatch, share: float) -> Tensor:
+    def loss_of(module: nn.Module, batch: Any, aim: Outputs | None, share: float) -> Tensor:
         gated.steepen(spec.gates.slope**share)
-        with torch.no_grad():
-            aim = guide(pairs.images)
-        got = module(pairs.images)
-        with torch.autocast(pairs.images.device.type, enabled=False):
-            loss = imitation_loss(got, aim, training.alpha)
-            if spec.train.task_weight:
-                loss = loss + spec.train.task_weight * confidence_loss(got, *pairs.ordered(), training.alpha)[0]
-            target = began + (spec.flops_cut - began) * min(1.0, share / spec.gates.ramp)
+        loss = imitate(module, batch, aim, share)
+        target = began + (spec.flops_cut - began) * min(1.0, share / spec.gates.ramp)
+        with torch.autocast(loss.device.type, enabled=False):
             return loss + price(gated.cut(), target)
 
     fitted = fit(
         model,
         training,
         loss_of,
+        data,
         seed=plan.seed,
         scratch=scratch,
         device=device,
         teacher=teacher,
+        guided=True,
         extra=price,
         stop=stop,
         report=report,
     )
-    # not the best weights, which are those of open gates, but the last: what fit keeps in its checkpoint
-    last = torch.load(scratch / "checkpoint.pt", map_location="cpu", weights_only=True)["ema"]
-    model.cpu().load_state_dict(
-        {name.removeprefix("model."): v for name, v in last.items() if name.startswith("model.")}
-    )
+    model.cpu().load_state_dict(fitted.last)  # not the best weights, which are those of open gates
     gated.steepen(spec.gates.slope)
     return fitted, gated, float_weights(model, teacher)
 
 
-def float_weights(model: Quantized, like: Dust3r) -> dict[str, Tensor]:
-    """The weights of both prepared modules without their quantizers, by their names in a model of the same sizes.
+def float_weights(parts: nn.ModuleDict, like: Any) -> dict[str, Tensor]:
+    """The weights of the prepared modules without their quantizers, by their names in a model of the same sizes.
 
-    Weights that neither graph has are those of `like`.
+    Weights that no graph has are those of `like`.
     """
-    found = {**model.encoder.state_dict(), **model.decoder.state_dict()}
+    found = {name: value for part in parts.values() for name, value in part.state_dict().items()}
     return {name: found.get(name, value).detach().cpu().clone() for name, value in like.state_dict().items()}
 
 
-def cut_gates(teacher: Dust3r, weights: dict[str, Tensor], plan: GatePlan, gated: Gated) -> tuple[Dust3r, JointReport]:
+def cut_gates(teacher: Any, weights: dict[str, Tensor], plan: GatePlan, gated: Gated) -> tuple[Any, JointReport]:
     """A float network without the units whose gates are shut; the others' gates go into the weights that read them.
 
     weights: float ones, by their names in the Teacher. The lowest gates go, until plan.spec.flops_cut is reached.
@@ -223,8 +211,9 @@ def cut_gates(teacher: Dust3r, weights: dict[str, Tensor], plan: GatePlan, gated
 
 def settle(
     parts: Mapping[str, nn.Module],
-    teacher: Dust3r,
+    teacher: Any,
     spec: Joint,
+    data: TrainingData,
     *,
     seed: int,
     scratch: Path,
@@ -237,6 +226,7 @@ def settle(
         parts,
         teacher,
         phases(spec)[1],
+        data,
         seed=(seed + LIMIT // 2) % LIMIT,  # other pairs than those of the first phase
         scratch=scratch,
         device=device,
@@ -279,5 +269,5 @@ def _sampling(spec: Joint) -> Prune:
         units=Units(heads=spec.units.heads, ffn=spec.units.ffn, dpt=False, blocks=False),
         round_to=spec.round_to,
         sensitivity=Sensitivity(enabled=False, pairs=1, size=spec.samples.size, levels=(0.5,)),
-        train=training_of(spec.train),
+        train=Fit.model_validate(spec.train.model_dump(exclude={"task_weight"})),
     )

@@ -24,12 +24,15 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
+from pqk.errors import NotBuilt
+
 if TYPE_CHECKING:
     import numpy as np
     import torch
     from torch import Tensor, nn
 
     from pqk.settings.evaluation import Evaluation
+    from pqk.settings.training import Training
     from pqk.settings.workload import Workload
 
     Arrays = Mapping[str, np.ndarray]
@@ -324,20 +327,103 @@ class ScoringPart(Protocol):
         ...
 
 
+class Batches(Protocol):
+    """The batches of one training. Each can be asked for at any time: a resumed run sees what an undisturbed one would.
+
+    truthful: batches carry ground truth; without it the Teacher's outputs take its place (`LearningPart.as_truth`).
+    """
+
+    truthful: bool
+
+    def train(self, index: int, count: int, size: int) -> Any:
+        """Returns batch number `index` of the training samples: `count` of them, of size x size pixels."""
+        ...
+
+    def held_out(self) -> Iterator[Any]:
+        """Yields the samples that a training is judged on: always the same ones, which no training batch holds."""
+        ...
+
+
 class LearningPart(Protocol):
-    """What P, K and QAT need: batches, a forward over the graphs' modules, losses, one number per held-out sample."""
+    """What P, K, QAT and PQK need: batches, a forward over the graphs' modules, losses, metrics of held-out samples."""
 
-    TERMS: tuple[str, ...]  # names of the losses that recipes may weigh
+    TERMS: tuple[str, ...]  # names of the losses that recipes may weigh: task, kl, features, imitation
+    UNIT: str  # what a batch holds, in the plural
+    SOURCE: str  # of generated batches, for the card of a model that was trained on them
 
-    def batches(self, split: str, seed: int, asked: Any, device: torch.device) -> Iterator[Any]: ...
+    def parts(self, model: nn.Module) -> dict[str, nn.Module]:
+        """Returns the modules of all graphs of a model, by name; they share its weights and take any size."""
+        ...
 
-    def forward(self, parts: Mapping[str, nn.Module], batch: Any) -> Mapping[str, Tensor]: ...
+    def as_exported(self, parts: Mapping[str, nn.Module], workload: Workload) -> None:
+        """Sets modules that `forward` ran at other sizes back to the static shapes of the workload."""
+        ...
+
+    def batches(
+        self,
+        asked: Training,
+        device: torch.device,
+        *,
+        seed: int,
+        held_seed: int,
+        found: SampleSet | None = None,
+        workload: Workload | None = None,
+    ) -> Batches:
+        """Returns the batches of a training.
+
+        asked: its settings, with those of the held-out samples. seed: draws the training batches, held_seed the
+        held-out ones. found: the split 'train' (None: generated), read as `workload` says. Raises PqkError.
+        """
+        ...
+
+    def forward(self, parts: Mapping[str, nn.Module], batch: Any, watched: Any = None) -> dict[str, Any]:
+        """Returns the outputs for a batch. parts: the graphs' modules, plain, gated or rounding.
+
+        watched: what else is kept, under 'features'; see `features`.
+        """
+        ...
 
     def losses(
-        self, out: Mapping[str, Tensor], batch: Any, teacher: Mapping[str, Tensor] | None
-    ) -> dict[str, Tensor]: ...
+        self,
+        out: Mapping[str, Any],
+        batch: Any,
+        teacher: Mapping[str, Any] | None,
+        terms: Collection[str],
+        options: Mapping[str, Any],
+    ) -> dict[str, Tensor]:
+        """Returns the losses that are asked for, each a scalar. teacher: the Teacher's outputs for the batch.
 
-    def score(self, out: Mapping[str, Tensor], batch: Any) -> Tensor: ...
+        options: alpha (weight of the confidence in a loss), and for kl and features temperature and bridges.
+        """
+        ...
+
+    def features(self, teacher: nn.Module, student: nn.Module, seed: int) -> tuple[Any, Any, nn.ModuleDict]:
+        """Returns what to watch in the Teacher and in the student, and learned maps where their widths differ."""
+        ...
+
+    def as_truth(self, batch: Any, out: Mapping[str, Any], config: Mapping[str, Any]) -> Any:
+        """Returns the batch with outputs of the Teacher (of configuration `config`) in place of the truth."""
+        ...
+
+    def score(self, out: Mapping[str, Any], batch: Any) -> list[list[dict[str, float]]]:
+        """Returns the metrics of each sample of a held-out batch, once for each time that it was predicted.
+
+        They are named and computed as in the evaluation, the first of `METRICS` among them. A sample without anything
+        to score has an empty list; predictions that the evaluation refuses get the worst value, or NaN.
+        """
+        ...
+
+    def floor(self, batch: Any) -> list[list[dict[str, float]]]:
+        """Returns what `score` would of a predictor that ignores its input."""
+        ...
+
+    def distance(self, out: Mapping[str, Any], teacher: Mapping[str, Any], options: Mapping[str, Any]) -> list[float]:
+        """Returns the loss 'imitation' of each sample of a batch by itself."""
+        ...
+
+    def same_network(self, one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+        """Whether weights of one configuration mean the same in the other."""
+        ...
 
 
 class ExportPart(Protocol):
@@ -384,6 +470,12 @@ class Family:
 
     def scoring_part(self) -> ScoringPart:
         return cast(ScoringPart, import_module(self.scoring))
+
+    def learning_part(self) -> LearningPart:
+        """Raises NotBuilt (exit code 3) for a family that cannot be trained."""
+        if self.learning is None:
+            raise NotBuilt(f"models of the family {self.name} cannot be trained here: it has no learning part")
+        return cast(LearningPart, import_module(self.learning))
 
     def export_part(self) -> ExportPart | None:
         return None if self.export is None else cast(ExportPart, import_module(self.export))

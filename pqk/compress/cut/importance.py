@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from pqk.compress.cut.units import Group, Part, Slot
-from pqk.compress.train.pairs import SymmetricPairs, scenery
 from pqk.data.render.stream import training_pairs
 from pqk.data.render.synthetic import texture_bank
 from pqk.errors import PqkError
+from pqk.families.dust3r.batches import scenery
+from pqk.families.dust3r.learning import SymmetricPairs
 from pqk.families.dust3r.losses import confidence_loss
 from pqk.settings.prune import Prune
 from pqk.settings.seeds import split_seed

@@ -10,23 +10,18 @@ import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from pqk.compress.cut.cost import FLOPS_SIDE, Costs
 from pqk.compress.cut.importance import importances
 from pqk.compress.cut.refit import moments, refit
 from pqk.compress.cut.sensitivity import Probe, Scores, even_steps, kept, scan, spend, steps_by_scan
 from pqk.compress.cut.units import Plan, Slot, cut, slots_of
-from pqk.compress.train.fit import VALIDATION_SEED, Fitted, Stop, fit
-from pqk.compress.train.loop import Progress
-from pqk.compress.train.pairs import pick_device
-from pqk.data.render.stream import PairBatch
+from pqk.compress.train.data import VALIDATION_SEED
+from pqk.compress.train.device import pick_device
 from pqk.errors import PqkError
-from pqk.families.dust3r.losses import confidence_loss
 from pqk.families.dust3r.model import Dust3r
 from pqk.settings.prune import Prune
 
@@ -179,34 +174,3 @@ def _share_kept(slot: Slot, importance: Mapping[str, torch.Tensor], keep: Mappin
         return None
     stays = (importance[group.name][keep[group.name]] for group in slot.groups)
     return sum(float(value.sum()) for value in stays) / total
-
-
-def finetune(
-    pruned: Dust3r,
-    teacher: nn.Module,
-    spec: Prune,
-    *,
-    seed: int,
-    scratch: Path,
-    device: str = "auto",
-    stop: Stop | None = None,
-    report: Callable[[Progress], None] | None = None,
-) -> Fitted:
-    """Train the pruned network on the task loss alone; the Teacher only gives the drop (`pqk.compress.train.fit`)."""
-
-    def loss_of(module: nn.Module, pairs: PairBatch, share: float) -> torch.Tensor:
-        prediction = module(pairs.images)
-        with torch.autocast(pairs.images.device.type, enabled=False):
-            return confidence_loss(prediction, *pairs.ordered(), spec.train.alpha)[0]
-
-    return fit(
-        pruned.requires_grad_(True),  # what an earlier training left has no gradients
-        spec.train,
-        loss_of,
-        seed=seed,
-        scratch=scratch,
-        device=device,
-        teacher=teacher,
-        stop=stop,
-        report=report,
-    )

@@ -15,10 +15,11 @@ from torch import Tensor
 from pqk.compress.cut.importance import most_important
 from pqk.compress.cut.refit import Moments, refit
 from pqk.compress.cut.units import Plan, Slot, may_drop, silenced
-from pqk.compress.train.pairs import depth_scores, scenery
 from pqk.data.render.stream import training_pairs
 from pqk.data.render.synthetic import texture_bank
 from pqk.errors import PqkError
+from pqk.families.dust3r.batches import scenery
+from pqk.families.dust3r.learning import depth_scores
 from pqk.families.dust3r.model import Dust3r
 from pqk.settings.prune import Prune
 from pqk.settings.seeds import split_seed

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pqk.compress.train.pairs import SymmetricPairs
 from pqk.data.render.stream import training_pairs
 from pqk.data.render.synthetic import texture_bank
 from pqk.errors import PqkError
 from pqk.families.dust3r.configs import BlockSize, DptSize
+from pqk.families.dust3r.learning import SymmetricPairs
 from pqk.models import build_model
 from pqk.settings.distill import StudentCut
 from pqk.settings.seeds import INDICES, LIMIT, split_seed

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pqk.compress.distill import distill, make_student
+from pqk.compress.cut.student import make_student
+from pqk.compress.distill import distill
+from pqk.compress.train.data import opened_training
 from pqk.compress.train.progress import tell_training
 from pqk.compress.train.stop_rules import stopper
 from pqk.compress.train.trained import finish
@@ -25,6 +27,7 @@ def train_distilled(request: Mapping[str, Any]) -> dict[str, Any]:
     teacher = load_model(request["teacher"])
     distilling = Distill.model_validate_json(json.dumps(request["spec"]))
     student = load_model(request["before"]) if request["before"] else make_student(teacher, distilling.student)
-    stop = stopper(request["rules"])
-    fitted = distill(teacher, student, distilling, seed=seed, scratch=scratch, stop=stop, report=tell_training)
+    data, stop = opened_training(request), stopper(request["rules"])
+    report = tell_training(data.family)
+    fitted = distill(teacher, student, distilling, data, seed=seed, scratch=scratch, stop=stop, report=report)
     return finish(fitted, request, "K", {})

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pqk.compress.cut.prune import finetune, prune
+from pqk.compress.cut.prune import prune
+from pqk.compress.finetune import finetune
+from pqk.compress.train.data import opened_training
 from pqk.compress.train.progress import tell_training
 from pqk.compress.train.stop_rules import stopper
 from pqk.compress.train.trained import finish
@@ -32,8 +34,10 @@ def train_pruned(request: Mapping[str, Any]) -> dict[str, Any]:
         small, found = prune(start, pruning, seed=seed, report=lambda line: tell({"text": line, "share": 0.0}))
         save_model(small, kept)
         write_json(kept / "report.json", found.as_dict())
-    report = json.loads((kept / "report.json").read_text())
+    cut = json.loads((kept / "report.json").read_text())
     small = load_model(kept)
     stop = stopper(request["rules"])
-    fitted = finetune(small, teacher, pruning, seed=seed, scratch=scratch, stop=stop, report=tell_training)
-    return finish(fitted, request, "P", report)
+    data = opened_training(request)
+    report = tell_training(data.family)
+    fitted = finetune(small, teacher, pruning, data, seed=seed, scratch=scratch, stop=stop, report=report)
+    return finish(fitted, request, "P", cut)
