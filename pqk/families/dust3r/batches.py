@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,10 +14,10 @@ from pqk.data.render.stream import PairBatch, training_pairs
 from pqk.data.render.synthetic import texture_bank
 from pqk.data.scenes.kept import Kept
 from pqk.data.scenes.preprocess import Frame, fit_to_shape
-from pqk.data.scenes.scene import Scene, View, open_scene
+from pqk.data.scenes.scene import Scene, View
 from pqk.errors import PqkError
 from pqk.families.contract import SampleSet
-from pqk.families.dust3r.inputs import load_frames, scene_pairs
+from pqk.families.dust3r.inputs import learning_split, load_frames, scene_pairs
 from pqk.families.dust3r.scoring import points_in_camera
 from pqk.families.dust3r.settings import Workload
 from pqk.settings.seeds import INDICES, split_seed
@@ -91,7 +90,7 @@ class Own:
         self._asked, self._device, self._seed = asked, device, seed
         self._frames: dict[int, Kept[Frame]] = {}
         self._views: list[tuple[View, str]] = []
-        learned, held = split(found)
+        learned, held = learning_split(found)
         self._learned = self._pairs(learned, workload)
         judged = self._pairs(held, workload)
         count = min(asked.validation.pairs, len(judged))
@@ -153,31 +152,3 @@ def _pose(frame: Frame) -> np.ndarray:
 
 def _bytes_of(frame: Frame) -> int:
     return frame.image.nbytes + (0 if frame.depth is None else frame.depth.nbytes)
-
-
-def split(found: SampleSet) -> tuple[list[Scene], list[Scene]]:
-    """Returns the scenes that are learned from and those held out, on which a training is judged.
-
-    Of scenes in the natural order of their names every tenth is held out, of fewer than ten the last one. Of
-    photographs in a single folder, in the order of their names, the last tenth is, at least two: neighbours mostly show
-    the same, so that every tenth would not be apart. Raises PqkError where there is too little for both.
-    """
-    scenes = [open_scene(Path(folder)) for folder in found.where["folders"]]
-    views = found.how["views"]
-    scenes = [replace(scene, views=scene.views[:views]) for scene in scenes] if views else scenes
-    for scene in scenes:
-        if len(scene.views) < 2:
-            raise PqkError(f"{scene.root}: a scene to train on needs at least 2 images, found {len(scene.views)}")
-    if len(scenes) == 1 and not found.truthful:
-        scene = scenes[0]
-        last = len(scene.views) - max(2, len(scene.views) // 10)
-        if last < 2:
-            raise PqkError(
-                f"{scene.root}: training needs at least 4 photographs, 2 of them to judge it, found {len(scene.views)}"
-            )
-        return [replace(scene, views=scene.views[:last])], [replace(scene, views=scene.views[last:])]
-    if len(scenes) < 2:
-        raise PqkError(f"{scenes[0].root}: training needs at least 2 scenes, one of them to judge it, found 1")
-    held = set(range(9, len(scenes), 10)) or {len(scenes) - 1}
-    learned = [scene for k, scene in enumerate(scenes) if k not in held]
-    return learned, [scene for k, scene in enumerate(scenes) if k in held]
