@@ -122,8 +122,20 @@ def parity(
     names, tools = (
         [w.strip() for w in text.split(",") if w.strip()] if text else None for text in (backends, quantizers)
     )
-    chosen, given = settings_of(setting or []), {"train_scenes": train_scenes, "train_images": train_images}
-    request = Request(card, "", None, model, scenes, images, seed, fresh, chosen, retime=retime, **given)
+    request = Request(
+        card,
+        "",
+        None,
+        model,
+        scenes,
+        images,
+        seed,
+        fresh,
+        settings_of(setting or []),
+        retime=retime,
+        train_scenes=train_scenes,
+        train_images=train_images,
+    )
     raise typer.Exit(run_parity(request, names or [], tools, explain, json_line))
 
 
@@ -153,8 +165,17 @@ def tune(
     from pqk.cli.run_output import run_tune, settings_of
     from pqk.recipe.request import Request
 
-    chosen, given = settings_of(setting or []), {"train_scenes": train_scenes, "train_images": train_images}
-    request = Request(card, backend, quantizer, model, scenes, images, settings=chosen, **given)
+    request = Request(
+        card,
+        backend,
+        quantizer,
+        model,
+        scenes,
+        images,
+        settings=settings_of(setting or []),
+        train_scenes=train_scenes,
+        train_images=train_images,
+    )
     raise typer.Exit(run_tune(request, max_drop, max_evaluations, out, json_line))
 
 

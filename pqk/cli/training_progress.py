@@ -35,7 +35,7 @@ def run_train_teacher(
     root = project_root()
     spec = load_training(config or root / default_teacher(root).training, steps=steps)
     of = family_of_named(spec.model)
-    metric, unit = of.settings_part().METRICS[0].name, of.learning_part().UNIT
+    metrics, unit = [metric.name for metric in of.settings_part().METRICS], of.learning_part().UNIT
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),
@@ -51,7 +51,7 @@ def run_train_teacher(
         def report(p: train.Progress) -> None:
             eta = f"  ETA {p.seconds * (1 - p.share) / p.share / 60:.1f} min" if p.share else ""
             last = p.history[-1] if p.history else None
-            score = f"  val {metric} {last[metric]:.4f}" if last else ""
+            score = "".join(f"  val {name} {last[name]:.4f}" for name in metrics if last and name in last)
             note = f"step {p.step}  loss {p.loss:.4f}  {p.samples_per_second:.1f} {unit}/s{eta}{score}"
             bar.update(task, completed=p.share, note=note)
             if not console.is_terminal and time.monotonic() - spoken[0] > 10:  # a log file gets a line now and then
@@ -71,7 +71,7 @@ def run_train_teacher(
             report=report,
             command=command,
         )
-    best = "no validation yet" if math.isinf(progress.best) else f"best validation {metric} {progress.best:.4f}"
+    best = "no validation yet" if math.isinf(progress.best) else f"best validation {metrics[0]} {progress.best:.4f}"
     if train.world()[0] == 0:
         paused = "no weights written yet, the same command goes on"
         left = paused if outcome == "paused" else f"weights and card in {out}"

@@ -260,8 +260,8 @@ class DataPart(Protocol):
 
         The test split is what the workload's eval seed draws. The split 'train' of generated data is made as it is
         learned from, so its set is empty; of a folder, `drawn` says how much is learned from and how much is held out.
-        first, count: only these groups of generated data, beyond the workload's own (`--decide` adds some). Raises PqkError in one sentence for what a user must fix, before
-        anything long begins.
+        first, count: only these groups of generated data, beyond the workload's own (`--decide` adds some). Raises
+        PqkError in one sentence for what a user must fix, before anything long begins.
         """
         ...
 

@@ -146,8 +146,8 @@ class Learn:
     """Quantization-aware training: the section `qat` of quant.yaml, the train seed, and its stop-loss.
 
     rules: all of `StopRules`; lines: those of them that are part of what is made (a budget that ran out makes nothing).
-    train: the samples that are learned from, as plain data; key: what of them is part of what is made; note: of them, for
-    a record.
+    train: the samples that are learned from, as plain data; key: what of them is part of what is made; note: on them,
+    for a record.
     """
 
     spec: Mapping[str, Any]
@@ -187,13 +187,12 @@ def quantize(
     of, ptq = experiment.family, experiment.quant.ptq.model_dump(mode="json")
     stage = "qat" if learn else "quantized"
     loads = learn is not None or tool.starts_from == "module"
+    parts = (*(("model",) if loads else ()), *(("learning",) if learn else ()))
     code = (
         *_QUANT_CODE,
         *(("pqk.compress.tasks.qat",) if learn else ()),
         *(LOADER_CODE if loads else ()),
-        *parts_code(
-            of, "settings", "predict", "data", *(("model",) if loads else ()), *(("learning",) if learn else ())
-        ),
+        *parts_code(of, "settings", "predict", "data", *parts),
         *tool_code(backend, tool),
     )
 
