@@ -72,7 +72,7 @@ class TrainList(Section):
 
     @model_validator(mode="after")
     def _of_a_folder(self) -> Self:
-        if self.source == SYNTHETIC and self != TrainList():
+        if self.source == SYNTHETIC and (self.names or self.count or self.views or self.pictures):
             raise ValueError("with source 'synthetic' takes no 'names', 'count', 'views' or 'pictures'")
         return self
 
