@@ -13,6 +13,12 @@ from pqk.compress.train.loop import Progress
 from pqk.settings.prune import Prune
 
 
+def cutting_loss(module: nn.Module, batch: Any, data: TrainingData, alpha: float) -> Tensor:
+    """The loss whose gradients tell what may be cut: the task's, and without ground truth the family's probe."""
+    term = "task" if data.truthful else "probe"
+    return data.learning.losses(module(batch), batch, None, (term,), {"alpha": alpha})[term]
+
+
 def finetune(
     pruned: nn.Module,
     teacher: nn.Module,

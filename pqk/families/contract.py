@@ -353,7 +353,7 @@ class Batches(Protocol):
 class LearningPart(Protocol):
     """What P, K, QAT and PQK need: batches, a forward over the graphs' modules, losses, metrics of held-out samples."""
 
-    TERMS: tuple[str, ...]  # names of the losses that recipes may weigh: task, kl, features, imitation
+    TERMS: tuple[str, ...]  # names of the losses: task, kl, features, imitation; probe: what is cut by without truth
     UNIT: str  # what a batch holds, in the plural
     SOURCE: str  # of generated batches, for the card of a model that was trained on them
 

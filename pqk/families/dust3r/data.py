@@ -144,7 +144,7 @@ def _train(workload: Workload, root: Path, given: Given) -> SampleSet:
     found = _set(scenes, asked.views, not asked.pictures, True)
     learned, held = learning_split(found)
     what = "photographs in folders" if asked.pictures else "scenes with depth"
-    drawn = f"{len(learned)} {what}, judged on {len(held)} others"
+    drawn = f"{len(learned)} {what}, judged on {len(held)} other{'s' if len(held) > 1 else ''}"
     if learned[0].root == held[0].root:
         drawn = f"{len(learned[0].views)} photographs, judged on the {len(held[0].views)} that follow them"
     return replace(found, drawn=drawn)

@@ -17,13 +17,13 @@ from pqk.families.contract import Batches, SampleSet
 from pqk.families.dust3r.batches import Own, Pairs, PicturePairs, Rendered
 from pqk.families.dust3r.configs import lowest_confidence, read_config
 from pqk.families.dust3r.layers import initialize
-from pqk.families.dust3r.losses import confidence_loss, feature_loss, imitation_loss, softened_kl
+from pqk.families.dust3r.losses import confidence_loss, feature_loss, imitation_loss, output_probe, softened_kl
 from pqk.families.dust3r.model import OUTPUTS
 from pqk.families.dust3r.scoring import constant_depth, pair_depth
 from pqk.families.dust3r.settings import PATCH, Workload
 from pqk.settings.training import Training
 
-TERMS = ("task", "kl", "features", "imitation")
+TERMS = ("task", "kl", "features", "imitation", "probe")
 UNIT = "pairs"
 SOURCE = "pairs of procedural rooms rendered on the fly (pqk.data.render.synthetic), split 'train'"
 
@@ -127,6 +127,8 @@ def losses(
         if "imitation" in terms:
             assert teacher is not None
             found["imitation"] = imitation_loss(out, teacher, alpha)
+        if "probe" in terms:
+            found["probe"] = output_probe(out)
     if "features" in terms:
         assert teacher is not None
         found["features"] = feature_loss(teacher["features"], out["features"], options["bridges"])

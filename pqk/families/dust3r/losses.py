@@ -197,6 +197,22 @@ def feature_loss(teacher: dict[str, Tensor], student: dict[str, Tensor], bridges
     return torch.stack(parts).mean()
 
 
+def output_probe(out: Prediction) -> Tensor:
+    """The points of both views, each relative to its distance, projected on random signs: a scalar.
+
+    The squared gradient of it by a weight is on average how far the weight moves the points (Hutchinson 1990), which is
+    the second order of a loss against the network's own outputs: the first is 0 there, and tells nothing of what may be
+    cut where there is no ground truth. The signs are always the same.
+    """
+    generator, total = torch.Generator().manual_seed(0), torch.zeros((), device=out["pts3d_1"].device)
+    for view in (1, 2):
+        points = out[f"pts3d_{view}"].float()
+        signs = torch.randint(2, points.shape, generator=generator).to(points) * 2 - 1
+        far = points.detach().norm(dim=-1, keepdim=True).clamp_min(NEAREST)
+        total = total + (signs * points / far).sum() / points[..., 0].numel() ** 0.5
+    return total
+
+
 def _errors(
     pred: Prediction, gt1: Tensor, gt2: Tensor, valid1: Tensor, valid2: Tensor, gt_scale: bool
 ) -> tuple[Tensor, Tensor]:
