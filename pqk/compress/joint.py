@@ -227,7 +227,7 @@ def settle(
         teacher,
         phases(spec)[1],
         data,
-        seed=(seed + LIMIT // 2) % LIMIT,  # other pairs than those of the first phase
+        seed=(seed + LIMIT // 2) % LIMIT,  # other batches than those of the first phase
         scratch=scratch,
         device=device,
         stop=stop,

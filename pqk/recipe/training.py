@@ -35,7 +35,7 @@ class Trained:
     """What a stage left: its checkpoint, and what the record tells of it.
 
     failed: a stop-loss rule gave the stage up, for `reason`; a training that merely stopped improving ends with its
-    best checkpoint, and `reason` says so. drop_pct: of AbsRel on the held-out pairs, against the Teacher, of the
+    best checkpoint, and `reason` says so. drop_pct: of the main metric on held-out samples, against the Teacher, of the
     checkpoint that was kept. hours: device hours of all that made it, over all its resumed parts: for P the scan and
     the refit too, for K the making of the student; of them training_hours went into steps and validations.
     """

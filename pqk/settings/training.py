@@ -26,7 +26,7 @@ class Validation(Section):
     size: int = Field(default=512, ge=32, le=1024, multiple_of=16)
     pairs: int = Field(default=64, ge=1, le=4096)
     every: int = Field(default=1000, ge=1)
-    patience: int = Field(default=8, ge=1, description="validations without a better AbsRel before the run stops early")
+    patience: int = Field(default=8, ge=1, description="validations without a better score before the run stops early")
 
 
 class Training(Section):

@@ -386,7 +386,14 @@ def test_killed_in_the_middle_and_started_again(tmp_path):
         student = make_student(teacher, spec.student)
         (tmp_path / name).mkdir(exist_ok=True)
         done = distill(
-            teacher, student, spec, DATA, seed=3, scratch=tmp_path / name, device="cpu", report=lambda p: steps.append(p.step)
+            teacher,
+            student,
+            spec,
+            DATA,
+            seed=3,
+            scratch=tmp_path / name,
+            device="cpu",
+            report=lambda p: steps.append(p.step),
         )
         return done, steps
 

@@ -214,7 +214,9 @@ def test_a_killed_training_ends_as_an_undisturbed_one(tool, teacher, ready, tmp_
         qat(copy.deepcopy(ready), teacher, small(), DATA, seed=3, scratch=tmp_path / "cut", report=kill)
     steps = []
     again = prepared(tool, teacher, tmp_path)
-    resumed = qat(again, teacher, small(), DATA, seed=3, scratch=tmp_path / "cut", report=lambda p: steps.append(p.step))
+    resumed = qat(
+        again, teacher, small(), DATA, seed=3, scratch=tmp_path / "cut", report=lambda p: steps.append(p.step)
+    )
     assert steps[0] == 3
     want, got = whole.model.state_dict(), resumed.model.state_dict()
     assert want.keys() == got.keys()
@@ -253,7 +255,15 @@ def test_the_section_of_quant_yaml_is_a_training():
     assert spec.warmup == 1 / spec.epochs and spec.stage_at(0.5).size == 256
 
 
-OLD = {"epochs": 12, "steps_per_epoch": 18, "lr": 2e-6, "weight_decay": 0.01, "warmup_epochs": 1, "size": 256, "batch": 1}
+OLD = {
+    "epochs": 12,
+    "steps_per_epoch": 18,
+    "lr": 2e-6,
+    "weight_decay": 0.01,
+    "warmup_epochs": 1,
+    "size": 256,
+    "batch": 1,
+}
 OLD |= {"task_weight": 0.1, "ema": 0.95, "validation": {"size": 512, "pairs": 8}}
 
 
