@@ -164,7 +164,7 @@ def test_what_is_too_little_is_one_sentence(scenes: Path, photos: Path, tmp_path
 def test_train_shares_nothing_with_the_other_splits(scenes: Path, photos: Path, tmp_path: Path) -> None:
     test = data.open_split("test", WORKLOAD, tmp_path, refuse, Given(scenes=scenes))
     for found in (opened(tmp_path, train_scenes=scenes), opened(tmp_path, train_images=photos)):
-        with pytest.raises(PqkError, match="splits train and test share a (folder|picture)"):
+        with pytest.raises(PqkError, match=r"splits train and test share a (folder|picture)"):
             data.refuse_overlap({"train": found, "test": test})
 
 

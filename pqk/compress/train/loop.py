@@ -160,8 +160,8 @@ class Trainer:
             p.stale += 1
 
     def _average(self) -> None:
-        # A short memory at first, or the random start would linger. torch's AveragedModel takes the first step's weights
-        # as they are instead, which would change every run.
+        # A short memory at first, or the random start would linger. (torch's AveragedModel takes the weights of the
+        # first step as they are instead, which would change every run.)
         decay = min(self.decay, (1 + self.progress.step) / (10 + self.progress.step))
         with torch.no_grad():
             mine = self.model.state_dict()
