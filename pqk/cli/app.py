@@ -21,6 +21,14 @@ app.add_typer(bench_app, name="bench")
 app.add_typer(ledger_app, name="ledger")
 
 
+_TrainScenes = Annotated[
+    Path | None, typer.Option(help="folder of scenes with depth that P, K, QAT and PQK learn from; default: generated")
+]
+_TrainImages = Annotated[
+    Path | None, typer.Option(help="folder of photographs to learn from, with the Teacher's output as the truth")
+]
+
+
 @app.command()
 def run(
     card: Annotated[str, typer.Argument(help="task card, for example B1 (schedule/TaskCards)")],
@@ -39,6 +47,8 @@ def run(
     images: Annotated[
         Path | None, typer.Option(help="folder of photographs; quality is then against the Teacher")
     ] = None,
+    train_scenes: _TrainScenes = None,
+    train_images: _TrainImages = None,
     seed: Annotated[int | None, typer.Option(min=0, help="train and evaluation seed; default: workload.yaml's")] = None,
     setting: Annotated[
         list[str] | None, typer.Option("--set", help="override one value, e.g. quant.ptq.calibration_images=64")
@@ -76,6 +86,8 @@ def run(
         settings_of(setting or []),
         qat=qat,
         retime=retime,
+        train_scenes=train_scenes,
+        train_images=train_images,
     )
     limit = max_scenes if decide else None
     raise typer.Exit(run_card(request, json_line, axes=axis or (), rollback=rollback, decide=limit))
@@ -89,6 +101,8 @@ def parity(
     model: Annotated[str | None, typer.Option(help="as in `pqk run`; default: the shipped one")] = None,
     scenes: Annotated[Path | None, typer.Option(help="folder of scenes with ground truth")] = None,
     images: Annotated[Path | None, typer.Option(help="folder of photographs")] = None,
+    train_scenes: _TrainScenes = None,
+    train_images: _TrainImages = None,
     seed: Annotated[int | None, typer.Option(min=0, help="train and evaluation seed")] = None,
     setting: Annotated[list[str] | None, typer.Option("--set", help="override one value, as in `pqk run`")] = None,
     fresh: Annotated[bool, typer.Option(help="make everything anew, reuse nothing")] = False,
@@ -108,7 +122,20 @@ def parity(
     names, tools = (
         [w.strip() for w in text.split(",") if w.strip()] if text else None for text in (backends, quantizers)
     )
-    request = Request(card, "", None, model, scenes, images, seed, fresh, settings_of(setting or []), retime=retime)
+    request = Request(
+        card,
+        "",
+        None,
+        model,
+        scenes,
+        images,
+        seed,
+        fresh,
+        settings_of(setting or []),
+        retime=retime,
+        train_scenes=train_scenes,
+        train_images=train_images,
+    )
     raise typer.Exit(run_parity(request, names or [], tools, explain, json_line))
 
 
@@ -125,6 +152,8 @@ def tune(
     model: Annotated[str | None, typer.Option(help="as in `pqk run`; default: the shipped one")] = None,
     scenes: Annotated[Path | None, typer.Option(help="folder of scenes with ground truth")] = None,
     images: Annotated[Path | None, typer.Option(help="folder of photographs")] = None,
+    train_scenes: _TrainScenes = None,
+    train_images: _TrainImages = None,
     setting: Annotated[list[str] | None, typer.Option("--set", help="override one value, as in `pqk run`")] = None,
     json_line: Annotated[bool, typer.Option("--json", help="print everything as one JSON object, last line")] = False,
 ) -> None:
@@ -136,7 +165,17 @@ def tune(
     from pqk.cli.run_output import run_tune, settings_of
     from pqk.recipe.request import Request
 
-    request = Request(card, backend, quantizer, model, scenes, images, settings=settings_of(setting or []))
+    request = Request(
+        card,
+        backend,
+        quantizer,
+        model,
+        scenes,
+        images,
+        settings=settings_of(setting or []),
+        train_scenes=train_scenes,
+        train_images=train_images,
+    )
     raise typer.Exit(run_tune(request, max_drop, max_evaluations, out, json_line))
 
 
@@ -152,6 +191,8 @@ def export(
     ] = None,
     model: Annotated[str | None, typer.Option(help="as in `pqk run`; default: the shipped one")] = None,
     setting: Annotated[list[str] | None, typer.Option("--set", help="override one value, as in `pqk run`")] = None,
+    train_scenes: _TrainScenes = None,
+    train_images: _TrainImages = None,
     qat: Annotated[bool, typer.Option(help="as in `pqk run`")] = True,
     rollback: Annotated[bool, typer.Option(help="as in `pqk run`")] = True,
     fresh: Annotated[bool, typer.Option(help="make everything anew, reuse nothing")] = False,
@@ -165,7 +206,17 @@ def export(
     from pqk.recipe.request import Request
 
     chosen = choose_backend(backend)
-    request = Request(card, chosen, quantizer, model, fresh=fresh, settings=settings_of(setting or []), qat=qat)
+    request = Request(
+        card,
+        chosen,
+        quantizer,
+        model,
+        fresh=fresh,
+        settings=settings_of(setting or []),
+        qat=qat,
+        train_scenes=train_scenes,
+        train_images=train_images,
+    )
     raise typer.Exit(export_card(request, precision, out, rollback))
 
 

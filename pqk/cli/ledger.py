@@ -70,6 +70,8 @@ def evaluate(
     timing: Annotated[bool, typer.Option(help="measure pairs per second, too")] = True,
     json_line: Annotated[bool, typer.Option("--json", help="print the rows as JSON, last line")] = False,
     model: Annotated[str | None, typer.Option(help="without CKPT: the Teacher, as in `pqk run`")] = None,
+    train_scenes: Annotated[Path | None, typer.Option(help="without CKPT: as in `pqk run`")] = None,
+    train_images: Annotated[Path | None, typer.Option(help="without CKPT: as in `pqk run`")] = None,
 ) -> None:
     """Evaluate a fixed checkpoint under several eval seeds; a row each. Rows that are there are kept.
 
@@ -93,6 +95,8 @@ def evaluate(
             timing,
             json_line,
             model,
+            train_scenes,
+            train_images,
         )
     )
 

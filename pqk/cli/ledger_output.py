@@ -78,6 +78,8 @@ def evaluate(
     timed: bool,
     as_json: bool,
     model: str | None,
+    train_scenes: Path | None,
+    train_images: Path | None,
 ) -> int:
     """`pqk ledger eval`: a line per run, mean and std; the file is the last line of stdout (or the rows as JSON)."""
     from pqk.cli.run_output import _progress, choose_backend, settings_of
@@ -96,6 +98,8 @@ def evaluate(
         settings_of(settings),
         timed,
         model,
+        train_scenes,
+        train_images,
     )
     rows: list[Row] = []
 

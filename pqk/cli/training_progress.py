@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from pqk.compress.train import loop as train
 from pqk.paths import project_root
+from pqk.recipe.experiment import default_teacher
 
 
 def run_train_teacher(
@@ -28,12 +29,13 @@ def run_train_teacher(
     init: str | None,
 ) -> None:
     """Runs `pqk train teacher`: reads the file, trains with a progress bar, prints the outcome."""
-    from pqk.compress.train.teacher import train_teacher
-    from pqk.recipe.experiment import default_teacher
+    from pqk.compress.train.teacher import family_of_named, train_teacher
     from pqk.settings.training import load_training
 
     root = project_root()
     spec = load_training(config or root / default_teacher(root).training, steps=steps)
+    of = family_of_named(spec.model)
+    metrics, unit = [metric.name for metric in of.settings_part().METRICS], of.learning_part().UNIT
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),
@@ -49,8 +51,8 @@ def run_train_teacher(
         def report(p: train.Progress) -> None:
             eta = f"  ETA {p.seconds * (1 - p.share) / p.share / 60:.1f} min" if p.share else ""
             last = p.history[-1] if p.history else None
-            score = f"  val AbsRel {last['absrel']:.4f} δ1 {last['delta1']:.3f}" if last else ""
-            note = f"step {p.step}  loss {p.loss:.4f}  {p.samples_per_second:.1f} pairs/s{eta}{score}"
+            score = "".join(f"  val {name} {last[name]:.4f}" for name in metrics if last and name in last)
+            note = f"step {p.step}  loss {p.loss:.4f}  {p.samples_per_second:.1f} {unit}/s{eta}{score}"
             bar.update(task, completed=p.share, note=note)
             if not console.is_terminal and time.monotonic() - spoken[0] > 10:  # a log file gets a line now and then
                 spoken[0] = time.monotonic()
@@ -69,7 +71,7 @@ def run_train_teacher(
             report=report,
             command=command,
         )
-    best = "no validation yet" if math.isinf(progress.best) else f"best validation AbsRel {progress.best:.4f}"
+    best = "no validation yet" if math.isinf(progress.best) else f"best validation {metrics[0]} {progress.best:.4f}"
     if train.world()[0] == 0:
         paused = "no weights written yet; the same command continues"
         left = paused if outcome == "paused" else f"weights and card in {out}"

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +18,18 @@ from torch import Tensor, nn
 
 from pqk.compress.cut.cost import FLOPS_SIDE, Costs
 from pqk.compress.cut.gates import Gated, Layout, Price, fold, kept_units, layouts_of, shut, starting_logits
-from pqk.compress.cut.importance import taylor
+from pqk.compress.cut.importance import loss_of, taylor
 from pqk.compress.cut.prune import Removed, removed_units
-from pqk.compress.cut.refit import moments, refit, rendered
+from pqk.compress.cut.refit import moments, refit
 from pqk.compress.cut.units import Slot, cut, groups_of, slots_of
-from pqk.compress.finetune import task_loss
-from pqk.compress.qat import Quantized, imitation_loss, qat, training_of
-from pqk.compress.train.fit import Fitted, Stop, fit
+from pqk.compress.qat import qat, rounded_loss
+from pqk.compress.train.fit import Fitted, Outputs, Stop, TrainingData, fit
 from pqk.compress.train.loop import Progress
-from pqk.compress.train.pairs import SymmetricPairs, scenery
-from pqk.data.render.stream import PairBatch
 from pqk.errors import PqkError
-from pqk.families.cutting import CuttingPart
-from pqk.families.dust3r.losses import confidence_loss
-from pqk.families.dust3r.model import Dust3r
 from pqk.models import build_model
 from pqk.settings.joint import Joint
-from pqk.settings.quant import Qat
 from pqk.settings.seeds import LIMIT
-from pqk.settings.training import Fit
+from pqk.settings.training import Rounded
 
 Report = Callable[[Progress], None]
 
@@ -76,49 +68,51 @@ class GatePlan:
 
     def __init__(
         self,
-        teacher: Dust3r,
+        teacher: Any,
         spec: Joint,
-        cutting: CuttingPart,
+        data: TrainingData,
         *,
         seed: int,
         importance: dict[str, Tensor] | None = None,
     ) -> None:
         """importance: what `taylor` gave before, to spare its time. Raises PqkError when flops_cut is too much."""
-        self.spec, self.seed, self.cutting = spec, seed, cutting
+        self.spec, self.seed, self.data, cutting = spec, seed, data, data.cutting
         kinds = {name for name, allowed in spec.units if allowed}
         self.slots: list[Slot] = slots_of(teacher, kinds, spec.round_to, cutting)
         if importance is None:
             working = copy.deepcopy(teacher).requires_grad_(True).eval()
-            loss_of = partial(task_loss, alpha=training_of(spec.train).alpha)
-            importance = taylor(working, groups_of(self.slots), self.samples(), loss_of)
+            loss = loss_of(working, data, spec.train.alpha)
+            importance = taylor(working, groups_of(self.slots), self.samples(), loss)
         self.importance = importance
         self.layouts: list[Layout] = layouts_of(teacher, self.slots, importance, cutting)
         self.starts = starting_logits(self.layouts, spec.gates.start, spec.gates.spread)
         self.total = Costs(teacher, self.slots, cutting)({}).flops
         shut(self.layouts, self.starts, self.total, spec.flops_cut)  # what cannot be reached is told before training
 
-    def samples(self) -> Iterator[PairBatch]:
-        """The training pairs of the importance, and of the refit."""
-        some, device = self.spec.samples, torch.device("cpu")
-        return rendered(some.pairs, some.size, self.seed, device, scenery(training_of(self.spec.train)))
+    def samples(self) -> Iterator[Any]:
+        """The training samples of the importance, and of the refit."""
+        some, drawn = self.spec.samples, self.data.batches(self.spec.train, torch.device("cpu"), self.seed)
+        return (drawn.train(index, 1, some.size) for index in range(some.pairs))
 
-    def into(self, encoder: nn.Module, decoder: nn.Module) -> Gated:
+    def into(self, parts: Mapping[str, nn.Module]) -> Gated:
         """Put the gates into the prepared modules."""
-        pace = self.spec.gates.rate / self.spec.train.lr
-        return Gated(self.layouts, (encoder, decoder), self.total, self.starts, pace)
+        pace = self.spec.gates.rate / self.spec.train.learning_rate
+        return Gated(self.layouts, tuple(parts.values()), self.total, self.starts, pace)
 
 
-def phases(spec: Joint) -> tuple[Fit, Qat]:
-    """The two phases as trainings: the first one's rate stays after its warm-up, the second one's falls to a tenth."""
-    first = training_of(spec.train.model_copy(update={"epochs": spec.gates.epochs}))
-    rest = spec.train.model_copy(update={"epochs": spec.train.epochs - spec.gates.epochs, "warmup_epochs": 0})
-    return first.model_copy(update={"final_rate": first.learning_rate}), rest
+def phases(spec: Joint) -> tuple[Rounded, Rounded]:
+    """The two phases as trainings: the first one's rate stays after its warm-up, the second one's falls."""
+    whole, gated = spec.train, spec.gates.epochs
+    first = {"epochs": gated, "warmup": whole.warmup * whole.epochs / gated, "final_rate": whole.learning_rate}
+    rest = {"epochs": whole.epochs - gated, "warmup": 0.0}
+    return whole.model_copy(update=first), whole.model_copy(update=rest)
 
 
 def close_gates(
     parts: Mapping[str, nn.Module],
     plan: GatePlan,
-    teacher: Dust3r,
+    teacher: Any,
+    data: TrainingData,
     *,
     scratch: Path,
     device: str = "cpu",
@@ -128,60 +122,51 @@ def close_gates(
     """The first phase: train the prepared modules, in place, with gates that shut until plan.spec.flops_cut is gone.
 
     parts: what a quantizer's `prepare` made of each graph's module, without gates. The loss is that of
-    `pqk.compress.qat.qat` and the price of the FLOPs that are still to go. The target goes in a line from what the
+    `pqk.compress.qat` and the price of the FLOPs that are still to go. The target goes in a line from what the
     gates cut at the start to flops_cut, at gates.ramp of the phase; the slope rises geometrically over the whole of it.
     Returns what `fit` does, the gates as they ended, and the averaged float weights by their names in the Teacher.
     """
     spec, training = plan.spec, phases(plan.spec)[0]
-    gated = plan.into(parts["encoder"], parts["decoder"])
-    model = Quantized(parts["encoder"], parts["decoder"], teacher.sizes.patch_size)
-    price = Price(spec.gates.penalty, spec.gates.dual_rate)
-    began = float(gated.cut().detach())
-    guide = SymmetricPairs(teacher).eval()
+    gated, price = plan.into(parts), Price(spec.gates.penalty, spec.gates.dual_rate)
+    model, began = nn.ModuleDict(parts), float(gated.cut().detach())
+    imitate = rounded_loss(training, data)
 
-    def loss_of(module: nn.Module, pairs: PairBatch, share: float) -> Tensor:
+    def gated_loss(module: nn.Module, batch: Any, aim: Outputs | None, share: float) -> Tensor:
         gated.steepen(spec.gates.slope**share)
-        with torch.no_grad():
-            aim = guide(pairs.images)
-        got = module(pairs.images)
-        with torch.autocast(pairs.images.device.type, enabled=False):
-            loss = imitation_loss(got, aim, training.alpha)
-            if spec.train.task_weight:
-                loss = loss + spec.train.task_weight * confidence_loss(got, *pairs.ordered(), training.alpha)[0]
-            target = began + (spec.flops_cut - began) * min(1.0, share / spec.gates.ramp)
+        loss = imitate(module, batch, aim, share)
+        target = began + (spec.flops_cut - began) * min(1.0, share / spec.gates.ramp)
+        with torch.autocast(loss.device.type, enabled=False):
             return loss + price(gated.cut(), target)
 
     fitted = fit(
         model,
         training,
-        loss_of,
+        gated_loss,
+        data,
         seed=plan.seed,
         scratch=scratch,
         device=device,
         teacher=teacher,
+        guided=True,
         extra=price,
         stop=stop,
         report=report,
     )
-    # not the best weights, which are those of open gates, but the last: what fit keeps in its checkpoint
-    last = torch.load(scratch / "checkpoint.pt", map_location="cpu", weights_only=True)["ema"]
-    model.cpu().load_state_dict(
-        {name.removeprefix("model."): v for name, v in last.items() if name.startswith("model.")}
-    )
+    model.cpu().load_state_dict(fitted.last)  # not the best weights, which are those of open gates
     gated.steepen(spec.gates.slope)
     return fitted, gated, float_weights(model, teacher)
 
 
-def float_weights(model: Quantized, like: Dust3r) -> dict[str, Tensor]:
-    """The weights of both prepared modules without their quantizers, by their names in a model of the same sizes.
+def float_weights(parts: nn.ModuleDict, like: Any) -> dict[str, Tensor]:
+    """The weights of the prepared modules without their quantizers, by their names in a model of the same sizes.
 
-    Weights that neither graph has are those of `like`.
+    Weights that no graph has are those of `like`.
     """
-    found = {**model.encoder.state_dict(), **model.decoder.state_dict()}
+    found = {name: value for part in parts.values() for name, value in part.state_dict().items()}
     return {name: found.get(name, value).detach().cpu().clone() for name, value in like.state_dict().items()}
 
 
-def cut_gates(teacher: Dust3r, weights: dict[str, Tensor], plan: GatePlan, gated: Gated) -> tuple[Dust3r, JointReport]:
+def cut_gates(teacher: Any, weights: dict[str, Tensor], plan: GatePlan, gated: Gated) -> tuple[Any, JointReport]:
     """A float network without the units whose gates are shut; the others' gates go into the weights that read them.
 
     weights: float ones, by their names in the Teacher. The lowest gates go, until plan.spec.flops_cut is reached.
@@ -194,12 +179,11 @@ def cut_gates(teacher: Dust3r, weights: dict[str, Tensor], plan: GatePlan, gated
     fold(working, plan.layouts, factors)
     units, keep = kept_units(plan.layouts, shut(plan.layouts, logits, plan.total, spec.flops_cut))
     if spec.refit:
-        images = (pair.images for pair in plan.samples())
-        known = moments(working, groups_of(plan.slots), images, spec.samples.pairs)
+        known = moments(working, groups_of(plan.slots), plan.samples(), spec.samples.pairs, plan.data.learning)
         for group in groups_of([slot for slot in plan.slots if slot.name in units]):
             refit(working, group, keep[group.name], known)
-    small = cut(working, plan.slots, units, keep, plan.cutting).eval()
-    costs = Costs(teacher, plan.slots, plan.cutting)
+    small = cut(working, plan.slots, units, keep, plan.data.cutting).eval()
+    costs = Costs(teacher, plan.slots, plan.data.cutting)
     before, after = costs({}), costs(units)
     every = torch.cat([factor[1:] for factor in factors])
     report = JointReport(
@@ -221,8 +205,9 @@ def cut_gates(teacher: Dust3r, weights: dict[str, Tensor], plan: GatePlan, gated
 
 def settle(
     parts: Mapping[str, nn.Module],
-    teacher: Dust3r,
+    teacher: Any,
     spec: Joint,
+    data: TrainingData,
     *,
     seed: int,
     scratch: Path,
@@ -235,7 +220,8 @@ def settle(
         parts,
         teacher,
         phases(spec)[1],
-        seed=(seed + LIMIT // 2) % LIMIT,  # other pairs than those of the first phase
+        data,
+        seed=(seed + LIMIT // 2) % LIMIT,  # other batches than those of the first phase
         scratch=scratch,
         device=device,
         stop=stop,

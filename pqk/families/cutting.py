@@ -71,11 +71,11 @@ class CuttingPart(Protocol):
     def run_sample(self, net: Any, side: int) -> None:
         """Run the network once on a sample of square images of this side, all zeros: its FLOPs are counted."""
 
-    def begin(self, net: Any, images: Tensor) -> Any:
-        """The part of the forward for images (B, 2, 3, H, W) that cuts of sizes for which `begins` is False leave."""
+    def begin(self, net: Any, batch: Any) -> Any:
+        """The part of the forward for a batch that cuts of sizes for which `begins` is False leave as it is."""
 
     def begins(self, size: str) -> bool:
         """Whether cutting this size changes what `begin` gives."""
 
-    def finish(self, net: Any, begun: Any, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The points (2B, H, W, 3) of both views, each pair in both orders, from what `begin` gave."""
+    def finish(self, net: Any, begun: Any, batch: Any) -> Mapping[str, Tensor]:
+        """The outputs for a batch, as `LearningPart.forward` gives them, from what `begin` gave."""

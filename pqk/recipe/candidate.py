@@ -37,7 +37,7 @@ from pqk.recipe.request import (
     load_teacher,
     usable_backend,
 )
-from pqk.recipe.splits import check_apart, test_split
+from pqk.recipe.splits import check_apart, test_split, train_split
 from pqk.recipe.stages import ENGINE_VARIANTS, Context, open_split
 from pqk.recipe.training import TRAINS, Trained, check_family, method_columns, train_stages
 from pqk.recipe.verdict import drop_limit
@@ -206,7 +206,8 @@ def make(
     calibration: SampleSet | None = None
     if tools.quantizer is not None:
         calibration = open_split(ctx, experiment, "calibration", root)
-    check_apart(experiment, {"validation": validation, "test": test, "calibration": calibration})
+    train = train_split(ctx, request, experiment, root, recipe)
+    check_apart(experiment, {"train": train, "validation": validation, "test": test, "calibration": calibration})
     if known is not None:
         known |= planned[-1]
     graphs = stages.export_graphs(ctx, experiment, module, teacher.sha256)
@@ -218,17 +219,17 @@ def make(
     rows = [Row(v, teachers, {}) for v in teachers]
     joined: Joined | None = None
     if tools.quantizer is not None and calibration is not None and recipe == JOINT:
-        joined = join(ctx, experiment, tools.backend.name, tools.quantizer, teacher, graphs, calibration)
+        joined = join(ctx, experiment, tools.backend.name, tools.quantizer, teacher, graphs, calibration, train)
         trained = [joined.trained]
     else:
-        trained = train_stages(ctx, experiment, teacher) if recipe else []
+        trained = train_stages(ctx, experiment, teacher, train) if recipe else []
     quantizer, final, floats, columns = tools.quantizer, teacher, teachers, {"hashes": hashes}
     if trained:
         final = trained[-1].model
         say(f"{final.name}: its checkpoint is {paths.shown(Path(final.path))}")
         module = load_model(final.path)
         graphs = stages.export_graphs(ctx, experiment, module, final.sha256)
-        columns = method_columns(experiment, trained, hashes) | _parameters(module)
+        columns = method_columns(experiment, trained, hashes, train) | _parameters(module)
         del module
         floats = tools.in_float(graphs, STUDENT)
         if trained[-1].failed:
@@ -249,6 +250,7 @@ def make(
             columns,
             tools.options,
             joined.quantized if joined else None,
+            train,
         )
         rows.append(lowering.row(ctx))
     onnx_float = Variant("fp32", "reference", Precision.F32, graphs)

@@ -26,7 +26,7 @@ from pqk.recipe.stages import (
     read_graphs,
     tool_code,
 )
-from pqk.recipe.training import LEARNS, Trained, lines_of, rules_of
+from pqk.recipe.training import LEARNS, Trained, learned_from, lines_of, rules_of, train_key
 from pqk.settings.quant import Ptq
 from pqk.store import worker
 from pqk.store.device_hours import clock
@@ -74,9 +74,10 @@ def join(
     teacher: Model,
     graphs: Mapping[str, Graph],
     calibration: SampleSet,
+    train: SampleSet | None,
 ) -> Joined:
     """Make or reuse the result of the joint run, in a process of its own. graphs: those of the Teacher."""
-    spec = experiment.joint
+    spec, data = experiment.joint, learned_from(experiment, train)
     tool = registry.get(backend).quantizers()[quantizer]
     parts = parts_code(experiment.family, "settings", "model", "data", "predict", *LEARNS)
     code = (*_CODE, *parts, *tool_code(backend, tool))
@@ -94,6 +95,7 @@ def join(
         "teacher": teacher.sha256,
         "graphs": {name: graph.sha256 for name, graph in graphs.items()},
         "calibration": calibration.key,
+        "train": train_key(experiment, data),
         "lines": lines_of(rules),
         "machine": dict(ctx.machine),
     }
@@ -105,6 +107,7 @@ def join(
                 "teacher": teacher.path,
                 **experiment.fed,
                 "samples": calibration.to_json(),
+                "train": data.to_json(),
                 "graphs": graphs_to_json(graphs),
                 "out": str(folder),
                 "scratch": str(scratch),

@@ -39,6 +39,7 @@ class Lowering:
 
     precision: what the record calls the result. floats: the model's own float variants. columns: what its rows tell.
     options: of the engines. made: the graphs, where the joint recipe has quantized and trained them already.
+    train: what a training learns from.
     """
 
     experiment: Experiment
@@ -52,6 +53,7 @@ class Lowering:
     columns: Mapping[str, Any]
     options: Mapping[str, Any]
     made: Quantized | None = None
+    train: SampleSet | None = None
 
     @property
     def untrained(self) -> str:
@@ -83,7 +85,7 @@ class Lowering:
             self.model.path,
             self.graphs,
             self.calibration,
-            learning(self.experiment, spent_hours) if trained else None,
+            learning(self.experiment, self.train, spent_hours) if trained else None,
         )
         rest = self.experiment.quant.float_rest
         options = {**self.options} if rest == "auto" else {**self.options, "rest": rest}  # auto: the backend's best

@@ -87,6 +87,8 @@ class Request:
     prune: Path | None = None
     joint: Path | None = None
     retime: bool = False  # measure time and memory anew, and nothing else
+    train_scenes: Path | None = None
+    train_images: Path | None = None
     run_id: str = field(default_factory=new_run_id, compare=False)  # shared by all records that come of this request
 
 

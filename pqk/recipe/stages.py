@@ -146,12 +146,17 @@ class Learn:
     """Quantization-aware training: the section `qat` of quant.yaml, the train seed, and its stop-loss.
 
     rules: all of `StopRules`; lines: those of them that are part of what is made (a budget that ran out makes nothing).
+    train: the samples that are learned from, as plain data; key: what of them is part of what is made; note: on them,
+    for a record.
     """
 
     spec: Mapping[str, Any]
     seed: int
     rules: Mapping[str, Any]
     lines: Mapping[str, Any]
+    train: Mapping[str, Any]
+    key: Mapping[str, Any]
+    note: str | None
 
 
 @dataclass(frozen=True)
@@ -182,11 +187,12 @@ def quantize(
     of, ptq = experiment.family, experiment.quant.ptq.model_dump(mode="json")
     stage = "qat" if learn else "quantized"
     loads = learn is not None or tool.starts_from == "module"
+    parts = (*(("model",) if loads else ()), *(("learning",) if learn else ()))
     code = (
         *_QUANT_CODE,
         *(("pqk.compress.tasks.qat",) if learn else ()),
         *(LOADER_CODE if loads else ()),
-        *parts_code(of, "settings", "predict", "data", *(("model",) if loads else ())),
+        *parts_code(of, "settings", "predict", "data", *parts),
         *tool_code(backend, tool),
     )
 
@@ -205,7 +211,8 @@ def quantize(
             result = worker.call("quantize", request)
         else:
             with ctx.scratch(stage, code, inputs) as scratch, clock(scratch) as running:
-                request |= {"qat": learn.spec, "seed": learn.seed, "rules": learn.rules, "scratch": str(scratch)}
+                request |= {"qat": learn.spec, "seed": learn.seed, "rules": learn.rules, "train": learn.train}
+                request["scratch"] = str(scratch)
 
                 def told(news: Mapping[str, Any]) -> None:
                     running.keep()
@@ -226,7 +233,7 @@ def quantize(
         "machine": dict(ctx.machine),
     }
     if learn is not None:
-        inputs |= {"qat": learn.spec, "seed": learn.seed, "lines": learn.lines}
+        inputs |= {"qat": learn.spec, "seed": learn.seed, "lines": learn.lines, "train": learn.key}
     made = ctx.make(stage, code, inputs, make)
     about = json.loads((made.path / "about.json").read_text())
     notes = [
@@ -237,7 +244,7 @@ def quantize(
     if learn is not None:
         notes.append(trained_note("QAT", about["steps"], about["training_s"] / 3600, about["drop_pct"]))
         notes += [f"QAT ended early: {about['reason']}"] if about["reason"] else []
-        notes += [about["waited"]] if about["waited"] else []
+        notes += [note for note in (about["waited"], learn.note) if note]
     return Quantized(read_graphs(made.path), about["images"], "; ".join(notes), device_hours(made, about))
 
 

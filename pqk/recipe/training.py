@@ -13,10 +13,11 @@ import torch
 from pqk.compress.train.stop_rules import StopRules
 from pqk.compress.train.trained import MODEL
 from pqk.errors import NotBuilt
+from pqk.families.contract import SampleSet
 from pqk.files import write_json
 from pqk.recipe.experiment import Experiment
 from pqk.recipe.request import Model, describe
-from pqk.recipe.stages import LOADER_CODE, Context, Learn, device_hours, parts_code, trained_note
+from pqk.recipe.stages import LOADER_CODE, Context, Learn, device_hours, fed_key, parts_code, trained_note
 from pqk.settings.recipe import STAGES
 from pqk.store import worker
 from pqk.store.device_hours import clock
@@ -36,7 +37,7 @@ class Trained:
     """What a stage left: its checkpoint, and what the record tells of it.
 
     failed: a stop-loss rule gave the stage up, for `reason`; a training that merely stopped improving ends with its
-    best checkpoint, and `reason` says so. drop_pct: of AbsRel on the held-out pairs, against the Teacher, of the
+    best checkpoint, and `reason` says so. drop_pct: of the main metric on held-out samples, against the Teacher, of the
     checkpoint that was kept. hours: device hours of all that made it, over all its resumed parts: for P the scan and
     the refit too, for K the making of the student; of them training_hours went into steps and validations.
     """
@@ -90,8 +91,10 @@ def check_family(experiment: Experiment, recipe: Sequence[str]) -> None:
         )
 
 
-def train_stages(ctx: Context, experiment: Experiment, teacher: Model) -> list[Trained]:
+def train_stages(ctx: Context, experiment: Experiment, teacher: Model, train: SampleSet | None) -> list[Trained]:
     """The stages P and K of the card in their order, made or reused; empty for a recipe without them.
+
+    train: what they learn from. Raises NotBuilt for a family that cannot be trained.
 
     A stage that its stop-loss rule stopped is the last one: what follows would stand on a lost model.
     """
@@ -99,16 +102,22 @@ def train_stages(ctx: Context, experiment: Experiment, teacher: Model) -> list[T
     for method in (stage for stage in experiment.card.recipe if stage in _CODE):
         before = done[-1].model if done else None
         spent = sum(stage.hours for stage in done)
-        done.append(_train(ctx, method, experiment, teacher, before, spent))
+        done.append(_train(ctx, method, experiment, teacher, train, before, spent))
         if done[-1].failed:
             break
     return done
 
 
 def _train(
-    ctx: Context, method: str, experiment: Experiment, teacher: Model, before: Model | None, spent_hours: float
+    ctx: Context,
+    method: str,
+    experiment: Experiment,
+    teacher: Model,
+    train: SampleSet | None,
+    before: Model | None,
+    spent_hours: float,
 ) -> Trained:
-    card = experiment.card
+    card, data = experiment.card, learned_from(experiment, train)
     spec = experiment.prune if method == "P" else experiment.distill
     rules = rules_of(experiment, method, spec.train.steps_per_epoch, spec.train.warmup, spent_hours)
     asked = {
@@ -117,6 +126,7 @@ def _train(
         "before": before.sha256 if before else None,
         "spec": spec.model_dump(mode="json"),
         "seed": experiment.workload.seeds.train,
+        "train": train_key(experiment, data),
         "lines": lines_of(rules),
         "device": "cuda" if torch.cuda.is_available() else "cpu",
         "versions": {name: ctx.machine["versions"].get(name) for name in _TOOLS},
@@ -128,6 +138,8 @@ def _train(
         with ctx.scratch(_STAGE[method], code, asked) as scratch, clock(scratch) as running:
             request = {
                 **asked,
+                **experiment.fed,
+                "train": data.to_json(),
                 "teacher": teacher.path,
                 "before": before.path if before else None,
                 "out": str(folder),
@@ -147,6 +159,26 @@ def _train(
 
     made = ctx.make(_STAGE[method], code, asked, make, label)
     return Trained.read(method, made, f"{(before or teacher).name}+{method}")
+
+
+def learned_from(experiment: Experiment, train: SampleSet | None) -> SampleSet:
+    """Returns what a training learns from. Raises NotBuilt (exit code 3) for a family that cannot be trained."""
+    experiment.family.learning_part()
+    assert train is not None  # only a family without that part has none
+    return train
+
+
+def train_key(experiment: Experiment, train: SampleSet) -> dict[str, Any]:
+    """Returns what of its data decides a training; how the workload feeds samples, where they are the user's."""
+    return {**train.key, **fed_key(experiment)} if train.own else train.key
+
+
+def data_note(train: SampleSet | None) -> str | None:
+    """'trained on 9 scenes with depth, judged on 1 others', for the notes of a record; None for generated data."""
+    if train is None or not train.own:
+        return None
+    alone = "" if train.truthful else "; the Teacher's outputs played the truth, and there was no task loss"
+    return f"trained on {train.drawn}{alone}"
 
 
 def rules_of(
@@ -170,24 +202,36 @@ def lines_of(rules: StopRules) -> dict[str, Any]:
     return {name: getattr(rules, name) for name in ("line_pct", "no_improve_ckpt", "min_improvement_pct", "max_epochs")}
 
 
-def learning(experiment: Experiment, spent_hours: float) -> Learn:
+def learning(experiment: Experiment, train: SampleSet | None, spent_hours: float) -> Learn:
     """Quantization-aware training as the card's configs ask for it. spent_hours: by everything before it."""
-    spec = experiment.quant.qat
-    rules = rules_of(experiment, "Q", spec.steps_per_epoch, spec.warmup_epochs / spec.epochs, spent_hours)
-    return Learn(spec.model_dump(mode="json"), experiment.workload.seeds.train, asdict(rules), lines_of(rules))
+    spec, data = experiment.quant.qat, learned_from(experiment, train)
+    rules = rules_of(experiment, "Q", spec.steps_per_epoch, spec.warmup, spent_hours)
+    return Learn(
+        spec.model_dump(mode="json"),
+        experiment.workload.seeds.train,
+        asdict(rules),
+        lines_of(rules),
+        data.to_json(),
+        train_key(experiment, data),
+        data_note(data),
+    )
 
 
-def method_columns(experiment: Experiment, trained: Sequence[Trained], hashes: Mapping[str, str]) -> dict[str, Any]:
+def method_columns(
+    experiment: Experiment, trained: Sequence[Trained], hashes: Mapping[str, str], train: SampleSet | None
+) -> dict[str, Any]:
     """What the rows of the trained model tell of how it was made. `hashes`: those of a Teacher's row."""
     methods = {stage.method for stage in trained}
     specs = {"prune": "P", "distill": "K", "joint": "PQK"}
     used = {name: getattr(experiment, name).sha256 for name, method in specs.items() if method in methods}
+    if train is not None and train.own:
+        used["train"] = train.sha256
     model = trained[-1].model
     columns: dict[str, Any] = {
         "model": model.name,
         "hashes": {**hashes, **used, "teacher": hashes["model"], "model": model.sha256},
         "gpu_hours": sum(stage.hours for stage in trained),
-        "notes": "; ".join(stage.note for stage in trained),
+        "notes": "; ".join(filter(None, [*(stage.note for stage in trained), data_note(train)])),
     }
     if "P" in methods:
         columns["rho"] = experiment.prune.rho

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
 from pqk.settings.prune import Samples
-from pqk.settings.quant import Qat
+from pqk.settings.training import Rounded
 from pqk.settings.yamlfile import Section, Spec, config_loader
 
 
@@ -60,7 +61,7 @@ class Joint(Spec):
     samples: Samples
     refit: bool
     gates: Gates
-    train: Qat
+    train: Rounded
 
     @model_validator(mode="after")
     def _two_phases(self) -> Self:
@@ -68,12 +69,16 @@ class Joint(Spec):
             raise ValueError(
                 f"must have fewer gates.epochs than train.epochs, and has {self.gates.epochs} of {self.train.epochs}"
             )
-        if self.train.warmup_epochs >= self.gates.epochs:
+        if self.train.warmup * self.train.epochs >= self.gates.epochs:
             raise ValueError(
-                f"must have fewer train.warmup_epochs than gates.epochs, and has {self.train.warmup_epochs} of "
-                f"{self.gates.epochs}"
+                f"must end train.warmup, {self.train.warmup:g} of {self.train.epochs} epochs, before the "
+                f"{self.gates.epochs} of gates.epochs do"
             )
         return self
+
+    @classmethod
+    def laid_over(cls, values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+        return Rounded.laid_over(values, overrides, "train")
 
 
 load_joint = config_loader(Joint, "joint")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from pqk.errors import nearest
 from pqk.settings.keep import split_entry
-from pqk.settings.training import Held
+from pqk.settings.training import Rounded
 from pqk.settings.yamlfile import Section, Spec, config_loader
 
 KEEP_GROUPS = ("LayerNorm", "Softmax", "AttentionScales")
@@ -63,33 +64,6 @@ class Ptq(Section):
         return entries
 
 
-class Qat(Section):
-    """Quantization-aware training, used when PTQ drops more than thresholds.quality_drop_q_only_pct.
-
-    lr falls to a tenth; ema is the decay of the averaged weights that are kept; task_weight weighs DUSt3R's own loss
-    beside the distance from the float model. Training runs at `size`, whatever size the engine is for.
-    """
-
-    epochs: Annotated[int, Field(ge=1, le=100)]
-    steps_per_epoch: Annotated[int, Field(ge=1, le=1_000_000)]
-    lr: Annotated[float, Field(gt=0, le=1)]
-    weight_decay: Annotated[float, Field(ge=0, le=1)]
-    warmup_epochs: Annotated[int, Field(ge=0, le=100)]
-    size: Annotated[int, Field(ge=32, le=1024, multiple_of=16)]
-    batch: Annotated[int, Field(ge=1, le=4096)]
-    task_weight: Annotated[float, Field(ge=0, le=100)]
-    ema: Annotated[float, Field(gt=0, lt=1)]
-    validation: Held
-
-    @model_validator(mode="after")
-    def _warmup_ends(self) -> Self:
-        if self.warmup_epochs >= self.epochs:
-            raise ValueError(
-                f"must have fewer warmup_epochs than epochs, and has {self.warmup_epochs} of {self.epochs}"
-            )
-        return self
-
-
 class TensorRT(Section):
     """How backend trt builds and runs its engines."""
 
@@ -101,13 +75,20 @@ class TensorRT(Section):
 
 
 class Quant(Spec):
-    """How precision is lowered, and what the rest of the model runs in."""
+    """How precision is lowered, and what the rest of the model runs in.
+
+    qat: quantization-aware training, used when PTQ drops more than thresholds.quality_drop_q_only_pct.
+    """
 
     version: Annotated[str, Field(pattern=r"^\d+\.\d+$")]
     ptq: Ptq
-    qat: Qat
+    qat: Rounded
     float_rest: Literal["auto", "bf16", "f16", "f32"]
     trt: TensorRT = TensorRT()
+
+    @classmethod
+    def laid_over(cls, values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+        return Rounded.laid_over(values, overrides, "qat")
 
 
 load_quant = config_loader(Quant, "quant")

@@ -1,14 +1,15 @@
-"""What a training run is asked: schedule, scenery and budget, of teachers (`configs/models/*.yaml`) and methods."""
+"""Says how a training runs: schedule, scenery and budget, of teachers (`configs/models/*.yaml`) and of all methods."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from pqk.settings.seeds import LIMIT
-from pqk.settings.yamlfile import Section, Spec, load_spec
+from pqk.settings.yamlfile import Section, Spec, load_spec, merge
 
 
 class Stage(Section):
@@ -25,7 +26,7 @@ class Validation(Section):
     size: int = Field(default=512, ge=32, le=1024, multiple_of=16)
     pairs: int = Field(default=64, ge=1, le=4096)
     every: int = Field(default=1000, ge=1)
-    patience: int = Field(default=8, ge=1, description="validations without a better AbsRel before the run stops early")
+    patience: int = Field(default=8, ge=1, description="validations without a better score before the run stops early")
 
 
 class Training(Section):
@@ -82,7 +83,7 @@ class TrainSpec(Training, Spec):
 
 
 class Held(Section):
-    """Held-out pairs that are scored after every epoch, at `size`."""
+    """Held-out pairs that are scored after every epoch, at `size`; of a folder with fewer, all there are."""
 
     size: int = Field(default=512, ge=32, le=1024, multiple_of=16)
     pairs: int = Field(default=16, ge=1, le=4096)
@@ -98,6 +99,56 @@ class Fit(Training):
     @property
     def steps(self) -> int:
         return self.epochs * self.steps_per_epoch
+
+
+class Rounded(Fit):
+    """The training of a network in its quantized form, taught by the float one.
+
+    task_weight: of the family's own loss, beside the distance from the float model. final_rate is a tenth of
+    learning_rate where it is left out. The words of files before quant.yaml 1.1 and joint.yaml 1.1 are read too: lr,
+    warmup_epochs (of `epochs`), and size and batch for a training of one stage.
+    """
+
+    task_weight: Annotated[float, Field(ge=0, le=100)]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _old_words(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        found = dict(values)
+        for old, new in _OLD.items():
+            if old in found and new in found:
+                raise ValueError(f"gives both {new} and {old}, its name before; leave {old} out")
+        if "lr" in found:
+            found["learning_rate"] = found.pop("lr")
+        if "warmup_epochs" in found and isinstance(found["warmup_epochs"], int) and found.get("epochs"):
+            warmup, epochs = found.pop("warmup_epochs"), found["epochs"]
+            if not 0 <= warmup < epochs:
+                raise ValueError(f"must have fewer warmup_epochs than epochs, and has {warmup} of {epochs}")
+            found["warmup"] = warmup / epochs
+        if "size" in found and "batch" in found:
+            found["stages"] = [{"size": found.pop("size"), "batch": found.pop("batch"), "until": 1.0}]
+        if "final_rate" not in found and isinstance(found.get("learning_rate"), float):
+            found["final_rate"] = found["learning_rate"] / 10
+        return found
+
+    @staticmethod
+    def laid_over(values: Mapping[str, Any], overrides: Mapping[str, Any], section: str) -> dict[str, Any]:
+        """Returns values of a file with overrides laid over them, whichever words each of the two uses in `section`."""
+        mine, other = values.get(section), overrides.get(section)
+        if isinstance(mine, Mapping) and isinstance(other, Mapping):
+            gone = {old for old, new in _OLD.items() if new in other} | {
+                new for old, new in _OLD.items() if old in other
+            }
+            stages = mine.get("stages")
+            if "stages" in gone and isinstance(stages, list) and len(stages) == 1:  # one of size and batch may stay
+                mine = {**{name: stages[0][name] for name in ("size", "batch") if name in stages[0]}, **mine}
+            values = {**values, section: {name: value for name, value in mine.items() if name not in gone}}
+        return merge(values, overrides)
+
+
+_OLD = {"lr": "learning_rate", "warmup_epochs": "warmup", "size": "stages", "batch": "stages"}
 
 
 def load_training(path: Path | str, steps: int | None = None) -> TrainSpec:

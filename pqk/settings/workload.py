@@ -57,11 +57,40 @@ class SceneList(Section):
         return self
 
 
+class TrainList(Section):
+    """What P, K, QAT and PQK learn from: generated without end (synthetic), or the scenes in a folder.
+
+    source, names, count, views: as in `SceneList`; the last three for a folder alone. pictures: nothing but pictures is
+    read, and the Teacher's outputs play the truth. Some of a folder are held out, on which a training is judged.
+    """
+
+    source: Annotated[str, Field(min_length=1)] = SYNTHETIC
+    names: SceneNames | None = None
+    count: Annotated[int | None, Field(ge=2, le=100_000)] = None
+    views: Annotated[int | None, Field(ge=2, le=100_000)] = None
+    pictures: bool = False
+
+    @model_validator(mode="after")
+    def _of_a_folder(self) -> Self:
+        if self.source == SYNTHETIC and (self.names or self.count or self.views or self.pictures):
+            raise ValueError("with source 'synthetic' takes no 'names', 'count', 'views' or 'pictures'")
+        return self
+
+
 class SceneLists(Section):
     """The scenes of each split."""
 
+    train: TrainList = TrainList()
     validation: SceneList
     test: SceneList
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leaves out generated training data: a workload without a train list keeps the sha256 it always had."""
+        values: dict[str, Any] = handler(self)
+        if self.train == TrainList():
+            del values["train"]
+        return values
 
 
 class Calibration(Section):
@@ -124,7 +153,7 @@ class Workload(Spec):
         return []
 
 
-def refuse_shared_scenes(splits: Mapping[str, SceneList | Calibration]) -> None:
+def refuse_shared_scenes(splits: Mapping[str, SceneList | TrainList | Calibration]) -> None:
     """Raise ValueError unless splits of one folder name their scenes, and none is named in two."""
     for (a, first), (b, second) in combinations(splits.items(), 2):
         if first.source != second.source or first.source == SYNTHETIC:

@@ -75,6 +75,11 @@ class Spec(Section):
         """sha256 of the canonical JSON of the values, overrides included; comments and layout do not count."""
         return sha256_json(self.model_dump(mode="json"))
 
+    @classmethod
+    def laid_over(cls, values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the values of a file with overrides (nested) laid over them."""
+        return merge(values, overrides)
+
 
 AnySpec = TypeVar("AnySpec", bound=Spec)
 Loaded = TypeVar("Loaded", covariant=True)
@@ -273,7 +278,7 @@ def load_spec(
     spec = validate(model, document, path)
     if not overrides:
         return spec
-    values = merge(document.values, expand(overrides, origin))
+    values = model.laid_over(document.values, expand(overrides, origin))
     return validate(model, Document(values, origin), path, prefix=f"{section}.")
 
 

@@ -75,6 +75,8 @@ class Asked:
     settings: Mapping[str, Any] = field(default_factory=dict)
     timed: bool = True
     model: str | None = None  # of a card's own result: the Teacher, as in `pqk run`
+    train_scenes: Path | None = None  # of a card's own result: what is learned from, as in `pqk run`
+    train_images: Path | None = None
 
 
 class Bench:
@@ -108,6 +110,8 @@ class Bench:
             )
         elif asked.model is not None:
             raise PqkError("--model is the Teacher of a card's own result; a CKPT has none")
+        elif asked.train_scenes or asked.train_images:
+            raise PqkError("--train-scenes and --train-images are for a card's own result; a CKPT is trained already")
         self.backend: Backend = usable_backend(asked.backend)
         self.request = Request(
             str(card),
@@ -117,6 +121,8 @@ class Bench:
             settings=settings,
             recipe=self.checkpoint is None,
             qat=True,
+            train_scenes=asked.train_scenes,
+            train_images=asked.train_images,
         )
         self.experiment: Experiment = asked_experiment(self.request, root)
         self.options = engine_options(self.experiment, asked.backend)

@@ -254,13 +254,15 @@ def use_command(request: Request, out: Path, root: Path) -> str:
     The script takes a quant.yaml of its own; what it does not take needs `pqk run`, which reads configs/quant.yaml.
     """
     door = root / "scripts" / "run_quant.py"
-    more = request.scenes or request.images or request.settings or request.seed is not None or request.quantizer
+    data = request.scenes or request.images or request.train_scenes or request.train_images
+    more = data or request.settings or request.seed is not None or request.quantizer
     if door.is_file() and not more:
         words = ["python", paths.shown(door), "--card", request.card, "--cfg", paths.shown(out)]
         return shlex.join([*words, *(["--ckpt", request.model] if request.model else [])])
     words = ["pqk", "run", request.card, "--backend", request.backend]
     options: dict[str, object] = {"quantizer": request.quantizer, "model": request.model, "scenes": request.scenes}
     options |= {"images": request.images, "seed": request.seed}
+    options |= {"train-scenes": request.train_scenes, "train-images": request.train_images}
     for name, value in options.items():
         words += [f"--{name}", str(value)] if value is not None else []
     for name, value in request.settings.items():

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +21,22 @@ from hypothesis import strategies as st
 from scipy.integrate import dblquad, quad
 from torch import nn
 
-from pqk.compress.cut.student import make_student
-from pqk.compress.distill import PairsWithFeatures, distill, feature_loss, laplace_kl, softened_kl
+from pqk.compress.cut.student import evenly, make_student
+from pqk.compress.distill import distill
+from pqk.compress.train.data import TrainingData
 from pqk.compress.train.fit import Fitted
-from pqk.compress.train.pairs import SymmetricPairs
 from pqk.errors import PqkError
 from pqk.families.dust3r import cutting
-from pqk.families.dust3r.losses import confidence_loss
+from pqk.families.dust3r.batches import PicturePairs
+from pqk.families.dust3r.learning import SymmetricPairs, features, forward, parts
+from pqk.families.dust3r.losses import confidence_loss, feature_loss, laplace_kl, softened_kl
+from pqk.families.registry import family
 from pqk.models import build_model
 from pqk.settings.distill import Distill, StudentCut, load_distill
 from pqk.settings.yamlfile import SpecError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+DATA = TrainingData(family("dust3r"))
 CONFIG = REPOSITORY / "configs" / "distill.yaml"
 TINY = {
     "head_type": "linear",
@@ -269,9 +274,8 @@ def tiny(seed: int = 0, config: dict[str, Any] = TINY) -> nn.Module:
 
 def test_features_are_seen_and_leave_no_hook():
     model, images = tiny(), torch.rand(1, 2, 3, 32, 32)
-    pairs = PairsWithFeatures(model, [1])
     with torch.no_grad():
-        out = pairs(images)
+        out = forward(parts(model), PicturePairs(images), [1])
     plain = SymmetricPairs(model)(images)
     assert all(torch.equal(out[k], plain[k]) for k in plain)
     assert {k: tuple(v.shape) for k, v in out["features"].items()} == {
@@ -282,6 +286,28 @@ def test_features_are_seen_and_leave_no_hook():
     assert float(feature_loss(out["features"], out["features"], nn.ModuleDict())) == 0
     none = {k: torch.zeros_like(v) for k, v in out["features"].items()}
     assert float(feature_loss(out["features"], none, nn.ModuleDict())) == pytest.approx(1)
+
+
+@given(st.integers(1, 24), st.integers(1, 24))
+def test_features_are_compared_block_by_block(depth, left):
+    """As many of the Teacher's blocks as the student has, spread as `make_student` keeps them."""
+    sizes = Sizes(8, 8)
+    teacher, student = (Layered(sizes, [None] * n) for n in (max(depth, left), min(depth, left)))
+    layers, own, bridges = features(teacher, student, 0)
+    assert layers == evenly(len(teacher.dec_blocks), len(student.dec_blocks)) and not len(bridges)
+    assert list(own) == list(range(len(student.dec_blocks)))
+
+
+@dataclass
+class Sizes:
+    enc_dim: int
+    dec_dim: int
+
+
+@dataclass
+class Layered:
+    sizes: Sizes
+    dec_blocks: list[None]
 
 
 def test_a_student_of_other_widths_learns_features(tmp_path):
@@ -295,7 +321,7 @@ def test_a_student_of_other_widths_learns_features(tmp_path):
         **{"train.steps_per_epoch": 10, "train.learning_rate": 5e-3},
     )
     done = distill(
-        teacher, student, spec, seed=0, scratch=tmp_path, device="cpu", report=lambda p: losses.append(p.loss)
+        teacher, student, spec, DATA, seed=0, scratch=tmp_path, device="cpu", report=lambda p: losses.append(p.loss)
     )
     assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
     assert done.outcome == "done" and {k.split("_")[0] for k in done.model.state_dict()} == {
@@ -311,7 +337,7 @@ def test_a_student_comes_closer_to_its_teacher(tmp_path):
     losses: list[float] = []
     spec = quick(**{"loss.alpha": 0, "train.steps_per_epoch": 15})
     done = distill(
-        teacher, student, spec, seed=1, scratch=tmp_path, device="cpu", report=lambda p: losses.append(p.loss)
+        teacher, student, spec, DATA, seed=1, scratch=tmp_path, device="cpu", report=lambda p: losses.append(p.loss)
     )
     assert np.mean(losses[-6:]) < 0.5 * np.mean(losses[:6])
     assert [h["step"] for h in done.history] == [0, 15, 30, 45]
@@ -325,8 +351,10 @@ import torch
 torch.set_num_threads(1)
 from pqk.compress.cut.student import make_student
 from pqk.compress.distill import distill
+from pqk.compress.train.data import TrainingData
 from pqk.families.dust3r import cutting
 from pqk.compress.train.loop import Trainer
+from pqk.families.registry import family
 from pqk.models import build_model
 from pqk.settings.distill import load_distill
 
@@ -339,8 +367,8 @@ def report(p):
     if p.step == 7:
         os.kill(os.getpid(), signal.SIGKILL)
 
-student = make_student(teacher, spec.student, cutting)
-distill(teacher, student, spec, seed=3, scratch=Path("killed"), device="cpu", report=report)
+student, data = make_student(teacher, spec.student, cutting), TrainingData(family("dust3r"))
+distill(teacher, student, spec, data, seed=3, scratch=Path("killed"), device="cpu", report=report)
 """
 
 
@@ -360,7 +388,14 @@ def test_killed_in_the_middle_and_started_again(tmp_path):
         student = make_student(teacher, spec.student, cutting)
         (tmp_path / name).mkdir(exist_ok=True)
         done = distill(
-            teacher, student, spec, seed=3, scratch=tmp_path / name, device="cpu", report=lambda p: steps.append(p.step)
+            teacher,
+            student,
+            spec,
+            DATA,
+            seed=3,
+            scratch=tmp_path / name,
+            device="cpu",
+            report=lambda p: steps.append(p.step),
         )
         return done, steps
 
@@ -381,7 +416,7 @@ def test_a_stopped_run_says_why(tmp_path):
     student = make_student(teacher, StudentCut.model_validate(QUICK["student"]), cutting)
     began = time.monotonic()
     done = distill(
-        teacher, student, quick(), seed=0, scratch=tmp_path, device="cpu",
+        teacher, student, quick(), DATA, seed=0, scratch=tmp_path, device="cpu",
         stop=lambda p: "enough" if p.step == 5 else None,
     )  # fmt: skip
     assert (done.outcome, done.reason, done.steps) == ("stopped", "enough", 5)
@@ -390,4 +425,4 @@ def test_a_stopped_run_says_why(tmp_path):
 
 def test_a_device_that_is_not_there(tmp_path):
     with pytest.raises(PqkError, match="unknown device 'gpu'"):
-        distill(tiny(), tiny(), quick(), seed=0, scratch=tmp_path, device="gpu")
+        distill(tiny(), tiny(), quick(), DATA, seed=0, scratch=tmp_path, device="gpu")

@@ -10,6 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from torch import nn
 
 from backends.base import QuantSpec, Source
 from backends.exchange import export
@@ -17,17 +18,20 @@ from pqk.compress.cut.cost import Costs
 from pqk.compress.cut.gates import Gate, Gated, Price, fold, kept_units, owners, shut, starting_logits
 from pqk.compress.cut.units import cut
 from pqk.compress.joint import GatePlan, Whole, close_gates, cut_gates, float_weights, phases
-from pqk.compress.qat import Quantized
 from pqk.compress.train import fit as fit_module
+from pqk.compress.train.data import TrainingData
 from pqk.compress.train.loop import Progress, Trainer
-from pqk.compress.train.pairs import SymmetricPairs
 from pqk.errors import PqkError
 from pqk.families.dust3r import cutting
+from pqk.families.dust3r.batches import PicturePairs
+from pqk.families.dust3r.learning import SymmetricPairs, forward
+from pqk.families.registry import family
 from pqk.models import build_model
 from pqk.recipe.request import count_parameters
 from pqk.settings.joint import Joint, load_joint
 
 SIZE = 32
+DATA = TrainingData(family("dust3r"))
 TINY = {
     "head_type": "linear",
     "enc_embed_dim": 32,
@@ -45,7 +49,7 @@ SMALL = {
     "gates.epochs": 2,
     "train.epochs": 3,
     "train.steps_per_epoch": 3,
-    "train.size": SIZE,
+    "train.stages": [{"size": SIZE, "batch": 1, "until": 1.0}],
     "train.ema": 0.5,
     "train.validation": {"size": SIZE, "pairs": 1},
 }
@@ -95,9 +99,8 @@ class _Random(dict):
         return self[name]
 
 
-def modules(teacher) -> tuple[torch.nn.Module, torch.nn.Module]:
-    graphs = copy.deepcopy(teacher).graphs(SIZE, SIZE)
-    return graphs["encoder"].module, graphs["decoder"].module
+def modules(teacher) -> nn.ModuleDict:
+    return nn.ModuleDict({name: graph.module for name, graph in copy.deepcopy(teacher).graphs(SIZE, SIZE).items()})
 
 
 def put(gated: Gated, logits: list[torch.Tensor]) -> None:
@@ -133,7 +136,7 @@ def test_every_unit_has_one_factor_and_the_most_important_ones_none(plan):
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_gates_of_0_and_1_cost_what_the_cut_network_costs(teacher, plan, seed):
     stays = masks(plan, seed)
-    gated = plan.into(*modules(teacher))
+    gated = plan.into(modules(teacher))
     put(gated, [torch.where(stays[layout.slot.name][1:], 60.0, -60.0) for layout in plan.layouts])
     units, keep = kept_units(plan.layouts, stays)
     after = Costs(teacher, plan.slots, cutting)(units)
@@ -144,20 +147,19 @@ def test_gates_of_0_and_1_cost_what_the_cut_network_costs(teacher, plan, seed):
 def test_shut_gates_compute_what_the_cut_network_does(teacher, plan):
     """Gates of 0, 1 and between, in the prepared modules, folded into the weights, and cut out."""
     stays = masks(plan, 3)
-    encoder, decoder = modules(teacher)
-    gated = plan.into(encoder, decoder)
+    parts = modules(teacher)
+    gated = plan.into(parts)
     generator = torch.Generator().manual_seed(1)
     part = [torch.randn(len(layout.flops), generator=generator) for layout in plan.layouts]
     put(
         gated,
         [torch.where(stays[lay.slot.name][1:], open_, -90.0) for lay, open_ in zip(plan.layouts, part, strict=True)],
     )
-    model = Quantized(encoder, decoder, 16)
-    folded = build_model(teacher.family, teacher.config, float_weights(model, teacher)).eval()
+    folded = build_model(teacher.family, teacher.config, float_weights(parts, teacher)).eval()
     fold(folded, plan.layouts, gated.factors())
     images = torch.rand(1, 2, 3, SIZE, SIZE) * 2 - 1
     with torch.no_grad():
-        want = SymmetricPairs(model)(images)
+        want = forward(parts, PicturePairs(images))
         whole = SymmetricPairs(teacher)(images)
         for network in (folded, cut(folded, plan.slots, *kept_units(plan.layouts, stays), cutting).eval()):
             got = SymmetricPairs(network)(images)
@@ -167,8 +169,8 @@ def test_shut_gates_compute_what_the_cut_network_does(teacher, plan):
 
 
 def test_a_copy_has_gates_of_its_own(teacher, plan):
-    encoder, decoder = modules(teacher)
-    gated = plan.into(encoder, decoder)
+    parts = modules(teacher)
+    gated, encoder = plan.into(parts), parts["encoder"]
     image = torch.rand(1, 3, SIZE, SIZE)
     with torch.no_grad():
         before = encoder(image)
@@ -192,13 +194,13 @@ def test_open_gates_leave_a_prepared_module_as_it_is(teacher, plan, tmp_path):
     image = torch.rand(2, 3, SIZE, SIZE)
     with torch.no_grad():
         before = prepared(image)
-        decoder = modules(teacher)[1]
-        gated = plan.into(prepared, decoder)
+        parts = nn.ModuleDict({**modules(teacher), "encoder": prepared})
+        gated = plan.into(parts)
         put(gated, [torch.full_like(gate.start, 50.0) for gate in gated.gates])
         assert torch.equal(prepared(image), before)
         put(gated, [torch.full_like(gate.start, -50.0) for gate in gated.gates])
         assert not torch.allclose(prepared(image), before)
-    names = float_weights(Quantized(prepared, decoder, 16), teacher)
+    names = float_weights(parts, teacher)
     assert names.keys() == teacher.state_dict().keys()
 
 
@@ -264,9 +266,8 @@ class Killed(Exception):
 
 
 def closed(teacher, folder, **more):
-    encoder, decoder = modules(teacher)
     plan = planned(teacher, small())
-    fitted, gated, weights = close_gates(encoder, decoder, plan, teacher, scratch=folder, **more)
+    fitted, gated, weights = close_gates(modules(teacher), plan, teacher, DATA, scratch=folder, **more)
     return fitted, gated, weights, plan
 
 
@@ -304,7 +305,8 @@ def test_two_phases_are_one_run():
     spec = load_joint()
     first, rest = phases(spec)
     assert first.steps + rest.epochs * rest.steps_per_epoch == spec.train.epochs * spec.train.steps_per_epoch
-    assert first.final_rate == first.learning_rate == rest.lr
+    assert first.final_rate == first.learning_rate == rest.learning_rate
+    assert first.warmup * first.epochs == spec.train.warmup * spec.train.epochs and rest.warmup == 0
     steps, spent = spec.train.steps_per_epoch, 100.0
     history = [{"step": 0, "score": 1.0}, {"step": 10, "score": 3.0}]
     gates = Whole(spec, gates=True)(Progress(step=10, seconds=5.0, history=history))
@@ -319,7 +321,7 @@ def test_wrong_settings_are_refused():
     values = load_joint().model_dump(mode="json")
     for section, name, value, message in (
         ("gates", "epochs", 10, "fewer gates.epochs than train.epochs"),
-        ("train", "warmup_epochs", 4, "fewer train.warmup_epochs than gates.epochs"),
+        ("train", "warmup", 0.4, "must end train.warmup, 0.4 of 10 epochs, before the 4 of gates.epochs do"),
         ("units", None, {"heads": False, "ffn": False}, "at least one of heads and ffn"),
         ("flops_cut", None, 0.95, "less than 0.9"),
     ):

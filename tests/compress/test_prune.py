@@ -21,14 +21,17 @@ from pqk.compress.cut.prune import REFITTED, PruneReport, prune
 from pqk.compress.cut.refit import moments, refit, rendered
 from pqk.compress.cut.sensitivity import Probe, Score, Step, even_steps, kept, scan, spend, steps_by_scan, taken_over
 from pqk.compress.cut.units import Slot, cut, groups_of, silenced, slots_of
-from pqk.compress.finetune import finetune, task_loss
-from pqk.compress.train.pairs import SymmetricPairs, scenery
+from pqk.compress.finetune import finetune
+from pqk.compress.train.data import TrainingData
 from pqk.data.render.stream import training_pairs
 from pqk.data.render.synthetic import texture_bank
 from pqk.errors import PqkError
 from pqk.families.dust3r import cutting
+from pqk.families.dust3r.batches import scenery
+from pqk.families.dust3r.learning import SymmetricPairs
 from pqk.families.dust3r.losses import confidence_loss
 from pqk.families.dust3r.model import OUTPUTS, Dust3r
+from pqk.families.registry import family
 from pqk.models import build_model, load_model, save_model
 from pqk.settings.prune import Prune, load_prune
 from pqk.settings.seeds import split_seed
@@ -551,9 +554,12 @@ def test_finetuning_brings_the_network_nearer_to_the_teacher(model, tmp_path) ->
     )
     small, _ = pruned(model, spec, seed=0, device="cpu")
     losses: dict[int, float] = {}
-    done = finetune(
-        small, model, spec, seed=0, scratch=tmp_path, device="cpu", report=lambda p: losses.update({p.step: p.loss})
-    )
+    data = TrainingData(family("dust3r"))
+
+    def report(p) -> None:
+        losses[p.step] = p.loss
+
+    done = finetune(small, model, spec, data, seed=0, scratch=tmp_path, device="cpu", report=report)
     assert done.outcome == "done" and done.steps == 24 and len(done.history) == 4
     assert all({"absrel", "delta1", "drop_pct"} <= set(entry) for entry in done.history)
     assert sum(losses[step] for step in range(17, 25)) < sum(losses[step] for step in range(1, 9))
@@ -562,6 +568,7 @@ def test_finetuning_brings_the_network_nearer_to_the_teacher(model, tmp_path) ->
         done.model,
         model,
         spec,
+        data,
         seed=0,
         scratch=tmp_path / "other",
         device="cpu",

@@ -8,23 +8,28 @@ from typing import Any
 
 import pytest
 import torch
-from pydantic import ValidationError
 
 from backends.base import QuantSpec, Source
 from backends.exchange import export
-from pqk.compress.qat import Quantized, qat, training_of
+from pqk.compress.qat import qat
 from pqk.compress.train import fit as fit_module
-from pqk.compress.train.fit import VALIDATION_SEED
-from pqk.compress.train.imitation import NEAREST, imitation_loss
+from pqk.compress.train.data import VALIDATION_SEED, TrainingData
 from pqk.compress.train.loop import Trainer
-from pqk.compress.train.pairs import SymmetricPairs
 from pqk.data.render.stream import training_pairs
 from pqk.data.render.synthetic import texture_bank
+from pqk.families.dust3r.batches import PicturePairs
+from pqk.families.dust3r.learning import SymmetricPairs, as_exported, forward, parts
+from pqk.families.dust3r.losses import NEAREST, imitation_loss
+from pqk.families.dust3r.settings import load_workload
+from pqk.families.registry import family
 from pqk.models import build_model
-from pqk.settings.quant import Qat, load_quant
+from pqk.settings.quant import load_quant
 from pqk.settings.seeds import split_seed
+from pqk.settings.training import Rounded
+from pqk.settings.yamlfile import SpecError
 
 SIZE = 32
+DATA = TrainingData(family("dust3r"))
 TINY = {
     "head_type": "linear",
     "enc_embed_dim": 32,
@@ -55,20 +60,19 @@ def teacher():
     return model
 
 
-def small(**changes) -> Qat:
+def small(batch: int = 2, **changes) -> Rounded:
     values = {
         "epochs": 2,
         "steps_per_epoch": 4,
-        "lr": 1e-3,
+        "stages": [{"size": SIZE, "batch": batch, "until": 1.0}],
+        "learning_rate": 1e-3,
         "weight_decay": 0.01,
-        "warmup_epochs": 0,
-        "size": SIZE,
-        "batch": 2,
+        "warmup": 0.0,
         "task_weight": 0.0,
         "ema": 0.5,
         "validation": {"size": 48, "pairs": 2},
     }
-    return Qat.model_validate({**values, **changes})
+    return Rounded.model_validate({**values, **changes})
 
 
 def quantizer_of(tool: str) -> Any:
@@ -86,10 +90,9 @@ def quantizer_of(tool: str) -> Any:
     return ModelOptTorchQuantizer()
 
 
-def prepared(tool: str, teacher, folder: Path) -> tuple[torch.nn.Module, torch.nn.Module]:
+def prepared(tool: str, teacher, folder: Path) -> dict[str, Any]:
     """Both graphs with their quantizers, calibrated on rendered pairs."""
-    modules = [quantizer_of(tool).prepare(*asked) for asked in asked_of(teacher, folder)]
-    return modules[0], modules[1]
+    return {asked[0].name: quantizer_of(tool).prepare(*asked) for asked in asked_of(teacher, folder)}
 
 
 def asked_of(teacher, folder: Path) -> list[tuple[Source, QuantSpec, list[dict[str, Any]]]]:
@@ -147,42 +150,46 @@ def test_imitation_loss_trusts_the_confident_and_bounds_the_near():
     assert float(imitation_loss(got, aim, 1.0)) == pytest.approx(want, rel=1e-5)
 
 
+def answers(parts, images: torch.Tensor) -> dict[str, torch.Tensor]:
+    with torch.no_grad():
+        return forward(parts, PicturePairs(images))
+
+
 def test_graphs_run_at_other_sizes_and_batches(teacher):
-    """The two graphs, exported for 32 x 32, are the model itself at 48 x 64, and at 32 x 32 again."""
-    graphs = teacher.graphs(SIZE, SIZE)
-    model = Quantized(graphs["encoder"].module, graphs["decoder"].module, 16)
-    for height, width in ((SIZE, SIZE), (48, 64), (SIZE, SIZE)):
-        images = torch.rand(2, 2, 3, height, width) * 2 - 1
-        with torch.no_grad():
-            got, want = SymmetricPairs(model)(images), SymmetricPairs(teacher)(images)
-        for name, value in want.items():
-            torch.testing.assert_close(got[name], value, atol=0, rtol=0)
+    """The two graphs are the model itself at 32 x 32, at 48 x 64, and at 32 x 32 again, and can be set back."""
+    graphs = {name: graph.module for name, graph in teacher.graphs(SIZE, SIZE).items()}
+    for found in (graphs, parts(teacher)):
+        for height, width in ((SIZE, SIZE), (48, 64), (SIZE, SIZE), (48, 48)):
+            images = torch.rand(2, 2, 3, height, width) * 2 - 1
+            with torch.no_grad():
+                want = SymmetricPairs(teacher)(images)
+            got = answers(found, images)
+            for name, value in want.items():
+                torch.testing.assert_close(got[name], value, atol=0, rtol=0)
+    as_exported(graphs, load_workload(overrides={"input.shape": [1, 3, SIZE, SIZE]}))
+    for name, part in graphs.items():
+        part(*teacher.graphs(SIZE, SIZE)[name].inputs.values())
 
 
 def test_training_brings_the_rounded_model_nearer_to_the_teacher(teacher, ready, tmp_path):
-    encoder, decoder = copy.deepcopy(ready)
+    modules = copy.deepcopy(ready)
     images = training_pairs(16, SIZE, 5, texture_bank()).images
+    held = training_pairs(2, 48, split_seed("validation", VALIDATION_SEED, 0), texture_bank()).images
 
-    def distance(model) -> float:
-        with torch.no_grad():
-            return float(imitation_loss(SymmetricPairs(model)(images), SymmetricPairs(teacher)(images), 0.2))
+    def distance(found, images: torch.Tensor = images) -> float:
+        return float(imitation_loss(answers(found, images), answers(parts(teacher), images), 0.2))
 
-    def held_out(model) -> float:
-        images = training_pairs(2, 48, split_seed("validation", VALIDATION_SEED, 0), texture_bank()).images
-        with torch.no_grad():
-            return float(imitation_loss(SymmetricPairs(model)(images), SymmetricPairs(teacher)(images), 0.2))
-
-    before = distance(Quantized(encoder, decoder, 16))
-    spec = small(steps_per_epoch=12, batch=8, lr=2e-5, task_weight=0.01)
-    fitted = qat(encoder, decoder, teacher, spec, seed=0, scratch=tmp_path)
+    before = distance(modules)
+    spec = small(8, steps_per_epoch=12, learning_rate=2e-5, task_weight=0.01)
+    fitted = qat(modules, teacher, spec, DATA, seed=0, scratch=tmp_path)
+    trained: Any = fitted.model
     assert (fitted.outcome, fitted.steps) == ("done", 24)
     assert [entry["step"] for entry in fitted.history] == [0, 12, 24]
     assert all({"absrel", "drop_pct"} <= entry.keys() for entry in fitted.history)
-    assert min(entry["score"] for entry in fitted.history) == pytest.approx(held_out(fitted.model))
-    assert distance(fitted.model) < 0.98 * before
-    for name, part in fitted.model.graphs().items():  # validated at 48 x 48, back at the size of the graphs
-        part(*teacher.graphs(SIZE, SIZE)[name].inputs.values())
-    assert not fitted.model.encoder.training and next(fitted.model.parameters()).device.type == "cpu"
+    assert min(entry["score"] for entry in fitted.history) == pytest.approx(distance(trained, held))
+    assert distance(trained) < 0.98 * before
+    assert list(trained) == ["encoder", "decoder"] and fitted.last.keys() == trained.state_dict().keys()
+    assert not trained["encoder"].training and next(trained.parameters()).device.type == "cpu"
 
 
 class Killed(Exception):
@@ -191,7 +198,7 @@ class Killed(Exception):
 
 def test_a_killed_training_ends_as_an_undisturbed_one(tool, teacher, ready, tmp_path, monkeypatch):
     """Killed after step 3, with a checkpoint of step 2; the modules are prepared anew, as another process would."""
-    whole = qat(*copy.deepcopy(ready), teacher, small(), seed=3, scratch=tmp_path / "whole")
+    whole = qat(copy.deepcopy(ready), teacher, small(), DATA, seed=3, scratch=tmp_path / "whole")
 
     class Careful(Trainer):
         def run(self, *args, **kwargs):
@@ -204,10 +211,12 @@ def test_a_killed_training_ends_as_an_undisturbed_one(tool, teacher, ready, tmp_
             raise Killed
 
     with pytest.raises(Killed):
-        qat(*copy.deepcopy(ready), teacher, small(), seed=3, scratch=tmp_path / "cut", report=kill)
+        qat(copy.deepcopy(ready), teacher, small(), DATA, seed=3, scratch=tmp_path / "cut", report=kill)
     steps = []
     again = prepared(tool, teacher, tmp_path)
-    resumed = qat(*again, teacher, small(), seed=3, scratch=tmp_path / "cut", report=lambda p: steps.append(p.step))
+    resumed = qat(
+        again, teacher, small(), DATA, seed=3, scratch=tmp_path / "cut", report=lambda p: steps.append(p.step)
+    )
     assert steps[0] == 3
     want, got = whole.model.state_dict(), resumed.model.state_dict()
     assert want.keys() == got.keys()
@@ -222,10 +231,10 @@ def test_modelopts_graphs_compute_what_was_trained(teacher, tmp_path):
     from backends.reference import OnnxRuntimeEngine
 
     asked, quantizer = asked_of(teacher, tmp_path), quantizer_of("modelopt-torch")
-    modules = [quantizer.prepare(*each) for each in asked]
-    fitted = qat(*modules, teacher, small(lr=2e-5), seed=1, scratch=tmp_path)
-    graphs: Any = fitted.model
-    for (source, spec, items), module in zip(asked, graphs.graphs().values(), strict=True):
+    modules = {each[0].name: quantizer.prepare(*each) for each in asked}
+    graphs: Any = qat(modules, teacher, small(learning_rate=2e-5), DATA, seed=1, scratch=tmp_path).model
+    as_exported(graphs, load_workload(overrides={"input.shape": [1, 3, SIZE, SIZE]}))
+    for (source, spec, items), module in zip(asked, graphs.values(), strict=True):
         feeds = items[0]
         with OnnxRuntimeEngine(quantizer.finish(module, source, spec), {"fuse_qdq": False}) as engine:
             got = engine.infer(feeds)
@@ -241,10 +250,39 @@ def test_modelopts_graphs_compute_what_was_trained(teacher, tmp_path):
 
 def test_the_section_of_quant_yaml_is_a_training():
     spec = load_quant().qat
-    training = training_of(spec)
-    assert training.steps == spec.epochs * spec.steps_per_epoch
-    assert training.learning_rate <= 1e-5
-    assert training.final_rate < training.learning_rate
-    assert training.stage_at(0.5).size == spec.size
-    with pytest.raises(ValidationError, match="fewer warmup_epochs than epochs"):
-        small(warmup_epochs=2)
+    assert spec.steps == spec.epochs * spec.steps_per_epoch
+    assert spec.learning_rate <= 1e-5 and spec.final_rate == spec.learning_rate / 10
+    assert spec.warmup == 1 / spec.epochs and spec.stage_at(0.5).size == 256
+
+
+OLD = {
+    "epochs": 12,
+    "steps_per_epoch": 18,
+    "lr": 2e-6,
+    "weight_decay": 0.01,
+    "warmup_epochs": 1,
+    "size": 256,
+    "batch": 1,
+}
+OLD |= {"task_weight": 0.1, "ema": 0.95, "validation": {"size": 512, "pairs": 8}}
+
+
+def test_old_words_mean_what_they_did():
+    """A section as it was written before quant.yaml 1.1 is the shipped one, and one word at a time changes it."""
+    shipped = load_quant().qat
+    assert Rounded.model_validate(OLD) == shipped
+    for old, new in (
+        ({"lr": 1e-4}, {"learning_rate": 1e-4}),
+        ({"warmup_epochs": 3}, {"warmup": 0.25}),
+        ({"size": 64}, {"stages": [{"size": 64, "batch": 1, "until": 1.0}]}),
+        ({"batch": 4}, {"stages": [{"size": 256, "batch": 4, "until": 1.0}]}),
+    ):
+        wanted = load_quant(overrides={"qat": new})
+        assert load_quant(overrides={"qat": old}) == wanted
+        for word in (old, new):  # over a file of the old words
+            laid = Rounded.laid_over({"qat": OLD}, {"qat": word}, "qat")
+            assert Rounded.model_validate(laid["qat"]) == wanted.qat
+    with pytest.raises(SpecError, match="fewer warmup_epochs than epochs, and has 12 of 12"):
+        load_quant(overrides={"qat.warmup_epochs": 12})
+    with pytest.raises(SpecError, match="gives both learning_rate and lr, its name before; leave lr out"):
+        load_quant(overrides={"qat.lr": 1e-6, "qat.learning_rate": 1e-6})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -16,14 +17,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from pqk.compress.train import pairs as pairs_module
-from pqk.compress.train.loop import Schedule, Trainer, parameter_groups, teacher
-from pqk.compress.train.pairs import depth_scores, means_of, pick_device, validation_scores
+from pqk.compress.train import teacher
+from pqk.compress.train.device import pick_device
+from pqk.compress.train.judge import Judge
+from pqk.compress.train.loop import Schedule, Trainer, parameter_groups
 from pqk.compress.train.teacher import train_teacher
 from pqk.data.render.synthetic import texture_bank
 from pqk.errors import PqkError
+from pqk.families.dust3r import batches as batches_module
+from pqk.families.dust3r import learning
 from pqk.families.dust3r.configs import NAMED
+from pqk.families.dust3r.learning import constant_scores, depth_scores
 from pqk.families.dust3r.scoring import PairTruth, constant_depth_scores, score_pair
+from pqk.families.registry import family
 from pqk.files import sha256_file
 from pqk.models import load_model
 from pqk.settings.training import TrainSpec, load_training
@@ -278,7 +284,7 @@ def test_a_checkpoint_runs_no_code(tmp_path):
 
 def noisy_pairs(count=2, size=48):
     """Rendered pairs, and points that are wrong in shape, in scale and from view to view."""
-    pairs = pairs_module.training_pairs(count, size, 5, texture_bank(), min_covisible=0.0)
+    pairs = batches_module.training_pairs(count, size, 5, texture_bank(), min_covisible=0.0)
     assert bool(pairs.valid.flatten(2).any(2).all())
     gt1, gt2, _, _ = pairs.ordered()
     draw = torch.Generator().manual_seed(1)
@@ -291,7 +297,7 @@ def test_training_and_evaluation_score_alike():
     gt1, gt2, valid1, valid2 = pairs.ordered()
     rows = depth_scores(points_1, points_2, pairs)
     assert len(rows) == len(gt1) == 4
-    constant = pairs_module.constant_scores(pairs)
+    constant = constant_scores(pairs)
     for k, row in enumerate(rows):
         maps = {"pts3d_1": points_1[k].numpy(), "pts3d_2": points_2[k].numpy()}
         truth = PairTruth(
@@ -317,7 +323,14 @@ def test_training_scores_both_views_and_what_cannot_be_aligned():
     pairs.valid[0, 1, 0, 0] = True
     assert math.isnan(depth_scores(points_1, points_2, pairs)[0]["absrel"])
     pairs.valid[0] = False
-    assert len(depth_scores(points_1, points_2, pairs)) == len(pairs_module.constant_scores(pairs)) == 2
+    assert len(depth_scores(points_1, points_2, pairs)) == len(constant_scores(pairs)) == 2
+
+
+def scores_of(model: nn.Module, spec: TrainSpec) -> dict[str, float]:
+    """The means on the held-out pairs of a Teacher's training, and those of a constant depth."""
+    batches = learning.batches(spec, CPU, seed=spec.seed, held_seed=spec.seed)
+    judge = Judge(family("dust3r"), batches, contextlib.nullcontext)
+    return {name: value for name, value in {**judge(model), **judge.floor()}.items() if isinstance(value, float)}
 
 
 def test_training_learns_and_ships(tmp_path):
@@ -336,8 +349,9 @@ def test_training_learns_and_ships(tmp_path):
     assert (card["steps"], card["outcome"], card["dtype"], card["command"]) == (60, "done", "float16", "x")
     assert [h["step"] for h in card["history"]] == [30, 60]
     model = load_model(out)
-    again = means_of(validation_scores(model, spec, CPU, False, spec.seed))
+    again = scores_of(model, spec)
     assert {k: card["validation"][k] for k in again} == pytest.approx(again)
+    assert again.keys() == {"score", "absrel", "delta1", "constant_absrel", "constant_delta1"}
     checkpoint = torch.load(out / "checkpoint.pt", weights_only=True)
     for key, value in model.state_dict().items():
         assert torch.equal(value, checkpoint["best"][key].half().float())
@@ -439,7 +453,7 @@ def test_the_clock_can_end_the_run(tmp_path):
 def test_validation_without_overlap(tmp_path, monkeypatch):
     """Pairs without a valid pixel do not count; only when there is no other, that is said."""
     spec = spec_with(validation={"size": 32, "pairs": 9, "every": 4, "patience": 8})
-    real, calls = pairs_module.training_pairs, []
+    real, calls = batches_module.training_pairs, []
 
     def some(batch, *args, **options):
         pairs = real(batch, *args, **options)
@@ -450,13 +464,12 @@ def test_validation_without_overlap(tmp_path, monkeypatch):
 
     model = teacher.build_model("dust3r", TINY)
     eight = spec_with(validation={"size": 32, "pairs": 8, "every": 4, "patience": 8})
-    expected = validation_scores(model, eight, CPU, False, eight.seed)
-    monkeypatch.setattr(pairs_module, "training_pairs", some)
-    assert validation_scores(model, spec, CPU, False, spec.seed) == expected
-    assert calls == [8, 1]
-    nothing = spec_with(min_covisible=1.0)
-    with pytest.raises(PqkError, match="no validation pair has a valid pixel; lower min_covisible"):
-        validation_scores(model, nothing, CPU, False, nothing.seed)
+    expected = scores_of(model, eight)
+    monkeypatch.setattr(batches_module, "training_pairs", some)
+    assert scores_of(model, spec) == expected
+    assert calls == [8, 1] * 2  # the constant depth too
+    with pytest.raises(PqkError, match="none of the held-out pairs has anything to score; lower min_covisible"):
+        scores_of(model, spec_with(min_covisible=1.0))
 
 
 def test_bad_arguments_are_one_sentence(tmp_path, monkeypatch):
@@ -556,6 +569,7 @@ import os, sys, torch
 from pathlib import Path
 from pqk.compress.train import teacher
 from pqk.compress.train.loop import Trainer
+from pqk.families.dust3r import batches
 from pqk.families.dust3r.configs import NAMED
 from pqk.settings.training import load_training
 
@@ -563,7 +577,7 @@ NAMED["dust3r-tiny"] = {**NAMED["dust3r-tiny"], "head_type": "linear", "enc_dept
                         "dec_blocks": None, "dec_blocks2": None, "enc_embed_dim": 32, "dec_embed_dim": 32}
 out = Path(sys.argv[2])
 rank = os.environ["RANK"]
-kept, seeds, run, pairs = [], [], Trainer.run, teacher.training_pairs
+kept, seeds, run, pairs = [], [], Trainer.run, batches.training_pairs
 
 def spying_run(self, *args, **options):
     kept.append(self)
@@ -573,7 +587,7 @@ def spying_pairs(batch, size, seed, *args, **options):
     seeds.append((batch, seed))
     return pairs(batch, size, seed, *args, **options)
 
-Trainer.run, teacher.training_pairs = spying_run, spying_pairs
+Trainer.run, batches.training_pairs = spying_run, spying_pairs
 outcome, progress = teacher.train_teacher(load_training(sys.argv[1]), out, device="cpu")
 torch.save({"model": kept[0].model.state_dict(), "ema": kept[0].ema, "seeds": seeds, "outcome": outcome},
            out / f"rank{rank}.pt")

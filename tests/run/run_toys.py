@@ -54,7 +54,7 @@ SMALLER = {
         r"calibration_images: 512": "calibration_images: 8",
         r"epochs: 12": "epochs: 2",
         r"steps_per_epoch: \d+": "steps_per_epoch: 2",
-        r"  size: \d+": "  size: 32",
+        r"size: 256": "size: 32",
         r"validation: \{size: \d+, pairs: \d+\}": "validation: {size: 64, pairs: 2}",
     },
     "distill.yaml": {
@@ -79,7 +79,7 @@ SMALLER = {
         r"  epochs: 10": "  epochs: 4",
         r"steps_per_epoch: \d+": "steps_per_epoch: 3",
         r"calibration_images: \d+": "calibration_images: 4",
-        r"  size: \d+": "  size: 32",
+        r"size: 256": "size: 32",
         r"validation: \{size: \d+, pairs: \d+\}": "validation: {size: 64, pairs: 2}",
     },
 }

@@ -244,7 +244,7 @@ def test_the_command_names_everything_that_was_asked(tmp_path: Path) -> None:
     script.touch()
     words = shlex.split(use_command(Request("B1", "openvino", model="my model"), out, tmp_path))
     assert words == ["python", str(script), "--card", "B1", "--cfg", str(out), "--ckpt", "my model"]
-    settings = {"quant.float_rest": "f32", "quant.qat.lr": 1e-06, "eval.quality.metrics": ["absrel", "rmse"]}
+    settings = {"quant.float_rest": "f32", "quant.qat.learning_rate": 1e-06, "eval.quality.metrics": ["absrel", "rmse"]}
     text = use_command(Request("B1", "openvino", scenes=Path("a b"), settings=settings), out, tmp_path)
     copied, run = text.split(" && ")
     assert shlex.split(copied) == ["cp", str(out), str(tmp_path / "configs" / "quant.yaml")]

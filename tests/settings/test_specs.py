@@ -302,8 +302,8 @@ def test_sha256_follows_values_not_layout(configs: Path) -> None:
 
 
 def test_a_number_with_an_exponent_is_a_number(configs: Path) -> None:
-    edit(configs / "quant.yaml", "lr: 2.0e-6", "lr: 1e-5")
-    assert load_quant().qat.lr == 1e-5
+    edit(configs / "quant.yaml", "learning_rate: 2.0e-6", "learning_rate: 1e-5")
+    assert load_quant().qat.learning_rate == 1e-5
 
 
 def test_overrides(configs: Path) -> None:

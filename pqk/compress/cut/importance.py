@@ -7,17 +7,18 @@ inside a group.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pqk.compress.cut.units import Group, Part
-from pqk.compress.train.pairs import SymmetricPairs
-from pqk.data.render.stream import PairBatch
+from pqk.compress.train.data import TrainingData
+from pqk.compress.train.judge import Forward
 from pqk.errors import PqkError
 
-LossOf = Callable[[nn.Module, PairBatch], Tensor]
-"""`SymmetricPairs` of a network and a batch of pairs -> the task loss, a scalar."""
+LossOf = Callable[[Any], Tensor]
+"""A batch -> the loss of a network, a scalar."""
 
 
 @torch.no_grad()
@@ -38,24 +39,28 @@ def norms(model: nn.Module, groups: Sequence[Group], kind: str) -> dict[str, Ten
     return {group.name: summed(group, False, True) ** (1 / power) for group in groups}
 
 
-def taylor(
-    model: nn.Module, groups: Sequence[Group], batches: Iterable[PairBatch], loss_of: LossOf
-) -> dict[str, Tensor]:
+def loss_of(model: nn.Module, data: TrainingData, alpha: float) -> LossOf:
+    """Returns the loss whose gradients tell what may be cut: the task's; without ground truth the family's probe."""
+    forward, term = Forward(data.learning, data.learning.parts(model)), "task" if data.truthful else "probe"
+    return lambda batch: data.learning.losses(forward(batch), batch, None, (term,), {"alpha": alpha})[term]
+
+
+def taylor(model: nn.Module, groups: Sequence[Group], batches: Iterable[Any], loss: LossOf) -> dict[str, Tensor]:
     """Mean over the batches of (sum of g w)^2, over the weights w that read the unit; parameters require gradients.
 
-    g is the gradient of the task loss. The sum is the derivative of the loss by a factor on the unit's output, so this
+    g is the gradient of the loss. The sum is the derivative of the loss by a factor on the unit's output, so this
     is the squared first-order change of the loss when the unit goes (Molchanov et al., "Importance Estimation for
     Neural Network Pruning", CVPR 2019, section 3; Michel et al., NeurIPS 2019, use its absolute value for heads).
     Raises PqkError when the gradients are not finite.
     """
     if not groups:  # only whole blocks may go
         return {}
-    weights, symmetric = dict(model.named_parameters()), SymmetricPairs(model)
+    weights = dict(model.named_parameters())
     keys = sorted({part.key for group in groups for part in group.parts if part.reads})
     sums = {group.name: torch.zeros(group.units) for group in groups}
     count = 0
     for batch in batches:
-        gradients = torch.autograd.grad(loss_of(symmetric, batch), [weights[key] for key in keys])
+        gradients = torch.autograd.grad(loss(batch), [weights[key] for key in keys])
         slopes = dict(zip(keys, gradients, strict=True))
         with torch.no_grad():
             for group in groups:

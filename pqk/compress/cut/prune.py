@@ -8,21 +8,21 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from pqk.compress.cut.cost import FLOPS_SIDE, Costs
-from pqk.compress.cut.importance import LossOf, norms, taylor
-from pqk.compress.cut.refit import moments, refit, rendered
+from pqk.compress.cut.importance import loss_of, norms, taylor
+from pqk.compress.cut.refit import moments, refit
 from pqk.compress.cut.sensitivity import Probe, Scores, even_steps, kept, scan, spend, steps_by_scan
 from pqk.compress.cut.units import Slot, cut, groups_of, slots_of
-from pqk.compress.train.fit import VALIDATION_SEED
-from pqk.compress.train.pairs import pick_device, scenery
+from pqk.compress.train.data import TrainingData
+from pqk.compress.train.device import pick_device
 from pqk.errors import PqkError
-from pqk.families.cutting import CuttingPart, Plan
+from pqk.families.cutting import Plan
 from pqk.settings.prune import Prune
 
 REFITTED = ("heads", "ffn")
@@ -67,8 +67,8 @@ class PruneReport:
     flops_before: int
     flops_after: int
     flops_side: int
-    absrel_before: float | None
-    absrel_after: float | None
+    error_before: float | None
+    error_after: float | None
     shift_pct: float | None
     removed: list[Removed]
     scan: dict[str, dict[str, dict[str, float]]]
@@ -81,8 +81,7 @@ class PruneReport:
 def prune(
     model: Any,
     spec: Prune,
-    cutting: CuttingPart,
-    loss_of: LossOf,
+    data: TrainingData,
     *,
     seed: int,
     device: str = "auto",
@@ -98,7 +97,10 @@ def prune(
     """
     say = report or (lambda line: None)
     where = pick_device(device)
-    samples = (spec.samples.pairs, spec.samples.size, seed, where, scenery(spec.train))
+    cutting, drawn = data.cutting, data.batches(spec.train, where, seed)
+
+    def samples() -> Iterator[Any]:
+        return (drawn.train(index, 1, spec.samples.size) for index in range(spec.samples.pairs))
 
     def may_drop(blocks: Sequence[str]) -> bool:
         return cutting.may_drop(model.config, blocks)
@@ -110,14 +112,14 @@ def prune(
     working = copy.deepcopy(model).requires_grad_(True).eval().to(where)
     say(f"importance {spec.importance} of {sum(len(slot.groups) for slot in slots)} groups")
     if spec.importance == "taylor":
-        importance = taylor(working, groups, rendered(*samples), loss_of)
+        importance = taylor(working, groups, samples(), loss_of(working, data, spec.train.alpha))
     else:
         importance = norms(working, groups, spec.importance)
     known: dict[str, torch.Tensor] = {}
     if spec.refit:
         say("second moments for the refit")
         read = groups_of([slot for slot in slots if slot.kind in REFITTED])
-        known = moments(working, read, (pair.images for pair in rendered(*samples)), spec.samples.pairs)
+        known = moments(working, read, samples(), spec.samples.pairs, data.learning)
     costs = Costs(model, slots, cutting)
 
     def cost(plan: Plan) -> int:
@@ -125,7 +127,7 @@ def prune(
 
     scores, probe = Scores(), None
     if spec.sensitivity.enabled:
-        probe = Probe(working, spec, cutting, VALIDATION_SEED)
+        probe = Probe(working, spec, data)
         scores = scan(working, slots, importance, spec.sensitivity.levels, probe, known, report)
         steps = steps_by_scan(slots, scores, cost)
     else:
@@ -142,12 +144,12 @@ def prune(
     pruned = cut(working, slots, plan, keep, cutting).eval()
     after = probe.score(copy.deepcopy(pruned).to(where)) if probe else None
     if after and not math.isfinite(after.shift):
-        raise PqkError(f"the points of the network are no longer finite at rho {spec.rho:g}; lower it")
+        raise PqkError(f"the outputs of the network are no longer finite at rho {spec.rho:g}; lower it")
     scanned: dict[str, dict[str, dict[str, float]]] = {}
     for name, levels in scores.items():
         assert probe is not None
         scanned[name] = {
-            str(units): {"rise_pct": 100 * (score.absrel / probe.absrel - 1), "shift_pct": 100 * score.shift}
+            str(units): {"rise_pct": 100 * (score.error / probe.error - 1), "shift_pct": 100 * score.shift}
             for units, score in levels.items()
         }
     return pruned, PruneReport(
@@ -160,8 +162,8 @@ def prune(
         flops_before=costs({}).flops,
         flops_after=costs(plan).flops,
         flops_side=FLOPS_SIDE,
-        absrel_before=probe.absrel if probe else None,
-        absrel_after=after.absrel if after else None,
+        error_before=probe.error if probe else None,
+        error_after=after.error if after else None,
         shift_pct=100 * after.shift if after else None,
         removed=removed_units(slots, plan, costs, importance, keep, scanned),
         scan=scanned,

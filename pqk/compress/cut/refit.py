@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,10 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from pqk.compress.cut.units import Group
-from pqk.compress.train.pairs import SymmetricPairs
-from pqk.data.render.stream import PairBatch, training_pairs
-from pqk.data.render.synthetic import texture_bank
-from pqk.settings.seeds import split_seed
+from pqk.compress.train.judge import Forward
+from pqk.families.contract import LearningPart
 
 RIDGE = 1e-3
 """Of the mean variance of the units' outputs: holds the correction back where the samples say little."""
@@ -24,18 +22,13 @@ Moments = Mapping[str, Tensor]
 """Name of a layer -> (n + 1, n + 1): mean of x x^T over all tokens or places, x the layer's n inputs and a 1."""
 
 
-def rendered(pairs: int, size: int, seed: int, device: torch.device, scenery: Mapping[str, Any]) -> Iterator[PairBatch]:
-    """Yields the first training pairs of a seed, one by one, of size x size pixels; scenery: as in `training_pairs`."""
-    bank = texture_bank().to(device)
-    for index in range(pairs):
-        yield training_pairs(1, size, split_seed("train", seed, index), bank, **scenery)
-
-
 @torch.no_grad()
-def moments(model: nn.Module, groups: Sequence[Group], images: Iterable[Tensor], count: int) -> dict[str, Tensor]:
+def moments(
+    model: nn.Module, groups: Sequence[Group], batches: Iterable[Any], count: int, learning: LearningPart
+) -> dict[str, Tensor]:
     """Second moments of the inputs of all layers that read these groups, float32 on the CPU.
 
-    images: `count` batches of pairs (B, 2, 3, H, W), each seen in both orders.
+    batches: `count` of them, which the family's forward runs through the model.
     """
     found: dict[str, Tensor] = {}
 
@@ -53,9 +46,9 @@ def moments(model: nn.Module, groups: Sequence[Group], images: Iterable[Tensor],
     readers = {part.layer: None for group in groups for part in group.parts if part.reads}
     hooks = [model.get_submodule(name).register_forward_hook(partial(note, name)) for name in readers]
     try:
-        symmetric = SymmetricPairs(model)
-        for batch in images:
-            symmetric(batch)
+        forward = Forward(learning, learning.parts(model))
+        for batch in batches:
+            forward(batch)
     finally:
         for hook in hooks:
             hook.remove()

@@ -1,4 +1,4 @@
-"""How many units each group gives: what its cut does to the points, and a budget spent where it hurts least."""
+"""How many units each group gives: what its cut does to the outputs, and a budget spent where it hurts least."""
 
 from __future__ import annotations
 
@@ -15,19 +15,18 @@ from torch import Tensor, nn
 from pqk.compress.cut.importance import most_important
 from pqk.compress.cut.refit import Moments, refit
 from pqk.compress.cut.units import Slot, silenced
-from pqk.compress.train.pairs import depth_scores, scenery
-from pqk.data.render.stream import training_pairs
-from pqk.data.render.synthetic import texture_bank
+from pqk.compress.train.data import TrainingData
 from pqk.errors import PqkError
-from pqk.families.cutting import CuttingPart, Plan
+from pqk.families.cutting import Plan
 from pqk.settings.prune import Prune
-from pqk.settings.seeds import split_seed
 
 
 class Score(NamedTuple):
-    """Of a cut network before any training: AbsRel, and the relative distance of its points to the uncut ones."""
+    """Of a cut network before any training: its error by the main metric, and the relative distance of its outputs to
+    those of the uncut network.
+    """
 
-    absrel: float
+    error: float
     shift: float
 
 
@@ -47,72 +46,58 @@ class Step:
 
 
 class Probe:
-    """Held-out pairs, rendered once, on which networks are compared with an uncut one many times."""
+    """Held-out samples, made once, on which networks are compared with an uncut one many times."""
 
-    def __init__(self, model: nn.Module, spec: Prune, cutting: CuttingPart, seed: int) -> None:
-        self.cutting, wanted = cutting, spec.sensitivity.pairs
-        bank = texture_bank().to(next(model.parameters()).device)
-        drawn = [
-            training_pairs(
-                min(BATCH, wanted - first),
-                spec.sensitivity.size,
-                split_seed("validation", seed, first),
-                bank,
-                **scenery(spec.train),
-            )
-            for first in range(0, wanted, BATCH)
-        ]
-        self.batches = [batch for batch in drawn if bool(batch.valid.any())]
-        if not self.batches:
-            raise PqkError("no pair of the sensitivity scan has a valid pixel; lower min_covisible")
+    def __init__(self, model: nn.Module, spec: Prune, data: TrainingData) -> None:
+        self.cutting, self._learning, self._metric = data.cutting, data.learning, data.family.settings_part().METRICS[0]
+        made = data.batches(spec.train, next(model.parameters()).device, 0)
+        asked = spec.sensitivity
+        self.batches = list(made.held_out(asked.pairs, asked.size, BATCH))
         self.begun = self._begin(model)
-        self.points = list(self._points(model, self.begun))  # of the uncut network
-        self.absrel = self.score(model, same_beginning=True).absrel
-        if not math.isfinite(self.absrel):
-            raise PqkError("AbsRel of the network to be pruned is not finite on the pairs of the sensitivity scan")
+        self.uncut = list(self._outputs(model, self.begun))
+        if not made.truthful:
+            config: Any = model.config
+            both = zip(self.batches, self.uncut, strict=True)
+            self.batches = [self._learning.as_truth(batch, out, config) for batch, out in both]
+        usable = [any(self._learning.score(out, b)) for out, b in zip(self.uncut, self.batches, strict=True)]
+        if not any(usable):
+            raise PqkError("no sample of the sensitivity scan has ground truth; lower min_covisible")
+        self.batches, self.begun, self.uncut = (
+            [item for item, fits in zip(items, usable, strict=True) if fits]
+            for items in (self.batches, self.begun, self.uncut)
+        )
+        self.error = self.score(model, same_beginning=True).error
+        if not math.isfinite(self.error):
+            raise PqkError(
+                f"{self._metric.name} of the network to be pruned is not finite on the samples of the sensitivity scan"
+            )
 
     @torch.no_grad()
     def score(self, model: nn.Module, same_beginning: bool = False) -> Score:
-        """AbsRel and the shift over all pairs in both orders; not finite when the points are not.
+        """Scores a network on all samples; not finite when its outputs are not.
 
-        On few pairs AbsRel falls for every second small cut. So the shift compares the points of both views with the
-        uncut network's, X' with X: the mean over valid pixels of |s X' - X| / |X|, with s = median |X| / median |X'|
-        for each sample.
-        same_beginning: spares the first part of a network that only differs from the uncut one behind it.
+        On few samples the error falls for every second small cut, so the shift compares the outputs with the uncut
+        network's (`LearningPart.shift`). same_beginning: spares the first part of a network that only differs from the
+        uncut one behind it.
         """
         begun = self.begun if same_beginning else self._begin(model)
-        absrel: list[float] = []
+        errors: list[float] = []
         shift, count = 0.0, 0
-        for batch, uncut, cut in zip(self.batches, self.points, self._points(model, begun), strict=True):
-            _, _, *valid = batch.ordered()
-            usable = int(valid[0].flatten(1).any(1).sum())
-            absrel += [row["absrel"] for row in depth_scores(*cut, batch)]
-            both = torch.stack(valid, dim=1)
-            shift += usable * _shift(torch.stack(cut, dim=1), torch.stack(uncut, dim=1), both)
-            count += usable
-        return Score(math.fsum(absrel) / len(absrel), shift / count)
+        for batch, uncut, cut in zip(self.batches, self.uncut, self._outputs(model, begun), strict=True):
+            rows = [row for of_sample in self._learning.score(cut, batch) for row in of_sample]
+            errors += [abs(row[self._metric.name] - self._metric.perfect) for row in rows]
+            shift += len(rows) * self._learning.shift(cut, uncut, batch)
+            count += len(rows)
+        return Score(math.fsum(errors) / len(errors), shift / count)
 
     @torch.no_grad()
     def _begin(self, model: nn.Module) -> list[Any]:
-        return [self.cutting.begin(model, batch.images) for batch in self.batches]
+        return [self.cutting.begin(model, batch) for batch in self.batches]
 
     @torch.no_grad()
-    def _points(self, model: nn.Module, begun: Sequence[Any]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Points (2B, H, W, 3) of view 1 and view 2 of every batch, both orders."""
+    def _outputs(self, model: nn.Module, begun: Sequence[Any]) -> Iterator[Mapping[str, Tensor]]:
         for batch, first in zip(self.batches, begun, strict=True):
-            yield self.cutting.finish(model, first, batch.images)
-
-
-def _shift(cut: Tensor, uncut: Tensor, valid: Tensor) -> float:
-    """See `Probe.score`: points (B, 2, H, W, 3) and masks (B, 2, H, W), one scale for both views of a sample."""
-    found = []
-    for moved, true, mask in zip(cut, uncut, valid, strict=True):
-        if bool(mask.any()):
-            x, y = moved[mask], true[mask]
-            far = y.norm(dim=-1).clamp(min=1e-6)
-            scale = far.median() / x.norm(dim=-1).median().clamp(min=1e-6)
-            found.append(((scale * x - y).norm(dim=-1) / far).mean())
-    return float(torch.stack(found).mean())
+            yield self.cutting.finish(model, first, batch)
 
 
 def scan(
@@ -127,7 +112,7 @@ def scan(
     """The scores when each slot alone loses each level of its units. The weights come back as they were.
 
     The least important units of every group of the slot are silenced, and with the layers in `known` refitted, as they
-    will be in the cut network. A level whose points are not finite is left out, and all that cut more of this slot.
+    will be in the cut network. A level whose outputs are not finite is left out, and all that cut more of this slot.
     """
     found: Scores = {}
     for index, slot in enumerate(slots):

@@ -17,11 +17,10 @@ from torch import Tensor, nn
 from pqk.compress.cut.importance import most_important, norms
 from pqk.compress.cut.refit import Moments, moments, refit
 from pqk.compress.cut.units import Slot, cut, groups_of, silence, slots_of
-from pqk.data.render.stream import training_pairs
-from pqk.data.render.synthetic import texture_bank
+from pqk.compress.train.data import TrainingData
 from pqk.families.cutting import CuttingPart
-from pqk.settings.distill import StudentCut
-from pqk.settings.seeds import INDICES, LIMIT, split_seed
+from pqk.settings.distill import Distill, StudentCut
+from pqk.settings.seeds import INDICES, LIMIT
 
 STEPS = {"heads": 1, "ffn": 16, "dpt": 8}
 """Of each kind that may be cut: sizes are multiples of these where the Teacher's are, as kernels waste the rest."""
@@ -69,19 +68,20 @@ def plan_of_shares(
     return plan
 
 
-def make_student(teacher: Any, shares: StudentCut, cutting: CuttingPart) -> nn.Module:
+def make_student(teacher: Any, spec: Distill, data: TrainingData) -> nn.Module:
     """A smaller model on the CPU, in eval mode, made of the Teacher's kept layers; the Teacher stays as it is.
 
     Depth: evenly spaced blocks, first and last among them, as many as the family allows (`CuttingPart.may_drop`). Of
     heads and channels each group keeps its most important ones (see the module's text). Numbers are rounded to the
     nearest; at least one head and one block stay. A share of a kind that the network does not have does nothing.
-    With shares.fold_pairs, the layers that read what was cut are refitted on as many pairs, rendered from the train
-    split; the result is the same at every call. Raises PqkError when torch-pruning is not installed.
+    With student.fold_pairs, the layers that read what was cut are refitted on as many samples of the train split; the
+    result is the same at every call. Raises PqkError when torch-pruning is not installed.
     """
+    shares, cutting = spec.student, data.cutting
     slots = slots_of(teacher, {*STEPS, "block"}, 1, cutting)
     plan = plan_of_shares(teacher.config, slots, shares, cutting)
     cut_slots = [slot for slot in slots if slot.name in plan and slot.kind != "block"]
-    known = _moments(teacher, cut_slots, shares)
+    known = _moments(teacher, cut_slots, spec, data)
     working = copy.deepcopy(teacher).cpu()
     weights = dict(working.named_parameters())
     keep: dict[str, Tensor] = {}
@@ -95,12 +95,12 @@ def make_student(teacher: Any, shares: StudentCut, cutting: CuttingPart) -> nn.M
     return student
 
 
-def _moments(teacher: nn.Module, slots: Sequence[Slot], shares: StudentCut) -> Moments:
-    """Moments of what the readers of these slots see, on pairs that no training draws before its millionth step."""
+def _moments(teacher: nn.Module, slots: Sequence[Slot], spec: Distill, data: TrainingData) -> Moments:
+    """Moments of what the readers of these slots see, on samples that no training draws before its millionth step."""
+    shares = spec.student
     if not shares.fold_pairs or not slots:
         return {}
-    bank = texture_bank().to(next(teacher.parameters()).device)
-    images = training_pairs(
-        shares.fold_pairs, shares.fold_size, split_seed("train", LIMIT - 1, INDICES - 1), bank
-    ).images
-    return moments(teacher, groups_of(slots), images.split(1), len(images))
+    drawn = data.batches(spec.train, next(teacher.parameters()).device, LIMIT - 1)
+    first = INDICES - shares.fold_pairs
+    batches = (drawn.train(first + k, 1, shares.fold_size) for k in range(shares.fold_pairs))
+    return moments(teacher, groups_of(slots), batches, shares.fold_pairs, data.learning)

@@ -9,10 +9,10 @@ from typing import Any
 
 from pqk.compress.cut.student import make_student
 from pqk.compress.distill import distill
+from pqk.compress.train.data import opened_training
 from pqk.compress.train.progress import tell_training
 from pqk.compress.train.stop_rules import stopper
 from pqk.compress.train.trained import finish
-from pqk.families.dust3r import cutting
 from pqk.models import load_model
 from pqk.settings.distill import Distill
 
@@ -26,8 +26,8 @@ def train_distilled(request: Mapping[str, Any]) -> dict[str, Any]:
     scratch, seed = Path(request["scratch"]), request["seed"]
     teacher = load_model(request["teacher"])
     distilling = Distill.model_validate_json(json.dumps(request["spec"]))
-    before = request["before"]
-    student = load_model(before) if before else make_student(teacher, distilling.student, cutting)
-    stop = stopper(request["rules"])
-    fitted = distill(teacher, student, distilling, seed=seed, scratch=scratch, stop=stop, report=tell_training)
+    before, data, stop = request["before"], opened_training(request), stopper(request["rules"])
+    student = load_model(before) if before else make_student(teacher, distilling, data)
+    report = tell_training(data.family)
+    fitted = distill(teacher, student, distilling, data, seed=seed, scratch=scratch, stop=stop, report=report)
     return finish(fitted, request, "K", {})

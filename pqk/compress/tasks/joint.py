@@ -12,15 +12,15 @@ import torch
 
 from backends import exchange
 from pqk.compress.joint import GatePlan, Whole, close_gates, cut_gates, float_weights, settle
-from pqk.compress.tasks.qat import prepare
+from pqk.compress.tasks.qat import finished, prepare
 from pqk.compress.tasks.quantize import Calibrated, Each
+from pqk.compress.train.data import opened_training
 from pqk.compress.train.fit import Fitted
 from pqk.compress.train.loop import Progress
 from pqk.compress.train.progress import tell_training
 from pqk.compress.train.stop_rules import StopRules, best_checkpoint, stopper, untold_drop
 from pqk.compress.train.trained import save_trained
 from pqk.engines.variant import graphs_to_json
-from pqk.families.dust3r import cutting
 from pqk.files import write_json
 from pqk.measure.footprint import peak_ram_bytes
 from pqk.measure.predict import opened_workload
@@ -70,7 +70,8 @@ def _gates(request: Mapping[str, Any], spec: Joint, teacher: Any, cut: Path) -> 
     tell({"text": "importance of heads and MLP units", "share": 0.0})
     kept = scratch / "importance.pt"
     known = torch.load(kept, weights_only=True) if kept.exists() else None
-    plan = GatePlan(teacher, spec, cutting, seed=seed, importance=known)
+    data = opened_training(request)
+    plan = GatePlan(teacher, spec, data, seed=seed, importance=known)
     if known is None:
         part = kept.with_suffix(".tmp")
         torch.save(plan.importance, part)
@@ -80,13 +81,15 @@ def _gates(request: Mapping[str, Any], spec: Joint, teacher: Any, cut: Path) -> 
     few = {**ptq, "calibration_images": min(ptq["calibration_images"], spec.gates.calibration_images)}
     prepared = _prepared({**request, "ptq": few, "model": request["teacher"]})[0]
     phase = Whole(spec, gates=True)
+    tell_phase = tell_training(data.family)
     fitted, gated, weights = close_gates(
         prepared.made,
         plan,
         teacher,
+        data,
         scratch=scratch / "gates",
         stop=_whole_stop(phase, request["rules"]),
-        report=lambda p: tell_training(phase(p)),
+        report=lambda p: tell_phase(phase(p)),
     )
     tell({"text": "cutting what the gates shut", "share": spec.gates.epochs / spec.train.epochs})
     small, report = cut_gates(teacher, weights, plan, gated)
@@ -117,15 +120,17 @@ def _settled(
         }
         own = {"graphs": graphs_to_json(graphs)}
         prepared, job = _prepared({**request, **own, "model": str(Path(request["scratch"]) / "cut")})
-        calibrated = job.calibrated(prepared)
+        calibrated, data = job.calibrated(prepared), opened_training(request)
+        tell_phase = tell_training(data.family)
         fitted = settle(
             prepared.made,
             teacher,
             spec,
+            data,
             seed=request["seed"],
             scratch=Path(request["scratch"]) / "settle",
             stop=_whole_stop(phase, request["rules"]),
-            report=lambda p: tell_training(phase(p)),
+            report=lambda p: tell_phase(phase(p)),
         )
         end = phase(_progress(fitted))
         at_end = rules.at_end(end)
@@ -143,10 +148,7 @@ def _settled(
         trained: Any = fitted.model
         small = build_model(small.family, small.config, float_weights(trained, small))
         if not told["failed"]:
-            made = {
-                name: job.quantizer.finish(module, job.source(name), job.spec(name, 1))
-                for name, module in trained.graphs().items()
-            }
+            made = finished(job, trained)
             told |= {**calibrated, "graphs": graphs_to_json(made), "peak_bytes": peak_ram_bytes()}
     return told, small
 

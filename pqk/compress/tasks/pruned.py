@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pqk.compress.cut.prune import prune
-from pqk.compress.finetune import finetune, task_loss
+from pqk.compress.finetune import finetune
+from pqk.compress.train.data import opened_training
 from pqk.compress.train.progress import tell_training
 from pqk.compress.train.stop_rules import stopper
 from pqk.compress.train.trained import finish
-from pqk.families.dust3r import cutting
 from pqk.files import write_json
 from pqk.models import load_model, save_model
 from pqk.settings.prune import Prune
@@ -26,20 +25,18 @@ def train_pruned(request: Mapping[str, Any]) -> dict[str, Any]:
     Writes out/model and returns what `pqk.compress.train.trained.finish` does. Raises CheckFailed when the card's hours
     are spent: the checkpoint stays, and the same run with a larger budget goes on from there.
     """
-    scratch, seed = Path(request["scratch"]), request["seed"]
+    scratch, seed, data = Path(request["scratch"]), request["seed"], opened_training(request)
     teacher = load_model(request["teacher"])
     start = load_model(request["before"]) if request["before"] else teacher
     pruning = Prune.model_validate_json(json.dumps(request["spec"]))
     kept = scratch / "pruned"
     if not (kept / "report.json").exists():  # written last: a killed run prunes anew
-        loss_of = partial(task_loss, alpha=pruning.train.alpha)
-        small, found = prune(
-            start, pruning, cutting, loss_of, seed=seed, report=lambda line: tell({"text": line, "share": 0.0})
-        )
+        small, found = prune(start, pruning, data, seed=seed, report=lambda line: tell({"text": line, "share": 0.0}))
         save_model(small, kept)
         write_json(kept / "report.json", found.as_dict())
-    report = json.loads((kept / "report.json").read_text())
+    cut = json.loads((kept / "report.json").read_text())
     small = load_model(kept)
     stop = stopper(request["rules"])
-    fitted = finetune(small, teacher, pruning, seed=seed, scratch=scratch, stop=stop, report=tell_training)
-    return finish(fitted, request, "P", report)
+    report = tell_training(data.family)
+    fitted = finetune(small, teacher, pruning, data, seed=seed, scratch=scratch, stop=stop, report=report)
+    return finish(fitted, request, "P", cut)

@@ -10,11 +10,12 @@ from typing import Any
 from backends.base import Feeds, Graph, QuantSpec, Source
 from pqk.compress.qat import qat
 from pqk.compress.tasks.quantize import Calibrated, Each
+from pqk.compress.train.data import opened_training
 from pqk.compress.train.progress import tell_training
 from pqk.compress.train.stop_rules import best_checkpoint, stopper, untold_drop
 from pqk.engines.variant import graphs_to_json
 from pqk.measure.footprint import peak_ram_bytes
-from pqk.settings.quant import Qat
+from pqk.settings.training import Rounded
 
 _TRIMMED_EVERY = 8  # images
 
@@ -47,28 +48,33 @@ def prepare(job: Calibrated) -> Each[Any]:
     return job.each(prepared)
 
 
+def finished(job: Calibrated, parts: Any) -> dict[str, Graph]:
+    """Returns the graphs that the quantizer makes of the trained modules (an nn.ModuleDict)."""
+    job.family.learning_part().as_exported(parts, job.workload)
+    return {name: job.quantizer.finish(module, job.source(name), job.spec(name, 1)) for name, module in parts.items()}
+
+
 def train_quantized(request: Mapping[str, Any]) -> dict[str, Any]:
-    """The worker's side. Request: that of `Calibrated`, and qat (the config's section), seed, rules, scratch.
+    """The worker's side. Request: that of `Calibrated`, and train, qat (the config's section), seed, rules, scratch.
 
     Returns what `quantize_graphs` does, and reason, steps, training_s and drop_pct as
     `pqk.compress.train.trained.finish` does. Raises CheckFailed when the card's hours are spent.
     """
     job = Calibrated(dict(request), modules=True)
+    teacher: Any = job.model
     prepared = prepare(job)
-    told = job.calibrated(prepared)
+    told, data = job.calibrated(prepared), opened_training(request)
     fitted = qat(
         prepared.made,
-        job.model,
-        Qat.model_validate(request["qat"]),
+        teacher,
+        Rounded.model_validate(request["qat"]),
+        data,
         seed=request["seed"],
         scratch=Path(request["scratch"]),
         stop=stopper(request["rules"]),
-        report=tell_training,
+        report=tell_training(data.family),
     )
-    trained: Any = fitted.model
-    made: dict[str, Graph] = {}
-    for name, module in trained.graphs().items():
-        made[name] = job.quantizer.finish(module, job.source(name), job.spec(name, 1))
+    made = finished(job, fitted.model)
     best = best_checkpoint(fitted.history) or {}
     return {
         **told,

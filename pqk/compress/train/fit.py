@@ -1,4 +1,4 @@
-"""The training of every method: a model, a loss on rendered pairs, and what came out of it.
+"""Trains a model of any family for any method: a loss, a schedule, and what came out of it.
 
 Distillation, fine-tuning after pruning, quantization-aware training and the joint recipe differ in their loss and in
 the model they start from; the loop, its schedule, its resuming and its validation are the same, and are here.
@@ -7,29 +7,24 @@ the model they start from; the loop, its schedule, its resuming and its validati
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from pqk.compress.train.data import TrainingData
+from pqk.compress.train.device import pick_device
+from pqk.compress.train.judge import Forward, Judge, parts_of
 from pqk.compress.train.loop import Progress, Schedule, Trainer
-from pqk.compress.train.pairs import ScoreOf, SymmetricPairs, pick_device, scenery, validation_scores
-from pqk.data.render.stream import PairBatch, training_pairs
-from pqk.data.render.synthetic import texture_bank
-from pqk.errors import PqkError
-from pqk.settings.seeds import INDICES, split_seed
 from pqk.settings.training import Fit
-from pqk.stats.intervals import drop_interval
 
-VALIDATION_SEED = 1
-"""Every method, whatever its training seed, is judged on the same held-out pairs. Those of seed 0 chose the Teacher,
-and `scenes.validation`, which decides between models, has a seed of its own."""
-
-LossOf = Callable[[nn.Module, PairBatch, float], torch.Tensor]
+Outputs = Mapping[str, Any]
+LossOf = Callable[[nn.Module, Any, Outputs | None, float], Tensor]
+"""The module that gives outputs for a batch, a batch, the Teacher's outputs for it (where they were asked for), share
+of the run in [0, 1] -> the loss."""
 Stop = Callable[[Progress], str | None]
 
 
@@ -37,13 +32,13 @@ Stop = Callable[[Progress], str | None]
 class Fitted:
     """What a training left.
 
-    model: the best averaged weights, in eval mode on the CPU; those of the start are among them. outcome: 'done' or
-    'stopped', with its reason. history: one entry per validation, the first of step 0, with step, seconds, score,
-    scores (of each held-out pair), absrel, delta1 and, when a Teacher was given, drop_pct and drop_low, the lower end
-    of its 95 % interval over pairs. seconds: time spent training, over all its resumed parts.
+    model: the best averaged weights, in eval mode on the CPU; those of the start are among them. last: the averaged
+    weights at its end. outcome: 'done' or 'stopped', with its reason. history: one entry per validation, the first of
+    step 0, with step, seconds and what `Judge` gives. seconds: time spent training, over all its resumed parts.
     """
 
     model: nn.Module
+    last: dict[str, Tensor]
     outcome: str
     reason: str | None
     steps: int
@@ -64,39 +59,39 @@ def fit(
     model: nn.Module,
     spec: Fit,
     loss_of: LossOf,
+    data: TrainingData,
     *,
     seed: int,
     scratch: Path,
     device: str = "auto",
     teacher: nn.Module | None = None,
+    guided: bool = False,
+    watched: tuple[Any, Any] = (None, None),
     extra: nn.Module | None = None,
-    pairs_of: Callable[[nn.Module], nn.Module] = SymmetricPairs,
-    score_of: ScoreOf | None = None,
+    nearest: bool = False,
     stop: Stop | None = None,
     report: Callable[[Progress], None] | None = None,
 ) -> Fitted:
-    """Train `model` in place and return the best averaged weights, judged on held-out pairs at the start and after
+    """Train `model` in place and return the best averaged weights, judged on held-out samples at the start and after
     every epoch.
 
-    loss_of(module, pairs, share): the loss on one batch; `module` is pairs_of(model), which takes images (B,2,3,H,W)
-    to outputs of 2B samples, first the orders (a, b), then (b, a); share in [0, 1] tells how much of the run is over.
-    seed: of the rendered training pairs; validation pairs are the same for every seed.
-    scratch: a folder for the checkpoint; a run that was killed continues from there, and on one CPU its final weights
-    equal those of an undisturbed run bit for bit. It belongs to one model, spec and seed: the caller sees to that.
-    teacher: each validation then tells the drop of AbsRel against it, in percent, on the same pairs.
-    extra: a module whose parameters are trained too, such as projections of features.
-    score_of: what the best weights are chosen by, of the averaged model's outputs for the validation pairs; without it,
-    AbsRel.
-    stop: see `Trainer.run`; called after every step.
-    Raises PqkError for a device that is not there, a damaged checkpoint, and a training that diverges to NaN.
+    model: a whole one, or an nn.ModuleDict of the modules of its graphs. seed: of the training batches; held-out ones
+    are the same for every seed. scratch: a folder for the checkpoint; a run that was killed continues from there, and
+    on one CPU its final weights equal those of an undisturbed run bit for bit. It belongs to one model, spec and seed:
+    the caller sees to that. teacher: each validation then has the drop against it; it moves to the training device and
+    stays as it is. guided: the loss wants the Teacher's outputs. watched: what of the Teacher and of the model is kept
+    as features, see `LearningPart.features`. extra: a module whose parameters are trained too, such as projections of
+    features. nearest: the best weights are those nearest to the Teacher (`Judge`). stop: see `Trainer.run`; called
+    after every step.
+    Raises PqkError for a device that is not there, a damaged checkpoint, a training that diverges to NaN, and for what
+    the data raises.
     """
     where = pick_device(device)
-    autocast = where.type == "cuda"
+    autocast, learning = where.type == "cuda", data.learning
     together = _Together(model, extra).to(where)
-    schedule = Schedule(spec.steps, spec.learning_rate, spec.final_rate, spec.warmup)
     trainer = Trainer(
         together,
-        schedule,
+        Schedule(spec.steps, spec.learning_rate, spec.final_rate, spec.warmup),
         device=where,
         weight_decay=spec.weight_decay,
         clip_norm=spec.clip_norm,
@@ -107,31 +102,40 @@ def fit(
     checkpoint = scratch / "checkpoint.pt"
     if checkpoint.exists():
         trainer.resume(checkpoint)
-    bank = texture_bank().to(where)
-    aim = _score(teacher.to(where), spec, where, autocast)["absrels"] if teacher is not None else None
+    batches = data.batches(spec, where, seed)
+    if teacher is not None:
+        teacher = teacher.to(where)
+    judge = Judge(
+        data.family,
+        batches,
+        lambda: torch.autocast(where.type, dtype=torch.bfloat16, enabled=autocast),
+        teacher,
+        {"alpha": spec.alpha} if nearest else None,
+    )
+    guide = None
+    if guided:
+        assert teacher is not None
+        guide = Forward(learning, learning.parts(teacher), watched[0]).eval()
 
-    def loss(module: nn.Module, step: int, share: float) -> torch.Tensor:
+    def loss(module: nn.Module, step: int, share: float) -> Tensor:
         stage = spec.stage_at(share)
         with torch.autocast(where.type, enabled=False):
-            pairs = training_pairs(
-                stage.batch, stage.size, split_seed("train", seed, step % INDICES), bank, **scenery(spec)
-            )
-        return loss_of(module, pairs, share)
+            batch = batches.train(step, stage.batch, stage.size)
+        aim = None
+        if guide is not None:
+            with torch.no_grad():
+                aim = guide(batch)
+        return loss_of(module, batch, aim, share)
 
-    def validate(weights: dict[str, torch.Tensor]) -> dict[str, Any]:
+    def validate(weights: dict[str, Tensor]) -> dict[str, Any]:
         frozen.load_state_dict(weights)
-        scores = _score(frozen.model, spec, where, autocast, score_of)
-        mine = scores.pop("absrels")
-        if aim is not None:
-            drop = drop_interval(mine, aim, range(len(aim)))
-            scores |= {"drop_pct": drop.value, "drop_low": drop.low}
-        return scores
+        return judge(frozen.model)
 
     if trainer.progress.step == 0 and not trainer.progress.history:
         trainer.judge(validate)  # a model that begins close to its Teacher must not come out worse
     outcome = trainer.run(
         loss,
-        wrapped=pairs_of(together.model),
+        wrapped=Forward(learning, parts_of(learning, together.model), watched[1]),
         validate=validate,
         every=spec.steps_per_epoch,
         patience=spec.epochs + 1,  # when to give up is the business of `stop`
@@ -141,14 +145,6 @@ def fit(
         stop=stop,
     )
     frozen.load_state_dict(trainer.best_averaged())
+    last = {k.removeprefix("model."): v.cpu() for k, v in trainer.averaged().items() if k.startswith("model.")}
     p = trainer.progress
-    return Fitted(frozen.model.cpu().eval(), outcome, p.reason, p.step, p.seconds, list(p.history))
-
-
-def _score(
-    model: nn.Module, spec: Fit, device: torch.device, autocast: bool, score_of: ScoreOf | None = None
-) -> dict[str, Any]:
-    scores = validation_scores(model.eval(), spec, device, autocast, VALIDATION_SEED, score_of)
-    if not math.isfinite(scores["score"]):
-        raise PqkError("AbsRel on the validation pairs is not finite; lower learning_rate")
-    return {name: scores[name] for name in ("score", "scores", "absrel", "absrels", "delta1")}
+    return Fitted(frozen.model.cpu().eval(), last, outcome, p.reason, p.step, p.seconds, list(p.history))

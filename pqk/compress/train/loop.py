@@ -49,7 +49,7 @@ class Schedule:
         return min(1.0, done)
 
     def rate(self, share: float) -> float:
-        """Linear warm-up, then half a cosine down to the final rate (DUSt3R's schedule)."""
+        """Linear warm-up, then half a cosine down to the final rate."""
         if share < self.warmup:
             return self.learning_rate * share / self.warmup
         fall = (share - self.warmup) / (1 - self.warmup)
@@ -62,7 +62,7 @@ def world() -> tuple[int, int]:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Decay matrices and filters, not biases and norms (DUSt3R's recipe)."""
+    """Decay matrices and filters, not biases and norms."""
     trained = [p for p in model.parameters() if p.requires_grad]
     return [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
@@ -160,7 +160,8 @@ class Trainer:
             p.stale += 1
 
     def _average(self) -> None:
-        # a short memory at first, or the random start would linger
+        # A short memory at first, or the random start would linger. (torch's AveragedModel takes the weights of the
+        # first step as they are instead, which would change every run.)
         decay = min(self.decay, (1 + self.progress.step) / (10 + self.progress.step))
         with torch.no_grad():
             mine = self.model.state_dict()
@@ -202,7 +203,7 @@ class Trainer:
             return "stopped"
         module: nn.Module = self.model if wrapped is None else wrapped
         if self.world > 1:
-            # DUSt3R carries weights that no output depends on (mask_token, parts of the DPT head)
+            # a model may carry weights that no output depends on, as official files do
             module = nn.parallel.DistributedDataParallel(module, find_unused_parameters=True)
         module.train()
         began, before, saved = time.monotonic(), p.seconds, time.monotonic()

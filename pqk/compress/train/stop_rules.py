@@ -72,7 +72,7 @@ def stale(history: Sequence[Checkpoint], min_improvement_pct: float) -> int:
     improvement; the first checkpoint counts as one. So small gains add up until they count. A score that is not finite
     never counts.
 
-    Where checkpoints have the score of each held-out pair ('scores'), their difference is taken pair by pair, with its
+    Where checkpoints have the score of each held-out sample ('scores'), their difference is taken one by one, with its
     95 % interval: only one whose interval is below 0 is an improvement, and only one whose interval excludes an
     improvement counts as none. Between them the noise does not tell, and the rule waits: the count stays.
     """
@@ -127,7 +127,7 @@ class StopRules:
     """The lines of one training run; make them with `StopRules.of`.
 
     Judged in this order, on a `Progress` whose `history` has 'step', 'score' (lower is better) and, where it is known,
-    'drop_pct' (against the Teacher on the same pairs):
+    'drop_pct' (against the Teacher on the same samples):
 
     - **diverged**: the newest score is not finite, or above twice that of the first validation: training has made the
       model far worse than where it began, from where a falling rate does not come back. (Worse than the best one by

@@ -1,4 +1,4 @@
-"""`pqk train teacher`: DUSt3R's supervised training on rendered pairs, and the folder that is shipped."""
+"""`pqk train teacher`: a family's supervised training on generated samples, and the folder that is shipped."""
 
 from __future__ import annotations
 
@@ -14,18 +14,16 @@ import torch
 from torch import nn
 
 from backends.cpu import cpu_name
+from pqk.compress.train.device import pick_device
+from pqk.compress.train.judge import Forward, Judge
 from pqk.compress.train.loop import Progress, Schedule, Trainer, world
-from pqk.compress.train.pairs import SymmetricPairs, means_of, pick_device, scenery, validation_scores
 from pqk.cores import allowed_cores
-from pqk.data.render.stream import PairBatch, training_pairs
-from pqk.data.render.synthetic import texture_bank
 from pqk.errors import PqkError, nearest
 from pqk.families.checkpoint import CARD, CONFIG, WEIGHTS
-from pqk.families.dust3r.configs import NAMED, read_config
-from pqk.families.dust3r.losses import confidence_loss
+from pqk.families.contract import Family
+from pqk.families.registry import families
 from pqk.files import clear_write_errors, fsync_folder, sha256_file, sha256_json, write_json
 from pqk.models import build_model, load_model, save_model
-from pqk.settings.seeds import INDICES, split_seed
 from pqk.settings.training import TrainSpec
 
 
@@ -53,8 +51,8 @@ def train_teacher(
     Raises PqkError for an unknown model or device, an impossible budget, a batch that the processes cannot share
     equally, a folder that cannot be written, and a checkpoint that is damaged or of another spec.
     """
-    if spec.model not in NAMED:
-        raise PqkError(f"unknown model {spec.model!r}{nearest(spec.model, NAMED)}; known: {', '.join(NAMED)}")
+    of = family_of_named(spec.model)
+    learning = of.learning_part()
     for name, value in (("minutes", minutes), ("pause_after", pause_after_s)):
         if value is not None and not 0 < value < math.inf:
             raise PqkError(f"{name} must be more than 0, got {value}")
@@ -62,7 +60,7 @@ def train_teacher(
     rank, processes = world()
     for stage in spec.stages:
         if stage.batch % processes:
-            raise PqkError(f"{processes} processes cannot share a batch of {stage.batch} pairs equally")
+            raise PqkError(f"{processes} processes cannot share a batch of {stage.batch} {learning.UNIT} equally")
     grouped = processes > 1 and not torch.distributed.is_initialized()
     if grouped:
         torch.distributed.init_process_group("nccl" if where.type == "cuda" else "gloo")
@@ -71,16 +69,16 @@ def train_teacher(
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
     autocast = where.type == "cuda" if autocast is None else autocast
-    config = NAMED[spec.model]
+    config = of.settings_part().NAMED[spec.model]
     torch.manual_seed(spec.seed)
-    model, start = build_model("dust3r", config), None
+    model, start = build_model(of.name, config), None
     if init is not None:
         first = load_model(init)
-        if read_config(first.config) != read_config(config):
+        if first.family != of.name or not learning.same_network(first.config, config):
             raise PqkError(f"{init} has another configuration than {spec.model}; training cannot start from it")
         model.load_state_dict(first.state_dict())
         start = sha256_state(model.state_dict())
-    # the tokens reach the heads' convolutions in this layout anyway
+    # what reaches the convolutions of a transformer's heads has this layout anyway
     model = model.to(memory_format=torch.channels_last)
     schedule = Schedule(spec.steps, spec.learning_rate, spec.final_rate, spec.warmup, minutes)
     trainer = Trainer(
@@ -104,31 +102,27 @@ def train_teacher(
         with clear_write_errors(out):
             checkpoint.unlink(missing_ok=True)  # or a run killed before its first save would resume the old one
         write_json(stamp, wanted)
-    bank = texture_bank().to(where)
-    symmetric: nn.Module = SymmetricPairs(trainer.model)
+    batches = learning.batches(spec, where, seed=spec.seed, held_seed=spec.seed)
+    wrapped: nn.Module = Forward(learning, learning.parts(trainer.model))
     if compiled:
-        symmetric = torch.compile(symmetric, dynamic=False)  # type: ignore[assignment]
+        wrapped = torch.compile(wrapped, dynamic=False)  # type: ignore[assignment]
+    judge = Judge(of, batches, lambda: torch.autocast(where.type, dtype=torch.bfloat16, enabled=autocast))
 
     def loss_of(module: nn.Module, step: int, share: float) -> torch.Tensor:
         stage = spec.stage_at(share)
-        seed = split_seed("train", spec.seed, (step * processes + rank) % INDICES)
         with torch.autocast(where.type, enabled=False):
-            mine = stage.batch // processes
-            pairs: PairBatch = training_pairs(mine, stage.size, seed, bank, **scenery(spec))
-            gt1, gt2, valid1, valid2 = pairs.ordered()
-        prediction = module(pairs.images)
-        with torch.autocast(where.type, enabled=False):
-            return confidence_loss(prediction, gt1, gt2, valid1, valid2, spec.alpha)[0]
+            batch = batches.train(step * processes + rank, stage.batch // processes, stage.size)
+        return learning.losses(module(batch), batch, None, ("task",), {"alpha": spec.alpha})["task"]
 
-    def scored(weights: dict[str, torch.Tensor]) -> dict[str, Any]:
-        # a fresh module, so that validation never touches the one in training
-        frozen = build_model("dust3r", model.config, weights).to(where).eval()
-        return means_of(validation_scores(frozen, spec, where, autocast, spec.seed))
+    def scored(model: nn.Module) -> dict[str, float]:
+        scores = {**judge(model.to(where).eval()), **judge.floor()}
+        return {name: value for name, value in scores.items() if isinstance(value, float)}  # no lists of single samples
 
     outcome = trainer.run(
         loss_of,
-        wrapped=symmetric,
-        validate=scored,
+        wrapped=wrapped,
+        # a fresh module, so that validation never touches the one in training
+        validate=lambda weights: scored(build_model(of.name, config, weights)),
         every=spec.validation.every,
         patience=spec.validation.patience,
         checkpoint=checkpoint,
@@ -137,11 +131,12 @@ def train_teacher(
         batch_of=lambda share: spec.stage_at(share).batch,
     )
     if rank == 0 and outcome != "paused":
-        best = build_model("dust3r", model.config, trainer.best_averaged())
+        best = build_model(of.name, config, trainer.best_averaged())
 
         def card_of(shipped: nn.Module) -> dict[str, Any]:
-            scores = means_of(validation_scores(shipped.to(where), spec, where, autocast, spec.seed))
-            card = model_card(spec, trainer.progress, scores, where, outcome, minutes, command)
+            card = model_card(
+                spec, learning.SOURCE, trainer.progress, scored(shipped), where, outcome, minutes, command
+            )
             if init is not None:
                 card["init"] = {"weights": start, "card": _read_json(Path(init) / "model_card.json")}
             return card
@@ -150,6 +145,14 @@ def train_teacher(
     if grouped:
         torch.distributed.destroy_process_group()
     return outcome, trainer.progress
+
+
+def family_of_named(name: str) -> Family:
+    """The family that has a configuration of this name. Raises PqkError for a name that none has."""
+    known = {named: of for of in families() for named in of.settings_part().NAMED}
+    if name not in known:
+        raise PqkError(f"unknown model {name!r}{nearest(name, known)}; known: {', '.join(known)}")
+    return known[name]
 
 
 def ship(model: nn.Module, out: Path, card_of: Callable[[nn.Module], dict[str, Any]]) -> None:
@@ -195,6 +198,7 @@ def _read_json(path: Path) -> Any:
 
 def model_card(
     spec: TrainSpec,
+    source: str,
     progress: Progress,
     scores: dict[str, float],
     device: torch.device,
@@ -208,7 +212,7 @@ def model_card(
         name = torch.cuda.get_device_name(device)
     return {
         "name": spec.model,
-        "data": "pairs of procedural rooms rendered on the fly (pqk.data.render.synthetic), split 'train'",
+        "data": source,
         "seed": spec.seed,
         "steps": progress.step,
         "hours": round(progress.seconds / 3600, 4),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pqk.families.cutting import Channels, Plan, Size
+from pqk.families.dust3r.batches import Pairs
 from pqk.families.dust3r.configs import BlockSize, DptSize, dpt_hooks, read_config
 from pqk.families.dust3r.layers import CrossAttention, Rope, SelfAttention
 from pqk.families.dust3r.model import Dust3r
@@ -139,9 +140,9 @@ def run_sample(net: nn.Module, side: int) -> None:
     net(image, image)
 
 
-def begin(net: Dust3r, images: Tensor) -> Tensor:
+def begin(net: Dust3r, batch: Pairs) -> Tensor:
     """See `CuttingPart`: the tokens (B, 2, N, width) of both images."""
-    return net.encode(images.flatten(0, 1)).unflatten(0, images.shape[:2])
+    return net.encode(batch.images.flatten(0, 1)).unflatten(0, batch.images.shape[:2])
 
 
 def begins(size: str) -> bool:
@@ -149,9 +150,8 @@ def begins(size: str) -> bool:
     return size.startswith(f"{ENCODER}.")
 
 
-def finish(net: Dust3r, begun: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+def finish(net: Dust3r, begun: Tensor, batch: Pairs) -> dict[str, Tensor]:
     """See `CuttingPart`."""
-    hw = (images.shape[-2], images.shape[-1])
+    hw = (batch.images.shape[-2], batch.images.shape[-1])
     a, b = begun[:, 0], begun[:, 1]
-    out = net.decode(torch.cat([a, b]), torch.cat([b, a]), hw, hw)
-    return out["pts3d_1"].float(), out["pts3d_2"].float()
+    return net.decode(torch.cat([a, b]), torch.cat([b, a]), hw, hw)

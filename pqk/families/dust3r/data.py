@@ -27,11 +27,11 @@ from pqk.data.scenes.pairs import image_similarity, most_pairs, pair_graph
 from pqk.data.scenes.preprocess import Frame
 from pqk.errors import PqkError
 from pqk.families.contract import Given, Maker, Sample, SampleSet
-from pqk.families.dust3r.inputs import CalibrationImages, load_frames, scene_pairs
+from pqk.families.dust3r.inputs import CalibrationImages, learning_split, load_frames, scene_pairs
 from pqk.families.dust3r.settings import Workload
 from pqk.files import sha256_json
 from pqk.settings.seeds import LIMIT
-from pqk.settings.workload import SYNTHETIC, SceneList
+from pqk.settings.workload import SYNTHETIC, SceneList, TrainList
 
 SEED_DRAWS: Literal["samples", "noise"] = "samples"
 
@@ -66,6 +66,8 @@ def open_split(
     """
     if split == "calibration":
         return _calibration(workload, root, make)
+    if split == "train":
+        return _train(workload, root, given)
     if split == "test" and (given.scenes or given.images):
         return _given(workload, given)
     asked = getattr(workload.scenes, split)
@@ -121,6 +123,31 @@ def _calibration(workload: Workload, root: Path, make: Maker) -> SampleSet:
         "calibration", -(-asked.images // in_pairs), asked.views_per_scene, asked.seed, workload, False, make
     )
     return _set(scenes, None, False, False)
+
+
+def _train(workload: Workload, root: Path, given: Given) -> SampleSet:
+    """What is learned from: nothing that exists yet, or scenes in a folder, some held out (see `learning_split`)."""
+    if given.train_scenes and given.train_images:
+        raise PqkError("--train-scenes and --train-images exclude each other: scenes with depth, or pictures without")
+    asked, named = workload.scenes.train, given.train_scenes or given.train_images
+    if named is not None:
+        asked = TrainList(source=str(named.absolute()), pictures=given.train_images is not None)
+    if asked.source == SYNTHETIC:
+        return SampleSet({"folders": []}, {"views": None}, (), sha256_json(SYNTHETIC), True)
+    folder = _under(root, asked.source)
+    scenes = folder_scenes(folder, asked.names, asked.count, asked.pictures, not asked.pictures)
+    if not asked.pictures:
+        for path in scenes.folders:
+            refuse_partial_truth(path)
+        if not _truthful(scenes):
+            raise PqkError(f"{folder}: these scenes have no depth to learn from; --train-images takes pictures without")
+    found = _set(scenes, asked.views, not asked.pictures, True)
+    learned, held = learning_split(found)
+    what = "photographs in folders" if asked.pictures else "scenes with depth"
+    drawn = f"{len(learned)} {what}, judged on {len(held)} other{'s' if len(held) > 1 else ''}"
+    if learned[0].root == held[0].root:
+        drawn = f"{len(learned[0].views)} photographs, judged on the {len(held[0].views)} that follow them"
+    return replace(found, drawn=drawn)
 
 
 def synthetic_scenes(

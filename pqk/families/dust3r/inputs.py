@@ -16,6 +16,7 @@ from pqk.data.scenes.pairs import image_similarity, pair_graph
 from pqk.data.scenes.preprocess import Frame, fit_to_shape
 from pqk.data.scenes.scene import Scene, View, unreadable
 from pqk.errors import PqkError
+from pqk.families.contract import SampleSet
 from pqk.families.dust3r.settings import PairGraph
 
 _FRAMES = 256 * 2**20  # bytes of loaded pictures and depth that a scene keeps: 60 frames of 512x512 pixels
@@ -130,3 +131,31 @@ class CalibrationImages:
     def __getitem__(self, index: int) -> Frame:
         # with its camera, so that it is undistorted and oriented as the pictures of an evaluation are
         return fit_to_shape(replace(self.views[index], depth_path=None, mask_path=None), *self.shape)
+
+
+def learning_split(found: SampleSet) -> tuple[list[Scene], list[Scene]]:
+    """Returns the scenes that are learned from and those held out, on which a training is judged.
+
+    Of scenes in the natural order of their names every tenth is held out, of fewer than ten the last one. Of
+    photographs in a single folder, in the order of their names, the last tenth is, at least two: neighbours mostly show
+    the same, so that every tenth would not be apart. Raises PqkError where there is too little for both.
+    """
+    scenes = [open_scene(Path(folder)) for folder in found.where["folders"]]
+    views = found.how["views"]
+    scenes = [replace(scene, views=scene.views[:views]) for scene in scenes] if views else scenes
+    for scene in scenes:
+        if len(scene.views) < 2:
+            raise PqkError(f"{scene.root}: a scene to train on needs at least 2 images, found {len(scene.views)}")
+    if len(scenes) == 1 and not found.truthful:
+        scene = scenes[0]
+        last = len(scene.views) - max(2, len(scene.views) // 10)
+        if last < 2:
+            raise PqkError(
+                f"{scene.root}: training needs at least 4 photographs, 2 of them to judge it, found {len(scene.views)}"
+            )
+        return [replace(scene, views=scene.views[:last])], [replace(scene, views=scene.views[last:])]
+    if len(scenes) < 2:
+        raise PqkError(f"{scenes[0].root}: training needs at least 2 scenes, one of them to judge it, found 1")
+    held = set(range(9, len(scenes), 10)) or {len(scenes) - 1}
+    learned = [scene for k, scene in enumerate(scenes) if k not in held]
+    return learned, [scene for k, scene in enumerate(scenes) if k in held]

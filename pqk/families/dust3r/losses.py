@@ -1,4 +1,9 @@
-"""DUSt3R's training losses on point maps (Wang et al., CVPR 2024, section 3.2), written as masked sums.
+"""DUSt3R's training losses on point maps (Wang et al., CVPR 2024, section 3.2), and those against a Teacher.
+
+Against a Teacher: the KL of two networks' densities of points (Hinton et al. 2015, arXiv 1503.02531; docs/methods.md
+derives it), the distance of their features (Romero et al. 2015, arXiv 1412.6550), and the relative distance of their
+outputs, for networks that round. On a handful of held-out pairs AbsRel varies by more than rounding costs; the distance
+to the Teacher's own points, in which every pixel has a say, tells which of two checkpoints is better.
 
 Shapes used below: B samples; H, W pixels (the two views may differ in size); points (B, H, W, 3) in any length unit;
 confidences (B, H, W), above 0 (DUSt3R: above 1); validity masks (B, H, W), bool or 0/1. Everything is computed in
@@ -8,10 +13,11 @@ are replaced by constants and leave no value and no gradient, even when they hol
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pqk.errors import PqkError
 
@@ -19,6 +25,11 @@ Prediction = Mapping[str, Tensor]  # pts3d_1, pts3d_2 (B, H, W, 3) in camera 1; 
 
 MIN_FACTOR = 1e-8
 PRED_SCALE_RANGE = (1e-3, 1e3)
+NEAREST = 0.05
+"""Points nearer to the camera than this, in the Teacher's unit, count as being this far in the relative error."""
+_SERIES_BELOW = 0.5
+_SERIES = [(-1) ** n * (3 - n) / math.factorial(n + 1) for n in range(2, 15)]
+"""Near 0 the closed form of the mean distance loses digits; its power series, from s^2 on, is exact up to there."""
 
 
 def to_camera1(world_points: Tensor, cam1_to_world: Tensor) -> Tensor:
@@ -107,6 +118,99 @@ def scale_shift_invariant_error(
     g1, g2, gt_size = _shift_and_scale(g1, g2, valid1, valid2)
     ratio = (gt_size / pred_scale.clamp(*PRED_SCALE_RANGE))[:, None, None, None]
     return _sum_of_means(_norm(p1 * ratio - g1, valid1), _norm(p2 * ratio - g2, valid2), valid1, valid2)
+
+
+def laplace_kl(distance: Tensor, rate_p: Tensor, rate_q: Tensor) -> Tensor:
+    """KL(p || q) in nats, element by element, of two densities `rate^3 / (8 pi) exp(-rate |x - centre|)` of 3-D points.
+
+    distance: between the two centres, at least 0, in the unit in which the rates are per unit; rates above 0.
+    With t = ln(rate_q / rate_p) and s = rate_p distance it is `3 (e^t - 1 - t) + e^t (h(s) - 3)`, where
+    `h(s) = s + 4 / s - e^-s (1 + 4 / s)` is the mean distance of a draw of p (rate 1) from a point at distance s.
+    Both terms are at least 0, and 0 only where rates and centres agree.
+    """
+    log_ratio = rate_q.log() - rate_p.log()
+    return 3 * (torch.expm1(log_ratio) - log_ratio) + log_ratio.exp() * _farther(rate_p * distance)
+
+
+def _farther(s: Tensor) -> Tensor:
+    """h(s) - 3: how much farther away, on average, a point at distance s is than the centre; s^2 / 6 near 0."""
+    small = s.clamp(max=_SERIES_BELOW)
+    series = torch.zeros_like(small)
+    for coefficient in reversed(_SERIES):
+        series = series * small + coefficient
+    large = s.clamp(min=_SERIES_BELOW)
+    closed = large - 3 - torch.exp(-large) - 4 * torch.expm1(-large) / large
+    return torch.where(s < _SERIES_BELOW, small.square() * series, closed)
+
+
+def softened_kl(
+    teacher: Prediction, student: Prediction, valid1: Tensor, valid2: Tensor, conf_alpha: float, temperature: float
+) -> Tensor:
+    """KL of the Teacher's point densities to the student's, both softened, in the unit of the task loss: a scalar.
+
+    A pixel's density is the one whose negative logarithm the confidence loss is: `exp(-3 c / conf_alpha |x - p|)` up to
+    a constant, with confidence c and point p normalised as that loss does (each network by its own factor). Softening
+    by a temperature divides the rate: p^(1/T), normalised anew. The confidence loss is conf_alpha / 3 times a negative
+    log-likelihood in nats, so the KL is multiplied by the same factor. Per view the mean over valid pixels; the sum of
+    both views. Predictions as `Dust3r` gives them; masks (B, H, W); conf_alpha and temperature above 0.
+    """
+    t1, t2, _ = normalise_jointly(teacher["pts3d_1"], teacher["pts3d_2"], valid1, valid2)
+    s1, s2, _ = normalise_jointly(student["pts3d_1"], student["pts3d_2"], valid1, valid2)
+    total = torch.zeros((), device=t1.device)
+    for view, ours, theirs, valid in ((1, s1, t1, valid1), (2, s2, t2, valid2)):
+        rates = [
+            3 / (conf_alpha * temperature) * torch.where(valid.bool(), out[f"conf_{view}"].float(), 1.0)
+            for out in (teacher, student)
+        ]
+        total = total + masked_mean(laplace_kl((ours - theirs).norm(dim=-1), *rates), valid)
+    return conf_alpha / 3 * total
+
+
+def imitation_loss(got: Mapping[str, Tensor], aim: Mapping[str, Tensor], alpha: float) -> Tensor:
+    """How far outputs are from the Teacher's: sum over both views of mean(w * err) + alpha * mean(|ln c - ln c_T|).
+
+    err = |x - x_T| / max(|x_T|, NEAREST) per pixel; w is the Teacher's confidence c_T over its mean in that view, so
+    that pixels the Teacher knows nothing about (sky, occlusions) weigh little. Points (B, H, W, 3) in one unit,
+    confidences (B, H, W) above 0; every pixel counts, as the Teacher answers everywhere. No unit.
+    """
+    total = torch.zeros((), device=got["conf_1"].device)
+    for view in (1, 2):
+        points, wanted = got[f"pts3d_{view}"].float(), aim[f"pts3d_{view}"].float()
+        conf, trusted = got[f"conf_{view}"].float(), aim[f"conf_{view}"].float()
+        err = (points - wanted).norm(dim=-1) / wanted.norm(dim=-1).clamp_min(NEAREST)
+        weight = trusted / trusted.mean(dim=(1, 2), keepdim=True)
+        total = total + (weight * err).mean() + alpha * (conf.log() - trusted.log()).abs().mean()
+    return total
+
+
+def feature_loss(teacher: dict[str, Tensor], student: dict[str, Tensor], bridges: nn.ModuleDict) -> Tensor:
+    """Mean over the features of `|F_T - F_S|^2 / |F_T|^2`, squares of all tokens and samples together: a scalar.
+
+    Relative, because the stream of a decoder grows from block to block, and every layer should count alike. bridges:
+    a linear map from the student's width to the Teacher's for every feature whose widths differ.
+    """
+    parts = []
+    for name, target in teacher.items():
+        ours = bridges[name](student[name]) if name in bridges else student[name]
+        error = (ours.float() - target.float()).square().mean()
+        parts.append(error / target.float().square().mean().clamp_min(1e-8))
+    return torch.stack(parts).mean()
+
+
+def output_probe(out: Prediction) -> Tensor:
+    """The points of both views, each relative to its distance, projected on random signs: a scalar.
+
+    The squared gradient of it by a weight is on average how far the weight moves the points (Hutchinson 1990), which is
+    the second order of a loss against the network's own outputs: the first is 0 there, and tells nothing of what may be
+    cut where there is no ground truth. The signs are always the same.
+    """
+    generator, total = torch.Generator().manual_seed(0), torch.zeros((), device=out["pts3d_1"].device)
+    for view in (1, 2):
+        points = out[f"pts3d_{view}"].float()
+        signs = torch.randint(2, points.shape, generator=generator).to(points) * 2 - 1
+        far = points.detach().norm(dim=-1, keepdim=True).clamp_min(NEAREST)
+        total = total + (signs * points / far).sum() / points[..., 0].numel() ** 0.5
+    return total
 
 
 def _errors(

@@ -90,8 +90,8 @@ def pair_truth(frame1: Frame, frame2: Frame) -> PairTruth:
                 raise PqkError(f"a frame's {name} must be a finite, invertible ({size}, {size}) matrix, got {matrix}")
     cam1_to_world = np.linalg.inv(np.asarray(frame1.world_to_cam, dtype=np.float64))
     cam1_to_cam2 = np.asarray(frame2.world_to_cam, dtype=np.float64) @ cam1_to_world
-    gt1, valid1 = _points_in_camera(frame1)
-    gt2, valid2 = _points_in_camera(frame2)
+    gt1, valid1 = points_in_camera(frame1)
+    gt2, valid2 = points_in_camera(frame2)
     gt2 = _move(gt2, np.linalg.inv(cam1_to_cam2))
     gt2[~valid2] = 0.0
     return PairTruth(
@@ -330,7 +330,7 @@ def _depth(points: Array, cam1_to_cam2: Array) -> Array:
     return points @ cam1_to_cam2[2, :3] + cam1_to_cam2[2, 3]
 
 
-def _points_in_camera(frame: Frame) -> tuple[Array, Array]:
+def points_in_camera(frame: Frame) -> tuple[Array, Array]:
     """Points (H, W, 3) float64 in the frame's camera, 0 where the depth is unknown, and the validity mask."""
     if frame.depth is None or np.ndim(frame.depth) != 2:
         raise PqkError("a frame without a depth map (H, W) has no ground truth to score against")

@@ -89,6 +89,7 @@ class Workload(workload.Workload):
         """Splits of one folder name their scenes, and none is named in two."""
         refuse_shared_scenes(
             {
+                "scenes.train": self.scenes.train,
                 "scenes.validation": self.scenes.validation,
                 "scenes.test": self.scenes.test,
                 "calibration": self.calibration,
