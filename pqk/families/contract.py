@@ -205,7 +205,7 @@ class SettingsPart(Protocol):
 class ModelPart(Protocol):
     """Builds the model, reads official checkpoints, splits the model into graphs."""
 
-    LAYOUT: str  # what an official checkpoint holds, for a message
+    LAYOUT: str | None  # what an official checkpoint holds, for a message; None: there are none
     UNDONE: Mapping[str, Any]  # training-only settings of stored configurations, and what they are set to here
 
     def build(self, config: Mapping[str, Any]) -> nn.Module:

@@ -41,7 +41,7 @@ def read_official(path: Path) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
             raise PqkError(f"{path}: {error}") from error
         if found is not None:
             return of.name, *found
-    known = "; ".join(f"one of {of.name} holds {of.model_part().LAYOUT}" for of in families())
+    known = "; ".join(f"one of {of.name} holds {of.model_part().LAYOUT}" for of in families() if of.model_part().LAYOUT)
     raise PqkError(f"{path} is no official checkpoint: {known}")
 
 

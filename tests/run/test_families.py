@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ class Project:
     packages: Path
 
     def _run(self, *words: str | Path) -> subprocess.CompletedProcess[str]:
-        places = [str(REPOSITORY), str(Path(__file__).parent), str(self.packages)]
+        places = [str(REPOSITORY), str(self.packages)]
         env = {**environment(), "PYTHONPATH": os.pathsep.join(places)}
         command = [sys.executable, *map(str, words)]
         return subprocess.run(command, cwd=self.root, env=env, text=True, capture_output=True, timeout=240)
@@ -43,12 +44,19 @@ class Project:
         return done.stdout.strip()
 
 
+def from_the_guide() -> str:
+    """The module that docs/howto-add-a-family.md builds step by step."""
+    page = (REPOSITORY / "docs" / "howto-add-a-family.md").read_text("utf-8")
+    return "\n\n".join(re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL))
+
+
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
     pytest.importorskip("openvino")
     folder = tmp_path_factory.mktemp("families")
     about = folder / "packages" / "toy_family-0.1.dist-info"
     about.mkdir(parents=True)
+    (about.parent / "toy_family.py").write_text(from_the_guide())
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: toy-family\nVersion: 0.1\n")
     (about / "entry_points.txt").write_text("[pqk.families]\ntoy = toy_family:FAMILY\n")
     made = Project(make_project(folder / "project"), about.parent)
