@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import typer
 
-from pqk.cli import app
+from pqk.cli.app import app
 from pqk.settings.card import Overrides, list_cards
 
 ROOT = Path(__file__).resolve().parents[1]

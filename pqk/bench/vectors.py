@@ -103,7 +103,7 @@ def run_case(path: Path, kinds: Mapping[str, Runner] | None = None) -> Outcome:
 
 
 def run_folder(folder: Path, only: Sequence[str] = ()) -> Iterator[Outcome]:
-    """Run every case in and below the folder, or those of some kinds (names or patterns such as dust3r_*).
+    """Run every case in and below the folder, or those of some kinds (names or patterns such as NAME_*).
 
     Raises BadCase for a folder without cases, and PqkError when no case is of the wanted kinds. With `only`, a case
     whose kind cannot be read is reported too.
