@@ -16,8 +16,9 @@ from pqk.record import deliverable as freeze
 from pqk.record import ledger
 from pqk.record.pair_scores import files_of, scores_here
 from pqk.record.tsv import Row, write_table
+from pqk.report.cells import printable
 from pqk.report.drops import drop_of
-from pqk.report.table import printable
+from pqk.report.runs import draw_runs
 from pqk.settings.seeds import parse_seeds
 
 
@@ -181,7 +182,7 @@ def freeze_results(
         files, more = gather(plan, root, backend)
     tables = freeze.tables_of(files) if files else ledger.read_results(results or root / "results")
     scores, gone = files_of([row for _, rows in tables for row in rows], root)
-    for note in [*freeze.freeze(folder, tables, commit_of(), more | scores), *gone]:
+    for note in [*freeze.freeze(folder, tables, commit_of(), draw_runs, more | scores), *gone]:
         print(printable(note))
     print(f"sha256 of {freeze.MANIFEST}: {sha256_file(folder / freeze.MANIFEST)}")
     print(paths.shown(folder))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pqk.files import atomic_path, write_json, write_text
-from pqk.report.table import DASH, csv_text, printable
+from pqk.report.cells import DASH, csv_text, printable
 from pqk.report.workbook import put
 
 if TYPE_CHECKING:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pqk.files import atomic_path, write_text
+from pqk.files import write_text
 from pqk.record.schema import columns
-from pqk.report.plots import PALETTE, bars_of, blank_figure
-from pqk.report.table import DASH, csv_text, value_text, with_ends
+from pqk.report.cells import DASH, csv_text, value_text, with_ends
+from pqk.report.plots import bars_of
+from pqk.report.style import PALETTE, blank_figure, label_rows, write_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -73,8 +74,6 @@ def print_matrix(result: MatrixResult, console: Console) -> None:
 
 def write_matrix(result: MatrixResult, folder: Path) -> list[Path]:
     """Write AXIS.csv, AXIS.md and, where a point has a figure to draw, AXIS.png into `folder`; returns the files."""
-    import matplotlib
-
     written = []
     for axis, points in result.records.items():
         rows = rows_of(points)
@@ -83,26 +82,21 @@ def write_matrix(result: MatrixResult, folder: Path) -> list[Path]:
         lines.insert(1, "|" + " --- |" * len(rows[0]))
         write_text(folder / f"{axis}.md", f"# {result.card.id} {axis}\n\n" + "\n".join(lines) + "\n")
         written += [folder / f"{axis}.csv", folder / f"{axis}.md"]
-        with matplotlib.rc_context({"text.parse_math": False, "font.size": 10}), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Glyph .* missing from")
-            figure = _draw(f"{result.card.id} {axis}", points)
-            if figure is not None:
-                with atomic_path(folder / f"{axis}.png") as temporary:
-                    figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight", metadata={"Software": None})
-                written.append(folder / f"{axis}.png")
+        picture = folder / f"{axis}.png"
+        if write_figure(picture, partial(_draw, f"{result.card.id} {axis}", points)) is None:
+            written.append(picture)
     return written
 
 
-def _draw(title: str, points: Points) -> Figure | None:
-    """Bars per point: the drop, and the speedup within each point's own interleaved run. None when nothing is there."""
+def _draw(title: str, points: Points) -> Figure | str:
+    """Bars per point: the drop, and the speedup within each point's own interleaved run. Else a reason."""
     known = {column.name: column for column in columns()}
     drawn = [known[name] for name in _DRAWN if any(record and record[name] is not None for record in points.values())]
     if not drawn:
-        return None
+        return "no point has a drop or a speedup"
     figure, axes = blank_figure(9.0, max(1.8, 0.42 * len(points) + 1.1), len(drawn))
     for number, (axis, column) in enumerate(zip(axes, drawn, strict=True)):
         bars_of(axis, list(points.values()), column, PALETTE[number])
-        axis.set_yticks(range(len(points)), list(points) if number == 0 else [""] * len(points))
-        axis.set_ylim(len(points) - 0.5, -0.5)
+        label_rows(axis, list(points) if number == 0 else [""] * len(points))
     axes[0].set_title(title, fontsize=10, loc="left")
     return figure

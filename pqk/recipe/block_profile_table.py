@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pqk.files import write_text
-from pqk.report.table import DASH, csv_text
+from pqk.report.cells import DASH, csv_text
 
 if TYPE_CHECKING:
     from rich.console import Console

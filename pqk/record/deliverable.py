@@ -13,20 +13,16 @@ and of a plan what `pqk.study.campaign` gathers: plan.json, records/, ablation/
 from __future__ import annotations
 
 import re
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pqk.errors import PqkError
 from pqk.files import below, clear_write_errors, sha256_file, whole_folder
 from pqk.record.ledger import (
     COLUMNS,
-    HIGHER_IS_BETTER,
     MEASURED,
     REQUIRED,
     SUMMARY,
-    VARIANT,
     read_rows,
     read_runs,
     refuse_mixed,
@@ -35,9 +31,6 @@ from pqk.record.ledger import (
 )
 from pqk.record.pair_scores import SCORES
 from pqk.record.tsv import Kind, Row, markdown_cell, read_table, write_table
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 MANIFEST = "manifest.tsv"
 RUNS = "runs.tsv"
@@ -56,6 +49,9 @@ _SCORES_LINE = (
 )
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
 
+Draw = Callable[[Sequence[Row], Sequence[Row], Path], list[str]]
+"""Draws figures of runs and their summary into a folder; returns the names of the files."""
+
 
 def safe_name(name: str, what: str) -> str:
     """`name` when it can name a folder anywhere: letters, digits, '.', '_', '-'. Raises PqkError."""
@@ -70,12 +66,13 @@ def freeze(
     folder: Path,
     tables: Sequence[tuple[Path, Sequence[Row]]],
     commit: str | None,
+    draw: Draw,
     more: Mapping[str, bytes] | None = None,
 ) -> list[str]:
     """Write the deliverable, whole or not at all; returns what was not pooled, and why.
 
     `folder`: .../deliverables/NAME, which must not exist; `tables`: see `ledger.read_results`; `commit`: of the
-    project, for the README; `more`: contents of further files, by relative name. Raises PqkError for an unsafe name,
+    project, for the README; `draw`: `pqk.report.runs.draw_runs`; `more`: contents of further files, by relative name. Raises PqkError for an unsafe name,
     one that is taken, and what `summarise_files` refuses.
     """
     name = safe_name(folder.name, "deliverable")
@@ -155,66 +152,6 @@ def differences(row: Row, again: Row, tolerance: float) -> list[str]:
             relative = f"{abs(new - old) / abs(old):.2g} of it" if old else "it was 0"
             said.append(f"{name} is {new:.8g} now, frozen was {old:.8g} (off by {relative}, allowed {tolerance:g})")
     return said
-
-
-# Figures
-
-
-def draw(runs: Sequence[Row], summary: Sequence[Row], folder: Path) -> list[str]:
-    """A figure per metric that was measured: mean and sample standard deviation of each group, and its single runs.
-
-    Returns the file names.
-    """
-    import matplotlib
-
-    written = []
-    for metric in MEASURED:
-        lines = [line for line in telling(summary) if line[f"{metric}_mean"] is not None]
-        if not lines:
-            continue
-        # A label is data: "$" in it is no formula.
-        with matplotlib.rc_context({"text.parse_math": False, "font.size": 9}), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Glyph .* missing from")
-            figure = _figure(metric, lines, runs)
-            figure.savefig(folder / f"{metric}.png", dpi=130, bbox_inches="tight", metadata={"Software": None})
-        written.append(f"{metric}.png")
-    return written
-
-
-def _figure(metric: str, lines: Sequence[Row], runs: Sequence[Row]) -> Figure:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.5, 0.34 * len(lines) + 1.2))
-    axes = figure.add_subplot()
-    for place, line in enumerate(lines):
-        own = [row[metric] for row in runs if _belongs(row, line)]
-        axes.plot(own, [place] * len(own), "|", color="#999999", markersize=9, zorder=1)
-        axes.errorbar(
-            line[f"{metric}_mean"],
-            place,
-            xerr=line[f"{metric}_std"],
-            fmt="o" if line["scope"] == "train_seed" else "D",
-            color="#0072B2" if line["scope"] == "train_seed" else "#D55E00",
-            capsize=4,
-            zorder=2,
-        )
-    axes.ticklabel_format(axis="x", style="plain", useOffset=False)
-    axes.set_yticks(range(len(lines)), [f" {label(line)} (n = {line['n']})" for line in lines])
-    axes.set_ylim(len(lines) - 0.4, -0.6)
-    axes.tick_params(axis="y", length=0)
-    axes.grid(True, axis="x", color="#DDDDDD", linewidth=0.7)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    unit = f" ({UNITS[metric]})" if metric in UNITS else ""
-    better = "higher" if metric in HIGHER_IS_BETTER else "lower"
-    axes.set_xlabel(f"{metric}{unit}, {better} is better; mean and sample standard deviation, strokes are single runs")
-    return figure
-
-
-def _belongs(row: Row, line: Row) -> bool:
-    """Whether a run is one of those behind a line of the summary."""
-    names = [*VARIANT, *(["file"] if line["file"] else []), *(["train_seed"] if line["scope"] == "train_seed" else [])]
-    return all(row[name] == line[name] for name in names)
 
 
 def label(line: Row) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 from pqk.record.ledger import HIGHER_IS_BETTER
 from pqk.record.pair_scores import Scores, paired
 from pqk.record.tsv import Row
-from pqk.report.table import interval_of
+from pqk.report.cells import interval_of
 from pqk.stats.intervals import Interval, difference_interval, drop_interval, groups_to_decide, mean_interval
 
 

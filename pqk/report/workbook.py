@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pqk.files import atomic_path
 from pqk.record.formulas import safe_text
 from pqk.record.schema import Column, schema_version
-from pqk.report.table import Record, best_rows, cell_text, with_ends
+from pqk.report.cells import Record, best_rows, cell_text, with_ends
 
 if TYPE_CHECKING:
     from openpyxl import Workbook

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pqk.report.table import DASH
+from pqk.report.cells import DASH
 from pqk.settings.plan import A100_FACTOR, Plan, Range, Step, cost, hours_on, rate_on, total
 
 if TYPE_CHECKING:

@@ -40,6 +40,7 @@ from pqk.record.ledger import (
     write_rows,
 )
 from pqk.record.tsv import Row, read_table
+from pqk.report.runs import draw_runs
 from pqk.settings.seeds import parse_seeds, seeds_text
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -403,7 +404,7 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tables = [(folder.parent / "a.tsv", rows), (folder.parent / "b.tsv", [row(2, 0, device=nasty)])]
     for path, own in tables:
         write_rows(path, own)
-    assert freeze.freeze(folder, tables, "abc") == []
+    assert freeze.freeze(folder, tables, "abc", draw_runs) == []
     return folder
 
 
@@ -433,20 +434,19 @@ def test_a_name_is_taken_once_and_is_safe(frozen: Path, results: Results) -> Non
     tables = read_results(results(a=grid(1)))
     before = freeze.check_files(frozen)
     with pytest.raises(PqkError, match="demo exists already"):
-        freeze.freeze(frozen, tables, None)
+        freeze.freeze(frozen, tables, None, draw_runs)
     assert freeze.check_files(frozen) == before
     for name in ("", "..", ".x", "a/b", "a b", "-x", "ä", "x" * 81, "a\n"):
         with pytest.raises(PqkError, match="deliverable"):
             freeze.safe_name(name, "deliverable")
 
 
-def test_nothing_is_left_of_a_freeze_that_fails(results: Results, tmp_path: Path, monkeypatch: Any) -> None:
-    def broken(*_: object) -> None:
+def test_nothing_is_left_of_a_freeze_that_fails(results: Results, tmp_path: Path) -> None:
+    def broken(*_: object) -> list[str]:
         raise PqkError("the disk is full")
 
-    monkeypatch.setattr(freeze, "draw", broken)
     with pytest.raises(PqkError, match="disk"):
-        freeze.freeze(tmp_path / "deliverables" / "x", read_results(results(a=grid(1))), None)
+        freeze.freeze(tmp_path / "deliverables" / "x", read_results(results(a=grid(1))), None, broken)
     assert list((tmp_path / "deliverables").iterdir()) == []
 
 

@@ -18,6 +18,7 @@ from pqk.record import deliverable as freeze
 from pqk.record.ledger import COLUMNS, METRICS, compare, write_rows
 from pqk.record.pair_scores import files_of, paired, scores_here, scores_in
 from pqk.record.tsv import Row
+from pqk.report.runs import draw_runs
 
 SCENES, PAIRS = 6, 4
 A, B = Path("a.tsv"), Path("b.tsv")
@@ -152,7 +153,7 @@ def test_a_deliverable_holds_the_scores_of_every_run(tmp_path: Path, make: Make)
     files, gone = files_of(rows, tmp_path)
     assert gone == [] and len(files) == len(rows)
     folder = tmp_path / "deliverables" / "demo"
-    freeze.freeze(folder, tables, "abc", files)
+    freeze.freeze(folder, tables, "abc", draw_runs, files)
     said, runs = freeze.check_files(folder)
     assert said == [] and len(runs) == len(rows)
     readme = (folder / "README.md").read_text()

@@ -8,8 +8,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from pqk.families.dust3r.settings import load_evaluation
+from pqk.report.cells import row_label
 from pqk.report.plots import SHOWN, ablation, draw_plots, latency, pareto_front, precision, tradeoff
-from pqk.report.table import row_label
 
 ROOT = Path(__file__).parents[2]
 

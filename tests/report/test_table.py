@@ -16,17 +16,9 @@ from pqk.errors import PqkError
 from pqk.record.formulas import safe_text
 from pqk.record.log import read_records, write_record, write_records
 from pqk.record.schema import columns, empty_record, load_schema, validate
-from pqk.report.table import (
-    DASH,
-    best_rows,
-    build_reports,
-    main,
-    ordered,
-    print_table,
-    shares_text,
-    told_apart,
-    write_csv,
-)
+from pqk.report.cells import DASH, best_rows, ordered, shares_text, told_apart
+from pqk.report.files import all_records, write_csv, write_reports
+from pqk.report.table import main, print_table
 
 ROOT = Path(__file__).parents[2]
 
@@ -363,7 +355,7 @@ def test_ends_of_intervals_are_columns(tmp_path, make_record):
     assert lines[0]["quality_drop_pct_low"] == "" and lines[0]["absrel_high"] == "0.07"
     assert json.loads(lines[-1]["intervals"]) == rows[-1]["intervals"]
     write_record(tmp_path / "logs", rows[-1])
-    build_reports(tmp_path / "logs", tmp_path / "reports")
+    write_reports(all_records(tmp_path / "logs"), tmp_path / "reports")
     (kept,) = json.loads((tmp_path / "reports" / "summary.json").read_text())
     assert kept["intervals"] == rows[-1]["intervals"] and "quality_drop_pct_low" not in kept
 
@@ -374,7 +366,7 @@ def test_reports_of_two_experiments_merge_and_repeat(tmp_path, make_record):
         write_record(logs, record)
     write_records(logs / "D1.json", [make_record(exp_id="D1", absrel=0.05), make_record(exp_id="D1", role="teacher")])
     told: list[str] = []
-    paths = build_reports(logs, reports, say=told.append)
+    paths = write_reports(all_records(logs), reports, say=told.append)
     names = [path.relative_to(reports).as_posix() for path in paths]
     plots = ["plots/tradeoff.png", "plots/latency.png", "plots/precision.png"]
     assert names == ["summary.csv", "summary.json", "result_table.xlsx", *plots]
@@ -388,7 +380,7 @@ def test_reports_of_two_experiments_merge_and_repeat(tmp_path, make_record):
     first = {name: (reports / name).read_bytes() for name in names if not name.endswith("xlsx")}
     for path in list(logs.iterdir()):  # other file names and another order of files: the same report
         path.rename(logs / f"{99 - len(path.name)}{path.name}")
-    build_reports(logs, reports)
+    write_reports(all_records(logs), reports)
     assert first == {name: (reports / name).read_bytes() for name in first}
 
 
@@ -418,10 +410,10 @@ def test_bad_log_leaves_reports_alone(tmp_path, make_record):
     write_record(tmp_path / "logs", make_record())
     (tmp_path / "logs" / "bad.json").write_text(json.dumps({**make_record(), "absrell": 1}))
     with pytest.raises(PqkError, match=r"bad\.json: unknown field \"absrell\" \(did you mean 'absrel'\?\)"):
-        build_reports(tmp_path / "logs", tmp_path / "reports")
+        write_reports(all_records(tmp_path / "logs"), tmp_path / "reports")
     (tmp_path / "empty").mkdir()
     with pytest.raises(PqkError, match=r"no records in .*empty: run an experiment first"):
-        build_reports(tmp_path / "empty", tmp_path / "reports")
+        all_records(tmp_path / "empty")
     assert not (tmp_path / "reports").exists()
 
 

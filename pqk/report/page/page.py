@@ -6,8 +6,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,78 +15,16 @@ from pqk.paths import shown
 from pqk.record.deliverable import check_files, spread
 from pqk.record.ledger import Stat, stat
 from pqk.record.log import read_records
-from pqk.record.pair_scores import SCORES, Scores, scores_in
+from pqk.record.pair_scores import SCORES, scores_in
 from pqk.record.tsv import Row, markdown_cell
-from pqk.report.drops import Drop, difference_of, drop_of, drop_of_record
+from pqk.report.cells import DASH
+from pqk.report.drops import difference_of, drop_of_record
 from pqk.report.page.figures import draw
+from pqk.report.page.recipes import ONE_RUN_S, Recipe, Record, mean_of, recipes_of
 from pqk.report.page.targets import targets_lines
-from pqk.report.table import DASH
 from pqk.settings.seeds import seeds_text
-from pqk.stats.intervals import Interval
 
-Record = dict[str, Any]
 PLAN = "plan.json"
-_ONE_RUN_S = 300
-"""Of records without run_id, as schema 1.0 had none: those of one run were written together, so a Teacher's that is
-further away in time is of another timing."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A card in one precision: its planned runs, the records of their candidates, and its evaluations.
-
-    runs: (planned run, candidate's record, the Teacher's f32 record of the same run or None), by train seed.
-    teachers: evaluations of the Teacher in f32. scores: finds those of the pairs of an evaluation.
-    """
-
-    card: str
-    combo: str
-    precision: str
-    planned: list[dict[str, Any]]
-    runs: list[tuple[dict[str, Any], Record, Record | None]]
-    rows: list[Row]
-    teachers: list[Row]
-    scores: Scores
-
-    def over_runs(self, name: str) -> Stat | None:
-        """Mean and std of a column over the evaluations; None where one of them lacks it."""
-        values = [row[name] for row in self.rows]
-        return None if not values or None in values else stat(values)
-
-    def over_records(self, name: str) -> Stat | None:
-        """Mean and std of a column over the train seeds; None where one of them lacks it."""
-        return _stat([record[name] for _, record, _ in self.runs])
-
-    def ratios(self, name: str) -> Stat | None:
-        """Candidate over Teacher, within each run."""
-        return _stat([record[name] / base[name] if base and base[name] and record[name] else None
-                      for _, record, base in self.runs])  # fmt: skip
-
-    @property
-    def drop(self) -> Drop | None:
-        """Of the evaluations in the ledger; before there are any, of the records."""
-        if self.rows:
-            return drop_of(self.rows, self.teachers, self.scores)
-        if len(self.runs) == 1:
-            return drop_of_record(self.runs[0][1])
-        found = self.over_records("quality_drop_pct")
-        return None if found is None else Drop(Interval(found.mean, None, None, found.n), "records")
-
-    def drop_of_run(self, run: dict[str, Any], record: Record | None) -> Drop | None:
-        """Of the evaluations of one train seed; before there are any, of its record."""
-        own = [row for row in self.rows if row["train_seed"] == run["train_seed"]]
-        if own:
-            return drop_of(own, self.teachers, self.scores)
-        return None if record is None else drop_of_record(record)
-
-    @property
-    def int8_share(self) -> Stat | None:
-        return _stat([(record["executed_precision"] or {}).get("int8") for _, record, _ in self.runs])
-
-
-def _stat(values: Sequence[float | None]) -> Stat | None:
-    known = [value for value in values if value is not None]
-    return stat(known) if known and len(known) == len(values) else None
 
 
 def write_page(deliverable: Path, out: Path) -> list[Path]:
@@ -115,57 +51,6 @@ def write_page(deliverable: Path, out: Path) -> list[Path]:
 def _records(deliverable: Path) -> list[Any]:
     folder = deliverable / "records"
     return read_records(folder) if folder.is_dir() else []
-
-
-def recipes_of(plan: dict[str, Any], records: dict[str, Record], rows: Sequence[Row], scores: Scores) -> list[Recipe]:
-    """The recipes of a plan that something was measured of, in its order.
-
-    One whose train seeds ended in unlike precisions, as a stop-loss does, is told apart by them; so is one that was
-    made by several quantizers.
-    """
-    found = []
-    teachers = {record["hashes"]["model"] for record in records.values() if record["role"] == "teacher"}
-    teachers |= {row["teacher_sha256"] for row in rows}
-    taught = [row for row in rows if row["checkpoint_sha256"] in teachers and row["precision"] == "f32"]
-    taught = [row for row in taught if row["backend"] == plan["backend"] and row["settings"] is None]
-    for card in dict.fromkeys(run["card"] for run in plan["rows"] if run["card"] and not run["matrix"]):
-        planned = [run for run in plan["rows"] if run["card"] == card]
-        runs = [(run, records[run["candidate"]], _teacher(run, records)) for run in planned if run["candidate"]]
-        seeds = {(run["train_seed"], seed) for run in planned for seed in run["eval_seeds"]}
-        own = [
-            row
-            for row in rows
-            if row["card"] == card
-            and row["backend"] == plan["backend"]
-            and row["teacher_sha256"] is not None  # a recipe's own result, and no other checkpoint
-            and (row["train_seed"], row["eval_seed"]) in seeds
-            and row["settings"] is None  # the card as it stands
-        ]
-        kinds = [(found["precision"], found["quantizer"]) for found in (*(record for _, record, _ in runs), *own)]
-        for kind in dict.fromkeys(kinds):
-            chosen = [run for run in runs if (run[1]["precision"], run[1]["quantizer"]) == kind]
-            evaluated = [row for row in own if (row["precision"], row["quantizer"]) == kind]
-            several = len({precision for precision, _ in kinds}) < len(set(kinds))
-            precision = f"{kind[0]} {kind[1]}" if several and kind[1] else kind[0]
-            found.append(Recipe(card, planned[0]["combo"], precision, planned, chosen, evaluated, taught, scores))
-    return found
-
-
-def _teacher(run: dict[str, Any], records: dict[str, Record]) -> Record | None:
-    """The Teacher's f32 record of the same run, which has its run_id; None where there is none.
-
-    A candidate without run_id is paired by date with a Teacher without one; the page says so.
-    """
-    mine = records[run["candidate"]]
-    teachers = [records[path] for path in run["teachers"] if records[path]["precision"] == "f32"]
-    same = (record for record in teachers if record["run_id"] == mine["run_id"])
-    if mine["run_id"] is not None:
-        return next(same, None)
-    return next((record for record in same if abs(_time(record) - _time(mine)) < _ONE_RUN_S), None)
-
-
-def _time(record: Record) -> float:
-    return datetime.fromisoformat(record["datetime"].replace("Z", "+00:00")).timestamp()
 
 
 # Text
@@ -307,11 +192,11 @@ def _teacher_line(records: dict[str, Record], rows: Sequence[Row], metric: str) 
     record = max(teachers, key=lambda r: r["datetime"])
     digest = record["hashes"]["model"]
     own = [row for row in rows if row["checkpoint_sha256"] == digest and row["precision"] == "f32"]
-    quality = stat([row[metric] for row in own]) if own else _stat([record[metric]])
+    quality = stat([row[metric] for row in own]) if own else mean_of([record[metric]])
     count = f"{len({row['eval_seed'] for row in own})} eval" if own else "1"
     cells = [f"Teacher {markdown_cell(str(record['model']))}, f32", count, "0", _mean(quality, ".4f")]
     cells += [f"{record[name]:{form}}" for name, form in (("params_M", ".2f"), ("flops_G", ".1f"), ("size_MB", ".1f"))]
-    cells += [_mean(_stat([record["t_pair_p50_ms"]]), ".1f"), DASH, DASH, "1", DASH, DASH, DASH]
+    cells += [_mean(mean_of([record["t_pair_p50_ms"]]), ".1f"), DASH, DASH, "1", DASH, DASH, DASH]
     return [_line(cells)]
 
 
@@ -344,7 +229,7 @@ def _inverse(recipe: Recipe) -> Stat | None:
             known = base["t_pair_p50_ms"] / record["t_pair_p50_ms"]
         return known
 
-    return _stat([speed(record, base) for _, record, base in recipe.runs])
+    return mean_of([speed(record, base) for _, record, base in recipe.runs])
 
 
 def _counts(recipe: Recipe) -> str:
@@ -405,7 +290,7 @@ def _failed(record: Record) -> list[str]:
 def _legend(metric: str, by_date: bool) -> list[str]:
     paired = (
         "- Records of schema 1.0 do not name their run: Teacher and candidate of one run were found by their dates, at "
-        f"most {_ONE_RUN_S / 60:g} minutes apart.",
+        f"most {ONE_RUN_S / 60:g} minutes apart.",
     )
     return [
         f"- `drop %`: loss of {metric} against the Teacher in f32 on the same scenes and seeds, with its 95 % interval "

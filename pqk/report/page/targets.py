@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 from pqk.record.deliverable import spread
 from pqk.record.ledger import Stat
 from pqk.record.tsv import markdown_cell
+from pqk.report.cells import DASH, interval_of
 from pqk.report.drops import difference_of, interval_text
-from pqk.report.table import DASH, interval_of
 from pqk.stats.intervals import Interval
 
 if TYPE_CHECKING:
-    from pqk.report.page.page import Recipe
+    from pqk.report.page.recipes import Recipe
 
 _CUTS = {"params_cut_pct": "params_M", "flops_cut_pct": "flops_G", "file_cut_pct": "size_MB"}
 _RECORDS = {
