@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pqk.files import write_text
-from pqk.record.schema import columns
-from pqk.report.cells import DASH, csv_text, value_text, with_ends
+from pqk.record.schema import Column, columns
+from pqk.report.cells import DASH, csv_text, headline, value_text, with_ends
 from pqk.report.plots import bars_of
 from pqk.report.style import PALETTE, blank_figure, label_rows, write_figure
 
@@ -19,27 +19,25 @@ if TYPE_CHECKING:
 
     from pqk.recipe.matrix import MatrixResult
 
-SHOWN = (
-    "quality_drop_pct",
-    "absrel",
-    "delta1",
-    "speedup_vs_own_f32",
-    "t_pair_p50_ms",
-    "size_MB",
-    "flops_G",
-    "verdict",
-    "status",
-)
-_DRAWN = ("quality_drop_pct", "speedup_vs_own_f32")
+_DROP = "quality_drop_pct"
+_BESIDE = ("speedup_vs_own_f32", "t_pair_p50_ms", "size_MB", "flops_G", "verdict", "status")
+_DRAWN = (_DROP, "speedup_vs_own_f32")
 Points = Mapping[str, Mapping[str, Any] | None]
 
 
-def rows_of(points: Points) -> list[list[str]]:
-    """The heading and one row per point, as text; a point that failed has dashes."""
+def _shown(points: Points) -> list[Column]:
+    """The columns of the table: drop, headline metrics, speed, size, verdict."""
     known = {column.name: column for column in columns()}
-    rows = [["point", *(known[name].short or name for name in SHOWN)]]
+    metrics = headline([record for record in points.values() if record])
+    return [known[_DROP], *metrics, *(known[name] for name in _BESIDE)]
+
+
+def rows_of(points: Points) -> list[list[str]]:
+    """Returns the heading and one row per point, as text; a point that failed has dashes."""
+    shown = _shown(points)
+    rows = [["point", *(column.short or column.name for column in shown)]]
     for label, record in points.items():
-        values = [value_text(record, known[name]) if record else DASH for name in SHOWN]
+        values = [value_text(record, column) if record else DASH for column in shown]
         if record is None:
             values[-1] = "failed"
         rows.append([label, *values])
@@ -49,9 +47,10 @@ def rows_of(points: Points) -> list[list[str]]:
 def _csv_rows(points: Points) -> list[list[Any]]:
     """The heading and one row per point with exact values, and the ends of an interval behind its column."""
     shown, records = with_ends([record for record in points.values() if record])
-    names = [c.name for name in SHOWN for c in shown if c.name in (name, f"{name}_low", f"{name}_high")]
-    known = iter(records)
-    rows = [[label, *map((next(known) if record else {}).get, names)] for label, record in points.items()]
+    known = {column.name for column in shown}
+    names = [f"{c.name}{end}" for c in _shown(points) for end in ("", "_low", "_high") if f"{c.name}{end}" in known]
+    found = iter(records)
+    rows = [[label, *map((next(found) if record else {}).get, names)] for label, record in points.items()]
     return [["point", *names], *rows]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any
 
 from pqk.engines.variant import Variant
 from pqk.errors import EXIT_UNAVAILABLE, PqkError
+from pqk.families.contract import Metric
 from pqk.files import sha256_json
 from pqk.measure.scores import drop_of, metric_intervals
 from pqk.recipe.experiment import Experiment
@@ -54,6 +55,7 @@ def common_columns(
         "exp_id": experiment.card.id,
         "combo": experiment.card.combo,
         "model": model,
+        "family": experiment.family.name,
         "backend": backend,
         "device": machine["device"],
         "cpu_quota": machine["cpu_quota"],
@@ -88,7 +90,7 @@ def measured_record(
 
     against: the float variants that speedups refer to, f32 first.
     """
-    metrics, known = experiment.evaluation.quality.metrics, experiment.metrics
+    metrics = experiment.evaluation.quality.metrics
     mine, base = measured.scored[variant.name], measured.scored[measured.teacher.name]
     record = empty_record() | {"precision": str(variant.precision)} | common
     record["datetime"] = _now()
@@ -96,15 +98,19 @@ def measured_record(
     record |= {"scenes": base["groups"], "pairs": len(base["samples"]), "measured": mine["measured"]}
     taken = mine if measured.timed is None else measured.timed["variants"][variant.name]
     record |= {name: taken.get(name) for name in ("measured_at", "measured_commit")}  # a reused one keeps its own
-    for metric in metrics:
-        for name in (metric, *known[metric].parts):
-            record[name] = mine["summary"].get(name)
     # What an emulation reports is the graph's plan, and no kernel that ran.
     if mine["measured"] == "engine":
         record["executed_precision"] = mine["executed"]
         record["executed_matched_by_size"] = mine["matched_by_size"]
     record["flops_G"] = mine["flops"] / 1e9
     intervals = metric_intervals(mine, metrics)
+    described = described_metrics(experiment.metrics[name] for name in metrics)
+    record["metrics"] = {
+        name: {"value": mine["summary"].get(name), **about}
+        | ({"interval": intervals[name]} if name in intervals else {})
+        for name, about in described.items()
+    }
+    record |= {name: about["value"] for name, about in record["metrics"].items() if name in record}
     drop = drop_of(experiment.metric, mine, base, truthful, measured.level)
     if drop is not None:
         record["quality_drop_pct"] = drop.value
@@ -119,6 +125,11 @@ def measured_record(
         record |= columns | _memory(measured.memory[variant.name], on_gpu)
         record["intervals"] = {**(record["intervals"] or {}), **intervals} or None
     return record
+
+
+def described_metrics(metrics: Iterable[Metric]) -> dict[str, dict[str, str]]:
+    """Returns unit and direction of metrics and of their parts, by name."""
+    return {name: {"unit": m.unit, "better": m.better} for m in metrics for name in (m.name, *m.parts)}
 
 
 def interval_of(record: Mapping[str, Any], column: str) -> Interval | None:
@@ -192,11 +203,13 @@ def _timing(
     found: dict[str, Interval] = {"t_pair_p50_ms": median_interval(mine["sample"])}
     found |= {f"speedup_vs_{name}": speedup(pairs[base.name], mine["sample"]) for name, base in bases.items()}
     raw = {"pair": mine["sample"], **mine["graphs"], **({"device": device} if device else {})}
+    graphs = {f"t_{graph}_p50_ms": percentile(times, 50) for graph, times in mine["graphs"].items()}
+    known = empty_record()
     columns = {
+        **{name: value for name, value in graphs.items() if name in known},  # the others are in `samples` alone
         **{name: interval.value for name, interval in found.items()},
         "t_pair_p95_ms": p95(mine["sample"]),
         "t_pair_device_p50_ms": percentile(device, 50) if device else None,
-        **{f"t_{graph}_p50_ms": percentile(times, 50) for graph, times in mine["graphs"].items()},
         "t_scene_s": percentile(mine["group_s"], 50) if mine["group_s"] else None,
         "pairs_per_sec": 1000 * len(mine["sample"]) / sum(mine["sample"]),
         "best_float": str(best.precision),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
@@ -35,6 +35,7 @@ _PATTERN_WORDS = {
     "hashes": "a sha256 of 64 lower-case hexadecimal digits",
     "precision": "a name of letters, digits and underscores such as int8",
     "best_float": "a name of letters, digits and underscores such as bf16",
+    "main_metric": "a name of up to 32 lower-case letters, digits and underscores",
 }
 
 
@@ -44,7 +45,8 @@ class Column:
 
     `better` is 'lower', 'higher' or ''; `format` is printf-like without the percent sign ('.3f', 'd', '+.2f') or '';
     `kind` is the JSON type without null; `short` is the heading in the terminal ('' = not shown there);
-    `also` names a second sheet that shows the column; `timing` columns are null in an emulated row.
+    `also` names a second sheet that shows the column; `timing` columns are null in an emulated row; `metric` columns
+    hold a quality metric of a family, which is in `metrics` too.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Column:
     short: str
     also: str
     timing: bool
+    metric: bool
 
 
 def schema_path() -> Path:
@@ -99,9 +102,30 @@ def columns() -> list[Column]:
             short=rules.get("x-short", ""),
             also=rules.get("x-also", ""),
             timing=rules.get("x-timing", False),
+            metric=rules.get("x-metric", False),
         )
         for name, rules in load_schema()["properties"].items()
     ]
+
+
+def metrics_of(record: Mapping[str, Any]) -> dict[str, dict[str, Any]] | None:
+    """Returns the object `metrics` of a record that has its metrics in columns alone, with the schema's units.
+
+    None where nothing was measured.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for column in columns():
+        if column.metric and (record.get(column.name) is not None or record.get("main_metric") == column.name):
+            unit = "" if column.unit == "1" else column.unit
+            found[column.name] = {"value": record.get(column.name), "unit": unit, "better": column.better}
+            ends = (record.get("intervals") or {}).get(column.name)
+            found[column.name] |= {} if ends is None else {"interval": ends}
+    return found if any(about["value"] is not None for about in found.values()) else None
+
+
+def names_of_1_0() -> dict[str, str | None]:
+    """Returns where schema 1.0 had the value of a column, by the name of today; None: it did not measure that."""
+    return {n: rules["x-1.0"] for n, rules in load_schema()["properties"].items() if "x-1.0" in rules}
 
 
 def empty_record() -> dict[str, Any]:
@@ -191,6 +215,16 @@ def _beyond_schema(record: dict[str, Any]) -> Iterator[str]:
     total = sum((record.get("executed_precision") or {}).values())
     if total > 1 + 1e-6:
         yield f"executed_precision: the shares must add up to at most 1, got {total:.6g}"
+    metrics, main = record.get("metrics"), record.get("main_metric")
+    if metrics is not None and main is not None and main not in metrics:
+        yield f"main_metric must be one of {', '.join(metrics)}, got {_show(main)}{nearest(main, metrics)}"
+    for column in columns():
+        about = (metrics or {}).get(column.name)
+        if about is not None and not column.metric:
+            yield f"metrics.{column.name} has the name of another field"
+        elif about is not None and about["value"] != record[column.name]:
+            value = _show(record[column.name])
+            yield f"{column.name} is {value} and must be as in metrics, {_show(about['value'])}"
 
 
 def _rank(error: ValidationError) -> tuple[int, str]:
@@ -219,6 +253,8 @@ def _sentence(error: ValidationError, record: dict[str, Any], schema: dict[str, 
         return "; ".join(
             f"unknown field {_show(name)}{nearest(name, missing) or nearest(name, known)}" for name in unknown
         )
+    if field and error.validator in ("additionalProperties", "required"):
+        return f"{field}: {error.message}"
     if error.validator == "required":
         missing = [name for name in known if name not in record]
         return f"missing field{'s' if len(missing) > 1 else ''} {', '.join(missing)}; what is unknown is null"

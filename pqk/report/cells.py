@@ -44,6 +44,46 @@ def ordered(records: Iterable[Record]) -> list[Record]:
     return sorted(unique.values(), key=key)
 
 
+def columns_of(records: Iterable[Record]) -> list[Column]:
+    """Returns the columns of the schema, and behind its metrics those that only these records' families have.
+
+    Units and directions of metrics are those that the records give.
+    """
+    known: dict[str, list[Mapping[str, Any]]] = {}
+    for record in records:
+        for name, about in (record["metrics"] or {}).items():
+            known.setdefault(name, []).append(about)
+    shown = columns()
+    place = 1 + max(index for index, column in enumerate(shown) if column.metric)
+    named = {column.name for column in shown}
+    shown[place:place] = [
+        Column(name, "quality", "", "", ".4g", "A metric of the model's family.", "number", name, "", False, True)
+        for name in known
+        if name not in named
+    ]
+    return [_as_given(column, known[column.name]) if column.name in known else column for column in shown]
+
+
+def _as_given(column: Column, found: Sequence[Mapping[str, Any]]) -> Column:
+    units = dict.fromkeys(about["unit"] or "1" for about in found)
+    return replace(column, unit=" or ".join(units), better=found[0]["better"])
+
+
+def value_of(record: Record, name: str) -> Any:
+    """Returns a record's value in a column of `columns_of`; None where it has none."""
+    return record[name] if name in record else (record["metrics"] or {}).get(name, {}).get("value")
+
+
+def headline(records: Iterable[Record]) -> list[Column]:
+    """Returns the main metrics, and one that improves the other way where there is one: an error and a score."""
+    rows = list(records)
+    mains = {record["main_metric"] for record in rows}
+    found = [c for c in columns_of(rows) if c.metric and any(value_of(record, c.name) is not None for record in rows)]
+    chosen = [column for column in found if column.name in mains]
+    others = [column for column in found if chosen and column.short and column.better != chosen[0].better]
+    return list(dict.fromkeys([*chosen, *others[:1]]))
+
+
 def cell_text(value: Any, column: Column) -> str:
     """A value for people: numbers in the column's format, shares as 'int8 91 % / bf16 7 %', null as a dash."""
     if value is None or value == {} or value == []:
@@ -69,7 +109,7 @@ def interval_of(record: Record, name: str) -> tuple[float, float] | None:
 
 def interval_text(record: Record, column: Column) -> str:
     """Gives an interval for people: '±0.48', or '[+0.10, +1.62]' where its halves differ; '' for none."""
-    value, ends = record[column.name], interval_of(record, column.name)
+    value, ends = value_of(record, column.name), interval_of(record, column.name)
     if ends is None or not isinstance(value, int | float):
         return ""
     halves = [format(half, column.format.removeprefix("+")) for half in (value - ends[0], ends[1] - value)]
@@ -80,14 +120,15 @@ def interval_text(record: Record, column: Column) -> str:
 
 def value_text(record: Record, column: Column) -> str:
     """Gives a record's value with its interval, for people: '+0.77 ±0.48'."""
-    return f"{cell_text(record[column.name], column)} {interval_text(record, column)}".rstrip()
+    return f"{cell_text(value_of(record, column.name), column)} {interval_text(record, column)}".rstrip()
 
 
 def with_ends(records: Sequence[Record]) -> tuple[list[Column], list[Record]]:
     """Adds, behind each column of numbers that any record has an interval of, its ends as NAME_low and NAME_high."""
     known = {name for record in records for name in record["intervals"] or {}}
     shown: list[Column] = []
-    for column in columns():
+    every = columns_of(records)
+    for column in every:
         shown.append(column)
         if column.name in known and column.kind in ("number", "integer"):
             shown += [
@@ -106,7 +147,7 @@ def with_ends(records: Sequence[Record]) -> tuple[list[Column], list[Record]]:
         ends: dict[str, float | None] = {}
         for name in known:
             ends[f"{name}_low"], ends[f"{name}_high"] = interval_of(record, name) or (None, None)
-        rows.append({**record, **ends})
+        rows.append({**{column.name: value_of(record, column.name) for column in every}, **ends})
     return shown, rows
 
 
@@ -129,11 +170,12 @@ def best_rows(records: Sequence[Record]) -> dict[str, set[int]]:
         if record["status"] == "ok":
             fields.setdefault(_judged_on(record), []).append(index)
     best: dict[str, set[int]] = {}
-    for column in columns():
+    for column in columns_of(records):
         if not column.better:
             continue
         for indices in fields.values():
-            values = {i: records[i][column.name] for i in indices if records[i][column.name] is not None}
+            found = {i: value_of(records[i], column.name) for i in indices}
+            values = {i: value for i, value in found.items() if value is not None}
             if len(set(values.values())) > 1:
                 target = (min if column.better == "lower" else max)(values.values())
                 best.setdefault(column.name, set()).update(i for i, value in values.items() if value == target)

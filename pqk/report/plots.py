@@ -10,7 +10,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pqk.record.schema import Column, columns
-from pqk.report.cells import DASH, Record, cell_text, interval_of, interval_text, row_label, shares_text, value_text
+from pqk.report.cells import (
+    DASH,
+    Record,
+    cell_text,
+    columns_of,
+    interval_of,
+    interval_text,
+    row_label,
+    shares_text,
+    value_of,
+    value_text,
+)
 from pqk.report.style import (
     ABOVE,
     BESIDE,
@@ -115,11 +126,12 @@ def tradeoff(records: Sequence[Record], thresholds: Thresholds | None = None, sa
     the front and the newest are named.
     """
     time = _column("t_pair_p50_ms")
-    quality = _quality_axis([record for record in records if record[time.name] is not None])
-    rows = [record for record in records if record[time.name] is not None and record[quality.name] is not None]
+    quality = _quality_axis([record for record in records if record[time.name] is not None] or records)
+    scored = [record for record in records if value_of(record, quality.name) is not None]
+    rows = [record for record in scored if record[time.name] is not None]
     if not rows:
         return f"no record has both {time.name} and {quality.name}"
-    points = [(record[time.name], record[quality.name]) for record in rows]
+    points = [(record[time.name], value_of(record, quality.name)) for record in rows]
     front = pareto_front(points, quality.better == "higher")
     named = _named(rows, front)
     figure, (axes,) = blank_figure(8.0, max(4.8, 0.26 * len(named) + 1.5))
@@ -176,8 +188,9 @@ def tradeoff(records: Sequence[Record], thresholds: Thresholds | None = None, sa
 def _quality_axis(rows: Sequence[Record]) -> Column:
     if any(interval_of(record, _DROP) and record[_DROP] is not None for record in rows):
         return _column(_DROP)
-    chosen = Counter(record["main_metric"] for record in rows if record["main_metric"])
-    return _column(chosen.most_common(1)[0][0] if chosen else "absrel")
+    known = {column.name: column for column in columns_of(rows)}
+    chosen = Counter(record["main_metric"] for record in rows if record["main_metric"] in known)
+    return known[chosen.most_common(1)[0][0] if chosen else _DROP]
 
 
 def _named(rows: Sequence[Record], front: Sequence[int]) -> list[int]:
@@ -193,7 +206,7 @@ def _quality_lines(rows: Sequence[Record], quality: Column, thresholds: Threshol
     drops = drop_lines(rows, thresholds)
     if quality.name == _DROP:
         return drops
-    taught = {r[quality.name] for r in rows if r["role"] == "teacher" and r["precision"] == "f32"}
+    taught = {value_of(r, quality.name) for r in rows if r["role"] == "teacher" and r["precision"] == "f32"}
     if len(taught) != 1 or any(record["quality_reference"] == "teacher" for record in rows):
         return []
     teacher, sign = taught.pop(), -1 if quality.better == "higher" else 1

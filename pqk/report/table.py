@@ -10,17 +10,19 @@ from typing import TYPE_CHECKING
 
 from pqk import paths
 from pqk.errors import EXIT_OK, PqkError
-from pqk.record.schema import Column, columns
+from pqk.record.schema import Column
 from pqk.report.cells import (
     Record,
     best_rows,
     cell_text,
+    columns_of,
     hash_of,
     interval_text,
     ordered,
     printable,
     told_apart,
     tool_text,
+    value_of,
 )
 from pqk.report.files import Places, all_records, thresholds_of, write_reports
 
@@ -51,10 +53,10 @@ def print_table(records: Iterable[Record], console: Console) -> None:
     metrics = {record["main_metric"] for record in rows}
     shown = [
         column
-        for column in columns()
+        for column in columns_of(rows)
         if column.group != "identity"
         and (column.short or column.name in metrics)
-        and any(record[column.name] not in (None, {}) for record in rows)
+        and any(value_of(record, column.name) not in (None, {}) for record in rows)
     ]
     best = best_rows(rows)
     judged = [column for column in shown if column.name == "verdict"]
@@ -135,7 +137,7 @@ def _terminal_table(
         cells = [Text(printable(record["exp_id"])), Text(labels[index])]
         cells += [Text(printable(scenes[index]))] if scenes else []
         for column in shown:
-            text = cell_text(record[column.name], column)
+            text = cell_text(value_of(record, column.name), column)
             if column.name == "executed_precision":
                 text = "\n".join(printable(part) for part in text.split(" / "))
             else:

@@ -17,7 +17,7 @@ from pqk.record.ledger import Stat, stat
 from pqk.record.log import read_records
 from pqk.record.pair_scores import SCORES, scores_in
 from pqk.record.tsv import Row, markdown_cell
-from pqk.report.cells import DASH
+from pqk.report.cells import DASH, value_of
 from pqk.report.drops import difference_of, drop_of_record
 from pqk.report.page.figures import draw
 from pqk.report.page.recipes import ONE_RUN_S, Recipe, Record, mean_of, recipes_of
@@ -192,7 +192,7 @@ def _teacher_line(records: dict[str, Record], rows: Sequence[Row], metric: str) 
     record = max(teachers, key=lambda r: r["datetime"])
     digest = record["hashes"]["model"]
     own = [row for row in rows if row["checkpoint_sha256"] == digest and row["precision"] == "f32"]
-    quality = stat([row[metric] for row in own]) if own else mean_of([record[metric]])
+    quality = stat([row[metric] for row in own]) if own else mean_of([value_of(record, metric)])
     count = f"{len({row['eval_seed'] for row in own})} eval" if own else "1"
     cells = [f"Teacher {markdown_cell(str(record['model']))}, f32", count, "0", _mean(quality, ".4f")]
     cells += [f"{record[name]:{form}}" for name, form in (("params_M", ".2f"), ("flops_G", ".1f"), ("size_MB", ".1f"))]

@@ -10,6 +10,7 @@ from typing import Any
 from pqk.record.ledger import Stat, stat
 from pqk.record.pair_scores import Scores
 from pqk.record.tsv import Row
+from pqk.report.cells import value_of
 from pqk.report.drops import Drop, drop_of, drop_of_record
 from pqk.stats.intervals import Interval
 
@@ -43,7 +44,7 @@ class Recipe:
 
     def over_records(self, name: str) -> Stat | None:
         """Mean and std of a column over the train seeds; None where one of them lacks it."""
-        return mean_of([record[name] for _, record, _ in self.runs])
+        return mean_of([value_of(record, name) for _, record, _ in self.runs])
 
     def ratios(self, name: str) -> Stat | None:
         """Candidate over Teacher, within each run."""
