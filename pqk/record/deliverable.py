@@ -19,15 +19,15 @@ from pathlib import Path
 from pqk.errors import PqkError
 from pqk.files import below, clear_write_errors, sha256_file, whole_folder
 from pqk.record.ledger import (
-    COLUMNS,
-    MEASURED,
-    REQUIRED,
-    SUMMARY,
+    columns_of,
+    headline,
+    measured_in,
     read_rows,
     read_runs,
     refuse_mixed,
     summarise_files,
     telling,
+    write_summary,
 )
 from pqk.record.pair_scores import SCORES
 from pqk.record.tsv import Kind, Row, markdown_cell, read_table, write_table
@@ -35,10 +35,6 @@ from pqk.record.tsv import Kind, Row, markdown_cell, read_table, write_table
 MANIFEST = "manifest.tsv"
 RUNS = "runs.tsv"
 MANIFEST_COLUMNS: dict[str, Kind] = {"kind": "text", "path": "text", "bytes": "int", "sha256": "text"}
-RUN_COLUMNS: dict[str, Kind] = {"file": "text", **COLUMNS}
-UNITS = dict.fromkeys(("chamfer", "chamfer_accuracy", "chamfer_completeness", "chamfer_paired", "rmse"), "m")
-UNITS |= {"reproj_px": "px"}
-UNITS |= {"fps": "pairs/s", "drop_pct": "% of the main metric"}
 _ABOUT = {
     "plan.json": "what was planned, and how far each run is",
     "records": "a record of `pqk run`: Teacher, baseline or candidate",
@@ -71,17 +67,17 @@ def freeze(
 ) -> list[str]:
     """Write the deliverable, whole or not at all; returns what was not pooled, and why.
 
-    `folder`: .../deliverables/NAME, which must not exist; `tables`: see `ledger.read_results`; `commit`: of the
-    project, for the README; `draw`: `pqk.report.runs.draw_runs`; `more`: contents of further files, by relative name. Raises PqkError for an unsafe name,
-    one that is taken, and what `summarise_files` refuses.
+    folder: .../deliverables/NAME, which must not exist. tables: see `ledger.read_results`. commit: of the project, for
+    the README. draw: `pqk.report.runs.draw_runs`. more: contents of further files, by relative name. Raises PqkError
+    for an unsafe name, one that is taken, and what `summarise_files` refuses.
     """
     name = safe_name(folder.name, "deliverable")
     refuse_mixed(tables)
     summary, notes = summarise_files(tables)
     runs: list[Row] = [{"file": path.name, **row} for path, rows in tables for row in rows]
     with whole_folder(folder) as new, clear_write_errors(folder):
-        write_table(new / RUNS, RUN_COLUMNS, runs)
-        write_table(new / "summary.tsv", SUMMARY, summary)
+        write_table(new / RUNS, {"file": "text", **columns_of(runs)}, runs)
+        write_summary(new / "summary.tsv", summary)
         (new / "figures").mkdir()
         drawn = draw(runs, summary, new / "figures")
         for name_of, content in (more or {}).items():
@@ -132,7 +128,7 @@ def check_files(folder: Path) -> tuple[list[str], list[Row]]:
         said.append(f"the manifest does not list {RUNS}")
     if said:
         return said, []
-    runs = read_runs(folder / RUNS, RUN_COLUMNS, ("file", *REQUIRED))
+    runs = read_runs(folder / RUNS, {"file": "text"})
     listed = {row["sha256"] for row in stated if row["kind"] == "checkpoint"}
     used = {row["checkpoint_sha256"]: row["checkpoint"] for row in runs}
     said += [f"checkpoint {name} is not in the manifest" for digest, name in used.items() if digest not in listed]
@@ -142,8 +138,8 @@ def check_files(folder: Path) -> tuple[list[str], list[Row]]:
 def differences(row: Row, again: Row, tolerance: float) -> list[str]:
     """What a run gives now and gave then, a sentence per metric that is off by more than `tolerance` of its value."""
     said = []
-    for name in MEASURED:
-        old, new = row[name], again[name]
+    for name in measured_in([row]):
+        old, new = row[name], again.get(name)
         if name in ("fps", "drop_pct"):  # a time is of its moment; the drop follows from the main metric
             continue
         if (old is None) != (new is None):
@@ -176,9 +172,7 @@ def _readme(
     commit: str | None,
     more: Sequence[str],
 ) -> str:
-    metrics = list(dict.fromkeys(row["main_metric"] for row in runs))
-    metrics += ["drop_pct"] if any(line["drop_pct_mean"] is not None for line in summary) else []
-    metrics += [metric for metric in ("rmse", "delta1", "fps") if metric not in metrics]
+    metrics = headline(runs)
     seeds = {(row["train_seed"], row["eval_seed"]) for row in runs}
     devices = sorted({row["device"] for row in runs})
     commits = sorted({row["commit"] or "unknown" for row in runs})
@@ -232,7 +226,7 @@ def _markdown_line(cells: Sequence[str]) -> str:
 
 
 def mean_std(line: Row, metric: str) -> str:
-    mean, std = line[f"{metric}_mean"], line[f"{metric}_std"]
+    mean, std = line.get(f"{metric}_mean"), line.get(f"{metric}_std")
     if mean is None:
         return "–"
     return f"{mean:.5g}{spread(std)}"

@@ -194,6 +194,6 @@ def _from_1_0(record: dict[str, Any]) -> dict[str, Any]:
         new["speedup_vs_own_f32"] = speed
     before = names_of_1_0()
     new |= {name: None if was is None else record.get(was) for name, was in before.items()}
-    later = {was: name for name, was in before.items() if was is not None}
-    new["main_metric"] = later.get(new.get("main_metric"), new.get("main_metric"))
+    main = new.get("main_metric")
+    new["main_metric"] = next((name for name, was in before.items() if main is not None and was == main), main)
     return new

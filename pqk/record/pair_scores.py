@@ -1,4 +1,4 @@
-"""The scores of every pair behind a row of the ledger: read from the store, kept in a deliverable, and paired.
+"""The scores of every sample behind a row of the ledger: read from the store, kept in a deliverable, and paired.
 
 A row names the folder of its scores (`output`); a deliverable keeps them as scores/NAME.tsv, NAME being the last part
 of that folder, which is the hash of everything that made them.
@@ -17,16 +17,17 @@ from pqk import paths
 from pqk.errors import PqkError
 from pqk.files import matching
 from pqk.oserrors import cannot_read
-from pqk.record.tsv import Kind, Row, read_table, table_text
+from pqk.record.tsv import Kind, Row, header_of, read_table, table_text
 
 SCORES = "scores"
 _FILE = "quality.json"
-_PAIR = ("scene", "first", "second")
+_PLACE = ("group", "sample")
+_PAIR = ("scene", "first", "second")  # of scores that were kept before samples had one name
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,79}")
 
 Scores = Callable[[Row], list[Row] | None]
-"""Finds the scores of a row's pairs: scene (its place in the draw), first, second (image names), and each metric. None
-where they are gone, or are not what the row was made from."""
+"""Finds the scores of a row's samples: group (its place in the draw), sample (its name), and each metric. None where
+they are gone, or are not what the row was made from."""
 
 
 def scores_here(root: Path) -> Scores:
@@ -65,23 +66,23 @@ def files_of(rows: Sequence[Row], root: Path) -> tuple[dict[str, bytes], list[st
         if name is None or found is None:
             gone += 1
         elif name not in files:
-            metrics = [key for key in found[0] if key not in _PAIR]
-            columns: dict[str, Kind] = {**dict.fromkeys(_PAIR, "text"), **dict.fromkeys(metrics, "float")}
+            metrics = [key for key in found[0] if key not in _PLACE]
+            columns: dict[str, Kind] = {**dict.fromkeys(_PLACE, "text"), **dict.fromkeys(metrics, "float")}
             files[name] = table_text(columns, found, name).encode()
     if not gone:
         return files, []
     return files, [
-        f"scores per pair of {gone} of {len(rows)} runs are not in outputs/store, or have another mean than the row: "
+        f"scores per sample of {gone} of {len(rows)} runs are not in outputs/store, or have another mean than the row: "
         "the deliverable lacks them, and its intervals are wider; evaluate these runs again (pqk ledger eval -o NEW)"
     ]
 
 
 def paired(runs: Sequence[Sequence[Row]], metric: str, scores: Scores) -> tuple[list[list[float]], list[str]] | None:
-    """Gives a metric of the same pairs in each of several evaluations, and the scene of each pair.
+    """Gives a metric of the same samples in each of several evaluations, and the group of each.
 
     runs: for each draw of scenes the rows that were evaluated on it. Halves of a list are left out: they repeat its
-    scenes, which the draw of the whole list has all of. None where scores are gone, or are of other pairs, or nothing
-    is left.
+    scenes, which the draw of the whole list has all of. None where scores are gone, or are of other samples, or
+    nothing is left.
     """
     runs = [rows for rows in runs if not rows[0]["scenes"].startswith("half")]
     values: list[list[float]] = []
@@ -90,9 +91,9 @@ def paired(runs: Sequence[Sequence[Row]], metric: str, scores: Scores) -> tuple[
         tables: list[dict[tuple[str, ...], float]] = []
         for row in rows:
             found = scores(row)
-            if found is None or any(pair.get(metric) is None for pair in found):
+            if found is None or any(one.get(metric) is None for one in found):
                 return None
-            tables.append({tuple(pair[name] for name in _PAIR): pair[metric] for pair in found})
+            tables.append({tuple(one[name] for name in _PLACE): one[metric] for one in found})
         if any(table.keys() != tables[0].keys() for table in tables):
             return None
         values = values or [[] for _ in rows]
@@ -118,37 +119,46 @@ def _stored(row: Row, root: Path) -> list[Row] | None:
     if not folder.is_relative_to(store) or not path.is_file():
         return None
     try:
-        pairs = json.loads(path.read_text(encoding="utf-8"))["pairs"]
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        samples = stored["pairs"] if "pairs" in stored else stored["samples"]
     except OSError as error:
         raise PqkError(cannot_read(path, error)) from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise PqkError(f"{path} holds no scores of pairs") from error
-    return _checked(row, pairs, path)
+        raise PqkError(f"{path} holds no scores of samples") from error
+    return _checked(row, samples, path)
 
 
 def _read(path: Path) -> list[Row]:
-    try:
-        with path.open(encoding="utf-8") as stream:
-            names = stream.readline().rstrip("\r\n").split("\t")
-    except OSError as error:
-        raise PqkError(cannot_read(path, error)) from error
-    except UnicodeDecodeError as error:
-        raise PqkError(f"{path} is not UTF-8 text") from error
-    return read_table(path, {name: "text" if name in _PAIR else "float" for name in (*_PAIR, *names)}, _PAIR)
+    names = header_of(path)
+    place = _PAIR if _PAIR[0] in names else _PLACE
+    return read_table(path, {name: "text" if name in place else "float" for name in (*place, *names)}, place)
 
 
-def _checked(row: Row, pairs: Any, path: Path) -> list[Row] | None:
-    """Gives the pairs when they are as many as the row says, with its mean; else None, as they are another row's.
+def _checked(row: Row, samples: Any, path: Path) -> list[Row] | None:
+    """Gives the samples when they are as many as the row says, with its mean; else None, as they are another row's.
 
     Raises PqkError for what holds no scores.
     """
     metric, where = row["main_metric"], paths.shown(path)
-    if not isinstance(pairs, list) or not all(isinstance(pair, dict) and set(_PAIR) <= set(pair) for pair in pairs):
-        raise PqkError(f"{where} holds no scores of pairs")
-    values = [pair.get(metric) for pair in pairs]
-    if not pairs or not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
-        raise PqkError(f"{where}: not every pair has a {metric}")
+    if not isinstance(samples, list) or not all(isinstance(one, dict) and _placed(one) for one in samples):
+        raise PqkError(f"{where} holds no scores of samples")
+    values = [one.get(metric) for one in samples]
+    if not samples or not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
+        raise PqkError(f"{where}: not every sample has a {metric}")
     mean = math.fsum(values) / len(values)
-    if len(pairs) != row["pairs"] or not math.isclose(mean, row[metric], rel_tol=1e-9):
+    if len(samples) != row["pairs"] or not math.isclose(mean, row[metric], rel_tol=1e-9):
         return None
-    return [{name: str(value) if name in _PAIR else value for name, value in pair.items()} for pair in pairs]
+    return [_named(one) for one in samples]
+
+
+def _placed(sample: Mapping[str, Any]) -> bool:
+    return set(_PLACE) <= set(sample) or set(_PAIR) <= set(sample)
+
+
+def _named(sample: Mapping[str, Any]) -> Row:
+    """Gives a sample by group and name; of a pair that was kept by its two images, both make the name."""
+    if _PLACE[0] in sample:
+        place = {name: str(sample[name]) for name in _PLACE}
+    else:
+        place = {"group": str(sample["scene"]), "sample": f"{sample['first']}, {sample['second']}"}
+    return {**place, **{name: value for name, value in sample.items() if name not in (*_PLACE, *_PAIR)}}

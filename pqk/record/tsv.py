@@ -111,15 +111,12 @@ def table_text(columns: Mapping[str, Kind], rows: Iterable[Mapping[str, Any]], w
     return "\n".join(lines) + "\n"
 
 
-def read_table(
-    path: Path, columns: Mapping[str, Kind], required: Sequence[str] = (), later: Sequence[str] = ()
-) -> list[Row]:
-    """The rows of a table, in their order; its columns may stand in any order.
+def header_of(path: Path) -> list[str]:
+    """Returns the names of a table's columns. Raises PqkError for a file that is empty or not UTF-8 text."""
+    return _lines(path)[0].rstrip("\r").split("\t")
 
-    later: columns that tables of older versions do not have; such a row has None there. Raises PqkError, with the line,
-    for a file that is not UTF-8, a missing or unknown column, a row of another length, a cell of the wrong kind, and an
-    empty cell in a column that is `required`.
-    """
+
+def _lines(path: Path) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -131,6 +128,19 @@ def read_table(
         lines.pop()
     if not lines:
         raise PqkError(f"{path} is empty; expected a line with the names of the columns")
+    return lines
+
+
+def read_table(
+    path: Path, columns: Mapping[str, Kind], required: Sequence[str] = (), later: Sequence[str] = ()
+) -> list[Row]:
+    """The rows of a table, in their order; its columns may stand in any order.
+
+    later: columns that tables of older versions do not have; such a row has None there. Raises PqkError, with the line,
+    for a file that is not UTF-8, a missing or unknown column, a row of another length, a cell of the wrong kind, and an
+    empty cell in a column that is `required`.
+    """
+    lines = _lines(path)
     names = lines[0].rstrip("\r").split("\t")
     for name in names:
         if name not in columns or names.count(name) > 1:

@@ -197,7 +197,7 @@ def _judged_on(record: Record) -> str:
 def told_apart(records: Sequence[Record], name: str) -> list[str] | None:
     """Each record's 'model' or 'scenes' in a few words, or None when they share it.
 
-    Different ones of one name get the first digits of their sha256: 'dust3r-tiny 1f3a90'.
+    Different ones of one name get the first digits of their sha256: 'mine 1f3a90'.
     """
     found = []
     for record in records:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pqk.record.ledger import HIGHER_IS_BETTER
+from pqk.record.ledger import is_higher_better
 from pqk.record.pair_scores import Scores, paired
 from pqk.record.tsv import Row
 from pqk.report.cells import interval_of
@@ -78,7 +78,7 @@ def drop_of(rows: Sequence[Row], teachers: Sequence[Row], scores: Scores) -> Dro
         found = paired([[row, teacher] for row, teacher in runs if teacher is not None], metric, scores)
         if found is not None:
             (mine, taught), scenes = found
-            return Drop(drop_interval(mine, taught, scenes, metric in HIGHER_IS_BETTER), "scenes")
+            return Drop(drop_interval(mine, taught, scenes, is_higher_better(rows[0], metric)), "scenes")
     return _over_draws([row["drop_pct"] for row in rows], rows)
 
 
@@ -100,7 +100,7 @@ def difference_of(rows: Sequence[Row], others: Sequence[Row], teachers: Sequence
         found = paired(runs, metric, scores)
         if found is not None:
             (one, other, teacher), scenes = found
-            return Drop(difference_interval(one, other, teacher, scenes, metric in HIGHER_IS_BETTER), "scenes")
+            return Drop(difference_interval(one, other, teacher, scenes, is_higher_better(rows[0], metric)), "scenes")
     means = [_mean_drop(a) - _mean_drop(b) for a, b in pairs]
     return _over_draws(means, [a[0] for a, _ in pairs])
 

@@ -7,8 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pqk.record.deliverable import UNITS, label
-from pqk.record.ledger import HIGHER_IS_BETTER, MEASURED, VARIANT, telling
+from pqk.record.deliverable import label
+from pqk.record.ledger import VARIANT, about, measured_in, telling
 from pqk.record.tsv import Row
 from pqk.report.style import PALETTE, blank_figure, grid, label_rows, write_figure
 
@@ -21,12 +21,12 @@ def draw_runs(runs: Sequence[Row], summary: Sequence[Row], folder: Path) -> list
 
     Returns the names of the files written.
     """
-    figures = {f"{metric}.png": partial(_figure, metric, summary, runs) for metric in MEASURED}
+    figures = {f"{metric}.png": partial(_figure, metric, summary, runs) for metric in measured_in(runs)}
     return [name for name, make in figures.items() if write_figure(folder / name, make, 9, 130) is None]
 
 
 def _figure(metric: str, summary: Sequence[Row], runs: Sequence[Row]) -> Figure | str:
-    lines = [line for line in telling(summary) if line[f"{metric}_mean"] is not None]
+    lines = [line for line in telling(summary) if line.get(f"{metric}_mean") is not None]
     if not lines:
         return "it was not measured"
     figure, (axes,) = blank_figure(7.5, 0.34 * len(lines) + 1.2)
@@ -45,9 +45,10 @@ def _figure(metric: str, summary: Sequence[Row], runs: Sequence[Row]) -> Figure 
         )
     label_rows(axes, [f" {label(line)} (n = {line['n']})" for line in lines])
     grid(axes, horizontal=False)
-    unit = f" ({UNITS[metric]})" if metric in UNITS else ""
-    better = "higher" if metric in HIGHER_IS_BETTER else "lower"
-    axes.set_xlabel(f"{metric}{unit}, {better} is better; mean and sample standard deviation, strokes are single runs")
+    known = about(next(row for row in runs if metric in row), metric)
+    unit = f" ({known['unit']})" if known["unit"] else ""
+    what = f"{metric}{unit}, {known['better']} is better"
+    axes.set_xlabel(f"{what}; mean and sample standard deviation, strokes are single runs")
     return figure
 
 

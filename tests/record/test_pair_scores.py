@@ -14,12 +14,17 @@ import pytest
 from scipy import stats
 
 from pqk.errors import PqkError
+from pqk.families.dust3r.settings import METRICS as KNOWN
+from pqk.recipe.columns import described_metrics
 from pqk.record import deliverable as freeze
-from pqk.record.ledger import COLUMNS, METRICS, compare, write_rows
+from pqk.record.comparison import compare
+from pqk.record.ledger import COLUMNS, write_rows
 from pqk.record.pair_scores import files_of, paired, scores_here, scores_in
 from pqk.record.tsv import Row
 from pqk.report.runs import draw_runs
 
+ABOUT = described_metrics(KNOWN)
+METRICS = (*ABOUT, "absrel_p95")
 SCENES, PAIRS = 6, 4
 A, B = Path("a.tsv"), Path("b.tsv")
 
@@ -41,6 +46,7 @@ def evaluation(card: str, seed: int, shift: float, noise: float, train: int = 0)
         "train_seed": train,
         "eval_seed": seed,
         "main_metric": "absrel",
+        "metrics": json.dumps(ABOUT),
         **dict.fromkeys(METRICS, 0.5),
         **means,
         "drop_pct": 100 * shift,
@@ -64,6 +70,12 @@ def evaluation(card: str, seed: int, shift: float, noise: float, train: int = 0)
     return dict.fromkeys(COLUMNS) | row, pairs
 
 
+def as_sample(pair: dict[str, Any]) -> dict[str, Any]:
+    """A pair as a sample of its group."""
+    place = {"group": pair["scene"], "sample": f"{pair['first']}, {pair['second']}"}
+    return {**place, **{name: value for name, value in pair.items() if name not in ("scene", "first", "second")}}
+
+
 Make = Callable[..., list[Row]]
 
 
@@ -78,7 +90,9 @@ def make(tmp_path: Path) -> Make:
                 row, pairs = evaluation(card, seed, shift, noise, train)
                 folder = tmp_path / row["output"]
                 folder.mkdir(parents=True)
-                (folder / "quality.json").write_text(json.dumps({"pairs": pairs, "summary": {}}))
+                # As they were kept before samples had one name, and as they are kept now.
+                stored = {"pairs": pairs} if card == "A1" else {"samples": [as_sample(pair) for pair in pairs]}
+                (folder / "quality.json").write_text(json.dumps({**stored, "summary": {}}))
                 rows.append(row)
         return rows
 
@@ -174,7 +188,7 @@ def test_scores_that_are_gone_are_told(tmp_path: Path, make: Make) -> None:
     rows = make("A1")
     shutil.rmtree(tmp_path / rows[0]["output"])
     files, gone = files_of(rows, tmp_path)
-    assert len(files) == 1 and len(gone) == 1 and gone[0].startswith("scores per pair of 1 of 2 runs are not in")
+    assert len(files) == 1 and len(gone) == 1 and gone[0].startswith("scores per sample of 1 of 2 runs are not in")
 
 
 @pytest.mark.parametrize("output", ["", None, "../secret", "/etc", "outputs/store/../../secret", "a\0b", "outputs/x\n"])
@@ -199,11 +213,11 @@ def test_a_row_with_another_number_has_no_scores(tmp_path: Path, make: Make) -> 
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        ('{"pairs": [7]}', "holds no scores of pairs"),
-        ("{", "holds no scores of pairs"),
-        ("[]", "holds no scores of pairs"),
-        ('{"pairs": [{"scene": "a"}]}', "holds no scores of pairs"),
-        ('{"pairs": []}', "not every pair has a absrel"),
+        ('{"pairs": [7]}', "holds no scores of samples"),
+        ("{", "holds no scores of samples"),
+        ("[]", "holds no scores of samples"),
+        ('{"pairs": [{"scene": "a"}]}', "holds no scores of samples"),
+        ('{"pairs": []}', "not every sample has a absrel"),
     ],
 )
 def test_what_holds_no_scores_is_refused(tmp_path: Path, make: Make, content: str, sentence: str) -> None:

@@ -13,10 +13,12 @@ import pytest
 from scipy import stats
 
 from pqk.errors import CheckFailed, PqkError
+from pqk.families.dust3r.settings import METRICS as KNOWN
 from pqk.families.dust3r.settings import load_evaluation
+from pqk.recipe.columns import described_metrics
 from pqk.recipe.verdict import Measured, judge_float, judge_quantized
 from pqk.record import deliverable as freeze
-from pqk.record.ledger import COLUMNS, METRICS, write_rows
+from pqk.record.ledger import COLUMNS, write_rows
 from pqk.record.log import record_filename
 from pqk.record.schema import empty_record
 from pqk.record.tsv import Row
@@ -24,6 +26,8 @@ from pqk.report.page.page import write_page
 from pqk.report.runs import draw_runs
 from pqk.stats.intervals import Interval, drop_interval
 
+ABOUT = described_metrics(KNOWN)
+METRICS = (*ABOUT, "absrel_p95")
 ROOT = Path(__file__).resolve().parents[2]
 
 Write = Callable[..., Path]
@@ -89,6 +93,7 @@ def row(found: dict[str, Any], seed: int, **more: Any) -> Row:
     lowered = found["quantizer"] is not None
     train = found["train_seed"]
     base: Row = dict.fromkeys(COLUMNS) | dict.fromkeys(METRICS, 0.1 + 0.01 * seed) | {
+        "metrics": json.dumps(ABOUT),
         "card": found["exp_id"],
         "train_seed": train,
         "eval_seed": seed,

@@ -11,11 +11,15 @@ from run_toys import Outcome, written
 
 from pqk.cli import app
 from pqk.errors import told
+from pqk.families.dust3r.settings import METRICS as KNOWN
 from pqk.models import load_model
+from pqk.recipe.columns import described_metrics
 from pqk.recipe.request import count_parameters
-from pqk.record.ledger import METRICS, read_rows
+from pqk.record.ledger import read_rows
 from pqk.record.pair_scores import scores_here, scores_in
 
+ABOUT = described_metrics(KNOWN)
+METRICS = (*ABOUT, "absrel_p95")
 pytest.importorskip("openvino")
 pytest.importorskip("nncf")
 

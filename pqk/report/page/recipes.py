@@ -39,8 +39,7 @@ class Recipe:
 
     def over_runs(self, name: str) -> Stat | None:
         """Mean and std of a column over the evaluations; None where one of them lacks it."""
-        values = [row[name] for row in self.rows]
-        return None if not values or None in values else stat(values)
+        return mean_of([row.get(name) for row in self.rows])
 
     def over_records(self, name: str) -> Stat | None:
         """Mean and std of a column over the train seeds; None where one of them lacks it."""
