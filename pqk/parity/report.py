@@ -1,4 +1,4 @@
-"""The parity table: in the terminal, and as csv, xlsx, json and markdown."""
+"""Shows the parity table in the terminal, and writes it as csv, xlsx, json and markdown."""
 
 from __future__ import annotations
 
@@ -58,13 +58,13 @@ def _flat(row: Row, metrics: Iterable[str] = ()) -> dict[str, Any]:
 
 
 def _columns(rows: list[dict[str, Any]]) -> list[str]:
-    """All columns, in the order of the row that has most."""
+    """Returns all columns, in the order of the row that has most."""
     fullest = max(rows, key=len)
     return list(fullest)
 
 
 def write_parity(result: Result, folder: Path) -> list[Path]:
-    """Write CARD.json, .csv, .xlsx and .md; null cells are empty, text cannot start a formula."""
+    """Writes CARD.json, .csv, .xlsx and .md; null cells are empty, text cannot start a formula."""
     from openpyxl import Workbook
     from openpyxl.styles import Font
     from openpyxl.utils import get_column_letter
@@ -143,7 +143,7 @@ def _number(value: float | None, form: str) -> str:
 
 
 def print_parity(result: Result, console: Console) -> None:
-    """Per level how far the outputs are apart, and its verdict; then size and speed of the sides that have a record.
+    """Prints per level how far outputs are apart, and its verdict; then size and speed of the sides with a record.
 
     Every table fits into 80 columns as long as names do.
     """
@@ -197,7 +197,7 @@ SHOWN_NODES = 5
 
 
 def _explained(explanations: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """The findings of --explain in lines: where runtimes part, the worst parts and nodes, and the proof."""
+    """Returns the findings of --explain in lines: where runtimes part, the worst parts and nodes, and the proof."""
     lines = []
     for side, found in explanations.items():
         for graph, sentence in (found.get("parted") or {}).items():
@@ -211,7 +211,7 @@ def _explained(explanations: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def _flat_text(text: str) -> str:
-    """One line that markdown does not take for its own markup."""
+    """Returns one line that markdown does not take for its own markup."""
     return " ".join(re.sub(r"([\\`*<>#\[\]])", r"\\\1", text).split())
 
 

@@ -1,4 +1,4 @@
-"""What a matrix of ablations found: a table per axis in the terminal, and csv, markdown and a figure per axis."""
+"""Shows the results of a matrix of ablations: per axis a table in the terminal, csv, markdown and a figure."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Points = Mapping[str, Mapping[str, Any] | None]
 
 
 def _shown(points: Points) -> list[Column]:
-    """The columns of the table: drop, headline metrics, speed, size, verdict."""
+    """Returns the columns of the table: drop, headline metrics, speed, size, verdict."""
     known = {column.name: column for column in columns()}
     metrics = headline([record for record in points.values() if record])
     return [known[_DROP], *metrics, *(known[name] for name in _BESIDE)]
@@ -45,7 +45,7 @@ def rows_of(points: Points) -> list[list[str]]:
 
 
 def _csv_rows(points: Points) -> list[list[Any]]:
-    """The heading and one row per point with exact values, and the ends of an interval behind its column."""
+    """Returns the heading and a row per point with exact values, and the ends of an interval behind its column."""
     shown, records = with_ends([record for record in points.values() if record])
     known = {column.name for column in shown}
     names = [f"{c.name}{end}" for c in _shown(points) for end in ("", "_low", "_high") if f"{c.name}{end}" in known]
@@ -55,7 +55,7 @@ def _csv_rows(points: Points) -> list[list[Any]]:
 
 
 def print_matrix(result: MatrixResult, console: Console) -> None:
-    """One table per axis, and a sentence for every point that failed."""
+    """Prints a table per axis, and a sentence for every point that failed."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -72,7 +72,7 @@ def print_matrix(result: MatrixResult, console: Console) -> None:
 
 
 def write_matrix(result: MatrixResult, folder: Path) -> list[Path]:
-    """Write AXIS.csv, AXIS.md and, where a point has a figure to draw, AXIS.png into `folder`; returns the files."""
+    """Writes AXIS.csv, AXIS.md and, where a point has a figure to draw, AXIS.png into `folder`; returns the files."""
     written = []
     for axis, points in result.records.items():
         rows = rows_of(points)
@@ -88,7 +88,7 @@ def write_matrix(result: MatrixResult, folder: Path) -> list[Path]:
 
 
 def _draw(title: str, points: Points) -> Figure | str:
-    """Bars per point: the drop, and the speedup within each point's own interleaved run. Else a reason."""
+    """Draws bars per point: drop, and speedup within each point's own interleaved run. Or says why there are none."""
     known = {column.name: column for column in columns()}
     drawn = [known[name] for name in _DRAWN if any(record and record[name] is not None for record in points.values())]
     if not drawn:

@@ -1,4 +1,4 @@
-"""The records of a run: the schema's columns out of what the stages measured, and what a failure leaves."""
+"""Builds the records of a run: the schema's columns out of what the stages measured, and the record of a failure."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def common_columns(
     commit: str | None,
     hashes: Mapping[str, str],
 ) -> Record:
-    """The columns that all records of a run share, as known before anything is measured."""
+    """Returns the columns that all records of a run share, as known before anything is measured."""
     workload, evaluation = experiment.workload, experiment.evaluation
     return {
         "exp_id": experiment.card.id,
@@ -74,7 +74,7 @@ def common_columns(
 
 
 def _plain(value: Any) -> Any:
-    """A property of the machine as one value of a table."""
+    """Returns a property of the machine as one value of a table."""
     return ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
 
 
@@ -86,7 +86,7 @@ def measured_record(
     truthful: bool,
     experiment: Experiment,
 ) -> Record:
-    """A record with everything that was measured of a variant.
+    """Returns a record with everything that was measured of a variant.
 
     against: the float variants that speedups refer to, f32 first.
     """
@@ -133,7 +133,7 @@ def described_metrics(metrics: Iterable[Metric]) -> dict[str, dict[str, str]]:
 
 
 def interval_of(record: Mapping[str, Any], column: str) -> Interval | None:
-    """A column of a record with its interval; None when it was not measured.
+    """Returns a column of a record with its interval; None when it was not measured.
 
     The drop counts scenes, other columns timing rounds.
     """
@@ -149,7 +149,7 @@ def interval_of(record: Mapping[str, Any], column: str) -> Interval | None:
 def judged(
     record: Mapping[str, Any], thresholds: Thresholds, recipe: Sequence[str], rises: Sequence[Rise] = ()
 ) -> Record:
-    """Verdict and reasons of a quantized candidate's record."""
+    """Returns verdict and reasons of a quantized candidate's record."""
     shares, precision = record["executed_precision"], record["precision"]
     verdict, reasons = judge_quantized(
         Measured(
@@ -174,7 +174,7 @@ def judged_float(
     stopped: str | None,
     rises: Sequence[Rise] = (),
 ) -> Record:
-    """Verdict and reasons of a float candidate, and its status when a stop-loss rule ended the recipe."""
+    """Returns verdict and reasons of a float candidate, and its status when a stop-loss rule ended the recipe."""
     drop = interval_of(record, "quality_drop_pct")
     verdict, reasons = judge_float(drop, record["size_ratio"], thresholds, recipe, rises)
     if stopped is None:
@@ -191,7 +191,7 @@ def planned_shares(shares: Mapping[str, float]) -> str:
 def _timing(
     timed: Mapping[str, Any], variant: Variant, against: Sequence[Variant], teacher: Variant
 ) -> tuple[Record, dict[str, list[float]]]:
-    """Timing columns out of the raw samples, which stay in the record, and their intervals by column.
+    """Returns timing columns out of the raw samples, which stay in the record, and their intervals by column.
 
     against: the own model in float, f32 first. teacher: in f32. The best float is the one with the best speedup.
     """
@@ -224,7 +224,7 @@ def _timing(
 
 
 def _memory(found: Mapping[str, int | None], on_gpu: bool) -> Record:
-    """Memory columns. What a GPU needs is not known from the host's memory."""
+    """Returns memory columns. What a GPU needs is not known from the host's memory."""
     compiling, running = found["compile"], found["steady"]
     known = [value / 1e9 for value in (compiling, running) if value is not None]
     return {
@@ -239,7 +239,7 @@ def _now() -> str:
 
 
 def write_failure(logs: Path, known: dict[str, Any], error: Exception) -> bool:
-    """Write a record with status 'failed' or 'unavailable', everything measured null and the reason in its notes.
+    """Writes a record with status 'failed' or 'unavailable', everything measured null and the reason in its notes.
 
     A record of the same measurement that ended well is worth more, and stays. Returns whether one was written.
     """
@@ -252,6 +252,6 @@ def write_failure(logs: Path, known: dict[str, Any], error: Exception) -> bool:
         if target.exists() and any(old.record["status"] == "ok" for old in read_records(target)):
             return False
         write_record(target, record)
-    except PqkError:  # a full disk, say: the failure itself is what must be told
+    except PqkError:  # a full disk, say: the failure itself is what must be reported
         return False
     return True

@@ -54,7 +54,7 @@ class Comparison:
 
     @property
     def sentence(self) -> str:
-        """'METRIC: B is better ...' or '... not distinguishable ...', with the numbers."""
+        """Says 'METRIC: B is better ...' or '... not distinguishable ...', with the numbers."""
         found = self.interval
         percent = f", {100 * found.mean / self.mean_a:+.2f} % of A" if self.mean_a else ""
         numbers = (
@@ -68,7 +68,7 @@ class Comparison:
 
 
 def t_interval(differences: Sequence[float], unit: str = "runs") -> Interval:
-    """mean(d) -+ t(0.975, n - 1) s / sqrt(n): the paired t interval (Student, Biometrika 6, 1908), scipy's quantile.
+    """Returns the paired t interval, mean(d) -+ t(0.975, n - 1) s / sqrt(n) (Student, Biometrika 6, 1908).
 
     Right for independent, normal differences. Raises PqkError for fewer than 2.
     """
@@ -84,7 +84,7 @@ def t_interval(differences: Sequence[float], unit: str = "runs") -> Interval:
 
 
 def halves_interval(halves: Sequence[float], kept: int, count: int, whole: float | None = None) -> Interval:
-    """The mean difference over a list of `count` scenes, from draws of `kept` of them, with its 95 % interval.
+    """Returns the mean difference over a list of `count` scenes, from draws of `kept` of them, with its 95 % interval.
 
     Draws without replacement from one list overlap, and their mean comes close to that of the list, however far that is
     from other scenes. But their spread tells how far: the variance of a draw's mean around the list's is
@@ -107,7 +107,7 @@ def halves_interval(halves: Sequence[float], kept: int, count: int, whole: float
 
 
 def _half_sizes(drawn: str) -> tuple[int, int]:
-    """'half: 2 of 5 of the list' -> (2, 5). Raises PqkError for another text."""
+    """Reads 'half: 2 of 5 of the list' as (2, 5). Raises PqkError for another text."""
     found = re.fullmatch(r"half: (\d+) of (\d+) of the list", drawn)
     if found is None or not 0 < int(found[1]) < int(found[2]):
         raise PqkError(f"cannot read what an eval seed drew: {drawn[:60]!r} should be like 'half: 2 of 5 of the list'")
@@ -120,7 +120,7 @@ def compare(
     metric: str | None = None,
     scores: Scores | None = None,
 ) -> Comparison:
-    """The difference B - A of a metric (default: the main one) over the (train_seed, eval_seed) that both have.
+    """Returns B - A of a metric (default: the main one) over the (train_seed, eval_seed) that both have.
 
     Where `scores` finds those of every pair, they are compared pair by pair, and the interval is over scenes. Else runs
     are what is compared; those that share a checkpoint, or the scenes of an eval seed, are not independent. So besides
@@ -188,7 +188,8 @@ def compare(
     if len({seeds[0] for seeds in common}) == 1:
         notes.append(f"one train seed ({common[0][0]}): the interval says nothing of other trainings")
     if scores is not None and over_scenes is None and _per_sample(first, metric) and len(halves) < len(drawn):
-        notes.append("no scores per pair of these runs are here: the interval is over runs, and wider than over scenes")
+        why = "no scores per sample of these runs are here"
+        notes.append(f"{why}: the interval is over runs, and wider than over scenes")
     if halves:
         notes.append("the eval seeds drew halves of one list of scenes, which overlap: more of them narrow no interval")
     for name, side in zip("AB", zip(*pairs, strict=True), strict=True):
@@ -202,12 +203,12 @@ def compare(
 
 
 def _per_sample(row: Row, metric: str) -> bool:
-    """Whether single samples have this score: those of a statistic, such as a percentile over samples, do not."""
+    """Says whether single samples have this score; of a statistic, such as a percentile, they have none."""
     return metric in metrics_of(row) or metric == "drop_pct"
 
 
 def _over_scenes(pairs: Sequence[tuple[Row, Row]], metric: str, scores: Scores) -> Interval | None:
-    """The interval over scenes of B - A, paired pair by pair; None where scores are gone, or there is one scene.
+    """Returns the interval over scenes of B - A, sample by sample; None where scores are gone, or for one scene.
 
     Of the drop: in points, the difference as a share of A (`difference_interval`), times A's share of the Teacher.
     """

@@ -1,9 +1,9 @@
-"""A deliverable: the runs behind a statement, their statistics, figures and sha256, in one folder that can be checked.
+"""Keeps the runs behind a statement, their statistics, figures and sha256 in one folder that can be checked.
 
 deliverables/NAME/runs.tsv       every run, and the file that it was in
 deliverables/NAME/summary.tsv    mean and sample standard deviation: per file and train seed, per file, pooled
 deliverables/NAME/figures/       mean and standard deviation of each metric
-deliverables/NAME/scores/        the scores of every pair of each run (`pqk.record.pair_scores`)
+deliverables/NAME/scores/        the scores of every sample of each run (`pqk.record.pair_scores`)
 deliverables/NAME/README.md      what this is, and the main numbers
 deliverables/NAME/manifest.tsv   sha256 of all of these, and of the checkpoints (which are not copied)
 
@@ -41,7 +41,7 @@ _ABOUT = {
     "ablation": "a table or figure of the ablations",
 }
 _SCORES_LINE = (
-    f"| `{SCORES}/NAME.tsv` | the scores of every pair of a run; NAME is the last part of its `output` in `runs.tsv` |"
+    f"| `{SCORES}/NAME.tsv` | the scores of a run's samples; NAME is the last part of its `output` in `runs.tsv` |"
 )
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
 
@@ -50,7 +50,7 @@ Draw = Callable[[Sequence[Row], Sequence[Row], Path], list[str]]
 
 
 def safe_name(name: str, what: str) -> str:
-    """`name` when it can name a folder anywhere: letters, digits, '.', '_', '-'. Raises PqkError."""
+    """Returns `name` if it can name a folder anywhere: letters, digits, '.', '_', '-'. Raises PqkError."""
     if not _NAME.fullmatch(name):
         raise PqkError(
             f"{what} {name[:100]!r}: a name is a letter or digit, then up to 79 letters, digits, '.', '_' or '-'"
@@ -65,7 +65,7 @@ def freeze(
     draw: Draw,
     more: Mapping[str, bytes] | None = None,
 ) -> list[str]:
-    """Write the deliverable, whole or not at all; returns what was not pooled, and why.
+    """Writes the deliverable, whole or not at all; returns what was not pooled, and why.
 
     folder: .../deliverables/NAME, which must not exist. tables: see `ledger.read_results`. commit: of the project, for
     the README. draw: `pqk.report.runs.draw_runs`. more: contents of further files, by relative name. Raises PqkError
@@ -108,7 +108,7 @@ def _checkpoints(runs: Sequence[Row]) -> list[Row]:
 
 
 def check_files(folder: Path) -> tuple[list[str], list[Row]]:
-    """Hash every file of a deliverable again: a sentence per difference; where there is none, the runs.
+    """Hashes every file of a deliverable again. Returns a sentence per difference, and where there is none the runs.
 
     Raises PqkError when there is no such deliverable, or its manifest cannot be read.
     """
@@ -136,7 +136,7 @@ def check_files(folder: Path) -> tuple[list[str], list[Row]]:
 
 
 def differences(row: Row, again: Row, tolerance: float) -> list[str]:
-    """What a run gives now and gave then, a sentence per metric that is off by more than `tolerance` of its value."""
+    """Returns a sentence per metric whose value now is off by more than `tolerance` of the frozen one."""
     said = []
     for name in measured_in([row]):
         old, new = row[name], again.get(name)
@@ -233,12 +233,12 @@ def mean_std(line: Row, metric: str) -> str:
 
 
 def spread(std: float | None) -> str:
-    """' ± 0.012', or '' for none."""
+    """Returns ' ± 0.012', or '' for none."""
     return "" if std is None else f" ± {std:.2g}" if std < 100 else f" ± {std:.0f}"
 
 
 def tables_of(files: Sequence[Path]) -> list[tuple[Path, list[Row]]]:
-    """Named ledgers, checked. Raises PqkError for an empty one, one named twice, and those that must not be mixed."""
+    """Reads named ledgers. Raises PqkError for an empty one, one named twice, and those that must not be mixed."""
     if len({path.name for path in files}) != len(files):
         raise PqkError("two of the files have the same name; a deliverable tells its runs' files by name")
     tables = [(path, read_rows(path)) for path in files]

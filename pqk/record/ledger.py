@@ -1,4 +1,4 @@
-"""The evidence ledger: one TSV row per evaluation of a fixed checkpoint, its statistics, and paired comparisons.
+"""Reads and writes the evidence ledger, one TSV row per evaluation of a fixed checkpoint, and its statistics.
 
 A row says which training made the checkpoint (train_seed), which draw it was evaluated on (eval_seed), what came out,
 and the digests of everything that decides it. Nothing here runs a model; `pqk.study.ledger_eval` makes the rows.
@@ -62,7 +62,7 @@ COLUMNS: dict[str, Kind] = {
     "settings": "text",  # JSON: values laid over the configs
     "commit": "text",
     "datetime": "text",
-    "output": "text",  # folder with the scores of each pair
+    "output": "text",  # folder with the scores of each sample
 }
 """The columns of every table; each metric has one too, under its name. Which there are, the first line says."""
 _MAY_BE_NULL = (
@@ -221,7 +221,7 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Write rows in order: by card, engine, train seed, eval seed. Atomic."""
+    """Writes rows in order: by card, engine, train seed, eval seed. Atomic."""
     rows = sorted(rows, key=_order)
     write_table(path, columns_of(rows), rows)
 
@@ -231,7 +231,7 @@ def _order(row: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def add_row(path: Path, row: Row, same: Sequence[str] = IDENTITY) -> None:
-    """Put a row into the file, where it replaces an older one of the same run; other processes may do so as well.
+    """Puts a row into the file, where it replaces an older one of the same run; other processes may do so as well.
 
     same: further columns that tell the same run: RESULT.
     Raises PqkError when the file is there and is no ledger, or holds rows of another workload or evaluation.
@@ -251,7 +251,7 @@ def _same_run(old: Row, row: Row, same: Sequence[str]) -> bool:
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """One writer at a time in a folder: a lock on the folder itself leaves no file behind."""
+    """Admits one writer at a time to a folder: a lock on the folder itself leaves no file behind."""
     with clear_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder, os.O_RDONLY)
@@ -263,7 +263,7 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def refuse_mixed(tables: Sequence[tuple[Path, Sequence[Row]]]) -> None:
-    """Raise PqkError, naming both files and both digests, when rows differ in workload or evaluation."""
+    """Raises PqkError, naming both files and both digests, when rows differ in workload or evaluation."""
     for name in DIGESTS:
         first: tuple[Path, Row] | None = None
         for path, rows in tables:
@@ -289,7 +289,7 @@ class Stat:
 
 
 def stat(values: Sequence[float]) -> Stat:
-    """sum(x) / n and sqrt(sum((x - mean)^2) / (n - 1)), correctly rounded sums. Raises PqkError without values."""
+    """Returns sum(x) / n and sqrt(sum((x - mean)^2) / (n - 1)), sums correctly rounded. Raises PqkError without any."""
     if not values:
         raise PqkError("there is no value to take a mean of")
     mean = statistics.fmean(values)
@@ -320,7 +320,7 @@ def write_summary(path: Path, summary: Sequence[Row]) -> None:
 
 
 def read_results(folder: Path) -> list[tuple[Path, list[Row]]]:
-    """All ledgers (`*.tsv`) of a folder, by name. Raises PqkError when there is none, or they must not be mixed."""
+    """Reads all ledgers (`*.tsv`) of a folder, by name. Raises PqkError for none, or some that must not be mixed."""
     if not folder.is_dir():
         raise PqkError(f"no folder {folder}; pqk ledger eval writes results into one")
     files = [path for path in matching(folder, "*.tsv") if not path.name.startswith(".")]
@@ -332,7 +332,7 @@ def read_results(folder: Path) -> list[tuple[Path, list[Row]]]:
 
 
 def summarise_files(tables: Sequence[tuple[Path, Sequence[Row]]]) -> tuple[list[Row], list[str]]:
-    """Mean and std per file and train seed, per file, and over all files of a variant; and what was not pooled, why.
+    """Returns mean and std per file and train seed, per file, over a variant's files; and why some were not pooled.
 
     A variant that only one file has gets no pooled line: it would be the file's. A run that stands in several files
     counts once. Raises PqkError when a file holds two checkpoints for the same seeds of a variant, as their mean would
@@ -364,7 +364,7 @@ def summarise_files(tables: Sequence[tuple[Path, Sequence[Row]]]) -> tuple[list[
 
 
 def telling(summary: Sequence[Row]) -> list[Row]:
-    """The lines of a summary without those of a file's whole where it has one train seed: they repeat its line."""
+    """Returns a summary without the lines of whole files that have one train seed: they repeat its line."""
     names = ("file", *VARIANT)
     alone = {tuple(line[name] for name in (*names, "n")) for line in summary if line["scope"] == "train_seed"}
     return [
@@ -380,7 +380,7 @@ def grouped(rows: Iterable[Row], names: Sequence[str]) -> dict[tuple[object, ...
 
 
 def _clash(rows: Sequence[Row]) -> str:
-    """What is wrong with taking one mean of these rows; '' when nothing is."""
+    """Says what is wrong with taking one mean of these rows; '' when nothing is."""
     for seeds, same in grouped(rows, ("train_seed", "eval_seed")).items():
         if len(same) > 1:
             names = " and ".join(sorted(f"{row['checkpoint']} ({row['checkpoint_sha256'][:8]})" for row in same)[:2])

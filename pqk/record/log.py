@@ -1,4 +1,4 @@
-"""Log files: one record per JSON object, checked on the way in and on the way out."""
+"""Reads and writes log files: a JSON object per record, checked both ways."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Logged:
 
 
 def record_filename(record: dict[str, Any]) -> str:
-    """File name of a record: its readable identity in [A-Za-z0-9._-], and eight digits of the hash of all of it.
+    """Names the file of a record: its readable identity in [A-Za-z0-9._-], and eight digits of the hash of all of it.
 
     The hash keeps apart records whose readable parts become equal once odd characters are replaced.
     """
@@ -40,7 +40,7 @@ def record_filename(record: dict[str, Any]) -> str:
 
 
 def write_record(path: Path | str, record: dict[str, Any]) -> Path:
-    """Validate one record and write it atomically; return the file written.
+    """Checks one record and writes it atomically; returns the file written.
 
     `path` is a `.json` file, or a folder in which `record_filename` chooses the name.
     Raises PqkError when the record is invalid, or when the file exists and holds anything but this same measurement.
@@ -49,7 +49,7 @@ def write_record(path: Path | str, record: dict[str, Any]) -> Path:
 
 
 def write_records(path: Path | str, records: Sequence[dict[str, Any]]) -> Path:
-    """Validate several records and write them as one JSON list, all or nothing. Same rules as `write_record`.
+    """Checks several records and writes them as one JSON list, all or nothing. Same rules as `write_record`.
 
     Raises PqkError also for an empty list and for a path that is not a `.json` file.
     """
@@ -61,7 +61,7 @@ def write_records(path: Path | str, records: Sequence[dict[str, Any]]) -> Path:
 
 
 def read_records(source: Path | str | Iterable[Path | str]) -> list[Logged]:
-    """Read and validate the records of files and of folders (their `*.json`, not the schema), in order of file name.
+    """Reads and checks the records of files and of folders (their `*.json`, not the schema), in order of file name.
 
     A record of an older version gets null for the fields it does not have; of version 1, family and metrics too.
     Raises PqkError naming the file, and the field, for bad JSON, an invalid record or a newer schema version.
@@ -92,7 +92,7 @@ def _write(path: Path | str, records: Sequence[dict[str, Any]], content: Any) ->
 
 
 def refuse_to_lose(target: Path, records: Sequence[dict[str, Any]]) -> None:
-    """Raise PqkError when writing these records to the file `target` would lose one that is not among them.
+    """Raises PqkError when writing these records to the file `target` would lose one that is not among them.
 
     Of the records only what tells them apart is read (IDENTITY and the hashes of MADE_FROM), so this can be asked
     before they are measured.

@@ -1,4 +1,4 @@
-"""The scores of every sample behind a row of the ledger: read from the store, kept in a deliverable, and paired.
+"""Reads the scores of every sample behind a row of the ledger, from store or deliverable, and pairs them.
 
 A row names the folder of its scores (`output`); a deliverable keeps them as scores/NAME.tsv, NAME being the last part
 of that folder, which is the hash of everything that made them.

@@ -1,4 +1,4 @@
-"""The unified log's schema: the one place that names the columns, and the check that a record follows it."""
+"""Reads the schema of the unified log, the one place that names its columns, and checks records against it."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Column:
 
 
 def schema_path() -> Path:
-    """The schema in the nearest of the current folder and its parents, or else in the repository of this package.
+    """Finds the schema in the nearest of the current folder and its parents, else in the repository of this package.
 
     Raises PqkError when there is none.
     """
@@ -78,18 +78,18 @@ def schema_path() -> Path:
 
 
 def load_schema() -> dict[str, Any]:
-    """The JSON Schema (draft 2020-12) of one record. Treat it as read-only. Raises PqkError when it is damaged."""
+    """Reads the JSON Schema (draft 2020-12) of a record, not to be changed. Raises PqkError when it is damaged."""
     path = schema_path()
     return _load(path, path.stat().st_mtime_ns)[0]
 
 
 def schema_version() -> str:
-    """The version that records written now carry, for example '1.0.0'."""
+    """Returns the version that records written now carry, for example '2.0.0'."""
     return str(load_schema()["properties"]["schema_version"]["const"])
 
 
 def columns() -> list[Column]:
-    """The columns of every table, in the order of the schema."""
+    """Returns the columns of every table, in the order of the schema."""
     return [
         Column(
             name=name,
@@ -129,14 +129,14 @@ def names_of_1_0() -> dict[str, str | None]:
 
 
 def empty_record() -> dict[str, Any]:
-    """A record with every field present and null, but for schema_version. The caller fills in what it knows."""
+    """Returns a record with every field present and null, but for schema_version. The caller fills in what it knows."""
     record: dict[str, Any] = dict.fromkeys(load_schema()["properties"])
     record["schema_version"] = schema_version()
     return record
 
 
 def validate(record: Any, where: str = "record") -> None:
-    """Check one record against the schema; `where` (a file, an experiment) starts the message.
+    """Checks one record against the schema; `where` (a file, an experiment) starts the message.
 
     Raises PqkError with the exact field, its value and what is allowed: an unknown field (with the nearest known
     one), a missing field, a wrong type or value, NaN or infinity, a timing in an emulated record, shares of executed
@@ -184,7 +184,7 @@ def _types(rules: dict[str, Any]) -> list[str]:
 
 
 def _beyond_json(value: Any, path: str) -> Iterator[str]:
-    """What JSON itself cannot hold, or what would break a table: NaN, infinity, huge integers, broken Unicode."""
+    """Finds what JSON cannot hold or what would break a table: NaN, infinity, huge integers, broken Unicode."""
     if isinstance(value, dict):
         for key, item in value.items():
             if not isinstance(key, str):
@@ -207,7 +207,7 @@ def _beyond_json(value: Any, path: str) -> Iterator[str]:
 
 
 def _beyond_schema(record: dict[str, Any]) -> Iterator[str]:
-    """What a JSON Schema cannot say."""
+    """Finds what a JSON Schema cannot say."""
     try:
         datetime.fromisoformat(record.get("datetime") or "1970-01-01")
     except ValueError:
@@ -228,7 +228,7 @@ def _beyond_schema(record: dict[str, Any]) -> Iterator[str]:
 
 
 def _rank(error: ValidationError) -> tuple[int, str]:
-    """What explains the other problems first: a wrong version, unknown fields, missing ones; then values by name."""
+    """Orders problems, those that explain others first: wrong version, unknown fields, missing ones; then values."""
     path = _path(error)
     if path:
         return (0 if path == "schema_version" else 3), path
@@ -243,7 +243,7 @@ def _path(error: ValidationError) -> str:
 
 
 def _sentence(error: ValidationError, record: dict[str, Any], schema: dict[str, Any]) -> str:
-    """One sentence: the field, what is allowed there, what was found."""
+    """Returns one sentence: the field, what is allowed there, what was found."""
     field = _path(error)
     rules = error.schema if isinstance(error.schema, dict) else {}
     known = list(schema["properties"])
@@ -273,7 +273,7 @@ def _sentence(error: ValidationError, record: dict[str, Any], schema: dict[str, 
 
 
 def _allowed(rules: dict[str, Any], field: str) -> str:
-    """'a number between 0 and 1, or null' out of the rules of a field."""
+    """Returns 'a number between 0 and 1, or null' out of the rules of a field."""
     kinds = _types(rules)
     words = " or ".join(_NOUNS[kind] for kind in kinds if kind != "null")
     low, high = rules.get("minimum"), rules.get("maximum")
@@ -293,7 +293,7 @@ def _allowed(rules: dict[str, Any], field: str) -> str:
 
 
 def _show(value: Any) -> str:
-    """A value as JSON would show it, cut to a readable length."""
+    """Returns a value as JSON would show it, cut to a readable length."""
     try:
         text = json.dumps(value, ensure_ascii=True)
     except (TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""The text of a record's cells, the order of records, and what tells them apart; for tables, plots and pages."""
+"""Gives the columns and the text of cells, the order of records and what tells them apart, to tables, plots, pages."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _BARE = re.compile(r"[\w.:/%+-]+( [\w.:/%+-]+)*", re.ASCII)  # a CSV cell that n
 
 
 def ordered(records: Iterable[Record]) -> list[Record]:
-    """Records by experiment (A2 before A10), role (Teacher first), backend, quantizer, precision (f32 first), time.
+    """Sorts by experiment (A2 before A10), role (Teacher first), backend, quantizer, precision (f32 first), time.
 
     A record that lies in two logs, equal in every field, counts once.
     """
@@ -85,7 +85,7 @@ def headline(records: Iterable[Record]) -> list[Column]:
 
 
 def cell_text(value: Any, column: Column) -> str:
-    """A value for people: numbers in the column's format, shares as 'int8 91 % / bf16 7 %', null as a dash."""
+    """Returns a value for people: numbers in the column's format, shares as 'int8 91 % / bf16 7 %', null as a dash."""
     if value is None or value == {} or value == []:
         return DASH
     if isinstance(value, bool):
@@ -152,7 +152,7 @@ def with_ends(records: Sequence[Record]) -> tuple[list[Column], list[Record]]:
 
 
 def shares_text(shares: Mapping[str, float]) -> str:
-    """'int8 91 % / bf16 7 %', the largest first; a share above zero that rounds to it reads '<1 %'."""
+    """Returns 'int8 91 % / bf16 7 %', the largest first; a share above zero that rounds to it reads '<1 %'."""
     parts = sorted(shares.items(), key=lambda item: (-item[1], item[0]))
     return " / ".join(
         f"{name} {'<1' if share < 0.005 else f'{share:.0%}'[:-1]} %" for name, share in parts if share > 0
@@ -160,7 +160,7 @@ def shares_text(shares: Mapping[str, float]) -> str:
 
 
 def best_rows(records: Sequence[Record]) -> dict[str, set[int]]:
-    """For each column that has a better direction, the indices of the rows with the best value.
+    """Returns, for each column with a better direction, the indices of the rows with the best value.
 
     Only runs that ended well compete, and only with those on the same scenes, evaluated in the same way. A column in
     which fewer than two rows compete, or in which all are equal, has no best.
@@ -188,14 +188,14 @@ def hash_of(record: Record, name: str) -> str:
 
 
 def _judged_on(record: Record) -> str:
-    """What two records must share for their figures to be comparable."""
+    """Returns what two records must share for their figures to be comparable."""
     reference = record["quality_reference"]
     truth = [reference, record["model"], hash_of(record, "model")] if reference == "teacher" else [reference]
     return json.dumps([record["scenes"], hash_of(record, "scenes"), hash_of(record, "eval"), *truth])
 
 
 def told_apart(records: Sequence[Record], name: str) -> list[str] | None:
-    """Each record's 'model' or 'scenes' in a few words, or None when they share it.
+    """Returns each record's 'model' or 'scenes' in a few words, or None when they share it.
 
     Different ones of one name get the first digits of their sha256: 'mine 1f3a90'.
     """
@@ -214,18 +214,18 @@ def told_apart(records: Sequence[Record], name: str) -> list[str] | None:
 
 
 def tool_text(record: Record) -> str:
-    """'openvino/nncf', 'openvino', or '' when nothing is known."""
+    """Returns 'openvino/nncf', 'openvino', or '' when nothing is known."""
     return "/".join(record[key] for key in ("backend", "quantizer") if record[key])
 
 
 def row_label(record: Record) -> str:
-    """A record in a few words for a plot or a message: 'B1 candidate int8 openvino/nncf'."""
+    """Names a record in a few words for a plot or a message: 'B1 candidate int8 openvino/nncf'."""
     words = [record["exp_id"], record["role"], record["precision"], tool_text(record)]
     return printable(" ".join(word for word in words if word))
 
 
 def printable(text: str) -> str:
-    """Replace control characters: a log must not move the cursor or colour the terminal."""
+    """Replaces control characters: a log must not move the cursor or colour the terminal."""
     return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
 
 

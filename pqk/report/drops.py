@@ -1,4 +1,4 @@
-"""The drop of each recipe of a campaign with its 95 % interval, and what that interval says of the limit.
+"""Computes the drop of a campaign's recipes with its 95 % interval, and what that interval says of the limit.
 
 Where the deliverable holds the scores of every pair, also of the Teacher, the interval is over scenes; else it is over
 the draws of scenes, which do not overlap, by Student's t.
@@ -27,24 +27,24 @@ class Drop:
 
     @property
     def text(self) -> str:
-        """'+0.21 [-0.36, +0.79]', or the value alone."""
+        """Returns '+0.21 [-0.36, +0.79]', or the value alone."""
         return interval_text(self.interval)
 
     @property
     def over(self) -> str:
-        """'5 draws', '1 scene'."""
+        """Returns '5 draws', '1 scene'."""
         count = self.interval.groups
         return f"{count} {self.unit if count != 1 else self.unit.removesuffix('s')}"
 
     def judged(self, limit: float) -> str | None:
-        """'pass', 'fail' or 'undecided' at a limit; None where there is no interval, so that nothing can be said."""
+        """Returns 'pass', 'fail' or 'undecided' at a limit; None without an interval, as nothing can be said."""
         low, high = self.interval.low, self.interval.high
         if low is None or high is None:
             return None
         return "pass" if high <= limit else "fail" if low > limit else "undecided"
 
     def sentence(self, limit: float) -> str:
-        """The drop, its interval, the limit and, where it is undecided, how many scenes or draws would decide."""
+        """Names the drop, its interval, the limit and, where it is undecided, how many scenes or draws would decide."""
         found, word = self.interval, self.judged(limit)
         if word is None:
             return f"drop {found.value:+.2f} % (at most {limit:g} %), without an interval"
@@ -57,7 +57,7 @@ class Drop:
 
 
 def interval_text(interval: Interval) -> str:
-    """'+0.21 [-0.36, +0.79]', or the value alone."""
+    """Returns '+0.21 [-0.36, +0.79]', or the value alone."""
     if interval.low is None or interval.high is None:
         return f"{interval.value:+.2f}"
     return f"{interval.value:+.2f} [{interval.low:+.2f}, {interval.high:+.2f}]"

@@ -1,4 +1,4 @@
-"""The files of the report: summary.csv and summary.json, the workbook, the plots."""
+"""Writes the files of the report: summary.csv and summary.json, the workbook, the plots."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class Places:
 
     @classmethod
     def in_folder(cls, folder: Path) -> Places:
-        """All of them under their usual names in one folder."""
+        """Places all of them under their usual names in one folder."""
         return cls(folder / "result_table.xlsx", folder / "summary.csv", folder / "summary.json", folder / "plots")
 
     @classmethod
     def of_project(cls, root: Path) -> Places:
-        """As configs/eval.yaml names them in `report`, below the project's root; without that file in reports/."""
+        """Places them as `report` in configs/eval.yaml says, below the project's root; without it in reports/."""
         from pqk.settings.evaluation import load_common
 
         file = paths.configs(root) / "eval.yaml"

@@ -1,4 +1,4 @@
-"""The plots of the report: trade-off, latency, executed precision, ablation; drawn without a display."""
+"""Draws the plots of the report: trade-off, latency, executed precision, ablation."""
 
 from __future__ import annotations
 
@@ -398,7 +398,7 @@ def _limits(values: Sequence[float], relative: bool = False) -> tuple[float, flo
 
 
 def _speed(record: Record, before: str, interval: bool = True) -> str:
-    """'1.13x own f32' behind `before`, and its interval; '' where it was not measured, or is the measure itself."""
+    """Returns '1.13x own f32' behind `before`, and its interval; '' where it was not measured or is the base itself."""
     column = _column("speedup_vs_own_f32")
     speed = record[column.name]
     if speed is None or record["precision"] == "f32":
@@ -407,13 +407,13 @@ def _speed(record: Record, before: str, interval: bool = True) -> str:
 
 
 def _caution(rows: Sequence[Record]) -> str:
-    """A line for the time axis: milliseconds of runs at different moments must not be divided by each other."""
+    """Returns a line for the time axis: milliseconds of runs at different moments must not be divided by each other."""
     shown = any(_speed(record, "") for record in rows)
     return "\nms are of each row's own run; x own f32 is the ratio within one interleaved run" if shown else ""
 
 
 def _bars(rows: Sequence[Record], panels: int = 1) -> tuple[Figure, list[Axes]]:
-    """A figure of horizontal bars, the first record on top, its labels beside the first panel."""
+    """Returns a figure of horizontal bars, the first record on top, labels beside the first panel."""
     figure, axes = blank_figure(8.0 if panels == 1 else 10.5, max(1.8, 0.42 * len(rows) + 1.1), panels)
     for number, axis in enumerate(axes):
         label_rows(axis, [_label(record) if number == 0 else "" for record in rows])

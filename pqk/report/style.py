@@ -1,4 +1,4 @@
-"""The one style of all figures: colours, markers, blank figures, bars, and how a figure becomes a PNG."""
+"""Gives all figures one style: colours, markers, blank figures, bars, and how a figure becomes a PNG."""
 
 from __future__ import annotations
 

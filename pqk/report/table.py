@@ -1,4 +1,4 @@
-"""The table of records in the terminal, and `pqk table`."""
+"""Prints the table of records in the terminal, and runs `pqk table`."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ Columns of other units show none: their intervals are of single models and say n
 
 
 def print_table(records: Iterable[Record], console: Console) -> None:
-    """Print records for people: one table when the console is wide enough, else quality and speed/size in two.
+    """Prints records for people: one table when the console is wide enough, else quality and speed/size in two.
 
     Shown are the columns with a heading (`x-short`) in the schema and those named as main metric, if any row has a
     value there, and model and scenes where the rows differ in them. Best values are bold, null is a dash, a row that
@@ -64,7 +64,7 @@ def print_table(records: Iterable[Record], console: Console) -> None:
     labels, scenes = _row_labels(rows), told_apart(rows, "scenes")
 
     def table(part: Sequence[Column], layouts: Sequence[_Layout], title: str | None = None) -> tuple[Table, bool]:
-        """The first layout that fits into the console, else the last one; and whether it fits."""
+        """Returns the first layout that fits into the console, else the last one; and whether it fits."""
         for layout in layouts:
             made = _terminal_table(rows, part, best, labels, scenes, layout, title)
             width = console.measure(made, options=console.options.update(max_width=10_000)).maximum
@@ -85,7 +85,7 @@ def print_table(records: Iterable[Record], console: Console) -> None:
 
 
 def _row_labels(rows: Sequence[Record]) -> list[str]:
-    """Role, precision, model where rows differ in it, toolchain and state, a line each.
+    """Returns per record role, precision, model where rows differ in it, toolchain and state, a line each.
 
     Equal ones of unlike settings get the hash of these.
     """
@@ -150,7 +150,7 @@ def _terminal_table(
 
 
 def main(arguments: Sequence[str] | None = None, root: Path = Path()) -> int:
-    """Merge a folder of logs into reports and print the table; returns the exit code. `root`: of the project."""
+    """Merges a folder of logs into reports and prints the table; returns the exit code. `root`: of the project."""
     parser = argparse.ArgumentParser(description="Merge all logs into one table (CSV, JSON, XLSX) and its plots.")
     parser.add_argument("--logs", type=Path, help="folder of log files; default: logs/")
     parser.add_argument("--reports", type=Path, help="folder to write to; default: the places in configs/eval.yaml")

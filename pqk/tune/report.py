@@ -1,4 +1,4 @@
-"""What `pqk tune` found: in the terminal, and as csv, json and a Pareto plot."""
+"""Shows what `pqk tune` found: in the terminal, and as csv, json and a Pareto plot."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SHOWN_UNITS = 3
 
 
 def as_data(tuned: Tuned) -> dict[str, Any]:
-    """Plain data: limit, units by their share of the error, a row per point, and the confirmed row at the end."""
+    """Returns plain data: limit, units by their share of the error, a row per point, the confirmed one at the end."""
     rows = [_row(tuned, point, "search") for point in tuned.result.points]
     if tuned.confirmed is not None:
         rows.append(_row(tuned, tuned.confirmed, "confirmed"))
@@ -55,7 +55,7 @@ def _row(tuned: Tuned, point: Point, kind: str) -> dict[str, Any]:
 
 
 def write_tune(tuned: Tuned, folder: Path) -> list[Path]:
-    """Write CARD.json, .csv and .png; text in the csv cannot start a formula."""
+    """Writes CARD.json, .csv and .png; text in the csv cannot start a formula."""
     made = [folder / f"{tuned.card}.{ending}" for ending in ("json", "csv", "png")]
     data = as_data(tuned)
     write_json(made[0], data)
@@ -66,7 +66,7 @@ def write_tune(tuned: Tuned, folder: Path) -> list[Path]:
 
 
 def print_tune(tuned: Tuned, console: Console) -> None:
-    """One table with a row per measured choice, and what came of it."""
+    """Prints a row per measured choice, and the result."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -117,7 +117,7 @@ def draw_pareto(
     nodes_of: Mapping[str, Collection[str]] | None = None,
     confirmed: Point | None = None,
 ) -> Path:
-    """Median pair time against drop of all points, the front, the limit and the winner, as a PNG.
+    """Draws median time against drop of all points, the front, the limit and the winner, as a PNG.
 
     nodes_of: the nodes behind each ranked name, where a name stands for several. confirmed: the winner, measured again.
     """

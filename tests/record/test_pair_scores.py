@@ -155,7 +155,7 @@ def test_without_scores_the_interval_is_over_runs_and_says_so(tmp_path: Path, ma
     a, b = make("A1"), make("D1", 0.02, 1e-3)
     shutil.rmtree(tmp_path / b[1]["output"])
     found = compare((A, a), (B, b), scores=scores_here(tmp_path))
-    said = "no scores per pair of these runs are here: the interval is over runs, and wider than over scenes"
+    said = "no scores per sample of these runs are here: the interval is over runs, and wider than over scenes"
     assert found.interval.unit == "runs" and said in found.notes
 
 

@@ -1,4 +1,4 @@
-"""The figures of a campaign's page: quality against size and time, and the drop of each recipe with its runs."""
+"""Draws the figures of a campaign's page: quality against size and time, and the drop of each recipe with its runs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def draw(recipes: Sequence[Recipe], folder: Path) -> list[Path]:
 
 
 def _tradeoff(recipes: Sequence[Recipe]) -> Figure | str:
-    """Drop against file size and against time, both relative to the Teacher in f32; the Teacher is at (1, 0)."""
+    """Draws drop against file size and against time, both relative to the Teacher in f32; the Teacher is at (1, 0)."""
     panels = [
         (title, [(r, found) for r in recipes if r.drop is not None and (found := r.ratios(name)) is not None])
         for name, title in (("size_MB", "file size / Teacher f32"), ("t_pair_p50_ms", "time of a pair / Teacher f32"))
@@ -82,7 +82,7 @@ def _tradeoff(recipes: Sequence[Recipe]) -> Figure | str:
 
 
 def _drop(recipes: Sequence[Recipe]) -> Figure | str:
-    """The drop of each recipe with its 95 % interval, every run, and the limit of its verdict."""
+    """Draws the drop of each recipe with its 95 % interval, every run, and the limit of its verdict."""
     shown = [recipe for recipe in recipes if recipe.drop is not None]
     if not shown:
         return "no recipe has a drop"

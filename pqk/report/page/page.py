@@ -1,4 +1,4 @@
-"""The page of a campaign, such as docs/results.md: written from a frozen deliverable alone, every number out of its
+"""Writes the page of a campaign, such as docs/results.md, from a frozen deliverable alone: every number is out of its
 records and its rows of evaluations.
 """
 
@@ -28,7 +28,7 @@ PLAN = "plan.json"
 
 
 def write_page(deliverable: Path, out: Path) -> list[Path]:
-    """Write the page and its figures, which lie in a folder of its name; returns the files, the page last.
+    """Writes the page and its figures, which lie in a folder of its name; returns the files, the page last.
 
     Raises PqkError when there is no such deliverable or it was frozen without a plan, CheckFailed when its files are
     not those that were frozen.
@@ -65,7 +65,7 @@ def page_text(
     figures: Sequence[Path],
     out: Path,
 ) -> str:
-    """The whole page as Markdown."""
+    """Returns the whole page as Markdown."""
     name, metric = deliverable.name, rows[0]["main_metric"]
     parts = [
         "# Results",
@@ -185,7 +185,7 @@ def _recipes_table(
 
 
 def _teacher_line(records: dict[str, Record], rows: Sequence[Row], metric: str) -> list[str]:
-    """The Teacher in f32: its evaluations, and the record of the newest run that measured it."""
+    """Returns the line of the Teacher in f32: its evaluations, and the record of the newest run that measured it."""
     teachers = [r for r in records.values() if r["role"] == "teacher" and r["precision"] == "f32"]
     if not teachers:
         return []
@@ -214,14 +214,14 @@ def _mean(found: Stat | None, form: str) -> str:
 
 
 def _against(recipe: Recipe, name: str, form: str) -> str:
-    """A mean over the train seeds, with its change against the Teacher in percent."""
+    """Returns a mean over the train seeds, with its change against the Teacher in percent."""
     found, ratio = recipe.over_records(name), recipe.ratios(name)
     text = DASH if found is None else f"{found.mean:{form}}"
     return text if ratio is None else f"{text} ({100 * (ratio.mean - 1):+.0f} %)"
 
 
 def _inverse(recipe: Recipe) -> Stat | None:
-    """Speed against the Teacher in f32; where a record of schema 1.0 does not tell it, by the medians of its run."""
+    """Returns the speed against the Teacher in f32; of a record of schema 1.0 without it, by the medians of its run."""
 
     def speed(record: Record, base: Record | None) -> float | None:
         known: float | None = record["speedup_vs_teacher_f32"]
@@ -233,7 +233,7 @@ def _inverse(recipe: Recipe) -> Stat | None:
 
 
 def _counts(recipe: Recipe) -> str:
-    """'3 train x 5 eval', or what there is of it."""
+    """Returns '3 train x 5 eval', or what there is of it."""
     if not recipe.rows:
         return f"{len(recipe.runs)} train, record only"
     trains = {row["train_seed"] for row in recipe.rows}
@@ -243,7 +243,7 @@ def _counts(recipe: Recipe) -> str:
 
 
 def _verdict(recipe: Recipe) -> str:
-    """'pass', or 'fail: why'; with the train seeds where there are several."""
+    """Returns 'pass', or 'fail: why'; with the train seeds where there are several."""
     told: dict[str, list[tuple[int, list[str]]]] = {}
     for run, record, _ in recipe.runs:
         word, reasons = _judged(recipe, run, record)
@@ -258,7 +258,7 @@ def _verdict(recipe: Recipe) -> str:
 
 
 def _judged(recipe: Recipe, run: dict[str, Any], record: Record) -> tuple[str, list[str]]:
-    """The verdict on a run, and what speaks against a pass: its drop by all its evaluations, the rest by its record."""
+    """Returns the verdict on a run (drop by all evaluations, the rest by its record), and what is against a pass."""
     drop, limit = recipe.drop_of_run(run, record), run["drop_limit_pct"]
     word = None if drop is None or limit is None else drop.judged(limit)
     if record["status"] != "ok" or drop is None or word is None:
@@ -274,7 +274,7 @@ def _judged(recipe: Recipe, run: dict[str, Any], record: Record) -> tuple[str, l
 
 
 def _beside_the_drop(record: Record) -> list[str]:
-    """The reasons of a record's verdict without that of its drop, which always comes first (`pqk.recipe.verdict`)."""
+    """Returns the reasons of a record's verdict without that of its drop, which comes first (`pqk.recipe.verdict`)."""
     return list(record["verdict_reasons"] or [])[1:]
 
 
@@ -308,7 +308,7 @@ def _legend(metric: str, by_date: bool) -> list[str]:
 
 
 def _drops(recipes: Sequence[Recipe], deliverable: Path) -> list[str]:
-    """A row per run: its drop with the interval, what that says of the limit, and what the record alone would say."""
+    """Returns a row per run: drop with interval, what that says of the limit, and what the record alone would say."""
     headings = ("run", "drop %, 95 % interval", "over", "at most", "by the interval", "by the record alone")
     table = [_line(headings), _line(["---"] * len(headings))]
     undecided, units = [], set()
@@ -358,7 +358,7 @@ def _drops(recipes: Sequence[Recipe], deliverable: Path) -> list[str]:
 
 
 def _comparisons(recipes: Sequence[Recipe]) -> list[str]:
-    """The pairs of recipes whose drops differ by more than their interval; of the others how many there are."""
+    """Returns the pairs of recipes whose drops differ by more than their interval, and the number of the others."""
     found = []
     for place, one in enumerate(recipes):
         for other in recipes[place + 1 :]:
@@ -385,7 +385,7 @@ def _name(recipe: Recipe) -> str:
 
 
 def _missing(plan: dict[str, Any], recipes: Sequence[Recipe], rows: Sequence[Row]) -> list[str]:
-    """Every planned run without its record or some of its evaluations, and why; nothing is left out silently."""
+    """Lists every planned run without its record or some of its evaluations, and why; none is left out silently."""
     lines = []
     for run in plan["rows"]:
         if run["card"] is None:

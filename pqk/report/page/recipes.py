@@ -1,4 +1,4 @@
-"""The recipes of a campaign: what was planned of each, its records and its evaluations."""
+"""Collects the recipes of a campaign: what was planned of each, its records and its evaluations."""
 
 from __future__ import annotations
 
@@ -38,21 +38,21 @@ class Recipe:
     scores: Scores
 
     def over_runs(self, name: str) -> Stat | None:
-        """Mean and std of a column over the evaluations; None where one of them lacks it."""
+        """Returns mean and std of a column over the evaluations; None where one of them lacks it."""
         return mean_of([row.get(name) for row in self.rows])
 
     def over_records(self, name: str) -> Stat | None:
-        """Mean and std of a column over the train seeds; None where one of them lacks it."""
+        """Returns mean and std of a column over the train seeds; None where one of them lacks it."""
         return mean_of([value_of(record, name) for _, record, _ in self.runs])
 
     def ratios(self, name: str) -> Stat | None:
-        """Candidate over Teacher, within each run."""
+        """Returns candidate over Teacher, within each run."""
         return mean_of([record[name] / base[name] if base and base[name] and record[name] else None
                       for _, record, base in self.runs])  # fmt: skip
 
     @property
     def drop(self) -> Drop | None:
-        """Of the evaluations in the ledger; before there are any, of the records."""
+        """Returns the drop of the evaluations in the ledger; before there are any, of the records."""
         if self.rows:
             return drop_of(self.rows, self.teachers, self.scores)
         if len(self.runs) == 1:
@@ -61,7 +61,7 @@ class Recipe:
         return None if found is None else Drop(Interval(found.mean, None, None, found.n), "records")
 
     def drop_of_run(self, run: dict[str, Any], record: Record | None) -> Drop | None:
-        """Of the evaluations of one train seed; before there are any, of its record."""
+        """Returns the drop of the evaluations of one train seed; before there are any, of its record."""
         own = [row for row in self.rows if row["train_seed"] == run["train_seed"]]
         if own:
             return drop_of(own, self.teachers, self.scores)
@@ -79,7 +79,7 @@ def mean_of(values: Sequence[float | None]) -> Stat | None:
 
 
 def recipes_of(plan: dict[str, Any], records: dict[str, Record], rows: Sequence[Row], scores: Scores) -> list[Recipe]:
-    """The recipes of a plan that something was measured of, in its order.
+    """Returns the recipes of a plan that something was measured of, in its order.
 
     One whose train seeds ended in unlike precisions, as a stop-loss does, is told apart by them; so is one that was
     made by several quantizers.
@@ -113,7 +113,7 @@ def recipes_of(plan: dict[str, Any], records: dict[str, Record], rows: Sequence[
 
 
 def _teacher(run: dict[str, Any], records: dict[str, Record]) -> Record | None:
-    """The Teacher's f32 record of the same run, which has its run_id; None where there is none.
+    """Returns the Teacher's f32 record of the same run, which has its run_id; None where there is none.
 
     A candidate without run_id is paired by date with a Teacher without one; the page says so.
     """
