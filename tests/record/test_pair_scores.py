@@ -141,7 +141,7 @@ def test_halves_of_a_list_are_not_counted_beside_it(tmp_path: Path, make: Make) 
     assert found.interval.mean == pytest.approx(b[0]["absrel"] - a[0]["absrel"])
     halves = compare((A, a[1:]), (B, b[1:]), scores=scores_here(tmp_path))
     assert halves.interval == compare((A, a[1:]), (B, b[1:])).interval
-    assert not any("no scores per pair" in note for note in halves.notes)
+    assert not any("no scores per sample" in note for note in halves.notes)
 
 
 def test_trainings_are_no_scenes(tmp_path: Path, make: Make) -> None:

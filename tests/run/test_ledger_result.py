@@ -85,7 +85,7 @@ def test_kept_graphs_are_measured_again(copy_of: Callable[[], Path], tiny_model:
     words = of("B1", tiny_model)
     assert ledger(root, "eval", *words, *QUICK).code == 0
     frozen = ledger(root, "freeze", "demo")
-    assert frozen.code == 0 and "scores per pair" not in frozen.out
+    assert frozen.code == 0 and "scores per sample" not in frozen.out
     (evaluated,) = read_rows(root / "results" / "B1.openvino.tsv")
     (kept_scores,) = (root / "deliverables" / "demo" / "scores").iterdir()
     assert kept_scores.name == f"{Path(evaluated['output']).name}.tsv"
