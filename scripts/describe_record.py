@@ -1,4 +1,4 @@
-"""Write the table of record fields in docs/howto-read-the-record.md from the log schema; `--check` only compares.
+"""Writes the table of record fields in docs/howto-read-the-record.md from the log schema; `--check` only compares.
 
 Exit codes: 0 fine, 1 `--check` found the page out of date, 2 the page has no place for the table.
 """
@@ -18,7 +18,7 @@ BEGIN, END = "<!-- fields: made by scripts/describe_record.py -->", "<!-- end of
 
 
 def field_row(column: Column) -> str:
-    """One line of the table."""
+    """Returns one line of the table."""
     better = {"lower": "↓", "higher": "↑"}.get(column.better, "")
     shown = f"`{column.short}`" if column.short else ""
     unit = "" if column.unit == "1" else column.unit
@@ -27,7 +27,7 @@ def field_row(column: Column) -> str:
 
 
 def fields_text() -> str:
-    """A section per group with its fields, in the order of the schema."""
+    """Returns a section per group with its fields, in the order of the schema."""
     every = columns()
     sections = []
     for group in GROUPS:
@@ -38,7 +38,7 @@ def fields_text() -> str:
 
 
 def renewed(page: str) -> str:
-    """The page with a fresh table between its two marks. Raises PqkError when a mark is missing or given twice."""
+    """Returns the page with a fresh table between its two marks. Raises PqkError for a mark missing or given twice."""
     if page.count(BEGIN) != 1 or page.count(END) != 1 or page.index(BEGIN) > page.index(END):
         raise PqkError(f"the page needs one line {BEGIN!r} and after it one line {END!r}")
     before, rest = page.split(BEGIN)

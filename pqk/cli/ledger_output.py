@@ -12,12 +12,13 @@ from rich.markup import escape
 from pqk import paths
 from pqk.errors import EXIT_CHECK_FAILED, EXIT_OK, PqkError
 from pqk.files import check_writable, sha256_file
+from pqk.record import comparison, ledger
 from pqk.record import deliverable as freeze
-from pqk.record import ledger
 from pqk.record.pair_scores import files_of, scores_here
-from pqk.record.tsv import Row, write_table
+from pqk.record.tsv import Row
+from pqk.report.cells import printable
 from pqk.report.drops import drop_of
-from pqk.report.table import printable
+from pqk.report.runs import draw_runs
 from pqk.settings.seeds import parse_seeds
 
 
@@ -115,12 +116,9 @@ def evaluate(
         )
 
     file = evaluate_seeds(asked, out, root, _progress(errors), say, _teller(errors))
-    metric = rows[0]["main_metric"]
-    for name in dict.fromkeys((metric, "drop_pct", "delta1", "rmse", "fps")):
-        values = [row[name] for row in rows if row[name] is not None]
-        if values:
-            found = ledger.stat(values)
-            errors.print(f"{name} {found.mean:.5g}{freeze.spread(found.std)} (mean ± sample std, n = {found.n})")
+    for name in ledger.headline(rows):
+        found = ledger.stat([row[name] for row in rows if row.get(name) is not None])
+        errors.print(f"{name} {found.mean:.5g}{freeze.spread(found.std)} (mean ± sample std, n = {found.n})")
     drop = drop_of(rows, (), lambda row: None)
     if drop is not None and drop.interval.half is not None:
         errors.print(f"drop {escape(drop.text)} %, 95 % interval over {drop.over}")
@@ -142,21 +140,22 @@ def manifest(results: Path | None, out: Path | None) -> int:
         raise PqkError(
             f"--out {target}: choose a .tsv file outside the folder of the results, which it would be read with"
         )
-    write_table(target, ledger.SUMMARY, summary)
+    ledger.write_summary(target, summary)
     runs = [row for _, rows in tables for row in rows]
-    _show(summary, runs[0]["main_metric"])
+    _show(summary, runs)
     for note in notes:
         print(printable(note))
     print(paths.shown(target))
     return EXIT_OK
 
 
-def _show(summary: Sequence[Row], metric: str) -> None:
+def _show(summary: Sequence[Row], runs: Sequence[Row]) -> None:
     from rich.table import Table
     from rich.text import Text
 
     table = Table(box=None, padding=(0, 1))
-    names = [name for name in (metric, "delta1", "fps") if any(line[f"{name}_mean"] is not None for line in summary)]
+    main, *others = ledger.headline(runs)
+    names = [main, *(name for name in others if ledger.is_higher_better(runs[0], name))]
     for heading in ("runs", "n", *names):
         table.add_column(heading, justify="left" if heading == "runs" else "right", overflow="fold")
     for line in ledger.telling(summary):
@@ -185,7 +184,7 @@ def freeze_results(
         files, more = gather(plan, root, backend)
     tables = freeze.tables_of(files) if files else ledger.read_results(results or root / "results")
     scores, gone = files_of([row for _, rows in tables for row in rows], root)
-    for note in [*freeze.freeze(folder, tables, commit_of(), more | scores), *gone]:
+    for note in [*freeze.freeze(folder, tables, commit_of(), draw_runs, more | scores), *gone]:
         print(printable(note))
     print(f"sha256 of {freeze.MANIFEST}: {sha256_file(folder / freeze.MANIFEST)}")
     print(paths.shown(folder))
@@ -275,7 +274,7 @@ def _how_to_keep(row: Row) -> str:
 def compare(a: Path, b: Path, metric: str | None) -> int:
     """`pqk ledger compare`: the difference with its interval, in one sentence."""
     scores = scores_here(paths.project_root())
-    found = ledger.compare((a, ledger.read_rows(a)), (b, ledger.read_rows(b)), metric, scores)
+    found = comparison.compare((a, ledger.read_rows(a)), (b, ledger.read_rows(b)), metric, scores)
     print(f"A {printable(paths.shown(a))}: mean {found.mean_a:.6g}")
     print(f"B {printable(paths.shown(b))}: mean {found.mean_b:.6g}")
     for interval in found.intervals:

@@ -34,7 +34,7 @@ from pqk.settings.recipe import JOINT, quantizes
 from pqk.store.store import OnEvent
 
 FORMAT = 1  # of the manifest; a reader refuses another
-_IDENTITY = ("exp_id", "combo", "role", "model", "backend", "quantizer", "precision")
+_IDENTITY = ("exp_id", "combo", "role", "family", "model", "backend", "quantizer", "precision")
 _METHOD = ("bits_w", "bits_a", "keep_list", "images_calibration")
 _EVIDENCE = ("commit", "workload_version", "eval_version", "hashes")
 

@@ -1,14 +1,14 @@
-"""The parity table: in the terminal, and as csv, xlsx, json and markdown."""
+"""Shows the parity table in the terminal, and writes it as csv, xlsx, json and markdown."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pqk.files import atomic_path, write_json, write_text
-from pqk.report.table import DASH, csv_text, printable
+from pqk.report.cells import DASH, csv_text, printable, value_of
 from pqk.report.workbook import put
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from pqk.parity.parity import Result, Row
 
-RECORD_COLUMNS = (
+_RECORD_COLUMNS = (
     "status",
     "measured",
     "size_MB",
@@ -24,30 +24,28 @@ RECORD_COLUMNS = (
     "t_pair_p95_ms",
     "speedup_vs_own_f32",
     "speedup_vs_best_float",
-    "chamfer",
-    "absrel",
-    "rmse",
-    "delta1",
-    "reproj_px",
 )
+"""Of a record; behind them come its metrics."""
 _COLOURS = {"agree": "green", "differ": "red"}
 
 
 def as_data(result: Result) -> dict[str, Any]:
-    """Plain data: the verdicts, and the rows with a column per number (`pts3d_1.relative` and so on)."""
+    """Returns plain data: the verdicts, and the rows with a column per number (`OUTPUT.relative` and so on)."""
+    metrics = dict.fromkeys(name for row in result.rows for name in (row.record or {}).get("metrics") or {})
     return {
         "card": result.card,
         "metric": result.metric,
         "verdicts": [{"level": v.level, "verdict": v.verdict, "sentences": v.sentences} for v in result.verdicts],
-        "rows": [_flat(row) for row in result.rows],
+        "rows": [_flat(row, metrics) for row in result.rows],
         "explanation": result.explanation,
     }
 
 
-def _flat(row: Row) -> dict[str, Any]:
+def _flat(row: Row, metrics: Iterable[str] = ()) -> dict[str, Any]:
     record = row.record or {}
     flat: dict[str, Any] = {"level": row.level, "side": row.side, "against": row.against}
-    flat |= {name: record.get(name) for name in RECORD_COLUMNS}
+    flat |= {name: record.get(name) for name in _RECORD_COLUMNS}
+    flat |= {name: value_of(record, name) if record else None for name in metrics}
     shares = record.get("executed_precision") or {}
     if not record and row.heads:  # runtimes of their own, which take part without a run of the card
         flat["measured"] = "engine"
@@ -60,13 +58,13 @@ def _flat(row: Row) -> dict[str, Any]:
 
 
 def _columns(rows: list[dict[str, Any]]) -> list[str]:
-    """All columns, in the order of the row that has most."""
+    """Returns all columns, in the order of the row that has most."""
     fullest = max(rows, key=len)
     return list(fullest)
 
 
 def write_parity(result: Result, folder: Path) -> list[Path]:
-    """Write CARD.json, .csv, .xlsx and .md; null cells are empty, text cannot start a formula."""
+    """Writes CARD.json, .csv, .xlsx and .md; null cells are empty, text cannot start a formula."""
     from openpyxl import Workbook
     from openpyxl.styles import Font
     from openpyxl.utils import get_column_letter
@@ -102,28 +100,27 @@ def write_parity(result: Result, folder: Path) -> list[Path]:
 
 
 # The short columns. Markdown shows all of them; the terminal shows two tables that fit into 80 columns.
-_AGREEMENT = ("side", "run as", "metric", "drop %", "points rel", "conf rel", "moved %")
+_AGREEMENT = ("side", "run as", "metric", "drop %", "points rel", "values rel", "moved %")
 _SPEED = ("side", "run as", "MB", "p50 ms", "x own f32", "x float", "executed")
 _ALL = ("side", "against", *_SPEED[1:], *_AGREEMENT[2:])
 _LEFT = ("side", "against", "run as", "executed")
 _LEGEND = (
-    "points rel, conf rel: mean |a - b| / mean |a| of the worse view; moved: pixels whose point moved by more than "
-    "1 % of the pair's median depth; x own f32, x float: speed against float in the same interleaved timing, p50 of "
-    "two sides may be of different ones."
+    "points rel, values rel: mean |a - b| / mean |a| of the worst output of points, and of plain values; moved: points "
+    "that moved by more than 1 % of the sample's median depth; x own f32, x float: speed against float in the same "
+    "interleaved timing, p50 of two sides may be of different ones."
 )
 
 
 def _shown(row: Row) -> dict[str, str]:
-    """The short columns as text: points and conf are the worse of the two views."""
+    """Returns the short columns as text; of several outputs of points, or of plain values, those of the worst."""
     flat = _flat(row)
-    heads = row.heads or {}
 
-    def worst(names: tuple[str, str], value: str) -> float | None:
-        found = [heads[name][value] for name in names if name in heads]
+    def worst(points: bool, value: str) -> float | None:
+        # only points can move
+        found = [head[value] for head in (row.heads or {}).values() if (head["moved"] is not None) == points]
         return max((x for x in found if x is not None), default=None)
 
-    points, conf = (worst((f"{kind}_1", f"{kind}_2"), "relative") for kind in ("pts3d", "conf"))
-    moved = worst(("pts3d_1", "pts3d_2"), "moved")
+    moved = worst(True, "moved")
     return {
         "side": row.side,
         "against": row.against or DASH,
@@ -135,8 +132,8 @@ def _shown(row: Row) -> dict[str, str]:
         "x float": _number(flat["speedup_vs_best_float"], ".2f"),
         "metric": _number(row.metric, ".4f"),
         "drop %": _number(row.metric_drop_pct, "+.2f"),
-        "points rel": _number(points, ".1e"),
-        "conf rel": _number(conf, ".1e"),
+        "points rel": _number(worst(True, "relative"), ".1e"),
+        "values rel": _number(worst(False, "relative"), ".1e"),
         "moved %": _number(None if moved is None else 100 * moved, ".2f"),
     }
 
@@ -146,7 +143,7 @@ def _number(value: float | None, form: str) -> str:
 
 
 def print_parity(result: Result, console: Console) -> None:
-    """Per level how far the outputs are apart, and its verdict; then size and speed of the sides that have a record.
+    """Prints per level how far outputs are apart, and its verdict; then size and speed of the sides with a record.
 
     Every table fits into 80 columns as long as names do.
     """
@@ -200,7 +197,7 @@ SHOWN_NODES = 5
 
 
 def _explained(explanations: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """The findings of --explain in lines: where runtimes part, the worst parts and nodes, and the proof."""
+    """Returns the findings of --explain in lines: where runtimes part, the worst parts and nodes, and the proof."""
     lines = []
     for side, found in explanations.items():
         for graph, sentence in (found.get("parted") or {}).items():
@@ -214,7 +211,7 @@ def _explained(explanations: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def _flat_text(text: str) -> str:
-    """One line that markdown does not take for its own markup."""
+    """Returns one line that markdown does not take for its own markup."""
     return " ".join(re.sub(r"([\\`*<>#\[\]])", r"\\\1", text).split())
 
 

@@ -1,16 +1,17 @@
-"""What a matrix of ablations found: a table per axis in the terminal, and csv, markdown and a figure per axis."""
+"""Shows the results of a matrix of ablations: per axis a table in the terminal, csv, markdown and a figure."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pqk.files import atomic_path, write_text
-from pqk.record.schema import columns
-from pqk.report.plots import PALETTE, bars_of, blank_figure
-from pqk.report.table import DASH, csv_text, value_text, with_ends
+from pqk.files import write_text
+from pqk.record.schema import Column, columns
+from pqk.report.cells import DASH, csv_text, headline, value_text, with_ends
+from pqk.report.plots import bars_of
+from pqk.report.style import PALETTE, blank_figure, label_rows, write_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -18,27 +19,25 @@ if TYPE_CHECKING:
 
     from pqk.recipe.matrix import MatrixResult
 
-SHOWN = (
-    "quality_drop_pct",
-    "absrel",
-    "delta1",
-    "speedup_vs_own_f32",
-    "t_pair_p50_ms",
-    "size_MB",
-    "flops_G",
-    "verdict",
-    "status",
-)
-_DRAWN = ("quality_drop_pct", "speedup_vs_own_f32")
+_DROP = "quality_drop_pct"
+_BESIDE = ("speedup_vs_own_f32", "t_pair_p50_ms", "size_MB", "flops_G", "verdict", "status")
+_DRAWN = (_DROP, "speedup_vs_own_f32")
 Points = Mapping[str, Mapping[str, Any] | None]
 
 
-def rows_of(points: Points) -> list[list[str]]:
-    """The heading and one row per point, as text; a point that failed has dashes."""
+def _shown(points: Points) -> list[Column]:
+    """Returns the columns of the table: drop, headline metrics, speed, size, verdict."""
     known = {column.name: column for column in columns()}
-    rows = [["point", *(known[name].short or name for name in SHOWN)]]
+    metrics = headline([record for record in points.values() if record])
+    return [known[_DROP], *metrics, *(known[name] for name in _BESIDE)]
+
+
+def rows_of(points: Points) -> list[list[str]]:
+    """Returns the heading and one row per point, as text; a point that failed has dashes."""
+    shown = _shown(points)
+    rows = [["point", *(column.short or column.name for column in shown)]]
     for label, record in points.items():
-        values = [value_text(record, known[name]) if record else DASH for name in SHOWN]
+        values = [value_text(record, column) if record else DASH for column in shown]
         if record is None:
             values[-1] = "failed"
         rows.append([label, *values])
@@ -46,16 +45,17 @@ def rows_of(points: Points) -> list[list[str]]:
 
 
 def _csv_rows(points: Points) -> list[list[Any]]:
-    """The heading and one row per point with exact values, and the ends of an interval behind its column."""
+    """Returns the heading and a row per point with exact values, and the ends of an interval behind its column."""
     shown, records = with_ends([record for record in points.values() if record])
-    names = [c.name for name in SHOWN for c in shown if c.name in (name, f"{name}_low", f"{name}_high")]
-    known = iter(records)
-    rows = [[label, *map((next(known) if record else {}).get, names)] for label, record in points.items()]
+    known = {column.name for column in shown}
+    names = [f"{c.name}{end}" for c in _shown(points) for end in ("", "_low", "_high") if f"{c.name}{end}" in known]
+    found = iter(records)
+    rows = [[label, *map((next(found) if record else {}).get, names)] for label, record in points.items()]
     return [["point", *names], *rows]
 
 
 def print_matrix(result: MatrixResult, console: Console) -> None:
-    """One table per axis, and a sentence for every point that failed."""
+    """Prints a table per axis, and a sentence for every point that failed."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -72,9 +72,7 @@ def print_matrix(result: MatrixResult, console: Console) -> None:
 
 
 def write_matrix(result: MatrixResult, folder: Path) -> list[Path]:
-    """Write AXIS.csv, AXIS.md and, where a point has a figure to draw, AXIS.png into `folder`; returns the files."""
-    import matplotlib
-
+    """Writes AXIS.csv, AXIS.md and, where a point has a figure to draw, AXIS.png into `folder`; returns the files."""
     written = []
     for axis, points in result.records.items():
         rows = rows_of(points)
@@ -83,26 +81,21 @@ def write_matrix(result: MatrixResult, folder: Path) -> list[Path]:
         lines.insert(1, "|" + " --- |" * len(rows[0]))
         write_text(folder / f"{axis}.md", f"# {result.card.id} {axis}\n\n" + "\n".join(lines) + "\n")
         written += [folder / f"{axis}.csv", folder / f"{axis}.md"]
-        with matplotlib.rc_context({"text.parse_math": False, "font.size": 10}), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Glyph .* missing from")
-            figure = _draw(f"{result.card.id} {axis}", points)
-            if figure is not None:
-                with atomic_path(folder / f"{axis}.png") as temporary:
-                    figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight", metadata={"Software": None})
-                written.append(folder / f"{axis}.png")
+        picture = folder / f"{axis}.png"
+        if write_figure(picture, partial(_draw, f"{result.card.id} {axis}", points)) is None:
+            written.append(picture)
     return written
 
 
-def _draw(title: str, points: Points) -> Figure | None:
-    """Bars per point: the drop, and the speedup within each point's own interleaved run. None when nothing is there."""
+def _draw(title: str, points: Points) -> Figure | str:
+    """Draws bars per point: drop, and speedup within each point's own interleaved run. Or says why there are none."""
     known = {column.name: column for column in columns()}
     drawn = [known[name] for name in _DRAWN if any(record and record[name] is not None for record in points.values())]
     if not drawn:
-        return None
+        return "no point has a drop or a speedup"
     figure, axes = blank_figure(9.0, max(1.8, 0.42 * len(points) + 1.1), len(drawn))
     for number, (axis, column) in enumerate(zip(axes, drawn, strict=True)):
         bars_of(axis, list(points.values()), column, PALETTE[number])
-        axis.set_yticks(range(len(points)), list(points) if number == 0 else [""] * len(points))
-        axis.set_ylim(len(points) - 0.5, -0.5)
+        label_rows(axis, list(points) if number == 0 else [""] * len(points))
     axes[0].set_title(title, fontsize=10, loc="left")
     return figure

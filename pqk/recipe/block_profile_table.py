@@ -1,4 +1,4 @@
-"""What a cut bought, part by part: a table in the terminal, and all parts as CSV."""
+"""Shows size and time before and after a cut, part by part: a table in the terminal, and all parts as CSV."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pqk.files import write_text
-from pqk.report.table import DASH, csv_text
+from pqk.report.cells import DASH, csv_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,12 +33,12 @@ _HEADING = (
 
 
 def print_parts(rows: Sequence[Bought], console: Console) -> None:
-    """The kinds of parts, one row each, 80 columns wide: what went of each, and what its kernels take now."""
+    """Prints a row per kind of part, 80 columns wide: size and time now, and how much of it was cut."""
     from rich import box
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0, title_justify="left")
-    table.title = "what the cut bought, part by part (f32 engines)"
+    table.title = "after the cut, part by part (f32 engines)"
     table.add_column("part", no_wrap=True)
     for name in ("M params", "", "GFLOPs", "", "ms", "", "times", "of rounds"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -65,13 +65,13 @@ def print_parts(rows: Sequence[Bought], console: Console) -> None:
 
 
 def _share(before: float, after: float) -> str:
-    """'-37 %', and nothing where nothing changed."""
+    """Returns '-37 %', or '' where nothing changed."""
     change = 100 * (after / before - 1) if before else 0.0
     return f"{change:+.0f} %" if round(change) else ""
 
 
 def write_parts(rows: Sequence[Bought], path: Path) -> Path:
-    """Write all kinds and parts as CSV, empty where nothing was timed; returns the file.
+    """Writes all kinds and parts as CSV, empty where nothing was timed; returns the file.
 
     FLOPs (two per multiply-add) and milliseconds are those of one pair, two encodings and one decoding; the ratio of
     times is taken within each round, and a part is `faster` when that is below 1 in every round.

@@ -1,8 +1,8 @@
-"""The records of a run: the schema's columns out of what the stages measured, and what a failure leaves."""
+"""Builds the records of a run: the schema's columns out of what the stages measured, and the record of a failure."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any
 
 from pqk.engines.variant import Variant
 from pqk.errors import EXIT_UNAVAILABLE, PqkError
+from pqk.families.contract import Metric
 from pqk.files import sha256_json
 from pqk.measure.scores import drop_of, metric_intervals
 from pqk.recipe.experiment import Experiment
@@ -48,12 +49,13 @@ def common_columns(
     commit: str | None,
     hashes: Mapping[str, str],
 ) -> Record:
-    """The columns that all records of a run share, as known before anything is measured."""
+    """Returns the columns that all records of a run share, as known before anything is measured."""
     workload, evaluation = experiment.workload, experiment.evaluation
     return {
         "exp_id": experiment.card.id,
         "combo": experiment.card.combo,
         "model": model,
+        "family": experiment.family.name,
         "backend": backend,
         "device": machine["device"],
         "cpu_quota": machine["cpu_quota"],
@@ -72,7 +74,7 @@ def common_columns(
 
 
 def _plain(value: Any) -> Any:
-    """A property of the machine as one value of a table."""
+    """Returns a property of the machine as one value of a table."""
     return ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
 
 
@@ -84,11 +86,11 @@ def measured_record(
     truthful: bool,
     experiment: Experiment,
 ) -> Record:
-    """A record with everything that was measured of a variant.
+    """Returns a record with everything that was measured of a variant.
 
     against: the float variants that speedups refer to, f32 first.
     """
-    metrics, known = experiment.evaluation.quality.metrics, experiment.metrics
+    metrics = experiment.evaluation.quality.metrics
     mine, base = measured.scored[variant.name], measured.scored[measured.teacher.name]
     record = empty_record() | {"precision": str(variant.precision)} | common
     record["datetime"] = _now()
@@ -96,15 +98,19 @@ def measured_record(
     record |= {"scenes": base["groups"], "pairs": len(base["samples"]), "measured": mine["measured"]}
     taken = mine if measured.timed is None else measured.timed["variants"][variant.name]
     record |= {name: taken.get(name) for name in ("measured_at", "measured_commit")}  # a reused one keeps its own
-    for metric in metrics:
-        for name in (metric, *known[metric].parts):
-            record[name] = mine["summary"].get(name)
     # What an emulation reports is the graph's plan, and no kernel that ran.
     if mine["measured"] == "engine":
         record["executed_precision"] = mine["executed"]
         record["executed_matched_by_size"] = mine["matched_by_size"]
     record["flops_G"] = mine["flops"] / 1e9
     intervals = metric_intervals(mine, metrics)
+    described = described_metrics(experiment.metrics[name] for name in metrics)
+    record["metrics"] = {
+        name: {"value": mine["summary"].get(name), **about}
+        | ({"interval": intervals[name]} if name in intervals else {})
+        for name, about in described.items()
+    }
+    record |= {name: about["value"] for name, about in record["metrics"].items() if name in record}
     drop = drop_of(experiment.metric, mine, base, truthful, measured.level)
     if drop is not None:
         record["quality_drop_pct"] = drop.value
@@ -121,8 +127,13 @@ def measured_record(
     return record
 
 
+def described_metrics(metrics: Iterable[Metric]) -> dict[str, dict[str, str]]:
+    """Returns unit and direction of metrics and of their parts, by name."""
+    return {name: {"unit": m.unit, "better": m.better} for m in metrics for name in (m.name, *m.parts)}
+
+
 def interval_of(record: Mapping[str, Any], column: str) -> Interval | None:
-    """A column of a record with its interval; None when it was not measured.
+    """Returns a column of a record with its interval; None when it was not measured.
 
     The drop counts scenes, other columns timing rounds.
     """
@@ -138,7 +149,7 @@ def interval_of(record: Mapping[str, Any], column: str) -> Interval | None:
 def judged(
     record: Mapping[str, Any], thresholds: Thresholds, recipe: Sequence[str], rises: Sequence[Rise] = ()
 ) -> Record:
-    """Verdict and reasons of a quantized candidate's record."""
+    """Returns verdict and reasons of a quantized candidate's record."""
     shares, precision = record["executed_precision"], record["precision"]
     verdict, reasons = judge_quantized(
         Measured(
@@ -163,7 +174,7 @@ def judged_float(
     stopped: str | None,
     rises: Sequence[Rise] = (),
 ) -> Record:
-    """Verdict and reasons of a float candidate, and its status when a stop-loss rule ended the recipe."""
+    """Returns verdict and reasons of a float candidate, and its status when a stop-loss rule ended the recipe."""
     drop = interval_of(record, "quality_drop_pct")
     verdict, reasons = judge_float(drop, record["size_ratio"], thresholds, recipe, rises)
     if stopped is None:
@@ -180,7 +191,7 @@ def planned_shares(shares: Mapping[str, float]) -> str:
 def _timing(
     timed: Mapping[str, Any], variant: Variant, against: Sequence[Variant], teacher: Variant
 ) -> tuple[Record, dict[str, list[float]]]:
-    """Timing columns out of the raw samples, which stay in the record, and their intervals by column.
+    """Returns timing columns out of the raw samples, which stay in the record, and their intervals by column.
 
     against: the own model in float, f32 first. teacher: in f32. The best float is the one with the best speedup.
     """
@@ -192,11 +203,13 @@ def _timing(
     found: dict[str, Interval] = {"t_pair_p50_ms": median_interval(mine["sample"])}
     found |= {f"speedup_vs_{name}": speedup(pairs[base.name], mine["sample"]) for name, base in bases.items()}
     raw = {"pair": mine["sample"], **mine["graphs"], **({"device": device} if device else {})}
+    graphs = {f"t_{graph}_p50_ms": percentile(times, 50) for graph, times in mine["graphs"].items()}
+    known = empty_record()
     columns = {
+        **{name: value for name, value in graphs.items() if name in known},  # the others are in `samples` alone
         **{name: interval.value for name, interval in found.items()},
         "t_pair_p95_ms": p95(mine["sample"]),
         "t_pair_device_p50_ms": percentile(device, 50) if device else None,
-        **{f"t_{graph}_p50_ms": percentile(times, 50) for graph, times in mine["graphs"].items()},
         "t_scene_s": percentile(mine["group_s"], 50) if mine["group_s"] else None,
         "pairs_per_sec": 1000 * len(mine["sample"]) / sum(mine["sample"]),
         "best_float": str(best.precision),
@@ -211,7 +224,7 @@ def _timing(
 
 
 def _memory(found: Mapping[str, int | None], on_gpu: bool) -> Record:
-    """Memory columns. What a GPU needs is not known from the host's memory."""
+    """Returns memory columns. What a GPU needs is not known from the host's memory."""
     compiling, running = found["compile"], found["steady"]
     known = [value / 1e9 for value in (compiling, running) if value is not None]
     return {
@@ -226,7 +239,7 @@ def _now() -> str:
 
 
 def write_failure(logs: Path, known: dict[str, Any], error: Exception) -> bool:
-    """Write a record with status 'failed' or 'unavailable', everything measured null and the reason in its notes.
+    """Writes a record with status 'failed' or 'unavailable', everything measured null and the reason in its notes.
 
     A record of the same measurement that ended well is worth more, and stays. Returns whether one was written.
     """
@@ -239,6 +252,6 @@ def write_failure(logs: Path, known: dict[str, Any], error: Exception) -> bool:
         if target.exists() and any(old.record["status"] == "ok" for old in read_records(target)):
             return False
         write_record(target, record)
-    except PqkError:  # a full disk, say: the failure itself is what must be told
+    except PqkError:  # a full disk, say: the failure itself is what must be reported
         return False
     return True

@@ -1,9 +1,9 @@
-"""A deliverable: the runs behind a statement, their statistics, figures and sha256, in one folder that can be checked.
+"""Keeps the runs behind a statement, their statistics, figures and sha256 in one folder that can be checked.
 
 deliverables/NAME/runs.tsv       every run, and the file that it was in
 deliverables/NAME/summary.tsv    mean and sample standard deviation: per file and train seed, per file, pooled
 deliverables/NAME/figures/       mean and standard deviation of each metric
-deliverables/NAME/scores/        the scores of every pair of each run (`pqk.record.pair_scores`)
+deliverables/NAME/scores/        the scores of every sample of each run (`pqk.record.pair_scores`)
 deliverables/NAME/README.md      what this is, and the main numbers
 deliverables/NAME/manifest.tsv   sha256 of all of these, and of the checkpoints (which are not copied)
 
@@ -13,52 +13,44 @@ and of a plan what `pqk.study.campaign` gathers: plan.json, records/, ablation/
 from __future__ import annotations
 
 import re
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pqk.errors import PqkError
 from pqk.files import below, clear_write_errors, sha256_file, whole_folder
 from pqk.record.ledger import (
-    COLUMNS,
-    HIGHER_IS_BETTER,
-    MEASURED,
-    REQUIRED,
-    SUMMARY,
-    VARIANT,
+    columns_of,
+    headline,
+    measured_in,
     read_rows,
     read_runs,
     refuse_mixed,
     summarise_files,
     telling,
+    write_summary,
 )
 from pqk.record.pair_scores import SCORES
 from pqk.record.tsv import Kind, Row, markdown_cell, read_table, write_table
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 MANIFEST = "manifest.tsv"
 RUNS = "runs.tsv"
 MANIFEST_COLUMNS: dict[str, Kind] = {"kind": "text", "path": "text", "bytes": "int", "sha256": "text"}
-RUN_COLUMNS: dict[str, Kind] = {"file": "text", **COLUMNS}
-UNITS = dict.fromkeys(("chamfer", "chamfer_accuracy", "chamfer_completeness", "chamfer_paired", "rmse"), "m")
-UNITS |= {"reproj_px": "px"}
-UNITS |= {"fps": "pairs/s", "drop_pct": "% of the main metric"}
 _ABOUT = {
     "plan.json": "what was planned, and how far each run is",
     "records": "a record of `pqk run`: Teacher, baseline or candidate",
     "ablation": "a table or figure of the ablations",
 }
 _SCORES_LINE = (
-    f"| `{SCORES}/NAME.tsv` | the scores of every pair of a run; NAME is the last part of its `output` in `runs.tsv` |"
+    f"| `{SCORES}/NAME.tsv` | the scores of a run's samples; NAME is the last part of its `output` in `runs.tsv` |"
 )
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
 
+Draw = Callable[[Sequence[Row], Sequence[Row], Path], list[str]]
+"""Draws figures of runs and their summary into a folder; returns the names of the files."""
+
 
 def safe_name(name: str, what: str) -> str:
-    """`name` when it can name a folder anywhere: letters, digits, '.', '_', '-'. Raises PqkError."""
+    """Returns `name` if it can name a folder anywhere: letters, digits, '.', '_', '-'. Raises PqkError."""
     if not _NAME.fullmatch(name):
         raise PqkError(
             f"{what} {name[:100]!r}: a name is a letter or digit, then up to 79 letters, digits, '.', '_' or '-'"
@@ -70,21 +62,22 @@ def freeze(
     folder: Path,
     tables: Sequence[tuple[Path, Sequence[Row]]],
     commit: str | None,
+    draw: Draw,
     more: Mapping[str, bytes] | None = None,
 ) -> list[str]:
-    """Write the deliverable, whole or not at all; returns what was not pooled, and why.
+    """Writes the deliverable, whole or not at all; returns what was not pooled, and why.
 
-    `folder`: .../deliverables/NAME, which must not exist; `tables`: see `ledger.read_results`; `commit`: of the
-    project, for the README; `more`: contents of further files, by relative name. Raises PqkError for an unsafe name,
-    one that is taken, and what `summarise_files` refuses.
+    folder: .../deliverables/NAME, which must not exist. tables: see `ledger.read_results`. commit: of the project, for
+    the README. draw: `pqk.report.runs.draw_runs`. more: contents of further files, by relative name. Raises PqkError
+    for an unsafe name, one that is taken, and what `summarise_files` refuses.
     """
     name = safe_name(folder.name, "deliverable")
     refuse_mixed(tables)
     summary, notes = summarise_files(tables)
     runs: list[Row] = [{"file": path.name, **row} for path, rows in tables for row in rows]
     with whole_folder(folder) as new, clear_write_errors(folder):
-        write_table(new / RUNS, RUN_COLUMNS, runs)
-        write_table(new / "summary.tsv", SUMMARY, summary)
+        write_table(new / RUNS, {"file": "text", **columns_of(runs)}, runs)
+        write_summary(new / "summary.tsv", summary)
         (new / "figures").mkdir()
         drawn = draw(runs, summary, new / "figures")
         for name_of, content in (more or {}).items():
@@ -115,7 +108,7 @@ def _checkpoints(runs: Sequence[Row]) -> list[Row]:
 
 
 def check_files(folder: Path) -> tuple[list[str], list[Row]]:
-    """Hash every file of a deliverable again: a sentence per difference; where there is none, the runs.
+    """Hashes every file of a deliverable again. Returns a sentence per difference, and where there is none the runs.
 
     Raises PqkError when there is no such deliverable, or its manifest cannot be read.
     """
@@ -135,7 +128,7 @@ def check_files(folder: Path) -> tuple[list[str], list[Row]]:
         said.append(f"the manifest does not list {RUNS}")
     if said:
         return said, []
-    runs = read_runs(folder / RUNS, RUN_COLUMNS, ("file", *REQUIRED))
+    runs = read_runs(folder / RUNS, {"file": "text"})
     listed = {row["sha256"] for row in stated if row["kind"] == "checkpoint"}
     used = {row["checkpoint_sha256"]: row["checkpoint"] for row in runs}
     said += [f"checkpoint {name} is not in the manifest" for digest, name in used.items() if digest not in listed]
@@ -143,10 +136,10 @@ def check_files(folder: Path) -> tuple[list[str], list[Row]]:
 
 
 def differences(row: Row, again: Row, tolerance: float) -> list[str]:
-    """What a run gives now and gave then, a sentence per metric that is off by more than `tolerance` of its value."""
+    """Returns a sentence per metric whose value now is off by more than `tolerance` of the frozen one."""
     said = []
-    for name in MEASURED:
-        old, new = row[name], again[name]
+    for name in measured_in([row]):
+        old, new = row[name], again.get(name)
         if name in ("fps", "drop_pct"):  # a time is of its moment; the drop follows from the main metric
             continue
         if (old is None) != (new is None):
@@ -155,66 +148,6 @@ def differences(row: Row, again: Row, tolerance: float) -> list[str]:
             relative = f"{abs(new - old) / abs(old):.2g} of it" if old else "it was 0"
             said.append(f"{name} is {new:.8g} now, frozen was {old:.8g} (off by {relative}, allowed {tolerance:g})")
     return said
-
-
-# Figures
-
-
-def draw(runs: Sequence[Row], summary: Sequence[Row], folder: Path) -> list[str]:
-    """A figure per metric that was measured: mean and sample standard deviation of each group, and its single runs.
-
-    Returns the file names.
-    """
-    import matplotlib
-
-    written = []
-    for metric in MEASURED:
-        lines = [line for line in telling(summary) if line[f"{metric}_mean"] is not None]
-        if not lines:
-            continue
-        # A label is data: "$" in it is no formula.
-        with matplotlib.rc_context({"text.parse_math": False, "font.size": 9}), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Glyph .* missing from")
-            figure = _figure(metric, lines, runs)
-            figure.savefig(folder / f"{metric}.png", dpi=130, bbox_inches="tight", metadata={"Software": None})
-        written.append(f"{metric}.png")
-    return written
-
-
-def _figure(metric: str, lines: Sequence[Row], runs: Sequence[Row]) -> Figure:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.5, 0.34 * len(lines) + 1.2))
-    axes = figure.add_subplot()
-    for place, line in enumerate(lines):
-        own = [row[metric] for row in runs if _belongs(row, line)]
-        axes.plot(own, [place] * len(own), "|", color="#999999", markersize=9, zorder=1)
-        axes.errorbar(
-            line[f"{metric}_mean"],
-            place,
-            xerr=line[f"{metric}_std"],
-            fmt="o" if line["scope"] == "train_seed" else "D",
-            color="#0072B2" if line["scope"] == "train_seed" else "#D55E00",
-            capsize=4,
-            zorder=2,
-        )
-    axes.ticklabel_format(axis="x", style="plain", useOffset=False)
-    axes.set_yticks(range(len(lines)), [f" {label(line)} (n = {line['n']})" for line in lines])
-    axes.set_ylim(len(lines) - 0.4, -0.6)
-    axes.tick_params(axis="y", length=0)
-    axes.grid(True, axis="x", color="#DDDDDD", linewidth=0.7)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    unit = f" ({UNITS[metric]})" if metric in UNITS else ""
-    better = "higher" if metric in HIGHER_IS_BETTER else "lower"
-    axes.set_xlabel(f"{metric}{unit}, {better} is better; mean and sample standard deviation, strokes are single runs")
-    return figure
-
-
-def _belongs(row: Row, line: Row) -> bool:
-    """Whether a run is one of those behind a line of the summary."""
-    names = [*VARIANT, *(["file"] if line["file"] else []), *(["train_seed"] if line["scope"] == "train_seed" else [])]
-    return all(row[name] == line[name] for name in names)
 
 
 def label(line: Row) -> str:
@@ -239,9 +172,7 @@ def _readme(
     commit: str | None,
     more: Sequence[str],
 ) -> str:
-    metrics = list(dict.fromkeys(row["main_metric"] for row in runs))
-    metrics += ["drop_pct"] if any(line["drop_pct_mean"] is not None for line in summary) else []
-    metrics += [metric for metric in ("rmse", "delta1", "fps") if metric not in metrics]
+    metrics = headline(runs)
     seeds = {(row["train_seed"], row["eval_seed"]) for row in runs}
     devices = sorted({row["device"] for row in runs})
     commits = sorted({row["commit"] or "unknown" for row in runs})
@@ -295,19 +226,19 @@ def _markdown_line(cells: Sequence[str]) -> str:
 
 
 def mean_std(line: Row, metric: str) -> str:
-    mean, std = line[f"{metric}_mean"], line[f"{metric}_std"]
+    mean, std = line.get(f"{metric}_mean"), line.get(f"{metric}_std")
     if mean is None:
         return "–"
     return f"{mean:.5g}{spread(std)}"
 
 
 def spread(std: float | None) -> str:
-    """' ± 0.012', or '' for none."""
+    """Returns ' ± 0.012', or '' for none."""
     return "" if std is None else f" ± {std:.2g}" if std < 100 else f" ± {std:.0f}"
 
 
 def tables_of(files: Sequence[Path]) -> list[tuple[Path, list[Row]]]:
-    """Named ledgers, checked. Raises PqkError for an empty one, one named twice, and those that must not be mixed."""
+    """Reads named ledgers. Raises PqkError for an empty one, one named twice, and those that must not be mixed."""
     if len({path.name for path in files}) != len(files):
         raise PqkError("two of the files have the same name; a deliverable tells its runs' files by name")
     tables = [(path, read_rows(path)) for path in files]

@@ -1,4 +1,4 @@
-"""Log files: one record per JSON object, checked on the way in and on the way out."""
+"""Reads and writes log files: a JSON object per record, checked both ways."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from pqk.errors import PqkError
 from pqk.files import matching, write_json
 from pqk.oserrors import cannot_read
-from pqk.record.schema import SCHEMA_FILE, load_schema, schema_version, validate
+from pqk.record.schema import SCHEMA_FILE, load_schema, metrics_of, names_of_1_0, schema_version, validate
 
 # Two records that agree in all of these are the same measurement made again; the newer one may replace the older.
 IDENTITY = ("exp_id", "role", "model", "backend", "quantizer", "device", "precision", "seed")
@@ -30,7 +30,7 @@ class Logged:
 
 
 def record_filename(record: dict[str, Any]) -> str:
-    """File name of a record: its readable identity in [A-Za-z0-9._-], and eight digits of the hash of all of it.
+    """Names the file of a record: its readable identity in [A-Za-z0-9._-], and eight digits of the hash of all of it.
 
     The hash keeps apart records whose readable parts become equal once odd characters are replaced.
     """
@@ -40,7 +40,7 @@ def record_filename(record: dict[str, Any]) -> str:
 
 
 def write_record(path: Path | str, record: dict[str, Any]) -> Path:
-    """Validate one record and write it atomically; return the file written.
+    """Checks one record and writes it atomically; returns the file written.
 
     `path` is a `.json` file, or a folder in which `record_filename` chooses the name.
     Raises PqkError when the record is invalid, or when the file exists and holds anything but this same measurement.
@@ -49,7 +49,7 @@ def write_record(path: Path | str, record: dict[str, Any]) -> Path:
 
 
 def write_records(path: Path | str, records: Sequence[dict[str, Any]]) -> Path:
-    """Validate several records and write them as one JSON list, all or nothing. Same rules as `write_record`.
+    """Checks several records and writes them as one JSON list, all or nothing. Same rules as `write_record`.
 
     Raises PqkError also for an empty list and for a path that is not a `.json` file.
     """
@@ -61,9 +61,9 @@ def write_records(path: Path | str, records: Sequence[dict[str, Any]]) -> Path:
 
 
 def read_records(source: Path | str | Iterable[Path | str]) -> list[Logged]:
-    """Read and validate the records of files and of folders (their `*.json`, not the schema), in order of file name.
+    """Reads and checks the records of files and of folders (their `*.json`, not the schema), in order of file name.
 
-    A record of an older version with the same major number gets null for the fields it does not have.
+    A record of an older version gets null for the fields it does not have; of version 1, family and metrics too.
     Raises PqkError naming the file, and the field, for bad JSON, an invalid record or a newer schema version.
     """
     sources = [source] if isinstance(source, Path | str) else list(source)
@@ -92,7 +92,7 @@ def _write(path: Path | str, records: Sequence[dict[str, Any]], content: Any) ->
 
 
 def refuse_to_lose(target: Path, records: Sequence[dict[str, Any]]) -> None:
-    """Raise PqkError when writing these records to the file `target` would lose one that is not among them.
+    """Raises PqkError when writing these records to the file `target` would lose one that is not among them.
 
     Of the records only what tells them apart is read (IDENTITY and the hashes of MADE_FROM), so this can be asked
     before they are measured.
@@ -156,7 +156,7 @@ def _read_json(file: Path) -> Any:
 
 
 def _upgrade(record: Any, where: str) -> Any:
-    """Bring a record of an older version with the same major number to this version."""
+    """Brings a record of an older version to this one."""
     if not isinstance(record, dict) or "schema_version" not in record:
         return record
     current = schema_version()
@@ -167,18 +167,22 @@ def _upgrade(record: Any, where: str) -> Any:
     version, known = tuple(map(int, match.groups())), tuple(map(int, current.split(".")))
     if version > known:
         raise PqkError(f"{where}: schema_version {asked} is newer than {current}, which this pqk reads; update pqk")
-    if version[0] != known[0]:
-        raise PqkError(f"{where}: schema_version {asked} has another major number than {current}; write the log again")
+    if version < (1, 0, 0):
+        raise PqkError(f"{where}: schema_version {asked} is older than 1.0.0, the first one; write the log again")
     if version < (1, 1, 0):
         record = _from_1_0(record)
-    return {**dict.fromkeys(load_schema()["properties"]), **record, "schema_version": current}
+    properties = load_schema()["properties"]
+    record = {**dict.fromkeys(properties), **record, "schema_version": current}
+    if version < (2, 0, 0):
+        older = {name: rules["x-older"] for name, rules in properties.items() if "x-older" in rules}
+        record |= {**older, "metrics": metrics_of(record)}
+    return record
 
 
 def _from_1_0(record: dict[str, Any]) -> dict[str, Any]:
-    """Put what schema 1.0 measured under the names that say what it is.
+    """Puts what schema 1.0 measured under the names that say what it is (`x-1.0` in the schema).
 
-    Its speedup_vs_fp32 was against the Teacher in a float row and against the own model in a quantized one; its chamfer
-    drew both clouds at the same pixels; its ram_GB was the peak of a process that compiles.
+    Its speedup_vs_fp32 was against the Teacher in a float row and against the own model in a quantized one.
     """
     new = dict(record)
     speed, quantized = new.pop("speedup_vs_fp32", None), record.get("quantizer") is not None
@@ -188,11 +192,8 @@ def _from_1_0(record: dict[str, Any]) -> dict[str, Any]:
         new["speedup_vs_teacher_f32"] = speed
     if quantized or own_is_teacher:
         new["speedup_vs_own_f32"] = speed
-    if "chamfer" in new:
-        new["chamfer_paired"], new["chamfer"] = new["chamfer"], None
-    for part in ("chamfer_accuracy", "chamfer_completeness"):
-        if part in new:
-            new[part] = None
-    if "ram_GB" in new:
-        new["ram_compile_GB"], new["ram_GB"] = new["ram_GB"], None
+    before = names_of_1_0()
+    new |= {name: None if was is None else record.get(was) for name, was in before.items()}
+    main = new.get("main_metric")
+    new["main_metric"] = next((name for name, was in before.items() if main is not None and was == main), main)
     return new

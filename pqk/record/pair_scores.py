@@ -1,4 +1,4 @@
-"""The scores of every sample behind a row of the ledger: read from the store, kept in a deliverable, and paired.
+"""Reads the scores of every sample behind a row of the ledger, from store or deliverable, and pairs them.
 
 A row names the folder of its scores (`output`); a deliverable keeps them as scores/NAME.tsv, NAME being the last part
 of that folder, which is the hash of everything that made them.
@@ -17,7 +17,7 @@ from pqk import paths
 from pqk.errors import PqkError
 from pqk.files import matching
 from pqk.oserrors import cannot_read
-from pqk.record.tsv import Kind, Row, read_table, table_text
+from pqk.record.tsv import Kind, Row, header_of, read_table, table_text
 
 SCORES = "scores"
 _FILE = "quality.json"
@@ -129,13 +129,7 @@ def _stored(row: Row, root: Path) -> list[Row] | None:
 
 
 def _read(path: Path) -> list[Row]:
-    try:
-        with path.open(encoding="utf-8") as stream:
-            names = stream.readline().rstrip("\r\n").split("\t")
-    except OSError as error:
-        raise PqkError(cannot_read(path, error)) from error
-    except UnicodeDecodeError as error:
-        raise PqkError(f"{path} is not UTF-8 text") from error
+    names = header_of(path)
     place = _PAIR if _PAIR[0] in names else _PLACE
     return read_table(path, {name: "text" if name in place else "float" for name in (*place, *names)}, place)
 

@@ -1,10 +1,10 @@
-"""The unified log's schema: the one place that names the columns, and the check that a record follows it."""
+"""Reads the schema of the unified log, the one place that names its columns, and checks records against it."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
@@ -35,6 +35,7 @@ _PATTERN_WORDS = {
     "hashes": "a sha256 of 64 lower-case hexadecimal digits",
     "precision": "a name of letters, digits and underscores such as int8",
     "best_float": "a name of letters, digits and underscores such as bf16",
+    "main_metric": "a name of up to 32 lower-case letters, digits and underscores",
 }
 
 
@@ -44,7 +45,8 @@ class Column:
 
     `better` is 'lower', 'higher' or ''; `format` is printf-like without the percent sign ('.3f', 'd', '+.2f') or '';
     `kind` is the JSON type without null; `short` is the heading in the terminal ('' = not shown there);
-    `also` names a second sheet that shows the column; `timing` columns are null in an emulated row.
+    `also` names a second sheet that shows the column; `timing` columns are null in an emulated row; `metric` columns
+    hold a quality metric of a family, which is in `metrics` too.
     """
 
     name: str
@@ -57,10 +59,11 @@ class Column:
     short: str
     also: str
     timing: bool
+    metric: bool
 
 
 def schema_path() -> Path:
-    """The schema in the nearest of the current folder and its parents, or else in the repository of this package.
+    """Finds the schema in the nearest of the current folder and its parents, else in the repository of this package.
 
     Raises PqkError when there is none.
     """
@@ -75,18 +78,18 @@ def schema_path() -> Path:
 
 
 def load_schema() -> dict[str, Any]:
-    """The JSON Schema (draft 2020-12) of one record. Treat it as read-only. Raises PqkError when it is damaged."""
+    """Reads the JSON Schema (draft 2020-12) of a record, not to be changed. Raises PqkError when it is damaged."""
     path = schema_path()
     return _load(path, path.stat().st_mtime_ns)[0]
 
 
 def schema_version() -> str:
-    """The version that records written now carry, for example '1.0.0'."""
+    """Returns the version that records written now carry, for example '2.0.0'."""
     return str(load_schema()["properties"]["schema_version"]["const"])
 
 
 def columns() -> list[Column]:
-    """The columns of every table, in the order of the schema."""
+    """Returns the columns of every table, in the order of the schema."""
     return [
         Column(
             name=name,
@@ -99,20 +102,41 @@ def columns() -> list[Column]:
             short=rules.get("x-short", ""),
             also=rules.get("x-also", ""),
             timing=rules.get("x-timing", False),
+            metric=rules.get("x-metric", False),
         )
         for name, rules in load_schema()["properties"].items()
     ]
 
 
+def metrics_of(record: Mapping[str, Any]) -> dict[str, dict[str, Any]] | None:
+    """Returns the object `metrics` of a record that has its metrics in columns alone, with the schema's units.
+
+    None where nothing was measured.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for column in columns():
+        if column.metric and (record.get(column.name) is not None or record.get("main_metric") == column.name):
+            unit = "" if column.unit == "1" else column.unit
+            found[column.name] = {"value": record.get(column.name), "unit": unit, "better": column.better}
+            ends = (record.get("intervals") or {}).get(column.name)
+            found[column.name] |= {} if ends is None else {"interval": ends}
+    return found if any(about["value"] is not None for about in found.values()) else None
+
+
+def names_of_1_0() -> dict[str, str | None]:
+    """Returns where schema 1.0 had the value of a column, by the name of today; None: it did not measure that."""
+    return {n: rules["x-1.0"] for n, rules in load_schema()["properties"].items() if "x-1.0" in rules}
+
+
 def empty_record() -> dict[str, Any]:
-    """A record with every field present and null, but for schema_version. The caller fills in what it knows."""
+    """Returns a record with every field present and null, but for schema_version. The caller fills in what it knows."""
     record: dict[str, Any] = dict.fromkeys(load_schema()["properties"])
     record["schema_version"] = schema_version()
     return record
 
 
 def validate(record: Any, where: str = "record") -> None:
-    """Check one record against the schema; `where` (a file, an experiment) starts the message.
+    """Checks one record against the schema; `where` (a file, an experiment) starts the message.
 
     Raises PqkError with the exact field, its value and what is allowed: an unknown field (with the nearest known
     one), a missing field, a wrong type or value, NaN or infinity, a timing in an emulated record, shares of executed
@@ -160,7 +184,7 @@ def _types(rules: dict[str, Any]) -> list[str]:
 
 
 def _beyond_json(value: Any, path: str) -> Iterator[str]:
-    """What JSON itself cannot hold, or what would break a table: NaN, infinity, huge integers, broken Unicode."""
+    """Finds what JSON cannot hold or what would break a table: NaN, infinity, huge integers, broken Unicode."""
     if isinstance(value, dict):
         for key, item in value.items():
             if not isinstance(key, str):
@@ -183,7 +207,7 @@ def _beyond_json(value: Any, path: str) -> Iterator[str]:
 
 
 def _beyond_schema(record: dict[str, Any]) -> Iterator[str]:
-    """What a JSON Schema cannot say."""
+    """Finds what a JSON Schema cannot say."""
     try:
         datetime.fromisoformat(record.get("datetime") or "1970-01-01")
     except ValueError:
@@ -191,10 +215,20 @@ def _beyond_schema(record: dict[str, Any]) -> Iterator[str]:
     total = sum((record.get("executed_precision") or {}).values())
     if total > 1 + 1e-6:
         yield f"executed_precision: the shares must add up to at most 1, got {total:.6g}"
+    metrics, main = record.get("metrics"), record.get("main_metric")
+    if metrics is not None and main is not None and main not in metrics:
+        yield f"main_metric must be one of {', '.join(metrics)}, got {_show(main)}{nearest(main, metrics)}"
+    for column in columns():
+        about = (metrics or {}).get(column.name)
+        if about is not None and not column.metric:
+            yield f"metrics.{column.name} has the name of another field"
+        elif about is not None and about["value"] != record[column.name]:
+            value = _show(record[column.name])
+            yield f"{column.name} is {value} and must be as in metrics, {_show(about['value'])}"
 
 
 def _rank(error: ValidationError) -> tuple[int, str]:
-    """What explains the other problems first: a wrong version, unknown fields, missing ones; then values by name."""
+    """Orders problems, those that explain others first: wrong version, unknown fields, missing ones; then values."""
     path = _path(error)
     if path:
         return (0 if path == "schema_version" else 3), path
@@ -209,7 +243,7 @@ def _path(error: ValidationError) -> str:
 
 
 def _sentence(error: ValidationError, record: dict[str, Any], schema: dict[str, Any]) -> str:
-    """One sentence: the field, what is allowed there, what was found."""
+    """Returns one sentence: the field, what is allowed there, what was found."""
     field = _path(error)
     rules = error.schema if isinstance(error.schema, dict) else {}
     known = list(schema["properties"])
@@ -219,6 +253,8 @@ def _sentence(error: ValidationError, record: dict[str, Any], schema: dict[str, 
         return "; ".join(
             f"unknown field {_show(name)}{nearest(name, missing) or nearest(name, known)}" for name in unknown
         )
+    if field and error.validator in ("additionalProperties", "required"):
+        return f"{field}: {error.message}"
     if error.validator == "required":
         missing = [name for name in known if name not in record]
         return f"missing field{'s' if len(missing) > 1 else ''} {', '.join(missing)}; what is unknown is null"
@@ -237,7 +273,7 @@ def _sentence(error: ValidationError, record: dict[str, Any], schema: dict[str, 
 
 
 def _allowed(rules: dict[str, Any], field: str) -> str:
-    """'a number between 0 and 1, or null' out of the rules of a field."""
+    """Returns 'a number between 0 and 1, or null' out of the rules of a field."""
     kinds = _types(rules)
     words = " or ".join(_NOUNS[kind] for kind in kinds if kind != "null")
     low, high = rules.get("minimum"), rules.get("maximum")
@@ -257,7 +293,7 @@ def _allowed(rules: dict[str, Any], field: str) -> str:
 
 
 def _show(value: Any) -> str:
-    """A value as JSON would show it, cut to a readable length."""
+    """Returns a value as JSON would show it, cut to a readable length."""
     try:
         text = json.dumps(value, ensure_ascii=True)
     except (TypeError, ValueError):

@@ -1,4 +1,4 @@
-r"""Tables as tab-separated text that any program reads: one line per row, exact numbers, nothing that a cell can break.
+r"""Writes tables as tab-separated text that any program reads: a line per row, exact numbers, no cell that breaks it.
 
 | in a text | in the file |
 | --- | --- |
@@ -37,7 +37,7 @@ _NUMBERS = {
 
 
 def cell_of(value: Any) -> str:
-    """A value as a cell. Raises ValueError for a number that is not finite."""
+    """Returns a value as a cell. Raises ValueError for a number that is not finite."""
     if value is None:
         return ""
     if not isinstance(value, str):
@@ -61,7 +61,7 @@ def _escaped(char: str) -> str:
 
 
 def value_of(cell: str, kind: Kind) -> Any:
-    """The inverse of `cell_of`. Raises ValueError for a cell that is none of this kind."""
+    """Reads a cell, the inverse of `cell_of`. Raises ValueError for one that is not of this kind."""
     if not cell:
         return None
     if kind != "text":
@@ -86,7 +86,7 @@ def _character(match: re.Match[str]) -> str:
 
 
 def write_table(path: Path, columns: Mapping[str, Kind], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write a table atomically: a line with the names of the columns, then a line per row.
+    """Writes a table atomically: a line with the names of the columns, then a line per row.
 
     Raises PqkError for a value that is no number where one belongs, or not finite.
     """
@@ -94,7 +94,7 @@ def write_table(path: Path, columns: Mapping[str, Kind], rows: Iterable[Mapping[
 
 
 def table_text(columns: Mapping[str, Kind], rows: Iterable[Mapping[str, Any]], where: str) -> str:
-    """What `write_table` writes."""
+    """Returns what `write_table` writes."""
     types: dict[str, tuple[type, ...]] = {"text": (str,), "int": (int,), "float": (int, float)}
     lines = ["\t".join(columns)]
     for row in rows:
@@ -111,15 +111,12 @@ def table_text(columns: Mapping[str, Kind], rows: Iterable[Mapping[str, Any]], w
     return "\n".join(lines) + "\n"
 
 
-def read_table(
-    path: Path, columns: Mapping[str, Kind], required: Sequence[str] = (), later: Sequence[str] = ()
-) -> list[Row]:
-    """The rows of a table, in their order; its columns may stand in any order.
+def header_of(path: Path) -> list[str]:
+    """Returns the names of a table's columns. Raises PqkError for a file that is empty or not UTF-8 text."""
+    return _lines(path)[0].rstrip("\r").split("\t")
 
-    later: columns that tables of older versions do not have; such a row has None there. Raises PqkError, with the line,
-    for a file that is not UTF-8, a missing or unknown column, a row of another length, a cell of the wrong kind, and an
-    empty cell in a column that is `required`.
-    """
+
+def _lines(path: Path) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -131,6 +128,19 @@ def read_table(
         lines.pop()
     if not lines:
         raise PqkError(f"{path} is empty; expected a line with the names of the columns")
+    return lines
+
+
+def read_table(
+    path: Path, columns: Mapping[str, Kind], required: Sequence[str] = (), later: Sequence[str] = ()
+) -> list[Row]:
+    """Returns the rows of a table, in their order; its columns may stand in any order.
+
+    later: columns that tables of older versions do not have; such a row has None there. Raises PqkError, with the line,
+    for a file that is not UTF-8, a missing or unknown column, a row of another length, a cell of the wrong kind, and an
+    empty cell in a column that is `required`.
+    """
+    lines = _lines(path)
     names = lines[0].rstrip("\r").split("\t")
     for name in names:
         if name not in columns or names.count(name) > 1:
@@ -156,6 +166,6 @@ def read_table(
 
 
 def markdown_cell(text: str) -> str:
-    """Text for a cell of a Markdown table: one line, no control characters, no markup and no HTML."""
+    """Returns text for a cell of a Markdown table: one line, no control characters, no markup and no HTML."""
     flat = "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in " ".join(text.split()))
     return re.sub(r"([\\`*_{}\[\]<>|#~&$])", r"\\\1", flat)

@@ -1,4 +1,4 @@
-"""The drop of each recipe of a campaign with its 95 % interval, and what that interval says of the limit.
+"""Computes the drop of a campaign's recipes with its 95 % interval, and what that interval says of the limit.
 
 Where the deliverable holds the scores of every pair, also of the Teacher, the interval is over scenes; else it is over
 the draws of scenes, which do not overlap, by Student's t.
@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pqk.record.ledger import HIGHER_IS_BETTER
+from pqk.record.ledger import is_higher_better
 from pqk.record.pair_scores import Scores, paired
 from pqk.record.tsv import Row
-from pqk.report.table import interval_of
+from pqk.report.cells import interval_of
 from pqk.stats.intervals import Interval, difference_interval, drop_interval, groups_to_decide, mean_interval
 
 
@@ -27,24 +27,24 @@ class Drop:
 
     @property
     def text(self) -> str:
-        """'+0.21 [-0.36, +0.79]', or the value alone."""
+        """Returns '+0.21 [-0.36, +0.79]', or the value alone."""
         return interval_text(self.interval)
 
     @property
     def over(self) -> str:
-        """'5 draws', '1 scene'."""
+        """Returns '5 draws', '1 scene'."""
         count = self.interval.groups
         return f"{count} {self.unit if count != 1 else self.unit.removesuffix('s')}"
 
     def judged(self, limit: float) -> str | None:
-        """'pass', 'fail' or 'undecided' at a limit; None where there is no interval, so that nothing can be said."""
+        """Returns 'pass', 'fail' or 'undecided' at a limit; None without an interval, as nothing can be said."""
         low, high = self.interval.low, self.interval.high
         if low is None or high is None:
             return None
         return "pass" if high <= limit else "fail" if low > limit else "undecided"
 
     def sentence(self, limit: float) -> str:
-        """The drop, its interval, the limit and, where it is undecided, how many scenes or draws would decide."""
+        """Names the drop, its interval, the limit and, where it is undecided, how many scenes or draws would decide."""
         found, word = self.interval, self.judged(limit)
         if word is None:
             return f"drop {found.value:+.2f} % (at most {limit:g} %), without an interval"
@@ -57,7 +57,7 @@ class Drop:
 
 
 def interval_text(interval: Interval) -> str:
-    """'+0.21 [-0.36, +0.79]', or the value alone."""
+    """Returns '+0.21 [-0.36, +0.79]', or the value alone."""
     if interval.low is None or interval.high is None:
         return f"{interval.value:+.2f}"
     return f"{interval.value:+.2f} [{interval.low:+.2f}, {interval.high:+.2f}]"
@@ -78,7 +78,7 @@ def drop_of(rows: Sequence[Row], teachers: Sequence[Row], scores: Scores) -> Dro
         found = paired([[row, teacher] for row, teacher in runs if teacher is not None], metric, scores)
         if found is not None:
             (mine, taught), scenes = found
-            return Drop(drop_interval(mine, taught, scenes, metric in HIGHER_IS_BETTER), "scenes")
+            return Drop(drop_interval(mine, taught, scenes, is_higher_better(rows[0], metric)), "scenes")
     return _over_draws([row["drop_pct"] for row in rows], rows)
 
 
@@ -100,7 +100,7 @@ def difference_of(rows: Sequence[Row], others: Sequence[Row], teachers: Sequence
         found = paired(runs, metric, scores)
         if found is not None:
             (one, other, teacher), scenes = found
-            return Drop(difference_interval(one, other, teacher, scenes, metric in HIGHER_IS_BETTER), "scenes")
+            return Drop(difference_interval(one, other, teacher, scenes, is_higher_better(rows[0], metric)), "scenes")
     means = [_mean_drop(a) - _mean_drop(b) for a, b in pairs]
     return _over_draws(means, [a[0] for a, _ in pairs])
 

@@ -1,29 +1,48 @@
-"""The plots of the report: trade-off, latency, executed precision, ablation; drawn without a display."""
+"""Draws the plots of the report: trade-off, latency, executed precision, ablation."""
 
 from __future__ import annotations
 
 import re
-import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pqk.files import atomic_path
 from pqk.record.schema import Column, columns
-from pqk.report.table import DASH, Record, cell_text, interval_of, interval_text, row_label, shares_text, value_text
+from pqk.report.cells import (
+    DASH,
+    Record,
+    cell_text,
+    columns_of,
+    interval_of,
+    interval_text,
+    row_label,
+    shares_text,
+    value_of,
+    value_text,
+)
+from pqk.report.style import (
+    ABOVE,
+    BESIDE,
+    FRONT,
+    MARKERS,
+    PALETTE,
+    THRESHOLD_COLOUR,
+    blank_figure,
+    error_bar,
+    grid,
+    label_rows,
+    plain_numbers,
+    write_figure,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
     from pqk.settings.evaluation import Thresholds
 
-# Okabe and Ito's palette (https://jfly.uni-koeln.de/color), told apart with every common colour blindness; the yellow
-# is left out, it is too faint on white. Seven colours and nine markers give 63 different pairs.
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 PRECISION_COLOURS = {
     "int4": "#CC79A7",
     "int8": "#D55E00",
@@ -33,7 +52,6 @@ PRECISION_COLOURS = {
     "tf32": "#E69F00",
     "f32": "#0072B2",
 }
-THRESHOLD_COLOUR = "#D55E00"
 SHOWN = 40  # records that a plot names: more make it unreadable, and large
 LEAST_DROP_SPAN = 1.0  # percent: an axis of drops is at least so wide, or as wide as its thresholds
 _LEAST_SPAN = 0.02  # of the median: an axis of other values is at least so wide
@@ -62,24 +80,16 @@ def draw_plots(
         "precision": precision,
         "ablation": ablation,
     }
-    import matplotlib
-
     ended_well = [record for record in records if record["status"] == "ok"]
     written: list[Path] = []
     said: list[str] = []
     for name, draw in drawings.items():
         path = Path(folder) / f"{name}.png"
-        # A label is data: "$" in it is no formula.
-        with matplotlib.rc_context({"text.parse_math": False, "font.size": 10}), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Glyph .* missing from")
-            figure = draw(ended_well, thresholds, said.append)
-            if isinstance(figure, str):
-                path.unlink(missing_ok=True)
-                said.append(f"{path.name} is left out: {figure}")
-                continue
-            with atomic_path(path) as temporary:
-                figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight", metadata={"Software": None})
+        nothing = write_figure(path, partial(draw, ended_well, thresholds, said.append))
+        if nothing is None:
             written.append(path)
+        else:
+            said.append(f"{path.name} is left out: {nothing}")
     return written, said
 
 
@@ -116,11 +126,12 @@ def tradeoff(records: Sequence[Record], thresholds: Thresholds | None = None, sa
     the front and the newest are named.
     """
     time = _column("t_pair_p50_ms")
-    quality = _quality_axis([record for record in records if record[time.name] is not None])
-    rows = [record for record in records if record[time.name] is not None and record[quality.name] is not None]
+    quality = _quality_axis([record for record in records if record[time.name] is not None] or records)
+    scored = [record for record in records if value_of(record, quality.name) is not None]
+    rows = [record for record in scored if record[time.name] is not None]
     if not rows:
         return f"no record has both {time.name} and {quality.name}"
-    points = [(record[time.name], record[quality.name]) for record in rows]
+    points = [(record[time.name], value_of(record, quality.name)) for record in rows]
     front = pareto_front(points, quality.better == "higher")
     named = _named(rows, front)
     figure, (axes,) = blank_figure(8.0, max(4.8, 0.26 * len(named) + 1.5))
@@ -129,7 +140,7 @@ def tradeoff(records: Sequence[Record], thresholds: Thresholds | None = None, sa
         others = [points[index] for index in sorted(set(range(len(rows))) - set(named))]
         axes.plot(*zip(*others, strict=True), ".", color="#BBBBBB", markersize=4, zorder=0)
     if len({points[index] for index in front}) > 1:
-        axes.plot(*zip(*(points[i] for i in front), strict=True), "--", color="#777777", linewidth=1.2, zorder=1)
+        axes.plot(*zip(*(points[i] for i in front), strict=True), **FRONT)
     handles = []
     ends: list[float] = [y for _, y in points]
     for number, index in enumerate(named):
@@ -160,7 +171,7 @@ def tradeoff(records: Sequence[Record], thresholds: Thresholds | None = None, sa
         axes.set_xlim(_limits(times))
     axes.set_xlabel(axis_label(time) + _caution(rows))
     axes.set_ylabel(axis_label(quality))
-    axes.grid(True, color="#DDDDDD", linewidth=0.7)
+    grid(axes)
     bars = "; bars: 95 % interval" if len(ends) > len(points) else ""
     axes.set_title(
         f"quality against time (hollow: failed its verdict; half: undecided; dashed: Pareto front{bars})",
@@ -170,15 +181,16 @@ def tradeoff(records: Sequence[Record], thresholds: Thresholds | None = None, sa
     # The leading space keeps a label that begins with "_" in the legend.
     labels = [f" {_label(rows[index])}{_speed(rows[index], ', ')}" for index in named]
     labels += [f" {what}" for what, _ in lines]
-    axes.legend(handles, labels, loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, borderaxespad=0.0)
+    axes.legend(handles, labels, **BESIDE)
     return figure
 
 
 def _quality_axis(rows: Sequence[Record]) -> Column:
     if any(interval_of(record, _DROP) and record[_DROP] is not None for record in rows):
         return _column(_DROP)
-    chosen = Counter(record["main_metric"] for record in rows if record["main_metric"])
-    return _column(chosen.most_common(1)[0][0] if chosen else "absrel")
+    known = {column.name: column for column in columns_of(rows)}
+    chosen = Counter(record["main_metric"] for record in rows if record["main_metric"] in known)
+    return known[chosen.most_common(1)[0][0] if chosen else _DROP]
 
 
 def _named(rows: Sequence[Record], front: Sequence[int]) -> list[int]:
@@ -194,7 +206,7 @@ def _quality_lines(rows: Sequence[Record], quality: Column, thresholds: Threshol
     drops = drop_lines(rows, thresholds)
     if quality.name == _DROP:
         return drops
-    taught = {r[quality.name] for r in rows if r["role"] == "teacher" and r["precision"] == "f32"}
+    taught = {value_of(r, quality.name) for r in rows if r["role"] == "teacher" and r["precision"] == "f32"}
     if len(taught) != 1 or any(record["quality_reference"] == "teacher" for record in rows):
         return []
     teacher, sign = taught.pop(), -1 if quality.better == "higher" else 1
@@ -284,7 +296,7 @@ def _speeds(axes: Axes, rows: Sequence[Record], speeds: Sequence[Column], thresh
             seen.append(value)
     axes.set_xlim(_limits(seen))
     axes.set_xlabel("speed (x), higher is better; bars: 95 % interval")
-    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, borderaxespad=0.0)
+    axes.legend(**BESIDE)
 
 
 def precision(records: Sequence[Record], thresholds: Thresholds | None = None, say: Say = _unheard) -> Figure | str:
@@ -320,7 +332,7 @@ def precision(records: Sequence[Record], thresholds: Thresholds | None = None, s
         count += 1
     axes.set_xlim(0, 100)
     axes.set_xlabel("share of matmul and convolution FLOPs (%)")
-    axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=count, frameon=False)
+    axes.legend(**ABOVE, ncols=count)
     return figure
 
 
@@ -366,20 +378,11 @@ def bars_of(axis: Axes, rows: Sequence[Record | None], column: Column, colour: s
     for what, value in lines:
         axis.axvline(value, color=THRESHOLD_COLOUR, linewidth=1.3, linestyle=":", label=f" {what}")
     if lines:
-        axis.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), frameon=False)
+        axis.legend(**ABOVE)
     low, high = _limits([*seen, *(value for _, value in lines)], column.unit == "%")
     share = min(0.6, 0.024 * max(map(len, texts)))  # of the panel, for the texts
     axis.set_xlim(low if min(seen) < 0 else 0.0, high + (high - low) * share / (1 - share))
     axis.set_xlabel(axis_label(column))
-
-
-def error_bar(axes: Axes, place: float, interval: tuple[float, float], colour: str, upright: bool = False) -> None:
-    """Draws an interval with caps at `place` of the other axis, wherever the value lies in it."""
-    middle, half = (interval[0] + interval[1]) / 2, (interval[1] - interval[0]) / 2
-    if upright:
-        axes.errorbar([place], [middle], yerr=[half], fmt="none", ecolor=colour, capsize=3, linewidth=1.2, zorder=2)
-    else:
-        axes.errorbar([middle], [place], xerr=[half], fmt="none", ecolor=colour, capsize=3, linewidth=1.2, zorder=2)
 
 
 def _limits(values: Sequence[float], relative: bool = False) -> tuple[float, float]:
@@ -395,7 +398,7 @@ def _limits(values: Sequence[float], relative: bool = False) -> tuple[float, flo
 
 
 def _speed(record: Record, before: str, interval: bool = True) -> str:
-    """'1.13x own f32' behind `before`, and its interval; '' where it was not measured, or is the measure itself."""
+    """Returns '1.13x own f32' behind `before`, and its interval; '' where it was not measured or is the base itself."""
     column = _column("speedup_vs_own_f32")
     speed = record[column.name]
     if speed is None or record["precision"] == "f32":
@@ -404,45 +407,17 @@ def _speed(record: Record, before: str, interval: bool = True) -> str:
 
 
 def _caution(rows: Sequence[Record]) -> str:
-    """A line for the time axis: milliseconds of runs at different moments must not be divided by each other."""
+    """Returns a line for the time axis: milliseconds of runs at different moments must not be divided by each other."""
     shown = any(_speed(record, "") for record in rows)
     return "\nms are of each row's own run; x own f32 is the ratio within one interleaved run" if shown else ""
 
 
-def blank_figure(width: float, height: float, panels: int = 1) -> tuple[Figure, list[Axes]]:
-    """Gives a figure (inches) with panels side by side; numbers beside an axis are whole, without a common offset."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height))
-    axes = [figure.add_subplot(1, panels, number + 1) for number in range(panels)]
-    figure.subplots_adjust(wspace=0.25)
-    for panel in axes:
-        panel.spines[["top", "right"]].set_visible(False)
-        for axis in (panel.xaxis, panel.yaxis):
-            plain_numbers(axis)
-    return figure, axes
-
-
-def plain_numbers(axis: Axis) -> None:
-    """Writes every number beside an axis by itself: 0.1149, and not 9e-5 with +1.148e-1 in a corner."""
-    from matplotlib.ticker import FuncFormatter
-
-    def text(value: float, _: int | None) -> str:
-        low, high = axis.get_view_interval()
-        return f"{0.0 if abs(value) < 1e-9 * abs(high - low) else value:.6g}"
-
-    axis.set_major_formatter(FuncFormatter(text))
-
-
 def _bars(rows: Sequence[Record], panels: int = 1) -> tuple[Figure, list[Axes]]:
-    """A figure of horizontal bars, the first record on top, its labels beside the first panel."""
+    """Returns a figure of horizontal bars, the first record on top, labels beside the first panel."""
     figure, axes = blank_figure(8.0 if panels == 1 else 10.5, max(1.8, 0.42 * len(rows) + 1.1), panels)
     for number, axis in enumerate(axes):
-        axis.set_yticks(range(len(rows)), [_label(record) if number == 0 else "" for record in rows])
-        axis.set_ylim(len(rows) - 0.5, -0.5)
-        axis.tick_params(axis="y", length=0)
-        axis.grid(True, axis="x", color="#DDDDDD", linewidth=0.7)
-        axis.set_axisbelow(True)
+        label_rows(axis, [_label(record) if number == 0 else "" for record in rows])
+        grid(axis, horizontal=False)
     return figure, axes
 
 

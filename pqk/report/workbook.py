@@ -1,4 +1,4 @@
-"""result_table.xlsx: the records in four sheets, all columns in one, and what each column means."""
+"""Writes result_table.xlsx: the records in four sheets, all columns in one, and what each column means."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pqk.files import atomic_path
 from pqk.record.formulas import safe_text
 from pqk.record.schema import Column, schema_version
-from pqk.report.table import Record, best_rows, cell_text, with_ends
+from pqk.report.cells import Record, best_rows, cell_text, with_ends
 
 if TYPE_CHECKING:
     from openpyxl import Workbook
@@ -25,7 +25,7 @@ _CUT = " … (cut; whole in summary.json)"
 
 
 def write_workbook(path: Path | str, records: Sequence[Record]) -> None:
-    """Write records, in the order given, to an .xlsx file, atomically.
+    """Writes records, in the order given, to an .xlsx file, atomically.
 
     Each of the four sheets has the identity columns and those of its group; 'all' has every column; 'about' explains
     them. Row 1 holds the names, row 2 the units. Best values are bold, null cells are empty, text that looks like a
@@ -103,7 +103,7 @@ def _cell_value(value: Any, column: Column) -> str | int | float | bool | None:
 
 
 def put(cell: Any, value: str | int | float | bool | None) -> None:
-    """Set a cell; text stays text (no formula, no control characters, not longer than a cell can hold)."""
+    """Sets a cell; text stays text (no formula, no control characters, not longer than a cell can hold)."""
     from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
 
     if isinstance(value, str):

@@ -26,6 +26,7 @@ from pqk.measure.noise import warning
 from pqk.measure.scores import drop_of
 from pqk.recipe import stages
 from pqk.recipe.candidate import Made
+from pqk.recipe.columns import described_metrics
 from pqk.recipe.experiment import Experiment
 from pqk.recipe.quantization import Lowering
 from pqk.recipe.recover import choose
@@ -42,7 +43,7 @@ from pqk.recipe.request import (
     usable_backend,
 )
 from pqk.recipe.stages import ENGINE_VARIANTS, Context, open_split, parts_code
-from pqk.record.ledger import COLUMNS, IDENTITY, METRICS, RESULT, add_row, identity, read_rows, refuse_mixed
+from pqk.record.ledger import COLUMNS, IDENTITY, RESULT, add_row, identity, read_rows, refuse_mixed
 from pqk.record.tsv import Row
 from pqk.settings.plan import TRAIN_SEED
 from pqk.store.code import code_of
@@ -136,6 +137,7 @@ class Bench:
         self.known: Row = dict.fromkeys(COLUMNS) | {
             "card": self.experiment.card.id,
             "main_metric": self.experiment.evaluation.quality.main_metric,
+            "metrics": json.dumps(described_metrics(self.experiment.metrics.values())),
             "backend": asked.backend,
             "device": self.ctx.machine["device"],
             "isa": self.ctx.machine["isa"],
@@ -228,7 +230,7 @@ class Bench:
         emulated = scores["measured"] == "emulated"
         return self.known | {
             "eval_seed": eval_seed,
-            **{name: scores["summary"].get(name) for name in METRICS},
+            **scores["summary"],
             "drop_pct": None if drop is None else drop.value,
             "fps": None if emulated or not timed else self._fps(experiment, variant, found),
             "pairs": len(scores["samples"]),

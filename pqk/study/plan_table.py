@@ -1,11 +1,11 @@
-"""Plans in the terminal, 80 columns wide, and as plain data: what they ask for, and how far they have come."""
+"""Shows plans in the terminal, 80 columns wide, and as plain data: what they ask for, and how far they are."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pqk.report.table import DASH
+from pqk.report.cells import DASH
 from pqk.settings.plan import A100_FACTOR, Plan, Range, Step, cost, hours_on, rate_on, total
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def plan_data(plan: Plan, steps: Sequence[Step], device: str, rate: float | None) -> dict[str, Any]:
-    """Plain data: experiments in order with hours and dollars as [least, most], all estimates, and their totals.
+    """Returns plain data: experiments in order with hours and dollars as [least, most], all estimates, and totals.
 
     Dollars are null where no rate is known: a plan knows that of its own device.
     """
@@ -49,7 +49,7 @@ def plan_data(plan: Plan, steps: Sequence[Step], device: str, rate: float | None
 
 
 def print_plan(data: Mapping[str, Any], console: Console) -> None:
-    """The experiments in the order in which they run, with totals."""
+    """Prints the experiments in the order in which they run, with totals."""
     from rich.markup import escape
 
     table = _table(f"plan {data['plan']}: {data['title']}")
@@ -83,7 +83,7 @@ def print_plan(data: Mapping[str, Any], console: Console) -> None:
 
 
 def status_data(plan: Plan, found: Sequence[Progressed], rate: float | None) -> dict[str, Any]:
-    """Plain data: status, wall hours and dollars so far of each experiment; null where nothing ran."""
+    """Returns plain data: status, wall hours and dollars so far of each experiment; null where nothing ran."""
     price = plan.rate if rate is None else rate
     ran = [item.hours for item in found if item.hours is not None]
     hours = sum(ran) if ran else None
@@ -119,7 +119,7 @@ _COLOURS = {
 
 
 def print_status(data: Mapping[str, Any], console: Console) -> None:
-    """One plan: a row per experiment, and what was used so far."""
+    """Prints one plan: a row per experiment, and what was used so far."""
     from rich.markup import escape
 
     table = _table(f"plan {data['plan']}")
@@ -140,7 +140,7 @@ def print_status(data: Mapping[str, Any], console: Console) -> None:
 
 
 def print_statuses(plans: Sequence[Mapping[str, Any]], console: Console) -> None:
-    """All plans, a row each."""
+    """Prints all plans, a row each."""
     from rich.markup import escape
 
     table = _table(None)
@@ -154,7 +154,7 @@ def print_statuses(plans: Sequence[Mapping[str, Any]], console: Console) -> None
 
 
 def range_text(ends: Sequence[float] | None) -> str:
-    """'20', '34–44' or a dash; from a thousand on with a comma."""
+    """Returns '20', '34–44' or a dash; from a thousand on with a comma."""
     if ends is None:
         return DASH
     low, high = (_number(end) for end in ends)

@@ -1,4 +1,4 @@
-"""What `pqk tune` found: in the terminal, and as csv, json and a Pareto plot."""
+"""Shows what `pqk tune` found: in the terminal, and as csv, json and a Pareto plot."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pqk import paths
-from pqk.files import atomic_path, write_json, write_text
-from pqk.report.plots import PALETTE
-from pqk.report.table import DASH, csv_text
+from pqk.files import write_json, write_text
+from pqk.report.cells import DASH, csv_text
+from pqk.report.style import ABOVE, FRONT, PALETTE, THRESHOLD_COLOUR, blank_figure, grid, write_figure
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from rich.console import Console
 
     from pqk.tune.search import Point, TuneResult
@@ -22,7 +23,7 @@ _SHOWN_UNITS = 3
 
 
 def as_data(tuned: Tuned) -> dict[str, Any]:
-    """Plain data: limit, units by their share of the error, a row per point, and the confirmed row at the end."""
+    """Returns plain data: limit, units by their share of the error, a row per point, the confirmed one at the end."""
     rows = [_row(tuned, point, "search") for point in tuned.result.points]
     if tuned.confirmed is not None:
         rows.append(_row(tuned, tuned.confirmed, "confirmed"))
@@ -54,7 +55,7 @@ def _row(tuned: Tuned, point: Point, kind: str) -> dict[str, Any]:
 
 
 def write_tune(tuned: Tuned, folder: Path) -> list[Path]:
-    """Write CARD.json, .csv and .png; text in the csv cannot start a formula."""
+    """Writes CARD.json, .csv and .png; text in the csv cannot start a formula."""
     made = [folder / f"{tuned.card}.{ending}" for ending in ("json", "csv", "png")]
     data = as_data(tuned)
     write_json(made[0], data)
@@ -65,7 +66,7 @@ def write_tune(tuned: Tuned, folder: Path) -> list[Path]:
 
 
 def print_tune(tuned: Tuned, console: Console) -> None:
-    """One table with a row per measured choice, and what came of it."""
+    """Prints a row per measured choice, and the result."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -116,56 +117,43 @@ def draw_pareto(
     nodes_of: Mapping[str, Collection[str]] | None = None,
     confirmed: Point | None = None,
 ) -> Path:
-    """Median pair time against drop of all points, the front, the limit and the winner, as a PNG.
+    """Draws median time against drop of all points, the front, the limit and the winner, as a PNG.
 
     nodes_of: the nodes behind each ranked name, where a name stands for several. confirmed: the winner, measured again.
     """
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context({"font.size": 10}):
-        drawn = [p for p in result.points if math.isfinite(p.drop_pct)]
-        figure = Figure(figsize=(8.0, 4.8))
-        axes = figure.add_subplot()
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.ticklabel_format(style="plain", useOffset=False)
-        axes.grid(True, color="#DDDDDD", linewidth=0.7)
-        axes.set_axisbelow(True)
-        front = [(p.t_pair_p50_ms, p.drop_pct) for p in result.front if math.isfinite(p.drop_pct)]
-        axes.plot(
-            [x for x, _ in front],
-            [y for _, y in front],
-            "--",
-            color="#777777",
-            linewidth=1.2,
-            label="none is better in both",
-        )
-        axes.plot(
-            [p.t_pair_p50_ms for p in drawn],
-            [p.drop_pct for p in drawn],
-            "o",
-            color=PALETTE[0],
-            label="measured; beside it the number of nodes in float",
-        )
-        for point in drawn:
-            axes.annotate(
-                str(sum(len(nodes_of[name]) for name in point.names) if nodes_of else len(point.names)),
-                (point.t_pair_p50_ms, point.drop_pct),
-                xytext=(5, 4),
-                textcoords="offset points",
-                fontsize=8,
-            )
-        axes.axhline(result.max_drop, color=PALETTE[1], linewidth=1.2, label=f"limit {result.max_drop:g} %")
-        if result.winner is not None:
-            best = (result.winner.t_pair_p50_ms, result.winner.drop_pct)
-            axes.plot(*best, "*", color=PALETTE[1], markersize=16, linestyle="none", label="winner")
-        if confirmed is not None and math.isfinite(confirmed.drop_pct):
-            again = (confirmed.t_pair_p50_ms, confirmed.drop_pct)
-            axes.plot(*again, "x", color=PALETTE[2], markersize=9, linestyle="none", label="winner, quantized anew")
-        axes.set_xlabel("t_pair_p50_ms (ms), lower is better")
-        axes.set_ylabel("quality_drop_pct (%), lower is better")
-        axes.margins(0.1)
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
-        with atomic_path(path) as temporary:
-            figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight", metadata={"Software": None})
+    write_figure(path, lambda: _pareto(result, nodes_of, confirmed))
     return Path(path)
+
+
+def _pareto(result: TuneResult, nodes_of: Mapping[str, Collection[str]] | None, confirmed: Point | None) -> Figure:
+    figure, (axes,) = blank_figure(8.0, 4.8)
+    drawn = [p for p in result.points if math.isfinite(p.drop_pct)]
+    grid(axes)
+    front = [(p.t_pair_p50_ms, p.drop_pct) for p in result.front if math.isfinite(p.drop_pct)]
+    axes.plot([x for x, _ in front], [y for _, y in front], **FRONT, label="none is better in both")
+    axes.plot(
+        [p.t_pair_p50_ms for p in drawn],
+        [p.drop_pct for p in drawn],
+        "o",
+        color=PALETTE[0],
+        label="measured; beside it the number of nodes in float",
+    )
+    for point in drawn:
+        axes.annotate(
+            str(sum(len(nodes_of[name]) for name in point.names) if nodes_of else len(point.names)),
+            (point.t_pair_p50_ms, point.drop_pct),
+            xytext=(5, 4),
+            textcoords="offset points",
+            fontsize=8,
+        )
+    axes.axhline(result.max_drop, color=THRESHOLD_COLOUR, linewidth=1.2, label=f"limit {result.max_drop:g} %")
+    marked = [(result.winner, "*", PALETTE[1], 16, "winner"), (confirmed, "x", PALETTE[2], 9, "winner, quantized anew")]
+    for chosen, marker, colour, size, label in marked:
+        if chosen is not None and math.isfinite(chosen.drop_pct):
+            place = (chosen.t_pair_p50_ms, chosen.drop_pct)
+            axes.plot(*place, marker, color=colour, markersize=size, linestyle="none", label=label)
+    axes.set_xlabel("t_pair_p50_ms (ms), lower is better")
+    axes.set_ylabel("quality_drop_pct (%), lower is better")
+    axes.margins(0.1)
+    axes.legend(**ABOVE, ncols=2)
+    return figure

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -22,27 +23,31 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from pqk.errors import PqkError
+from pqk.families.dust3r.settings import METRICS as KNOWN
 from pqk.files import whole_folder
+from pqk.recipe.columns import described_metrics
 from pqk.record import deliverable as freeze
+from pqk.record.comparison import Comparison, compare, halves_interval, t_interval
 from pqk.record.ledger import (
-    METRICS,
     RESULT,
-    Comparison,
+    about,
     add_row,
-    compare,
-    halves_interval,
+    headline,
+    measured_in,
     read_results,
     read_rows,
     stat,
     summarise_files,
-    t_interval,
     telling,
     write_rows,
 )
 from pqk.record.tsv import Row, read_table
+from pqk.report.runs import draw_runs
 from pqk.settings.seeds import parse_seeds, seeds_text
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+ABOUT = described_metrics(KNOWN)
+METRICS = (*ABOUT, "absrel_p95")
 
 
 def row(train: int = 0, seed: int = 0, **changes: Any) -> Row:
@@ -53,6 +58,7 @@ def row(train: int = 0, seed: int = 0, **changes: Any) -> Row:
         "train_seed": train,
         "eval_seed": seed,
         "main_metric": "absrel",
+        "metrics": json.dumps(ABOUT),
         **dict.fromkeys(METRICS, 0.1 + 0.01 * train + 0.001 * seed),
         "drop_pct": None,
         "fps": 8.0 + seed,
@@ -158,14 +164,67 @@ def test_a_ledger_of_an_older_version(results: Results) -> None:
     """It has no ause, and what was called chamfer drew both clouds at the same pixels."""
     path = results(a=[row(main_metric="chamfer", chamfer=0.2)]) / "a.tsv"
     names, cells = (line.split("\t") for line in path.read_text().splitlines())
-    keep = [place for place, name in enumerate(names) if name not in ("ause", "chamfer_paired")]
+    keep = [place for place, name in enumerate(names) if name not in ("ause", "chamfer_paired", "metrics")]
     path.write_text("".join("\t".join(line[place] for place in keep) + "\n" for line in (names, cells)))
     (old,) = read_rows(path)
-    assert (old["chamfer_paired"], old["chamfer"], old["chamfer_accuracy"], old["ause"]) == (0.2, None, None, None)
+    assert (old["chamfer_paired"], old["chamfer"], old["chamfer_accuracy"]) == (0.2, None, None) and "ause" not in old
+    assert [about(old, name)["better"] for name in ("absrel", "absrel_p95", "delta1")] == ["lower", "lower", "higher"]
     assert old["main_metric"] == "chamfer_paired" and old["absrel"] == 0.1
     frozen = REPOSITORY / "deliverables" / "results-3"
     said, runs = freeze.check_files(frozen)
     assert said == [] and len(runs) == 65 and all(run["chamfer_paired"] > 0 for run in runs)
+
+
+def toy_rows(better: str, *values: float) -> list[Row]:
+    """Rows of a family whose only metric is `iou`, with a statistic of it."""
+    known = {name: value for name, value in row().items() if name not in METRICS}
+    known |= {"main_metric": "iou", "metrics": json.dumps({"iou": {"unit": "px", "better": better}})}
+    seeds = enumerate(values)
+    return [{**known, "eval_seed": n, "scenes_sha256": f"s{n}", "iou": v, "iou_p5": v / 2} for n, v in seeds]
+
+
+@pytest.mark.parametrize("better", ["lower", "higher"])
+def test_a_family_brings_its_own_metrics(results: Results, tmp_path: Path, better: str) -> None:
+    """Name, unit and direction are in the file; figures, summary and comparison follow them."""
+    folder = results(a=toy_rows(better, 0.1, 0.2, 0.31), b=toy_rows(better, 0.2, 0.3, 0.4))
+    rows = read_rows(folder / "a.tsv")
+    assert measured_in(rows) == ["iou", "iou_p5", "drop_pct", "fps"] and headline(rows) == ["iou", "fps"]
+    assert about(rows[0], "iou_p5") == {"unit": "px", "better": better}
+    for metric in ("iou", "iou_p5"):
+        found = compare((folder / "a.tsv", rows), (folder / "b.tsv", read_rows(folder / "b.tsv")), metric)
+        assert f"{metric}: B is {'better' if better == 'higher' else 'worse'}" in found.sentence
+    frozen = tmp_path / "deliverables" / "toy"
+    freeze.freeze(frozen, read_results(folder), None, draw_runs)
+    assert {path.stem for path in (frozen / "figures").iterdir()} == {"iou", "iou_p5", "fps"}
+    assert "| runs | n | iou, mean ± std | fps, mean ± std |" in (frozen / "README.md").read_text("utf-8")
+    said, runs = freeze.check_files(frozen)
+    assert said == [] and [run["iou"] for run in runs] == [0.1, 0.2, 0.31, 0.2, 0.3, 0.4]
+    assert freeze.differences(runs[0], {**runs[0], "iou": 0.2}, 1e-3) == [
+        "iou is 0.2 now, frozen was 0.1 (off by 1 of it, allowed 0.001)"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("metrics", "sentence"),
+    [
+        ("absrel", "a.tsv:2: metrics must be JSON like"),
+        ('{"absrel": {"unit": "", "better": "more"}}', "a.tsv:2: metrics must be JSON like"),
+        (
+            '{"rmse": {"unit": "m", "better": "lower"}}',
+            "main_metric is 'absrel', and the row has no value of that name",
+        ),
+    ],
+)
+def test_what_the_metrics_are_is_checked(results: Results, metrics: str, sentence: str) -> None:
+    with pytest.raises(PqkError, match=re.escape(sentence)):
+        read_rows(results(a=[row(metrics=metrics)]) / "a.tsv")
+
+
+def test_a_column_that_is_no_metric_is_refused(results: Results) -> None:
+    path = results(a=[row()]) / "a.tsv"
+    path.write_text(path.read_text().replace("\tabsrel\t", "\tAbsRel\t"))
+    with pytest.raises(PqkError, match=r"a\.tsv:1: unknown column 'AbsRel'"):
+        read_rows(path)
 
 
 @settings(deadline=None)
@@ -403,7 +462,7 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tables = [(folder.parent / "a.tsv", rows), (folder.parent / "b.tsv", [row(2, 0, device=nasty)])]
     for path, own in tables:
         write_rows(path, own)
-    assert freeze.freeze(folder, tables, "abc") == []
+    assert freeze.freeze(folder, tables, "abc", draw_runs) == []
     return folder
 
 
@@ -424,7 +483,7 @@ def test_a_deliverable_holds_everything(frozen: Path) -> None:
         assert picture.read_bytes().startswith(b"\x89PNG")
     readme = (frozen / "README.md").read_text("utf-8")
     table = [line for line in readme.splitlines() if line.startswith("| a:")]
-    assert len(table) == 3 and {line.replace("\\|", "").count("|") for line in table} == {7}
+    assert len(table) == 3 and {line.replace("\\|", "").count("|") for line in table} == {8}
     assert "<b>" not in readme.replace("\\<b\\>", "")
     assert "0.1055 ± 0.0058" in readme  # of 0.1, 0.101, 0.11, 0.111
 
@@ -433,20 +492,19 @@ def test_a_name_is_taken_once_and_is_safe(frozen: Path, results: Results) -> Non
     tables = read_results(results(a=grid(1)))
     before = freeze.check_files(frozen)
     with pytest.raises(PqkError, match="demo exists already"):
-        freeze.freeze(frozen, tables, None)
+        freeze.freeze(frozen, tables, None, draw_runs)
     assert freeze.check_files(frozen) == before
     for name in ("", "..", ".x", "a/b", "a b", "-x", "ä", "x" * 81, "a\n"):
         with pytest.raises(PqkError, match="deliverable"):
             freeze.safe_name(name, "deliverable")
 
 
-def test_nothing_is_left_of_a_freeze_that_fails(results: Results, tmp_path: Path, monkeypatch: Any) -> None:
-    def broken(*_: object) -> None:
+def test_nothing_is_left_of_a_freeze_that_fails(results: Results, tmp_path: Path) -> None:
+    def broken(*_: object) -> list[str]:
         raise PqkError("the disk is full")
 
-    monkeypatch.setattr(freeze, "draw", broken)
     with pytest.raises(PqkError, match="disk"):
-        freeze.freeze(tmp_path / "deliverables" / "x", read_results(results(a=grid(1))), None)
+        freeze.freeze(tmp_path / "deliverables" / "x", read_results(results(a=grid(1))), None, broken)
     assert list((tmp_path / "deliverables").iterdir()) == []
 
 

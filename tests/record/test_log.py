@@ -142,31 +142,31 @@ def test_bytes_that_are_no_text_and_missing_files(tmp_path):
 
 
 def test_versions(tmp_path, monkeypatch, make_record):
-    """A project whose schema has grown to 1.2.0 reads a log of 1.1.0; one of 1.1.0 refuses a log of 1.2.0."""
+    """A project whose schema has grown to 2.1.0 reads a log of 2.0.0; one of 2.0.0 refuses a log of 2.1.0."""
     old = make_record(absrel=0.25)
     path = write_record(tmp_path / "old.json", old)
     path_new = tmp_path / "new.json"
-    path_new.write_text(json.dumps({**old, "schema_version": "1.2.0", "cost_usd": 1.0}))
-    with pytest.raises(PqkError, match=r"new\.json: schema_version 1\.2\.0 is newer than 1\.1\.0, .*; update pqk"):
+    path_new.write_text(json.dumps({**old, "schema_version": "2.1.0", "cost_usd": 1.0}))
+    with pytest.raises(PqkError, match=r"new\.json: schema_version 2\.1\.0 is newer than 2\.0\.0, .*; update pqk"):
         read_records(path_new)
 
     schema = json.loads(schema_path().read_text())
-    schema["properties"]["schema_version"]["const"] = "1.2.0"
+    schema["properties"]["schema_version"]["const"] = "2.1.0"
     schema["properties"]["cost_usd"] = {"type": ["number", "null"], "description": "Money.", "x-group": "resources"}
     schema["required"].append("cost_usd")
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "unified_log_schema.json").write_text(json.dumps(schema))
     monkeypatch.chdir(tmp_path)
-    assert read_records(path)[0].record == {**old, "schema_version": "1.2.0", "cost_usd": None}
+    assert read_records(path)[0].record == {**old, "schema_version": "2.1.0", "cost_usd": None}
     assert read_records(path_new)[0].record["cost_usd"] == 1.0
     with pytest.raises(PqkError, match=r"old\.json: unknown field \"colour\""):
         path.write_text(json.dumps({**old, "colour": 1}))
         read_records(path)
     path.write_text(json.dumps({**old, "schema_version": "0.9.0"}))
-    with pytest.raises(PqkError, match="has another major number than"):
+    with pytest.raises(PqkError, match=r"schema_version 0\.9\.0 is older than 1\.0\.0"):
         read_records(path)
     path.write_text(json.dumps({**old, "schema_version": "latest"}))
-    with pytest.raises(PqkError, match=r'schema_version must be "1\.2\.0", got "latest"'):
+    with pytest.raises(PqkError, match=r'schema_version must be "2\.1\.0", got "latest"'):
         read_records(path)
 
 
@@ -174,6 +174,7 @@ def test_a_log_of_1_0_says_what_its_columns_were(tmp_path, make_record):
     """1.0 had one speedup with two denominators, a chamfer at equal pixels, and the memory of a compiling process."""
     new = {"speedup_vs_teacher_f32", "speedup_vs_own_f32", "chamfer_paired", "ram_compile_GB"}
     known = {"schema_version": "1.0.0", "speedup_vs_fp32": 1.25, "chamfer": 0.2, "chamfer_accuracy": 0.1, "ram_GB": 1.5}
+    known["main_metric"] = "chamfer"
     hashes = {"model": "a" * 64}
     student = {**hashes, "teacher": "b" * 64}
     rows = [
@@ -189,6 +190,29 @@ def test_a_log_of_1_0_says_what_its_columns_were(tmp_path, make_record):
         assert (record["speedup_vs_teacher_f32"], record["speedup_vs_own_f32"]) == (teacher, own)
         assert (record["chamfer_paired"], record["chamfer"], record["chamfer_accuracy"]) == (0.2, None, None)
         assert (record["ram_compile_GB"], record["ram_GB"]) == (1.5, None)
+        about = {"value": 0.2, "unit": "scene unit", "better": "lower"}
+        assert (record["main_metric"], record["metrics"]) == ("chamfer_paired", {"chamfer_paired": about})
+
+
+def test_a_log_of_1_1_gets_its_family_and_metrics(tmp_path, make_record):
+    """Unit and direction are the schema's, the interval is the column's; a run that failed has none."""
+    known = {"absrel": 0.1, "delta1": 0.9, "main_metric": "absrel", "intervals": {"absrel": [0.05, 0.15]}}
+    for row, metrics in (
+        (
+            known,
+            {
+                "absrel": {"value": 0.1, "unit": "", "better": "lower", "interval": [0.05, 0.15]},
+                "delta1": {"value": 0.9, "unit": "", "better": "higher"},
+            },
+        ),
+        ({"main_metric": "absrel", "status": "failed"}, None),
+    ):
+        old = make_record(**row, schema_version="1.1.0")
+        del old["family"], old["metrics"]
+        (tmp_path / "old.json").write_text(json.dumps(old))
+        record = read_records(tmp_path / "old.json")[0].record
+        assert (record["schema_version"], record["family"], record["metrics"]) == ("2.0.0", "dust3r", metrics)
+        assert {name: record[name] for name in row} == row
 
 
 def test_how_to_quantize_is_no_part_of_a_float_row(make_record):

@@ -14,11 +14,17 @@ import pytest
 from scipy import stats
 
 from pqk.errors import PqkError
+from pqk.families.dust3r.settings import METRICS as KNOWN
+from pqk.recipe.columns import described_metrics
 from pqk.record import deliverable as freeze
-from pqk.record.ledger import COLUMNS, METRICS, compare, write_rows
+from pqk.record.comparison import compare
+from pqk.record.ledger import COLUMNS, write_rows
 from pqk.record.pair_scores import files_of, paired, scores_here, scores_in
 from pqk.record.tsv import Row
+from pqk.report.runs import draw_runs
 
+ABOUT = described_metrics(KNOWN)
+METRICS = (*ABOUT, "absrel_p95")
 SCENES, PAIRS = 6, 4
 A, B = Path("a.tsv"), Path("b.tsv")
 
@@ -40,6 +46,7 @@ def evaluation(card: str, seed: int, shift: float, noise: float, train: int = 0)
         "train_seed": train,
         "eval_seed": seed,
         "main_metric": "absrel",
+        "metrics": json.dumps(ABOUT),
         **dict.fromkeys(METRICS, 0.5),
         **means,
         "drop_pct": 100 * shift,
@@ -134,7 +141,7 @@ def test_halves_of_a_list_are_not_counted_beside_it(tmp_path: Path, make: Make) 
     assert found.interval.mean == pytest.approx(b[0]["absrel"] - a[0]["absrel"])
     halves = compare((A, a[1:]), (B, b[1:]), scores=scores_here(tmp_path))
     assert halves.interval == compare((A, a[1:]), (B, b[1:])).interval
-    assert not any("no scores per pair" in note for note in halves.notes)
+    assert not any("no scores per sample" in note for note in halves.notes)
 
 
 def test_trainings_are_no_scenes(tmp_path: Path, make: Make) -> None:
@@ -148,7 +155,7 @@ def test_without_scores_the_interval_is_over_runs_and_says_so(tmp_path: Path, ma
     a, b = make("A1"), make("D1", 0.02, 1e-3)
     shutil.rmtree(tmp_path / b[1]["output"])
     found = compare((A, a), (B, b), scores=scores_here(tmp_path))
-    said = "no scores per pair of these runs are here: the interval is over runs, and wider than over scenes"
+    said = "no scores per sample of these runs are here: the interval is over runs, and wider than over scenes"
     assert found.interval.unit == "runs" and said in found.notes
 
 
@@ -160,7 +167,7 @@ def test_a_deliverable_holds_the_scores_of_every_run(tmp_path: Path, make: Make)
     files, gone = files_of(rows, tmp_path)
     assert gone == [] and len(files) == len(rows)
     folder = tmp_path / "deliverables" / "demo"
-    freeze.freeze(folder, tables, "abc", files)
+    freeze.freeze(folder, tables, "abc", draw_runs, files)
     said, runs = freeze.check_files(folder)
     assert said == [] and len(runs) == len(rows)
     readme = (folder / "README.md").read_text()

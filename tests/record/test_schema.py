@@ -57,6 +57,9 @@ def test_least_record_is_valid(make_record):
     validate(make_record(measured="engine", t_pair_p50_ms=3, executed_precision={"int8": 0.91, "bf16": 0.09}))
 
 
+IOU = {"value": 0.5, "unit": "", "better": "higher"}
+
+
 @pytest.mark.parametrize(
     ("known", "message"),
     [
@@ -94,7 +97,19 @@ def test_least_record_is_valid(make_record):
             {"datetime": "2025-02-30T12:00:00Z"},
             'run.json: datetime must be a day that exists, got "2025-02-30T12:00:00Z"',
         ),
-        ({"schema_version": "2.0"}, 'run.json: schema_version must be "1.1.0", got "2.0"'),
+        ({"schema_version": "2.0"}, 'run.json: schema_version must be "2.0.0", got "2.0"'),
+        ({"metrics": {"iou": {"value": 1, "unit": ""}}}, "run.json: metrics.iou: 'better' is a required property"),
+        (
+            {"metrics": {"iou": {"value": 1, "unit": "", "better": "more"}}},
+            'run.json: metrics.iou.better must be one of lower, higher, got "more"',
+        ),
+        ({"metrics": {"IoU": IOU}}, 'run.json: metrics has the key "IoU", which is not a name'),
+        ({"metrics": {"seed": IOU}}, "run.json: metrics.seed has the name of another field"),
+        ({"metrics": {"absrel": IOU}}, "run.json: absrel is null and must be as in metrics, 0.5"),
+        (
+            {"metrics": {"iou": IOU}, "main_metric": "iuo"},
+            "run.json: main_metric must be one of iou, got \"iuo\" (did you mean 'iou'?)",
+        ),
         ({"notes": "\ud800"}, 'run.json: notes must be Unicode text, got "\\ud800"'),
     ],
 )

@@ -13,16 +13,21 @@ import pytest
 from scipy import stats
 
 from pqk.errors import CheckFailed, PqkError
+from pqk.families.dust3r.settings import METRICS as KNOWN
 from pqk.families.dust3r.settings import load_evaluation
+from pqk.recipe.columns import described_metrics
 from pqk.recipe.verdict import Measured, judge_float, judge_quantized
 from pqk.record import deliverable as freeze
-from pqk.record.ledger import COLUMNS, METRICS, write_rows
+from pqk.record.ledger import COLUMNS, write_rows
 from pqk.record.log import record_filename
 from pqk.record.schema import empty_record
 from pqk.record.tsv import Row
 from pqk.report.page.page import write_page
+from pqk.report.runs import draw_runs
 from pqk.stats.intervals import Interval, drop_interval
 
+ABOUT = described_metrics(KNOWN)
+METRICS = (*ABOUT, "absrel_p95")
 ROOT = Path(__file__).resolve().parents[2]
 
 Write = Callable[..., Path]
@@ -88,6 +93,7 @@ def row(found: dict[str, Any], seed: int, **more: Any) -> Row:
     lowered = found["quantizer"] is not None
     train = found["train_seed"]
     base: Row = dict.fromkeys(COLUMNS) | dict.fromkeys(METRICS, 0.1 + 0.01 * seed) | {
+        "metrics": json.dumps(ABOUT),
         "card": found["exp_id"],
         "train_seed": train,
         "eval_seed": seed,
@@ -166,7 +172,7 @@ def write(tmp_path: Path) -> Write:
         plan["targets"] = targets or []
         more = {path: json.dumps(r).encode() for path, r in named.items()} | {"plan.json": json.dumps(plan).encode()}
         folder = tmp_path / "deliverables" / "demo"
-        freeze.freeze(folder, [(ledger, freeze.tables_of([ledger])[0][1])], "abc", {**more, **(files or {})})
+        freeze.freeze(folder, [(ledger, freeze.tables_of([ledger])[0][1])], "abc", draw_runs, {**more, **(files or {})})
         assert freeze.check_files(folder)[0] == []
         page = tmp_path / "docs" / "results.md"
         assert write_page(folder, page)[-1] == page
@@ -351,7 +357,7 @@ def test_only_what_was_frozen_is_shown(write: Write, tmp_path: Path) -> None:
         write_page(folder, page)
     plain = tmp_path / "deliverables" / "plain"
     ledger = tmp_path / "results" / "all.openvino.tsv"
-    freeze.freeze(plain, freeze.tables_of([ledger]), None)
+    freeze.freeze(plain, freeze.tables_of([ledger]), None, draw_runs)
     with pytest.raises(PqkError, match="was frozen without a plan"):
         write_page(plain, page)
     with pytest.raises(PqkError, match=r"ends in \.md"):

@@ -8,8 +8,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from pqk.families.dust3r.settings import load_evaluation
+from pqk.report.cells import row_label
 from pqk.report.plots import SHOWN, ablation, draw_plots, latency, pareto_front, precision, tradeoff
-from pqk.report.table import row_label
 
 ROOT = Path(__file__).parents[2]
 
@@ -56,7 +56,7 @@ def test_four_pictures(tmp_path, twelve):
 def test_plots_without_data_are_left_out_and_removed(tmp_path, twelve, make_record):
     draw_plots(twelve, tmp_path)
     failed = {**twelve[0], "status": "failed"}
-    paths, left_out = draw_plots([make_record(absrel=0.1), failed], tmp_path)
+    paths, left_out = draw_plots([make_record(absrel=0.1, main_metric="absrel"), failed], tmp_path)
     assert paths == [] and list(tmp_path.iterdir()) == []
     assert left_out == [
         "tradeoff.png is left out: no record has both t_pair_p50_ms and absrel",
@@ -120,7 +120,8 @@ def test_speed_is_told_as_the_ratio_of_one_run(make_record):
 
 def test_labels_are_data_not_formulas(tmp_path, make_record):
     rows = [
-        make_record(exp_id=name, absrel=0.1, t_pair_p50_ms=3.0) for name in ("$\\frac{$", "_x", "实验\x1b", "y" * 300)
+        make_record(exp_id=name, absrel=0.1, main_metric="absrel", t_pair_p50_ms=3.0)
+        for name in ("$\\frac{$", "_x", "实验\x1b", "y" * 300)
     ]
     paths, _ = draw_plots(rows, tmp_path)
     assert [p.name for p in paths] == ["tradeoff.png", "latency.png"]

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import openpyxl
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,17 +17,10 @@ from pqk.errors import PqkError
 from pqk.record.formulas import safe_text
 from pqk.record.log import read_records, write_record, write_records
 from pqk.record.schema import columns, empty_record, load_schema, validate
-from pqk.report.table import (
-    DASH,
-    best_rows,
-    build_reports,
-    main,
-    ordered,
-    print_table,
-    shares_text,
-    told_apart,
-    write_csv,
-)
+from pqk.report.cells import DASH, best_rows, columns_of, headline, ordered, shares_text, told_apart
+from pqk.report.files import all_records, write_csv, write_reports
+from pqk.report.plots import tradeoff
+from pqk.report.table import main, print_table
 
 ROOT = Path(__file__).parents[2]
 
@@ -63,6 +57,8 @@ def of_kind(kind, rules):
         )
     if kind == "object":
         names = st.from_regex(r"[a-z][a-z0-9_]{0,8}", fullmatch=True)
+        if "properties" in rules:
+            return st.fixed_dictionaries({part: values_of("", found) for part, found in rules["properties"].items()})
         return st.dictionaries(names, values_of("", rules["additionalProperties"]), max_size=3)
     if "pattern" in rules:
         return st.from_regex(rules["pattern"], fullmatch=True)
@@ -75,6 +71,9 @@ def valid_records(draw):
     record = {name: draw(values_of(name, rules), label=name) for name, rules in schema["properties"].items()}
     if record["measured"] == "emulated":
         record |= dict.fromkeys(schema["then"]["properties"])
+    if record["metrics"] is not None:
+        record["metrics"] = {name: about for name, about in record["metrics"].items() if name not in record}
+        record["main_metric"] = draw(st.sampled_from([None, *record["metrics"]]))
     return record
 
 
@@ -107,6 +106,43 @@ def test_random_records_survive_file_and_table(tmp_path_factory, records):
     print_table(rows, console)
     shown = console.export_text()
     assert all(char.isprintable() or char == "\n" for char in shown)
+
+
+def toy_row(make_record, value, **known):
+    """A record of a family whose metric has no column of its own."""
+    metrics = {"error": {"value": value, "unit": "K", "better": "higher"}}
+    return make_record(family="toy", metrics=metrics, main_metric="error", **known)
+
+
+def test_a_metric_without_a_column_is_in_every_table(tmp_path, make_record):
+    """With the unit and the direction that the record gives; beside rows of another family, which have none."""
+    rows = [toy_row(make_record, value, seed=value, t_pair_p50_ms=3.0) for value in (2, 4)]
+    rows.append(make_record(exp_id="A1", family="dust3r", absrel=0.25, main_metric="absrel"))
+    assert best_rows(rows) == {"error": {1}}
+    write_reports(rows, tmp_path)
+    with (tmp_path / "summary.csv").open(newline="") as stream:
+        lines = list(csv.DictReader(stream))
+    assert [line["error"] for line in lines] == ["2", "4", ""]
+    assert [line["absrel"] for line in lines] == ["", "", "0.25"]
+    sheet = openpyxl.load_workbook(tmp_path / "result_table.xlsx")["quality"]
+    (column,) = [cells for cells in sheet.iter_cols(values_only=True) if cells[0] == "error"]
+    assert column == ("error", "K", 2, 4, None)
+    console = Console(width=160, record=True, file=io.StringIO())
+    print_table(rows, console)
+    heading, *_ = [line.split() for line in console.export_text().splitlines() if "error" in line]
+    assert {"absrel", "error"} <= set(heading) and "chamfer" not in heading
+    assert [column.name for column in headline(rows)] == ["absrel", "error"]
+    axes = tradeoff(rows).axes[0]
+    assert axes.get_ylabel() == "error (K), higher is better"
+
+
+def test_units_that_differ_are_both_named(make_record):
+    metres = {"chamfer": {"value": 0.5, "unit": "m", "better": "lower"}}
+    rows = [make_record(chamfer=0.5, metrics=metres), make_record(chamfer=0.5, metrics=None)]
+    assert {column.name: column.unit for column in columns_of(rows)}["chamfer"] == "m"
+    other = {"chamfer": {**metres["chamfer"], "unit": "scene unit"}}
+    rows[1]["metrics"] = other
+    assert {column.name: column.unit for column in columns_of(rows)}["chamfer"] == "m or scene unit"
 
 
 def bench(make_record):
@@ -363,7 +399,7 @@ def test_ends_of_intervals_are_columns(tmp_path, make_record):
     assert lines[0]["quality_drop_pct_low"] == "" and lines[0]["absrel_high"] == "0.07"
     assert json.loads(lines[-1]["intervals"]) == rows[-1]["intervals"]
     write_record(tmp_path / "logs", rows[-1])
-    build_reports(tmp_path / "logs", tmp_path / "reports")
+    write_reports(all_records(tmp_path / "logs"), tmp_path / "reports")
     (kept,) = json.loads((tmp_path / "reports" / "summary.json").read_text())
     assert kept["intervals"] == rows[-1]["intervals"] and "quality_drop_pct_low" not in kept
 
@@ -374,7 +410,7 @@ def test_reports_of_two_experiments_merge_and_repeat(tmp_path, make_record):
         write_record(logs, record)
     write_records(logs / "D1.json", [make_record(exp_id="D1", absrel=0.05), make_record(exp_id="D1", role="teacher")])
     told: list[str] = []
-    paths = build_reports(logs, reports, say=told.append)
+    paths = write_reports(all_records(logs), reports, say=told.append)
     names = [path.relative_to(reports).as_posix() for path in paths]
     plots = ["plots/tradeoff.png", "plots/latency.png", "plots/precision.png"]
     assert names == ["summary.csv", "summary.json", "result_table.xlsx", *plots]
@@ -388,7 +424,7 @@ def test_reports_of_two_experiments_merge_and_repeat(tmp_path, make_record):
     first = {name: (reports / name).read_bytes() for name in names if not name.endswith("xlsx")}
     for path in list(logs.iterdir()):  # other file names and another order of files: the same report
         path.rename(logs / f"{99 - len(path.name)}{path.name}")
-    build_reports(logs, reports)
+    write_reports(all_records(logs), reports)
     assert first == {name: (reports / name).read_bytes() for name in first}
 
 
@@ -418,10 +454,10 @@ def test_bad_log_leaves_reports_alone(tmp_path, make_record):
     write_record(tmp_path / "logs", make_record())
     (tmp_path / "logs" / "bad.json").write_text(json.dumps({**make_record(), "absrell": 1}))
     with pytest.raises(PqkError, match=r"bad\.json: unknown field \"absrell\" \(did you mean 'absrel'\?\)"):
-        build_reports(tmp_path / "logs", tmp_path / "reports")
+        write_reports(all_records(tmp_path / "logs"), tmp_path / "reports")
     (tmp_path / "empty").mkdir()
     with pytest.raises(PqkError, match=r"no records in .*empty: run an experiment first"):
-        build_reports(tmp_path / "empty", tmp_path / "reports")
+        all_records(tmp_path / "empty")
     assert not (tmp_path / "reports").exists()
 
 

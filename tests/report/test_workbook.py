@@ -2,7 +2,7 @@ import pytest
 from openpyxl import load_workbook
 
 from pqk.record.schema import columns
-from pqk.report.table import ordered
+from pqk.report.cells import ordered
 from pqk.report.workbook import HEADER_ROWS, SHEETS, number_format, write_workbook
 
 

@@ -10,14 +10,18 @@ import pytest
 
 from pqk.cli.app import app
 from pqk.errors import PqkError, told
+from pqk.families.dust3r.settings import METRICS as KNOWN
 from pqk.files import sha256_json
+from pqk.recipe.columns import described_metrics
 from pqk.recipe.experiment import resolve
-from pqk.record.ledger import COLUMNS, METRICS, write_rows
+from pqk.record.ledger import COLUMNS, write_rows
 from pqk.record.log import write_record
 from pqk.record.schema import empty_record
 from pqk.settings.card import load_card
 from pqk.study.campaign import gather
 
+ABOUT = described_metrics(KNOWN)
+METRICS = (*ABOUT, "absrel_p95")
 SEED = "workload.seeds.train"
 
 
@@ -56,7 +60,7 @@ def ledger(root: Path, name: str, records: list[dict[str, Any]]) -> None:
     rows = []
     for found in records:
         for seed in range(5):
-            row = dict.fromkeys(COLUMNS) | dict.fromkeys(METRICS, 0.1 + 0.001 * seed)
+            row = dict.fromkeys(COLUMNS) | dict.fromkeys(METRICS, 0.1 + 0.001 * seed) | {"metrics": json.dumps(ABOUT)}
             row |= {name: found[name] for name in ("train_seed", "main_metric", "backend", "device", "precision")}
             row |= {"card": found["exp_id"], "eval_seed": seed, "drop_pct": 0.1 * seed, "pairs": 9, "params": 9}
             row |= {"scenes": "8", "scenes_sha256": f"s{seed}", "measured": "engine", "checkpoint": found["model"]}

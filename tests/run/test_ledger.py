@@ -18,13 +18,17 @@ from pqk.cli import legacy_scripts as doors
 from pqk.cli.app import app
 from pqk.data.render.generate import ScenePlan, make_scenes
 from pqk.errors import PqkError, told
+from pqk.families.dust3r.settings import METRICS as KNOWN
 from pqk.files import sha256_file
 from pqk.models import load_model
+from pqk.recipe.columns import described_metrics
 from pqk.recipe.request import Request, load_teacher
-from pqk.record.ledger import METRICS, read_rows
+from pqk.record.ledger import read_rows
 from pqk.study.checkpoints import finalize, open_checkpoint
 from pqk.study.ledger_eval import Asked, Bench
 
+ABOUT = described_metrics(KNOWN)
+METRICS = (*ABOUT, "absrel_p95")
 Pqk = Callable[..., tuple[int, str, str]]
 LASTING = (*METRICS, "pairs", "scenes", "scenes_sha256", "checkpoint_sha256", "workload_sha256", "config_sha256")
 

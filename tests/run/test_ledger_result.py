@@ -11,11 +11,15 @@ from run_toys import Outcome, written
 
 from pqk.cli.app import app
 from pqk.errors import told
+from pqk.families.dust3r.settings import METRICS as KNOWN
 from pqk.models import load_model
+from pqk.recipe.columns import described_metrics
 from pqk.recipe.request import count_parameters
-from pqk.record.ledger import METRICS, read_rows
+from pqk.record.ledger import read_rows
 from pqk.record.pair_scores import scores_here, scores_in
 
+ABOUT = described_metrics(KNOWN)
+METRICS = (*ABOUT, "absrel_p95")
 pytest.importorskip("openvino")
 pytest.importorskip("nncf")
 
@@ -81,7 +85,7 @@ def test_kept_graphs_are_measured_again(copy_of: Callable[[], Path], tiny_model:
     words = of("B1", tiny_model)
     assert ledger(root, "eval", *words, *QUICK).code == 0
     frozen = ledger(root, "freeze", "demo")
-    assert frozen.code == 0 and "scores per pair" not in frozen.out
+    assert frozen.code == 0 and "scores per sample" not in frozen.out
     (evaluated,) = read_rows(root / "results" / "B1.openvino.tsv")
     (kept_scores,) = (root / "deliverables" / "demo" / "scores").iterdir()
     assert kept_scores.name == f"{Path(evaluated['output']).name}.tsv"

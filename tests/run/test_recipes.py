@@ -101,7 +101,7 @@ def test_what_the_cut_bought_is_told_part_by_part(distilled: tuple[Path, Outcome
     same = rows["enc_blocks.0.attn"]
     assert same["params_after"] == same["params_before"]
     assert {row["faster"] for row in kinds} <= {"true", "false"}
-    assert "what the cut bought, part by part" in outcome.err
+    assert "after the cut, part by part" in outcome.err
     assert "kernels of the parts that were cut, against the Teacher's: " in student["notes"]
 
 

@@ -1,4 +1,4 @@
-"""The page of a campaign, such as docs/results.md: written from a frozen deliverable alone, every number out of its
+"""Writes the page of a campaign, such as docs/results.md, from a frozen deliverable alone: every number is out of its
 records and its rows of evaluations.
 """
 
@@ -6,8 +6,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,82 +15,20 @@ from pqk.paths import shown
 from pqk.record.deliverable import check_files, spread
 from pqk.record.ledger import Stat, stat
 from pqk.record.log import read_records
-from pqk.record.pair_scores import SCORES, Scores, scores_in
+from pqk.record.pair_scores import SCORES, scores_in
 from pqk.record.tsv import Row, markdown_cell
-from pqk.report.drops import Drop, difference_of, drop_of, drop_of_record
+from pqk.report.cells import DASH, value_of
+from pqk.report.drops import difference_of, drop_of_record
 from pqk.report.page.figures import draw
+from pqk.report.page.recipes import ONE_RUN_S, Recipe, Record, mean_of, recipes_of
 from pqk.report.page.targets import targets_lines
-from pqk.report.table import DASH
 from pqk.settings.seeds import seeds_text
-from pqk.stats.intervals import Interval
 
-Record = dict[str, Any]
 PLAN = "plan.json"
-_ONE_RUN_S = 300
-"""Of records without run_id, as schema 1.0 had none: those of one run were written together, so a Teacher's that is
-further away in time is of another timing."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A card in one precision: its planned runs, the records of their candidates, and its evaluations.
-
-    runs: (planned run, candidate's record, the Teacher's f32 record of the same run or None), by train seed.
-    teachers: evaluations of the Teacher in f32. scores: finds those of the pairs of an evaluation.
-    """
-
-    card: str
-    combo: str
-    precision: str
-    planned: list[dict[str, Any]]
-    runs: list[tuple[dict[str, Any], Record, Record | None]]
-    rows: list[Row]
-    teachers: list[Row]
-    scores: Scores
-
-    def over_runs(self, name: str) -> Stat | None:
-        """Mean and std of a column over the evaluations; None where one of them lacks it."""
-        values = [row[name] for row in self.rows]
-        return None if not values or None in values else stat(values)
-
-    def over_records(self, name: str) -> Stat | None:
-        """Mean and std of a column over the train seeds; None where one of them lacks it."""
-        return _stat([record[name] for _, record, _ in self.runs])
-
-    def ratios(self, name: str) -> Stat | None:
-        """Candidate over Teacher, within each run."""
-        return _stat([record[name] / base[name] if base and base[name] and record[name] else None
-                      for _, record, base in self.runs])  # fmt: skip
-
-    @property
-    def drop(self) -> Drop | None:
-        """Of the evaluations in the ledger; before there are any, of the records."""
-        if self.rows:
-            return drop_of(self.rows, self.teachers, self.scores)
-        if len(self.runs) == 1:
-            return drop_of_record(self.runs[0][1])
-        found = self.over_records("quality_drop_pct")
-        return None if found is None else Drop(Interval(found.mean, None, None, found.n), "records")
-
-    def drop_of_run(self, run: dict[str, Any], record: Record | None) -> Drop | None:
-        """Of the evaluations of one train seed; before there are any, of its record."""
-        own = [row for row in self.rows if row["train_seed"] == run["train_seed"]]
-        if own:
-            return drop_of(own, self.teachers, self.scores)
-        return None if record is None else drop_of_record(record)
-
-    @property
-    def int8_share(self) -> Stat | None:
-        return _stat([(record["executed_precision"] or {}).get("int8") for _, record, _ in self.runs])
-
-
-def _stat(values: Sequence[float | None]) -> Stat | None:
-    known = [value for value in values if value is not None]
-    return stat(known) if known and len(known) == len(values) else None
 
 
 def write_page(deliverable: Path, out: Path) -> list[Path]:
-    """Write the page and its figures, which lie in a folder of its name; returns the files, the page last.
+    """Writes the page and its figures, which lie in a folder of its name; returns the files, the page last.
 
     Raises PqkError when there is no such deliverable or it was frozen without a plan, CheckFailed when its files are
     not those that were frozen.
@@ -117,57 +53,6 @@ def _records(deliverable: Path) -> list[Any]:
     return read_records(folder) if folder.is_dir() else []
 
 
-def recipes_of(plan: dict[str, Any], records: dict[str, Record], rows: Sequence[Row], scores: Scores) -> list[Recipe]:
-    """The recipes of a plan that something was measured of, in its order.
-
-    One whose train seeds ended in unlike precisions, as a stop-loss does, is told apart by them; so is one that was
-    made by several quantizers.
-    """
-    found = []
-    teachers = {record["hashes"]["model"] for record in records.values() if record["role"] == "teacher"}
-    teachers |= {row["teacher_sha256"] for row in rows}
-    taught = [row for row in rows if row["checkpoint_sha256"] in teachers and row["precision"] == "f32"]
-    taught = [row for row in taught if row["backend"] == plan["backend"] and row["settings"] is None]
-    for card in dict.fromkeys(run["card"] for run in plan["rows"] if run["card"] and not run["matrix"]):
-        planned = [run for run in plan["rows"] if run["card"] == card]
-        runs = [(run, records[run["candidate"]], _teacher(run, records)) for run in planned if run["candidate"]]
-        seeds = {(run["train_seed"], seed) for run in planned for seed in run["eval_seeds"]}
-        own = [
-            row
-            for row in rows
-            if row["card"] == card
-            and row["backend"] == plan["backend"]
-            and row["teacher_sha256"] is not None  # a recipe's own result, and no other checkpoint
-            and (row["train_seed"], row["eval_seed"]) in seeds
-            and row["settings"] is None  # the card as it stands
-        ]
-        kinds = [(found["precision"], found["quantizer"]) for found in (*(record for _, record, _ in runs), *own)]
-        for kind in dict.fromkeys(kinds):
-            chosen = [run for run in runs if (run[1]["precision"], run[1]["quantizer"]) == kind]
-            evaluated = [row for row in own if (row["precision"], row["quantizer"]) == kind]
-            several = len({precision for precision, _ in kinds}) < len(set(kinds))
-            precision = f"{kind[0]} {kind[1]}" if several and kind[1] else kind[0]
-            found.append(Recipe(card, planned[0]["combo"], precision, planned, chosen, evaluated, taught, scores))
-    return found
-
-
-def _teacher(run: dict[str, Any], records: dict[str, Record]) -> Record | None:
-    """The Teacher's f32 record of the same run, which has its run_id; None where there is none.
-
-    A candidate without run_id is paired by date with a Teacher without one; the page says so.
-    """
-    mine = records[run["candidate"]]
-    teachers = [records[path] for path in run["teachers"] if records[path]["precision"] == "f32"]
-    same = (record for record in teachers if record["run_id"] == mine["run_id"])
-    if mine["run_id"] is not None:
-        return next(same, None)
-    return next((record for record in same if abs(_time(record) - _time(mine)) < _ONE_RUN_S), None)
-
-
-def _time(record: Record) -> float:
-    return datetime.fromisoformat(record["datetime"].replace("Z", "+00:00")).timestamp()
-
-
 # Text
 
 
@@ -180,7 +65,7 @@ def page_text(
     figures: Sequence[Path],
     out: Path,
 ) -> str:
-    """The whole page as Markdown."""
+    """Returns the whole page as Markdown."""
     name, metric = deliverable.name, rows[0]["main_metric"]
     parts = [
         "# Results",
@@ -300,18 +185,18 @@ def _recipes_table(
 
 
 def _teacher_line(records: dict[str, Record], rows: Sequence[Row], metric: str) -> list[str]:
-    """The Teacher in f32: its evaluations, and the record of the newest run that measured it."""
+    """Returns the line of the Teacher in f32: its evaluations, and the record of the newest run that measured it."""
     teachers = [r for r in records.values() if r["role"] == "teacher" and r["precision"] == "f32"]
     if not teachers:
         return []
     record = max(teachers, key=lambda r: r["datetime"])
     digest = record["hashes"]["model"]
     own = [row for row in rows if row["checkpoint_sha256"] == digest and row["precision"] == "f32"]
-    quality = stat([row[metric] for row in own]) if own else _stat([record[metric]])
+    quality = stat([row[metric] for row in own]) if own else mean_of([value_of(record, metric)])
     count = f"{len({row['eval_seed'] for row in own})} eval" if own else "1"
     cells = [f"Teacher {markdown_cell(str(record['model']))}, f32", count, "0", _mean(quality, ".4f")]
     cells += [f"{record[name]:{form}}" for name, form in (("params_M", ".2f"), ("flops_G", ".1f"), ("size_MB", ".1f"))]
-    cells += [_mean(_stat([record["t_pair_p50_ms"]]), ".1f"), DASH, DASH, "1", DASH, DASH, DASH]
+    cells += [_mean(mean_of([record["t_pair_p50_ms"]]), ".1f"), DASH, DASH, "1", DASH, DASH, DASH]
     return [_line(cells)]
 
 
@@ -329,14 +214,14 @@ def _mean(found: Stat | None, form: str) -> str:
 
 
 def _against(recipe: Recipe, name: str, form: str) -> str:
-    """A mean over the train seeds, with its change against the Teacher in percent."""
+    """Returns a mean over the train seeds, with its change against the Teacher in percent."""
     found, ratio = recipe.over_records(name), recipe.ratios(name)
     text = DASH if found is None else f"{found.mean:{form}}"
     return text if ratio is None else f"{text} ({100 * (ratio.mean - 1):+.0f} %)"
 
 
 def _inverse(recipe: Recipe) -> Stat | None:
-    """Speed against the Teacher in f32; where a record of schema 1.0 does not tell it, by the medians of its run."""
+    """Returns the speed against the Teacher in f32; of a record of schema 1.0 without it, by the medians of its run."""
 
     def speed(record: Record, base: Record | None) -> float | None:
         known: float | None = record["speedup_vs_teacher_f32"]
@@ -344,11 +229,11 @@ def _inverse(recipe: Recipe) -> Stat | None:
             known = base["t_pair_p50_ms"] / record["t_pair_p50_ms"]
         return known
 
-    return _stat([speed(record, base) for _, record, base in recipe.runs])
+    return mean_of([speed(record, base) for _, record, base in recipe.runs])
 
 
 def _counts(recipe: Recipe) -> str:
-    """'3 train x 5 eval', or what there is of it."""
+    """Returns '3 train x 5 eval', or what there is of it."""
     if not recipe.rows:
         return f"{len(recipe.runs)} train, record only"
     trains = {row["train_seed"] for row in recipe.rows}
@@ -358,7 +243,7 @@ def _counts(recipe: Recipe) -> str:
 
 
 def _verdict(recipe: Recipe) -> str:
-    """'pass', or 'fail: why'; with the train seeds where there are several."""
+    """Returns 'pass', or 'fail: why'; with the train seeds where there are several."""
     told: dict[str, list[tuple[int, list[str]]]] = {}
     for run, record, _ in recipe.runs:
         word, reasons = _judged(recipe, run, record)
@@ -373,7 +258,7 @@ def _verdict(recipe: Recipe) -> str:
 
 
 def _judged(recipe: Recipe, run: dict[str, Any], record: Record) -> tuple[str, list[str]]:
-    """The verdict on a run, and what speaks against a pass: its drop by all its evaluations, the rest by its record."""
+    """Returns the verdict on a run (drop by all evaluations, the rest by its record), and what is against a pass."""
     drop, limit = recipe.drop_of_run(run, record), run["drop_limit_pct"]
     word = None if drop is None or limit is None else drop.judged(limit)
     if record["status"] != "ok" or drop is None or word is None:
@@ -389,7 +274,7 @@ def _judged(recipe: Recipe, run: dict[str, Any], record: Record) -> tuple[str, l
 
 
 def _beside_the_drop(record: Record) -> list[str]:
-    """The reasons of a record's verdict without that of its drop, which always comes first (`pqk.recipe.verdict`)."""
+    """Returns the reasons of a record's verdict without that of its drop, which comes first (`pqk.recipe.verdict`)."""
     return list(record["verdict_reasons"] or [])[1:]
 
 
@@ -405,7 +290,7 @@ def _failed(record: Record) -> list[str]:
 def _legend(metric: str, by_date: bool) -> list[str]:
     paired = (
         "- Records of schema 1.0 do not name their run: Teacher and candidate of one run were found by their dates, at "
-        f"most {_ONE_RUN_S / 60:g} minutes apart.",
+        f"most {ONE_RUN_S / 60:g} minutes apart.",
     )
     return [
         f"- `drop %`: loss of {metric} against the Teacher in f32 on the same scenes and seeds, with its 95 % interval "
@@ -423,7 +308,7 @@ def _legend(metric: str, by_date: bool) -> list[str]:
 
 
 def _drops(recipes: Sequence[Recipe], deliverable: Path) -> list[str]:
-    """A row per run: its drop with the interval, what that says of the limit, and what the record alone would say."""
+    """Returns a row per run: drop with interval, what that says of the limit, and what the record alone would say."""
     headings = ("run", "drop %, 95 % interval", "over", "at most", "by the interval", "by the record alone")
     table = [_line(headings), _line(["---"] * len(headings))]
     undecided, units = [], set()
@@ -473,7 +358,7 @@ def _drops(recipes: Sequence[Recipe], deliverable: Path) -> list[str]:
 
 
 def _comparisons(recipes: Sequence[Recipe]) -> list[str]:
-    """The pairs of recipes whose drops differ by more than their interval; of the others how many there are."""
+    """Returns the pairs of recipes whose drops differ by more than their interval, and the number of the others."""
     found = []
     for place, one in enumerate(recipes):
         for other in recipes[place + 1 :]:
@@ -500,7 +385,7 @@ def _name(recipe: Recipe) -> str:
 
 
 def _missing(plan: dict[str, Any], recipes: Sequence[Recipe], rows: Sequence[Row]) -> list[str]:
-    """Every planned run without its record or some of its evaluations, and why; nothing is left out silently."""
+    """Lists every planned run without its record or some of its evaluations, and why; none is left out silently."""
     lines = []
     for run in plan["rows"]:
         if run["card"] is None:

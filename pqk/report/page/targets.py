@@ -1,4 +1,4 @@
-"""What the recipes of a campaign were to reach, and what they reached."""
+"""Compares what the recipes of a campaign reached with their targets."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 from pqk.record.deliverable import spread
 from pqk.record.ledger import Stat
 from pqk.record.tsv import markdown_cell
+from pqk.report.cells import DASH, interval_of
 from pqk.report.drops import difference_of, interval_text
-from pqk.report.table import DASH, interval_of
 from pqk.stats.intervals import Interval
 
 if TYPE_CHECKING:
-    from pqk.report.page.page import Recipe
+    from pqk.report.page.recipes import Recipe
 
 _CUTS = {"params_cut_pct": "params_M", "flops_cut_pct": "flops_G", "file_cut_pct": "size_MB"}
 _RECORDS = {
@@ -36,7 +36,7 @@ _WORDS = {
 
 
 def targets_lines(targets: Sequence[Mapping[str, Any]], recipes: Sequence[Recipe]) -> list[str]:
-    """A table as Markdown, a row per target and precision of its card; nothing without targets.
+    """Returns a table as Markdown, a row per target and precision of its card; nothing without targets.
 
     targets: those of `pqk.settings.plan.Target` as plain data. What was not measured is a dash, neither reached nor
     missed; what has an interval that holds the target is undecided.
@@ -65,7 +65,7 @@ def targets_lines(targets: Sequence[Mapping[str, Any]], recipes: Sequence[Recipe
 
 
 def _measured(target: Mapping[str, Any], recipe: Recipe | None, recipes: Sequence[Recipe]) -> Stat | Interval | None:
-    """What the target speaks of; an Interval where one is known: of drops, and of speeds whose records have it."""
+    """Returns what the target is about; an Interval where one is known: of drops, of speeds whose records have it."""
     measure = target["measure"]
     if recipe is None:
         return None
@@ -103,7 +103,7 @@ def _mean(found: Stat | Interval) -> float:
 
 
 def _within(target: Mapping[str, Any], found: Stat | Interval) -> bool | None:
-    """Whether the target is reached; None where an interval holds it, so that nothing is decided."""
+    """Says whether the target is reached; None where an interval holds it, so that nothing is decided."""
     low = high = _mean(found)
     if isinstance(found, Interval):
         if found.low is None or found.high is None:
