@@ -26,7 +26,7 @@ class Layout:
 
     units: group name -> tensors of indices: of the units that always stay, then of each gate. A gate holds `slot.step`
     units of every group, so all attentions of a slot lose as many heads. flops: what each gate's
-    units cost, for one pair of images. worth: their importance per FLOP, added up over the groups.
+    units cost, for one sample. worth: their importance per FLOP, added up over the groups.
     """
 
     slot: Slot

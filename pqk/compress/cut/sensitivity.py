@@ -61,7 +61,10 @@ class Probe:
             self.batches = [self._learning.as_truth(batch, out, config) for batch, out in both]
         usable = [any(self._learning.score(out, b)) for out, b in zip(self.uncut, self.batches, strict=True)]
         if not any(usable):
-            raise PqkError("no sample of the sensitivity scan has ground truth; lower min_covisible")
+            raise PqkError(
+                f"none of the {self._learning.UNIT} of the sensitivity scan has anything to score; "
+                f"{self._learning.REMEDY}"
+            )
         self.batches, self.begun, self.uncut = (
             [item for item, fits in zip(items, usable, strict=True) if fits]
             for items in (self.batches, self.begun, self.uncut)

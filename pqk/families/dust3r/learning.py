@@ -26,6 +26,7 @@ from pqk.settings.training import Training
 TERMS = ("task", "kl", "features", "imitation", "probe")
 UNIT = "pairs"
 SOURCE = "pairs of procedural rooms rendered on the fly (pqk.data.render.synthetic), split 'train'"
+REMEDY = "lower min_covisible"
 
 Scored = list[list[dict[str, float]]]
 Two = tuple[np.ndarray, np.ndarray]
