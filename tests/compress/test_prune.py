@@ -428,6 +428,12 @@ def test_the_scan_measures_what_a_cut_does(model, slots) -> None:
     assert abs(error - probe.error) > 1e-4 and shift > 1e-3  # both views count
 
 
+def test_a_scan_without_ground_truth_says_what_helps(model) -> None:
+    """No view sees more than the whole of the other."""
+    with pytest.raises(PqkError, match="none of the pairs of the sensitivity scan has anything to score; lower min_cov"):
+        Probe(model, spec_with(**{"train.min_covisible": 1.0}), DATA)
+
+
 def test_refit_hands_over_to_a_twin() -> None:
     """A unit that is 3 times another one plus nothing: once it goes, its twin and the bias can do all its work."""
     model = network()

@@ -54,8 +54,8 @@ class PruneReport:
     """What was cut. FLOPs are those of one sample of flops_side x flops_side images, two per multiply-add.
 
     share: of the measure (params or flops) that is gone. error_before, error_after (distance of the family's first
-    metric from its best value), shift_pct: on the scan's samples, without fine-tuning; None without a scan. scan: what it found for
-    every size, cut or not.
+    metric from its best value), shift_pct: on the scan's samples, without fine-tuning; None without a
+    scan. scan: what it found for every size, cut or not.
     """
 
     rho: float

@@ -22,8 +22,8 @@ from pqk.settings.prune import Prune
 
 
 class Score(NamedTuple):
-    """Of a cut network before any training: its error by the main metric, and the relative distance of its outputs to
-    those of the uncut network.
+    """Of a cut network before any training: how far the family's first metric is from its best value, and the relative
+    distance of the outputs to those of the uncut network.
     """
 
     error: float
