@@ -36,7 +36,7 @@ Report = Callable[[Progress], None]
 
 @dataclass(frozen=True)
 class JointReport:
-    """What the gates left. FLOPs are those of one pair of flops_side x flops_side images, two per multiply-add.
+    """What the gates left. FLOPs are those of one sample of flops_side x flops_side images, two per multiply-add.
 
     share: of the FLOPs that is gone. gates: how many there were; undecided: of them those between 0.05 and 0.95
     when they were cut. gated_cut: the share at the end of their phase, each gate counting by how far it was shut.
@@ -63,7 +63,7 @@ class JointReport:
 class GatePlan:
     """The gates of a network: their units, in the order of importance, and their logits at the start.
 
-    seed: of the training pairs of the importance. On one CPU the same arguments give the same gates.
+    seed: of the training samples of the importance. On one CPU the same arguments give the same gates.
     """
 
     def __init__(

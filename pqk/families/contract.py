@@ -362,6 +362,7 @@ class LearningPart(Protocol):
     TERMS: tuple[str, ...]  # names of the losses: task, kl, features, imitation; probe: what is cut by without truth
     UNIT: str  # what a batch holds, in the plural
     SOURCE: str  # of generated batches, for the card of a model that was trained on them
+    REMEDY: str  # what helps where no held-out sample has anything to score, for the end of a message
 
     def parts(self, model: nn.Module) -> dict[str, nn.Module]:
         """Returns the modules of all graphs of a model, by name; they share its weights and take any size."""

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from pqk.settings.scenery import Scenery
 from pqk.settings.seeds import LIMIT
 from pqk.settings.yamlfile import Section, Spec, load_spec, merge
 
@@ -29,7 +30,7 @@ class Validation(Section):
     patience: int = Field(default=8, ge=1, description="validations without a better score before the run stops early")
 
 
-class Training(Section):
+class Training(Scenery):
     """What every training has: image sizes, rates, scenery. Rates are per step; `ema` is the decay of the averaged
     weights that are kept in the end, `alpha` the weight of the confidence term of the task loss.
     """
@@ -42,16 +43,6 @@ class Training(Section):
     clip_norm: float = Field(default=1.0, gt=0)
     ema: float = Field(default=0.9995, gt=0, lt=1)
     alpha: float = Field(default=0.2, ge=0)
-    spread_deg: list[Annotated[float, Field(gt=0, lt=180)]] = Field(default=[4.0, 26.0], min_length=2, max_length=2)
-    fov_deg: list[Annotated[float, Field(gt=0, lt=180)]] = Field(default=[55.0, 70.0], min_length=2, max_length=2)
-    min_covisible: float = Field(default=0.25, ge=0, le=1)
-
-    @field_validator("spread_deg", "fov_deg")
-    @classmethod
-    def _from_low_to_high(cls, ends: list[float]) -> list[float]:
-        if ends[0] > ends[1]:
-            raise ValueError("must be [lowest, highest]")
-        return ends
 
     @field_validator("stages")
     @classmethod

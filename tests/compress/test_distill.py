@@ -28,11 +28,11 @@ from pqk.compress.train.fit import Fitted
 from pqk.errors import PqkError
 from pqk.families.dust3r import cutting
 from pqk.families.dust3r.batches import PicturePairs
-from pqk.families.dust3r.learning import SymmetricPairs, features, forward, parts
+from pqk.families.dust3r.learning import features, forward, parts
 from pqk.families.dust3r.losses import confidence_loss, feature_loss, laplace_kl, softened_kl
 from pqk.families.registry import family
 from pqk.models import build_model
-from pqk.settings.distill import Distill, StudentCut, load_distill
+from pqk.settings.distill import Distill, load_distill
 from pqk.settings.yamlfile import SpecError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -274,9 +274,10 @@ def tiny(seed: int = 0, config: dict[str, Any] = TINY) -> nn.Module:
 
 def test_features_are_seen_and_leave_no_hook():
     model, images = tiny(), torch.rand(1, 2, 3, 32, 32)
+    pairs = PicturePairs(images)
     with torch.no_grad():
-        out = forward(parts(model), PicturePairs(images), [1])
-    plain = SymmetricPairs(model)(images)
+        out = forward(parts(model), pairs, [1])
+        plain = cutting.finish(model, cutting.begin(model, pairs), pairs)
     assert all(torch.equal(out[k], plain[k]) for k in plain)
     assert {k: tuple(v.shape) for k, v in out["features"].items()} == {
         "tokens": (2, 4, 32), "first_0": (2, 4, 32), "second_0": (2, 4, 32),
@@ -333,7 +334,7 @@ def test_a_student_of_other_widths_learns_features(tmp_path):
 def test_a_student_comes_closer_to_its_teacher(tmp_path):
     """Asked for the Teacher alone, not for the truth, the KL falls, and the history tells the drop."""
     teacher = tiny()
-    student = make_student(teacher, StudentCut.model_validate(QUICK["student"]), cutting)
+    student = make_student(teacher, quick(), DATA)
     losses: list[float] = []
     spec = quick(**{"loss.alpha": 0, "train.steps_per_epoch": 15})
     done = distill(
@@ -352,7 +353,6 @@ torch.set_num_threads(1)
 from pqk.compress.cut.student import make_student
 from pqk.compress.distill import distill
 from pqk.compress.train.data import TrainingData
-from pqk.families.dust3r import cutting
 from pqk.compress.train.loop import Trainer
 from pqk.families.registry import family
 from pqk.models import build_model
@@ -367,7 +367,8 @@ def report(p):
     if p.step == 7:
         os.kill(os.getpid(), signal.SIGKILL)
 
-student, data = make_student(teacher, spec.student, cutting), TrainingData(family("dust3r"))
+data = TrainingData(family("dust3r"))
+student = make_student(teacher, spec, data)
 distill(teacher, student, spec, data, seed=3, scratch=Path("killed"), device="cpu", report=report)
 """
 
@@ -385,7 +386,7 @@ def test_killed_in_the_middle_and_started_again(tmp_path):
 
     def run(name: str) -> tuple[Fitted, list[int]]:
         teacher, spec, steps = tiny(), quick(**overrides), []
-        student = make_student(teacher, spec.student, cutting)
+        student = make_student(teacher, spec, DATA)
         (tmp_path / name).mkdir(exist_ok=True)
         done = distill(
             teacher,
@@ -413,7 +414,7 @@ def environment() -> dict[str, str]:
 
 def test_a_stopped_run_says_why(tmp_path):
     teacher = tiny()
-    student = make_student(teacher, StudentCut.model_validate(QUICK["student"]), cutting)
+    student = make_student(teacher, quick(), DATA)
     began = time.monotonic()
     done = distill(
         teacher, student, quick(), DATA, seed=0, scratch=tmp_path, device="cpu",

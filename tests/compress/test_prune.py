@@ -7,7 +7,6 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,9 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pqk.compress.cut.cost import Costs
-from pqk.compress.cut.importance import most_important, norms, taylor
+from pqk.compress.cut.importance import loss_of, most_important, norms, taylor
 from pqk.compress.cut.prune import REFITTED, PruneReport, prune
-from pqk.compress.cut.refit import moments, refit, rendered
+from pqk.compress.cut.refit import moments, refit
 from pqk.compress.cut.sensitivity import Probe, Score, Step, even_steps, kept, scan, spend, steps_by_scan, taken_over
 from pqk.compress.cut.units import Slot, cut, groups_of, silenced, slots_of
 from pqk.compress.finetune import finetune
@@ -27,8 +26,7 @@ from pqk.data.render.stream import training_pairs
 from pqk.data.render.synthetic import texture_bank
 from pqk.errors import PqkError
 from pqk.families.dust3r import cutting
-from pqk.families.dust3r.batches import scenery
-from pqk.families.dust3r.learning import SymmetricPairs
+from pqk.families.dust3r.batches import PicturePairs, scenery
 from pqk.families.dust3r.losses import confidence_loss
 from pqk.families.dust3r.model import OUTPUTS, Dust3r
 from pqk.families.registry import family
@@ -51,6 +49,7 @@ CONFIG = {
 }
 ALL = ("heads", "ffn", "dpt", "block")
 REPOSITORY = Path(__file__).resolve().parents[2]
+DATA = TrainingData(family("dust3r"))
 SHIPPED = REPOSITORY / "configs" / "prune.yaml"
 
 
@@ -76,19 +75,20 @@ def spec_with(**changes) -> Prune:
 
 
 def pruned(model: Dust3r, spec: Prune, *, seed: int, device: str = "cpu") -> tuple[Dust3r, PruneReport]:
-    return prune(model, spec, cutting, partial(task_loss, alpha=spec.train.alpha), seed=seed, device=device)
+    return prune(model, spec, DATA, seed=seed, device=device)
 
 
 def samples(spec: Prune, seed: int):
-    return rendered(spec.samples.pairs, spec.samples.size, seed, torch.device("cpu"), scenery(spec.train))
+    drawn = DATA.batches(spec.train, torch.device("cpu"), seed)
+    return (drawn.train(index, 1, spec.samples.size) for index in range(spec.samples.pairs))
 
 
 def by_gradients(model: Dust3r, slots: list[Slot], spec: Prune, seed: int) -> dict[str, torch.Tensor]:
-    return taylor(model, groups_of(slots), samples(spec, seed), partial(task_loss, alpha=spec.train.alpha))
+    return taylor(model, groups_of(slots), samples(spec, seed), loss_of(model, DATA, spec.train.alpha))
 
 
 def seen(model: Dust3r, slots: list[Slot], spec: Prune) -> dict[str, torch.Tensor]:
-    return moments(model, groups_of(slots), (pair.images for pair in samples(spec, 0)), spec.samples.pairs)
+    return moments(model, groups_of(slots), samples(spec, 0), spec.samples.pairs, DATA.learning)
 
 
 def network(config=CONFIG, seed: int = 0) -> Dust3r:
@@ -285,7 +285,7 @@ def test_the_budget_is_met_and_more_is_smaller(model, scanned) -> None:
         assert report.share == pytest.approx(1 - report.params_after / report.params_before)
         assert report.flops_after < report.flops_before
         assert json.loads(json.dumps(report.as_dict())) == report.as_dict()
-        assert (report.absrel_before is not None) == scanned == bool(report.scan)
+        assert (report.error_before is not None) == (report.error_after is not None) == scanned == bool(report.scan)
         for removed in report.removed:
             assert 0 < removed.units_after < removed.units_before and removed.params > 0
             assert removed.importance_kept is not None and 0 < removed.importance_kept < 1
@@ -367,13 +367,13 @@ def test_taylor_is_the_squared_derivative_by_a_factor_on_the_unit(model, slots) 
     spec = spec_with(importance="taylor", **{"samples.pairs": 1})
     found = by_gradients(model, slots, spec, 7)
     pairs = training_pairs(1, 32, split_seed("train", 7, 0), texture_bank(), **scenery(spec.train))
-    truth = pairs.ordered()
+    truth, doubled = pairs.ordered(), PicturePairs(pairs.images.double())
 
     def loss_with(layer: str, columns: slice, factor: float) -> float:
         changed = network().double()
         with torch.no_grad():
             changed.get_submodule(layer).weight[:, columns] *= factor
-            out = SymmetricPairs(changed)(pairs.images.double())
+            out = cutting.finish(changed, cutting.begin(changed, doubled), doubled)
         # in float32 the loss of a millionth change would be lost
         return float(confidence_loss(out, *truth, spec.train.alpha)[0])
 
@@ -414,8 +414,8 @@ def test_most_important_prefers_the_first_of_equals() -> None:
 def test_the_scan_measures_what_a_cut_does(model, slots) -> None:
     spec = spec_with()
     importance = norms(model, groups_of(slots), "l2")
-    probe = Probe(model, spec, cutting, 0)
-    assert probe.score(model) == (probe.absrel, 0.0)
+    probe = Probe(model, spec, DATA)
+    assert probe.score(model) == (probe.error, 0.0)
     scores = scan(model, slots, importance, spec.sensitivity.levels, probe, {})
     assert set(scores) == {slot.name for slot in slots}
     for name in ("enc_blocks.1.ffn", "dec_blocks2.0.heads", "dpt.feature_dim"):
@@ -424,8 +424,14 @@ def test_the_scan_measures_what_a_cut_does(model, slots) -> None:
         small = cut(model, slots, {name: units}, kept(slot, importance, units), cutting)
         assert probe.score(small) == pytest.approx(score, abs=1e-5) and score.shift > 0, name
     last = next(slot for slot in slots if slot.name == "dec_blocks2.2.ffn")  # feeds the points of view 2 alone
-    absrel, shift = scores[last.name][last.sizes([0.6])[0]]
-    assert abs(absrel - probe.absrel) > 1e-4 and shift > 1e-3  # both views count
+    error, shift = scores[last.name][last.sizes([0.6])[0]]
+    assert abs(error - probe.error) > 1e-4 and shift > 1e-3  # both views count
+
+
+def test_a_scan_without_ground_truth_says_what_helps(model) -> None:
+    """No view sees more than the whole of the other."""
+    with pytest.raises(PqkError, match="none of the pairs of the sensitivity scan has anything to score; lower min_cov"):
+        Probe(model, spec_with(**{"train.min_covisible": 1.0}), DATA)
 
 
 def test_refit_hands_over_to_a_twin() -> None:
@@ -554,12 +560,11 @@ def test_finetuning_brings_the_network_nearer_to_the_teacher(model, tmp_path) ->
     )
     small, _ = pruned(model, spec, seed=0, device="cpu")
     losses: dict[int, float] = {}
-    data = TrainingData(family("dust3r"))
 
     def report(p) -> None:
         losses[p.step] = p.loss
 
-    done = finetune(small, model, spec, data, seed=0, scratch=tmp_path, device="cpu", report=report)
+    done = finetune(small, model, spec, DATA, seed=0, scratch=tmp_path, device="cpu", report=report)
     assert done.outcome == "done" and done.steps == 24 and len(done.history) == 4
     assert all({"absrel", "delta1", "drop_pct"} <= set(entry) for entry in done.history)
     assert sum(losses[step] for step in range(17, 25)) < sum(losses[step] for step in range(1, 9))
@@ -568,7 +573,7 @@ def test_finetuning_brings_the_network_nearer_to_the_teacher(model, tmp_path) ->
         done.model,
         model,
         spec,
-        data,
+        DATA,
         seed=0,
         scratch=tmp_path / "other",
         device="cpu",

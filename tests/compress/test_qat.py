@@ -17,8 +17,9 @@ from pqk.compress.train.data import VALIDATION_SEED, TrainingData
 from pqk.compress.train.loop import Trainer
 from pqk.data.render.stream import training_pairs
 from pqk.data.render.synthetic import texture_bank
+from pqk.families.dust3r import cutting
 from pqk.families.dust3r.batches import PicturePairs
-from pqk.families.dust3r.learning import SymmetricPairs, as_exported, forward, parts
+from pqk.families.dust3r.learning import as_exported, forward, parts
 from pqk.families.dust3r.losses import NEAREST, imitation_loss
 from pqk.families.dust3r.settings import load_workload
 from pqk.families.registry import family
@@ -160,10 +161,10 @@ def test_graphs_run_at_other_sizes_and_batches(teacher):
     graphs = {name: graph.module for name, graph in teacher.graphs(SIZE, SIZE).items()}
     for found in (graphs, parts(teacher)):
         for height, width in ((SIZE, SIZE), (48, 64), (SIZE, SIZE), (48, 48)):
-            images = torch.rand(2, 2, 3, height, width) * 2 - 1
+            pairs = PicturePairs(torch.rand(2, 2, 3, height, width) * 2 - 1)
             with torch.no_grad():
-                want = SymmetricPairs(teacher)(images)
-            got = answers(found, images)
+                want = cutting.finish(teacher, cutting.begin(teacher, pairs), pairs)
+            got = answers(found, pairs.images)
             for name, value in want.items():
                 torch.testing.assert_close(got[name], value, atol=0, rtol=0)
     as_exported(graphs, load_workload(overrides={"input.shape": [1, 3, SIZE, SIZE]}))

@@ -7,6 +7,7 @@ import hashlib
 import json
 from itertools import pairwise
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -21,12 +22,16 @@ from pqk.compress.cut import student as cutter
 from pqk.compress.cut.refit import moments, refit
 from pqk.compress.cut.student import evenly, remaining
 from pqk.compress.cut.units import Group, Part
-from pqk.families.dust3r import cutting
+from pqk.compress.train.data import TrainingData
+from pqk.families.contract import LearningPart
 from pqk.families.dust3r.configs import NAMED
+from pqk.families.registry import family
 from pqk.models import build_model, load_model, save_model
 from pqk.settings.distill import StudentCut, load_distill
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+DATA = TrainingData(family("dust3r"))
+SHIPPED = load_distill(REPOSITORY / "configs" / "distill.yaml")
 SMALL = {
     "head_type": "dpt",
     "enc_embed_dim": 32,
@@ -45,7 +50,7 @@ def cut(**shares: float) -> StudentCut:
 
 
 def make_student(teacher: nn.Module, shares: StudentCut) -> nn.Module:
-    return cutter.make_student(teacher, shares, cutting)
+    return cutter.make_student(teacher, SHIPPED.model_copy(update={"student": shares}), DATA)
 
 
 def teacher_of(config: dict = SMALL, seed: int = 0) -> nn.Module:
@@ -268,21 +273,18 @@ def test_a_convolution_that_lost_inputs(transposed: bool):
 def test_moments_of_a_map_are_those_of_its_places():
     """Places are skipped by an odd step, so that every column of a map of even width is seen."""
 
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.Conv2d(3, 2, 1)
+    class Learning:
+        def parts(self, model: nn.Module) -> dict[str, nn.Module]:
+            return {"all": model}
 
-        def encode(self, images: torch.Tensor) -> torch.Tensor:
-            return images
+        def forward(self, parts: nn.ModuleDict, batch: torch.Tensor, watched: None) -> dict[str, torch.Tensor]:
+            return {"out": parts["all"](batch)}
 
-        def decode(self, a: torch.Tensor, b: torch.Tensor, *sizes: tuple[int, int]) -> dict[str, torch.Tensor]:
-            return {"out": self.layer(a)}
-
-    group = Group("channels", (Part("layer.weight", 1, torch.arange(3)[:, None], True),))
-    batches = torch.rand(2, 1, 2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    group = Group("channels", (Part("0.weight", 1, torch.arange(3)[:, None], True),))
+    batches = torch.rand(2, 2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     batches[..., 1::2] += 1.0  # of every row the odd columns
-    found = moments(Model(), [group], batches, len(batches))["layer"]
+    learning = cast(LearningPart, Learning())
+    found = moments(nn.Sequential(nn.Conv2d(3, 2, 1)), [group], batches, len(batches), learning)["0"]
     places = batches.movedim(3, -1).reshape(-1, 3)
     places = torch.cat([places, torch.ones(len(places), 1)], dim=1)
     torch.testing.assert_close(found, places.T @ places / len(places), atol=0.03, rtol=0)
@@ -337,8 +339,7 @@ def gflops(model: nn.Module) -> float:
 
 def test_the_shipped_cut_takes_a_quarter_of_the_embedded_model():
     teacher = build_model("dust3r", NAMED["dust3r-tiny"])
-    shipped = load_distill(REPOSITORY / "configs" / "distill.yaml").student
-    student = make_student(teacher, shipped.model_copy(update={"fold_pairs": 0}))  # which changes no size
+    student = make_student(teacher, SHIPPED.student.model_copy(update={"fold_pairs": 0}))  # which changes no size
     params = [sum(p.numel() for p in model.parameters()) for model in (teacher, student)]
     assert params[1] <= 0.75 * params[0]
     flops = [gflops(model) for model in (teacher, student)]

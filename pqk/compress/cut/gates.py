@@ -25,8 +25,8 @@ class Layout:
     """The gates of one slot: for each of its groups the units of every gate, the most important ones first.
 
     units: group name -> tensors of indices: of the units that always stay, then of each gate. A gate holds `slot.step`
-    units of every group, so all attentions of a slot lose as many heads. flops: what each gate's
-    units cost, for one pair of images. worth: their importance per FLOP, added up over the groups.
+    units of every group, so all attentions of a slot lose as many heads. flops: what each gate's units cost, for one
+    sample. worth: their importance per FLOP, added up over the groups.
     """
 
     slot: Slot

@@ -35,9 +35,8 @@ class Removed:
 
     name: such as 'blocks.0.ffn'. kind: heads, ffn, block, or one of the family's own. params, flops: what cutting this
     alone would save. importance_kept: share of the summed importance of its units that stays (None for a block). scan:
-    for each number of units that stay, in this group alone and before any training, the rise of AbsRel against the
-    truth (`rise_pct`) and the relative distance of the points of both views to those of the uncut network
-    (`shift_pct`), which decides.
+    for each number of units that stay, in this group alone and before any training, the rise of the error
+    (`rise_pct`) and the relative distance of the outputs to those of the uncut network (`shift_pct`), which decides.
     """
 
     name: str
@@ -52,10 +51,11 @@ class Removed:
 
 @dataclass(frozen=True)
 class PruneReport:
-    """What was cut. FLOPs are those of one pair of flops_side x flops_side images, two per multiply-add.
+    """What was cut. FLOPs are those of one sample of flops_side x flops_side images, two per multiply-add.
 
-    share: of the measure (params or flops) that is gone. absrel_before, absrel_after, shift_pct: on the scan's
-    pairs, without fine-tuning; None without a scan. scan: what the scan found for every size, cut or not.
+    share: of the measure (params or flops) that is gone. error_before, error_after (distance of the family's first
+    metric from its best value), shift_pct: on the scan's samples, without fine-tuning; None without a
+    scan. scan: what it found for every size, cut or not.
     """
 
     rho: float
@@ -90,10 +90,10 @@ def prune(
     """A smaller network, float32 in eval mode on the CPU, and what was cut; the given one stays as it is.
 
     At least the share spec.rho of the parameters (or FLOPs) of the whole network goes, and no more steps than that
-    needs. seed: of the training pairs for Taylor gradients and the refit; those of the scan are held out and the same
+    needs. seed: of the training samples for Taylor gradients and the refit; those of the scan are held out and the same
     for every seed. report gets a line of text now and then. On one CPU the same arguments give the same network.
-    Raises PqkError for a device that is not there, a rho that the allowed units do not reach, a network whose depth is
-    not finite, and a missing torch-pruning.
+    Raises PqkError for a device that is not there, a rho that the allowed units do not reach, a network whose outputs
+    are not finite, and a missing torch-pruning.
     """
     say = report or (lambda line: None)
     where = pick_device(device)

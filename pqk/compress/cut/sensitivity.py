@@ -22,8 +22,8 @@ from pqk.settings.prune import Prune
 
 
 class Score(NamedTuple):
-    """Of a cut network before any training: its error by the main metric, and the relative distance of its outputs to
-    those of the uncut network.
+    """Of a cut network before any training: how far the family's first metric is from its best value, and the relative
+    distance of the outputs to those of the uncut network.
     """
 
     error: float
@@ -61,7 +61,10 @@ class Probe:
             self.batches = [self._learning.as_truth(batch, out, config) for batch, out in both]
         usable = [any(self._learning.score(out, b)) for out, b in zip(self.uncut, self.batches, strict=True)]
         if not any(usable):
-            raise PqkError("no sample of the sensitivity scan has ground truth; lower min_covisible")
+            raise PqkError(
+                f"none of the {self._learning.UNIT} of the sensitivity scan has anything to score; "
+                f"{self._learning.REMEDY}"
+            )
         self.batches, self.begun, self.uncut = (
             [item for item, fits in zip(items, usable, strict=True) if fits]
             for items in (self.batches, self.begun, self.uncut)

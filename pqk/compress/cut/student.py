@@ -1,9 +1,9 @@
 """A smaller network made of a Teacher's own layers: fewer blocks, heads, MLP channels and channels of its dense heads.
 
 Of each width stay the units that matter most by size: norm of the weights that make them times norm of the weights
-that read them, both L2. What goes is not lost altogether: on a few rendered pairs, every layer that read a unit is
-refitted to take its values from the kept ones. The widths of the token streams are never cut, so blocks can be left out
-and everything still fits.
+that read them, both L2. What goes is not lost altogether: on a few samples, every layer that read a unit is refitted to
+take its values from the kept ones. The widths of the token streams are never cut, so blocks can be left out and
+everything still fits.
 """
 
 from __future__ import annotations

@@ -126,7 +126,7 @@ class Judge:
         flat = [row for of_sample in rows for row in of_sample]
         unit, name = self._learning.UNIT, self._metric.name
         if not flat:
-            raise PqkError(f"none of the held-out {unit} has anything to score; lower min_covisible")
+            raise PqkError(f"none of the held-out {unit} has anything to score; {self._learning.REMEDY}")
         means = {metric: math.fsum(row[metric] for row in flat) / len(flat) for metric in flat[0]}
         if not math.isfinite(means[name]):
             raise PqkError(f"{name} of the model in training is not finite on the held-out {unit}; lower learning_rate")

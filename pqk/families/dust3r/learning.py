@@ -26,23 +26,10 @@ from pqk.settings.training import Training
 TERMS = ("task", "kl", "features", "imitation", "probe")
 UNIT = "pairs"
 SOURCE = "pairs of procedural rooms rendered on the fly (pqk.data.render.synthetic), split 'train'"
+REMEDY = "lower min_covisible"
 
 Scored = list[list[dict[str, float]]]
 Two = tuple[np.ndarray, np.ndarray]
-
-
-class SymmetricPairs(nn.Module):
-    """Both orders of each pair from one encoding per image: images (B,2,3,H,W) -> outputs for 2B samples."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        height, width = images.shape[-2:]
-        tokens = self.model.encode(images.flatten(0, 1)).unflatten(0, images.shape[:2])
-        a, b = tokens[:, 0], tokens[:, 1]
-        return self.model.decode(torch.cat([a, b]), torch.cat([b, a]), (height, width), (height, width))
 
 
 def parts(model: Any) -> dict[str, nn.Module]:
