@@ -430,7 +430,9 @@ def test_the_scan_measures_what_a_cut_does(model, slots) -> None:
 
 def test_a_scan_without_ground_truth_says_what_helps(model) -> None:
     """No view sees more than the whole of the other."""
-    with pytest.raises(PqkError, match="none of the pairs of the sensitivity scan has anything to score; lower min_cov"):
+    with pytest.raises(
+        PqkError, match="none of the pairs of the sensitivity scan has anything to score; lower min_cov"
+    ):
         Probe(model, spec_with(**{"train.min_covisible": 1.0}), DATA)
 
 

@@ -16,7 +16,7 @@ from pqk.compress.qat import qat
 from pqk.compress.train.data import TrainingData
 from pqk.compress.train.judge import Forward, Judge
 from pqk.data.render.generate import ScenePlan, make_scenes
-from pqk.data.scenes.scene import open_scenes
+from pqk.data.scenes.open import open_scenes
 from pqk.errors import PqkError
 from pqk.families.contract import Given, SampleSet
 from pqk.families.dust3r import data, learning

@@ -111,8 +111,8 @@ def _joint(ctx: Context) -> Any:
 STAGES: dict[str, Callable[[Context], Any]] = {
     "scenes": _scenes,
     "graphs": lambda ctx: stages.export_graphs(ctx, _experiment(), None, "sha"),  # type: ignore[arg-type]
-    "prune": lambda ctx: training.train_stages(ctx, _experiment("C1"), TEACHER),
-    "distill": lambda ctx: training.train_stages(ctx, _experiment("A1"), TEACHER),
+    "prune": lambda ctx: training.train_stages(ctx, _experiment("C1"), TEACHER, None),
+    "distill": lambda ctx: training.train_stages(ctx, _experiment("A1"), TEACHER, None),
     "joint": _joint,
     "quantize": lambda ctx: _quantize(ctx, False),
     "quantize inc": lambda ctx: _quantize(ctx, False, "inc"),

@@ -10,7 +10,7 @@ import pytest
 from run_toys import Outcome, make_project, pqk
 
 from pqk.data.render.generate import ScenePlan, make_scenes
-from pqk.data.scenes.scene import open_scenes
+from pqk.data.scenes.open import open_scenes
 
 pytestmark = pytest.mark.slow
 
