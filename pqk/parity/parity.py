@@ -27,6 +27,7 @@ from pqk.recipe import stages
 from pqk.recipe.candidate import Outcome
 from pqk.recipe.request import Request, asked_experiment
 from pqk.recipe.runner import run
+from pqk.report.cells import value_of
 from pqk.settings.evaluation import Parity
 from pqk.settings.recipe import quantizes
 from pqk.store import worker
@@ -294,7 +295,7 @@ def _recipe_level(outcomes: Mapping[tuple[str, str], Outcome], compare: _Compare
 
 
 def _quality(record: Mapping[str, Any] | None, metric: str) -> tuple[float | None, float | None]:
-    return (record[metric], record["quality_drop_pct"]) if record else (None, None)
+    return (value_of(record, metric), record["quality_drop_pct"]) if record else (None, None)
 
 
 def _worst(heads: Heads) -> tuple[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -92,10 +93,12 @@ def test_it_runs_a_card(ran: Outcome) -> None:
     assert record["images_calibration"] == 4 and record["executed_precision"]["int8"] == 1.0
     assert record["quality_reference"] == "ground_truth" and record["quality_drop_pct"] is not None
     assert record["flops_G"] == pytest.approx(2 * 32 * 32 * 16 * (27 + 1) / 1e9)
-    assert record["pairs"] == 6 and 0 < record["error"] < 0.1  # depends on schema 2.0
-    low, high = record["intervals"]["error"]
-    assert low < record["error"] < high
-    assert set(record["samples"]) == {"pair", "net"} and record["t_pair_p50_ms"] >= record["t_net_p50_ms"] > 0
+    assert record["family"] == "toy" and record["pairs"] == 6
+    (found,) = record["metrics"].values()
+    low, high = found["interval"]
+    assert 0 < low < found["value"] < high < 0.1 and (found["unit"], found["better"]) == ("", "lower")
+    assert set(record["samples"]) == {"pair", "net"}
+    assert record["t_pair_p50_ms"] >= statistics.median(record["samples"]["net"]) > 0
     assert record["absrel"] is None and record["t_encoder_p50_ms"] is None
     assert "models of the family toy are not trained here" in ran.err  # where another would get QAT
     assert "Traceback" not in ran.err
@@ -157,4 +160,4 @@ def test_the_projects_teacher_may_be_one(project: Project, ran: Outcome) -> None
     finally:
         file.write_text(before)
     assert again.record["hashes"] == ran.record["hashes"] and "… " not in again.err
-    assert again.record["error"] == ran.record["error"]
+    assert again.record["metrics"] == ran.record["metrics"]
