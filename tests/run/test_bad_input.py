@@ -275,7 +275,9 @@ def test_too_few_valid_pixels_everywhere(copy_of: Copy, refused: Refused, tiny_m
             depth.tofile(path)
     loose = ("--set", "workload.min_covisibility=0.0")
     sentence = refused(copy_of(), "--model", tiny_model, "--scenes", scenes, *loose)
-    assert "no pair to evaluate: none of test-0-0000, test-0-0001 has two views with 100 valid depth pixels" in sentence
+    assert (
+        "no sample to evaluate: none of test-0-0000, test-0-0001 has two views with 100 valid depth pixels" in sentence
+    )
     sentence = refused(copy_of(), "--model", tiny_model, "--scenes", scenes, "--set", "workload.min_covisibility=1.0")
     assert "no pair shares 100% of its view (min_covisibility)" in sentence
 
@@ -291,9 +293,7 @@ def test_model_whose_depths_cannot_be_aligned(
     tensors["downstream_head1.proj.bias"] = -tensors["downstream_head1.proj.bias"]
     save_file(tensors, model / "model.safetensors")
     sentence = refused(copy_of(), "--model", model)
-    assert re.match(
-        r"int8 on scene validation-2-0000, 000\.jpg and 00[12]\.jpg: scale alignment \(median\) failed", sentence
-    )
+    assert re.match(r"int8 on validation-2-0000, 000\.jpg, 00[12]\.jpg: scale alignment \(median\) failed", sentence)
 
 
 # ---------------------------------------------------------------- calibration
