@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from pqk.compress.cut.importance import loss_of
 from pqk.compress.distill import distill
-from pqk.compress.finetune import cutting_loss, finetune
+from pqk.compress.finetune import finetune
 from pqk.compress.qat import qat
 from pqk.compress.train.data import TrainingData
 from pqk.compress.train.judge import Forward, Judge
@@ -235,8 +236,7 @@ def test_without_truth_gradients_still_tell_what_may_be_cut(photos: Path, tmp_pa
     out = {name: value.detach() for name, value in module(batch).items()}
     flat = learning.losses(module(batch), batch, out, ("imitation",), {"alpha": 0.2})["imitation"]
     assert float(torch.autograd.grad(flat, weight)[0].abs().max()) == 0
-    loss = cutting_loss(module, batch, lessons, 0.2)
-    (slope,) = torch.autograd.grad(loss, weight)
+    (slope,) = torch.autograd.grad(loss_of(model, lessons, 0.2)(batch), weight)
     assert float(slope.abs().max()) > 0
 
 

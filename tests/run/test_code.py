@@ -92,7 +92,7 @@ def _experiment(card: str = "B1") -> Any:
 
 def _quantize(ctx: Context, learn: bool, quantizer: str = "nncf") -> Any:
     spec, lines = {"epochs": 1}, {"line_pct": 1.0}
-    asked = Learn(spec, 0, lines, lines) if learn else None
+    asked = Learn(spec, 0, lines, lines, SAMPLES.to_json(), SAMPLES.key, None) if learn else None
     return stages.quantize(ctx, _experiment(), "openvino", quantizer, "model", GRAPHS, SAMPLES, asked)
 
 
@@ -105,14 +105,14 @@ def _scores(ctx: Context) -> Any:
 
 
 def _joint(ctx: Context) -> Any:
-    return join(ctx, _experiment("G1"), "openvino", "nncf", TEACHER, GRAPHS, SAMPLES)
+    return join(ctx, _experiment("G1"), "openvino", "nncf", TEACHER, GRAPHS, SAMPLES, SAMPLES)
 
 
 STAGES: dict[str, Callable[[Context], Any]] = {
     "scenes": _scenes,
     "graphs": lambda ctx: stages.export_graphs(ctx, _experiment(), None, "sha"),  # type: ignore[arg-type]
-    "prune": lambda ctx: training.train_stages(ctx, _experiment("C1"), TEACHER, None),
-    "distill": lambda ctx: training.train_stages(ctx, _experiment("A1"), TEACHER, None),
+    "prune": lambda ctx: training.train_stages(ctx, _experiment("C1"), TEACHER, SAMPLES),
+    "distill": lambda ctx: training.train_stages(ctx, _experiment("A1"), TEACHER, SAMPLES),
     "joint": _joint,
     "quantize": lambda ctx: _quantize(ctx, False),
     "quantize inc": lambda ctx: _quantize(ctx, False, "inc"),
@@ -268,6 +268,8 @@ def test_tools_that_a_stage_computes_with_are_in_its_key(stage: str) -> None:
         "safetensors",
         "rich",
         "psutil",
+        "filelock",
+        "pycolmap",  # gives what the own reader gives
     }
     names = {"PIL": "pillow", "torch_pruning": "torch-pruning", "neural_compressor": "neural-compressor-pt"}
     known = asked.inputs.get("versions") or asked.inputs.get("machine", {}).get("versions")

@@ -11,6 +11,7 @@ import pytest
 
 from backends import registry
 from backends.onnx_graph import OnnxGraph, kept_nodes
+from pqk.families.registry import family
 from pqk.recipe import candidate, runner
 from pqk.recipe.quantization import Lowering
 from pqk.recipe.request import Request
@@ -59,7 +60,9 @@ def test_what_is_said_of_a_drop_where_nothing_can_be_trained(
 ) -> None:
     pytest.importorskip("requests", reason="ModelOpt's torch mode needs requests")
     pytest.importorskip("huggingface_hub", reason="ModelOpt's torch mode needs huggingface_hub")
-    experiment: Any = SimpleNamespace(quant=SimpleNamespace(ptq=load_quant().ptq.model_copy(update=changes)))
+    experiment: Any = SimpleNamespace(
+        family=family("dust3r"), quant=SimpleNamespace(ptq=load_quant().ptq.model_copy(update=changes))
+    )
     nothing: Any = None
     lowering = Lowering(experiment, "trt", quantizer, "int8", nothing, {}, nothing, (), {}, {})
     rows: list[Any] = [SimpleNamespace(variant=name, own={}) for name in ("fp32", "int8")]
