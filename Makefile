@@ -14,7 +14,7 @@ TORCH := torch==2.13.0
 help:
 	@echo "make run      install, then: pqk run B1 --backend openvino"
 	@echo "make test     install, then: lint and the whole test suite"
-	@echo "make quick    install, then: lint and the tests without whole runs, in three minutes"
+	@echo "make quick    install, then: lint and the tests without whole runs, engines and trainings"
 	@echo "make lint     install, then: ruff, mypy and import-linter"
 	@echo "make install  make $(VENV) and install pqk with both toolchains and the development tools"
 	@echo "make clean    delete $(VENV) and caches; results in logs/, outputs/ and reports/ stay"
@@ -29,7 +29,8 @@ test: lint
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 quick: lint
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not whole and not slow"
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not whole and not slow" \
+	  --ignore tests/backends --ignore tests/compress
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

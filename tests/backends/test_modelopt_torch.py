@@ -275,6 +275,7 @@ print(ModelOptTorchQuantizer().quantize(source, spec, Calibration(4)).sha256)
 """
 
 
+@pytest.mark.slow
 def test_the_same_input_gives_the_same_bytes_in_another_process_that_prints_nothing_else(made, source, tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", AGAIN, tmp_path, Path(__file__).parent, source.graph.path],

@@ -206,6 +206,7 @@ print(NNCFQuantizer().quantize(source, spec, Calibration(6)).sha256)
 """
 
 
+@pytest.mark.slow
 def test_the_same_input_gives_the_same_bytes_in_any_process(source, kept, tmp_path):
     found = {kept[0].sha256}
     for seed in ("1", "2"):

@@ -373,6 +373,7 @@ distill(teacher, student, spec, data, seed=3, scratch=Path("killed"), device="cp
 """
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_and_started_again(tmp_path):
     """SIGKILL in the seventh of twelve steps; the same call then ends with the very weights of an undisturbed run."""
     overrides = {**QUICK, "loss.gamma": 0.1}

@@ -551,6 +551,7 @@ def torchrun(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([str(c) for c in command], env=environment, capture_output=True, text=True, timeout=240)
 
 
+@pytest.mark.slow
 def test_two_processes_from_the_command_line(tmp_path):
     config, out = tmp_path / "t.yaml", tmp_path / "out"
     config.write_text(SPEC)
@@ -594,6 +595,7 @@ torch.save({"model": kept[0].model.state_dict(), "ema": kept[0].ema, "seeds": se
 """
 
 
+@pytest.mark.slow
 def test_two_processes_hold_the_same_weights(tmp_path):
     """Both see other pairs, and end with equal weights; early stopping is decided for both."""
     script, config, out = tmp_path / "ranks.py", tmp_path / "t.yaml", tmp_path / "out"

@@ -123,6 +123,7 @@ def test_scenes_without_depth(tmp_path):
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
+@pytest.mark.slow
 def test_killed_in_the_middle(tmp_path, jobs):
     """After kill -9 there are whole scenes and hidden leftovers only, no worker lives on, a second run completes."""
     out = tmp_path / "scenes"

@@ -13,6 +13,7 @@ from pqk.cli.legacy_scripts import baseline
 from pqk.errors import PqkError
 
 
+@pytest.mark.slow
 def test_the_figures_are_those_of_a_run(project: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(project)
     found = bench_teacher(str(tiny_model), False, "x")

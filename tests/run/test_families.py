@@ -15,6 +15,7 @@ import pytest
 import yaml
 from run_toys import REPOSITORY, Outcome, environment, make_project
 
+pytestmark = pytest.mark.whole
 OWN = ("--set", "quant.ptq.keep_list=[]", "--set", "quant.ptq.calibration_images=4")
 CARD = ("B1", "--backend", "openvino", "--model", "models/toy", *OWN)
 

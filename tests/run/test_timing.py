@@ -170,6 +170,7 @@ def burner() -> Iterator[None]:
     process.wait()
 
 
+@pytest.mark.slow
 def test_a_disturbed_timing_is_marked_and_taken_again(
     toys: tuple[Path, list[Any]], asked: Asked, tmp_path: Path, burner: None
 ) -> None:

@@ -77,6 +77,7 @@ def test_what_is_said_of_a_drop_where_nothing_can_be_trained(
         assert said == wanted and len(rows) == 2
 
 
+@pytest.mark.slow
 def test_the_torch_mode_trains_where_ptq_drops_too_much(low_line: None, project: Path, tiny_model: Path) -> None:
     pytest.importorskip("requests", reason="ModelOpt's torch mode needs requests")
     pytest.importorskip("huggingface_hub", reason="ModelOpt's torch mode needs huggingface_hub")
