@@ -29,6 +29,10 @@ REFITTED = ("heads", "ffn")
 """Kinds of units whose readers are refitted; see `pqk.settings.prune.Prune`."""
 
 
+Levels = dict[str, dict[str, float | None]]
+"""Units that stay -> what the scan found."""
+
+
 @dataclass(frozen=True)
 class Removed:
     """What one size of the configuration gave.
@@ -36,7 +40,8 @@ class Removed:
     name: such as 'blocks.0.ffn'. kind: heads, ffn, block, or one of the family's own. params, flops: what cutting this
     alone would save. importance_kept: share of the summed importance of its units that stays (None for a block). scan:
     for each number of units that stay, in this group alone and before any training, the rise of the error
-    (`rise_pct`) and the relative distance of the outputs to those of the uncut network (`shift_pct`), which decides.
+    (`rise_pct`, None where the uncut network's own outputs are the truth) and the relative distance of the outputs to
+    those of the uncut network (`shift_pct`), which decides.
     """
 
     name: str
@@ -46,7 +51,7 @@ class Removed:
     params: int
     flops: int
     importance_kept: float | None
-    scan: dict[str, dict[str, float]]
+    scan: Levels
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,7 @@ class PruneReport:
     error_after: float | None
     shift_pct: float | None
     removed: list[Removed]
-    scan: dict[str, dict[str, dict[str, float]]]
+    scan: dict[str, Levels]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -145,13 +150,17 @@ def prune(
     after = probe.score(copy.deepcopy(pruned).to(where)) if probe else None
     if after and not math.isfinite(after.shift):
         raise PqkError(f"the outputs of the network are no longer finite at rho {spec.rho:g}; lower it")
-    scanned: dict[str, dict[str, dict[str, float]]] = {}
-    for name, levels in scores.items():
-        assert probe is not None
-        scanned[name] = {
-            str(units): {"rise_pct": 100 * (score.error / probe.error - 1), "shift_pct": 100 * score.shift}
+    base = probe.error if probe else 0.0
+    scanned: dict[str, Levels] = {
+        name: {
+            str(units): {
+                "rise_pct": 100 * (score.error / base - 1) if base else None,
+                "shift_pct": 100 * score.shift,
+            }
             for units, score in levels.items()
         }
+        for name, levels in scores.items()
+    }
     return pruned, PruneReport(
         rho=spec.rho,
         measure=spec.measure,
@@ -176,7 +185,7 @@ def removed_units(
     costs: Costs,
     importance: Mapping[str, torch.Tensor],
     keep: Mapping[str, torch.Tensor],
-    scanned: Mapping[str, dict[str, dict[str, float]]],
+    scanned: Mapping[str, Levels],
 ) -> list[Removed]:
     """What each slot of the plan gave."""
     found, whole = [], costs({})
