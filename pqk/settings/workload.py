@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from itertools import combinations
 from typing import Annotated, Any, Self
@@ -134,9 +135,9 @@ class Workload(Spec):
     seeds: Seeds
 
     @property
+    @abstractmethod
     def static(self) -> dict[str, Any]:
         """What the exported graphs depend on, as plain JSON: part of their key."""
-        raise NotImplementedError
 
     @property
     def feeding(self) -> dict[str, Any]:

@@ -205,6 +205,19 @@ def test_a_disturbed_timing_is_marked_and_taken_again(
     assert pairs(time(load=9.0, max_load=1000.0, retime=True)) != pairs(again) and events == ["make", "done"]
 
 
+def test_a_drift_that_stays_is_taken_again_once(toys: tuple[Path, list[Any]], asked: Asked, tmp_path: Path) -> None:
+    """Times of a machine that always drifts stay marked, and are not taken at every run."""
+    scene, variants = toys
+    efficiency = {**EFFICIENCY, "min_rounds": 12, "max_load": 1000.0, "max_drift_pct": 1e-9}
+    experiment = small_experiment({**FED, "eval.efficiency": efficiency})
+    events: list[str] = []
+    for _ in range(3):
+        ctx = Context(Store(tmp_path), lambda kind, *_: events.append(kind), {})
+        found = stages.timing(ctx, experiment, variants[:1], scene_samples([scene], views=3), load=lambda: 0.0)
+        assert [clause.startswith("times drifted by ") for clause in found["disturbed"]] == [True]
+    assert events == ["make", "done", "make", "done", "reuse"]
+
+
 def test_one_run_retimes_once(toys: tuple[Path, list[Any]], asked: Asked, tmp_path: Path) -> None:
     """What a run has timed itself it reuses, as the attempts of a rollback do."""
     scene, variants = toys
