@@ -21,6 +21,10 @@ app.add_typer(bench_app, name="bench")
 app.add_typer(ledger_app, name="ledger")
 
 
+_Scenes = Annotated[Path | None, typer.Option(help="folder of scenes with ground truth")]
+_Images = Annotated[Path | None, typer.Option(help="folder of photographs")]
+_Fresh = Annotated[bool, typer.Option(help="make everything anew, reuse nothing")]
+_Retime = Annotated[bool, typer.Option("--retime", help="measure time and memory anew; reuse the rest")]
 _TrainScenes = Annotated[
     Path | None, typer.Option(help="folder of scenes with depth that P, K, QAT and PQK learn from; default: generated")
 ]
@@ -62,8 +66,8 @@ def run(
         bool, typer.Option("--decide", help="add test scenes until the interval of the drop decides the verdict")
     ] = False,
     max_scenes: Annotated[int, typer.Option(min=2, help="with --decide: at most so many test scenes")] = 832,
-    fresh: Annotated[bool, typer.Option(help="make everything anew, reuse nothing")] = False,
-    retime: Annotated[bool, typer.Option("--retime", help="measure time and memory anew; reuse the rest")] = False,
+    fresh: _Fresh = False,
+    retime: _Retime = False,
     json_line: Annotated[bool, typer.Option("--json", help="print the candidate's record as the last line")] = False,
 ) -> None:
     """Run a task card: Teacher in every float precision, the recipe, quality, timing, one record each.
@@ -99,14 +103,14 @@ def parity(
     backends: Annotated[str, typer.Option(help="toolchains to compare, separated by commas")] = "trt,openvino",
     quantizers: Annotated[str | None, typer.Option(help="e.g. nncf,inc,modelopt; default: each backend's own")] = None,
     model: Annotated[str | None, typer.Option(help="as in `pqk run`; default: the shipped one")] = None,
-    scenes: Annotated[Path | None, typer.Option(help="folder of scenes with ground truth")] = None,
-    images: Annotated[Path | None, typer.Option(help="folder of photographs")] = None,
+    scenes: _Scenes = None,
+    images: _Images = None,
     train_scenes: _TrainScenes = None,
     train_images: _TrainImages = None,
     seed: Annotated[int | None, typer.Option(min=0, help="train and evaluation seed")] = None,
     setting: Annotated[list[str] | None, typer.Option("--set", help="override one value, as in `pqk run`")] = None,
-    fresh: Annotated[bool, typer.Option(help="make everything anew, reuse nothing")] = False,
-    retime: Annotated[bool, typer.Option("--retime", help="measure time and memory anew; reuse the rest")] = False,
+    fresh: _Fresh = False,
+    retime: _Retime = False,
     explain: Annotated[
         bool, typer.Option("--explain", help="rank the nodes of each quantized run by their error")
     ] = False,
@@ -150,8 +154,8 @@ def tune(
     backend: Annotated[str, typer.Option(help="one whose engines run here: emulated ones have no time")] = "openvino",
     quantizer: Annotated[str | None, typer.Option(help="quantizer of the backend; default: its first")] = None,
     model: Annotated[str | None, typer.Option(help="as in `pqk run`; default: the shipped one")] = None,
-    scenes: Annotated[Path | None, typer.Option(help="folder of scenes with ground truth")] = None,
-    images: Annotated[Path | None, typer.Option(help="folder of photographs")] = None,
+    scenes: _Scenes = None,
+    images: _Images = None,
     train_scenes: _TrainScenes = None,
     train_images: _TrainImages = None,
     setting: Annotated[list[str] | None, typer.Option("--set", help="override one value, as in `pqk run`")] = None,
@@ -195,7 +199,7 @@ def export(
     train_images: _TrainImages = None,
     qat: Annotated[bool, typer.Option(help="as in `pqk run`")] = True,
     rollback: Annotated[bool, typer.Option(help="as in `pqk run`")] = True,
-    fresh: Annotated[bool, typer.Option(help="make everything anew, reuse nothing")] = False,
+    fresh: _Fresh = False,
 ) -> None:
     """Write the candidate that `pqk run` measures as a folder that runs without pqk: graphs or plans, manifest.json,
     sample.py.

@@ -17,6 +17,7 @@ from backends.reference import OnnxRuntimeEngine, TorchEngine
 from pqk.engines.variant import Variant
 from pqk.errors import PqkError
 from pqk.families.contract import Call
+from pqk.lru import Lru
 
 if TYPE_CHECKING:
     from pqk.families.contract import GraphSpec
@@ -109,29 +110,19 @@ class Remembering:
     """
 
     def __init__(self, call: Call, limit: int) -> None:
-        self._call, self._limit = call, limit
-        self.forget()
+        self._call = call
+        self._known: Lru[Hashable, Outputs] = Lru(_bytes_of, limit)
 
     def forget(self) -> None:
         """Drops everything that is remembered."""
-        self._known: dict[Hashable, Outputs] = {}  # the one used last comes last
-        self._held = 0  # bytes
+        self._known.clear()
 
     def __call__(
         self, graph: str, feeds: Mapping[str, Any], *, reuse: Hashable | None = None, stay: bool = False
     ) -> Outputs:
         if reuse is None:
             return self._call(graph, feeds, stay=stay)
-        key = (graph, reuse, stay)
-        if key in self._known:
-            found = self._known.pop(key)
-        else:
-            found = self._call(graph, feeds, reuse=reuse, stay=stay)
-            self._held += _bytes_of(found)
-        self._known[key] = found
-        while self._held > self._limit and len(self._known) > 2:
-            self._held -= _bytes_of(self._known.pop(next(iter(self._known))))
-        return found
+        return self._known.get((graph, reuse, stay), lambda: self._call(graph, feeds, reuse=reuse, stay=stay))
 
 
 def _bytes_of(outputs: Outputs) -> int:

@@ -7,7 +7,6 @@ import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from run_toys import scene_samples, small_experiment
 
 from backends.base import Precision
 from pqk.data.render.generate import ScenePlan, make_scenes
-from pqk.data.scenes.pairs import most_pairs, pair_graph, spread
+from pqk.data.scenes.pairs import most_pairs, pair_graph
 from pqk.engines.variant import Variant
 from pqk.errors import PqkError
 from pqk.families.contract import SampleSet
@@ -153,18 +152,6 @@ def test_a_reference_is_predicted_once(bench: Bench) -> None:
     assert bench.said.count("make predictions") == 1 and bench.said.count("reuse predictions") == 1
     bench.quality(bench.other)
     assert bench.said.count("make predictions") == 1  # pairs are chosen by their ground truth
-
-
-def test_spread_is_even_and_nested() -> None:
-    pairs = pair_graph(12, "neighbor", 4, symmetrize=True)
-    before: set[tuple[int, int]] = set()
-    for count in range(1, len(pairs) + 1):
-        chosen = spread(pairs, count)
-        assert len(chosen) == count and chosen == [pair for pair in pairs if pair in chosen] and before <= set(chosen)
-        before = set(chosen)
-        places = [-1, *(pairs.index(pair) for pair in chosen), len(pairs)]
-        assert max(b - a for a, b in pairwise(places)) <= 2.7 * len(pairs) / count + 1, count
-    assert spread(pairs, None) == spread(pairs, 10**6) == pairs
 
 
 def test_most_pairs_are_counted() -> None:

@@ -1,9 +1,11 @@
-"""Keeps the items of a sequence that were used last, up to a number of bytes."""
+"""Makes the items of a sequence when they are asked for."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import TypeVar, overload
+
+from pqk.lru import Lru
 
 T = TypeVar("T")
 
@@ -16,9 +18,8 @@ class Kept(Sequence[T]):
     """
 
     def __init__(self, count: int, make: Callable[[int], T], size: Callable[[T], int], limit: int) -> None:
-        self._count, self._make, self._size, self._limit = count, make, size, limit
-        self._items: dict[int, T] = {}  # the one used last comes last
-        self._held = 0  # bytes
+        self._count, self._make = count, make
+        self._items: Lru[int, T] = Lru(size, limit)
 
     def __len__(self) -> int:
         return self._count
@@ -33,12 +34,4 @@ class Kept(Sequence[T]):
         if isinstance(index, slice):
             return [self[k] for k in range(*index.indices(self._count))]
         index = range(self._count)[index]
-        if index in self._items:
-            item = self._items.pop(index)
-        else:
-            item = self._make(index)
-            self._held += self._size(item)
-        self._items[index] = item
-        while self._held > self._limit and len(self._items) > 2:
-            self._held -= self._size(self._items.pop(next(iter(self._items))))
-        return item
+        return self._items.get(index, lambda: self._make(index))

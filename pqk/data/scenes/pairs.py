@@ -14,7 +14,6 @@ from PIL import Image
 from pqk.errors import PqkError, nearest
 
 KINDS = ("neighbor", "complete", "topk", "swin", "logwin", "oneref")
-GOLDEN = (5**0.5 - 1) / 2
 Pairs = list[tuple[int, int]]
 
 
@@ -77,25 +76,6 @@ def most_pairs(n: int, kind: str, k: int, symmetrize: bool) -> int:
     whole, reach = n * (n - 1) // 2, -(-k // 2)
     most = {"neighbor": reach * n - reach * (reach + 1) // 2 if reach < n else whole, "topk": min(n * k, whole)}
     return most.get(kind, whole) * (2 if symmetrize else 1)
-
-
-def spread(pairs: Pairs, count: int | None) -> Pairs:
-    """`count` of the pairs, spread evenly over their list and in its order; all of them for None or a larger count.
-
-    They are the first ones in a fixed order of which every beginning is spread evenly: the k-th step, k = 0, 1, ...,
-    goes to place floor(n frac(k g)) of n, g being the golden ratio's 0.618, and a place that was visited is passed
-    over. So fewer pairs are always among more. Raises PqkError for a count below 1.
-    """
-    if count is None or count >= len(pairs):
-        return pairs
-    if count < 1:
-        raise PqkError(f"the pairs of a scene must be at least 1, got {count}")
-    chosen: set[int] = set()
-    step = 0
-    while len(chosen) < count:
-        chosen.add(int(len(pairs) * (step * GOLDEN % 1)))
-        step += 1
-    return [pair for place, pair in enumerate(pairs) if place in chosen]
 
 
 def image_similarity(images: Iterable[np.ndarray], size: int = 16) -> np.ndarray:
