@@ -15,7 +15,7 @@ from pqk.errors import PqkError
 from pqk.families.contract import SampleSet
 from pqk.files import write_text
 from pqk.measure.scores import drop_of
-from pqk.recipe.candidate import Outcome
+from pqk.recipe.candidate import Candidate
 from pqk.recipe.experiment import resolve
 from pqk.recipe.request import Request
 from pqk.recipe.runner import run
@@ -24,18 +24,19 @@ from pqk.stats.intervals import t_quantile
 from pqk.stats.latency import percentile
 
 SEED = 700
-"""Base seed of the validation scenes that are looked at here: apart from those of every run and training."""
+"""Base seed of the validation scenes used here; it differs from those of every run and training."""
 _COUNT = "workload.scenes.validation.count"
 BASIS = (8, 6)
-"""Scenes and views whose inference is the budget: 72 pairs of the neighbour graph with k = 4."""
+"""Scenes, and views per scene, whose inference time is the budget: 72 pairs of the neighbour graph with k = 4."""
 
 
 @dataclass(frozen=True)
 class Design:
-    """Scenes of so many views, measured on `scenes` of them.
+    """One design of an evaluation: scenes of `views` views, measured on `scenes` of them.
 
-    pairs: of one scene. half: of the drop's 95 % interval in percent, as measured. cost: inference of one scene, in
-    scenes of BASIS. affordable: scenes for the budget of BASIS. expected: half with that many scenes.
+    pairs: pairs of one scene. half: half the 95 % interval of the drop in percent, as measured. cost: inference time of
+    one scene, in scenes of BASIS. affordable: number of scenes for the budget of BASIS. expected: `half` with that many
+    scenes.
     """
 
     views: int
@@ -49,17 +50,17 @@ class Design:
 
 
 def bench_sampling(card: str, backend: str, views: Sequence[int], scenes: int, out: Path) -> list[Design]:
-    """Measures the drop of a card's candidate on scenes of each number of views, and what the budget buys of each.
+    """Measures the drop of a card's candidate on scenes of each number of views, and how many the budget allows.
 
-    Prints a table, its last line as JSON, and writes `out` (.csv). Raises PqkError for fewer than two scenes and for a
-    metric that tells no drop.
+    Prints a table, with JSON as the last line, and writes `out` (.csv). Raises PqkError for fewer than two scenes or
+    views, and for a metric without a drop.
     """
     if scenes < 2 or min(views) < 2:
         raise PqkError("bench sampling needs at least 2 scenes of at least 2 views")
     root = paths.project_root()
-    outcome = run(Request(card, backend, qat=False), root, lambda *_: None, print)
+    candidate = run(Request(card, backend, qat=False), root, lambda *_: None, print)
     wanted = dict.fromkeys((BASIS[1], *views))
-    found = {number: _measured(outcome, number, scenes, root) for number in wanted}
+    found = {number: _measured(candidate, number, scenes, root) for number in wanted}
     budget = BASIS[0] * found[BASIS[1]][2]
     designs = [_design(number, scenes, *found[number], budget) for number in sorted(wanted)]
     names = list(Design.__dataclass_fields__)
@@ -72,26 +73,26 @@ def bench_sampling(card: str, backend: str, views: Sequence[int], scenes: int, o
     return designs
 
 
-def _measured(outcome: Outcome, views: int, scenes: int, root: Path) -> tuple[float, float, float, float]:
-    """Drop, half its interval, inference time of one scene for Teacher and candidate in ms, samples of a scene."""
+def _measured(candidate: Candidate, views: int, scenes: int, root: Path) -> tuple[float, float, float, float]:
+    """Returns drop, half its interval, inference time of one scene (Teacher plus candidate, ms), samples of a scene."""
     asked = {f"workload.scenes.validation.{name}": value for name, value in (("views", views), ("seed", SEED))}
-    card = outcome.experiment.card
-    experiment = resolve(card, root, of=outcome.experiment.family, settings={**asked, _COUNT: scenes})
-    found = open_split(outcome.ctx, experiment, "validation", root)
-    mine, teacher = (outcome.score(outcome.variants[n], on=found) for n in (-1, 0))
-    drop = drop_of(outcome.experiment.metric, mine, teacher, outcome.truthful)
+    card = candidate.experiment.card
+    experiment = resolve(card, root, of=candidate.experiment.family, settings={**asked, _COUNT: scenes})
+    found = open_split(candidate.ctx, experiment, "validation", root)
+    mine, teacher = (candidate.score(candidate.variants[n], on=found) for n in (-1, 0))
+    drop = drop_of(candidate.experiment.metric, mine, teacher, candidate.truthful)
     if drop is None or drop.half is None:
-        raise PqkError(f"{outcome.metric} gives no drop with an interval here")
-    calls = _calls(outcome, found)
-    time = sum(_time(outcome.records[n], calls) for n in (-1, 0)) / scenes
+        raise PqkError(f"{candidate.metric} gives no drop with an interval here")
+    calls = _calls(candidate, found)
+    time = sum(_time(candidate.records[n], calls) for n in (-1, 0)) / scenes
     return drop.value, drop.half, time, len(mine["samples"]) / scenes
 
 
-def _calls(outcome: Outcome, found: SampleSet) -> Mapping[str, int]:
-    """How often each graph is computed over all samples; what samples of a scene share is computed once."""
-    of, workload = outcome.experiment.family, outcome.experiment.workload
+def _calls(candidate: Candidate, found: SampleSet) -> Mapping[str, int]:
+    """Returns how often each graph is computed over all samples; calls that samples of a scene share count once."""
+    of, workload = candidate.experiment.family, candidate.experiment.workload
     with Engines({}) as none:
-        counting = Counting(Recorder("", none, outcome.variants[0].graphs))
+        counting = Counting(Recorder("", none, candidate.variants[0].graphs))
         shared, group = Remembering(counting, 2**31), -1
         for sample in of.data_part().samples(found, workload, workload.seeds.eval):
             if sample.group != group:
@@ -103,7 +104,7 @@ def _calls(outcome: Outcome, found: SampleSet) -> Mapping[str, int]:
 
 def _time(record: Mapping[str, Any], calls: Mapping[str, int]) -> float:
     if record["samples"] is None:
-        raise PqkError("bench sampling weighs inference by its time, and these engines are emulated: they have none")
+        raise PqkError("bench sampling needs inference times, but these engines are emulated: they have none")
     return float(sum(count * percentile(record["samples"][graph], 50) for graph, count in calls.items()))
 
 

@@ -1,4 +1,4 @@
-"""How fast scenes are made: whole folders, from the drawing of the seeds to the renamed files."""
+"""Times the scene generator on whole folders, from drawing the seeds to renaming the files."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ VIEWS_PER_SCENE = 8
 
 
 def bench_scenes(views: int = 512, size: int = 512) -> dict[str, Any]:
-    """Render `views` views of size x size (8 to a scene) into a temporary folder with all cores.
+    """Renders `views` views of size x size pixels (8 per scene) into a temporary folder with all cores.
 
     Prints and returns {views, size, seconds, views_per_second}; the temporary files are deleted.
-    Raises PqkError when `views` is no positive multiple of 8 or `size` is not a possible one.
+    Raises PqkError when `views` is not a positive multiple of 8, or `size` is not possible.
     """
     from pqk.data.render.generate import ScenePlan, make_scenes
 

@@ -11,16 +11,16 @@ from pqk import paths
 from pqk.errors import PqkError
 from pqk.files import write_json
 from pqk.measure.scores import metric_intervals
-from pqk.recipe.candidate import Outcome, make
+from pqk.recipe.candidate import Candidate, make
 from pqk.recipe.experiment import teacher_path
 from pqk.recipe.request import Request
 
 CARD = "B1"
-"""Whose workload and evaluation count; it has no overrides."""
+"""The card whose workload and evaluation are used; it has no overrides."""
 
 
 def bench_teacher(model: str | None, write: bool, command: str) -> dict[str, Any]:
-    """Score `model` on the workload's test scenes; prints and returns the figures.
+    """Scores `model` on the workload's test scenes; prints and returns the figures.
 
     Its float graphs run on ONNX Runtime. `write` puts the figures under 'test' into the model_card.json beside the
     weights. Raises PqkError when the scenes have no ground truth, no pair is left, or there is no card to write to.
@@ -30,22 +30,24 @@ def bench_teacher(model: str | None, write: bool, command: str) -> dict[str, Any
     card_path = Path(model) / "model_card.json"
     if write and not card_path.is_file():
         raise PqkError(f"{card_path} is missing; only a folder written by `pqk train teacher` has a card")
-    outcome = make(Request(CARD, "reference", model=model, recipe=False), root, lambda *_: None, lambda _: None).outcome
-    if not outcome.test.truthful:
+    candidate = make(
+        Request(CARD, "reference", model=model, recipe=False), root, lambda *_: None, lambda _: None
+    ).candidate
+    if not candidate.test.truthful:
         raise PqkError("the test samples have no ground truth")
-    scores, floor = outcome.score(outcome.variants[0], on=outcome.test), _floor(outcome)
-    quality, summary = outcome.experiment.evaluation.quality, scores["summary"]
+    scores, floor = candidate.score(candidate.variants[0], on=candidate.test), _floor(candidate)
+    quality, summary = candidate.experiment.evaluation.quality, scores["summary"]
     options = quality.model_dump(mode="json")
     result: dict[str, Any] = {
         "split": "test",
         "scenes": len(scores["groups"]),
         "pairs": len(scores["samples"]),
-        **outcome.experiment.workload.static,
+        **candidate.experiment.workload.static,
         **{name: value for name, value in options.items() if name not in ("main_metric", "metrics")},
         **{name: summary[name] for name in quality.metrics},
         "intervals": metric_intervals(scores, quality.metrics),
         "floor": floor,
-        "workload_sha256": outcome.experiment.workload.sha256,
+        "workload_sha256": candidate.experiment.workload.sha256,
         "measured": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "command": command,
     }
@@ -57,9 +59,9 @@ def bench_teacher(model: str | None, write: bool, command: str) -> dict[str, Any
     return result
 
 
-def _floor(outcome: Outcome) -> dict[str, float | None]:
-    """Metrics of a predictor that ignores its input, on the same samples: the floor that any model must beat."""
-    of, workload = outcome.experiment.family, outcome.experiment.workload
-    part, options = of.scoring_part(), outcome.experiment.evaluation.quality.model_dump(mode="json")
-    samples = of.data_part().samples(outcome.test, workload, workload.seeds.eval)
+def _floor(candidate: Candidate) -> dict[str, float | None]:
+    """Returns the metrics of a predictor that ignores its input, on the same samples: the floor for any model."""
+    of, workload = candidate.experiment.family, candidate.experiment.workload
+    part, options = of.scoring_part(), candidate.experiment.evaluation.quality.model_dump(mode="json")
+    samples = of.data_part().samples(candidate.test, workload, workload.seeds.eval)
     return part.summarise([found for sample in samples if (found := part.floor(sample, options)) is not None])

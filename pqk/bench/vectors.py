@@ -1,6 +1,6 @@
-"""Runs cases with known answers and says what agrees, what does not and what no code handles.
+"""Runs cases with known answers, and reports results that agree or differ, and items that no code handles.
 
-The families and the shared metrics bring the runners: a module with a table KINDS, kind -> runner.
+The families and the shared metrics provide the runners: a module with a table KINDS, kind -> runner.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ NAMED = 24  # names on one line
 
 @dataclass
 class Outcome:
-    """What became of one case."""
+    """The result of one case."""
 
     name: str
     kind: str
     compared: list[Compared] = field(default_factory=list)
     not_handled: list[str] = field(default_factory=list)
-    not_compared: int = 0  # intermediate results that no part of ours has
+    not_compared: int = 0  # intermediate results that pqk does not compute
     failure: str = ""  # why the case could not be run to its end
-    damaged: bool = False  # a file of the case is at fault
+    damaged: bool = False  # a file of the case is damaged
 
     @property
     def state(self) -> str:
-        """passes, fails, not handled, partly handled or damaged."""
+        """Returns passes, fails, not handled, partly handled or damaged."""
         if self.damaged:
             return "damaged"
         if self.failure or not all(each.passes for each in self.compared):
@@ -47,13 +47,13 @@ class Outcome:
         return "passes" if self.compared else "fails"
 
     def report(self) -> str:
-        """The lines to print, in at most 120 columns."""
+        """Returns the lines to print, at most 120 columns wide."""
         wrap = TextWrapper(120, initial_indent="    ", subsequent_indent="      ", break_on_hyphens=False)
         wrap.break_long_words = False
         return "\n".join([f"{self.name} ({self.kind}): {self.state}", *map(wrap.fill, self._facts())])
 
     def _facts(self) -> Iterator[str]:
-        """The tensors of each pass mark, the failures, and what is not handled."""
+        """Yields the tensors of each pass mark, the failures, and the items that are not handled."""
         for mark in dict.fromkeys(each.mark for each in self.compared):
             group = [each for each in self.compared if each.mark == mark]
             worst = max(group, key=lambda each: each.error)
@@ -73,7 +73,7 @@ class Outcome:
 
 
 def runners() -> dict[str, Runner]:
-    """The runner of every kind that some family or metric has code for."""
+    """Returns the runner of every kind that a family or a metric has code for."""
     found: dict[str, Runner] = {}
     for module in (*(of.vectors for of in families() if of.vectors), SHARED):
         found |= import_module(module).KINDS
@@ -81,7 +81,7 @@ def runners() -> dict[str, Runner]:
 
 
 def run_case(path: Path, kinds: Mapping[str, Runner] | None = None) -> Outcome:
-    """Run one case. Whatever its files hold, it ends in an Outcome; a runner that raises is a failure."""
+    """Runs one case. Every error ends in an Outcome: damaged, not handled, or failed when the runner raises."""
     kinds = runners() if kinds is None else kinds
     outcome = Outcome(path.name, "unknown kind")
     try:
@@ -103,7 +103,7 @@ def run_case(path: Path, kinds: Mapping[str, Runner] | None = None) -> Outcome:
 
 
 def run_folder(folder: Path, only: Sequence[str] = ()) -> Iterator[Outcome]:
-    """Run every case in and below the folder, or those of some kinds (names or patterns such as NAME_*).
+    """Runs every case in and below the folder, or those of the kinds `only` (names or patterns such as NAME_*).
 
     Raises BadCase for a folder without cases, and PqkError when no case is of the wanted kinds. With `only`, a case
     whose kind cannot be read is reported too.
@@ -123,7 +123,7 @@ def run_folder(folder: Path, only: Sequence[str] = ()) -> Iterator[Outcome]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the cases of a folder, print each, and return 0 when all pass, 1 when any fails or is not handled.
+    """Runs the cases of a folder and prints each; returns 0 when all pass, 1 when any fails or is not handled.
 
     Raises PqkError (exit code 2) for a folder without cases and, at the end, for a damaged case.
     """
@@ -148,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _names(names: Sequence[str]) -> str:
-    """The names, of all items of a list as one; of many, the intermediate results are only counted."""
+    """Returns the names as text: items of a list as one name; of many names, intermediate results are only counted."""
     names = list(dict.fromkeys(re.sub(r"\.\d+(?=\.)", ".*", name) for name in names))
     if len(names) <= NAMED:
         return ", ".join(names)

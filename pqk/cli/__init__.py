@@ -1,4 +1,4 @@
-"""The command line: `pqk VERB`, also `python -m pqk.cli VERB`."""
+"""Provides the command line: `pqk VERB`, also `python -m pqk.cli VERB`."""
 
 from pqk.cli.app import main
 

@@ -1,4 +1,4 @@
-"""The command line. Thin: every verb imports its work when it runs, so that `pqk --help` answers at once."""
+"""Defines the command line. Every verb imports its work when it runs, so that `pqk --help` answers at once."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from pqk.cli.ledger import app as ledger_app
 
 app = group("A bench for compressing feed-forward 3D transformers.")
 train_app = group("Train models.")
-data_app = group("Make and look at scenes.")
-bench_app = group("Long measurements that are no tests.")
+data_app = group("Make scenes.")
+bench_app = group("Run long measurements.")
 app.add_typer(train_app, name="train")
 app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
@@ -23,13 +23,13 @@ app.add_typer(ledger_app, name="ledger")
 
 _Scenes = Annotated[Path | None, typer.Option(help="folder of scenes with ground truth")]
 _Images = Annotated[Path | None, typer.Option(help="folder of photographs")]
-_Fresh = Annotated[bool, typer.Option(help="make everything anew, reuse nothing")]
-_Retime = Annotated[bool, typer.Option("--retime", help="measure time and memory anew; reuse the rest")]
+_Fresh = Annotated[bool, typer.Option(help="make everything again, reuse nothing")]
+_Retime = Annotated[bool, typer.Option("--retime", help="measure time and memory again; reuse the rest")]
 _TrainScenes = Annotated[
-    Path | None, typer.Option(help="folder of scenes with depth that P, K, QAT and PQK learn from; default: generated")
+    Path | None, typer.Option(help="folder of scenes with depth, to train P, K, QAT and PQK on; default: generated")
 ]
 _TrainImages = Annotated[
-    Path | None, typer.Option(help="folder of photographs to learn from, with the Teacher's output as the truth")
+    Path | None, typer.Option(help="folder of photographs to train on, with the Teacher's output as ground truth")
 ]
 
 
@@ -49,7 +49,7 @@ def run(
         Path | None, typer.Option(help="folder of scenes with ground truth (ETH3D or COLMAP layout)")
     ] = None,
     images: Annotated[
-        Path | None, typer.Option(help="folder of photographs; quality is then against the Teacher")
+        Path | None, typer.Option(help="folder of photographs; quality is then measured against the Teacher")
     ] = None,
     train_scenes: _TrainScenes = None,
     train_images: _TrainImages = None,
@@ -58,14 +58,14 @@ def run(
         list[str] | None, typer.Option("--set", help="override one value, e.g. quant.ptq.calibration_images=64")
     ] = None,
     axis: Annotated[
-        list[str] | None, typer.Option(help="of a card with a matrix (H1): only this axis; may be given again")
+        list[str] | None, typer.Option(help="run only this axis of a card with a matrix (H1); can be repeated")
     ] = None,
-    qat: Annotated[bool, typer.Option(help="quantization-aware training where PTQ drops too much")] = True,
-    rollback: Annotated[bool, typer.Option(help="a recipe that drops too much is run again as the table says")] = True,
+    qat: Annotated[bool, typer.Option(help="use quantization-aware training where PTQ drops too much")] = True,
+    rollback: Annotated[bool, typer.Option(help="apply the rollback table to a recipe that drops too much")] = True,
     decide: Annotated[
         bool, typer.Option("--decide", help="add test scenes until the interval of the drop decides the verdict")
     ] = False,
-    max_scenes: Annotated[int, typer.Option(min=2, help="with --decide: at most so many test scenes")] = 832,
+    max_scenes: Annotated[int, typer.Option(min=2, help="with --decide: largest number of test scenes")] = 832,
     fresh: _Fresh = False,
     retime: _Retime = False,
     json_line: Annotated[bool, typer.Option("--json", help="print the candidate's record as the last line")] = False,
@@ -73,7 +73,7 @@ def run(
     """Run a task card: Teacher in every float precision, the recipe, quality, timing, one record each.
 
     Exit codes: 0 ok, 1 a threshold failed, 2 wrong input, 3 backend or method unavailable, 4 undecided: the measurement
-    is too coarse to tell whether a threshold held.
+    is too coarse to decide whether a threshold held.
     """
     from pqk.cli.run_output import choose_backend, run_card, settings_of
     from pqk.recipe.request import Request
@@ -116,7 +116,7 @@ def parity(
     ] = False,
     json_line: Annotated[bool, typer.Option("--json", help="print everything as one JSON object, last line")] = False,
 ) -> None:
-    """One recipe on every toolchain: quality, speed and how far the outputs are apart, with a verdict per level.
+    """Compare one recipe on every toolchain: quality, speed and difference of the outputs, with a verdict per level.
 
     Exit codes: 0 all compared levels agree, 1 one differs, 2 wrong input, 3 nothing could be run.
     """
@@ -146,12 +146,12 @@ def parity(
 @app.command()
 def tune(
     card: Annotated[str, typer.Argument(help="task card, for example B1 (schedule/TaskCards)")],
-    max_drop: Annotated[float, typer.Option(help="drop of the main metric that is allowed, in percent")] = 1.0,
-    max_evaluations: Annotated[int, typer.Option(min=2, help="choices of float nodes to measure, at most")] = 12,
+    max_drop: Annotated[float, typer.Option(help="largest allowed drop of the main metric, in percent")] = 1.0,
+    max_evaluations: Annotated[int, typer.Option(min=2, help="most choices of float nodes to measure")] = 12,
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help="the tuned file; default: reports/tune/CARD.quant.yaml")
     ] = None,
-    backend: Annotated[str, typer.Option(help="one whose engines run here: emulated ones have no time")] = "openvino",
+    backend: Annotated[str, typer.Option(help="a backend that runs here, not emulated")] = "openvino",
     quantizer: Annotated[str | None, typer.Option(help="quantizer of the backend; default: its first")] = None,
     model: Annotated[str | None, typer.Option(help="as in `pqk run`; default: the shipped one")] = None,
     scenes: _Scenes = None,
@@ -161,10 +161,10 @@ def tune(
     setting: Annotated[list[str] | None, typer.Option("--set", help="override one value, as in `pqk run`")] = None,
     json_line: Annotated[bool, typer.Option("--json", help="print everything as one JSON object, last line")] = False,
 ) -> None:
-    """Mixed precision: find the nodes that must stay in float for a drop under the limit, and write the quant.yaml.
+    """Tune mixed precision: find the nodes that must stay in float for a drop under the limit, write the quant.yaml.
 
-    Exit codes: 0 the tuned recipe is within the limit on the test samples, 1 nothing is, 2 wrong input, 3 backend or
-    method unavailable, 4 the test samples do not tell.
+    Exit codes: 0 the tuned recipe is within the limit on the test samples, 1 it is not, 2 wrong input, 3 backend or
+    method unavailable, 4 undecided on the test samples.
     """
     from pqk.cli.run_output import run_tune, settings_of
     from pqk.recipe.request import Request
@@ -231,18 +231,19 @@ def plan(
     ],
     of: Annotated[str | None, typer.Argument(help="after status: the plan; default: all")] = None,
     rate: Annotated[float | None, typer.Option(min=0, help="dollars per hour; default: the plan's, 6.88")] = None,
-    device: Annotated[str | None, typer.Option(help="H100 or A100: whose hours are shown; default: the plan's")] = None,
-    execute: Annotated[bool, typer.Option("--run", help="carry it out; what is done is not run again")] = False,
+    device: Annotated[str | None, typer.Option(help="hours on H100 or A100; default: the plan's device")] = None,
+    execute: Annotated[bool, typer.Option("--run", help="run the plan, or resume it; finished runs are kept")] = False,
     backend: Annotated[str | None, typer.Option(help="with --run: as in `pqk run`")] = None,
     model: Annotated[str | None, typer.Option(help="with --run: as in `pqk run`")] = None,
     keep_going: Annotated[
-        bool, typer.Option("--keep-going", help="with --run: also what requires an experiment that failed thresholds")
+        bool, typer.Option("--keep-going", help="with --run: also run experiments whose requirement failed thresholds")
     ] = False,
     json_line: Annotated[bool, typer.Option("--json", help="print one JSON object, last line")] = False,
 ) -> None:
-    """Several task cards in order, with hours, cost and dependencies; --run carries the plan out and resumes it.
+    """Show several task cards in order, with hours, cost and dependencies; --run runs or resumes the plan.
 
-    Exit codes of --run: 0 all done, 1 something failed or was stopped, 2 an error, 3 only unavailable ones are left.
+    Exit codes of --run: 0 all done, 1 an experiment failed or was stopped, 2 an error, 3 only unavailable ones are
+    left, 4 one is undecided.
     """
     from pqk.cli.plan_output import plan as planned
 
@@ -251,7 +252,7 @@ def plan(
 
 @app.command()
 def check() -> None:
-    """Dry run: configs, task cards and the log schema, without a model or data. Prints PASS or what is wrong."""
+    """Check the configs, task cards, plans and the log schema, without a model or data. Prints PASS or the problems."""
     from pqk.cli.check import main as dry_run
 
     raise typer.Exit(dry_run())
@@ -275,7 +276,7 @@ def table(
 
 @app.command()
 def env(json_line: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False) -> None:
-    """Every backend with versions, devices and instruction sets, or why it is unavailable and what mends it."""
+    """Show every backend with versions, devices and instruction sets, or why it is unavailable and how to fix that."""
     from pqk.env import show_environment
 
     show_environment(json_line)
@@ -304,8 +305,8 @@ def train_teacher(
         "outputs/teacher"
     ),
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
-    minutes: Annotated[float | None, typer.Option(help="let the clock, not the step count, end the run")] = None,
-    pause_after: Annotated[float | None, typer.Option(help="stop after this many seconds, to be resumed")] = None,
+    minutes: Annotated[float | None, typer.Option(help="train for this time, not for a number of steps")] = None,
+    pause_after: Annotated[float | None, typer.Option(help="pause after this many seconds")] = None,
     steps: Annotated[int | None, typer.Option(help="override the number of steps")] = None,
     autocast: Annotated[bool | None, typer.Option(help="bf16 autocast; default: on for CUDA, off for a CPU")] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="use torch.compile")] = False,
@@ -332,12 +333,12 @@ def bench_scenes(
 @bench_app.command("sampling")
 def bench_sampling(
     card: Annotated[str, typer.Argument(help="task card whose candidate is measured")] = "B1",
-    backend: Annotated[str, typer.Option(help="one whose engines run here")] = "openvino",
+    backend: Annotated[str, typer.Option(help="a backend that runs here, not emulated")] = "openvino",
     views: Annotated[str, typer.Option(help="views of a scene to try, separated by commas")] = "2,3,4,6",
-    scenes: Annotated[int, typer.Option(min=2, help="scenes to measure each on")] = 48,
+    scenes: Annotated[int, typer.Option(min=2, help="scenes per number of views")] = 48,
     out: Annotated[Path, typer.Option("-o", "--out", help="the table as .csv")] = Path("reports/sampling.csv"),
 ) -> None:
-    """Measure how well many scenes of few views, or few of many, tell a drop at equal cost; the last line is JSON."""
+    """Measure a drop with many scenes of few views, or few scenes of many, at equal cost; the last line is JSON."""
     from pqk.bench.sampling import bench_sampling as measure
     from pqk.errors import PqkError
 
@@ -351,7 +352,7 @@ def bench_teacher(
     model: Annotated[str | None, typer.Option(help="folder, .pth or named model; default: the shipped one")] = None,
     write: Annotated[bool, typer.Option(help="put the figures into the folder's model_card.json")] = False,
 ) -> None:
-    """Score a Teacher on the held-out test scenes, beside the floor that any model must beat; the last line is JSON."""
+    """Score a Teacher on the held-out test scenes, and the floor that any model must beat; the last line is JSON."""
     from pqk.bench.teacher import bench_teacher as measure
 
     measure(model, write, "pqk " + " ".join(sys.argv[1:]))
@@ -361,7 +362,7 @@ finish(app, train_app, data_app, bench_app, ledger_app)
 
 
 def main() -> None:
-    """Entry point: a user's error becomes one sentence on stderr and the documented exit code."""
+    """Runs the command line; turns a user's error into one sentence on stderr and the documented exit code."""
     from pqk.errors import told
     from pqk.result import reported
     from pqk.store.sources import keep_sources

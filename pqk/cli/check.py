@@ -1,4 +1,4 @@
-"""The dry run: are the configs, the task cards, plans and the log schema right? No model, no data, a second at most."""
+"""Checks the configs, task cards, plans and the log schema: the dry run. No model, no data, a second at most."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ MIN_CALIBRATION = 512
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong, as one sentence that names the file, the field and the value."""
+    """One problem, as a sentence that names the file, the field and the value."""
 
     message: str
 
 
 def dry_run(root: Path) -> list[Finding]:
-    """Check the configs, every card with its overrides and the points of its matrix, and a virtual record.
+    """Checks the configs, every card with its overrides and the points of its matrix, the plans, and a virtual record.
 
     Shape [1, 3, H, W] with H = W in {384, 512, 640}, k at least 1, thresholds in their ranges, all cards load and
-    resolve, required cards exist without a circle, plans are whole, and a record with every field follows the log
+    resolve, required cards exist without a circle, plans are complete, and a record with every field follows the log
     schema.
-    Returns everything that is wrong; an empty list is a pass.
+    Returns all problems; an empty list is a pass.
     """
     with contextlib.chdir(root):  # messages and the log schema are relative to the project
         return [Finding(message) for message in _problems(Path.cwd())]
@@ -92,7 +92,7 @@ def _each(error: PqkError) -> tuple[str, ...]:
 
 
 def _beyond_model(spec: Spec) -> Iterator[str]:
-    """What the standard configs must hold beyond what any experiment must."""
+    """Yields problems with the rules for the standard configs only, which experiments may break."""
     where = paths.shown(spec.source)
     version = str(spec.version)  # type: ignore[attr-defined]
     first = spec.source.read_text(encoding="utf-8-sig").split("\n", 1)[0]
@@ -143,7 +143,7 @@ def _virtual_record(root: Path) -> Iterator[str]:
 
 
 def main() -> int:
-    """Print PASS, or one line for each problem, as linters do. Returns the exit code: 0, or 2."""
+    """Prints PASS, or one line for each problem, as linters do. Returns the exit code: 0, or 2."""
     try:
         root = paths.project_root()
         findings = dry_run(root)

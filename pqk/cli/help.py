@@ -1,6 +1,6 @@
-"""The look of `--help`: plain text with whole sentences and some colour.
+"""Formats `--help`: plain text with whole sentences and some colour.
 
-typer's own layout draws boxes with rich, whose import takes longer than everything else that `pqk --help` does.
+typer's own layout draws boxes with rich, whose import takes longer than the rest of `pqk --help`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Command(TyperCommand):
 
 
 class Group(TyperGroup):
-    """The verbs under one name. Ctrl-C in one of them is raised as Interrupted: typer would end without a word."""
+    """The verbs under one name. Ctrl-C in one of them is raised as Interrupted: typer would end without a message."""
 
     def get_help(self, ctx: Any) -> str:
         return _coloured(super().get_help(ctx))
@@ -49,7 +49,7 @@ class Group(TyperGroup):
 
 
 def group(help: str) -> typer.Typer:
-    """Returns an app of verbs whose help looks as it does here; see `finish`."""
+    """Returns an app of verbs with the help layout of this module; see `finish`."""
     return typer.Typer(
         cls=Group,
         no_args_is_help=True,
@@ -61,14 +61,14 @@ def group(help: str) -> typer.Typer:
 
 
 def finish(*apps: typer.Typer) -> None:
-    """Gives every verb that was added to these apps the look of `Command`."""
+    """Gives every verb of these apps the help layout of `Command`."""
     for app in apps:
         for command in app.registered_commands:
             command.cls = Command
 
 
 def _coloured(text: str) -> str:
-    """Headings in bold, names of verbs, arguments and options in cyan; only in a terminal that shows colours."""
+    """Returns the text with headings in bold, and verbs, arguments and options in cyan, if the terminal has colours."""
     if not sys.stdout.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
         return text
     lines, listing = [], False

@@ -1,4 +1,4 @@
-"""`pqk ledger ...`: the verbs of the evidence. Thin, as `pqk.cli` is."""
+"""Defines the verbs of `pqk ledger`. Every verb imports its work when it runs, as in `pqk.cli.app`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 
 from pqk.cli.help import group
 
-app = group("Evidence: fixed checkpoints, train and eval seeds, frozen deliverables.")
+app = group("Keep evidence: fixed checkpoints, train and eval seeds, frozen deliverables.")
 
 _Results = Annotated[Path | None, typer.Option("--results", help="folder of .tsv files; default: results/")]
 
@@ -22,9 +22,9 @@ def finalize(
     name: Annotated[
         str | None, typer.Option(help="folder in outputs/checkpoints; default: its name and sha256")
     ] = None,
-    train_seed: Annotated[int | None, typer.Option(min=0, help="where the model card tells none")] = None,
+    train_seed: Annotated[int | None, typer.Option(min=0, help="for a model card without one")] = None,
     card: Annotated[
-        str | None, typer.Option(help="task card that made it, for example A1; without CKPT its own result is kept")
+        str | None, typer.Option(help="task card that made it, e.g. A1; without CKPT the card's own result is kept")
     ] = None,
     backend: Annotated[str | None, typer.Option(help="without CKPT: as in `pqk run`")] = None,
     quantizer: Annotated[str | None, typer.Option(help="without CKPT: as in `pqk run`")] = None,
@@ -35,7 +35,7 @@ def finalize(
 
     Without CKPT: the result of --card, as `pqk run` made it with these settings; a quantized one with its graphs.
 
-    Exit codes: 0 ok, 2 no checkpoint, or another one has the name.
+    Exit codes: 0 ok, 2 not a checkpoint, or the name is taken.
     """
     from pqk.cli.ledger_output import finalize as work
 
@@ -50,15 +50,15 @@ def evaluate(
     eval_seeds: Annotated[str, typer.Option(help="0..4, or 0,2,5")] = "0..4",
     backend: Annotated[str | None, typer.Option(help="openvino, trt, reference or auto (the default)")] = None,
     precision: Annotated[
-        str | None, typer.Option(help="of a CKPT: fp32 (the default), bf16, ... or int8: quantized as the card says")
+        str | None, typer.Option(help="of a CKPT: fp32 (the default), bf16, ... or int8, by the card's settings")
     ] = None,
     quantizer: Annotated[str | None, typer.Option(help="quantizer of the backend; default: its first")] = None,
     card: Annotated[
         str | None,
-        typer.Option(help="task card with the settings; default: the model card's. Without CKPT its own result"),
+        typer.Option(help="task card with the settings; default: the model card's. Without CKPT: its own result"),
     ] = None,
     train_seed: Annotated[
-        int | None, typer.Option(min=0, help="where the model card tells none; without CKPT workload.seeds.train")
+        int | None, typer.Option(min=0, help="for a model card without one; without CKPT: workload.seeds.train")
     ] = None,
     setting: Annotated[list[str] | None, typer.Option("--set", help="override one value, as in `pqk run`")] = None,
     out: Annotated[
@@ -67,13 +67,13 @@ def evaluate(
             "-o", "--out", help=".tsv file; default: results/CKPT.CARD.ENGINE.tsv or results/CARD.BACKEND.tsv"
         ),
     ] = None,
-    timing: Annotated[bool, typer.Option(help="measure pairs per second, too")] = True,
+    timing: Annotated[bool, typer.Option(help="also measure pairs per second")] = True,
     json_line: Annotated[bool, typer.Option("--json", help="print the rows as JSON, last line")] = False,
     model: Annotated[str | None, typer.Option(help="without CKPT: the Teacher, as in `pqk run`")] = None,
     train_scenes: Annotated[Path | None, typer.Option(help="without CKPT: as in `pqk run`")] = None,
     train_images: Annotated[Path | None, typer.Option(help="without CKPT: as in `pqk run`")] = None,
 ) -> None:
-    """Evaluate a fixed checkpoint under several eval seeds; a row each. Rows that are there are kept.
+    """Evaluate a fixed checkpoint under several eval seeds, one row each. Existing rows are kept.
 
     Without CKPT: the result of --card, the candidate that `pqk run CARD --no-rollback` chooses with these settings.
 
@@ -106,7 +106,7 @@ def manifest(
     results: _Results = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="default: results_manifest.tsv")] = None,
 ) -> None:
-    """Mean and sample std of all results: per file and train seed, per file, over all files of a recipe.
+    """Write mean and sample std of all results: per file and train seed, per file, over all files of a recipe.
 
     Exit codes: 0 ok, 2 wrong input, such as files of different workloads.
     """
@@ -121,9 +121,9 @@ def freeze(
     files: Annotated[list[Path] | None, typer.Argument(help="the .tsv files; default: all of --results")] = None,
     results: _Results = None,
     plan: Annotated[
-        str | None, typer.Option(help="a plan: its ledgers, the records of its runs, its ablations; for `page`")
+        str | None, typer.Option(help="freeze a plan: its ledgers, the records of its runs, its ablations; for `page`")
     ] = None,
-    backend: Annotated[str | None, typer.Option(help="with --plan; default: the one it was carried out with")] = None,
+    backend: Annotated[str | None, typer.Option(help="with --plan; default: that of the plan's last run")] = None,
 ) -> None:
     """Write deliverables/NAME: all runs, their statistics, figures, README.md and manifest.tsv with every sha256.
 
@@ -141,9 +141,9 @@ def page(
         Path | None, typer.Option("-o", "--out", help="the .md file, its figures beside it; default: docs/results.md")
     ] = None,
 ) -> None:
-    """Write the page of a campaign: a row per recipe, figures, ablations, what was not run yet, the commands.
+    """Write the page of a campaign: a row per recipe, figures, ablations, runs that are missing, the commands.
 
-    Exit codes: 0 ok, 1 the deliverable was changed, 2 there is none, or it was frozen without a plan.
+    Exit codes: 0 ok, 1 the deliverable was changed, 2 it does not exist, or was frozen without a plan.
     """
     from pqk.cli.ledger_output import page as work
 
@@ -154,13 +154,13 @@ def page(
 def verify(
     name: Annotated[str, typer.Argument(help="folder in deliverables/")],
     rerun: Annotated[bool, typer.Option(help="measure one run again")] = True,
-    row: Annotated[int, typer.Option(help="which one: its row in runs.tsv, from 1")] = 1,
-    tolerance: Annotated[float, typer.Option(help="share of the frozen value that a metric may be off")] = 1e-3,
-    checkpoint: Annotated[str | None, typer.Option(help="where it lies, when pqk does not find it")] = None,
+    row: Annotated[int, typer.Option(help="the run to measure: its row in runs.tsv, from 1")] = 1,
+    tolerance: Annotated[float, typer.Option(help="allowed difference, as a share of the frozen value")] = 1e-3,
+    checkpoint: Annotated[str | None, typer.Option(help="path of the checkpoint, when pqk does not find it")] = None,
 ) -> None:
     """Hash a deliverable again, and measure one of its runs again from the checkpoint.
 
-    Exit codes: 0 all as it was, 1 something differs, 2 wrong input, 3 backend unavailable.
+    Exit codes: 0 nothing differs, 1 something differs, 2 wrong input, 3 backend unavailable.
     """
     from pqk.cli.ledger_output import verify as work
 
@@ -173,7 +173,7 @@ def compare(
     b: Annotated[Path, typer.Argument(metavar="B.tsv")],
     metric: Annotated[str | None, typer.Option(help="default: the main metric")] = None,
 ) -> None:
-    """B minus A over equal train and eval seeds, with a 95 % interval; 'not distinguishable' when that holds 0.
+    """Compute B minus A over equal train and eval seeds, with a 95 % interval; 'not distinguishable' if it holds 0.
 
     Exit codes: 0 ok, 2 fewer than 2 pairs, or runs that must not be compared.
     """

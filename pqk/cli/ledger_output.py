@@ -1,4 +1,4 @@
-"""What the terminal shows of `pqk ledger`."""
+"""Runs the verbs of `pqk ledger`, and prints their results in the terminal."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def finalize(
     model: str | None,
     settings: list[str],
 ) -> int:
-    """`pqk ledger finalize`: keep a checkpoint, or a card's own result; its folder is the last line of stdout."""
+    """Runs `pqk ledger finalize`: keeps a checkpoint, or a card's own result; its folder is the last line of stdout."""
     from pqk.study.checkpoints import FINALIZED, finalize, folder_of
 
     root = paths.project_root()
@@ -82,7 +82,7 @@ def evaluate(
     train_scenes: Path | None,
     train_images: Path | None,
 ) -> int:
-    """`pqk ledger eval`: a line per run, mean and std; the file is the last line of stdout (or the rows as JSON)."""
+    """Runs `pqk ledger eval`: a line per run, mean and std; the last line of stdout is the file (or rows as JSON)."""
     from pqk.cli.run_output import _progress, choose_backend, settings_of
     from pqk.study.ledger_eval import Asked, evaluate_seeds
 
@@ -131,15 +131,13 @@ def _teller(errors: Console) -> Callable[[str], None]:
 
 
 def manifest(results: Path | None, out: Path | None) -> int:
-    """`pqk ledger manifest`: mean and std per file and train seed; the file is the last line of stdout."""
+    """Runs `pqk ledger manifest`: mean and std per file and train seed; the file is the last line of stdout."""
     root = paths.project_root()
     tables = ledger.read_results(results or root / "results")
     summary, notes = ledger.summarise_files(tables)
     target = out or root / "results_manifest.tsv"
     if target.suffix != ".tsv" or target.resolve().parent == tables[0][0].resolve().parent:
-        raise PqkError(
-            f"--out {target}: choose a .tsv file outside the folder of the results, which it would be read with"
-        )
+        raise PqkError(f"--out {target}: choose a .tsv file outside the folder of results, else it is read as a result")
     ledger.write_summary(target, summary)
     runs = [row for _, rows in tables for row in rows]
     _show(summary, runs)
@@ -167,7 +165,7 @@ def _show(summary: Sequence[Row], runs: Sequence[Row]) -> None:
 def freeze_results(
     name: str, files: Sequence[Path], results: Path | None, plan: str | None = None, backend: str | None = None
 ) -> int:
-    """`pqk ledger freeze`: the deliverable's folder is the last line of stdout."""
+    """Runs `pqk ledger freeze`; the deliverable's folder is the last line of stdout."""
     from pqk.recipe.request import commit_of
     from pqk.study.campaign import gather
 
@@ -176,7 +174,7 @@ def freeze_results(
     if files and results:
         raise PqkError("give either files or --results, not both")
     if plan and (files or results):
-        raise PqkError("--plan knows its files: give neither files nor --results")
+        raise PqkError("--plan chooses its files: give neither files nor --results")
     if backend and not plan:
         raise PqkError("--backend goes with --plan")
     more: dict[str, bytes] = {}
@@ -192,7 +190,7 @@ def freeze_results(
 
 
 def page(name: str, out: Path | None) -> int:
-    """`pqk ledger page`: the page is the last line of stdout, its figures the lines before it."""
+    """Runs `pqk ledger page`; the page is the last line of stdout, its figures the lines before it."""
     from pqk.report.page.page import write_page
 
     root = paths.project_root()
@@ -203,7 +201,7 @@ def page(name: str, out: Path | None) -> int:
 
 
 def verify(name: str, rerun: bool, line: int, tolerance: float, checkpoint: str | None) -> int:
-    """`pqk ledger verify`: hash everything again, then measure one run again; 1 with what differs."""
+    """Runs `pqk ledger verify`: hashes everything again, then measures one run again; 1 when something differs."""
     root = paths.project_root()
     folder = root / "deliverables" / freeze.safe_name(name, "deliverable")
     if not 0 <= tolerance < 1:
@@ -255,7 +253,7 @@ def verify(name: str, rerun: bool, line: int, tolerance: float, checkpoint: str 
         if again["device"] != row["device"]:
             print(printable(f"this is another device ({again['device']}) than the row's ({row['device']})"))
         if again["scenes_sha256"] != row["scenes_sha256"]:
-            print("the pictures are others too: their sha256 differs")
+            print("the images differ too: their sha256 is not the same")
         return EXIT_CHECK_FAILED
     metric = row["main_metric"]
     print(f"{printable(what)}: {metric} {again[metric]:.8g} again, frozen was {row[metric]:.8g}")
@@ -272,7 +270,7 @@ def _how_to_keep(row: Row) -> str:
 
 
 def compare(a: Path, b: Path, metric: str | None) -> int:
-    """`pqk ledger compare`: the difference with its interval, in one sentence."""
+    """Runs `pqk ledger compare`: prints the difference with its interval, in one sentence."""
     scores = scores_here(paths.project_root())
     found = comparison.compare((a, ledger.read_rows(a)), (b, ledger.read_rows(b)), metric, scores)
     print(f"A {printable(paths.shown(a))}: mean {found.mean_a:.6g}")

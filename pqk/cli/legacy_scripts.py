@@ -1,8 +1,8 @@
-"""The scripts under their long-standing names and arguments: run_quant.py, run_distill.py, run_prune.py, run_eval.py,
+"""Runs the scripts under their old names and arguments: run_quant.py, run_distill.py, run_prune.py, run_eval.py,
 baseline_eval.py, export_onnx_trt.py, finalize_checkpoint.py, eval_multiseed.py, build_results_manifest.py.
 
-Each is a way to call the same work as `pqk run`, `pqk export` and `pqk ledger`; records of runs go to logs/ and also to
-the file of --log.
+Each calls the same work as `pqk run`, `pqk export` or `pqk ledger`; records of runs go to logs/ and also to the file of
+--log.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pqk.store.sources import keep_sources
 
 
 def quantize(argv: Sequence[str] | None = None) -> int:
-    """scripts/run_quant.py: the recipe of a quantization card; --log gets the candidate's record.
+    """Runs scripts/run_quant.py: the recipe of a quantization card; --log gets the candidate's record.
 
     Returns the exit code of `pqk run`.
     """
@@ -29,27 +29,27 @@ def quantize(argv: Sequence[str] | None = None) -> int:
 
 
 def distill(argv: Sequence[str] | None = None) -> int:
-    """scripts/run_distill.py: the recipe of a distillation card (default A1); --cfg is a distill.yaml."""
+    """Runs scripts/run_distill.py: the recipe of a distillation card (default A1); --cfg is a distill.yaml."""
     return _run("run_distill.py", "Distil a student and evaluate it beside its Teacher.", argv, "A1", "distill")
 
 
 def prune(argv: Sequence[str] | None = None) -> int:
-    """scripts/run_prune.py: the recipe of a pruning card (default C1); --cfg is a prune.yaml."""
+    """Runs scripts/run_prune.py: the recipe of a pruning card (default C1); --cfg is a prune.yaml."""
     return _run("run_prune.py", "Prune a checkpoint, fine-tune it and evaluate it.", argv, "C1", "prune")
 
 
 def evaluate(argv: Sequence[str] | None = None) -> int:
-    """scripts/run_eval.py: a checkpoint in every float precision, as role baseline; --log gets the list of records."""
+    """Runs scripts/run_eval.py: a checkpoint in every float precision, as role baseline; --log gets the records."""
     return _run("run_eval.py", "Evaluate a checkpoint in float, without a recipe.", argv, recipe=False, role="baseline")
 
 
 def baseline(argv: Sequence[str] | None = None) -> int:
-    """scripts/baseline_eval.py: the Teacher in every float precision; --log gets the list of records."""
+    """Runs scripts/baseline_eval.py: the Teacher in every float precision; --log gets the list of records."""
     return _run("baseline_eval.py", "Evaluate the Teacher in float: the reference of every drop.", argv, recipe=False)
 
 
 def export(argv: Sequence[str] | None = None) -> int:
-    """scripts/export_onnx_trt.py: `pqk export` for TensorRT: ONNX and the plan, at the workload's input shape.
+    """Runs scripts/export_onnx_trt.py: `pqk export` for TensorRT: ONNX and the plan, at the workload's input shape.
 
     Returns the exit code of `pqk export`.
     """
@@ -61,17 +61,17 @@ def export(argv: Sequence[str] | None = None) -> int:
 
 
 def finalize_checkpoint(argv: Sequence[str] | None = None) -> int:
-    """scripts/finalize_checkpoint.py: `pqk ledger finalize`, same arguments and exit codes."""
+    """Runs scripts/finalize_checkpoint.py: `pqk ledger finalize`, same arguments and exit codes."""
     return _ledger("finalize", argv)
 
 
 def eval_multiseed(argv: Sequence[str] | None = None) -> int:
-    """scripts/eval_multiseed.py: `pqk ledger eval`, same arguments and exit codes."""
+    """Runs scripts/eval_multiseed.py: `pqk ledger eval`, same arguments and exit codes."""
     return _ledger("eval", argv)
 
 
 def build_results_manifest(argv: Sequence[str] | None = None) -> int:
-    """scripts/build_results_manifest.py: `pqk ledger manifest`, same arguments and exit codes."""
+    """Runs scripts/build_results_manifest.py: `pqk ledger manifest`, same arguments and exit codes."""
     return _ledger("manifest", argv)
 
 

@@ -1,4 +1,4 @@
-"""What the terminal shows of `pqk plan`."""
+"""Runs `pqk plan`, and prints its results in the terminal."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ def plan(
     keep_going: bool,
     as_json: bool,
 ) -> int:
-    """`pqk plan`: show a plan, carry it out, or tell how far it is (name 'status'). Returns the exit code."""
+    """Runs `pqk plan`: shows a plan, runs it, or prints its progress (name 'status'). Returns the exit code."""
     root = paths.project_root()
     if device is not None and device not in DEVICES:
         raise PqkError(f"--device {device}: hours are known for {', '.join(DEVICES)}{nearest(device, DEVICES)}")
     if not execute and (backend or model or keep_going):
-        raise PqkError("--backend, --model and --keep-going are for carrying a plan out: give --run too")
+        raise PqkError("--backend, --model and --keep-going need --run")
     if name == STATUS:
         if execute:
-            raise PqkError("a plan is carried out by its name: `pqk plan NAME --run`")
+            raise PqkError("run a plan by its name: `pqk plan NAME --run`")
         return _show_status(of, rate, as_json, root)
     if of is not None:
         raise PqkError(f"{of!r} is one word too many: `pqk plan {name}`, or `pqk plan status {name}`")
@@ -83,15 +83,15 @@ def _carry_out(
             keep_going=keep_going,
         )
     except KeyboardInterrupt:
-        errors.print(f"interrupted; `pqk plan {name} --run` goes on from here")
+        errors.print(f"interrupted; `pqk plan {name} --run` continues from here")
         return 128 + signal.SIGINT
     _show(status_data(found, done, rate), as_json, print_status)
-    errors.print(f"what each experiment said: {escape(paths.shown(folder_of(name, root)))}/*.log", style="dim")
+    errors.print(f"output of each experiment: {escape(paths.shown(folder_of(name, root)))}/*.log", style="dim")
     return exit_code(done)
 
 
 def _usable(backend: str | None) -> str:
-    """The backend that all experiments get. Raises BackendError, before the first of them, when it cannot run."""
+    """Returns the backend of all experiments. Raises BackendError, before the first of them, when it cannot run."""
     from backends import registry
     from backends.base import Unavailable
 

@@ -1,4 +1,4 @@
-"""What the terminal shows of `pqk run`."""
+"""Runs `pqk run`, `parity`, `tune`, `export` and `data make`, and prints their results in the terminal."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ _DOING = {
     "memory": "peak memory",
     "parts": "time of every part, Teacher and smaller model in turns",
     "agreement": "agreement of",
-    "parted": "where runtimes part, ONNX Runtime and",
+    "parted": "first difference of runtimes, ONNX Runtime and",
     "ranking": "ranking the nodes of",
     "mixed": "int8 graphs, nodes in float:",
 }
 
 
 def settings_of(items: list[str]) -> dict[str, Any]:
-    """`--set quant.ptq.calibration_images=64` -> {'quant.ptq.calibration_images': 64}; values are YAML.
+    """Returns {'quant.ptq.calibration_images': 64} for `--set quant.ptq.calibration_images=64`; values are YAML.
 
     Raises PqkError for an item without '=', an unreadable value, and a key that is given twice.
     """
@@ -86,10 +86,11 @@ def run_card(
     rollback: bool = False,
     decide: int | None = None,
 ) -> int:
-    """Run, report progress on stderr, print the table; returns the exit code (1 for the verdict 'fail', 4 'undecided').
+    """Runs a card, reports progress on stderr and prints the table; returns the exit code.
 
-    `axes`: of a card with a matrix, only these. `rollback`: let the rollback table act on a failed recipe. `decide`:
-    add test scenes up to so many until the drop is decided.
+    The exit code is 1 for the verdict 'fail', 4 for 'undecided'. `axes`: run only these of a card with a matrix.
+    `rollback`: let the rollback table act on a failed recipe. `decide`: add test scenes up to this number until the
+    drop is decided.
     `log`: a .json file that gets the candidate's record too, or without a recipe the list of the float records.
     Raises PqkError, before anything long runs, when that file cannot be written or holds another record.
     """
@@ -134,7 +135,7 @@ def run_card(
 
 
 def _note(candidate: Mapping[str, Any], root: Path) -> None:
-    """Tell the program that started this one what came out; why: the first threshold that decided the verdict."""
+    """Reports the result to the program that started this one; why: the first threshold that decided the verdict."""
     mark = {"fail": "FAILED: ", "undecided": "undecided: "}.get(candidate["verdict"] or "")
     reasons = [text.removeprefix(mark) for text in candidate["verdict_reasons"] or () if mark and text.startswith(mark)]
     note(
@@ -149,7 +150,7 @@ def _note(candidate: Mapping[str, Any], root: Path) -> None:
 def _run_matrix(
     card: Card, request: Request, axes: Sequence[str], as_json: bool, errors: Console, began: float, root: Path
 ) -> int:
-    """Every point of a matrix, its tables and figures in reports/ablation/CARD; 1 when a point failed to run."""
+    """Runs every point of a matrix, and writes reports/ablation/CARD; returns 1 when a point failed to run."""
     from pqk.recipe.ablation import print_matrix, write_matrix
     from pqk.recipe.matrix import run_matrix
 
@@ -166,7 +167,10 @@ def _run_matrix(
 
 
 def _progress(errors: Console) -> OnEvent:
-    """Prints what the store does, a line each; a long stage shows a bar in a terminal, else a line now and then."""
+    """Returns a function that prints the events of the store, a line each.
+
+    A long stage shows a bar in a terminal, else a line every 15 seconds.
+    """
     bar: Progress | None = None
     spoken = 0.0
 
@@ -220,7 +224,7 @@ def _bar(errors: Console) -> Progress:
 
 
 def _begin(verb: str) -> tuple[Path, Path, Console, float]:
-    """What verbs with a folder under reports/ start with: root, folder, console of progress, start time."""
+    """Returns root, folder, console for progress and start time, for verbs with a folder under reports/."""
     root = paths.project_root()
     folder = root / "reports" / verb
     check_writable(folder)
@@ -228,7 +232,7 @@ def _begin(verb: str) -> tuple[Path, Path, Console, float]:
 
 
 def _sayer(errors: Console) -> Callable[[str], None]:
-    """Prints sentences of a run, a warning with another mark."""
+    """Returns a function that prints the sentences of a run, a warning with another mark."""
 
     def say(text: str) -> None:
         mark = "[yellow]![/]" if text.startswith("warning: ") else "[green]✓[/]"
@@ -242,7 +246,7 @@ def _teller(errors: Console) -> Callable[[str], None]:
 
 
 def _finish(errors: Console, began: float, written: Iterable[Path], data: Mapping[str, Any] | None) -> None:
-    """Name the files and the time; `data` is printed as the last line of stdout."""
+    """Prints the files and the time; `data` is printed as the last line of stdout."""
     for path in written:
         errors.print(f"  [green]✓[/] {escape(str(paths.shown(path)))}")
     errors.print(f"{time.monotonic() - began:.0f} s in all", style="dim")
@@ -253,7 +257,7 @@ def _finish(errors: Console, began: float, written: Iterable[Path], data: Mappin
 def run_parity(
     request: Request, backends: list[str], quantizers: list[str] | None, explained: bool, as_json: bool
 ) -> int:
-    """`pqk parity`: run, print the table and the verdicts, write reports/parity/CARD.*; 1 when a level differs."""
+    """Runs `pqk parity`: prints table and verdicts, writes reports/parity/CARD.*; returns 1 when a level differs."""
     from pqk.parity.explain import explain_all
     from pqk.parity.parity import check_names, parity
     from pqk.parity.report import as_data, print_parity, write_parity
@@ -263,20 +267,23 @@ def run_parity(
         check_names(backends, quantizers)
         if not any(can_rank(name) for name in backends):
             raise PqkError(
-                f"--explain puts nodes of quantized graphs back to float, and no backend of {', '.join(backends)} can: "
-                "let openvino or trt take part"
+                f"--explain puts nodes of quantized graphs back to float, which no backend of {', '.join(backends)} "
+                "can do: add openvino or trt"
             )
     root, folder, errors, began = _begin("parity")
     result = parity(request, backends, quantizers, root, _progress(errors), _teller(errors))
     if explained:
-        result = replace(result, explanation=explain_all(result.outcomes))
+        result = replace(result, explanation=explain_all(result.candidates))
     print_parity(result, Console(stderr=as_json))
     _finish(errors, began, write_parity(result, folder), as_data(result) if as_json else None)
     return EXIT_CHECK_FAILED if any(v.verdict == "differ" for v in result.verdicts) else EXIT_OK
 
 
 def run_tune(request: Request, max_drop: float, max_evaluations: int, out: Path | None, as_json: bool) -> int:
-    """`pqk tune`: search, print the table, write reports/tune/CARD.*; 1 when nothing is within the limit."""
+    """Runs `pqk tune`: prints the table and writes reports/tune/CARD.*; returns the exit code.
+
+    0: the drop is within the limit, 1: it is not, 4: undecided.
+    """
     from pqk.tune.report import as_data, print_tune, write_tune
     from pqk.tune.tune_card import tune
 
@@ -290,7 +297,7 @@ def run_tune(request: Request, max_drop: float, max_evaluations: int, out: Path 
 
 
 def export_card(request: Request, precision: str | None, out: Path, rollback: bool = True) -> int:
-    """`pqk export`: progress on stderr, the folder on stdout; returns the exit code."""
+    """Runs `pqk export`: progress on stderr, the folder on stdout; returns the exit code."""
     from pqk.export.export import export
 
     root = paths.project_root()
@@ -306,7 +313,7 @@ def export_card(request: Request, precision: str | None, out: Path, rollback: bo
 
 
 def choose_backend(asked: str | None) -> str:
-    """The asked backend; for None or 'auto' `trt` where it finds a CUDA device, else `openvino`, said in one line."""
+    """Returns the asked backend; for None or 'auto' `trt` with a CUDA device, else `openvino`, which is printed."""
     from backends import registry
 
     if asked not in (None, "auto"):
@@ -321,7 +328,7 @@ def choose_backend(asked: str | None) -> str:
 
 
 def make_data(split: str, count: int, views: int, size: int, seed: int, out: Path, jobs: int | None) -> None:
-    """`pqk data make`."""
+    """Runs `pqk data make`."""
     from pqk.data.render.generate import ScenePlan, make_scenes
 
     began = time.monotonic()

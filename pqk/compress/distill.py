@@ -1,6 +1,6 @@
-"""Method K: a smaller student learns from the truth and from a Teacher.
+"""Trains a student network on the ground truth and on a Teacher (method K): `distill`.
 
-`L = alpha L_task + beta KL(p_T || p_S) + gamma |F_T - F_S|^2`; what each term is, the family says (`LearningPart`).
+Loss: `alpha L_task + beta KL(p_T || p_S) + gamma |F_T - F_S|^2`. The family defines each term (`LearningPart`).
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ def distill(
     stop: Stop | None = None,
     report: Callable[[Progress], None] | None = None,
 ) -> Fitted:
-    """Train `student`, a model of the Teacher's family of any size, in place; returns its best averaged weights.
+    """Trains `student`, a model of the Teacher's family of any size, in place; returns its best averaged weights.
 
-    The Teacher sees the same batches. Up to loss.task_share of the run beta is beta_start, then it rises in a line to
-    beta_end. Features are only looked at when gamma is above 0. Without ground truth the task loss is left out. seed,
+    The Teacher sees the same batches. beta is beta_start up to loss.task_share of the run, then rises linearly to
+    beta_end. Features are compared only when gamma is above 0. Without ground truth the task loss is left out. seed,
     scratch, device, stop and report: as in `fit`. history has the drop against the Teacher.
-    Raises PqkError as `fit` does, and where no term is left.
+    Raises PqkError as `fit` does, and when no loss term is left.
     """
     loss = spec.loss
     terms = ["task"] if data.truthful else []
@@ -70,7 +70,7 @@ def distill(
 
 
 def weighed(losses: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
-    """The sum of losses, each times its weight."""
+    """Returns the weighted sum of the losses."""
     first, *others = (weights[name] * loss for name, loss in losses.items())
     for other in others:
         first = first + other

@@ -1,4 +1,4 @@
-"""Trains a pruned network further: on the task loss, or on the Teacher's outputs where there is no ground truth."""
+"""Trains a pruned network further, `finetune`: on the task loss, or on the Teacher's outputs without ground truth."""
 
 from __future__ import annotations
 
@@ -25,14 +25,16 @@ def finetune(
     stop: Stop | None = None,
     report: Callable[[Progress], None] | None = None,
 ) -> Fitted:
-    """Train the pruned network; with ground truth the Teacher only gives the drop. Arguments and errors: see `fit`."""
+    """Trains the pruned network. With ground truth, the Teacher is only used to compute the drop. See `fit` for
+    arguments and errors.
+    """
     term = "task" if data.truthful else "imitation"
 
     def loss_of(module: nn.Module, batch: Any, aim: Outputs | None, share: float) -> Tensor:
         return data.learning.losses(module(batch), batch, aim, (term,), {"alpha": spec.train.alpha})[term]
 
     return fit(
-        pruned.requires_grad_(True),  # what an earlier training left has no gradients
+        pruned.requires_grad_(True),  # weights of an earlier training do not require gradients
         spec.train,
         loss_of,
         data,

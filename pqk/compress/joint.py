@@ -1,8 +1,8 @@
-"""Pruning, distillation and quantization in one training run.
+"""Prunes, distills and quantizes a network in one training run: `close_gates`, `cut_gates`, `settle`.
 
-While gates are driven from open to shut, the network already rounds as its int8 engine will and learns from the float
-Teacher. Then what is shut is cut out, and what is left is trained on in the same way, with ranges calibrated anew.
-The toolchain prepares the modules of both phases; see `pqk.recipe.joint`.
+Phase 1 drives gates on heads and MLP units from open to shut. The network already rounds like its int8 engine, and
+learns from the float Teacher. Then the units with shut gates are cut out. Phase 2 trains the smaller network in the
+same way, with newly calibrated ranges. The toolchain prepares the modules of both phases; see `pqk.recipe.joint`.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ Report = Callable[[Progress], None]
 
 @dataclass(frozen=True)
 class JointReport:
-    """What the gates left. FLOPs are those of one sample of flops_side x flops_side images, two per multiply-add.
+    """Result of the cut. FLOPs are those of one sample of flops_side x flops_side images, two per multiply-add.
 
-    share: of the FLOPs that is gone. gates: how many there were; undecided: of them those between 0.05 and 0.95
-    when they were cut. gated_cut: the share at the end of their phase, each gate counting by how far it was shut.
+    share: share of the FLOPs that was cut. gates: number of gates; undecided: number of gates between 0.05 and 0.95
+    when they were cut. gated_cut: cut share at the end of the gate phase, each gate weighted by how far it was shut.
     """
 
     flops_cut: float
@@ -56,14 +56,14 @@ class JointReport:
     removed: list[Removed]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
+        """Returns plain data for JSON."""
         return asdict(self)
 
 
 class GatePlan:
-    """The gates of a network: their units, in the order of importance, and their logits at the start.
+    """The gates of a network: their units, ordered by importance, and their initial logits.
 
-    seed: of the training samples of the importance. On one CPU the same arguments give the same gates.
+    seed: of the training samples for the importance. On one CPU the same arguments give the same gates.
     """
 
     def __init__(
@@ -75,7 +75,10 @@ class GatePlan:
         seed: int,
         importance: dict[str, Tensor] | None = None,
     ) -> None:
-        """importance: what `taylor` gave before, to spare its time. Raises PqkError when flops_cut is too much."""
+        """Computes the importance, unless `importance`, the result of an earlier `taylor`, is given.
+
+        Raises PqkError when flops_cut cannot be reached.
+        """
         self.spec, self.seed, self.data, cutting = spec, seed, data, data.cutting
         kinds = {name for name, allowed in spec.units if allowed}
         self.slots: list[Slot] = slots_of(teacher, kinds, spec.round_to, cutting)
@@ -87,21 +90,21 @@ class GatePlan:
         self.layouts: list[Layout] = layouts_of(teacher, self.slots, importance, cutting)
         self.starts = starting_logits(self.layouts, spec.gates.start, spec.gates.spread)
         self.total = Costs(teacher, self.slots, cutting)({}).flops
-        shut(self.layouts, self.starts, self.total, spec.flops_cut)  # what cannot be reached is told before training
+        shut(self.layouts, self.starts, self.total, spec.flops_cut)  # raises now, not after training
 
     def samples(self) -> Iterator[Any]:
-        """The training samples of the importance, and of the refit."""
+        """Returns the training samples for the importance and for the refit."""
         some, drawn = self.spec.samples, self.data.batches(self.spec.train, torch.device("cpu"), self.seed)
         return (drawn.train(index, 1, some.size) for index in range(some.pairs))
 
     def into(self, parts: Mapping[str, nn.Module]) -> Gated:
-        """Put the gates into the prepared modules."""
+        """Puts the gates into the prepared modules."""
         pace = self.spec.gates.rate / self.spec.train.learning_rate
         return Gated(self.layouts, tuple(parts.values()), self.total, self.starts, pace)
 
 
 def phases(spec: Joint) -> tuple[Rounded, Rounded]:
-    """The two phases as trainings: the first one's rate stays after its warm-up, the second one's falls."""
+    """Returns the two phases as trainings: after warm-up the rate is constant in phase 1 and falls in phase 2."""
     whole, gated = spec.train, spec.gates.epochs
     first = {"epochs": gated, "warmup": whole.warmup * whole.epochs / gated, "final_rate": whole.learning_rate}
     rest = {"epochs": whole.epochs - gated, "warmup": 0.0}
@@ -119,12 +122,13 @@ def close_gates(
     stop: Stop | None = None,
     report: Report | None = None,
 ) -> tuple[Fitted, Gated, dict[str, Tensor]]:
-    """The first phase: train the prepared modules, in place, with gates that shut until plan.spec.flops_cut is gone.
+    """Trains the prepared modules with gates, in place, until plan.spec.flops_cut is cut (phase 1).
 
-    parts: what a quantizer's `prepare` made of each graph's module, without gates. The loss is that of
-    `pqk.compress.qat` and the price of the FLOPs that are still to go. The target goes in a line from what the
-    gates cut at the start to flops_cut, at gates.ramp of the phase; the slope rises geometrically over the whole of it.
-    Returns what `fit` does, the gates as they ended, and the averaged float weights by their names in the Teacher.
+    parts: the modules that a quantizer's `prepare` returned for the graphs, without gates. The loss is that of
+    `pqk.compress.qat`, plus the price of the FLOPs that are still to be cut. The target share rises linearly from the
+    initial cut of the gates to flops_cut, which it reaches at gates.ramp of the phase; the slope rises geometrically
+    over the whole phase. Returns the result of `fit`, the gates in their final state, and the averaged float weights
+    by their names in the Teacher.
     """
     spec, training = plan.spec, phases(plan.spec)[0]
     gated, price = plan.into(parts), Price(spec.gates.penalty, spec.gates.dual_rate)
@@ -152,25 +156,26 @@ def close_gates(
         stop=stop,
         report=report,
     )
-    model.cpu().load_state_dict(fitted.last)  # not the best weights, which are those of open gates
+    model.cpu().load_state_dict(fitted.last)  # not the best weights: those had open gates
     gated.steepen(spec.gates.slope)
     return fitted, gated, float_weights(model, teacher)
 
 
 def float_weights(parts: nn.ModuleDict, like: Any) -> dict[str, Tensor]:
-    """The weights of the prepared modules without their quantizers, by their names in a model of the same sizes.
+    """Returns the weights of the prepared modules without quantizers, by their names in a model of the same sizes.
 
-    Weights that no graph has are those of `like`.
+    Weights that are in no graph are taken from `like`.
     """
     found = {name: value for part in parts.values() for name, value in part.state_dict().items()}
     return {name: found.get(name, value).detach().cpu().clone() for name, value in like.state_dict().items()}
 
 
 def cut_gates(teacher: Any, weights: dict[str, Tensor], plan: GatePlan, gated: Gated) -> tuple[Any, JointReport]:
-    """A float network without the units whose gates are shut; the others' gates go into the weights that read them.
+    """Cuts the units with shut gates; multiplies the other gates into the weights that read their units.
 
-    weights: float ones, by their names in the Teacher. The lowest gates go, until plan.spec.flops_cut is reached.
-    Raises PqkError when that cannot be, and when a weight is not finite.
+    weights: float weights by their names in the Teacher. The gates with the lowest logits are cut until
+    plan.spec.flops_cut is reached. Returns the smaller float network and the report. Raises PqkError when flops_cut
+    cannot be reached, and when a weight is not finite.
     """
     spec, logits, factors = plan.spec, gated.logits(), gated.factors()
     working = build_model(teacher.family, teacher.config, weights).eval()
@@ -215,7 +220,7 @@ def settle(
     stop: Stop | None = None,
     report: Report | None = None,
 ) -> Fitted:
-    """The second phase: train what the cut network was prepared as, taught by the whole float Teacher; see `qat`."""
+    """Trains the prepared modules of the cut network against the uncut float Teacher (phase 2); see `qat`."""
     return qat(
         parts,
         teacher,
@@ -231,10 +236,10 @@ def settle(
 
 @dataclass(frozen=True)
 class Whole:
-    """Progress of a phase as that of the whole run: `first` steps of it are over, in `seconds`.
+    """Converts the progress of one phase into progress of the whole run.
 
-    gates: in the phase with gates the network is worse from validation to validation by design, so rules see the last
-    one alone.
+    gates: whether it is phase 1. There the network gets worse from validation to validation by design, so the stop
+    rules see only the last validation. seconds: duration of the phases before.
     """
 
     spec: Joint

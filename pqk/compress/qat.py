@@ -1,7 +1,7 @@
-"""Quantization-aware training: graphs that round as their int8 engines do, taught by the float model.
+"""Trains graphs that round like their int8 engines, against the float model (quantization-aware training): `qat`.
 
-The toolchain prepares the modules and makes engines of them afterwards; here they are trained together, so that each
-learns to live with what the rounded ones before it give.
+The toolchain prepares the modules, and builds engines from them afterwards. All modules of a model are trained
+together, so that each adapts to the rounded outputs of the modules before it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ from pqk.settings.training import Rounded
 
 
 def rounded_loss(spec: Rounded, data: TrainingData) -> LossOf:
-    """The distance from the Teacher's outputs, and task_weight times the family's own loss where there is truth."""
+    """Returns the loss: distance from the Teacher's outputs, plus task_weight times the family's own loss.
+
+    Without ground truth the family's own loss is left out.
+    """
     terms = ("imitation", "task") if spec.task_weight and data.truthful else ("imitation",)
 
     def loss_of(module: nn.Module, batch: Any, aim: Outputs | None, share: float) -> Tensor:
@@ -41,11 +44,11 @@ def qat(
     stop: Stop | None = None,
     report: Callable[[Progress], None] | None = None,
 ) -> Fitted:
-    """Fine-tune the prepared modules together; `Fitted.model` is an nn.ModuleDict of the trained ones, on the CPU.
+    """Trains the prepared modules together; `Fitted.model` is an nn.ModuleDict of the trained ones, on the CPU.
 
-    parts: what a quantizer's `prepare` made of each graph's module; they are trained in place.
-    teacher: the float model that they are compared with and learn from; its own weights stay.
-    seed, scratch, stop, report: see `fit`. After a kill, modules prepared anew from the same model, spec and
+    parts: the modules that a quantizer's `prepare` returned for the graphs; they are trained in place.
+    teacher: the float model that they are compared with and learn from; its own weights do not change.
+    seed, scratch, stop, report: see `fit`. After a kill, modules that are prepared again from the same model, spec and
     calibration continue from `scratch`.
     The best averaged weights are those nearest to the teacher on held-out samples.
     Raises PqkError as `fit` does.

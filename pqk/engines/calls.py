@@ -1,4 +1,8 @@
-"""What a family's `predict` is given as `call`: compiled engines, torch modules, a memory, a stopwatch, a recorder."""
+"""Runs the graphs of a model; each class serves as `call` of a family's `predict`.
+
+Engines: `Engines`. Wrappers around another call: memory (`Remembering`), counter (`Counting`), stopwatch (`Stopwatch`),
+recorder (`Recorder`), replay (`Replaying`).
+"""
 
 from __future__ import annotations
 
@@ -29,7 +33,10 @@ class Engines:
     """Open engines by the names of their graphs; called as a family's `call`. A context manager that frees them."""
 
     def __init__(self, opened: Mapping[str, Callable[[], Engine]]) -> None:
-        """opened: what opens each engine, in the order of the graphs; when one fails, those before it are closed."""
+        """Opens the engines. opened: a function for each engine, in the order of the graphs.
+
+        When one fails, those before it are closed.
+        """
         self._stack = ExitStack()
         self.engines: dict[str, Engine] = {}
         try:
@@ -57,12 +64,12 @@ class Engines:
 
     @property
     def measured(self) -> str:
-        """'engine', or 'emulated' when another runtime computes in place of one of the engines."""
+        """Returns 'engine', or 'emulated' when another runtime computes in place of one of the engines."""
         return "emulated" if any(engine.measured == "emulated" for engine in self.engines.values()) else "engine"
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of the files that ship."""
+        """Returns the bytes of the files that ship."""
         return sum(engine.size_bytes for engine in self.engines.values())
 
     def kernels(self) -> dict[str, list[Kernel]]:
@@ -85,7 +92,7 @@ def compiled(variant: Variant) -> Engines:
 
 
 def on_reference(graphs: Mapping[str, Graph]) -> Engines:
-    """Returns float graphs on ONNX Runtime, which every toolchain is calibrated and held against."""
+    """Returns float graphs on ONNX Runtime: the reference for calibration and comparison of every toolchain."""
 
     def opener(graph: Graph) -> Callable[[], Engine]:
         return lambda: OnnxRuntimeEngine(graph)
@@ -94,7 +101,7 @@ def on_reference(graphs: Mapping[str, Graph]) -> Engines:
 
 
 def in_torch(specs: Mapping[str, GraphSpec]) -> Engines:
-    """Returns the modules themselves, eager in f32: what every export is held against."""
+    """Returns the modules themselves, eager in f32: the reference for every export."""
 
     def opener(spec: GraphSpec) -> Callable[[], Engine]:
         inputs = [TensorInfo(name, tuple(spec.inputs[name].shape), "float32") for name in spec.input_names]
@@ -104,9 +111,9 @@ def in_torch(specs: Mapping[str, GraphSpec]) -> Engines:
 
 
 class Remembering:
-    """Answers calls with an equal `reuse` from memory, up to a number of bytes; those used last are kept.
+    """A call that returns kept outputs for an equal `reuse`, up to a number of bytes; those used last are kept.
 
-    `forget` where another group begins: `reuse` tells calls of one group apart.
+    Call `forget` when another group begins: `reuse` is unique only inside a group.
     """
 
     def __init__(self, call: Call, limit: int) -> None:
@@ -130,7 +137,7 @@ def _bytes_of(outputs: Outputs) -> int:
 
 
 class Counting:
-    """Counts the calls of each graph, whether they are computed or remembered."""
+    """A call that counts the calls of each graph, whether their outputs are computed or remembered."""
 
     def __init__(self, call: Call) -> None:
         self._call = call
@@ -144,10 +151,10 @@ class Counting:
 
 
 class Stopwatch:
-    """Times every call of open engines. Host times hold the copies to and from the device.
+    """A call that times every call of open engines. Host times include the copies to and from the device.
 
-    `graphs`: milliseconds of each call by graph, since `reset`. `device_ms`: of all calls together on the device,
-    without copies; None where an engine does not measure it.
+    `graphs`: milliseconds of each call by graph, since `reset`. `device_ms`: milliseconds of all calls together on the
+    device, without copies; None where an engine does not measure it.
     """
 
     def __init__(self, engines: Engines) -> None:
@@ -174,10 +181,10 @@ class Stopwatch:
 
 
 class Recorder:
-    """Keeps what a graph is fed; graphs that cannot reach its inputs are not run, their outputs are zeros.
+    """A call that keeps the inputs of one graph. Graphs that do not affect them are not run; they return zeros.
 
     graph: the recorded one. engines: those of the graphs that must run (`GraphUse.after`). graphs: all of them, for the
-    shapes of what is not run. `feeds`: numpy arrays, in the order of the calls.
+    output shapes of those that are not run. `feeds`: numpy arrays, in the order of the calls.
     """
 
     def __init__(self, graph: str, engines: Engines, graphs: Mapping[str, Graph]) -> None:
@@ -195,9 +202,9 @@ class Recorder:
 
 
 class Replaying:
-    """Answers the calls of one graph with given outputs, in their order, and runs those of `engines`.
+    """A call that returns given outputs for one graph, in their order, and runs the graphs of `engines`.
 
-    All others are answered with zeros: graphs before the one that is replayed.
+    All other graphs, those before the replayed one, return zeros.
     """
 
     def __init__(self, graph: str, outputs: list[Outputs], engines: Engines, graphs: Mapping[str, Graph]) -> None:

@@ -1,4 +1,4 @@
-"""A model as it is run: its graphs at one precision on one backend."""
+"""Defines `Variant`, a model as it is run: its graphs at one precision on one backend."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from backends.base import Graph, Precision, TensorInfo
 
 @dataclass(frozen=True)
 class Variant:
-    """The graphs of one model by their names, in the order of first use, and how they are compiled."""
+    """The graphs of one model by their names, in the order of first use, with backend, precision and options."""
 
     name: str
     backend: str
@@ -22,7 +22,7 @@ class Variant:
 
     @property
     def hashes(self) -> dict[str, str]:
-        """The sha256 of each graph."""
+        """Returns the sha256 of each graph."""
         return {name: graph.sha256 for name, graph in self.graphs.items()}
 
     def to_json(self) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def graphs_to_json(graphs: Mapping[str, Graph]) -> dict[str, Any]:
 
 
 def graphs_from_json(data: Mapping[str, Any], folder: Path | None = None) -> dict[str, Graph]:
-    """Returns the inverse of `graphs_to_json`; with `folder`, paths are relative to it."""
+    """Returns the graphs of plain data, the inverse of `graphs_to_json`; with `folder`, paths are relative to it."""
     placed = (
         data if folder is None else {n: {**graph, "path": str(folder / graph["path"])} for n, graph in data.items()}
     )
@@ -60,7 +60,7 @@ def graphs_from_json(data: Mapping[str, Any], folder: Path | None = None) -> dic
 
 
 def graph_to_json(graph: Graph) -> dict[str, Any]:
-    """Plain data; the path is absolute, for a worker on the same machine."""
+    """Returns plain data; the path is absolute, for a worker on the same machine."""
     return {
         "path": str(graph.path),
         "inputs": [asdict(t) for t in graph.inputs],
@@ -70,7 +70,7 @@ def graph_to_json(graph: Graph) -> dict[str, Any]:
 
 
 def graph_from_json(data: Mapping[str, Any]) -> Graph:
-    """The inverse of `graph_to_json`."""
+    """Returns the graph of plain data; the inverse of `graph_to_json`."""
 
     def ports(items: Any) -> tuple[TensorInfo, ...]:
         return tuple(TensorInfo(t["name"], tuple(t["shape"]), t["dtype"]) for t in items)

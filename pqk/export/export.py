@@ -1,9 +1,9 @@
-"""`pqk export`: the compiled artifact of a card as a folder that runs without pqk.
+"""Writes the compiled artifact of a card as a folder that runs without pqk: `pqk export`.
 
 GRAPH.*          ONNX (float, or with Q/DQ nodes), or OpenVINO IR (int8 of openvino)
-GRAPH.plan ...   what the backend compiled, where its engine is a file of its own (TensorRT)
-manifest.json          what it is, of what it was made, how to feed it, sha256 of every file
-sample.py              feeds two pictures; numpy, Pillow and the runtime only
+GRAPH.plan ...         the compiled engine, where it is a file of its own (TensorRT)
+manifest.json          model, recipe and origin, format of the inputs, sha256 of every file
+sample.py              runs the model on two images; needs only numpy, Pillow and the runtime
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pqk.engines.variant import Variant
 from pqk.errors import PqkError, nearest
 from pqk.export.target import MANIFEST, export_folder, target_of
 from pqk.files import sha256_file, sha256_json, write_json
-from pqk.recipe.candidate import Outcome
+from pqk.recipe.candidate import Candidate
 from pqk.recipe.experiment import Experiment
 from pqk.recipe.quantization import Row
 from pqk.recipe.recover import choose
@@ -33,7 +33,7 @@ from pqk.record.schema import empty_record
 from pqk.settings.recipe import JOINT, quantizes
 from pqk.store.store import OnEvent
 
-FORMAT = 1  # of the manifest; a reader refuses another
+FORMAT = 1  # of the manifest; readers reject any other
 _IDENTITY = ("exp_id", "combo", "role", "family", "model", "backend", "quantizer", "precision")
 _METHOD = ("bits_w", "bits_a", "keep_list", "images_calibration")
 _EVIDENCE = ("commit", "workload_version", "eval_version", "hashes")
@@ -48,13 +48,12 @@ def export(
     say: Callable[[str], None],
     rollback: bool = True,
 ) -> Path:
-    """Make or reuse the card's candidate, and write it to the folder `out`, whole or not at all.
+    """Makes or reuses the card's candidate, and writes it to the folder `out`, whole or not at all.
 
-    It is the candidate that `pqk run` measures with the same request: chosen in the same way, equal in every hash.
-    `precision`: int8 or a float precision of the backend, which asks for the float model that is quantized; None: int8
-    when the recipe quantizes, else the backend's best float. Raises PqkError or BackendError when `out` holds anything
-    but an earlier export, for a precision that cannot be had, for a recipe that its stop-loss ended, and for what the
-    stages raise.
+    It is the candidate that `pqk run` measures with the same request: chosen in the same way, with the same hashes.
+    `precision`: int8, or a float precision of the backend for the float model before quantization; None: int8 when the
+    recipe quantizes, else the backend's best float. Raises PqkError or BackendError when `out` holds anything but an
+    earlier export, for an unavailable precision, for a recipe that its stop-loss ended, and for errors of the stages.
     """
     out = target_of(out)
     experiment = asked_experiment(request, root)
@@ -62,33 +61,33 @@ def export(
     asked, label, quantizer = _precision(precision, request.quantizer, experiment, backend)
     if request.quantizer and quantizer is None:
         raise PqkError(f"--quantizer {request.quantizer}: a {asked} export is not quantized")
-    if quantizer is None and experiment.card.recipe != JOINT:  # whose float model comes out of the quantized training
+    if quantizer is None and experiment.card.recipe != JOINT:  # JOINT's float model comes from the quantized training
         float_stages = tuple(stage for stage in experiment.card.recipe if stage != "Q")
         request = replace(request, stages=float_stages or None, recipe=bool(float_stages))
-    made, request = choose(request, root, on_event, say, rollback=rollback)
-    outcome = made.outcome
-    if outcome.trained and outcome.trained[-1].failed:
+    choice, request = choose(request, root, on_event, say, rollback=rollback)
+    candidate = choice.candidate
+    if candidate.trained and candidate.trained[-1].failed:
         raise PqkError(
-            f"card {experiment.card.id} was stopped: {outcome.trained[-1].reason}; there is nothing to export"
+            f"card {experiment.card.id} was stopped: {candidate.trained[-1].reason}; there is nothing to export"
         )
-    row = next(row for row in reversed(made.rows) if _is_asked(row, outcome, asked))
-    own = made.common | row.own
+    row = next(row for row in reversed(choice.rows) if _is_asked(row, candidate, asked))
+    own = choice.common | row.own
     variant = replace(row.variant, options={k: v for k, v in row.variant.options.items() if k != "cache_dir"})
 
     with export_folder(out) as folder:
         copies = {name: _copy(graph, folder) for name, graph in variant.graphs.items()}
-        plans, measured = _compile(replace(variant, graphs=copies), outcome.experiment, folder)
-        part, about = outcome.experiment.family.export_part(), {}
+        plans, measured = _compile(replace(variant, graphs=copies), candidate.experiment, folder)
+        part, about = candidate.experiment.family.export_part(), {}
         if part is not None:
             runtime = "openvino" if backend.name == "openvino" else "onnxruntime"
             (folder / "sample.py").write_text(part.sample_source(runtime), encoding="utf-8")
-            about = part.about_inputs(outcome.experiment.workload)
-        record = _record(own, label, outcome, variant)
+            about = part.about_inputs(candidate.experiment.workload)
+        record = _record(own, label, candidate, variant)
         manifest = {
             "format": FORMAT,
             "family": experiment.family.name,
             "card": experiment.card.id,
-            "recipe": list(outcome.experiment.card.recipe),
+            "recipe": list(candidate.experiment.card.recipe),
             **{name: record[name] for name in (*_IDENTITY, *_METHOD, *_EVIDENCE)},
             "float_precision": _float_precision(asked, variant.options),
             "measured": measured,
@@ -98,22 +97,22 @@ def export(
             **about,
             "graphs": {name: _describe(graph, plans.get(name)) for name, graph in copies.items()},
             "files": _files(folder, set(plans.values())),
-            "record": record,  # what edge_eval.py starts its own from: every field of the log's schema
+            "record": record,  # edge_eval.py copies it into its own: every field of the log's schema
         }
         write_json(folder / MANIFEST, manifest)
     say(f"{len(manifest['files'])} files and {MANIFEST} in {paths.shown(out)}")
     return out
 
 
-def _is_asked(row: Row, outcome: Outcome, asked: Precision) -> bool:
-    """Whether a row is what the export asks for: the candidate itself, or its float model in the asked precision."""
+def _is_asked(row: Row, candidate: Candidate, asked: Precision) -> bool:
+    """Returns whether a row is the one to export: the candidate itself, or its float model in the asked precision."""
     if asked is Precision.INT8:
         return row.own.get("role") == "candidate"
-    return row.variant.precision is asked and row.variant.hashes == outcome.onnx_float.hashes
+    return row.variant.precision is asked and row.variant.hashes == candidate.onnx_float.hashes
 
 
-def _record(own: Mapping[str, Any], label: str, outcome: Outcome, variant: Variant) -> dict[str, Any]:
-    """The columns of a record that are known without a measurement."""
+def _record(own: Mapping[str, Any], label: str, candidate: Candidate, variant: Variant) -> dict[str, Any]:
+    """Returns a record with the columns that are known without a measurement."""
     known = (*_IDENTITY, *_METHOD, *_EVIDENCE, "seed", "train_seed", "eval_seed", "params", "params_M")
     found = {name: own[name] for name in known if name in own}
     found["hashes"] = own["hashes"] | {"engine": sha256_json(variant.hashes)}
@@ -123,7 +122,7 @@ def _record(own: Mapping[str, Any], label: str, outcome: Outcome, variant: Varia
 def _precision(
     asked: str | None, tool: str | None, experiment: Experiment, backend: Backend
 ) -> tuple[Precision, str, str | None]:
-    """What to compile, what it is called (int8, fp8 or int4 where it is quantized), and the quantizer or None."""
+    """Returns the precision to compile, its name (int8, fp8 or int4 when quantized), and the quantizer or None."""
     floats = [Precision(p) for p in backend.float_precisions()]
     lowers = quantizes(experiment.card.recipe)
     if asked is None and not lowers:
@@ -146,19 +145,19 @@ def _precision(
 
 
 def _float_precision(asked: Precision, options: Mapping[str, Any]) -> str:
-    """In what the engine computes floats: 'best' (of the device), or a precision."""
+    """Returns the precision of the engine's float computations: 'best' (of the device), or a name."""
     return str(options.get("rest", "best")) if asked is Precision.INT8 else str(asked)
 
 
 def _copy(graph: Graph, folder: Path) -> Graph:
-    """The graph's files in `folder`, under their names: an ONNX file names its data file."""
+    """Copies the graph's files to `folder` under their names, as an ONNX file names its data file; returns the copy."""
     for path in graph.files():
         shutil.copyfile(path, folder / path.name)
     return replace(graph, path=folder / graph.path.name)
 
 
 def _compile(variant: Variant, experiment: Experiment, folder: Path) -> tuple[dict[str, str], str]:
-    """Compiles the copies and runs one sample of noise: what is shipped works.
+    """Compiles the copies and runs one sample of noise, to check that the export works.
 
     Returns the plan file of each graph that has one, and 'engine' or 'emulated'. Raises PqkError for NaN or infinity.
     """
@@ -188,7 +187,7 @@ def _describe(graph: Graph, plan: str | None) -> dict[str, Any]:
 
 
 def _files(folder: Path, plans: set[str]) -> dict[str, dict[str, Any]]:
-    """Name -> sha256, bytes and kind: weights (graphs and their data), plan, or sample."""
+    """Returns sha256, bytes and kind by file name; kinds: weights (graphs and their data), plan, or sample."""
     return {
         path.name: {
             "sha256": sha256_file(path),

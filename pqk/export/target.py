@@ -1,9 +1,9 @@
-"""The folder that `pqk export -o` writes: a new one, an empty one, or an earlier export, which is replaced.
+"""Prepares the folder that `pqk export -o` writes: a new one, an empty one, or an earlier export, which is replaced.
 
-A new folder appears whole, by a rename. One that is there is written from the inside, as nothing can be renamed over a
+A new folder appears whole, by a rename. An existing folder is written from the inside, as nothing can be renamed over a
 mount point: all files are made in a folder `.pqk-export.PID.tmp` in it, and are then moved up, the manifest last. A
-folder without a manifest is no export, so no reader takes a mixture for one. When the process is killed while it moves
-files, the next export knows them by the manifests in that folder.
+folder without a manifest is not an export, so no reader accepts a mixture. When the process is killed while it moves
+files, the next export recognises them by the manifests in that folder.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def target_of(asked: Path) -> Path:
     Raises PqkError when it is neither new, nor empty, nor an earlier export, or cannot be written.
     """
     out = asked.resolve()
-    if out.is_symlink():  # resolve would have followed it
+    if out.is_symlink():  # resolve follows other links
         raise PqkError(f"-o {printable(asked)}: it is a loop of symbolic links")
     check_target(out)
     check_writable(out if out.exists() else out.parent)
@@ -59,7 +59,7 @@ def check_target(out: Path) -> None:
 
 
 def _known(out: Path) -> set[str]:
-    """The files of the earlier export in a folder, and of one that was killed while it moved files; empty for none."""
+    """Returns the files of an earlier export in a folder, also of one that was killed while it moved files."""
     inside = [path for path in out.iterdir() if _INSIDE.fullmatch(path.name)]
     known: set[str] = set()
     for manifest in (out / MANIFEST, *(folder / name for folder in inside for name in (MANIFEST, _BEFORE))):
@@ -73,9 +73,9 @@ def _known(out: Path) -> set[str]:
 
 @contextmanager
 def export_folder(out: Path) -> Iterator[Path]:
-    """Yields an empty folder for the files of an export; at the end they are on disk, and are what `out` holds.
+    """Yields an empty folder for the files of an export; at the end they are on disk, and are the contents of `out`.
 
-    When the block fails, `out` is as it was. Raises PqkError when something else has come there meanwhile.
+    When the block fails, `out` is unchanged. Raises PqkError when other files have appeared there meanwhile.
     """
     with clear_write_errors(out):
         new = not out.exists()

@@ -1,20 +1,21 @@
-"""Reading and writing weights: official .pth files, hub folders, our own folders, and seeded random networks."""
+"""Reads and writes weights: official files, hub folders, our own folders, and seeded random networks."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from pqk.errors import PqkError, first_line, nearest
 from pqk.families.build import build_model, empty_model, load_weights
 from pqk.families.identify import CONFIG, RANDOM, WEIGHTS, folder_family, named, read_config
-from pqk.families.official import read_official
+from pqk.families.official import Found, read_official, read_safetensors
 from pqk.families.registry import family
 from pqk.files import atomic_path, clear_write_errors, write_json
 
@@ -22,20 +23,23 @@ CARD = "model_card.json"
 _DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
-def load_model(path: Path | str) -> Any:
-    """Load a network in float32 on the CPU, in eval mode, from whatever `path` names.
+def load_model(path: Path | str, **settings: Any) -> Any:
+    """Loads a network in float32 on the CPU, in eval mode, from whatever `path` names.
 
-    path: an official .pth file (a pickled dict with `args` and `model`), a folder with config.json and
-    model.safetensors (official hub layout, or written by `save_model`), or "random:NAME" for a named configuration
-    with random weights (always the same ones: seed 0).
+    path: an official file (a pickle, .pth or .pt, or bare .safetensors where the weights tell the sizes); a folder with
+    config.json and model.safetensors (official hub layout, or written by `save_model`); or "random:NAME" for a named
+    configuration with random weights (always the same ones: seed 0). A folder whose config.json names no family is
+    recognised by its weights, whose shapes fill in what it does not say.
+    settings: keys of the configuration, laid over the stored ones: load_model("model.pt", enable_track=True). Those of
+    a section, as dpt={"features": 64}, leave its other keys as they are.
     The training-only settings of official files are undone: plain patch embedding, landscape_only False.
     Raises PqkError in one sentence for anything that is not such a file: absent, truncated, another pickle, unknown
     settings, or weights with missing, unexpected or wrongly shaped keys.
     """
     if str(path).startswith(RANDOM):
         name = str(path)[len(RANDOM) :]
-        of, config = named(name)
-        return build_model(of, config, generator=torch.Generator().manual_seed(0)).eval()
+        of, named_config = named(name)
+        return build_model(of, _laid_over(named_config, settings), generator=torch.Generator().manual_seed(0)).eval()
     path = Path(path)
     if path.is_dir():
         name, config, weights = _read_folder(path)
@@ -46,7 +50,7 @@ def load_model(path: Path | str) -> Any:
     else:
         raise PqkError(f"no such model: {path} is neither a file nor a folder (nor {RANDOM}NAME)")
     try:
-        model = empty_model(name, {**config, **family(name).model_part().UNDONE})
+        model = empty_model(name, _laid_over({**config, **family(name).model_part().UNDONE}, settings))
     except PqkError as error:
         raise PqkError(f"{path}: {error}") from error
     load_weights(model, weights, str(origin))
@@ -99,10 +103,23 @@ def _write_safetensors(weights: dict[str, Tensor], path: Path) -> None:
             raise PqkError(f"cannot write {path}: {first_line(error)}") from error
 
 
-def _read_folder(folder: Path) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
+def _read_folder(folder: Path) -> Found:
     config = read_config(folder)
+    name = folder_family(folder, config)
+    weights = read_safetensors(folder / WEIGHTS)
+    if "family" in config:
+        return name, config, weights
     try:
-        weights = load_file(folder / WEIGHTS)
-    except (SafetensorError, ValueError, OSError) as error:
-        raise PqkError(f"{folder / WEIGHTS} is damaged or no safetensors file: {first_line(error)}") from error
-    return folder_family(config), config, weights
+        found = family(name).model_part().official(weights)
+    except PqkError as error:
+        raise PqkError(f"{folder}: {error}") from error
+    return name, config if found is None else _laid_over(found[0], config), weights
+
+
+def _laid_over(config: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the configuration with the settings in place of its own; those of a section leave its others."""
+    merged = {**config, **settings}
+    for key, section in settings.items():
+        if isinstance(section, Mapping) and isinstance(config.get(key), Mapping):
+            merged[key] = {**config[key], **section}
+    return merged

@@ -193,9 +193,10 @@ class SettingsPart(Protocol):
     GRAPHS: tuple[GraphUse, ...]  # in the order of first use
     METRICS: tuple[Metric, ...]  # the first is the default main metric
     NAMED: Mapping[str, Mapping[str, Any]]  # configurations that `random:NAME` builds
+    SIGN: str | None  # a weight that all checkpoints of the family have and no other family's; None: not told by one
     KINDS: tuple[str, ...]  # kinds of the parts of a network, in the order of a table
-    ATTENTION: str | None  # keep-list entry of the matmuls of attention
-    LAST_LAYERS: str | None  # keep-list entry of the layers whose errors reach the outputs undamped
+    ATTENTION: tuple[str, ...]  # keep-list entries of the matmuls of attention
+    LAST_LAYERS: tuple[str, ...]  # keep-list entries of the layers whose errors reach the outputs undamped
 
     def part_of(self, name: str) -> tuple[str, str] | None:
         """Returns part and kind of a weight or of a graph's node; None for what is in no named part."""
@@ -227,7 +228,8 @@ class ModelPart(Protocol):
     def official(self, content: Any) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
         """Returns configuration and weights of a loaded official checkpoint; None when it is another family's.
 
-        Raises PqkError without the file's name, which the caller adds.
+        content: what a pickle held, or bare weights by name, also on the meta device: shapes without values. Raises
+        PqkError without the file's name, which the caller adds.
         """
         ...
 

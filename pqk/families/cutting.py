@@ -20,13 +20,15 @@ class Channels:
     """Output channels of the layer `root`, one by one or head by head.
 
     name: of the group of units. heads: how many heads the first `inner` channels make up; 0 where each channel of the
-    layer is a unit of its own.
+    layer is a unit of its own. fused: how many times `inner` channels lie behind each other in the layer, 3 where it
+    gives queries, keys and values; the units are the same in each.
     """
 
     name: str
     root: str
     heads: int = 0
     inner: int = 0
+    fused: int = 1
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
     from pqk.families.defaults import *
 
-Of the model part: UNDONE, LAYOUT, initialize, adapt, may_lack, official. Of the settings: NAMED, KINDS, ATTENTION,
-LAST_LAYERS, part_of. Of the data: SEED_DRAWS, can_grow, refuse_overlap, digest.
+Of the model part: UNDONE, LAYOUT, initialize, adapt, may_lack, official. Of the settings: NAMED, SIGN, KINDS,
+ATTENTION, LAST_LAYERS, part_of. Of the data: SEED_DRAWS, can_grow, refuse_overlap, digest.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ __all__ = [
     "LAYOUT",
     "NAMED",
     "SEED_DRAWS",
+    "SIGN",
     "UNDONE",
     "adapt",
     "can_grow",
@@ -40,9 +41,10 @@ __all__ = [
 UNDONE: Mapping[str, Any] = {}
 LAYOUT: str | None = None
 NAMED: Mapping[str, Mapping[str, Any]] = {}
+SIGN: str | None = None
 KINDS: tuple[str, ...] = ()
-ATTENTION: str | None = None
-LAST_LAYERS: str | None = None
+ATTENTION: tuple[str, ...] = ()
+LAST_LAYERS: tuple[str, ...] = ()
 SEED_DRAWS: Literal["samples", "noise"] = "samples"
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pqk.errors import PqkError, first_line, nearest
+from pqk.families.header import weight_shapes
 from pqk.families.registry import families, names
 from pqk.files import check_readable
 
@@ -23,11 +24,11 @@ def family_of(path: Path | str) -> str:
         return named(str(path)[len(RANDOM) :])[0]
     path = Path(path)
     if path.is_dir():
-        return folder_family(read_config(path))
+        return folder_family(path, read_config(path))
     if path.is_file():
-        from pqk.families.official import read_official
+        from pqk.families.official import official_family
 
-        return read_official(path)[0]
+        return official_family(path)
     raise PqkError(f"no such model: {path} is neither a file nor a folder (nor {RANDOM}NAME)")
 
 
@@ -54,6 +55,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def folder_family(config: Mapping[str, Any]) -> str:
-    """Returns the family that a stored configuration names; without one, as on the hub, the first built-in one."""
-    return str(config.get("family", names()[0]))
+def folder_family(folder: Path, config: Mapping[str, Any]) -> str:
+    """Returns the family that a stored configuration names; without one, as on the hub, that of the weights.
+
+    Weights that have the SIGN of no family count as those of the first built-in one. Raises PqkError where the header
+    of the weights cannot be read.
+    """
+    if "family" in config:
+        return str(config["family"])
+    found = weight_shapes(folder / WEIGHTS)
+    return next((of.name for of in families() if of.settings_part().SIGN in found), names()[0])

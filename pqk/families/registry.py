@@ -17,7 +17,7 @@ from pqk.errors import PqkError, nearest
 from pqk.families.contract import Family
 
 GROUP = "pqk.families"
-BUILT_IN = {"dust3r": "pqk.families.dust3r:FAMILY"}
+BUILT_IN = {"dust3r": "pqk.families.dust3r:FAMILY", "vggt": "pqk.families.vggt:FAMILY"}
 
 
 def table() -> dict[str, str]:

@@ -9,9 +9,12 @@ handled.
 
 from __future__ import annotations
 
+import csv
+import gzip
 import json
 import math
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,8 @@ from pqk.errors import CheckFailed, PqkError
 
 MARK = 1e-5
 """Pass mark of float32 tensors: the largest difference relative to the tensor's largest value."""
+FULL_MARK = 1e-4
+"""Pass mark of full-size networks."""
 INFO, ARRAYS, WEIGHTS, KEYS = "case.json", "io.npz", "weights.safetensors", ("_keys.tsv", "_keys.tsv.gz")
 
 
@@ -167,6 +172,53 @@ def compare(name: str, found: Any, expected: Any, mark: float = MARK, scale: flo
         return Compared(name, 0.0, mark)
     scale = float(np.abs(want[finite]).max()) or 1.0 if scale is None else scale
     return Compared(name, float(np.abs(got[finite] - want[finite]).max()) / scale, mark)
+
+
+def compare_keys(case: Case, state: Mapping[str, Any]) -> Iterator[Compared]:
+    """Compares the weights of an empty network with a table key, shape, numel, same_tensor_as.
+
+    Names, shapes and the count of values must be equal, and weights that share memory in the one must in the other.
+    Raises BadCase for another table.
+    """
+    with (gzip.open if case.path.suffix == ".gz" else open)(case.path, "rt", encoding="utf-8", newline="") as stream:
+        rows = list(csv.DictReader(stream, delimiter="\t"))
+    if not rows or not {"key", "shape", "numel", "same_tensor_as"} <= set(rows[0]):
+        raise BadCase(f"{case.path} is no table with the columns key, shape, numel, same_tensor_as")
+    unlike = sorted({row["key"] for row in rows} ^ set(state))
+    yield Compared("keys", math.inf if unlike else 0.0, 0.0, f"{len(unlike)} names differ, first {unlike[:1]}")
+    listed = sum(int(row["numel"]) for row in rows)
+    yield compare("numel", sum(weight.numel() for weight in state.values()), listed)
+    for row in rows:
+        if row["key"] in state:
+            weight, twin = state[row["key"]], row["same_tensor_as"]
+            shape = "x".join(map(str, weight.shape))
+            right = shape == row["shape"] and (not twin or weight is state.get(twin))
+            yield Compared(row["key"], 0.0 if right else math.inf, 0.0, "" if right else f"its shape or twin: {shape}")
+
+
+def draw_weights(case: Case, empty: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the weights of a full-size network by the seed rule of its case. empty: its state dict."""
+    import torch
+
+    tied, std = case.info.get("tied_keys", {}), case.need("weight_std")
+    weights: dict[str, Any] = {}
+    for index, (key, shaped) in enumerate(sorted(empty.items())):
+        if key not in tied:
+            generator = torch.Generator().manual_seed(case.need("seed") * 100003 + index)
+            weights[key] = torch.randn(shaped.shape, generator=generator).mul_(std)
+            if re.search(case.need("norm_regex"), key):
+                weights[key] += 1
+            if key.endswith(".gamma"):
+                weights[key] += case.info.get("layerscale_mean", 0)
+    return weights | {key: weights[twin] for key, twin in tied.items()}
+
+
+def compare_probes(case: Case, weights: Mapping[str, Any]) -> Iterator[Compared]:
+    """Compares drawn weights with the first values and the sums that the case has of some of them."""
+    for key, probe in case.info.get("weight_probes", {}).items():
+        first = probe["first"]
+        yield compare(f"weight {key}", weights[key].flatten()[: len(first)], first)
+        yield compare(f"sum of weight {key}", weights[key].double().sum(), probe["sum"], FULL_MARK)
 
 
 def find_cases(folder: Path) -> list[Path]:

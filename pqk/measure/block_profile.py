@@ -1,4 +1,4 @@
-"""Profiles two models part by part, as a task of a worker process: parameters, FLOPs, and the time of their kernels."""
+"""Profiles two models part by part, `profile`: parameters, FLOPs, and kernel times; a task of a worker process."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ REST = "everything else"
 
 
 def profile(request: Mapping[str, Any]) -> dict[str, Any]:
-    """The worker's side: parameters, FLOPs and times of every part of two models.
+    """Returns parameters, FLOPs and times of every part of two models.
 
-    Request: family, workload, variants (two) and models (where `load_model` finds them), rounds. Returns sides, for
-    each model its parts as {name: {kind, params, flops, time_ms}}; time_ms has one value per round, milliseconds per
-    sample, and is null where the engines do not run. A graph that a sample calls twice counts twice.
+    Request: family, workload, variants (two) and models (paths for `load_model`), rounds. Returns sides, for each model
+    its parts as {name: {kind, params, flops, time_ms}}; time_ms has one value per round, milliseconds per sample, and
+    is null for emulated engines. A graph that a sample calls twice counts twice.
     """
     of, workload = opened_workload(request)
     part_of = of.settings_part().part_of
@@ -64,7 +64,10 @@ def _weights(path: str, part_of: PartOf) -> dict[str, dict[str, Any]]:
 def _profiled(
     engines: Engines, calls: Mapping[str, int], part_of: PartOf
 ) -> dict[tuple[str, str], tuple[float, float]]:
-    """FLOPs and milliseconds of each part for one sample; a kernel without a known name is of the part before it."""
+    """Returns FLOPs and milliseconds of each part for one sample.
+
+    A kernel without a known name counts for the part of the kernel before it.
+    """
     found: dict[tuple[str, str], tuple[float, float]] = {}
     for graph, kernels in engines.kernels().items():
         part = (REST, REST)
@@ -77,5 +80,5 @@ def _profiled(
 
 
 def _part(name: str, part_of: PartOf) -> tuple[str, str] | None:
-    """Part and kind of a node; the rest for one that lies elsewhere in the network, None for a name without a path."""
+    """Returns part and kind of a node: REST for a node elsewhere in the network, None for a name without a path."""
     return part_of(name) or ((REST, REST) if "/" in name or "." in name else None)

@@ -1,4 +1,4 @@
-"""Predicts and scores in one go, for an evaluation whose predictions are too large to be kept."""
+"""Predicts and scores in one step, for an evaluation whose predictions are too large to keep: `evaluate`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pqk.measure.scoring import Scorer
 
 
 def evaluate(request: dict[str, Any]) -> dict[str, Any]:
-    """Scores every sample beside the engines, against the ground truth or a reference that runs beside them.
+    """Scores every sample while the engines run, against the ground truth or a reference that runs along with them.
 
     Request and result: those of `pqk.measure.predict.run_samples` and `pqk.measure.scoring.Scorer` together.
     """

@@ -1,4 +1,4 @@
-"""Memory of this process."""
+"""Measures the memory of this process."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _PROC = Path("/proc/self")
 
 
 def peak_ram_bytes() -> int:
-    """Largest resident set of this process so far, or since `forget_peak`, in bytes (VmHWM on Linux)."""
+    """Returns the largest resident set of this process so far, or since `forget_peak`, in bytes (VmHWM on Linux)."""
     status = _PROC / "status"
     if status.exists():
         for line in status.read_text().splitlines():
@@ -21,7 +21,7 @@ def peak_ram_bytes() -> int:
 
 
 def forget_peak() -> bool:
-    """Lets `peak_ram_bytes` begin anew at what is resident now; False where the system cannot (Linux 4.0 can)."""
+    """Resets `peak_ram_bytes` to the current resident set; returns False where the system cannot (Linux 4.0 can)."""
     try:
         (_PROC / "clear_refs").write_text("5")  # proc(5): resets VmHWM
     except OSError:
@@ -30,7 +30,7 @@ def forget_peak() -> bool:
 
 
 def ram_bytes() -> int:
-    """Resident set of this process now, in bytes."""
+    """Returns the current resident set of this process, in bytes."""
     import psutil
 
     return int(psutil.Process().memory_info().rss)

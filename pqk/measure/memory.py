@@ -1,6 +1,8 @@
-"""Host memory of a variant, in two processes: one that compiles it, and one that loads the compiled model and runs it.
+"""Measures the host memory of a variant, `measure_memory`: in a process that compiles it, and in one that loads the
+compiled model and runs it.
 
-A compiler needs memory that is free again once the model runs: a device that only runs a model needs the second number.
+A compiler needs memory that is free again when the model runs. For a device that only runs a model, the second number
+counts.
 """
 
 from __future__ import annotations
@@ -15,23 +17,23 @@ from pqk.measure.footprint import forget_peak, peak_ram_bytes, ram_bytes
 from pqk.measure.predict import opened_workload
 
 SETTLED = 0.01
-"""Growth, as a share, over two samples up to which a process counts as settled."""
+"""Share by which memory may grow over two samples while a process counts as settled."""
 
-_SAMPLES = 20  # that a process may take to settle
+_SAMPLES = 20  # limit for a process to settle
 
 
 def measure_memory(request: dict[str, Any]) -> dict[str, Any]:
     """Measures this process, which must be fresh.
 
-    Request: family, workload, variant, compiled (folder of the compiled model), step: 'compile' makes the model, leaves
-    it in `compiled` and gives peak_bytes; 'run', in another process afterwards, loads it from there and gives
-    steady_bytes: the peak while a sample runs, once samples need no more memory than those before. Null when the model
-    was compiled anew, or memory still grew after 20 samples. A backend that cannot keep compiled models compiles in
-    both.
+    Request: family, workload, variant, compiled (folder of the compiled model), step: 'compile' compiles the model,
+    writes it into `compiled` and returns peak_bytes; 'run', in another process afterwards, loads it from there and
+    returns steady_bytes: the peak while a sample runs, once samples need no more memory than those before. Null when
+    the model was compiled again, or memory still grew after 20 samples. A backend that cannot keep compiled models
+    compiles in both.
     """
     variant = Variant.from_json(request["variant"])
     options = {name: value for name, value in variant.options.items() if name != "cache_dir"}
-    if variant.backend != "reference":  # which reads a graph as it is
+    if variant.backend != "reference":  # the reference does not compile
         options["cache_dir"] = request["compiled"]
     of, workload = opened_workload(request)
     sample, predict = of.data_part().example(workload), of.predict_part().predict
@@ -48,7 +50,7 @@ def measure_memory(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def steady_bytes(run: Callable[[], object]) -> int | None:
-    """Gives the most memory that one more `run` needs, once that no longer grows; None when it still grows."""
+    """Returns the peak memory of one `run` after it stopped growing; None when it still grows after 20 runs."""
     peaks: list[int] = []
     for _ in range(_SAMPLES):
         counted = forget_peak()

@@ -1,8 +1,8 @@
-"""Looks at single nodes of the graphs, as tasks of a worker process.
+"""Ranks parts and nodes of the graphs by the quantization error that they cause, `rank_graphs`; a task of a worker.
 
-Finds where two runtimes diverge on the float graphs, ranks parts and nodes by the quantization error that they cause,
-and puts chosen nodes back to float. One sample is looked at: with more of them shares move by less than their noise.
-All activations are never held at once, nor are engines that do not compute.
+Also finds the first node where two runtimes differ on the float graphs (`part_graphs`), and puts chosen nodes back to
+float (`mix_graphs`). One sample is used: more samples change the shares by less than their noise. Memory never holds
+all activations at once, nor engines that are not needed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ GROUPS = 2  # worst parts of each graph whose single nodes are ranked too
 
 
 class _Looked:
-    """The first sample of a request, and what the float graphs are fed by it.
+    """The first sample of a request, and the inputs of the float graphs for it.
 
     Request: family, workload, samples, float (graphs by name).
     """
@@ -39,7 +39,7 @@ class _Looked:
         self.sample = next(iter(self.of.data_part().samples(found, self.workload, 0)))
 
     def feeds(self, graph: str) -> list[Feeds]:
-        """Returns what a graph is fed, call by call; only the graphs before it run."""
+        """Returns the inputs of a graph, call by call; only the graphs before it run."""
         with on_reference({name: self.floats[name] for name in self.before(graph)}) as engines:
             recorder = Recorder(graph, engines, self.floats)
             self.predict(recorder)
@@ -55,7 +55,7 @@ class _Looked:
 
 
 def part_graphs(request: dict[str, Any]) -> dict[str, Any]:
-    """The first node at which a backend parts from ONNX Runtime by more than `tolerance`, for each float graph.
+    """Finds, for each float graph, the first node where a backend differs from ONNX Runtime by more than `tolerance`.
 
     Request: that of `_Looked`, backend, and tolerance. Returns parted: graph -> sentence or null.
     """
@@ -78,12 +78,13 @@ def part_graphs(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def rank_graphs(request: dict[str, Any]) -> dict[str, Any]:
-    """Measures how much of the error of the prediction is gone when one part, or one node, computes in float.
+    """Measures the share of the prediction error that disappears when one part, or one node, computes in float.
 
     Request: that of `_Looked`, backend, int8 (its quantized graphs), and scratch: a folder in which each measured error
-    is kept, so that a killed ranking goes on where it was. Returns groups (parts of the model) and nodes (single nodes
-    of the worst parts): rows of `rank.NodeShare` with their graph and `of_all`, the share of the errors of all graphs
-    together, sorted by it. A graph is judged by what the other graphs, in float in ONNX Runtime, make of its outputs.
+    is kept, so that a killed ranking can resume. Returns groups (parts of the model) and nodes (single nodes of the
+    worst parts): rows of `rank.NodeShare` with their graph and `of_all`, the share of the errors of all graphs
+    together, sorted by it. The error of a graph is that of the prediction which the other graphs, in float in ONNX
+    Runtime, compute from its outputs.
     """
     looked, ints = _Looked(request), graphs_from_json(request["int8"])
     surgery = _surgery(request["backend"])
@@ -116,7 +117,7 @@ def rank_graphs(request: dict[str, Any]) -> dict[str, Any]:
 
 
 class _KeptErrors(dict[str, float]):
-    """Errors that a file holds too, from the first one on: of a large model each takes a minute."""
+    """Errors that are also written to a file, one by one: with a large model each takes a minute."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(json.loads(path.read_text()) if path.exists() else {})
@@ -129,7 +130,10 @@ class _KeptErrors(dict[str, float]):
 
 
 def _teller(graph: str, number: int, graphs: int) -> Progress:
-    """Reports how far the ranking of a graph is: its groups, then single nodes; each graph is an equal share of all."""
+    """Returns a function that reports the progress of ranking a graph: its groups, then single nodes.
+
+    Each graph counts as an equal share of the whole.
+    """
     rankings = 0
 
     def say(done: int, total: int, name: str) -> None:
@@ -142,7 +146,7 @@ def _teller(graph: str, number: int, graphs: int) -> Progress:
 
 
 def mix_graphs(request: dict[str, Any]) -> dict[str, Any]:
-    """Int8 graphs with nodes back in float, written to `out`; a graph without such nodes is not written.
+    """Writes int8 graphs with nodes back in float to `out`; a graph without such nodes is not written.
 
     Request: backend, float and int8 (graphs by name), nodes (graph -> names), out. Returns graphs.
     """

@@ -1,7 +1,6 @@
-"""Tells how quiet a machine is while times are taken: cores that other processes use, and times that drift.
+"""Measures how quiet a machine is during a timing: cores that other processes use, and times that drift.
 
-`pqk.measure.timing` reads the load before, during and after its rounds; `disturbances` says what is wrong with a
-timing.
+`pqk.measure.timing` reads the load before, during and after its rounds; `disturbances` lists the problems of a timing.
 """
 
 from __future__ import annotations
@@ -15,14 +14,14 @@ from typing import Any
 import numpy as np
 
 WINDOW_S = 0.3
-"""A look at the load: 30 ticks of the kernel's accounting, so that one core counts to about 3 %."""
+"""Window of a load measurement: 30 ticks of the kernel's accounting, so that one core is measured to about 3 %."""
 
 _LEAST_FOR_DRIFT = 9  # rounds: three in each third
 
 
 @dataclass(frozen=True)
 class Clocks:
-    """Seconds since some moment: of the wall, of the allowed cores being busy (added up), and of this process's CPU."""
+    """Seconds since some moment: wall time, busy time of the allowed cores (summed), and CPU time of this process."""
 
     wall: float
     busy: float
@@ -30,7 +29,7 @@ class Clocks:
 
 
 def read_clocks() -> Clocks:
-    """Reads them now. Time that a hypervisor gave to other machines (steal) counts as busy."""
+    """Reads the clocks. Time that a hypervisor gave to other machines (steal) counts as busy."""
     import psutil
 
     cores = psutil.cpu_times(percpu=True)
@@ -43,21 +42,21 @@ def read_clocks() -> Clocks:
 
 
 def load_between(begin: Clocks, end: Clocks) -> float:
-    """Gives the cores that other processes used between two readings: 1.0 is one whole core of the allowed ones."""
+    """Returns the cores that other processes used between two readings: 1.0 is one whole core of the allowed ones."""
     wall = end.wall - begin.wall
     others = (end.busy - begin.busy) - (end.own - begin.own)
     return max(0.0, others) / wall if wall > 0 else 0.0
 
 
 def load_now(window_s: float = WINDOW_S, read: Callable[[], Clocks] = read_clocks) -> float:
-    """Watches for `window_s` seconds and gives the cores that other processes used meanwhile."""
+    """Waits for `window_s` seconds and returns the cores that other processes used meanwhile."""
     begin = read()
     time.sleep(window_s)
     return load_between(begin, read())
 
 
 def drift_pct(samples_ms: Sequence[float]) -> float | None:
-    """Gives the change of the median from the first to the last third of the rounds, percent; None below 9 rounds."""
+    """Returns the change of the median from the first to the last third of the rounds, percent; None below 9 rounds."""
     third = len(samples_ms) // 3
     if len(samples_ms) < _LEAST_FOR_DRIFT:
         return None
@@ -66,7 +65,7 @@ def drift_pct(samples_ms: Sequence[float]) -> float | None:
 
 
 def disturbances(timing: Mapping[str, Any], max_load: float, max_drift_pct: float) -> list[str]:
-    """Says what disturbed a timing, a clause each; empty when nothing did.
+    """Returns the disturbances of a timing, a clause each; empty when there was none.
 
     timing: `load_before`, `load_during` and `load_after` in cores, `drift_pct`; see `pqk.measure.timing`. max_load,
     max_drift_pct: section `efficiency` of eval.yaml.
@@ -83,8 +82,8 @@ def disturbances(timing: Mapping[str, Any], max_load: float, max_drift_pct: floa
 
 
 def warning(disturbed: Sequence[str]) -> str:
-    """Says in one line that a timing was disturbed, by what, and what becomes of it."""
+    """Returns one line with the disturbances of a timing, and when it is measured again."""
     return (
         f"warning: the timing was disturbed: {'; '.join(disturbed)}. Do not quote its milliseconds; the next run on a "
-        "quiet machine takes it again, --retime at any time"
+        "quiet machine measures them again, --retime does so at any time"
     )

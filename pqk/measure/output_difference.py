@@ -1,4 +1,4 @@
-"""Runs several runtimes on the same samples and compares the outputs of each with those of the first."""
+"""Runs several runtimes on the same samples and compares the outputs of each with those of the first: `compare`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pqk.settings.workload import Workload
 
 
 def open_side(side: Mapping[str, Any], of: Family, workload: Workload) -> Engines:
-    """Opens a side out of {'variant': ...} or {'torch': where the model is}."""
+    """Opens a side, given as {'variant': ...} or {'torch': path of the model}."""
     if "torch" in side:
         return in_torch(of.model_part().graphs(load_model(side["torch"]), workload))
     return compiled(Variant.from_json(side["variant"]))

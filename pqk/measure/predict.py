@@ -1,4 +1,6 @@
-"""Runs the engines of a variant over the samples of a split: predictions, and what was executed. Nothing is scored."""
+"""Runs the engines of a variant over the samples of a split, `predict`: predictions and executed kernels. Nothing is
+scored.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,7 @@ from pqk.settings.workload import Workload
 
 Arrays = Mapping[str, np.ndarray]
 Take = Callable[[Sample, Arrays, Arrays | None], None]
-"""Gets a sample, its prediction, and that of the reference where one runs beside it."""
+"""Gets a sample, its prediction, and the prediction of the reference where one runs along with the variant."""
 
 _REMEMBERED = 512 * 2**20  # bytes of a group's outputs: tokens of 160 images of a ViT-L at 512x384
 
@@ -42,7 +44,7 @@ def predict(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def opened(request: Mapping[str, Any]) -> tuple[Family, Workload, SampleSet]:
-    """Returns what a request about samples names: family, workload, samples (see `SampleSet.to_json`)."""
+    """Returns family, workload and samples (see `SampleSet.to_json`) of a request."""
     return *opened_workload(request), SampleSet.from_json(request["samples"])
 
 
@@ -55,11 +57,11 @@ def opened_workload(request: Mapping[str, Any]) -> tuple[Family, Workload]:
 def run_samples(request: Mapping[str, Any], take: Take) -> dict[str, Any]:
     """Runs every sample, one at a time, and hands it to `take`.
 
-    Request: family, workload, samples, variant, reference (a variant to run beside it, or absent), seed, keep
+    Request: family, workload, samples, variant, reference (a variant that runs along with it, or absent), seed, keep
     (keep-list or []). Returns measured (engine or emulated), size_bytes (files that ship), executed (share of FLOPs per
-    precision), matched_by_size (share of FLOPs whose kernel only their number tells), flops (of the first sample),
-    kernels (rows by graph).
-    Raises CheckFailed when a kept node ran in an int8 kernel, PqkError for what the samples and engines raise.
+    precision), matched_by_size (share of FLOPs that were assigned to a kernel only by their number), flops (of the
+    first sample), kernels (rows by graph).
+    Raises CheckFailed when a kept node ran in an int8 kernel, and PqkError as the samples and engines do.
     """
     of, workload, found = opened(request)
     variant, seed = Variant.from_json(request["variant"]), request["seed"]

@@ -1,12 +1,12 @@
 """Keeps predictions of a variant on disk, so that a changed metric does not run its engines again.
 
-    arrays.bin     the arrays of every sample, one behind the other, in their own types, little-endian
+    arrays.bin     the arrays of every sample, one after another, in their own types, little-endian
     samples.json   per sample its group (place in the list, from 0), its name, and name, type and shape of each array
-    about.json     what the engines are; see `pqk.measure.predict`
-    kernels.json   what they executed
+    about.json     facts about the engines; see `pqk.measure.predict`
+    kernels.json   the kernels that they executed
 
-Nothing is rounded: float16 moves the median that scales a pair of point maps by up to 2e-4, and three quarters of the
-bits still change what is left between a quantized model and its Teacher by more than 1e-4 of it.
+Nothing is rounded. float16 would change the median that scales a pair of point maps by up to 2e-4. Even with three
+quarters of the bits, the difference between a quantized model and its Teacher changes by more than 1e-4 of itself.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _INDEX, _ARRAYS = "samples.json", "arrays.bin"
 
 
 class Writer:
-    """Writes the predictions of a variant into an empty folder, sample by sample; a context manager."""
+    """Writer of the predictions of a variant into an empty folder, sample by sample; a context manager."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -50,7 +50,7 @@ class Writer:
 
     def __exit__(self, kind: object, *exc: object) -> None:
         if kind is not None:
-            with contextlib.suppress(OSError):  # the error that is on its way says more
+            with contextlib.suppress(OSError):  # the error that is being raised says more
                 self._stream.close()
             return
         with clear_write_errors(self._folder):
@@ -59,7 +59,7 @@ class Writer:
 
 
 class Predictions:
-    """What a `Writer` left, sample by sample; a context manager. Many threads may read at once.
+    """The predictions that a `Writer` wrote, sample by sample; a context manager. Many threads may read at once.
 
     samples: (group, name) of each, in order.
     """

@@ -1,4 +1,4 @@
-"""Compares scored models: drops with their intervals, and several sets of groups taken together."""
+"""Compares scored models: drops with their intervals (`drop_of`), also over several sets of groups together."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from pqk.measure.scoring import PLACE, summary_of
 from pqk.stats.intervals import LEVEL, Interval, drop_interval, mean_interval
 
 Scores = Mapping[str, Any]
-"""What `stages.quality` returns: samples (a row of evidence each, with its group), summary, groups, and more."""
+"""The result of `stages.quality`: samples (a row of evidence each, with its group), summary, groups, and more."""
 
 
 def drop_of(metric: Metric, mine: Scores, teacher: Scores, truthful: bool, level: float = LEVEL) -> Interval | None:
-    """Gives the drop of a metric in percent against the Teacher with its interval over groups.
+    """Returns the drop of a metric in percent against the Teacher with its interval over groups.
 
     truthful: both were scored against ground truth; else the Teacher's output was the truth, and the drop is the error
-    against it. None where the metric was not measured or does not tell a drop. Raises PqkError when the two were
-    scored on other samples.
+    against it. None where the metric was not measured, or where its error is not a drop (`Metric.drops`). Raises
+    PqkError when the two were scored on different samples.
     """
     values, groups = _column(mine, metric.name), [row["group"] for row in mine["samples"]]
     if values is None:
@@ -41,9 +41,9 @@ def drop_of(metric: Metric, mine: Scores, teacher: Scores, truthful: bool, level
 
 
 def rise_of(metric: str, mine: Scores, teacher: Scores) -> Interval | None:
-    """Gives by how much a metric is above the Teacher's, with its interval over groups; None where it was not measured.
+    """Returns the metric minus the Teacher's, with its interval over groups; None where it was not measured.
 
-    Raises PqkError when the two were scored on other samples.
+    Raises PqkError when the two were scored on different samples.
     """
     values, base = _column(mine, metric), _column(teacher, metric)
     if values is None or base is None:
@@ -54,7 +54,7 @@ def rise_of(metric: str, mine: Scores, teacher: Scores) -> Interval | None:
 
 
 def metric_intervals(scores: Scores, metrics: Sequence[str]) -> dict[str, list[float]]:
-    """Gives [low, high] of the mean of each metric over groups; a metric that was not measured is left out."""
+    """Returns [low, high] of the mean of each metric over groups; a metric that was not measured is left out."""
     groups = [row["group"] for row in scores["samples"]]
     found: dict[str, list[float]] = {}
     for metric in metrics:
@@ -66,7 +66,7 @@ def metric_intervals(scores: Scores, metrics: Sequence[str]) -> dict[str, list[f
 
 
 def together(parts: Sequence[Scores], summarise: Callable[[Sequence[Mapping[str, Any]]], Any]) -> dict[str, Any]:
-    """Joins the scores of one variant on several sets of groups; what is no score is that of the first."""
+    """Joins the scores of one variant on several sets of groups; other values are taken from the first set."""
     if len(parts) == 1:
         return dict(parts[0])
     rows = [row for part in parts for row in part["samples"]]

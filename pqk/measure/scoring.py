@@ -1,4 +1,4 @@
-"""Scores samples against their ground truth or against a reference. No engine runs here."""
+"""Scores samples against their ground truth or against a reference, `score`. No engine runs here."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from pqk.measure.predictions import Predictions
 _MOST = 4  # samples that are scored at once
 Arrays = Mapping[str, np.ndarray]
 PLACE = ("group", "sample")
-"""Of a row: which sample it is of. The rest is its evidence."""
+"""Keys of a row that identify its sample. The other keys are its evidence."""
 
 
 class Scorer:
-    """Scores samples on threads while the next ones are predicted or read; a context manager.
+    """Scorer of samples, on threads while the next ones are predicted or read; a context manager.
 
     request: family, name (of the variant), samples (a set as plain data), quality (the evaluation's section), seed,
     and, needed only against a reference, config (of the Teacher's model). `add` blocks while several samples wait,
@@ -46,7 +46,7 @@ class Scorer:
         self._pool.shutdown(cancel_futures=True)
 
     def add(self, sample: Sample, arrays: Arrays, reference: Arrays | None) -> None:
-        """Scores a sample against `reference`, or where that is None against its ground truth."""
+        """Scores a sample against `reference`, or against its ground truth when `reference` is None."""
         self._waiting.append((sample, self._pool.submit(self._score, sample, arrays, reference)))
         while len(self._waiting) > self._most:
             self._collect()
@@ -54,7 +54,7 @@ class Scorer:
     def result(self) -> dict[str, Any]:
         """Returns summary (every metric over all samples) and samples (a row each: group, sample, its evidence).
 
-        A sample with too little truth has no row. Raises PqkError when no sample is left.
+        A sample with too little ground truth has no row. Raises PqkError when no sample is left.
         """
         while self._waiting:
             self._collect()
@@ -87,14 +87,14 @@ def summary_of(summarise: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
 def score(request: dict[str, Any]) -> dict[str, Any]:
     """Scores kept predictions.
 
-    Request: what `Scorer` needs, workload, predictions (folder), and reference (a folder as well, or null). Returns
-    what `Scorer.result` does.
+    Request: that of `Scorer`, workload, predictions (folder), and reference (also a folder, or null). Returns the
+    result of `Scorer.result`.
     """
     with ExitStack() as stack:
         mine = stack.enter_context(Predictions(Path(request["predictions"])))
         other = stack.enter_context(Predictions(Path(request["reference"]))) if request["reference"] else None
         if other is not None and other.samples != mine.samples:
-            raise PqkError(f"the predictions of {request['name']} and of its reference are of other samples")
+            raise PqkError(f"the predictions of {request['name']} and of its reference are of different samples")
         scorer = stack.enter_context(Scorer(request, min(_MOST, allowed_cores())))
         for place, sample in enumerate(_samples(request, mine, other is None)):
             scorer.add(sample, mine.arrays(place), other.arrays(place) if other is not None else None)
@@ -102,7 +102,7 @@ def score(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _samples(request: Mapping[str, Any], mine: Predictions, truth: bool) -> Iterator[Sample]:
-    """The samples of predictions, decoded anew only where their truth is needed."""
+    """Yields the samples of predictions; they are decoded again only when their ground truth is needed."""
     if not truth:
         yield from (Sample(group, name, None) for group, name in mine.samples)
         return

@@ -1,8 +1,8 @@
-"""Measures how far two predictions of the same sample are apart: per output, and per pixel.
+"""Measures the difference of two predictions of the same sample, per output and per pixel: `Agreement`.
 
 A prediction is a dict of numpy arrays; an output of kind 'points' holds (..., 3) coordinates, z along the optical axis,
-one of kind 'values' plain numbers. Nothing is aligned: the same model on two toolchains must give the same numbers, in
-the same unit.
+one of kind 'values' plain numbers. Nothing is aligned: the same model on two toolchains must return the same numbers,
+in the same unit.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MOVED = 0.01  # a point that moved by more than this part of the scene's depth c
 
 @dataclass(frozen=True)
 class HeadAgreement:
-    """One output of two predictions, over all samples. `a` is the reference.
+    """Agreement of one output of two predictions, over all samples. `a` is the reference.
 
     max_abs, mean_abs: of |a - b| over all numbers. relative: mean |a - b| / mean |a|, None when a is 0 everywhere and b
     is not. cosine: of both as one vector, 1 at best. psnr_db: 10 log10(range(a)^2 / mean (a - b)^2), None when equal
@@ -58,7 +58,7 @@ class _Sums:
 
 
 class Agreement:
-    """Collects pairs of predictions; memory grows by one float32 per pixel and output.
+    """Collector of pairs of predictions; memory grows by one float32 per pixel and output.
 
     outputs: their kinds by name (`ScoringPart.OUTPUTS`).
     """
@@ -93,7 +93,7 @@ class Agreement:
             sums.pixels.append(distance.astype(np.float32).ravel())
 
     def result(self) -> dict[str, HeadAgreement]:
-        """Per head. Raises PqkError when no sample was added."""
+        """Returns the agreement of each output. Raises PqkError when no sample was added."""
         found = {}
         for head, s in self._sums.items():
             if not s.count:

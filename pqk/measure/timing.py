@@ -1,4 +1,4 @@
-"""Timing of variants side by side in one process: every round runs each of them once, in an order drawn anew."""
+"""Times variants side by side in one process, `time_variants`: every round runs each once, in a new random order."""
 
 from __future__ import annotations
 
@@ -18,25 +18,26 @@ from pqk.measure.predict import opened
 from pqk.stats.latency import speedup
 
 ORDER_SEED = 0
-"""Of the order in each round: in a fixed rotation a variant would always run after the same other one."""
+"""Seed of the order in each round. In a fixed rotation a variant would always run after the same other one."""
 
-_REMEMBERED = 512 * 2**20  # bytes of what samples of a group share
+_REMEMBERED = 512 * 2**20  # bytes of outputs that samples of a group share
 
 LEAST_ROUNDS = 3
-"""Timed whatever the ceiling says: a median needs them."""
+"""Least number of timed rounds, also beyond `max_seconds`: a median needs them."""
 
 LEAST_FOR_ENOUGH = 10
-"""Rounds before an interval may end a timing."""
+"""Least number of rounds before an interval may end a timing."""
 
 
 def time_variants(request: dict[str, Any], read: Callable[[], Clocks] = read_clocks) -> dict[str, Any]:
-    """Returns raw samples in milliseconds per variant (sample; each call by graph; device where engines tell it).
+    """Returns raw times in milliseconds per variant: of a sample, of each call by graph, and of the device where the
+    engines measure it.
 
-    Request: family, workload, samples, variants, efficiency; of the latter see `why_to_end`. Fed are the family's
-    `timed` samples. Samples with one index are of one round and of the same input. group_s: seconds of the whole group,
-    with what its samples share computed once; twice, in two rounds. `timing` says how it went: rounds, seconds, what
-    ended it, seed of the order, drift in percent (of the variant that drifted most), and loads in cores
-    (`pqk.measure.noise`).
+    Request: family, workload, samples, variants, efficiency (see `why_to_end`). The inputs are the family's `timed`
+    samples. Times with the same index are of the same round and the same input. group_s: seconds of the whole group,
+    where outputs that its samples share are computed once; measured twice, in two rounds. `timing`: rounds, seconds,
+    the condition that ended it, seed of the order, drift in percent (of the variant that drifted most), and loads in
+    cores (`pqk.measure.noise`).
     """
     of, workload, found = opened(request)
     variants = [Variant.from_json(v) for v in request["variants"]]
@@ -100,11 +101,11 @@ def time_variants(request: dict[str, Any], read: Callable[[], Clocks] = read_clo
 def why_to_end(
     rounds: int, seconds: float, sample_ms: Sequence[Sequence[float]], efficiency: Mapping[str, Any]
 ) -> str | None:
-    """Says what ends a timing after so many rounds and seconds per variant; None: another round.
+    """Returns the condition that ends a timing after so many rounds and seconds per variant; None: another round.
 
-    'minimum': both `min_rounds` and `min_seconds` are reached. 'ceiling': `max_seconds` is, though never before
-    LEAST_ROUNDS. 'interval': every variant's speed against the first one is known to +- `enough_pct` percent, where
-    that is not null, and not before LEAST_FOR_ENOUGH rounds.
+    'minimum': both `min_rounds` and `min_seconds` are reached. 'ceiling': `max_seconds` is reached, but never before
+    LEAST_ROUNDS. 'interval': every variant's speed against the first one is known to +- `enough_pct` percent (null:
+    never), and not before LEAST_FOR_ENOUGH rounds.
     """
     if rounds >= efficiency["min_rounds"] and seconds >= efficiency["min_seconds"]:
         return "minimum"
@@ -121,11 +122,14 @@ def why_to_end(
 def _group_times(
     engines: Mapping[str, Engines], whole: Callable[[Call], None], limit_s: float, random: np.random.Generator
 ) -> dict[str, list[float]]:
-    """Seconds of a whole group per variant, twice; once where the first time took longer than `limit_s` per variant."""
+    """Returns the seconds of a whole group per variant, measured twice.
+
+    It is measured once when the first turn took longer than `limit_s` per variant.
+    """
     found: dict[str, list[float]] = {name: [] for name in engines}
     began, names = time.monotonic(), list(engines)
     for turn in range(2):
-        if turn and time.monotonic() - began > limit_s * len(names):  # a slow model must not hold the run once more
+        if turn and time.monotonic() - began > limit_s * len(names):  # no second turn for a slow model
             break
         for which in random.permutation(len(names)):
             start = time.perf_counter()

@@ -1,11 +1,11 @@
-"""`pqk parity --explain`: where runtimes part, and which nodes of the int8 model cause its error, proved by a run.
+"""Explains differences for `pqk parity --explain`: where runtimes differ, and which nodes cause the int8 error.
 
-Two questions for each run, each answered on a few validation pairs:
+Two measurements for each run, each on a few validation pairs:
 
-- Float: the first node at which the backend parts from ONNX Runtime on the float graphs.
-- Int8: how much of the error at the outputs is gone when one part of the model computes in float. The worst part is
-  then really put back to float, scored on all validation pairs and, where the engines are real, timed beside the
-  int8 model.
+- Float: the first node at which the backend differs from ONNX Runtime on the float graphs.
+- Int8: the share of the error at the outputs that disappears when one part of the model computes in float. To prove
+  it, the worst part is put back to float, scored on all validation pairs and, where the engines are real, timed beside
+  the int8 model.
 """
 
 from __future__ import annotations
@@ -15,29 +15,29 @@ from typing import Any
 
 from backends.base import BackendError
 from pqk.errors import PqkError
-from pqk.recipe.candidate import Outcome
+from pqk.recipe.candidate import Candidate
 from pqk.recipe.ranking import can_rank, parted, ranking, times_beside, with_floats
 from pqk.stats.latency import percentile, speedup
 
 
-def explain(outcome: Outcome) -> dict[str, Any]:
-    """Rank the parts of a quantized run, put the worst back to float, and measure what that changes.
+def explain(candidate: Candidate) -> dict[str, Any]:
+    """Ranks the parts of a quantized run, puts the worst back to float, and measures the change.
 
     Returns parted, groups, nodes (see `ranking`), worst (the row chosen), proof (drop on validation samples and pair
     time before and after in the same interleaved run, and the speedup from before to after) and a sentence. Of a
     backend that is emulated, parted and times are null.
-    Raises PqkError or BackendError for an outcome whose nodes cannot go back to float.
+    Raises PqkError or BackendError for a candidate whose nodes cannot go back to float.
     """
-    backend = outcome.variants[-1].backend
+    backend = candidate.variants[-1].backend
     if not can_rank(backend):
         raise PqkError(f"backend {backend} cannot put nodes of its quantized graphs back to float")
-    timed = outcome.records[-1]["measured"] == "engine"
-    # An emulated engine computes in ONNX Runtime: there is nothing to part from.
-    found: dict[str, Any] = {"parted": parted(outcome) if timed else None, **ranking(outcome)}
+    timed = candidate.records[-1]["measured"] == "engine"
+    # An emulated engine computes in ONNX Runtime: it cannot differ from it.
+    found: dict[str, Any] = {"parted": parted(candidate) if timed else None, **ranking(candidate)}
     worst = found["worst"] = found["groups"][0]
-    mixed = with_floats(outcome, {worst["graph"]: worst["nodes"]})
-    before, after = outcome.drop(outcome.variants[-1]), outcome.drop(mixed, ())
-    times = times_beside(outcome, mixed) if timed else None
+    mixed = with_floats(candidate, {worst["graph"]: worst["nodes"]})
+    before, after = candidate.drop(candidate.variants[-1]), candidate.drop(mixed, ())
+    times = times_beside(candidate, mixed) if timed else None
     before_ms, after_ms = [percentile(t, 50) for t in times] if times else (None, None)
     found["proof"] = {
         "drop_before_pct": before.value if before else None,
@@ -50,12 +50,12 @@ def explain(outcome: Outcome) -> dict[str, Any]:
     return found
 
 
-def explain_all(outcomes: Mapping[tuple[str, str], Outcome]) -> dict[str, dict[str, Any]]:
-    """`explain` of each outcome under 'backend/quantizer'; one that cannot be explained has only a sentence: why."""
+def explain_all(candidates: Mapping[tuple[str, str], Candidate]) -> dict[str, dict[str, Any]]:
+    """Returns `explain` of each candidate under 'backend/quantizer'; on failure only a sentence with the reason."""
     found: dict[str, dict[str, Any]] = {}
-    for (backend, quantizer), outcome in outcomes.items():
+    for (backend, quantizer), candidate in candidates.items():
         try:
-            found[f"{backend}/{quantizer}"] = explain(outcome)
+            found[f"{backend}/{quantizer}"] = explain(candidate)
         except (BackendError, PqkError) as error:
             found[f"{backend}/{quantizer}"] = {"sentence": f"cannot be explained: {error}"}
     return found
@@ -69,7 +69,7 @@ def _sentence(worst: Mapping[str, Any], proof: Mapping[str, Any]) -> str:
         else f"the drop on validation samples goes from {before:.2f} % to {after:.2f} %"
     )
     if proof["speedup"] is None:
-        time = "what that costs in time was not measured, as these engines are emulated"
+        time = "the cost in time was not measured, as these engines are emulated"
     else:
         slower = 100 * (1 / proof["speedup"] - 1)
         time = f"a pair takes {slower:+.1f} % time"

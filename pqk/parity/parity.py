@@ -1,6 +1,6 @@
-"""`pqk parity CARD`: one recipe on every toolchain, the outputs held against each other, a verdict per level.
+"""Compares the outputs of one recipe on every toolchain, with a verdict per level: `pqk parity CARD`.
 
-Three levels, from what must be equal to what may differ most:
+Three levels, from the strictest comparison to the loosest:
 
 1. float: the float graph on every runtime against the model in torch. A difference is a bug of export or runtime.
 2. shared: one Q/DQ graph on every runtime that can run it. Elementwise they differ, because roundings flip; quality
@@ -24,7 +24,7 @@ from pqk.engines.variant import Variant
 from pqk.errors import PqkError, nearest
 from pqk.files import write_json
 from pqk.recipe import stages
-from pqk.recipe.candidate import Outcome
+from pqk.recipe.candidate import Candidate
 from pqk.recipe.request import Request, asked_experiment
 from pqk.recipe.runner import run
 from pqk.report.cells import value_of
@@ -42,7 +42,7 @@ Heads = Mapping[str, Mapping[str, float | None]]  # see `pqk.measure.similarity.
 
 @dataclass(frozen=True)
 class Row:
-    """One side of one level: its record (None where it has none), and its outputs against `against`."""
+    """One side of one level: its record, or None, and the comparison of its outputs with those of `against`."""
 
     level: str
     side: str  # such as 'openvino/nncf int8'
@@ -51,19 +51,19 @@ class Row:
     heads: Heads | None = None
     metric: float | None = None  # the main metric over all test pairs
     metric_drop_pct: float | None = None
-    note: str | None = None  # why there is nothing, or what to know
+    note: str | None = None  # why there is no result, or a remark
 
 
 @dataclass
 class Verdict:
-    """agree, differ, or 'not compared', with a sentence per comparison."""
+    """The verdict of a level: agree, differ, or 'not compared', with a sentence per comparison."""
 
     level: str
     verdict: str = "not compared"
     sentences: list[str] = field(default_factory=list)
 
     def judge(self, ok: bool, sentence: str) -> None:
-        """One comparison; a single one that fails makes the level differ."""
+        """Adds one comparison; a single failed one makes the level differ."""
         self.sentences.append(f"{'ok' if ok else 'DIFFERS'}: {sentence}")
         if not ok:
             self.verdict = "differ"
@@ -73,13 +73,13 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Result:
-    """Everything that `pqk parity` prints and writes."""
+    """The rows, verdicts and explanation that `pqk parity` prints and writes."""
 
     card: str
     rows: list[Row]
     verdicts: list[Verdict]
     metric: str
-    outcomes: Mapping[tuple[str, str], Outcome] = field(default_factory=dict)  # (backend, quantizer) -> its run
+    candidates: Mapping[tuple[str, str], Candidate] = field(default_factory=dict)  # (backend, quantizer) -> its run
     explanation: Mapping[str, Mapping[str, Any]] | None = None  # see `pqk.parity.explain.explain_all`
 
 
@@ -91,14 +91,14 @@ def parity(
     on_event: OnEvent,
     say: Callable[[str], None],
 ) -> Result:
-    """Run (or reuse) the card on each backend with its default quantizer, or those of `quantizers`, and compare.
+    """Runs (or reuses) the card on each backend with its default quantizer, or those of `quantizers`, and compares.
 
     `request.backend` and `request.quantizer` are not used. A backend that cannot run, or a quantizer that fails, is a
-    row that says why. Raises PqkError for unknown names, a faulty card, and when not a single side could be run.
+    row with the reason. Raises PqkError for unknown names, an invalid card, and when no side could be run.
     """
     offered = check_names(backends, quantizers)
-    card = asked_experiment(request, root).card  # a mistake in card or configs is told once, not once per side
-    outcomes: dict[tuple[str, str], Outcome] = {}
+    card = asked_experiment(request, root).card  # reports a mistake in card or configs once, not once per side
+    candidates: dict[tuple[str, str], Candidate] = {}
     missing: list[Row] = []
     for backend in backends:
         found = registry.get(backend).availability()
@@ -112,25 +112,25 @@ def parity(
         for quantizer in sides if quantizes(card.recipe) else [None]:  # a float recipe is compared as it is
             say(f"{request.card} on {backend}" + (f" with {quantizer}" if quantizer else ""))
             try:
-                outcome = run(replace(request, backend=backend, quantizer=quantizer), root, on_event, say)
+                candidate = run(replace(request, backend=backend, quantizer=quantizer), root, on_event, say)
             except (BackendError, PqkError, worker.WorkerCrashed) as error:
                 why = f"failed: {str(error).strip().splitlines()[-1]}"
                 missing.append(Row("recipe", f"{backend}/{quantizer or 'float'}", note=why))
                 continue
-            outcomes[backend, quantizer or "float"] = outcome
-    if not outcomes:
+            candidates[backend, quantizer or "float"] = candidate
+    if not candidates:
         raise PqkError("no side could be run: " + "; ".join(f"{row.side}: {row.note}" for row in missing))
-    compare = _Comparer(next(iter(outcomes.values())))
+    compare = _Comparer(next(iter(candidates.values())))
     rows, verdicts = [], []
     for level in (_float_level, _shared_level, _recipe_level):
-        made, verdict = level(outcomes, compare)
+        made, verdict = level(candidates, compare)
         rows += made
         verdicts.append(verdict)
-    return Result(card.id, rows + missing, verdicts, compare.metric, outcomes)
+    return Result(card.id, rows + missing, verdicts, compare.metric, candidates)
 
 
 def check_names(backends: list[str], quantizers: list[str] | None) -> dict[str, list[str]]:
-    """The quantizers that each backend offers. Raises PqkError for a name that is unknown."""
+    """Returns the quantizers that each backend offers. Raises PqkError for an unknown name."""
     known = registry.names()
     for name in backends:
         if name not in known:
@@ -146,23 +146,23 @@ def check_names(backends: list[str], quantizers: list[str] | None) -> dict[str, 
 
 
 class _Comparer:
-    """Runs sides on the same validation pairs, with the store; all outcomes share scenes, model and evaluation."""
+    """Comparisons on the same validation pairs, from the store; all candidates share scenes, model and evaluation."""
 
-    def __init__(self, any_outcome: Outcome) -> None:
-        self.outcome = any_outcome
-        self.limits: Parity = any_outcome.experiment.evaluation.parity
-        self.metric: str = any_outcome.experiment.evaluation.quality.main_metric
+    def __init__(self, any_candidate: Candidate) -> None:
+        self.candidate = any_candidate
+        self.limits: Parity = any_candidate.experiment.evaluation.parity
+        self.metric: str = any_candidate.experiment.evaluation.quality.main_metric
 
     def heads(self, base: Variant | None, others: Sequence[Variant]) -> list[Heads]:
-        """Agreement of each of `others` with `base`; None is the model in torch."""
-        ctx, experiment, found = self.outcome.ctx, self.outcome.experiment, self.outcome.validation
+        """Returns the agreement of each of `others` with `base`; base None is the model in torch."""
+        ctx, experiment, found = self.candidate.ctx, self.candidate.experiment, self.candidate.validation
         request = {"count": self.limits.pairs}
         if not others:
             return []
 
         def make(folder: Path) -> None:
             asked = {
-                "base": {"variant": base.to_json()} if base else {"torch": self.outcome.model},
+                "base": {"variant": base.to_json()} if base else {"torch": self.candidate.model},
                 "others": [{"variant": other.to_json()} for other in others],
                 **experiment.fed,
                 "samples": found.to_json(),
@@ -174,7 +174,7 @@ class _Comparer:
         label = f"{names} with {f'{base.backend} {base.name}' if base else 'torch'}"
         sources = stages.sources_of(base, *others) + (() if base else stages.LOADER_CODE)
         inputs = {
-            "base": stages.identity(ctx, base, None) if base else {"torch": self.outcome.onnx_float.hashes},
+            "base": stages.identity(ctx, base, None) if base else {"torch": self.candidate.onnx_float.hashes},
             "others": [stages.identity(ctx, other, None) for other in others],
             "samples": found.key,
             **stages.fed_key(experiment),
@@ -186,22 +186,22 @@ class _Comparer:
         return heads
 
     def score(self, variant: Variant) -> float | None:
-        """The main metric of a variant over all validation pairs."""
-        found: float | None = self.outcome.score(variant, ())["summary"].get(self.metric)
+        """Returns the main metric of a variant over all validation pairs."""
+        found: float | None = self.candidate.score(variant, ())["summary"].get(self.metric)
         return found
 
 
 Level = tuple[list[Row], Verdict]
 
 
-def _float_level(outcomes: Mapping[tuple[str, str], Outcome], compare: _Comparer) -> Level:
-    """Every runtime's f32, and for information its faster float precisions, against torch."""
+def _float_level(candidates: Mapping[tuple[str, str], Candidate], compare: _Comparer) -> Level:
+    """Compares every runtime's f32, and for information its faster float precisions, with torch."""
     verdict, rows = Verdict("float"), [Row("float", "torch f32", note="the model itself: base of this level")]
-    plain = compare.outcome.onnx_float
+    plain = compare.candidate.onnx_float
     sides: dict[str, tuple[Variant, Mapping[str, Any] | None]] = {f"{RUNTIME} fp32": (plain, None)}
-    for (backend, _), outcome in outcomes.items():
-        records = {v.name: r for v, r in zip(outcome.variants, outcome.records, strict=True)}
-        for variant in outcome.floats():
+    for (backend, _), candidate in candidates.items():
+        records = {v.name: r for v, r in zip(candidate.variants, candidate.records, strict=True)}
+        for variant in candidate.floats():
             sides.setdefault(f"{backend} {variant.name}", (variant, records[variant.name]))
     found = compare.heads(None, [variant for variant, _ in sides.values()])
     for (name, (variant, known)), heads in zip(sides.items(), found, strict=True):
@@ -215,14 +215,14 @@ def _float_level(outcomes: Mapping[tuple[str, str], Outcome], compare: _Comparer
     return rows, verdict
 
 
-def _shared_level(outcomes: Mapping[tuple[str, str], Outcome], compare: _Comparer) -> Level:
-    """One Q/DQ ONNX graph: ONNX Runtime against every runtime that reads ONNX, in quality and in error against f32."""
+def _shared_level(candidates: Mapping[tuple[str, str], Candidate], compare: _Comparer) -> Level:
+    """Compares ONNX Runtime with every other ONNX reader on one Q/DQ graph: quality, and error against f32."""
     verdict = Verdict("shared")
     shared = next(
         (
             (key, v)
-            for key, outcome in outcomes.items()
-            for v in outcome.variants
+            for key, candidate in candidates.items()
+            for v in candidate.variants
             if v.precision is Precision.INT8 and all(g.format == "onnx" for g in v.graphs.values())
         ),
         None,
@@ -231,20 +231,20 @@ def _shared_level(outcomes: Mapping[tuple[str, str], Outcome], compare: _Compare
         verdict.sentences.append("no quantizer that ran here writes a Q/DQ ONNX graph (modelopt does: backend trt)")
         return [Row("shared", "–", note=verdict.sentences[0])], verdict
     (owner, tool), graph = shared
-    full_range = outcomes[owner, tool].experiment.quant.ptq.weight_range != "half"
+    full_range = candidates[owner, tool].experiment.quant.ptq.weight_range != "half"
     # Where a runtime of ours reads ONNX: the reference, and openvino when it took part. trt without a GPU computes by
     # the reference itself, so it would only be compared with itself.
     readers = [RUNTIME, *(name for name in ("openvino",) if registry.get(name).availability().available)]
     sides = {name: Variant("int8", name, Precision.INT8, graph.graphs, {}) for name in readers}
     if "openvino" in sides:
         sides["openvino"] = replace(sides["openvino"], options={"rest": "f32"})
-    float_side = compare.outcome.onnx_float
+    float_side = compare.candidate.onnx_float
     errors, metrics, rows = {}, {}, []
     for (name, variant), heads in zip(sides.items(), compare.heads(float_side, list(sides.values())), strict=True):
         errors[name] = sum(_relative(head) for head in heads.values()) / len(heads)
         metrics[name] = compare.score(variant)
         note = f"graph of {owner}/{tool}"
-        if saturates() and full_range:  # in ONNX Runtime's int8 kernels as well as in OpenVINO's, and not alike
+        if saturates() and full_range:  # differently in ONNX Runtime's and OpenVINO's int8 kernels
             note += "; its int8 sums saturate on this CPU (no VNNI), which ptq.weight_range: half would avoid"
         rows.append(Row("shared", f"{name} int8", f"{RUNTIME} fp32", None, heads, metrics[name], None, note))
     for name in readers[1:]:
@@ -268,14 +268,14 @@ def _shared_level(outcomes: Mapping[tuple[str, str], Outcome], compare: _Compare
     return rows, verdict
 
 
-def _recipe_level(outcomes: Mapping[tuple[str, str], Outcome], compare: _Comparer) -> Level:
-    """The candidates of all quantizers, against the first of them."""
+def _recipe_level(candidates: Mapping[tuple[str, str], Candidate], compare: _Comparer) -> Level:
+    """Compares the candidates of all quantizers with the first of them."""
     verdict, rows = Verdict("recipe"), []
-    candidates = [outcome.variants[-1] for outcome in outcomes.values()]
-    against = [None, *compare.heads(candidates[0], candidates[1:])]
+    variants = [candidate.variants[-1] for candidate in candidates.values()]
+    against = [None, *compare.heads(variants[0], variants[1:])]
     first: tuple[str, float | None] | None = None
-    for ((backend, quantizer), outcome), heads in zip(outcomes.items(), against, strict=True):
-        record = outcome.records[-1]
+    for ((backend, quantizer), candidate), heads in zip(candidates.items(), against, strict=True):
+        record = candidate.records[-1]
         name = f"{backend}/{quantizer} {record['precision']}"
         metric, drop = _quality(record, compare.metric)
         note = "emulated by ONNX Runtime, not timed" if record["measured"] == "emulated" else None
@@ -289,7 +289,7 @@ def _recipe_level(outcomes: Mapping[tuple[str, str], Outcome], compare: _Compare
                 f"{compare.metric}: {first[0]} {first[1]:.5g}, {name} {metric:.5g}, {gap:.2g} % apart "
                 f"(at most {limit:g} %)",
             )
-    if len(outcomes) == 1:
+    if len(candidates) == 1:
         verdict.sentences.append("only one quantizer ran")
     return rows, verdict
 
@@ -304,11 +304,11 @@ def _worst(heads: Heads) -> tuple[str, float]:
 
 
 def _relative(head: Mapping[str, float | None]) -> float:
-    """Relative error of a head; None stands for an error against nothing."""
+    """Returns the relative error of a head; infinity where it is None, because the reference is 0."""
     value = head["relative"]
     return math.inf if value is None else value
 
 
 def _gap_pct(a: float, b: float) -> float:
-    """Difference in percent of the first; 0 when both are 0."""
+    """Returns the difference in percent of the first; 0 when both are 0."""
     return 100 * abs(b - a) / abs(a) if a else (0.0 if b == a else math.inf)

@@ -25,7 +25,7 @@ _RECORD_COLUMNS = (
     "speedup_vs_own_f32",
     "speedup_vs_best_float",
 )
-"""Of a record; behind them come its metrics."""
+"""Columns from a record; its metrics follow them."""
 _COLOURS = {"agree": "green", "differ": "red"}
 
 
@@ -47,7 +47,7 @@ def _flat(row: Row, metrics: Iterable[str] = ()) -> dict[str, Any]:
     flat |= {name: record.get(name) for name in _RECORD_COLUMNS}
     flat |= {name: value_of(record, name) if record else None for name in metrics}
     shares = record.get("executed_precision") or {}
-    if not record and row.heads:  # runtimes of their own, which take part without a run of the card
+    if not record and row.heads:  # a runtime that is compared without a run of the card
         flat["measured"] = "engine"
     flat["executed"] = ", ".join(f"{name} {100 * share:.1f} %" for name, share in shares.items()) or None
     flat |= {"metric": row.metric, "metric_drop_pct": row.metric_drop_pct}
@@ -143,7 +143,7 @@ def _number(value: float | None, form: str) -> str:
 
 
 def print_parity(result: Result, console: Console) -> None:
-    """Prints per level how far outputs are apart, and its verdict; then size and speed of the sides with a record.
+    """Prints per level the differences of the outputs and the verdict; then size and speed of the sides with a record.
 
     Every table fits into 80 columns as long as names do.
     """
@@ -197,7 +197,7 @@ SHOWN_NODES = 5
 
 
 def _explained(explanations: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Returns the findings of --explain in lines: where runtimes part, the worst parts and nodes, and the proof."""
+    """Returns the findings of --explain in lines: where runtimes differ, the worst parts and nodes, and the proof."""
     lines = []
     for side, found in explanations.items():
         for graph, sentence in (found.get("parted") or {}).items():
@@ -211,7 +211,7 @@ def _explained(explanations: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def _flat_text(text: str) -> str:
-    """Returns one line that markdown does not take for its own markup."""
+    """Returns one line with markdown's own markup escaped."""
     return " ".join(re.sub(r"([\\`*<>#\[\]])", r"\\\1", text).split())
 
 

@@ -45,7 +45,7 @@ def rows_of(points: Points) -> list[list[str]]:
 
 
 def _csv_rows(points: Points) -> list[list[Any]]:
-    """Returns the heading and a row per point with exact values, and the ends of an interval behind its column."""
+    """Returns the heading and a row per point with exact values; the ends of an interval follow its column."""
     shown, records = with_ends([record for record in points.values() if record])
     known = {column.name for column in shown}
     names = [f"{c.name}{end}" for c in _shown(points) for end in ("", "_low", "_high") if f"{c.name}{end}" in known]
@@ -55,7 +55,7 @@ def _csv_rows(points: Points) -> list[list[Any]]:
 
 
 def print_matrix(result: MatrixResult, console: Console) -> None:
-    """Prints a table per axis, and a sentence for every point that failed."""
+    """Prints a table per axis, and a sentence for each failed point."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -88,7 +88,10 @@ def write_matrix(result: MatrixResult, folder: Path) -> list[Path]:
 
 
 def _draw(title: str, points: Points) -> Figure | str:
-    """Draws bars per point: drop, and speedup within each point's own interleaved run. Or says why there are none."""
+    """Draws bars per point: the drop, and the speedup within the point's own interleaved run.
+
+    Returns the figure, or the reason why there is nothing to draw.
+    """
     known = {column.name: column for column in columns()}
     drawn = [known[name] for name in _DRAWN if any(record and record[name] is not None for record in points.values())]
     if not drawn:

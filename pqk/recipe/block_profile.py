@@ -1,8 +1,8 @@
-"""What a cut bought, part by part of the network: parameters, FLOPs, and the time that its kernels take.
+"""Compares each part of the Teacher with the same part of a smaller model: parameters, FLOPs, and kernel time.
 
-Fewer FLOPs need not mean less time: narrow matrices fill vector units badly, and where memory is the limit nothing is
-won at all. So the float engines of the Teacher and of the smaller model are profiled in turns in one process, and each
-part's time is held against its own.
+Fewer FLOPs do not always save time: narrow matrices use vector units poorly, and where memory is the limit no time is
+saved at all. So the float engines of the Teacher and of the smaller model are profiled in turns in one process, and
+each part is compared with itself.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _CODE = ("pqk.measure.block_profile", *LOADER_CODE)
 
 
 @dataclass(frozen=True)
-class Bought:
-    """A part, or a kind of parts, in the Teacher and in the smaller model.
+class PartChange:
+    """Sizes and times of a part, or of a kind of parts: first in the Teacher, then in the smaller model.
 
     name: such as 'enc_blocks.0.mlp', or a kind. kind: one of the family's. params: numbers of weights. flops: of one
     sample, two per multiply-add. time_ms: of its kernels for one sample, the median of the rounds; None where nothing
-    is timed. ratio: the second time over the first within a round: least, median and greatest of the rounds.
+    was timed. ratio: the second time divided by the first within a round: minimum, median and maximum of the rounds.
     """
 
     name: str
@@ -44,22 +44,26 @@ class Bought:
 
     @property
     def cut(self) -> bool:
-        """Whether weights or FLOPs of it went."""
+        """Returns whether the part lost weights or FLOPs."""
         return self.params[1] < self.params[0] or self.flops[1] < self.flops[0]
 
     @property
     def faster(self) -> bool | None:
-        """Whether it was faster in every round (by chance alone 1 in 32 parts would be, with 5); None: not timed."""
+        """Returns whether the part was faster in every round; None when it was not timed.
+
+        With 5 rounds, 1 in 32 parts would be by chance alone.
+        """
         return None if self.ratio is None else self.ratio[2] < 1.0
 
 
-def bought(
+def changes(
     ctx: Context, experiment: Experiment, before: Variant, after: Variant, teacher: Model, smaller: Model
-) -> list[Bought]:
-    """Returns every kind of parts in the order of the family's KINDS, then every part that both models have.
+) -> list[PartChange]:
+    """Returns the changes of each kind of parts in the order of the family's KINDS, then of each part in both models.
 
     before, after: the variants of teacher and smaller, in one precision on one backend.
-    Parts of a stack whose number of blocks differs are left out, as blocks are counted anew; their kinds are not.
+    Where the two models have different numbers of blocks in a stack, the blocks are renumbered: the stack's parts are
+    left out, their kinds are not.
     """
     variants, models = [before, after], [teacher, smaller]
 
@@ -89,8 +93,8 @@ def bought(
     return summed(before_parts, after_parts, kinds)
 
 
-def summed(before: Mapping[str, Any], after: Mapping[str, Any], kinds: Sequence[str]) -> list[Bought]:
-    """See `bought`. before, after: parts as `profile` returns them."""
+def summed(before: Mapping[str, Any], after: Mapping[str, Any], kinds: Sequence[str]) -> list[PartChange]:
+    """Returns the rows of `changes`. before, after: parts as `profile` returns them."""
     rows = []
     for kind in kinds:
         sides = [[entry for entry in side.values() if entry["kind"] == kind] for side in (before, after)]
@@ -108,7 +112,7 @@ def _names(side: Mapping[str, Any], kind: str) -> set[str]:
     return {part for part, entry in side.items() if entry["kind"] == kind}
 
 
-def _row(name: str, kind: str, before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> Bought:
+def _row(name: str, kind: str, before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> PartChange:
     def total(key: str) -> tuple[Any, Any]:
         return sum(entry[key] for entry in before), sum(entry[key] for entry in after)
 
@@ -123,23 +127,24 @@ def _row(name: str, kind: str, before: Sequence[Mapping[str, Any]], after: Seque
         ratios = [b / a for a, b in zip(*rounds, strict=True) if a > 0] if all(rounds) else []
         if ratios:
             ratio = min(ratios), statistics.median(ratios), max(ratios)
-    return Bought(name, kind, total("params"), total("flops"), times, ratio)
+    return PartChange(name, kind, total("params"), total("flops"), times, ratio)
 
 
-def as_data(rows: Sequence[Bought]) -> list[dict[str, Any]]:
-    """Plain data for JSON, with `faster`."""
+def as_data(rows: Sequence[PartChange]) -> list[dict[str, Any]]:
+    """Returns the rows as plain data for JSON, with `faster`."""
     return [{**asdict(row), "faster": row.faster} for row in rows]
 
 
-def clause(rows: Sequence[Bought]) -> str | None:
-    """One clause for the notes of a record: what was cut without becoming faster; None when nothing was timed.
+def clause(rows: Sequence[PartChange]) -> str | None:
+    """Returns a clause for the notes of a record: which cut parts are faster, and which are not.
 
-    'kernels of the parts that were cut, against the Teacher's: 0.52x in MLPs; no faster: heads (1.01x)'.
+    'kernel time of the cut parts, relative to the Teacher: 0.52x in MLPs; no faster: heads (1.01x)'. None when nothing
+    was cut or timed.
     """
     kinds = [row for row in rows if row.name == row.kind and row.cut and row.ratio is not None]
     if not kinds:
         return None
     won = ", ".join(f"{row.ratio[1]:.2f}x in {row.name}" for row in kinds if row.ratio and row.faster)
     lost = ", ".join(f"{row.name} ({row.ratio[1]:.2f}x)" for row in kinds if row.ratio and not row.faster)
-    begin = "kernels of the parts that were cut, against the Teacher's: "
+    begin = "kernel time of the cut parts, relative to the Teacher: "
     return begin + "; ".join(filter(None, [won, f"no faster: {lost}" if lost else ""]))

@@ -12,7 +12,7 @@ from pqk.report.cells import DASH, csv_text
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from pqk.recipe.block_profile import Bought
+    from pqk.recipe.block_profile import PartChange
 
 _HEADING = (
     "part",
@@ -32,8 +32,8 @@ _HEADING = (
 )
 
 
-def print_parts(rows: Sequence[Bought], console: Console) -> None:
-    """Prints a row per kind of part, 80 columns wide: size and time now, and how much of it was cut."""
+def print_parts(rows: Sequence[PartChange], console: Console) -> None:
+    """Prints a row per kind of part, 80 columns wide: size and time after the cut, and their changes."""
     from rich import box
     from rich.table import Table
 
@@ -70,11 +70,11 @@ def _share(before: float, after: float) -> str:
     return f"{change:+.0f} %" if round(change) else ""
 
 
-def write_parts(rows: Sequence[Bought], path: Path) -> Path:
-    """Writes all kinds and parts as CSV, empty where nothing was timed; returns the file.
+def write_parts(rows: Sequence[PartChange], path: Path) -> Path:
+    """Writes all kinds and parts as CSV, with empty cells where nothing was timed; returns the file.
 
     FLOPs (two per multiply-add) and milliseconds are those of one pair, two encodings and one decoding; the ratio of
-    times is taken within each round, and a part is `faster` when that is below 1 in every round.
+    times is computed within each round, and a part is `faster` when the ratio is below 1 in every round.
     """
     lines: list[list[Any]] = [list(_HEADING)]
     for row in rows:

@@ -1,6 +1,6 @@
-"""Runs a recipe up to its candidate: exports, trains, quantizes, and chooses on validation samples.
+"""Makes the candidate of a recipe: exports, trains, quantizes, and chooses on validation samples.
 
-Nothing is timed here and no test sample is scored: `pqk.recipe.runner` does both once, when everything is chosen.
+Nothing is timed here and no test sample is scored: `pqk.recipe.runner` does both once, after all choices.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from pqk.files import check_writable
 from pqk.measure.scores import drop_of
 from pqk.models import load_model
 from pqk.recipe import stages
-from pqk.recipe.block_profile import Bought
+from pqk.recipe.block_profile import PartChange
 from pqk.recipe.columns import common_columns
 from pqk.recipe.experiment import Experiment
 from pqk.recipe.joint import Joined, check_trainable, join
-from pqk.recipe.quantization import Lowering, Row
+from pqk.recipe.quantization import Quantization, Row
 from pqk.recipe.request import (
     Model,
     Request,
@@ -47,12 +47,12 @@ from pqk.stats.intervals import Interval
 from pqk.store.store import OnEvent
 
 STUDENT = "student "
-"""Begins the names of the float variants of the model that P and K made; the Teacher's are the bare precisions."""
+"""Prefix of the names of the trained model's float variants; the Teacher's names are the bare precisions."""
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """A run: what was asked, what was made, and on what it is judged; once measured, its records too.
+class Candidate:
+    """A made recipe with everything needed to judge it; after the measurement also its records.
 
     records: Teacher first, candidate last. variants: one for each record, in the same order.
     """
@@ -62,46 +62,46 @@ class Outcome:
     validation: SampleSet
     test: SampleSet
     experiment: Experiment
-    truthful: bool  # the test samples carry ground truth, and the model is one that can be held against it
+    truthful: bool  # the test samples have ground truth, and the weights are not random
     ctx: Context
     teacher: Model
-    model: str  # what `load_model` takes: the model that is quantized, or that is the candidate itself
+    model: str  # argument of `load_model`: the model that is quantized, or that is the candidate itself
     onnx_float: Variant  # its exported float graphs on ONNX Runtime
     trained: Sequence[Trained]  # the stages P and K
-    config: Mapping[str, Any]  # of the Teacher's network, which says what its outputs mean
-    lowered: Sequence[Row] = ()  # what stage Q made: by PTQ, and by QAT where that was called for
-    parts: Sequence[Bought] = ()  # of a model that P or K made smaller: what that bought, part by part
+    config: Mapping[str, Any]  # of the Teacher's network; it defines the meaning of its outputs
+    lowered: Sequence[Row] = ()  # results of stage Q: of PTQ, and of QAT where it was needed
+    parts: Sequence[PartChange] = ()  # of a model that P or K made smaller: its changes, part by part
 
     @property
     def hours(self) -> dict[str, float]:
-        """Device hours of each stage of the recipe, by its letter; PTQ and QAT are both Q."""
+        """Returns the device hours of each stage of the recipe by its letter; PTQ and QAT both count as Q."""
         hours = {stage.method: stage.hours for stage in self.trained}
         return hours | ({"Q": sum(row.hours for row in self.lowered)} if self.lowered else {})
 
     @property
     def paid(self) -> dict[str, float]:
-        """Device hours of everything that was made, by what it is: what two runs share is in both under one name."""
+        """Returns the device hours of each artifact by its path; an artifact that two runs share has one path."""
         hours = {stage.model.path: stage.hours for stage in self.trained}
         return hours | {str(next(iter(row.variant.graphs.values())).path): row.hours for row in self.lowered}
 
     @property
     def metric(self) -> str:
-        """The main metric, which every decision and the drop refer to."""
+        """Returns the name of the main metric, which every decision and the drop refer to."""
         return self.experiment.evaluation.quality.main_metric
 
     @property
     def decides(self) -> bool:
-        """Whether validation samples tell a drop against ground truth, by which a recipe may be changed.
+        """Returns whether validation samples give a drop against ground truth, so that it may change the recipe.
 
-        Where the test samples have none, both are scored against the Teacher; and random weights predict nothing.
+        Where the test samples have none, both splits are scored against the Teacher; random weights predict nothing.
         """
         return self.truthful and self.validation.truthful
 
     def score(self, variant: Variant, keep: Sequence[str] | None = None, on: SampleSet | None = None) -> dict[str, Any]:
-        """Scores a variant on validation samples, or on those of `on`; against the Teacher in f32 where the run has no
-        ground truth.
+        """Returns the scores of a variant on validation samples, or on those of `on`.
 
-        keep: what must not run in int8 kernels; default: the card's keep-list, for a quantized variant.
+        They are against ground truth, or against the Teacher in f32 where the run has no ground truth.
+        keep: nodes that must not run in int8 kernels; default: the card's keep-list, for a quantized variant.
         """
         found = on or self.validation
         if keep is None:
@@ -111,31 +111,31 @@ class Outcome:
         return stages.quality(self.ctx, self.experiment, variant, reference, found, self.config, keep, where)
 
     def drop(self, variant: Variant, keep: Sequence[str] | None = None) -> Interval | None:
-        """The drop of a variant on validation samples, in percent, against this run's Teacher in f32.
+        """Returns the drop of a variant on validation samples, in percent, against this run's Teacher in f32.
 
-        None where the main metric does not tell one.
+        None where the main metric gives no drop.
         """
         mine, teacher = self.score(variant, keep), self.score(self.variants[0])
         return drop_of(self.experiment.metric, mine, teacher, self.decides)
 
     def time(self, variants: Sequence[Variant]) -> dict[str, Any]:
-        """Times variants side by side on validation samples; see `pqk.recipe.stages.timing`."""
+        """Times variants in interleaved rounds on validation samples; see `pqk.recipe.stages.timing`."""
         return stages.timing(self.ctx, self.experiment, list(variants), self.validation)
 
     def floats(self) -> list[Variant]:
-        """The float variants of `model`: the student's where the recipe made one."""
+        """Returns the float variants of `model`: the student's where the recipe made one."""
         return [v for v in self.variants if v.hashes == self.onnx_float.hashes and v.precision is not Precision.INT8]
 
 
 @dataclass(frozen=True)
-class Made:
-    """A run up to where its candidate is chosen. Nothing is timed yet, and no test sample was scored.
+class Choice:
+    """One attempt at a recipe: its candidate, not yet timed and not yet scored on test samples.
 
-    outcome: without records. rows: Teacher first, candidate last. common: the columns that all records share. drop:
-    of the candidate on validation samples; None where nothing was decided by it.
+    candidate: without records. rows: Teacher first, candidate last. common: the columns that all records share. drop:
+    of the candidate on validation samples; None where no decision used it.
     """
 
-    outcome: Outcome
+    candidate: Candidate
     rows: list[Row]
     common: dict[str, Any]
     drop: Interval | None
@@ -143,10 +143,11 @@ class Made:
 
 @dataclass(frozen=True)
 class _Tools:
-    """What lowers and runs the graphs.
+    """The quantizer and the backend of a run.
 
-    quantizer: None where the recipe does not quantize. lowered: what records call its precision; to the backend every
-    graph with Q/DQ nodes is Precision.INT8. floats: the precisions of the baselines, f32 first.
+    quantizer: None where the recipe does not quantize. lowered: the quantized model's precision in records; for the
+    backend every graph with Q/DQ nodes is Precision.INT8. floats: the precisions of the baselines, f32 first.
+    options: of the engines.
     """
 
     backend: Backend
@@ -156,7 +157,7 @@ class _Tools:
     options: Mapping[str, Any]
 
     def in_float(self, graphs: Mapping[str, Graph], model: str = "") -> list[Variant]:
-        """The float variants of a model's graphs; `model` begins their names."""
+        """Returns the float variants of a model's graphs. model: prefix of their names."""
         return [
             Variant(model + ENGINE_VARIANTS[p], self.backend.name, p, graphs, dict(self.options)) for p in self.floats
         ]
@@ -169,12 +170,12 @@ def make(
     say: Callable[[str], None],
     log: Path | None = None,
     known: dict[str, Any] | None = None,
-) -> Made:
-    """Make or reuse everything of a run up to its candidate, which is chosen on validation samples.
+) -> Choice:
+    """Makes or reuses everything of a run up to its candidate, which is chosen on validation samples.
 
-    `log`: a file that the caller will write records to; refused before the long stages when it holds other ones.
-    `known` gets what a record of a failure tells, once the stages begin; without it nothing will be written to logs/.
-    Raises PqkError or BackendError for everything that a user can mend, and WorkerCrashed for a defect.
+    log: a file that the caller will write records to; refused before the long stages when it holds other records.
+    known: receives the columns for the record of a failure when the stages begin; without it nothing is written to
+    logs/. Raises PqkError or BackendError for every error that a user can correct, and WorkerCrashed for a defect.
     """
     experiment = asked_experiment(request, root)
     workload, evaluation = experiment.workload, experiment.evaluation
@@ -226,7 +227,7 @@ def make(
     quantizer, final, floats, columns = tools.quantizer, teacher, teachers, {"hashes": hashes}
     if trained:
         final = trained[-1].model
-        say(f"{final.name}: its checkpoint is {paths.shown(Path(final.path))}")
+        say(f"{final.name}: checkpoint in {paths.shown(Path(final.path))}")
         module = load_model(final.path)
         graphs = stages.export_graphs(ctx, experiment, module, final.sha256)
         columns = method_columns(experiment, trained, hashes, train) | _parameters(module)
@@ -236,9 +237,9 @@ def make(
             say(f"stop-loss: {trained[-1].reason}" + ("; not quantized" if quantizer else ""))
             quantizer = None
         rows += _rows_of_trained(floats, columns, is_candidate=quantizer is None)
-    lowering: Lowering | None = None
+    quantization: Quantization | None = None
     if quantizer is not None and calibration is not None:
-        lowering = Lowering(
+        quantization = Quantization(
             experiment,
             tools.backend.name,
             quantizer,
@@ -252,10 +253,10 @@ def make(
             joined.quantized if joined else None,
             train,
         )
-        rows.append(lowering.row(ctx))
+        rows.append(quantization.row(ctx))
     onnx_float = Variant("fp32", "reference", Precision.F32, graphs)
     variants = [row.variant for row in rows]
-    outcome = Outcome(
+    candidate = Candidate(
         [],
         variants,
         validation,
@@ -270,14 +271,14 @@ def make(
         config,
     )
     drop = None
-    if lowering is not None and lowering.made is None and request.qat and outcome.decides:
-        drop = _train_if_it_drops(outcome, lowering, rows, drop_limit(recipe, evaluation.thresholds), say)
-    outcome = replace(outcome, lowered=[row for row in rows if row.lowered])
-    return Made(outcome, rows, common, drop)
+    if quantization is not None and quantization.made is None and request.qat and candidate.decides:
+        drop = _train_if_it_drops(candidate, quantization, rows, drop_limit(recipe, evaluation.thresholds), say)
+    candidate = replace(candidate, lowered=[row for row in rows if row.lowered])
+    return Choice(candidate, rows, common, drop)
 
 
 def _tools(request: Request, experiment: Experiment, recipe: Sequence[str], root: Path) -> _Tools:
-    """The asked backend and quantizer. Raises PqkError or NotBuilt where they cannot do the recipe."""
+    """Returns the requested backend and quantizer. Raises PqkError or NotBuilt where they cannot run the recipe."""
     card, ptq = experiment.card, experiment.quant.ptq
     check_family(experiment, recipe)
     backend = usable_backend(request.backend)
@@ -292,7 +293,7 @@ def _tools(request: Request, experiment: Experiment, recipe: Sequence[str], root
     if quantizer is not None:
         check_float_rest(experiment.quant.float_rest, backend)
     options = engine_options(experiment, backend.name)
-    if not request.fresh and backend.name != "reference":  # which compiles nothing that could be kept
+    if not request.fresh and backend.name != "reference":  # the reference compiles nothing
         options["cache_dir"] = str(paths.store(root).parent / "engines")
     return _Tools(backend, quantizer, lowered, baselines_of(backend), options)
 
@@ -300,7 +301,7 @@ def _tools(request: Request, experiment: Experiment, recipe: Sequence[str], root
 def _planned(
     request: Request, recipe: Sequence[str], tools: _Tools, teacher: Model, common: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    """What is known beforehand of the records for `log`: the candidate's, or without a recipe the floats'."""
+    """Returns the known columns of the records for `log`: the candidate's record, or without a recipe the floats'."""
     if not recipe:
         return [{**common, "role": request.role, "precision": str(p), "quantizer": None} for p in tools.floats]
     name = "+".join((teacher.name, *(stage for stage in recipe if stage in TRAINS)))
@@ -309,7 +310,7 @@ def _planned(
 
 
 def _rows_of_trained(floats: Sequence[Variant], columns: Mapping[str, Any], is_candidate: bool) -> list[Row]:
-    """The float rows of the trained model. is_candidate: the one in f32, as which it was trained, which comes last."""
+    """Returns the float rows of the trained model. is_candidate: its f32 row is the candidate and comes last."""
     rows = [Row(v, floats, {**columns, "role": "baseline"}) for v in floats]
     if is_candidate:
         rows[0].own["role"] = "candidate"
@@ -318,28 +319,28 @@ def _rows_of_trained(floats: Sequence[Variant], columns: Mapping[str, Any], is_c
 
 
 def _train_if_it_drops(
-    outcome: Outcome, lowering: Lowering, rows: list[Row], limit: float, say: Callable[[str], None]
+    candidate: Candidate, quantization: Quantization, rows: list[Row], limit: float, say: Callable[[str], None]
 ) -> Interval | None:
-    """Where the quantized model drops more than `limit` percent, trains it, and adds the row of what came out.
+    """Trains the quantized model where it drops more than `limit` percent, and adds the row of the trained model.
 
     The better of the two becomes the candidate and comes last; the other one stays as a baseline. If the quantizer
-    cannot train, says so and names those that can. Everything is decided on validation samples. Returns the drop of
-    the candidate; None where the main metric tells none.
+    cannot train, a message says so and names those that can. All decisions use validation samples. Returns the drop of
+    the candidate; None where the main metric gives none.
     """
-    drop = outcome.drop(rows[-1].variant)
+    drop = candidate.drop(rows[-1].variant)
     if drop is None:
         return None
     rows[-1].own["validation_drop_pct"] = drop.value
     if not limit < drop.value:
         return drop
     above = f"PTQ drops {drop.value:.2f} % on validation samples, above {limit:g} %"
-    if lowering.untrained:
-        say(f"{above}; {lowering.untrained}")
+    if quantization.untrained:
+        say(f"{above}; {quantization.untrained}")
         return drop
     say(f"{above}: quantization-aware training")
-    learned = lowering.row(outcome.ctx, trained=True, spent_hours=rows[-1].own["gpu_hours"])
-    outcome.variants.append(learned.variant)
-    found = outcome.drop(learned.variant)
+    learned = quantization.row(candidate.ctx, trained=True, spent_hours=rows[-1].own["gpu_hours"])
+    candidate.variants.append(learned.variant)
+    found = candidate.drop(learned.variant)
     if found is None:
         return drop
     learned.own["validation_drop_pct"] = found.value
@@ -347,7 +348,7 @@ def _train_if_it_drops(
     better = found.value < drop.value
     rows[-1:] = [rows[-1], learned] if better else [learned, rows[-1]]
     rows[-2].own["role"] = "baseline"
-    outcome.variants[:] = [row.variant for row in rows]
+    candidate.variants[:] = [row.variant for row in rows]
     return found if better else drop
 
 

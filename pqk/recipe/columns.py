@@ -1,4 +1,4 @@
-"""Builds the records of a run: the schema's columns out of what the stages measured, and the record of a failure."""
+"""Builds the records of a run: the schema's columns from the results of the stages, and the record of a failure."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Measurements:
-    """What the stages measured, by the name of the variant.
+    """The results of the stages, by the name of the variant.
 
-    teacher: the Teacher in f32. scored: see `pqk.measure.evaluate`. timed: what `stages.timing` returns; None where
-    engines are emulated. memory: what `stages.memory` returns; empty where engines are emulated. level: of the drop's
-    interval, above 95 % where the scenes were looked at more than once.
+    teacher: the Teacher in f32. scored: see `pqk.measure.evaluate`. timed: result of `stages.timing`; None where
+    engines are emulated. memory: results of `stages.memory`; empty where engines are emulated. level: of the drop's
+    interval; above 95 % where the scenes were looked at more than once.
     """
 
     teacher: Variant
@@ -49,7 +49,7 @@ def common_columns(
     commit: str | None,
     hashes: Mapping[str, str],
 ) -> Record:
-    """Returns the columns that all records of a run share, as known before anything is measured."""
+    """Returns the columns that all records of a run share; they are known before the measurement."""
     workload, evaluation = experiment.workload, experiment.evaluation
     return {
         "exp_id": experiment.card.id,
@@ -74,7 +74,7 @@ def common_columns(
 
 
 def _plain(value: Any) -> Any:
-    """Returns a property of the machine as one value of a table."""
+    """Returns a property of the machine as a single table value."""
     return ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
 
 
@@ -86,7 +86,7 @@ def measured_record(
     truthful: bool,
     experiment: Experiment,
 ) -> Record:
-    """Returns a record with everything that was measured of a variant.
+    """Returns a record with all measurements of a variant.
 
     against: the float variants that speedups refer to, f32 first.
     """
@@ -98,7 +98,7 @@ def measured_record(
     record |= {"scenes": base["groups"], "pairs": len(base["samples"]), "measured": mine["measured"]}
     taken = mine if measured.timed is None else measured.timed["variants"][variant.name]
     record |= {name: taken.get(name) for name in ("measured_at", "measured_commit")}  # a reused one keeps its own
-    # What an emulation reports is the graph's plan, and no kernel that ran.
+    # An emulation reports the plan of the graph, not kernels that ran.
     if mine["measured"] == "engine":
         record["executed_precision"] = mine["executed"]
         record["executed_matched_by_size"] = mine["matched_by_size"]
@@ -183,17 +183,17 @@ def judged_float(
 
 
 def planned_shares(shares: Mapping[str, float]) -> str:
-    return (
-        f"; planned, not seen: {', '.join(f'{100 * share:.1f} % of FLOPs in {name}' for name, share in shares.items())}"
-    )
+    """Returns the end of a note on the precisions that an emulated graph plans, with their shares of FLOPs."""
+    listed = ", ".join(f"{100 * share:.1f} % of FLOPs in {name}" for name, share in shares.items())
+    return f"; planned, not measured: {listed}"
 
 
 def _timing(
     timed: Mapping[str, Any], variant: Variant, against: Sequence[Variant], teacher: Variant
 ) -> tuple[Record, dict[str, list[float]]]:
-    """Returns timing columns out of the raw samples, which stay in the record, and their intervals by column.
+    """Returns the timing columns, with the raw samples among them, and their intervals by column.
 
-    against: the own model in float, f32 first. teacher: in f32. The best float is the one with the best speedup.
+    against: the model's own float variants, f32 first. teacher: in f32. The best float has the highest speedup.
     """
     samples = timed["variants"]
     mine, pairs = samples[variant.name], {name: found["sample"] for name, found in samples.items()}
@@ -206,7 +206,7 @@ def _timing(
     graphs = {f"t_{graph}_p50_ms": percentile(times, 50) for graph, times in mine["graphs"].items()}
     known = empty_record()
     columns = {
-        **{name: value for name, value in graphs.items() if name in known},  # the others are in `samples` alone
+        **{name: value for name, value in graphs.items() if name in known},  # the others are only in `samples`
         **{name: interval.value for name, interval in found.items()},
         "t_pair_p95_ms": p95(mine["sample"]),
         "t_pair_device_p50_ms": percentile(device, 50) if device else None,
@@ -224,7 +224,7 @@ def _timing(
 
 
 def _memory(found: Mapping[str, int | None], on_gpu: bool) -> Record:
-    """Returns memory columns. What a GPU needs is not known from the host's memory."""
+    """Returns the memory columns. The host's memory says nothing about the memory that a GPU needs."""
     compiling, running = found["compile"], found["steady"]
     known = [value / 1e9 for value in (compiling, running) if value is not None]
     return {
@@ -239,12 +239,12 @@ def _now() -> str:
 
 
 def write_failure(logs: Path, known: dict[str, Any], error: Exception) -> bool:
-    """Writes a record with status 'failed' or 'unavailable', everything measured null and the reason in its notes.
+    """Writes a record with status 'failed' or 'unavailable', null measurements, and the reason in its notes.
 
-    A record of the same measurement that ended well is worth more, and stays. Returns whether one was written.
+    An existing record of the same measurement with status 'ok' is kept instead. Returns whether a record was written.
     """
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    reason = " ... ".join(dict.fromkeys((lines[0], lines[-1])))  # of a traceback: what it was, and where it ended
+    reason = " ... ".join(dict.fromkeys((lines[0], lines[-1])))  # first and last line of a traceback
     status = "unavailable" if getattr(error, "exit_code", None) == EXIT_UNAVAILABLE else "failed"
     record = empty_record() | known | {"status": status, "datetime": _now(), "notes": f"{status}: {reason}"}
     target = logs / record_filename(record)
@@ -252,6 +252,6 @@ def write_failure(logs: Path, known: dict[str, Any], error: Exception) -> bool:
         if target.exists() and any(old.record["status"] == "ok" for old in read_records(target)):
             return False
         write_record(target, record)
-    except PqkError:  # a full disk, say: the failure itself is what must be reported
+    except PqkError:  # such as a full disk; the caller reports the original failure
         return False
     return True

@@ -27,7 +27,7 @@ from pqk.settings.yamlfile import Spec, config_loader, expand, join, merge
 
 @dataclass(frozen=True)
 class Experiment:
-    """A card with the configs as it sees them."""
+    """A card with its resolved configs."""
 
     family: Family
     card: Card
@@ -40,36 +40,39 @@ class Experiment:
 
     @property
     def metric(self) -> Metric:
-        """The main metric, which every decision and the drop refer to."""
+        """Returns the main metric, which every decision and the drop refer to."""
         return self.metrics[self.evaluation.quality.main_metric]
 
     @property
     def metrics(self) -> dict[str, Metric]:
-        """The family's metrics by name."""
+        """Returns the family's metrics by name."""
         return {metric.name: metric for metric in self.family.settings_part().METRICS}
 
     @property
     def fed(self) -> dict[str, Any]:
-        """What every worker task is told: family and workload, as plain data."""
+        """Returns the family and the workload as plain data, which every worker task receives."""
         return {"family": self.family.name, "workload": self.workload.model_dump(mode="json")}
 
     @property
     def sha256(self) -> str:
-        """One sha256 over the card and its resolved configs."""
+        """Returns one sha256 over the card and its resolved configs."""
         names = ("card", "workload", "evaluation", "quant", "distill", "prune", "joint")
         return sha256_json({name: getattr(self, name).sha256 for name in names})
 
 
 def default_teacher(root: Path) -> DefaultTeacher:
-    """The project's Teacher. Raises PqkError where configs/teacher.yaml is missing or wrong."""
+    """Returns the settings of the project's Teacher. Raises PqkError where configs/teacher.yaml is missing or wrong."""
     file = paths.configs(root) / "teacher.yaml"
     if not file.is_file():
-        raise PqkError(f"{paths.shown(file)} is missing, which names the Teacher; give a model with --model")
+        raise PqkError(f"{paths.shown(file)}, which names the Teacher, is missing; give a model with --model")
     return load_teacher_settings(file)
 
 
 def teacher_path(asked: str | None, root: Path) -> str:
-    """What `load_model` takes: the model asked for, else the project's Teacher. Raises PqkError where it is missing."""
+    """Returns the requested model, else the project's Teacher, as `load_model` takes it.
+
+    Raises PqkError where the Teacher is missing.
+    """
     if asked is not None:
         return asked
     found = default_teacher(root).model
@@ -81,12 +84,12 @@ def teacher_path(asked: str | None, root: Path) -> str:
 
 
 def experiment_family(model: str | None, root: Path) -> Family:
-    """The family of a model, by default of the project's Teacher. Raises PqkError."""
+    """Returns the family of a model, by default of the project's Teacher. Raises PqkError where it is not found."""
     return family(default_teacher(root).family if model is None else family_of(model))
 
 
 def config_loaders(of: Family) -> dict[str, Callable[..., Spec]]:
-    """The reader of each config file of a family, by the name without .yaml."""
+    """Returns the reader of each config file of a family, by the file's name without .yaml."""
     part = of.settings_part()
     return {
         "workload": config_loader(part.Workload, "workload"),
@@ -99,7 +102,7 @@ def config_loaders(of: Family) -> dict[str, Callable[..., Spec]]:
 
 
 def config_file(root: Path, of: Family, name: str) -> Path:
-    """configs/FAMILY/NAME.yaml where there is one, else configs/NAME.yaml."""
+    """Returns configs/FAMILY/NAME.yaml where it exists, else configs/NAME.yaml."""
     own = paths.configs(root) / of.name / f"{name}.yaml"
     return own if own.is_file() else paths.configs(root) / f"{name}.yaml"
 
@@ -113,13 +116,13 @@ def resolve(
     settings: Mapping[str, Any] | None = None,
     origin: str = "settings",
 ) -> Experiment:
-    """The configs (the project's own, or the `files` given) with the card's overrides laid over them.
+    """Returns the card with the configs (the project's own, or the given `files`) and its overrides applied to them.
 
     of: the family of the model, by default of the project's Teacher. files: by the names of `config_loaders`.
-    `settings` are laid over those in turn: dotted keys below the same names, such as
-    {"quant.ptq.calibration_images": 64}; `origin` names where they come from in messages.
-    Raises PqkError when an override or a setting is wrong, a line is loosened without a noted reason, or more
-    calibration images are asked for than the workload has.
+    settings: applied after the overrides; dotted keys that start with the same names, such as
+    {"quant.ptq.calibration_images": 64}. origin: the source of the settings in messages.
+    Raises PqkError when an override or a setting is wrong, a limit is loosened without a noted reason, or more
+    calibration images are requested than the workload has.
     """
     base = root or paths.project_root()
     of = of or experiment_family(None, base)
@@ -129,7 +132,7 @@ def resolve(
         return _laid_over(card, of, found, settings or {}, origin)
     except PqkError:
         if settings:
-            _laid_over(card, of, found, {}, origin)  # what is wrong in the card is not blamed on the settings
+            _laid_over(card, of, found, {}, origin)  # an error of the card is not reported as one of the settings
         raise
 
 
@@ -162,7 +165,7 @@ def _laid_over(
 
 
 def _check_keep_list(experiment: Experiment, where: str) -> None:
-    """Raises PqkError for an entry of the keep-list that names a graph which the family does not have."""
+    """Raises PqkError for a keep-list entry that names a graph that the family does not have."""
     graphs = [use.name for use in experiment.family.settings_part().GRAPHS]
     for entry in experiment.quant.ptq.keep_list:
         graph, _ = split_entry(entry)
@@ -174,7 +177,7 @@ def _check_keep_list(experiment: Experiment, where: str) -> None:
 
 
 def _by_group(settings: Mapping[str, Any], origin: str) -> dict[str, dict[str, Any]]:
-    """Settings as nested mappings below the names of the configs. Raises PqkError for any other beginning."""
+    """Returns settings as nested mappings by config name. Raises PqkError for a key that starts with another name."""
     groups: dict[str, dict[str, Any]] = {group: {} for group in Overrides.model_fields}
     for name, value in settings.items():
         group, _, rest = name.partition(".")

@@ -1,4 +1,4 @@
-"""The joint recipe as a stage: one training run, from the Teacher to a smaller network and its int8 graphs."""
+"""Runs the joint recipe as a stage: one training, from the Teacher to a smaller network and its int8 graphs."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ _CODE = ("pqk.compress.tasks.joint", *LOADER_CODE)
 
 @dataclass(frozen=True)
 class Joined:
-    """What the run left: the small float model with the story of its training, and its int8 graphs.
+    """Result of the joint training: the small float model with the facts of its training, and its int8 graphs.
 
-    quantized: None when a stop-loss rule gave the run up.
+    quantized: None when a stop-loss rule ended the training.
     """
 
     trained: Trained
@@ -48,7 +48,7 @@ class Joined:
 
 
 def check_trainable(card: str, backend: str, quantizer: str, ptq: Ptq) -> None:
-    """Raise NotBuilt (exit code 3) unless the quantizer can train, PqkError where weights alone are to be lowered."""
+    """Raises NotBuilt (exit code 3) unless the quantizer can train, PqkError where only weights are quantized."""
     if not can_train(registry.get(backend).quantizers()[quantizer]):
         able = [
             f"--backend {name} --quantizer {tool}"
@@ -58,7 +58,7 @@ def check_trainable(card: str, backend: str, quantizer: str, ptq: Ptq) -> None:
         ]
         raise NotBuilt(
             f"card {card} trains a network in its quantized form, and the quantizer {quantizer!r} of backend {backend} "
-            f"cannot be trained; take {' or '.join(able)}"
+            f"cannot be trained; use {' or '.join(able)}"
         )
     if ptq.bits_a > ptq.bits_w:
         raise PqkError(
@@ -76,7 +76,7 @@ def join(
     calibration: SampleSet,
     train: SampleSet | None,
 ) -> Joined:
-    """Make or reuse the result of the joint run, in a process of its own. graphs: those of the Teacher."""
+    """Makes or reuses the result of the joint training, in a process of its own. graphs: those of the Teacher."""
     spec, data = experiment.joint, learned_from(experiment, train)
     tool = registry.get(backend).quantizers()[quantizer]
     parts = parts_code(experiment.family, "settings", "model", "data", "predict", *LEARNS)
@@ -115,11 +115,11 @@ def join(
                 "card": experiment.card.id,
             }
 
-            def told(news: Mapping[str, Any]) -> None:
+            def on_news(news: Mapping[str, Any]) -> None:
                 running.keep()
                 ctx.tell(_STAGE, news)
 
-            result = worker.call("joint", request, told)
+            result = worker.call("joint", request, on_news)
             result["device_s"] = running.seconds
         del result["seconds"]
         keep_graphs(folder, result.pop("graphs"))
@@ -129,11 +129,11 @@ def join(
     trained = Trained.read(METHOD, made, f"{teacher.name}+{METHOD}")
     if trained.failed:
         return Joined(trained, None)
-    told = trained.report
+    report = trained.report
     found = json.loads((made.path / "trained.json").read_text())
     notes = [
         *found["notes"],
-        f"{told['undecided']} of {told['gates']} gates were neither open nor shut when they were cut",
+        f"{report['undecided']} of {report['gates']} gates were neither open nor closed at the cut",
         "the float rows of this model have the same weights without rounding",
         calibrated_note(experiment.family, found),
         f"the run took at most {found['peak_bytes'] / 1e9:.1f} GB",

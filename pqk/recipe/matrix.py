@@ -1,4 +1,4 @@
-"""`pqk run` of a card with a matrix: one experiment for every point of every axis; stages are shared where they can."""
+"""Runs a card with a matrix: one experiment for each point of each axis; the points share stages where possible."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pqk.store.store import OnEvent
 
 @dataclass(frozen=True)
 class MatrixResult:
-    """What a matrix came to: per axis the record of every point, None where it failed, and why it did."""
+    """The records of a matrix by axis and point, None where the point failed, and the reasons of the failures."""
 
     card: Card
     records: dict[str, dict[str, dict[str, Any] | None]]
@@ -33,8 +33,10 @@ def run_matrix(
     on_event: OnEvent,
     say: Callable[[str], None],
 ) -> MatrixResult:
-    """Run every point of the named axes (none named: of all). What is done already is reused, so a matrix that was
-    stopped goes on where it was. A point that fails is told and leaves the others alone.
+    """Runs every point of the named axes, or of all axes where none is named.
+
+    Finished artifacts are reused, so an interrupted matrix continues where it was. A failed point is reported, and the
+    others still run.
 
     Raises PqkError, before anything runs, for an unknown axis and for a point whose settings are wrong.
     """

@@ -1,4 +1,4 @@
-"""Stage Q of a recipe: the float model quantized, and trained in its quantized form where that drops too much."""
+"""Makes the results of stage Q of a recipe: a float model after PTQ, or after quantization-aware training (QAT)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from pqk.settings.quant import Ptq
 class Row:
     """A row of the results: the variant, the float variants that its speedups refer to (f32 first), its own columns.
 
-    lowered: how a quantized variant was made, 'PTQ', 'QAT' or in the joint 'PQK'; hours: device hours that this took.
+    lowered: method of a quantized variant, 'PTQ', 'QAT' or, in the joint recipe, 'PQK'. hours: its device hours.
     """
 
     variant: Variant
@@ -34,12 +34,12 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Lowering:
-    """What is quantized and how: one float model, its graphs, a quantizer, the calibration images.
+class Quantization:
+    """The input of stage Q: a float model, its graphs, a quantizer, the calibration images.
 
-    precision: what the record calls the result. floats: the model's own float variants. columns: what its rows tell.
-    options: of the engines. made: the graphs, where the joint recipe has quantized and trained them already.
-    train: what a training learns from.
+    precision: of the result, as the record names it. floats: the model's own float variants. columns: shared by its
+    rows. options: of the engines. made: the graphs, where the joint recipe has quantized and trained them already.
+    train: the training samples.
     """
 
     experiment: Experiment
@@ -57,24 +57,24 @@ class Lowering:
 
     @property
     def untrained(self) -> str:
-        """Why there is no quantization-aware training, for the end of a sentence; '' when there is.
+        """Returns why quantization-aware training is impossible, for the end of a sentence; '' when it is possible.
 
-        It names the backend's quantizers that train, are installed and take the same settings.
+        The text names the backend's quantizers that can train, are installed and accept the same settings.
         """
         ptq, tools = self.experiment.quant.ptq, registry.get(self.backend).quantizers()
         if ptq.bits_a > ptq.bits_w:
-            return "weights alone are lowered, which is not trained"
+            return "a model with only its weights quantized cannot be trained"
         if self.experiment.family.learning is None:
-            return f"models of the family {self.experiment.family.name} are not trained here"
+            return f"models of the family {self.experiment.family.name} cannot be trained here"
         if can_train(tools[self.quantizer]):
             return ""
         able = [f"--quantizer {name}" for name, tool in tools.items() if can_train(tool) and _takes(tool, ptq)]
         return f"the quantizer {self.quantizer!r} cannot train" + (f"; {' or '.join(able)} can" if able else "")
 
     def row(self, ctx: Context, trained: bool = False, spent_hours: float = 0.0) -> Row:
-        """The model after post-training quantization, or after quantization-aware training; made or reused.
+        """Makes or reuses the model after post-training quantization, or after quantization-aware training.
 
-        spent_hours: of the card's budget, before the training.
+        spent_hours: of the card's budget, before the training. Returns its row.
         """
         ptq = self.experiment.quant.ptq
         made = self.made or stages.quantize(
@@ -109,6 +109,7 @@ class Lowering:
 
 
 def _takes(tool: Quantizer, ptq: Ptq) -> bool:
+    """Returns whether a quantizer is installed and accepts the settings."""
     try:
         check_settings(tool, ptq)
         check_installed(tool)

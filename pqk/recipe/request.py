@@ -1,4 +1,4 @@
-"""What stands before the stages: the asked experiment, the backend, the Teacher, and what machine this is."""
+"""Prepares the stages of a run: the requested experiment, the backend, the Teacher, and the machine's description."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ PACKAGES = (
 
 
 def new_run_id() -> str:
-    """An identifier of a run that no other one has; sorted by name, runs are in the order of their begin."""
+    """Returns a unique identifier of a run; sorted by name, runs are in the order of their start."""
     return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}"
 
 
@@ -81,26 +81,28 @@ class Request:
     role: str = "teacher"  # of the float rows: 'baseline' when the model is not the Teacher
     point: tuple[str, str] | None = None  # (axis, point) of a card with a matrix
     stages: tuple[str, ...] | None = None  # another recipe than the card's
-    qat: bool | None = None  # train the quantized model when it drops too much; False: it was asked not to be trained
-    moves: tuple[str, ...] = ()  # why it is run in this way, a sentence per move of the rollback table
+    qat: bool | None = None  # train the quantized model when it drops too much; False: the user asked for no training
+    moves: tuple[str, ...] = ()  # one sentence per move of the rollback table, with its reason
     distill: Path | None = None
     prune: Path | None = None
     joint: Path | None = None
-    retime: bool = False  # measure time and memory anew, and nothing else
+    retime: bool = False  # measure only time and memory again
     train_scenes: Path | None = None
     train_images: Path | None = None
-    run_id: str = field(default_factory=new_run_id, compare=False)  # shared by all records that come of this request
+    run_id: str = field(default_factory=new_run_id, compare=False)  # shared by all records of this request
 
 
 def asked_experiment(request: Request, root: Path) -> Experiment:
-    """The card with its configs, the command line's settings laid over them. Raises PqkError."""
+    """Returns the card with its configs, and the command line's settings applied to them. Raises PqkError."""
     card, origin, settings = load_card(request.card, root), "command line", dict(request.settings)
     if request.point is not None:
         axis, point = request.point
         settings = {**card.matrix[axis].points[point], **settings} if axis in card.matrix else settings
         card, origin = card.at(axis, point), f"card {card.id}, {axis}: {point}"
     elif card.matrix:
-        raise PqkError(f"card {card.id} is a matrix of {len(card.points())} experiments; only `pqk run` takes it whole")
+        raise PqkError(
+            f"card {card.id} is a matrix of {len(card.points())} experiments; only `pqk run` runs all of them"
+        )
     if request.stages is not None:
         card = card.model_copy(update={"recipe": request.stages, "combo": combo_of(request.stages)})
     if request.seed is not None:
@@ -118,6 +120,7 @@ def asked_experiment(request: Request, root: Path) -> Experiment:
 
 
 def usable_backend(name: str) -> Backend:
+    """Returns a backend. Raises Unavailable where it cannot run on this machine."""
     backend = registry.get(name)
     found = backend.availability()
     if not found.available:
@@ -126,8 +129,11 @@ def usable_backend(name: str) -> Backend:
 
 
 def chosen_quantizer(backend: Backend, asked: str | None, ptq: Ptq) -> str:
-    """The quantizer asked for, or the backend's first one. Raises PqkError for an unknown one, BackendError for what it
-    cannot do of `ptq`, and Unavailable when it is not installed."""
+    """Returns the requested quantizer, or the backend's first one.
+
+    Raises PqkError for an unknown one, BackendError for settings of `ptq` that it does not support, and Unavailable
+    when it is not installed.
+    """
     tools = backend.quantizers()
     known = list(tools)
     if not known:
@@ -143,25 +149,25 @@ def chosen_quantizer(backend: Backend, asked: str | None, ptq: Ptq) -> str:
 
 
 def check_float_rest(asked: str, backend: Backend) -> None:
-    """Raise PqkError for a quant.float_rest that the backend's quantized graphs do not compute in on this machine."""
+    """Raises PqkError for a quant.float_rest that the backend's quantized graphs do not support on this machine."""
     allowed = ["auto", *map(str, rests_of(backend))]
     if asked not in allowed:
-        raise PqkError(f"quant.float_rest is {asked}; backend {backend.name} has here {', '.join(allowed)}")
+        raise PqkError(f"quant.float_rest is {asked}; backend {backend.name} supports here {', '.join(allowed)}")
 
 
 def engine_options(experiment: Experiment, backend: str) -> dict[str, Any]:
-    """What quant.yaml asks of the engines of a backend; empty for a backend without a section there."""
+    """Returns the engine options of a backend in quant.yaml; empty for a backend without a section there."""
     return experiment.quant.trt.model_dump(mode="json") if backend == "trt" else {}
 
 
 def count_parameters(model: torch.nn.Module) -> int:
-    """Weights of a model; what two names share counts once."""
+    """Returns the number of weights of a model; a tensor with two names counts once."""
     return sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
 
 
 @dataclass(frozen=True)
 class Model:
-    """A float model of a run: where `load_model` finds it, its name in records, and the sha256 of its files."""
+    """A float model of a run: its path for `load_model`, its name in records, and the sha256 of its files."""
 
     path: str
     name: str
@@ -169,12 +175,12 @@ class Model:
 
     @property
     def random(self) -> bool:
-        """Whether its weights are random: it predicts nothing, and only its agreement with itself means something."""
+        """Returns whether its weights are random: it predicts nothing, and only its agreement with itself counts."""
         return self.name.startswith("random:")
 
 
 def load_teacher(asked: str | None, root: Path) -> tuple[Model, Any]:
-    """The Teacher: what it is, and itself."""
+    """Loads the Teacher. Returns its description and the module."""
     asked = teacher_path(asked, root)
     model = load_model(asked)
     if asked.startswith("random:"):
@@ -184,16 +190,16 @@ def load_teacher(asked: str | None, root: Path) -> tuple[Model, Any]:
 
 
 def describe(path: Path, name: str) -> Model:
-    """The model in a file or folder, under the name that records give it. Its card does not count in the sha256."""
+    """Returns the description of a model in a file or folder. name: in records. The sha256 leaves its card out."""
     files = [path / "config.json", *matching(path, "*.safetensors")] if path.is_dir() else [path]
     return Model(str(path.resolve()), name, sha256_json({p.name: sha256_file(p) for p in files}))
 
 
 def context(request: Request, backend: Backend, root: Path, on_event: OnEvent) -> Context:
-    """Returns the store, and the machine, which is part of every measurement's key.
+    """Returns the store and the machine's description, which is part of the key of every measurement.
 
-    It holds the device that computes, instruction sets, cores and CPU quota, and the versions of tools; where a GPU
-    computes also the CPU's name, the driver, the CUDA version and the GPU's clock settings.
+    The description has the device that computes, instruction sets, cores, CPU quota and tool versions; where a GPU
+    computes, also the CPU's name, the driver, the CUDA version and the GPU's clock settings.
     """
     sweep_temporary()
     details = backend.availability().details
@@ -209,7 +215,7 @@ def context(request: Request, backend: Backend, root: Path, on_event: OnEvent) -
 
 
 def _device(details: Mapping[str, str]) -> str:
-    """The GPU where one runs the engines, else the CPU."""
+    """Returns the name of the GPU where one runs the engines, else of the CPU."""
     return str(details.get("device") or details.get("cpu") or cpu_name())
 
 
@@ -230,16 +236,16 @@ def _versions() -> dict[str, str]:
 
 
 def commit_of(package: Path = _PACKAGE) -> str | None:
-    """The git commit of the checkout that holds the running code, '-dirty' when files differ from it.
+    """Returns the git commit of the checkout that holds the running code, with '-dirty' when files differ from it.
 
-    None outside a repository, and where the repository around the package does not track it, as when it is installed
-    inside another project. GIT_* variables of the caller, which would name another repository, do not count.
+    None outside a repository, and where the repository around the package does not track it, such as when it is
+    installed inside another project. The caller's GIT_* variables are removed: they could name another repository.
     """
     own = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
 
     def git(*words: str) -> str:
         command = ["git", "-C", str(package), *words]
-        env = {**own, "GIT_OPTIONAL_LOCKS": "0"}  # asking writes nothing
+        env = {**own, "GIT_OPTIONAL_LOCKS": "0"}  # the query writes nothing
         done = subprocess.run(command, env=env, capture_output=True, text=True, errors="replace", check=True)
         return done.stdout.strip()
 

@@ -1,18 +1,18 @@
-"""What is tried next when a stage failed: the rollback table of the lab's schedule, as data and a pure function.
+"""Chooses the next move after a failed stage: the rollback table of the lab's schedule, as data and a pure function.
 
 - Q, drop above its success line: the worst ranked nodes stay in float (without a ranking: the matmuls of attention,
   then the last layers of both heads); K before Q; 5 more epochs of QAT; P left out.
-- P, no convergence: ρ = 0.1 with a shorter fine-tune; K after P, likewise; P left out.
+- P, no convergence: ρ = 0.1 with a shorter fine-tuning; K after P, also with a shorter fine-tuning; P left out.
 - K, no convergence: half the β; a longer task phase; and where P comes before K, ρ = 0.1, then P left out.
 
-A rung that does not apply, was tried, or does not fit into what is left of the hours, is passed over. The joint PQK has
-no rung: its card falls back on the recipe in turns (F1).
+A rung is skipped when it does not apply, was already tried, or needs more hours than are left. The joint PQK has no
+rung: its card falls back on the recipe with separate stages (F1).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -20,10 +20,8 @@ KEEP_LIST, QAT_EPOCHS = "quant.ptq.keep_list", "quant.qat.epochs"
 BETAS, TASK_SHARE = ("distill.loss.beta_start", "distill.loss.beta_end"), "distill.loss.task_share"
 RHO, TUNE_EPOCHS = "prune.rho", "prune.train.epochs"
 
-MOST_NODES, ENOUGH = (
-    4,
-    0.5,
-)  # of a ranking: at most so many nodes, and no more once they make up this share of the error
+MOST_NODES = 4  # of a ranking, that one move keeps in float
+ENOUGH = 0.5  # share of the quantization error: no more nodes are added when the chosen ones cause so much
 LIGHT_RHO = 0.1
 SHORTER = 2 / 3  # 15 epochs of fine-tuning become 10, the range of the schedule
 MORE_EPOCHS = 5
@@ -31,10 +29,10 @@ MORE_EPOCHS = 5
 
 @dataclass(frozen=True)
 class Move:
-    """A change, and why.
+    """A change of a recipe or of its settings, and the reason.
 
-    settings: dotted names below quant, distill and prune, to lay over the card's. recipe: another one, or None.
-    hours: an estimate from what the stages took so far; None is unknown. cost: what they are spent on.
+    settings: dotted names below quant, distill and prune, to be applied after the card's. recipe: another one, or None.
+    hours: an estimate from the hours of the stages so far; None is unknown. cost: the work in these hours.
     """
 
     name: str
@@ -45,20 +43,20 @@ class Move:
     cost: str
 
     def as_data(self) -> dict[str, Any]:
-        """Plain data, for the run log."""
+        """Returns the move as plain data, for the run log."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class State:
-    """A failed stage, and what is known of it.
+    """A failed stage with everything that the table needs for a move.
 
     stage: 'P', 'K', 'Q' or 'PQK'. trouble: one sentence with the numbers, such as `Stop.why` or a verdict's.
-    settings: the values that the failed attempt ran with, by dotted name; a rung whose values are not among them does
-    not apply. ranking: keep-list entries with their share of the quantization error (0..1). tried: names of the moves
-    made so far. hours: what each stage took, by letter (an estimate for one that never ran, if there is any).
-    hours_left: of the card's budget with its overrun. attention, last_layers: the family's keep-list entries of
-    the matmuls of attention and of its last layers. trains: whether models of the family can be trained.
+    settings: the values of the failed attempt, by dotted name; a rung whose values are not among them does not apply.
+    ranking: keep-list entries with their share of the quantization error (0..1). tried: names of the moves made so
+    far. hours: of each stage, by letter (an estimate for a stage that never ran, if there is one). hours_left: of the
+    card's budget with its overrun. attention, last_layers: the family's keep-list entries of the matmuls of attention
+    and of its last layers. trains: whether models of the family can be trained.
     """
 
     stage: str
@@ -69,16 +67,16 @@ class State:
     tried: tuple[str, ...] = ()
     hours: Mapping[str, float] = field(default_factory=dict)
     hours_left: float = math.inf
-    attention: str | None = None
-    last_layers: str | None = None
+    attention: Sequence[str] = ()
+    last_layers: Sequence[str] = ()
     trains: bool = True
 
 
 def next_move(state: State) -> Move | None:
-    """The first rung of the table that applies, was not tried, and fits into the hours left; None when there is none.
+    """Returns the first move of the table that applies, was not tried, and fits into the hours left, or None.
 
-    Pure: it changes nothing, and the same state gives the same move. Whoever makes the move adds its name to `tried`
-    and lays its settings over the state's, so a chain of failures comes to an end.
+    A pure function: it changes nothing, and the same state gives the same move. The caller adds the move's name to
+    `tried` and applies its settings to the state's, so a chain of failures ends.
     """
     if state.hours_left <= 0:
         return None
@@ -117,11 +115,12 @@ def _keep_heads(state: State) -> Move | None:
     return _keep_pattern(state, "keep-heads", "errors of the last layers reach the outputs undamped", state.last_layers)
 
 
-def _keep_pattern(state: State, name: str, what: str, entry: str | None) -> Move | None:
+def _keep_pattern(state: State, name: str, what: str, entries: Sequence[str]) -> Move | None:
     listed = state.settings.get(KEEP_LIST)
-    if entry is None or listed is None or state.ranking or entry in listed:
+    if listed is None or state.ranking:
         return None
-    return _widened(state, name, what, [entry])
+    fresh = [entry for entry in entries if entry not in listed]
+    return _widened(state, name, what, fresh) if fresh else None
 
 
 def _widened(state: State, name: str, what: str, entries: list[str]) -> Move:
@@ -135,9 +134,8 @@ def _distil_first(state: State) -> Move | None:
         return None
     at = state.recipe.index("Q")
     recipe = (*state.recipe[:at], "K", *state.recipe[at:])
-    why = (
-        f"{state.trouble}; a distilled model has calmer activations: {_arrows(state.recipe)} becomes {_arrows(recipe)}"
-    )
+    change = f"{_arrows(state.recipe)} becomes {_arrows(recipe)}"
+    why = f"{state.trouble}; a distilled model has less extreme activations: {change}"
     return Move("distil-first", why, {}, recipe, _together(state, "K", "Q"), "distillation, and quantization again")
 
 
@@ -155,10 +153,12 @@ def _less_pruning(state: State) -> Move | None:
     rho = state.settings.get(RHO)
     if rho is None or rho <= LIGHT_RHO or not _pruned(state):
         return None
-    settings, told, share = _shorter(state)
-    why = f"{state.trouble}; rho goes from {rho:g} to {LIGHT_RHO:g}{told}"
+    settings, text, share = _shorter(state)
+    why = f"{state.trouble}; rho goes from {rho:g} to {LIGHT_RHO:g}{text}"
     hours = _scaled_pruning(state, share)
-    return Move("less-pruning", why, {RHO: LIGHT_RHO, **settings}, None, hours, "pruning and what follows it, again")
+    return Move(
+        "less-pruning", why, {RHO: LIGHT_RHO, **settings}, None, hours, "pruning and the stages after it, again"
+    )
 
 
 def _distil_after(state: State) -> Move | None:
@@ -166,11 +166,11 @@ def _distil_after(state: State) -> Move | None:
         return None
     at = state.recipe.index("P") + 1
     recipe = (*state.recipe[:at], "K", *state.recipe[at:])
-    settings, told, share = _shorter(state) if "less-pruning" not in state.tried else ({}, "", 1.0)
-    why = f"{state.trouble}; distillation makes up for the pruning: {_arrows(recipe)}{told}"
+    settings, text, share = _shorter(state) if "less-pruning" not in state.tried else ({}, "", 1.0)
+    why = f"{state.trouble}; distillation makes up for the pruning: {_arrows(recipe)}{text}"
     hours, distilling = _scaled_pruning(state, share), state.hours.get("K")
     total = None if hours is None or distilling is None else hours + distilling
-    return Move("distil-after", why, settings, recipe, total, "a distillation, and what follows it again")
+    return Move("distil-after", why, settings, recipe, total, "distillation, and the stages after it again")
 
 
 def _undo_pruning(state: State) -> Move | None:
@@ -179,7 +179,7 @@ def _undo_pruning(state: State) -> Move | None:
         return None
     why = f"{state.trouble}; the pruning is undone: {_arrows(state.recipe)} becomes {_arrows(recipe)}"
     hours = _together(state, *state.recipe[state.recipe.index("P") + 1 :])
-    return Move("undo-pruning", why, {}, recipe, hours, "the stages behind it again, on the whole model")
+    return Move("undo-pruning", why, {}, recipe, hours, "the stages after it again, on the unpruned model")
 
 
 def _smaller_beta(state: State) -> Move | None:
@@ -199,18 +199,17 @@ def _longer_task_phase(state: State) -> Move | None:
     if share is None or share >= 1:
         return None
     longer = round((1 + share) / 2, 4)
-    told = f"{100 * longer:g} % of the run instead of {100 * share:g} %"
-    why = f"{state.trouble}; the phase that leans on the task lasts {told}"
+    why = f"{state.trouble}; the task phase lasts {100 * longer:g} % of the run instead of {100 * share:g} %"
     return Move("longer-task-phase", why, {TASK_SHARE: longer}, None, _from(state, "K"), "distillation again")
 
 
 def _pruned(state: State) -> bool:
-    """Whether the failed stage is P, or comes after it."""
+    """Returns whether the failed stage is P or comes after P."""
     return "P" in state.recipe[: state.recipe.index(state.stage) + 1]
 
 
 def _shorter(state: State) -> tuple[dict[str, Any], str, float]:
-    """The settings of a shorter fine-tune, how to say it, and its share of the epochs."""
+    """Returns the settings of a shorter fine-tuning, its description for the reason, and its share of the epochs."""
     epochs = state.settings.get(TUNE_EPOCHS)
     if epochs is None or epochs <= 1:
         return {}, "", 1.0
@@ -219,19 +218,19 @@ def _shorter(state: State) -> tuple[dict[str, Any], str, float]:
 
 
 def _together(state: State, *stages: str) -> float | None:
-    """Hours of these stages; None when those of one are unknown."""
+    """Returns the hours of these stages together; None when those of one are unknown."""
     known = [state.hours.get(stage) for stage in stages]
     return None if None in known else sum(hours for hours in known if hours is not None)
 
 
 def _from(state: State, stage: str) -> float | None:
-    """Hours of a stage and of those up to the failed one, which have to be made again behind it."""
+    """Returns the hours of a stage and of the stages up to the failed one, which must be made again after it."""
     first, last = state.recipe.index(stage), state.recipe.index(state.stage)
     return _together(state, *state.recipe[first : last + 1])
 
 
 def _scaled_pruning(state: State, share: float) -> float | None:
-    """Hours of P, with its fine-tune scaled, and of the stages behind it up to the failed one."""
+    """Returns the hours of P with its fine-tuning scaled, and of the stages after it up to the failed one."""
     hours, pruning = _from(state, "P"), state.hours.get("P")
     return None if hours is None or pruning is None else hours - (1 - share) * pruning
 
@@ -246,4 +245,4 @@ TABLE: dict[str, tuple[Callable[[State], Move | None], ...]] = {
     "K": (_smaller_beta, _longer_task_phase, _less_pruning, _undo_pruning),
     "PQK": (),
 }
-"""Stage -> rungs in order."""
+"""The rungs of each stage, in order."""

@@ -1,4 +1,4 @@
-"""Opens the samples of a run: validation, on which everything is decided, and test, which is scored once at the end."""
+"""Opens the samples of a run: validation samples for all decisions, test samples for one scoring at the end."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ from pqk.recipe.request import Request
 from pqk.recipe.stages import Context, open_split
 
 _LEARN = frozenset(("P", "K", "PQK", "Q"))
-"""Stages that train, or may: Q where PTQ drops too much."""
+"""Stages that train, or may train: Q trains where PTQ drops too much."""
 
 
 def given_by(request: Request) -> Given:
-    """Returns the data that the command line names in place of the workload's."""
+    """Returns the data that the command line names instead of the workload's."""
     return Given(request.scenes, request.images, request.train_scenes, request.train_images)
 
 
 def test_split(ctx: Context, request: Request, experiment: Experiment, root: Path) -> SampleSet:
-    """Returns the test samples: those of the command line, else the workload's, as the eval seed draws them."""
+    """Returns the test samples: those of the command line, else the workload's, drawn with the eval seed."""
     return open_split(ctx, experiment, "test", root, given_by(request))
 
 
 def train_split(
     ctx: Context, request: Request, experiment: Experiment, root: Path, recipe: Sequence[str]
 ) -> SampleSet | None:
-    """Returns what a recipe may learn from; None for a recipe or a family that learns nothing.
+    """Returns the training samples of a recipe; None for a recipe or a family without training.
 
-    Raises PqkError where the command line names data that nothing would learn from.
+    Raises PqkError where the command line names training data and nothing is trained.
     """
     if experiment.family.learning is not None and not _LEARN.isdisjoint(recipe):
         return open_split(ctx, experiment, "train", root, given_by(request))
     if request.train_scenes or request.train_images:
         option = "--train-scenes" if request.train_scenes else "--train-images"
-        raise PqkError(f"{option}: nothing is trained in the recipe of card {experiment.card.id}; leave it out")
+        raise PqkError(f"{option}: the recipe of card {experiment.card.id} trains nothing; leave the option out")
     return None
 
 
@@ -47,5 +47,5 @@ def check_apart(experiment: Experiment, sets: dict[str, SampleSet | None]) -> No
 
 
 def can_grow(request: Request, experiment: Experiment) -> bool:
-    """Whether more test groups can be made: generated ones can, those of a folder are all there are."""
+    """Returns whether more test groups can be made: generated groups can, the groups of a folder are fixed."""
     return experiment.family.data_part().can_grow(experiment.workload, given_by(request))

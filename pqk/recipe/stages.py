@@ -1,4 +1,4 @@
-"""The stages of a run. Each result is an artifact in the store, named by everything that made it."""
+"""Runs the stages of a recipe. Each result is an artifact in the store; its key has everything that it depends on."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ ENGINE_VARIANTS = {p: {Precision.F32: "fp32", Precision.F16: "fp16"}.get(p, str(
 
 @dataclass
 class Context:
-    """What every stage needs: the store, who is told about progress, and what machine and tools these are."""
+    """The store, the callback for progress, and the description of machine and tools; every stage needs them."""
 
     store: Store
     on_event: OnEvent
     machine: Mapping[str, Any]  # device name and tool versions: part of the key of everything that an engine computes
-    retime: bool = False  # time and memory are measured anew, once by this context's store
+    retime: bool = False  # time and memory are measured again, once by this context's store
 
     def make(
         self,
@@ -51,9 +51,9 @@ class Context:
         label: str = "",
         stale: Callable[[Path], bool] = lambda folder: False,
     ) -> Artifact:
-        """The artifact of `inputs` and of the source of `modules`, the code that makes it.
+        """Makes or reuses the artifact of `inputs` and of the source of `modules`, the code that makes it.
 
-        Events name the stage with `label` behind it, such as 'quality int8'. `stale`: see `Store.get_or_make`.
+        Events name the stage and then `label`, such as 'quality int8'. stale: see `Store.get_or_make`.
         """
 
         def tell(kind: str, name: str, key: str, seconds: float) -> None:
@@ -62,20 +62,20 @@ class Context:
         return self.store.get_or_make(stage, {**inputs, "code": code_of(*modules)}, make, tell, stale)
 
     def tell(self, stage: str, news: Mapping[str, Any]) -> None:
-        """Pass on what a worker said with `worker.tell`: a text, and the share that is done."""
+        """Passes on the news of a worker (`worker.tell`): a text, and the share that is done."""
         self.on_event("progress", stage, news["text"], news["share"])
 
     def key(self, stage: str, modules: tuple[str, ...], inputs: Mapping[str, Any]) -> str:
-        """The key of what `make` makes of these arguments."""
+        """Returns the key of the artifact that `make` makes with these arguments."""
         return self.store.key(stage, {**inputs, "code": code_of(*modules)})
 
     def scratch(self, stage: str, modules: tuple[str, ...], inputs: Mapping[str, Any]) -> AbstractContextManager[Path]:
-        """See `Store.scratch`; the arguments are those of `make`."""
+        """Returns the folder of `Store.scratch`; the arguments are those of `make`."""
         return self.store.scratch(stage, {**inputs, "code": code_of(*modules)})
 
 
 LOADER_CODE = ("pqk.families.checkpoint",)
-"""Code that makes a network out of a checkpoint, beside the family's own, for stages that load one."""
+"""Code that makes a network from a checkpoint, in addition to the family's own, for stages that load one."""
 _EXPORT_CODE = (*LOADER_CODE, "backends.exchange")
 _QUANT_CODE = ("pqk.compress.tasks.quantize",)
 _PREDICT_CODE = ("pqk.measure.predict",)
@@ -85,7 +85,7 @@ _MEMORY_CODE = ("pqk.measure.memory",)
 
 
 def parts_code(of: Family, *parts: str) -> tuple[str, ...]:
-    """Returns the modules of parts of a family, and of what they are found by."""
+    """Returns the modules of parts of a family, and of the registry that finds them."""
     return ("pqk.families.registry", *dict.fromkeys(str(getattr(of, part)) for part in parts))
 
 
@@ -137,17 +137,16 @@ def export_graphs(ctx: Context, experiment: Experiment, model: torch.nn.Module, 
 
 
 def read_graphs(folder: Path) -> dict[str, Graph]:
-    """The graphs that a stage left in `folder`, by the names in its graphs.json."""
+    """Returns the graphs that a stage left in `folder`, by the names in its graphs.json."""
     return graphs_from_json(json.loads((folder / "graphs.json").read_text()), folder)
 
 
 @dataclass(frozen=True)
 class Learn:
-    """Quantization-aware training: the section `qat` of quant.yaml, the train seed, and its stop-loss.
+    """Quantization-aware training: the section `qat` of quant.yaml, the train seed, and its stop-loss rules.
 
-    rules: all of `StopRules`; lines: those of them that are part of what is made (a budget that ran out makes nothing).
-    train: the samples that are learned from, as plain data; key: what of them is part of what is made; note: on them,
-    for a record.
+    rules: all of `StopRules`. lines: the rules in the key of the artifact (not the budget: one that ran out makes no
+    artifact). train: the training samples as plain data. key: of the training samples. note: on them, for a record.
     """
 
     spec: Mapping[str, Any]
@@ -161,11 +160,11 @@ class Learn:
 
 @dataclass(frozen=True)
 class Quantized:
-    """Graphs of a quantizer, and what it consumed."""
+    """Graphs of a quantizer, with the number of images and the hours that it used."""
 
     graphs: dict[str, Graph]
     images: int
-    notes: str  # what the record should tell of how it was made
+    notes: str  # on the quantization, for the record
     hours: float = 0.0  # device hours of calibration and training, over all resumed parts
 
 
@@ -181,7 +180,7 @@ def quantize(
 ) -> Quantized:
     """Returns all graphs quantized, in a process of their own; with `learn`, they are trained too (QAT).
 
-    `model` is where modules are loaded from, by a quantizer that starts from them and for training.
+    model: the path of the modules, for a quantizer that starts from them and for training.
     """
     tool = registry.get(backend).quantizers()[quantizer]
     of, ptq = experiment.family, experiment.quant.ptq.model_dump(mode="json")
@@ -214,11 +213,11 @@ def quantize(
                 request |= {"qat": learn.spec, "seed": learn.seed, "rules": learn.rules, "train": learn.train}
                 request["scratch"] = str(scratch)
 
-                def told(news: Mapping[str, Any]) -> None:
+                def on_news(news: Mapping[str, Any]) -> None:
                     running.keep()
                     ctx.tell(stage, news)
 
-                result = worker.call("qat", request, told)
+                result = worker.call("qat", request, on_news)
                 result["device_s"] = running.seconds
         keep_graphs(folder, result.pop("graphs"))
         write_json(folder / "about.json", result)
@@ -254,33 +253,33 @@ def keep_graphs(folder: Path, graphs: Mapping[str, dict[str, Any]]) -> None:
 
 
 def calibrated_note(of: Family, about: Mapping[str, Any]) -> str:
-    """'GRAPH calibrated on 512 images, OTHER on 128 pairs of them', for the notes of a record."""
+    """Returns 'GRAPH calibrated on 512 images, OTHER on 128 pairs of them', for the notes of a record."""
     units = {use.name: use.unit for use in of.settings_part().GRAPHS}
     fed = [f"{name} {{}}on {count} {units[name]}" for name, count in about["feeds"].items()]
     return ", ".join([fed[0].format("calibrated "), *(f"{clause.format('')} of them" for clause in fed[1:])])
 
 
-def device_hours(made: Artifact, told: Mapping[str, Any]) -> float:
-    """Wall hours of the processes that made an artifact, on their one device.
+def device_hours(made: Artifact, about: Mapping[str, Any]) -> float:
+    """Returns the wall hours of the processes that made an artifact, on their one device.
 
-    told: what the maker wrote down: 'device_s' over all its resumed parts. Without it, the time that the store measured
-    for the last part, or that of the training alone, whichever is longer.
+    about: facts written by the maker: 'device_s' over all its resumed parts. Without it, the time that the store
+    measured for the last part, or the time of the training alone, whichever is longer.
     """
-    known = told.get("device_s")
-    return float(known if known is not None else max(told.get("training_s", 0.0), made.manifest["seconds"])) / 3600
+    known = about.get("device_s")
+    return float(known if known is not None else max(about.get("training_s", 0.0), made.manifest["seconds"])) / 3600
 
 
 def trained_note(method: str, steps: int, hours: float, drop_pct: float | None) -> str:
-    """'K: 400 steps in 9.1 min, best drop on held-out pairs 1.20 %', for the notes of a record."""
-    told = f"{method}: {steps} steps in {60 * hours:.1f} min"
-    return told if drop_pct is None else f"{told}, best drop on held-out pairs {drop_pct:.2f} %"
+    """Returns 'K: 400 steps in 9.1 min, best drop on held-out pairs 1.20 %', for the notes of a record."""
+    text = f"{method}: {steps} steps in {60 * hours:.1f} min"
+    return text if drop_pct is None else f"{text}, best drop on held-out pairs {drop_pct:.2f} %"
 
 
 KEPT_BYTES = 8_000_000_000
-"""Predictions of all evaluations that stay in the store; those used longest ago go first."""
-_MOST_TAKEN = 2  # times that a timing which only drifted is taken
+"""Bytes of all predictions that stay in the store; the least recently used ones are deleted first."""
+_MOST_TAKEN = 2  # attempts at a timing whose only disturbance is drift
 ONE_BYTES = 2_000_000_000
-"""Predictions of one evaluation that are kept: 238 pairs of point maps of 512x512."""
+"""Most bytes of the predictions of one evaluation that are kept: 238 pairs of point maps of 512x512."""
 
 
 def quality(
@@ -295,18 +294,19 @@ def quality(
 ) -> dict[str, Any]:
     """Returns scores, executed precision and FLOPs of a variant over samples.
 
-    reference: a variant whose predictions play the truth, or None for ground truth. config: of the Teacher's network,
-    which says what its outputs mean. keep: what must not run in int8 kernels. Returns what `run_samples` and `Scorer`
-    do, the names of the groups, artifact (folder of the scores) and the `provenance`. Groups have the names of their
-    folders today: a renamed copy has the same content, and so the same scores.
+    reference: a variant whose predictions serve as ground truth, or None for real ground truth. config: of the
+    Teacher's network; it defines the meaning of its outputs. keep: nodes that must not run in int8 kernels. The result
+    has the values of `run_samples` and `Scorer`, the names of the groups, artifact (folder of the scores) and the
+    `provenance`. Groups have the current names of their folders: a renamed copy has the same content, and so the same
+    scores.
 
-    Predictions are an artifact of their own: what only changes the scores runs no engine. Scores that are there are
-    taken without a look at their predictions. Those of more than `ONE_BYTES` are not kept.
+    Predictions are an artifact of their own: a change of only the scores runs no engine. Existing scores are reused
+    without a check of their predictions. Predictions of more than `ONE_BYTES` are not kept.
     """
     of, seed = experiment.family, experiment.workload.seeds.eval
     if reference is not None:
         found = replace(found, truthful=False)
-    metrics = ("main_metric", "metrics")  # choose among what is computed anyway
+    metrics = ("main_metric", "metrics")  # these only select from computed values
     options = {n: v for n, v in experiment.evaluation.quality.model_dump(mode="json").items() if n not in metrics}
     asked: dict[str, Any] = {"quality": options, "seed": seed}
     if reference is not None:
@@ -341,14 +341,14 @@ def quality(
 
 
 def _sample_bytes(of: Family, variant: Variant) -> int:
-    """Bytes of a prediction, as far as outputs of graphs tell."""
+    """Returns the bytes of a prediction, estimated from the outputs of the graphs."""
     outputs = [info for graph in variant.graphs.values() for info in graph.outputs]
     known = [info for info in outputs if info.name in of.scoring_part().OUTPUTS]
     return sum(math.prod(info.shape) * np.dtype(info.dtype).itemsize for info in known)
 
 
 class _Predicted:
-    """The predictions of a variant: their key, and, when they are asked for, the artifact."""
+    """The predictions of a variant: their key, and on request the artifact."""
 
     def __init__(
         self,
@@ -379,7 +379,7 @@ class _Predicted:
         self.key = ctx.key("predictions", self._code, self._inputs)
 
     def make(self) -> Artifact:
-        """Made or reused, and marked as used just now, which keeps it from `Store.trim`."""
+        """Makes or reuses the artifact, and marks it as used just now, so that `Store.trim` keeps it."""
         made = self._ctx.make("predictions", self._code, self._inputs, self._write, self._label)
         os.utime(made.path)
         return made
@@ -397,7 +397,7 @@ class _Predicted:
 
 
 def fed_key(experiment: Experiment) -> dict[str, Any]:
-    """Returns what of the workload decides how samples are fed, whichever samples they are."""
+    """Returns the part of the workload that decides how samples are fed, for samples from any source."""
     return {"family": experiment.family.name, **experiment.workload.feeding}
 
 
@@ -410,12 +410,14 @@ def timing(
 ) -> dict[str, Any]:
     """Returns interleaved samples of all variants, each with its `provenance`; see `pqk.measure.timing`.
 
-    Besides what that returns: `disturbed`, a clause for each thing that disturbed the timing. A disturbed one that
-    another run left is taken again where `load`, the cores that other processes use now, is within
-    `efficiency.max_load`, for a drift alone only once; and any one where the context says `retime`.
+    The result also has `disturbed`, a clause for each disturbance of the timing. A stored timing that was disturbed is
+    taken again where `load`, the number of cores that other processes use now, is within `efficiency.max_load`; for a
+    drift alone only once. With `retime` of the context every timing is taken again.
     """
     efficiency = experiment.evaluation.efficiency.model_dump(mode="json")
-    limits = {name: efficiency.pop(name) for name in ("max_load", "max_drift_pct")}  # judge, and change no sample
+    limits = {
+        name: efficiency.pop(name) for name in ("max_load", "max_drift_pct")
+    }  # limits for the judgement; they change no sample
 
     taken = 0
 
@@ -427,8 +429,8 @@ def timing(
     def stale(folder: Path) -> bool:
         nonlocal taken
         before = json.loads((folder / "timing.json").read_text())
-        taken = before.get("taken", 1)  # absent where it was made before this was counted
-        # A drift that is still there when taken again on a quiet machine is the machine's own.
+        taken = before.get("taken", 1)  # absent in artifacts of older versions
+        # A drift that repeats on a quiet machine is a property of the machine.
         drift = limits["max_drift_pct"] if taken < _MOST_TAKEN else math.inf
         disturbed = disturbances(before["timing"], limits["max_load"], drift)
         return ctx.retime or (bool(disturbed) and load() <= limits["max_load"])
@@ -443,8 +445,11 @@ def timing(
 
 
 def memory(ctx: Context, experiment: Experiment, variant: Variant) -> dict[str, int | None]:
-    """Bytes of host memory: `compile`, the peak of a process that compiles the variant, and `steady`, what a process
-    holds that loads the compiled model and runs it; None where it did not settle. See `pqk.measure.memory`."""
+    """Returns bytes of host memory: `compile` and `steady`. See `pqk.measure.memory`.
+
+    compile: the peak of a process that compiles the variant. steady: the memory of a process that loads the compiled
+    model and runs it; None where it did not settle.
+    """
 
     def make(folder: Path) -> None:
         asked = {**experiment.fed, "variant": variant.to_json()}
@@ -466,38 +471,38 @@ def memory(ctx: Context, experiment: Experiment, variant: Variant) -> dict[str, 
 
 
 def sources_of(*variants: Variant | None) -> tuple[str, ...]:
-    """Modules of the backends that run the variants."""
+    """Returns the modules of the backends that run the variants."""
     found = dict.fromkeys(v.backend for v in variants if v)
     own = (_top_of(registry.get(name)) for name in found)
     return (*own, *(module for name in found for module in registry.get(name).sources))
 
 
 def tool_code(backend: str, tool: Quantizer) -> tuple[str, ...]:
-    """Modules of a quantizer, and of the backend that hands it out."""
+    """Returns the modules of a quantizer, and of the backend that provides it."""
     return (_top_of(registry.get(backend)), *tool.sources)
 
 
 def _top_of(part: object) -> Top:
-    """The module of a backend or quantizer by itself: what its functions import is in `sources` where it counts."""
+    """Returns the module of a backend or quantizer alone; imports of its functions are in `sources` where needed."""
     return Top(type(part).__module__)
 
 
 def keep_code(variant: Variant, keep: Sequence[str]) -> tuple[str, ...]:
-    """Modules of the quantizers whose code checks a keep-list in the engine; none where nothing is kept."""
+    """Returns the modules of the quantizers whose code checks a keep-list in the engine; none without a keep-list."""
     tools = registry.get(variant.backend).quantizers().values() if keep else ()
     return tuple(dict.fromkeys(_top_of(tool) for tool in tools))
 
 
 def provenance(made: Artifact) -> dict[str, str | None]:
-    """When an artifact was made and by which version of the code, as the columns of a record that shows it.
+    """Returns the time and the code version of an artifact's making, as columns of a record.
 
-    A reused one keeps what it had when it was made; None where its manifest does not tell.
+    A reused artifact keeps its original values; None where its manifest has none.
     """
     return {"measured_at": made.manifest.get("created"), "measured_commit": made.manifest.get("commit")}
 
 
 def identity(ctx: Context, variant: Variant, reference: Variant | None) -> dict[str, Any]:
-    """What a measurement of a variant depends on; the compiled-model cache is a place, not a property."""
+    """Returns the key of a measurement of a variant; the path of the compiled-model cache is not part of it."""
 
     def plain(v: Variant) -> dict[str, Any]:
         options = {name: value for name, value in v.options.items() if name != "cache_dir"}

@@ -1,4 +1,4 @@
-"""The stages P and K of a recipe: each makes a float checkpoint out of the one before it, in a process of its own."""
+"""Runs the stages P and K of a recipe: each makes a float checkpoint from the one before, in a process of its own."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ _STAGE = {"P": "pruned", "K": "distilled"}
 
 @dataclass(frozen=True)
 class Trained:
-    """What a stage left: its checkpoint, and what the record tells of it.
+    """Result of a training stage: its checkpoint, and the facts for the record.
 
-    failed: a stop-loss rule gave the stage up, for `reason`; a training that merely stopped improving ends with its
-    best checkpoint, and `reason` says so. drop_pct: of the main metric on held-out samples, against the Teacher, of the
-    checkpoint that was kept. hours: device hours of all that made it, over all its resumed parts: for P the scan and
-    the refit too, for K the making of the student; of them training_hours went into steps and validations.
+    failed: a stop-loss rule ended the stage, for `reason`; a training that only stopped improving ends with its best
+    checkpoint, and `reason` says so. drop_pct: of the main metric on held-out samples, against the Teacher, of the
+    checkpoint that was kept. hours: device hours of the whole stage, over all its resumed parts: for P with the scan
+    and the refit, for K with the making of the student. training_hours: the part of them for steps and validations.
     """
 
     method: str
@@ -55,7 +55,7 @@ class Trained:
 
     @classmethod
     def read(cls, method: str, made: Artifact, name: str) -> Trained:
-        """What the artifact of a training holds: its model, called `name`, and its trained.json."""
+        """Reads the artifact of a training: its model, called `name`, and its trained.json."""
         found = json.loads((made.path / "trained.json").read_text())
         return cls(
             method,
@@ -72,31 +72,31 @@ class Trained:
 
     @property
     def note(self) -> str:
-        """One clause for the record's notes."""
-        told = trained_note(self.method, self.steps, self.training_hours, self.drop_pct)
+        """Returns one clause for the record's notes."""
+        text = trained_note(self.method, self.steps, self.training_hours, self.drop_pct)
         if self.report:
-            told += f", {100 * self.report['share']:.1f} % of {self.report['measure']} cut"
-        told += f"; {self.method} ended early: {self.reason}" if self.reason else ""
-        return told + (f"; {self.waited}" if self.waited else "")
+            text += f", {100 * self.report['share']:.1f} % of {self.report['measure']} cut"
+        text += f"; {self.method} ended early: {self.reason}" if self.reason else ""
+        return text + (f"; {self.waited}" if self.waited else "")
 
 
 def check_family(experiment: Experiment, recipe: Sequence[str]) -> None:
-    """Raises NotBuilt (exit code 3) for a recipe that trains and a family without the parts for that."""
+    """Raises NotBuilt (exit code 3) for a recipe that trains and a family without the parts for training."""
     of, stage = experiment.family, next((stage for stage in recipe if stage in TRAINS), None)
     lacking = [part for part in LEARNS if getattr(of, part) is None]
     if stage is not None and lacking:
         raise NotBuilt(
-            f"card {experiment.card.id} asks for {STAGES[stage]} ({stage}), and the family {of.name} has no part "
-            f"{' and none '.join(lacking)}"
+            f"card {experiment.card.id} asks for {STAGES[stage]} ({stage}), but the family {of.name} has "
+            f"{' and '.join(f'no {part} part' for part in lacking)}"
         )
 
 
 def train_stages(ctx: Context, experiment: Experiment, teacher: Model, train: SampleSet | None) -> list[Trained]:
-    """The stages P and K of the card in their order, made or reused; empty for a recipe without them.
+    """Makes or reuses the stages P and K of the card in their order; none for a recipe without them.
 
-    train: what they learn from. Raises NotBuilt for a family that cannot be trained.
+    train: their training samples. Raises NotBuilt for a family that cannot be trained.
 
-    A stage that its stop-loss rule stopped is the last one: what follows would stand on a lost model.
+    A stage that its stop-loss rule stopped is the last one: the next stage would start from a failed model.
     """
     done: list[Trained] = []
     for method in (stage for stage in experiment.card.recipe if stage in _CODE):
@@ -148,11 +148,11 @@ def _train(
                 "card": card.id,
             }
 
-            def told(news: Mapping[str, Any]) -> None:
+            def on_news(news: Mapping[str, Any]) -> None:
                 running.keep()
                 ctx.tell(f"{_STAGE[method]} {label}".strip(), news)
 
-            result = worker.call(_TASK[method], request, told)
+            result = worker.call(_TASK[method], request, on_news)
             result["device_s"] = running.seconds
         del result["seconds"]
         write_json(folder / "trained.json", result)
@@ -162,29 +162,32 @@ def _train(
 
 
 def learned_from(experiment: Experiment, train: SampleSet | None) -> SampleSet:
-    """Returns what a training learns from. Raises NotBuilt (exit code 3) for a family that cannot be trained."""
+    """Returns the training samples. Raises NotBuilt (exit code 3) for a family that cannot be trained."""
     experiment.family.learning_part()
     assert train is not None  # only a family without that part has none
     return train
 
 
 def train_key(experiment: Experiment, train: SampleSet) -> dict[str, Any]:
-    """Returns what of its data decides a training; how the workload feeds samples, where they are the user's."""
+    """Returns the key of the training samples; for a user's own samples with how the workload feeds them."""
     return {**train.key, **fed_key(experiment)} if train.own else train.key
 
 
 def data_note(train: SampleSet | None) -> str | None:
-    """'trained on 9 scenes with depth, judged on 1 others', for the notes of a record; None for generated data."""
+    """Returns a clause for a record's notes, such as 'trained on 9 scenes with depth, judged on 1 others'.
+
+    None for generated data.
+    """
     if train is None or not train.own:
         return None
-    alone = "" if train.truthful else "; the Teacher's outputs played the truth, and there was no task loss"
+    alone = "" if train.truthful else "; the Teacher's outputs served as ground truth, and there was no task loss"
     return f"trained on {train.drawn}{alone}"
 
 
 def rules_of(
     experiment: Experiment, method: str, steps_per_epoch: int, warmup: float, spent_hours: float = 0.0
 ) -> StopRules:
-    """The stop-loss of a method of the card; `warmup`: see `StopRules`. spent_hours: by the stages before it."""
+    """Returns the stop-loss rules of a method of the card. warmup: see `StopRules`. spent_hours: of earlier stages."""
     card = experiment.card
     return StopRules.of(
         experiment.evaluation,
@@ -198,12 +201,12 @@ def rules_of(
 
 
 def lines_of(rules: StopRules) -> dict[str, Any]:
-    """The rules that are part of what a training makes: a budget that ran out leaves no artifact."""
+    """Returns the rules that are part of a training's key; not the budget, as one that ran out leaves no artifact."""
     return {name: getattr(rules, name) for name in ("line_pct", "no_improve_ckpt", "min_improvement_pct", "max_epochs")}
 
 
 def learning(experiment: Experiment, train: SampleSet | None, spent_hours: float) -> Learn:
-    """Quantization-aware training as the card's configs ask for it. spent_hours: by everything before it."""
+    """Returns quantization-aware training by the card's configs. spent_hours: of everything before it."""
     spec, data = experiment.quant.qat, learned_from(experiment, train)
     rules = rules_of(experiment, "Q", spec.steps_per_epoch, spec.warmup, spent_hours)
     return Learn(
@@ -220,7 +223,7 @@ def learning(experiment: Experiment, train: SampleSet | None, spent_hours: float
 def method_columns(
     experiment: Experiment, trained: Sequence[Trained], hashes: Mapping[str, str], train: SampleSet | None
 ) -> dict[str, Any]:
-    """What the rows of the trained model tell of how it was made. `hashes`: those of a Teacher's row."""
+    """Returns the columns on the training for the rows of the trained model. hashes: those of a Teacher's row."""
     methods = {stage.method for stage in trained}
     specs = {"prune": "P", "distill": "K", "joint": "PQK"}
     used = {name: getattr(experiment, name).sha256 for name, method in specs.items() if method in methods}

@@ -1,4 +1,4 @@
-"""Judges a candidate by the evaluation's thresholds: pass, fail, or undecided where an interval lies on both sides."""
+"""Judges a candidate by the evaluation's thresholds: pass, fail, or undecided where an interval contains a limit."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pqk.stats.intervals import Interval, groups_to_decide
 
 @dataclass(frozen=True)
 class Rise:
-    """How much a metric is above the Teacher's, over scenes, and the most that it may be.
+    """The rise of a metric above the Teacher's value, over scenes, and its limit `most`.
 
-    None: it was not measured. meaning: what it tells, for the beginning of a sentence.
+    value: None when it was not measured. meaning: the metric's subject, for the start of a sentence.
     """
 
     metric: str
@@ -24,9 +24,9 @@ class Rise:
 
 @dataclass(frozen=True)
 class Measured:
-    """What the thresholds look at; None is what was not measured.
+    """The values that the thresholds judge; None where one was not measured.
 
-    drop_pct over scenes; speedups over timing rounds, against the model's own f32 and its best float precision.
+    drop_pct: over scenes. speedups: over timing rounds, against the model's own f32 and its best float precision.
     rises: of the metrics that are judged beside the main one.
     """
 
@@ -40,19 +40,19 @@ class Measured:
 
 Verdict = tuple[str | None, list[str]]
 Check = tuple[bool | str | None, str]
-"""Whether a threshold held: True, False, UNDECIDED, or None when what it looks at was not measured; and a sentence."""
+"""Result of a threshold: True, False, UNDECIDED, or None when its value was not measured; and a sentence."""
 UNDECIDED = "undecided"
 
 
 def judge_quantized(
     measured: Measured, limits: Thresholds, recipe: Sequence[str] = ("Q",), precision: str = "int8"
 ) -> Verdict:
-    """('pass' | 'fail' | 'undecided' | None, one sentence per threshold). None when something was not measured.
+    """Returns ('pass' | 'fail' | 'undecided' | None, one sentence per threshold). None: something was not measured.
 
-    Success of quantization: drop, median time against the model's own f32 and its best float, size, share of FLOPs in
-    kernels of the `precision` that was asked for. Where only weights are lowered (int4) all work is done in floats: no
-    share is asked. A threshold holds when the whole interval lies on its good side, and fails when all of it lies on
-    the bad one.
+    Quantization is judged by the drop, the median time against the model's own f32 and its best float, the size, and
+    the share of FLOPs in kernels of the requested `precision`. With only the weights quantized (int4) all computation
+    is in float, so the share is not judged. A threshold holds when the whole interval lies on its good side, and fails
+    when all of it lies on the bad side.
     """
     checks = [judge_drop(measured.drop_pct, drop_limit(recipe, limits))]
     reduction = limits.t_pair_p50_reduction_pct
@@ -82,7 +82,7 @@ def judge_quantized(
     share = measured.int8_share
     if precision != "int4":
         checks.append(
-            (None, f"no kernel ran, so none was seen to be {precision}")
+            (None, f"no kernel ran, so the share of {precision} kernels was not measured")
             if share is None
             else (
                 share >= limits.int8_flops_share_min,
@@ -100,8 +100,10 @@ def judge_float(
     recipe: Sequence[str],
     rises: Sequence[Rise] = (),
 ) -> Verdict:
-    """The same for a recipe without quantization: drop, rises and, where it prunes, the size against the
-    Teacher's."""
+    """Returns the verdict on a recipe without quantization, as `judge_quantized` does.
+
+    The thresholds are on the drop, the rises and, where the recipe prunes, the size against the Teacher's.
+    """
     checks = [judge_drop(drop_pct, drop_limit(recipe, limits))]
     if "P" in recipe:
         smaller, least = 100 * (1 - size_ratio), limits.size_reduction_p_only_pct
@@ -110,60 +112,60 @@ def judge_float(
 
 
 def drop_limit(recipe: Sequence[str], limits: Thresholds) -> float:
-    """The drop in percent that a recipe may have: P alone and Q alone have lines of their own."""
+    """Returns the largest allowed drop of a recipe in percent: P alone and Q alone have limits of their own."""
     own = {"Q": limits.quality_drop_q_only_pct, "P": limits.quality_drop_p_only_pct}
     return own.get("→".join(recipe), limits.quality_drop_mainline_pct)
 
 
 def judge_drop(drop: Interval | None, limit: float) -> Check:
-    """Whether a drop is at most `limit` percent; an interval that touches the limit from its good side is."""
+    """Checks that a drop is at most `limit` percent; an interval that touches the limit from its good side passes."""
     if drop is None:
         return None, f"the quality drop was not measured (limit {limit:g} %)"
     if drop.low is None or drop.high is None or drop.half is None:
-        few = f"{drop.groups} scene tells no interval; at least 2 are needed"
+        few = f"{drop.groups} scene gives no interval; at least 2 are needed"
         return UNDECIDED, f"{few} (quality drop {drop.value:.4g} %, at most {limit:g} %)"
-    told = f"quality drop {drop.value:.4g} % ± {drop.half:.2g} % (at most {limit:g} %)"
+    text = f"quality drop {drop.value:.4g} % ± {drop.half:.2g} % (at most {limit:g} %)"
     if drop.high <= limit:
-        return True, told
+        return True, text
     if drop.low > limit:
-        return False, told
+        return False, text
     needed = groups_to_decide(drop, limit)
     more = "no number of scenes would decide" if needed is None else f"about {needed} would decide"
-    known = f"{drop.groups} scenes tell the drop to +-{drop.half:.2g} %"
+    known = f"{drop.groups} scenes give the drop to +-{drop.half:.2g} %"
     return UNDECIDED, f"{known}; {more} (drop {drop.value:.4g} %, at most {limit:g} %)"
 
 
 def _rises(rises: Sequence[Rise]) -> list[Check]:
-    """Whether the metrics beside the main one hold: a destroyed confidence map, say, leaves the depth as it is."""
+    """Checks the metrics beside the main one: a destroyed confidence map, for example, does not change the depth."""
     checks: list[Check] = []
     for rise in rises:
         value, most = rise.value, rise.most
         if value is None:
             continue
-        told = f"{rise.meaning}: {rise.metric} {value.value:+.3g} against the Teacher (at most +{most:g})"
+        text = f"{rise.meaning}: {rise.metric} {value.value:+.3g} against the Teacher (at most +{most:g})"
         if value.low is None or value.high is None:
-            checks.append((UNDECIDED, f"{told}; {value.groups} scene tells no interval"))
+            checks.append((UNDECIDED, f"{text}; {value.groups} scene gives no interval"))
         elif value.high <= most:
-            checks.append((True, told))
+            checks.append((True, text))
         elif value.low > most:
-            checks.append((False, told))
+            checks.append((False, text))
         else:
-            checks.append((UNDECIDED, f"{told}; {value.groups} scenes tell it as {value.low:.3g} to {value.high:.3g}"))
+            checks.append((UNDECIDED, f"{text}; {value.groups} scenes give {value.low:.3g} to {value.high:.3g}"))
     return checks
 
 
 def _speed(speed: Interval | None, least: float, words: Callable[[float], str], asked: str, untimed: str) -> Check:
-    """Whether a speedup is at least `least`, in words of the median."""
+    """Checks that a speedup is at least `least`. words: describes the median speedup."""
     if speed is None:
         return None, f"compiled, not timed: {untimed}"
-    told = f"{words(speed.value)} ({asked})"
+    text = f"{words(speed.value)} ({asked})"
     if speed.low is None or speed.high is None:
-        return UNDECIDED, f"{speed.groups} rounds tell no interval: {told}"
+        return UNDECIDED, f"{speed.groups} rounds give no interval: {text}"
     if speed.low >= least:
-        return True, told
+        return True, text
     if speed.high < least:
-        return False, told
-    return UNDECIDED, f"{told}; {speed.groups} rounds tell the speedup as {speed.low:.3g} to {speed.high:.3g}x"
+        return False, text
+    return UNDECIDED, f"{text}; {speed.groups} rounds give a speedup of {speed.low:.3g} to {speed.high:.3g}x"
 
 
 def _verdict(checks: Sequence[Check]) -> Verdict:
@@ -178,5 +180,5 @@ def _verdict(checks: Sequence[Check]) -> Verdict:
 
 
 def _against(reduction_pct: float) -> str:
-    """'57.1 % below' or '33.0 % above'."""
+    """Returns '57.1 % below' or '33.0 % above'."""
     return f"{abs(reduction_pct):.1f} % {'below' if reduction_pct >= 0 else 'above'}"

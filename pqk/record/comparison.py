@@ -1,4 +1,4 @@
-"""Compares two ledgers: the difference of a metric, paired by seeds and samples, with its 95 % interval."""
+"""Compares two ledgers, `compare`: the difference of a metric, paired by seeds and samples, with its 95 % interval."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pqk.settings.seeds import seeds_text
 from pqk.stats.intervals import difference_interval, mean_interval
 
 NEVER_COMPARED = ("fps",)
-"""What the difference of two rows says nothing of: no two rows are timed together."""
+"""Columns whose difference is meaningless: no two rows are timed together."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Comparison:
 
     @property
     def sentence(self) -> str:
-        """Says 'METRIC: B is better ...' or '... not distinguishable ...', with the numbers."""
+        """Returns 'METRIC: B is better ...' or '... not distinguishable ...', with the numbers."""
         found = self.interval
         percent = f", {100 * found.mean / self.mean_a:+.2f} % of A" if self.mean_a else ""
         numbers = (
@@ -70,7 +70,7 @@ class Comparison:
 def t_interval(differences: Sequence[float], unit: str = "runs") -> Interval:
     """Returns the paired t interval, mean(d) -+ t(0.975, n - 1) s / sqrt(n) (Student, Biometrika 6, 1908).
 
-    Right for independent, normal differences. Raises PqkError for fewer than 2.
+    Correct for independent, normal differences. Raises PqkError for fewer than 2.
     """
     from scipy.stats import t
 
@@ -86,12 +86,12 @@ def t_interval(differences: Sequence[float], unit: str = "runs") -> Interval:
 def halves_interval(halves: Sequence[float], kept: int, count: int, whole: float | None = None) -> Interval:
     """Returns the mean difference over a list of `count` scenes, from draws of `kept` of them, with its 95 % interval.
 
-    Draws without replacement from one list overlap, and their mean comes close to that of the list, however far that is
-    from other scenes. But their spread tells how far: the variance of a draw's mean around the list's is
+    Draws without replacement from one list overlap. Their mean is close to that of the list, even when the list's mean
+    is far from that of other scenes. Their spread shows how far: the variance of a draw's mean around the list's is
     S^2 (1/kept - 1/count) (Cochran 1977, Sampling Techniques, theorem 2.2), that of the list's mean S^2/count. This is
     the delete-d jackknife (Shao & Wu, Annals of Statistics 17, 1989). whole: the value over all of the list, where
-    that is known; else the mean of the draws stands for it, with the error that it has.
-    Raises PqkError for fewer draws than a spread needs: 2, or 1 beside `whole`.
+    that is known; else the mean of the draws is used instead, with its error.
+    Raises PqkError for fewer draws than a spread needs: 2, or 1 with `whole`.
     """
     from scipy.stats import t
 
@@ -122,13 +122,14 @@ def compare(
 ) -> Comparison:
     """Returns B - A of a metric (default: the main one) over the (train_seed, eval_seed) that both have.
 
-    Where `scores` finds those of every pair, they are compared pair by pair, and the interval is over scenes. Else runs
-    are what is compared; those that share a checkpoint, or the scenes of an eval seed, are not independent. So besides
-    the interval over runs there is one over the mean difference of each eval seed, and in both cases one over that of
-    each train seed, where there are two or more of them; the widest decides. Eval seeds that drew halves of a list of
-    scenes overlap; without scores the intervals over runs and over eval seeds give way to that of `halves_interval`.
-    Raises PqkError for rows of different workloads or evaluations, runs of one pair that saw other scenes, two rows
-    for the same seeds in one file, a metric that is not there, fewer than 2 pairs, and fps.
+    Where `scores` finds the scores of all samples, they are compared sample by sample, and the interval is over scenes.
+    Otherwise runs are compared. Runs that share a checkpoint, or the scenes of an eval seed, are not independent. So in
+    addition to the interval over runs there is one over the mean difference of each eval seed, and in both cases one
+    over that of each train seed, where there are two or more of them; the widest decides. Eval seeds that drew halves
+    of a list of scenes overlap; without scores, `halves_interval` then replaces the intervals over runs and over eval
+    seeds.
+    Raises PqkError for rows of different workloads or evaluations, runs of one pair on different scenes, two rows for
+    the same seeds in one file, an unknown metric, fewer than 2 pairs, and fps.
     """
     refuse_mixed([a, b])
     by_seeds = [_by_seeds(*table) for table in (a, b)]
@@ -155,7 +156,7 @@ def compare(
     for (train, seed), (left, right) in zip(common, pairs, strict=True):
         if left["scenes_sha256"] != right["scenes_sha256"]:
             raise PqkError(
-                f"train seed {train}, eval seed {seed}: the two runs saw other pictures (scenes_sha256 "
+                f"train seed {train}, eval seed {seed}: the two runs used different pictures (scenes_sha256 "
                 f"{left['scenes_sha256'][:8]} and {right['scenes_sha256'][:8]}): evaluate both on one machine"
             )
         for path, row in ((a[0], left), (b[0], right)):
@@ -186,9 +187,9 @@ def compare(
         if count
     ]
     if len({seeds[0] for seeds in common}) == 1:
-        notes.append(f"one train seed ({common[0][0]}): the interval says nothing of other trainings")
+        notes.append(f"one train seed ({common[0][0]}): the interval does not cover other trainings")
     if scores is not None and over_scenes is None and _per_sample(first, metric) and len(halves) < len(drawn):
-        why = "no scores per sample of these runs are here"
+        why = "the scores per sample of these runs are missing"
         notes.append(f"{why}: the interval is over runs, and wider than over scenes")
     if halves:
         notes.append("the eval seeds drew halves of one list of scenes, which overlap: more of them narrow no interval")
@@ -203,14 +204,14 @@ def compare(
 
 
 def _per_sample(row: Row, metric: str) -> bool:
-    """Says whether single samples have this score; of a statistic, such as a percentile, they have none."""
+    """Returns whether single samples have this score; they have none of a statistic such as a percentile."""
     return metric in metrics_of(row) or metric == "drop_pct"
 
 
 def _over_scenes(pairs: Sequence[tuple[Row, Row]], metric: str, scores: Scores) -> Interval | None:
-    """Returns the interval over scenes of B - A, sample by sample; None where scores are gone, or for one scene.
+    """Returns the interval over scenes of B - A, sample by sample; None where scores are missing, or for one scene.
 
-    Of the drop: in points, the difference as a share of A (`difference_interval`), times A's share of the Teacher.
+    For the drop: in points, the difference as a share of A (`difference_interval`), times A's share of the Teacher.
     """
     if not _per_sample(pairs[0][0], metric):
         return None

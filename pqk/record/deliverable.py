@@ -1,13 +1,13 @@
-"""Keeps the runs behind a statement, their statistics, figures and sha256 in one folder that can be checked.
+"""Keeps the runs behind a statement, with statistics, figures and sha256, in one folder that can be checked: `freeze`.
 
 deliverables/NAME/runs.tsv       every run, and the file that it was in
 deliverables/NAME/summary.tsv    mean and sample standard deviation: per file and train seed, per file, pooled
 deliverables/NAME/figures/       mean and standard deviation of each metric
 deliverables/NAME/scores/        the scores of every sample of each run (`pqk.record.pair_scores`)
-deliverables/NAME/README.md      what this is, and the main numbers
+deliverables/NAME/README.md      description and main numbers
 deliverables/NAME/manifest.tsv   sha256 of all of these, and of the checkpoints (which are not copied)
 
-and of a plan what `pqk.study.campaign` gathers: plan.json, records/, ablation/
+With a plan also the files that `pqk.study.campaign` gathers: plan.json, records/, ablation/
 """
 
 from __future__ import annotations
@@ -65,11 +65,11 @@ def freeze(
     draw: Draw,
     more: Mapping[str, bytes] | None = None,
 ) -> list[str]:
-    """Writes the deliverable, whole or not at all; returns what was not pooled, and why.
+    """Writes the deliverable, whole or not at all; returns notes about runs that were not pooled.
 
     folder: .../deliverables/NAME, which must not exist. tables: see `ledger.read_results`. commit: of the project, for
     the README. draw: `pqk.report.runs.draw_runs`. more: contents of further files, by relative name. Raises PqkError
-    for an unsafe name, one that is taken, and what `summarise_files` refuses.
+    for an unsafe name, for a name that exists, and as `summarise_files` does.
     """
     name = safe_name(folder.name, "deliverable")
     refuse_mixed(tables)
@@ -108,12 +108,12 @@ def _checkpoints(runs: Sequence[Row]) -> list[Row]:
 
 
 def check_files(folder: Path) -> tuple[list[str], list[Row]]:
-    """Hashes every file of a deliverable again. Returns a sentence per difference, and where there is none the runs.
+    """Hashes every file of a deliverable again. Returns a sentence per difference, and the runs if there is none.
 
     Raises PqkError when there is no such deliverable, or its manifest cannot be read.
     """
     if not (folder / MANIFEST).is_file():
-        raise PqkError(f"{folder} is no deliverable: it has no {MANIFEST}")
+        raise PqkError(f"{folder} is not a deliverable: it has no {MANIFEST}")
     stated = read_table(folder / MANIFEST, MANIFEST_COLUMNS, ("kind", "path", "sha256"))
     files = {row["path"]: row for row in stated if row["kind"] == "file"}
     there = {row["path"]: row for row in _files(folder) if row["path"] != MANIFEST}
@@ -136,11 +136,11 @@ def check_files(folder: Path) -> tuple[list[str], list[Row]]:
 
 
 def differences(row: Row, again: Row, tolerance: float) -> list[str]:
-    """Returns a sentence per metric whose value now is off by more than `tolerance` of the frozen one."""
+    """Returns a sentence for each metric whose new value differs by more than `tolerance` of the frozen one."""
     said = []
     for name in measured_in([row]):
         old, new = row[name], again.get(name)
-        if name in ("fps", "drop_pct"):  # a time is of its moment; the drop follows from the main metric
+        if name in ("fps", "drop_pct"):  # times vary; the drop follows from the main metric
             continue
         if (old is None) != (new is None):
             said.append(f"{name} is {new} now, frozen was {old}")
@@ -240,7 +240,7 @@ def spread(std: float | None) -> str:
 def tables_of(files: Sequence[Path]) -> list[tuple[Path, list[Row]]]:
     """Reads named ledgers. Raises PqkError for an empty one, one named twice, and those that must not be mixed."""
     if len({path.name for path in files}) != len(files):
-        raise PqkError("two of the files have the same name; a deliverable tells its runs' files by name")
+        raise PqkError("two of the files have the same name; a deliverable identifies its runs' files by name")
     tables = [(path, read_rows(path)) for path in files]
     for path, rows in tables:
         if not rows:

@@ -1,7 +1,7 @@
-"""Finds text that a spreadsheet would run as a formula, and defuses it; for every table that is written to a file.
+"""Escapes text that a spreadsheet would run as a formula, `safe_text`; for every table that is written to a file.
 
-Source of the rules: OWASP, "CSV Injection". Behind the full-width, small, raised and lowered forms of a sign stands the
-sign itself: they are compared after Unicode's compatibility normalisation (NFKC).
+Source of the rules: OWASP, "CSV Injection". The full-width, small, raised and lowered forms of a sign count as the sign
+itself: they are compared after Unicode's compatibility normalisation (NFKC).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _UNSEEN = ("C", "Z", "M")  # Unicode categories: control, format and unassigned;
 
 
 def starts_formula(text: str) -> bool:
-    """Says whether the first sign that is seen, behind blanks and control characters, is =, +, - or @ in any form."""
+    """Returns whether the first visible character, after blanks and control characters, is =, +, - or @ in any form."""
     for char in text:
         if unicodedata.category(char)[0] not in _UNSEEN:
             return unicodedata.normalize("NFKC", char)[0] in _SIGNS
@@ -24,7 +24,7 @@ def starts_formula(text: str) -> bool:
 
 
 def holds_formula(text: str) -> bool:
-    """Says whether a formula would start behind a semicolon, tab or line break of the text."""
+    """Returns whether a formula would start after a semicolon, tab or line break of the text."""
     return any(map(starts_formula, _SPLIT.split(text)[2::2]))
 
 
@@ -36,7 +36,7 @@ def escape_splits(text: str) -> str:
 def safe_text(text: str) -> str:
     """Puts an apostrophe before a text that a spreadsheet may take for a formula, and before each formula inside it.
 
-    Such a text starts with a formula, a tab or a line break, or has a formula behind a semicolon, tab or line break:
+    Such a text starts with a formula, a tab or a line break, or has a formula after a semicolon, tab or line break:
     a program that splits there, as Excel does in many countries, would begin a cell with it.
     """
     safe = "".join(f"'{piece}" if starts_formula(piece) else piece for piece in _SPLIT.split(text))

@@ -1,7 +1,8 @@
 """Reads and writes the evidence ledger, one TSV row per evaluation of a fixed checkpoint, and its statistics.
 
-A row says which training made the checkpoint (train_seed), which draw it was evaluated on (eval_seed), what came out,
-and the digests of everything that decides it. Nothing here runs a model; `pqk.study.ledger_eval` makes the rows.
+A row holds the training that made the checkpoint (train_seed), the draw that it was evaluated on (eval_seed), the
+results, and the digests of everything that decides them. Nothing here runs a model; `pqk.study.ledger_eval` makes the
+rows.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _BESIDE = {
     "drop_pct": {"unit": "% of the main metric", "better": "lower"},
     "fps": {"unit": "pairs/s", "better": "higher"},
 }
-"""What has a mean and a spread beside the metrics."""
+"""Columns with a mean and a spread, in addition to the metrics."""
 
 COLUMNS: dict[str, Kind] = {
     "card": "text",  # task card whose settings were laid over the configs
@@ -40,12 +41,12 @@ COLUMNS: dict[str, Kind] = {
     "drop_pct": "float",  # loss of main_metric against the Teacher in f32 on the same scenes, percent
     "fps": "float",  # pairs per second, measured; null where it was not
     "pairs": "int",
-    "scenes": "text",  # what the eval seed drew
+    "scenes": "text",  # the draw of the eval seed
     "scenes_sha256": "text",
     "checkpoint": "text",
     "checkpoint_sha256": "text",  # of a quantized result: of its graphs, as hashes.engine of a record
     "float_sha256": "text",  # of a quantized result: the float checkpoint that it came from
-    "teacher_sha256": "text",  # whom drop_pct refers to
+    "teacher_sha256": "text",  # the Teacher that drop_pct refers to
     "params": "int",
     "backend": "text",
     "quantizer": "text",
@@ -55,7 +56,7 @@ COLUMNS: dict[str, Kind] = {
     "precision": "text",
     "lowered": "text",  # of a quantized result: PTQ, QAT or (joint) PQK
     "measured": "text",  # engine or emulated
-    "workload_sha256": "text",  # of what is fed, seeds aside
+    "workload_sha256": "text",  # of the inputs, without seeds
     "eval_sha256": "text",  # of how quality is computed
     "config_sha256": "text",  # of how the engine was made
     "code_sha256": "text",  # of the source that scores
@@ -64,7 +65,7 @@ COLUMNS: dict[str, Kind] = {
     "datetime": "text",
     "output": "text",  # folder with the scores of each sample
 }
-"""The columns of every table; each metric has one too, under its name. Which there are, the first line says."""
+"""The columns of every table; each metric has a column too, under its name. The first line of a table lists them."""
 _MAY_BE_NULL = (
     *_BESIDE,
     "metrics",
@@ -100,12 +101,12 @@ IDENTITY = (
 )
 """Two rows that agree in all of these are the same run; the newer one replaces the older."""
 RESULT = ("card", "train_seed", "eval_seed", "backend", "quantizer", "device", "isa", "settings")
-"""Two rows of a recipe's own result that agree in these are the same run, whatever the recipe came to. A result in
-float, as a stop-loss leaves, has no quantizer and is that of every quantizer."""
+"""Two rows of a recipe's own result that agree in these are the same run, even with different results. A float result,
+as after a stop-loss, has no quantizer and counts for every quantizer."""
 VARIANT = ("card", "backend", "quantizer", "precision", "device", "isa", "measured", "config_sha256")
-"""What runs must share before a mean over them says something."""
+"""Columns that runs must share for a mean over them to be meaningful."""
 DIGESTS = ("workload_sha256", "eval_sha256")
-"""What runs must share before they may stand in one table at all."""
+"""Columns that runs must share to be in one table at all."""
 
 
 def identity(row: Mapping[str, object]) -> tuple[object, ...]:
@@ -129,7 +130,7 @@ def _parsed(text: str) -> Metrics:
 
 
 def metrics_of(row: Row) -> Metrics:
-    """Returns the metrics of the row's family: what the scores of single samples add up to. Raises PqkError."""
+    """Returns the metrics of the row's family, with unit and direction. Raises PqkError."""
     return _parsed(row["metrics"])
 
 
@@ -145,7 +146,7 @@ def is_higher_better(row: Row, name: str) -> bool:
 
 
 def measured_in(rows: Iterable[Row]) -> list[str]:
-    """Returns what of these rows has a mean and a spread: metrics and their statistics, drop_pct, fps."""
+    """Returns the columns of these rows with a mean and a spread: metrics and their statistics, drop_pct, fps."""
     return [*dict.fromkeys(name for row in rows for name in row if name not in COLUMNS and name != "file"), *_BESIDE]
 
 
@@ -160,7 +161,7 @@ def columns_of(rows: Sequence[Row]) -> dict[str, Kind]:
 
 
 def headline(rows: Sequence[Row]) -> list[str]:
-    """Returns what these rows have of: main metric, drop, the metrics shown in the table of records, fps."""
+    """Returns those of the following that these rows have: main metric, drop, metrics in the table of records, fps."""
     hidden = {column.name for column in columns() if column.metric and not column.short}
     shown = [name for row in rows for name in metrics_of(row) if name not in hidden]
     names = dict.fromkeys([*(row["main_metric"] for row in rows), "drop_pct", *shown, "fps"])
@@ -168,9 +169,9 @@ def headline(rows: Sequence[Row]) -> list[str]:
 
 
 def read_runs(path: Path, extra: Mapping[str, Kind] | None = None) -> list[Row]:
-    """Returns the rows of a table of runs, those of older versions under the names of this one.
+    """Returns the rows of a table of runs; rows of older versions get the current names.
 
-    extra: further columns, required too. A column that is none of these is a metric. Raises PqkError as `read_table`.
+    extra: further columns, also required. Any other column is a metric. Raises PqkError as `read_table`.
     """
     names = [name for name in header_of(path) if name not in COLUMNS and name not in (extra or {})]
     columns: dict[str, Kind] = {**(extra or {}), **COLUMNS}
@@ -189,9 +190,9 @@ def read_runs(path: Path, extra: Mapping[str, Kind] | None = None) -> list[Row]:
 
 
 def _upgrade(row: Row) -> None:
-    """Gives a row of an older version its metrics, as the schema of records knows them.
+    """Adds to a row of an older version its metrics, with units and directions from the schema of records.
 
-    A table of before schema 1.1 has some under the names that they had then (`names_of_1_0`).
+    A table from before schema 1.1 has some of them under their former names (`names_of_1_0`).
     """
     known = {column.name: column for column in columns() if column.metric}
     before = {name: was for name, was in names_of_1_0().items() if name in known}
@@ -216,7 +217,7 @@ def read_rows(path: Path) -> list[Row]:
             raise PqkError(f"{path}:{number}: main_metric is {metric!r}, and the row has no value of that name")
         first = seen.setdefault(identity(row), number)
         if first != number:
-            raise PqkError(f"{path}:{number}: the same run stands in line {first} already")
+            raise PqkError(f"{path}:{number}: the same run is already in line {first}")
     return rows
 
 
@@ -231,9 +232,9 @@ def _order(row: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def add_row(path: Path, row: Row, same: Sequence[str] = IDENTITY) -> None:
-    """Puts a row into the file, where it replaces an older one of the same run; other processes may do so as well.
+    """Writes a row into the file, where it replaces an older row of the same run; safe with several processes.
 
-    same: further columns that tell the same run: RESULT.
+    same: further columns that identify a run: RESULT.
     Raises PqkError when the file is there and is no ledger, or holds rows of another workload or evaluation.
     """
     with _alone(path.parent):
@@ -251,7 +252,7 @@ def _same_run(old: Row, row: Row, same: Sequence[str]) -> bool:
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Admits one writer at a time to a folder: a lock on the folder itself leaves no file behind."""
+    """Locks a folder for one writer at a time. A lock on the folder itself leaves no file behind."""
     with clear_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder, os.O_RDONLY)
@@ -306,7 +307,7 @@ SUMMARY: dict[str, Kind] = {
     "n": "int",
     **{name: COLUMNS[name] for name in (*VARIANT, *DIGESTS)},
 }
-"""The columns of every summary, which has NAME_mean and NAME_std of each metric besides."""
+"""The columns of every summary, which also has NAME_mean and NAME_std of each metric."""
 
 
 def write_summary(path: Path, summary: Sequence[Row]) -> None:
@@ -334,9 +335,9 @@ def read_results(folder: Path) -> list[tuple[Path, list[Row]]]:
 def summarise_files(tables: Sequence[tuple[Path, Sequence[Row]]]) -> tuple[list[Row], list[str]]:
     """Returns mean and std per file and train seed, per file, over a variant's files; and why some were not pooled.
 
-    A variant that only one file has gets no pooled line: it would be the file's. A run that stands in several files
-    counts once. Raises PqkError when a file holds two checkpoints for the same seeds of a variant, as their mean would
-    be of neither.
+    A variant in only one file gets no pooled line: it would equal the file's. A run in several files counts once.
+    Raises PqkError when a file holds two checkpoints for the same seeds of a variant, as a mean over both would be
+    meaningless.
     """
     summary: list[Row] = []
     notes: list[str] = []
@@ -364,7 +365,7 @@ def summarise_files(tables: Sequence[tuple[Path, Sequence[Row]]]) -> tuple[list[
 
 
 def telling(summary: Sequence[Row]) -> list[Row]:
-    """Returns a summary without the lines of whole files that have one train seed: they repeat its line."""
+    """Returns a summary without lines of whole files that have one train seed: they repeat the line of that seed."""
     names = ("file", *VARIANT)
     alone = {tuple(line[name] for name in (*names, "n")) for line in summary if line["scope"] == "train_seed"}
     return [
@@ -380,11 +381,11 @@ def grouped(rows: Iterable[Row], names: Sequence[str]) -> dict[tuple[object, ...
 
 
 def _clash(rows: Sequence[Row]) -> str:
-    """Says what is wrong with taking one mean of these rows; '' when nothing is."""
+    """Returns why one mean over these rows would be wrong; '' when it is fine."""
     for seeds, same in grouped(rows, ("train_seed", "eval_seed")).items():
         if len(same) > 1:
             names = " and ".join(sorted(f"{row['checkpoint']} ({row['checkpoint_sha256'][:8]})" for row in same)[:2])
-            return f"train seed {seeds[0]}, eval seed {seeds[1]} stands there for {names}"
+            return f"train seed {seeds[0]}, eval seed {seeds[1]} has two checkpoints: {names}"
     return ""
 
 
@@ -396,7 +397,7 @@ def _line(scope: str, rows: Sequence[Row]) -> Row:
     line["checkpoints"] = len({row["checkpoint_sha256"] for row in rows})
     for name in measured_in(rows):
         values = [row[name] for row in rows if row.get(name) is not None]
-        # a mean over only some of the runs would pass for one over all
+        # no mean over only some of the runs: it would look like one over all
         found = stat(values) if len(values) == len(rows) else None
         line |= {f"{name}_mean": found and found.mean, f"{name}_std": found and found.std}
     return line

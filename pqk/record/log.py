@@ -1,4 +1,4 @@
-"""Reads and writes log files: a JSON object per record, checked both ways."""
+"""Reads and writes log files, a JSON object per record, checked both ways: `read_records`, `write_record`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pqk.files import matching, write_json
 from pqk.oserrors import cannot_read
 from pqk.record.schema import SCHEMA_FILE, load_schema, metrics_of, names_of_1_0, schema_version, validate
 
-# Two records that agree in all of these are the same measurement made again; the newer one may replace the older.
+# Two records that agree in all of these are repetitions of the same measurement; the newer may replace the older.
 IDENTITY = ("exp_id", "role", "model", "backend", "quantizer", "device", "precision", "seed")
 MADE_FROM = ("model", "workload", "eval", "quant", "scenes")  # and in these of their hashes (quant: see _identity)
 _NAME_LENGTH = 120
@@ -30,9 +30,10 @@ class Logged:
 
 
 def record_filename(record: dict[str, Any]) -> str:
-    """Names the file of a record: its readable identity in [A-Za-z0-9._-], and eight digits of the hash of all of it.
+    """Returns the file name of a record: its readable identity in [A-Za-z0-9._-], and eight digits of its hash.
 
-    The hash keeps apart records whose readable parts become equal once odd characters are replaced.
+    The hash of the whole identity separates records whose readable parts become equal when other characters are
+    replaced.
     """
     parts = [str(record[key]) for key in ("exp_id", "role", "backend", "quantizer", "precision") if record.get(key)]
     readable = re.sub(r"[^A-Za-z0-9._-]", "_", "-".join(parts))[:_NAME_LENGTH].lstrip(".-") or "record"
@@ -92,10 +93,10 @@ def _write(path: Path | str, records: Sequence[dict[str, Any]], content: Any) ->
 
 
 def refuse_to_lose(target: Path, records: Sequence[dict[str, Any]]) -> None:
-    """Raises PqkError when writing these records to the file `target` would lose one that is not among them.
+    """Raises PqkError when writing these records to the file `target` would lose a record that is not among them.
 
-    Of the records only what tells them apart is read (IDENTITY and the hashes of MADE_FROM), so this can be asked
-    before they are measured.
+    Only the identity of the records is read (IDENTITY and the hashes of MADE_FROM), so this can be called before they
+    are measured.
     """
     new = {_identity(record) for record in records}
     if target.is_dir():
@@ -113,7 +114,7 @@ def refuse_to_lose(target: Path, records: Sequence[dict[str, Any]]) -> None:
 
 def _identity(record: dict[str, Any]) -> str:
     hashes = record.get("hashes")
-    # how to quantize has no part in what was not quantized
+    # the quantization settings do not matter for a model that was not quantized
     made_from = [key for key in MADE_FROM if key != "quant" or record.get("quantizer") is not None]
     evidence = [hashes.get(key) for key in made_from] if isinstance(hashes, dict) else []
     return json.dumps([record.get(key) for key in IDENTITY] + evidence, sort_keys=True, ensure_ascii=True)
@@ -134,7 +135,7 @@ def _files(sources: Iterable[Path]) -> list[Path]:
 
 def _read_json(file: Path) -> Any:
     def refuse(word: str) -> NoReturn:
-        raise ValueError(f"{word} is not JSON, unknown is null")
+        raise ValueError(f"{word} is not JSON; use null for unknown values")
 
     def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: dict[str, Any] = {}
@@ -156,7 +157,7 @@ def _read_json(file: Path) -> Any:
 
 
 def _upgrade(record: Any, where: str) -> Any:
-    """Brings a record of an older version to this one."""
+    """Converts a record of an older version to the current one."""
     if not isinstance(record, dict) or "schema_version" not in record:
         return record
     current = schema_version()
@@ -180,9 +181,9 @@ def _upgrade(record: Any, where: str) -> Any:
 
 
 def _from_1_0(record: dict[str, Any]) -> dict[str, Any]:
-    """Puts what schema 1.0 measured under the names that say what it is (`x-1.0` in the schema).
+    """Renames the values of schema 1.0 to the current names (`x-1.0` in the schema).
 
-    Its speedup_vs_fp32 was against the Teacher in a float row and against the own model in a quantized one.
+    Its speedup_vs_fp32 was against the Teacher in a float row and against the same model in a quantized row.
     """
     new = dict(record)
     speed, quantized = new.pop("speedup_vs_fp32", None), record.get("quantizer") is not None

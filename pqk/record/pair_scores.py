@@ -1,7 +1,7 @@
-"""Reads the scores of every sample behind a row of the ledger, from store or deliverable, and pairs them.
+"""Reads the scores of every sample of a row of the ledger, from store or deliverable, and pairs them: `paired`.
 
 A row names the folder of its scores (`output`); a deliverable keeps them as scores/NAME.tsv, NAME being the last part
-of that folder, which is the hash of everything that made them.
+of that folder, which is the hash of all their inputs.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _PAIR = ("scene", "first", "second")  # of scores that were kept before samples 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,79}")
 
 Scores = Callable[[Row], list[Row] | None]
-"""Finds the scores of a row's samples: group (its place in the draw), sample (its name), and each metric. None where
-they are gone, or are not what the row was made from."""
+"""Returns the scores of a row's samples: group (its place in the draw), sample (its name), and each metric. None where
+they are missing, or are not those that the row was computed from."""
 
 
 def scores_here(root: Path) -> Scores:
-    """Finds scores in the project's store or, where they were deleted there, in one of its deliverables."""
+    """Returns a function that finds scores in the project's store or, if they were deleted there, in a deliverable."""
     deliverables = [path for path in matching(root / "deliverables", "*") if (path / SCORES).is_dir()]
 
     def find(row: Row) -> list[Row] | None:
@@ -44,7 +44,7 @@ def scores_here(root: Path) -> Scores:
 
 
 def scores_in(deliverable: Path) -> Scores:
-    """Finds scores in a deliverable."""
+    """Returns a function that finds scores in a deliverable."""
 
     def find(row: Row) -> list[Row] | None:
         name = _name_of(row)
@@ -57,7 +57,7 @@ def scores_in(deliverable: Path) -> Scores:
 
 
 def files_of(rows: Sequence[Row], root: Path) -> tuple[dict[str, bytes], list[str]]:
-    """Gives the scores of rows as files of a deliverable, by relative name, and a sentence where some are missing."""
+    """Returns the scores of rows as files of a deliverable, by relative name, and a sentence if some are missing."""
     files: dict[str, bytes] = {}
     find, gone = scores_here(root), 0
     for row in rows:
@@ -78,11 +78,10 @@ def files_of(rows: Sequence[Row], root: Path) -> tuple[dict[str, bytes], list[st
 
 
 def paired(runs: Sequence[Sequence[Row]], metric: str, scores: Scores) -> tuple[list[list[float]], list[str]] | None:
-    """Gives a metric of the same samples in each of several evaluations, and the group of each.
+    """Returns a metric of the same samples in each of several evaluations, and the group of each sample.
 
-    runs: for each draw of scenes the rows that were evaluated on it. Halves of a list are left out: they repeat its
-    scenes, which the draw of the whole list has all of. None where scores are gone, or are of other samples, or
-    nothing is left.
+    runs: for each draw of scenes the rows that were evaluated on it. Halves of a list are left out: the draw of the
+    whole list has all their scenes. None where scores are missing, or are of different samples, or nothing is left.
     """
     runs = [rows for rows in runs if not rows[0]["scenes"].startswith("half")]
     values: list[list[float]] = []
@@ -135,9 +134,9 @@ def _read(path: Path) -> list[Row]:
 
 
 def _checked(row: Row, samples: Any, path: Path) -> list[Row] | None:
-    """Gives the samples when they are as many as the row says, with its mean; else None, as they are another row's.
+    """Returns the samples when their number and mean are those of the row; else None, as they belong to another row.
 
-    Raises PqkError for what holds no scores.
+    Raises PqkError for data without scores.
     """
     metric, where = row["main_metric"], paths.shown(path)
     if not isinstance(samples, list) or not all(isinstance(one, dict) and _placed(one) for one in samples):
@@ -156,7 +155,7 @@ def _placed(sample: Mapping[str, Any]) -> bool:
 
 
 def _named(sample: Mapping[str, Any]) -> Row:
-    """Gives a sample by group and name; of a pair that was kept by its two images, both make the name."""
+    """Returns a sample with group and name; for a pair that was kept by its two images, the name has both."""
     if _PLACE[0] in sample:
         place = {name: str(sample[name]) for name in _PLACE}
     else:

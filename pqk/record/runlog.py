@@ -1,7 +1,7 @@
-"""Keeps the log of a card's runs, `logs/runs/CARD.jsonl`: what was tried, stopped and changed, in order (`RunLog`).
+"""Keeps the log of a card's runs, `logs/runs/CARD.jsonl`: attempts, stops and changes, in order (`RunLog`).
 
 Append-only, one JSON object a line. A line is written in one piece, under a lock, and is on disk when `append` returns.
-A process that is killed while it writes leaves at most one torn line, which readers leave out.
+A process that is killed while it writes leaves at most one incomplete line, which readers skip.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class RunLog:
         self.path = root / "logs" / "runs" / f"{card}.jsonl"
 
     def append(self, event: str, **fields: Any) -> dict[str, Any]:
-        """Adds an entry, and return it: 'time' (ISO 8601, UTC), 'event', and the fields, which are plain data.
+        """Adds an entry and returns it: 'time' (ISO 8601, UTC), 'event', and the fields, which are plain data.
 
         Numbers that are not finite become null, as JSON has none. Raises PqkError when the file cannot be written, and
         TypeError for fields that are not plain data; nothing is written then.
@@ -53,7 +53,7 @@ class RunLog:
         return entry
 
     def read(self) -> list[dict[str, Any]]:
-        """Returns all entries in order, without lines that are no JSON object, as a killed writer leaves them.
+        """Returns all entries in order, without lines that are not a JSON object, as a killed writer leaves them.
 
         Empty when the card never ran. Raises PqkError when the file cannot be read.
         """
@@ -75,7 +75,7 @@ class RunLog:
 
 
 def _torn(handle: int) -> bool:
-    """Tells whether the file ends in the middle of a line."""
+    """Returns whether the file ends in the middle of a line."""
     size = os.fstat(handle).st_size
     return size > 0 and os.pread(handle, 1, size - 1) != b"\n"
 

@@ -1,4 +1,4 @@
-"""Reads the schema of the unified log, the one place that names its columns, and checks records against it."""
+"""Reads the schema of the unified log, the only place that names its columns, and checks records: `validate`."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _PATTERN_WORDS = {
 
 @dataclass(frozen=True)
 class Column:
-    """One field of the schema, with what a report needs to print it.
+    """One field of the schema, with its format in reports.
 
     `better` is 'lower', 'higher' or ''; `format` is printf-like without the percent sign ('.3f', 'd', '+.2f') or '';
     `kind` is the JSON type without null; `short` is the heading in the terminal ('' = not shown there);
@@ -78,13 +78,13 @@ def schema_path() -> Path:
 
 
 def load_schema() -> dict[str, Any]:
-    """Reads the JSON Schema (draft 2020-12) of a record, not to be changed. Raises PqkError when it is damaged."""
+    """Returns the JSON Schema (draft 2020-12) of a record; do not modify it. Raises PqkError when it is damaged."""
     path = schema_path()
     return _load(path, path.stat().st_mtime_ns)[0]
 
 
 def schema_version() -> str:
-    """Returns the version that records written now carry, for example '2.0.0'."""
+    """Returns the version of new records, for example '2.0.0'."""
     return str(load_schema()["properties"]["schema_version"]["const"])
 
 
@@ -109,7 +109,7 @@ def columns() -> list[Column]:
 
 
 def metrics_of(record: Mapping[str, Any]) -> dict[str, dict[str, Any]] | None:
-    """Returns the object `metrics` of a record that has its metrics in columns alone, with the schema's units.
+    """Returns the object `metrics` of a record that has its metrics only in columns, with the schema's units.
 
     None where nothing was measured.
     """
@@ -124,12 +124,12 @@ def metrics_of(record: Mapping[str, Any]) -> dict[str, dict[str, Any]] | None:
 
 
 def names_of_1_0() -> dict[str, str | None]:
-    """Returns where schema 1.0 had the value of a column, by the name of today; None: it did not measure that."""
+    """Returns, by current name of a column, its name in schema 1.0; None where schema 1.0 did not measure it."""
     return {n: rules["x-1.0"] for n, rules in load_schema()["properties"].items() if "x-1.0" in rules}
 
 
 def empty_record() -> dict[str, Any]:
-    """Returns a record with every field present and null, but for schema_version. The caller fills in what it knows."""
+    """Returns a record with every field null except schema_version. The caller fills in the known values."""
     record: dict[str, Any] = dict.fromkeys(load_schema()["properties"])
     record["schema_version"] = schema_version()
     return record
@@ -138,7 +138,7 @@ def empty_record() -> dict[str, Any]:
 def validate(record: Any, where: str = "record") -> None:
     """Checks one record against the schema; `where` (a file, an experiment) starts the message.
 
-    Raises PqkError with the exact field, its value and what is allowed: an unknown field (with the nearest known
+    Raises PqkError with the exact field, its value and the allowed values: an unknown field (with the nearest known
     one), a missing field, a wrong type or value, NaN or infinity, a timing in an emulated record, shares of executed
     precision that add up to more than 1, a day that does not exist.
     """
@@ -184,7 +184,7 @@ def _types(rules: dict[str, Any]) -> list[str]:
 
 
 def _beyond_json(value: Any, path: str) -> Iterator[str]:
-    """Finds what JSON cannot hold or what would break a table: NaN, infinity, huge integers, broken Unicode."""
+    """Finds values that JSON cannot hold or that would break a table: NaN, infinity, huge integers, broken Unicode."""
     if isinstance(value, dict):
         for key, item in value.items():
             if not isinstance(key, str):
@@ -207,7 +207,7 @@ def _beyond_json(value: Any, path: str) -> Iterator[str]:
 
 
 def _beyond_schema(record: dict[str, Any]) -> Iterator[str]:
-    """Finds what a JSON Schema cannot say."""
+    """Finds problems that a JSON Schema cannot express."""
     try:
         datetime.fromisoformat(record.get("datetime") or "1970-01-01")
     except ValueError:
@@ -228,7 +228,7 @@ def _beyond_schema(record: dict[str, Any]) -> Iterator[str]:
 
 
 def _rank(error: ValidationError) -> tuple[int, str]:
-    """Orders problems, those that explain others first: wrong version, unknown fields, missing ones; then values."""
+    """Returns a sort key. Problems that explain others come first: wrong version, unknown fields, missing fields."""
     path = _path(error)
     if path:
         return (0 if path == "schema_version" else 3), path
@@ -243,7 +243,7 @@ def _path(error: ValidationError) -> str:
 
 
 def _sentence(error: ValidationError, record: dict[str, Any], schema: dict[str, Any]) -> str:
-    """Returns one sentence: the field, what is allowed there, what was found."""
+    """Returns one sentence: the field, the allowed values, the value found."""
     field = _path(error)
     rules = error.schema if isinstance(error.schema, dict) else {}
     known = list(schema["properties"])
@@ -257,7 +257,7 @@ def _sentence(error: ValidationError, record: dict[str, Any], schema: dict[str, 
         return f"{field}: {error.message}"
     if error.validator == "required":
         missing = [name for name in known if name not in record]
-        return f"missing field{'s' if len(missing) > 1 else ''} {', '.join(missing)}; what is unknown is null"
+        return f"missing field{'s' if len(missing) > 1 else ''} {', '.join(missing)}; use null for unknown values"
     if "then" in error.absolute_schema_path:
         return f"{field} must be null in an emulated record, which carries no timing, got {_show(error.instance)}"
     if "propertyNames" in error.absolute_schema_path:
@@ -273,7 +273,7 @@ def _sentence(error: ValidationError, record: dict[str, Any], schema: dict[str, 
 
 
 def _allowed(rules: dict[str, Any], field: str) -> str:
-    """Returns 'a number between 0 and 1, or null' out of the rules of a field."""
+    """Returns the allowed values of a field in words, such as 'a number between 0 and 1, or null'."""
     kinds = _types(rules)
     words = " or ".join(_NOUNS[kind] for kind in kinds if kind != "null")
     low, high = rules.get("minimum"), rules.get("maximum")

@@ -1,4 +1,4 @@
-r"""Writes tables as tab-separated text that any program reads: a line per row, exact numbers, no cell that breaks it.
+r"""Writes and reads tables as tab-separated text that any program reads, a line per row: `write_table`, `read_table`.
 
 | in a text | in the file |
 | --- | --- |
@@ -6,9 +6,9 @@ r"""Writes tables as tab-separated text that any program reads: a line per row, 
 | any other character that is not printable | `\u` and four hexadecimal digits, or `\U` and eight |
 | a quotation mark at the start, which readers of CSV take for a quoted cell | `\u0022` |
 | a start that a spreadsheet takes for a formula (`pqk.record.formulas`) | an apostrophe before it |
-| a semicolon, where a formula would start behind one | `\u003b` |
+| a semicolon, where a formula would start after one | `\u003b` |
 
-An empty cell is null. Numbers are written so that reading gives the same float64 again.
+An empty cell is null. Numbers are written so that reading returns the same float64.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ _NUMBERS = {
 
 
 def cell_of(value: Any) -> str:
-    """Returns a value as a cell. Raises ValueError for a number that is not finite."""
+    """Returns a value as text of a cell. Raises ValueError for a number that is not finite."""
     if value is None:
         return ""
     if not isinstance(value, str):
         if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{value} is no measurement; unknown is null")
+            raise ValueError(f"{value} is not a finite number; use null for unknown values")
         return repr(value)
     text = "".join(_escaped(char) for char in value)
     if text.startswith('"'):
@@ -66,7 +66,7 @@ def value_of(cell: str, kind: Kind) -> Any:
         return None
     if kind != "text":
         if not _NUMBERS[kind].fullmatch(cell):
-            raise ValueError(f"{cell[:40]!r} is no {'whole ' if kind == 'int' else ''}number")
+            raise ValueError(f"{cell[:40]!r} is not a {'whole ' if kind == 'int' else ''}number")
         number = int(cell) if kind == "int" else float(cell)
         if not math.isfinite(number):
             raise ValueError(f"{cell[:40]!r} is too large")
@@ -81,20 +81,20 @@ def _character(match: re.Match[str]) -> str:
     if plain:
         return _BACK[plain]
     if wrong is not None or int(short or long, 16) > 0x10FFFF:
-        raise ValueError(f"{match[0]!r} is no escape; a backslash is written twice")
+        raise ValueError(f"{match[0]!r} is not an escape; write a backslash as two")
     return chr(int(short or long, 16))
 
 
 def write_table(path: Path, columns: Mapping[str, Kind], rows: Iterable[Mapping[str, Any]]) -> None:
     """Writes a table atomically: a line with the names of the columns, then a line per row.
 
-    Raises PqkError for a value that is no number where one belongs, or not finite.
+    Raises PqkError for a value of the wrong kind, and for a number that is not finite.
     """
     write_text(path, table_text(columns, rows, str(path)))
 
 
 def table_text(columns: Mapping[str, Kind], rows: Iterable[Mapping[str, Any]], where: str) -> str:
-    """Returns what `write_table` writes."""
+    """Returns the text that `write_table` writes."""
     types: dict[str, tuple[type, ...]] = {"text": (str,), "int": (int,), "float": (int, float)}
     lines = ["\t".join(columns)]
     for row in rows:
@@ -123,7 +123,7 @@ def _lines(path: Path) -> list[str]:
         raise PqkError(cannot_read(path, error)) from error
     except UnicodeDecodeError as error:
         raise PqkError(f"{path} is not UTF-8 text") from error
-    lines = text.split("\n")  # not splitlines: a cell may hold what Python takes for a line's end
+    lines = text.split("\n")  # not splitlines: a cell may hold other characters that Python takes for a line's end
     if lines[-1] == "":
         lines.pop()
     if not lines:
@@ -134,7 +134,7 @@ def _lines(path: Path) -> list[str]:
 def read_table(
     path: Path, columns: Mapping[str, Kind], required: Sequence[str] = (), later: Sequence[str] = ()
 ) -> list[Row]:
-    """Returns the rows of a table, in their order; its columns may stand in any order.
+    """Returns the rows of a table, in their order; its columns may have any order.
 
     later: columns that tables of older versions do not have; such a row has None there. Raises PqkError, with the line,
     for a file that is not UTF-8, a missing or unknown column, a row of another length, a cell of the wrong kind, and an
@@ -147,7 +147,7 @@ def read_table(
             raise PqkError(f"{path}:1: unknown or repeated column {name[:60]!r}{nearest(name, columns)}")
     missing = [name for name in columns if name not in names and name not in later]
     if missing:
-        raise PqkError(f"{path}:1: the column {missing[0]!r} is missing; this is no table of that kind")
+        raise PqkError(f"{path}:1: the column {missing[0]!r} is missing; this is another kind of table")
     rows = []
     for number, line in enumerate(lines[1:], 2):
         cells = line.rstrip("\r").split("\t")

@@ -1,4 +1,4 @@
-"""Gives the columns and the text of cells, the order of records and what tells them apart, to tables, plots, pages."""
+"""Formats records for tables, plots and pages: columns, text of cells, order, and short names that differ."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _BARE = re.compile(r"[\w.:/%+-]+( [\w.:/%+-]+)*", re.ASCII)  # a CSV cell that n
 def ordered(records: Iterable[Record]) -> list[Record]:
     """Sorts by experiment (A2 before A10), role (Teacher first), backend, quantizer, precision (f32 first), time.
 
-    A record that lies in two logs, equal in every field, counts once.
+    Records that are equal in every field, such as one in two logs, count once.
     """
     roles = load_schema()["properties"]["role"]["enum"]
 
@@ -45,9 +45,9 @@ def ordered(records: Iterable[Record]) -> list[Record]:
 
 
 def columns_of(records: Iterable[Record]) -> list[Column]:
-    """Returns the columns of the schema, and behind its metrics those that only these records' families have.
+    """Returns the columns of the schema, with the metrics that only these records' families have after its metrics.
 
-    Units and directions of metrics are those that the records give.
+    Units and directions of metrics are those in the records.
     """
     known: dict[str, list[Mapping[str, Any]]] = {}
     for record in records:
@@ -75,7 +75,7 @@ def value_of(record: Record, name: str) -> Any:
 
 
 def headline(records: Iterable[Record]) -> list[Column]:
-    """Returns the main metrics, and one that improves the other way where there is one: an error and a score."""
+    """Returns the main metrics, and one metric that improves in the other direction if any: an error and a score."""
     rows = list(records)
     mains = {record["main_metric"] for record in rows}
     found = [c for c in columns_of(rows) if c.metric and any(value_of(record, c.name) is not None for record in rows)]
@@ -102,13 +102,13 @@ def cell_text(value: Any, column: Column) -> str:
 
 
 def interval_of(record: Record, name: str) -> tuple[float, float] | None:
-    """Gives the 95 % interval (low, high) of a record's column; None where there is none."""
+    """Returns the 95 % interval (low, high) of a record's column; None where there is none."""
     ends = (record["intervals"] or {}).get(name)
     return None if ends is None else (min(ends), max(ends))
 
 
 def interval_text(record: Record, column: Column) -> str:
-    """Gives an interval for people: '±0.48', or '[+0.10, +1.62]' where its halves differ; '' for none."""
+    """Returns an interval for people: '±0.48', or '[+0.10, +1.62]' where its halves differ; '' for none."""
     value, ends = value_of(record, column.name), interval_of(record, column.name)
     if ends is None or not isinstance(value, int | float):
         return ""
@@ -119,12 +119,12 @@ def interval_text(record: Record, column: Column) -> str:
 
 
 def value_text(record: Record, column: Column) -> str:
-    """Gives a record's value with its interval, for people: '+0.77 ±0.48'."""
+    """Returns a record's value with its interval, for people: '+0.77 ±0.48'."""
     return f"{cell_text(value_of(record, column.name), column)} {interval_text(record, column)}".rstrip()
 
 
 def with_ends(records: Sequence[Record]) -> tuple[list[Column], list[Record]]:
-    """Adds, behind each column of numbers that any record has an interval of, its ends as NAME_low and NAME_high."""
+    """Adds the ends of intervals, NAME_low and NAME_high, after each column of numbers that has any interval."""
     known = {name for record in records for name in record["intervals"] or {}}
     shown: list[Column] = []
     every = columns_of(records)
@@ -162,8 +162,8 @@ def shares_text(shares: Mapping[str, float]) -> str:
 def best_rows(records: Sequence[Record]) -> dict[str, set[int]]:
     """Returns, for each column with a better direction, the indices of the rows with the best value.
 
-    Only runs that ended well compete, and only with those on the same scenes, evaluated in the same way. A column in
-    which fewer than two rows compete, or in which all are equal, has no best.
+    Only runs with status ok are compared, and only with those on the same scenes, evaluated in the same way. A column
+    with fewer than two such rows, or with equal values, has no best.
     """
     fields: dict[str, list[int]] = {}
     for index, record in enumerate(records):
@@ -183,21 +183,21 @@ def best_rows(records: Sequence[Record]) -> dict[str, set[int]]:
 
 
 def hash_of(record: Record, name: str) -> str:
-    """Returns a sha256 of what the record was made from, by its name; '' where it is unknown."""
+    """Returns the sha256 of one of the record's inputs, by name; '' where it is unknown."""
     return str((record["hashes"] or {}).get(name, ""))
 
 
 def _judged_on(record: Record) -> str:
-    """Returns what two records must share for their figures to be comparable."""
+    """Returns a key that two records must share for their figures to be comparable."""
     reference = record["quality_reference"]
     truth = [reference, record["model"], hash_of(record, "model")] if reference == "teacher" else [reference]
     return json.dumps([record["scenes"], hash_of(record, "scenes"), hash_of(record, "eval"), *truth])
 
 
 def told_apart(records: Sequence[Record], name: str) -> list[str] | None:
-    """Returns each record's 'model' or 'scenes' in a few words, or None when they share it.
+    """Returns each record's 'model' or 'scenes' in a few words, or None when it is the same in all.
 
-    Different ones of one name get the first digits of their sha256: 'mine 1f3a90'.
+    Different ones with the same name get the first digits of their sha256: 'mine 1f3a90'.
     """
     found = []
     for record in records:
@@ -219,7 +219,7 @@ def tool_text(record: Record) -> str:
 
 
 def row_label(record: Record) -> str:
-    """Names a record in a few words for a plot or a message: 'B1 candidate int8 openvino/nncf'."""
+    """Returns a short name of a record for a plot or a message: 'B1 candidate int8 openvino/nncf'."""
     words = [record["exp_id"], record["role"], record["precision"], tool_text(record)]
     return printable(" ".join(word for word in words if word))
 
@@ -230,12 +230,12 @@ def printable(text: str) -> str:
 
 
 def csv_text(rows: Iterable[Iterable[Any]]) -> str:
-    """Gives rows as CSV: null is empty, text cannot start a formula (see `safe_text`), everything else is JSON."""
+    """Returns rows as CSV: null is empty, text cannot start a formula (see `safe_text`), everything else is JSON."""
     return "".join(",".join(_quoted(_csv_cell(value)) for value in row) + "\n" for row in rows)
 
 
 def _quoted(text: str) -> str:
-    """Quotes all but plain words and numbers, more than RFC 4180 asks for: readers differ in what splits a cell."""
+    """Quotes all but plain words and numbers, more than RFC 4180 requires: readers split at different characters."""
     return text if not text or _BARE.fullmatch(text) else '"' + text.replace('"', '""') + '"'
 
 

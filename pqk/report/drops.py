@@ -1,7 +1,7 @@
-"""Computes the drop of a campaign's recipes with its 95 % interval, and what that interval says of the limit.
+"""Computes the drop of a campaign's recipes with its 95 % interval, and its verdict at a limit: `drop_of`, `Drop`.
 
-Where the deliverable holds the scores of every pair, also of the Teacher, the interval is over scenes; else it is over
-the draws of scenes, which do not overlap, by Student's t.
+If the deliverable holds the scores of every pair, also of the Teacher, the interval is over scenes. Else it is over the
+draws of scenes, which do not overlap, by Student's t.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pqk.stats.intervals import Interval, difference_interval, drop_interval, gr
 
 @dataclass(frozen=True)
 class Drop:
-    """A drop in percent (or a difference of two, in points) and what its interval is over: 'scenes' or 'draws'."""
+    """A drop in percent (or a difference of two, in points) and the unit of its interval: 'scenes' or 'draws'."""
 
     interval: Interval
     unit: str
@@ -37,14 +37,14 @@ class Drop:
         return f"{count} {self.unit if count != 1 else self.unit.removesuffix('s')}"
 
     def judged(self, limit: float) -> str | None:
-        """Returns 'pass', 'fail' or 'undecided' at a limit; None without an interval, as nothing can be said."""
+        """Returns 'pass', 'fail' or 'undecided' at a limit; None without an interval."""
         low, high = self.interval.low, self.interval.high
         if low is None or high is None:
             return None
         return "pass" if high <= limit else "fail" if low > limit else "undecided"
 
     def sentence(self, limit: float) -> str:
-        """Names the drop, its interval, the limit and, where it is undecided, how many scenes or draws would decide."""
+        """Returns a sentence with the drop, its interval, the limit and, if undecided, how many units would decide."""
         found, word = self.interval, self.judged(limit)
         if word is None:
             return f"drop {found.value:+.2f} % (at most {limit:g} %), without an interval"
@@ -64,10 +64,10 @@ def interval_text(interval: Interval) -> str:
 
 
 def drop_of(rows: Sequence[Row], teachers: Sequence[Row], scores: Scores) -> Drop | None:
-    """Gives the drop over these evaluations of one recipe; None where one has no drop.
+    """Returns the drop over these evaluations of one recipe; None where one has no drop.
 
     teachers: evaluations of the Teacher in f32. Evaluations of several train seeds on the same scenes are one group,
-    so the interval is about scenes and says nothing of other trainings.
+    so the interval is over scenes and does not cover other trainings.
     """
     if not rows or any(row["drop_pct"] is None for row in rows):
         return None
@@ -83,10 +83,10 @@ def drop_of(rows: Sequence[Row], teachers: Sequence[Row], scores: Scores) -> Dro
 
 
 def difference_of(rows: Sequence[Row], others: Sequence[Row], teachers: Sequence[Row], scores: Scores) -> Drop | None:
-    """Gives by how many points one recipe drops more than another; positive: it is worse.
+    """Returns by how many points one recipe drops more than another; positive: it is worse.
 
-    Paired: by scenes and pairs where scores are there, else by draw. Of several train seeds their mean. None where they
-    share no draw, or one lacks its drop.
+    Paired by scenes and pairs where scores are available, else by draw. Several train seeds are averaged. None where
+    they share no draw, or one has no drop.
     """
     mine, base = _by_draw(rows), _by_draw(others)
     draws = sorted(mine.keys() & base.keys())
@@ -106,7 +106,7 @@ def difference_of(rows: Sequence[Row], others: Sequence[Row], teachers: Sequence
 
 
 def _over_draws(values: Sequence[float], rows: Sequence[Row]) -> Drop:
-    """Student's t over draws; halves of one list overlap, and have no interval of this kind."""
+    """Returns the mean with Student's t interval over draws; halves of one list overlap, so they get no interval."""
     interval = mean_interval(values, [row["scenes_sha256"] for row in rows])
     if any(row["scenes"].startswith("half") for row in rows):
         interval = Interval(interval.value, None, None, interval.groups)
@@ -125,7 +125,7 @@ def _mean_drop(rows: Sequence[Row]) -> float:
 
 
 def drop_of_record(record: dict[str, Any]) -> Drop | None:
-    """Gives a record's drop with the interval that it carries, if any."""
+    """Returns the drop of a record, with its interval if it has one."""
     value = record["quality_drop_pct"]
     if value is None:
         return None

@@ -1,4 +1,4 @@
-"""Writes the files of the report: summary.csv and summary.json, the workbook, the plots."""
+"""Writes the files of the report, `write_reports`: summary.csv and summary.json, the workbook, the plots."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Places:
-    """Where the reports go: three files and a folder."""
+    """Paths of the reports: three files and a folder."""
 
     table: Path
     summary_csv: Path
@@ -31,12 +31,12 @@ class Places:
 
     @classmethod
     def in_folder(cls, folder: Path) -> Places:
-        """Places all of them under their usual names in one folder."""
+        """Returns all paths under their usual names in one folder."""
         return cls(folder / "result_table.xlsx", folder / "summary.csv", folder / "summary.json", folder / "plots")
 
     @classmethod
     def of_project(cls, root: Path) -> Places:
-        """Places them as `report` in configs/eval.yaml says, below the project's root; without it in reports/."""
+        """Returns the paths in `report` of configs/eval.yaml, below the project's root; without it, in reports/."""
         from pqk.settings.evaluation import load_common
 
         file = paths.configs(root) / "eval.yaml"
@@ -47,7 +47,7 @@ class Places:
 
 
 def thresholds_of(root: Path) -> Thresholds | None:
-    """Returns those of the project's configs/eval.yaml; None where there is no such file."""
+    """Returns the thresholds of the project's configs/eval.yaml; None where there is no such file."""
     from pqk.settings.evaluation import load_common
 
     file = paths.configs(root) / "eval.yaml"
@@ -55,7 +55,7 @@ def thresholds_of(root: Path) -> Thresholds | None:
 
 
 def all_records(logs_folder: Path | str) -> list[Record]:
-    """Returns all records of a folder, ordered. Raises PqkError when one is invalid or there is none at all."""
+    """Returns all records of a folder, ordered. Raises PqkError when one is invalid or there is none."""
     records = ordered(item.record for item in read_records(logs_folder))
     if not records:
         raise PqkError(f"no records in {logs_folder}: run an experiment first")
@@ -70,9 +70,9 @@ def write_reports(
 ) -> list[Path]:
     """Writes the summary as CSV and JSON, the workbook and the plots; returns the files written.
 
-    reports: the places, or a folder for all of them. say: gets a sentence for each plot, and each record of a plot,
-    that is left out, and why. thresholds: drawn as lines in the plots. The same records give the same bytes of CSV and
-    JSON.
+    reports: the paths, or a folder for all of them. say: gets a sentence with the reason for each plot, and for records
+    of a plot, that are left out. thresholds: drawn as lines in the plots. The same records give the same bytes of CSV
+    and JSON.
     """
     places = reports if isinstance(reports, Places) else Places.in_folder(reports)
     write_csv(places.summary_csv, records)
@@ -88,7 +88,7 @@ def write_reports(
 def write_csv(path: Path | str, records: Sequence[Record]) -> None:
     """Writes one row per record, one column per field; null is empty, lists and objects are JSON, numbers are exact.
 
-    Behind a column that any record has an interval of come its two ends, NAME_low and NAME_high.
+    A column with an interval in any record is followed by the two ends, NAME_low and NAME_high.
     """
     shown, rows = with_ends(records)
     names = [column.name for column in shown]

@@ -1,4 +1,4 @@
-"""Draws the plots of the report: trade-off, latency, executed precision, ablation."""
+"""Draws the plots of the report, `draw_plots`: trade-off, latency, executed precision, ablation."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ _LOG_RATIO = 10.0  # a time axis that spans more than this is logarithmic
 
 Say = Callable[[str], None]
 Line = tuple[str, float]
-"""A threshold: what it asks for, and its value."""
+"""A threshold: its label, and its value."""
 
 
 def draw_plots(
@@ -71,8 +71,8 @@ def draw_plots(
 ) -> tuple[list[Path], list[str]]:
     """Draws the plots for which there is data; returns the files written and a sentence per plot or records left out.
 
-    Only runs with status ok are drawn, of many the newest. thresholds: those of the evaluation, drawn as lines. A plot
-    of an earlier call that has no data any more is removed.
+    Only runs with status ok are drawn, the newest if there are many. thresholds: those of the evaluation, drawn as
+    lines. An old plot that has no data any more is removed.
     """
     drawings: dict[str, Callable[[Sequence[Record], Thresholds | None, Say], Figure | str]] = {
         "tradeoff": tradeoff,
@@ -94,11 +94,11 @@ def draw_plots(
 
 
 def _unheard(sentence: str) -> None:
-    """Drops what a plot leaves out, for a caller that draws a figure alone."""
+    """Ignores the sentences about left-out records, for a caller that draws a single figure."""
 
 
 def _newest(rows: Sequence[Record], name: str, say: Say) -> list[Record]:
-    """Gives at most `SHOWN` rows, the newest, in the order that they had."""
+    """Returns the newest rows, at most `SHOWN`, in their original order."""
     if len(rows) <= SHOWN:
         return list(rows)
     say(f"{name}.png shows the {SHOWN} newest of {len(rows)} records; --logs FOLDER draws others")
@@ -107,9 +107,10 @@ def _newest(rows: Sequence[Record], name: str, say: Say) -> list[Record]:
 
 
 def pareto_front(points: Sequence[tuple[float, float]], higher_is_better: bool = False) -> list[int]:
-    """Indices of the points (x to be low; y low, or high when `higher_is_better`) that none dominates, by rising x.
+    """Returns the indices of the points that no other dominates, by rising x. Lower x is better, and so is lower y, or
+    higher y when `higher_is_better`.
 
-    A point dominates another when it is at least as good in both and better in one; of equal points all stay.
+    A point dominates another when it is at least as good in both and better in one; equal points are all kept.
     """
     sign = -1.0 if higher_is_better else 1.0
     front: list[int] = []
@@ -122,8 +123,8 @@ def pareto_front(points: Sequence[tuple[float, float]], higher_is_better: bool =
 def tradeoff(records: Sequence[Record], thresholds: Thresholds | None = None, say: Say = _unheard) -> Figure | str:
     """Draws quality against median pair time, one marker per record, with the Pareto front and the limits.
 
-    Quality is the drop where any record has an interval of it, else the main metric. Of many records all are dots, and
-    the front and the newest are named.
+    Quality is the drop if any record has an interval of it, else the main metric. With many records all are drawn as
+    dots, and only the front and the newest are named.
     """
     time = _column("t_pair_p50_ms")
     quality = _quality_axis([record for record in records if record[time.name] is not None] or records)
@@ -194,7 +195,7 @@ def _quality_axis(rows: Sequence[Record]) -> Column:
 
 
 def _named(rows: Sequence[Record], front: Sequence[int]) -> list[int]:
-    """Gives the indices of the rows that the legend names: all, or the front and then the newest."""
+    """Returns the indices of the rows that the legend names: all, or the front and then the newest."""
     if len(rows) <= SHOWN:
         return list(range(len(rows)))
     newest = sorted(set(range(len(rows))) - set(front), key=lambda index: rows[index]["datetime"], reverse=True)
@@ -202,7 +203,7 @@ def _named(rows: Sequence[Record], front: Sequence[int]) -> list[int]:
 
 
 def _quality_lines(rows: Sequence[Record], quality: Column, thresholds: Thresholds | None) -> list[Line]:
-    """Gives the drops that are allowed, on an axis of drops or, where all rows have one Teacher, of its metric."""
+    """Returns the allowed drops, on an axis of drops or, where all rows have the same Teacher, of the metric."""
     drops = drop_lines(rows, thresholds)
     if quality.name == _DROP:
         return drops
@@ -214,7 +215,7 @@ def _quality_lines(rows: Sequence[Record], quality: Column, thresholds: Threshol
 
 
 def drop_lines(rows: Sequence[Record], thresholds: Thresholds | None) -> list[Line]:
-    """Gives the drops that the recipes of these rows may have, each value once, with the recipes that it is for."""
+    """Returns the allowed drops of the recipes of these rows, each value once, with the recipes that it is for."""
     if thresholds is None:
         return []
     own = {"Q-only": thresholds.quality_drop_q_only_pct, "P-only": thresholds.quality_drop_p_only_pct}
@@ -265,13 +266,13 @@ def latency(records: Sequence[Record], thresholds: Thresholds | None = None, say
 
 
 def _compared(record: Record, column: Column) -> bool:
-    """Says whether a speedup compares a row with another one: a row in f32 is its own f32."""
+    """Returns whether a speedup compares a row with another row: a row in f32 is its own f32."""
     mine = record["precision"] == "f32" and (record["role"] == "teacher" or column.name != "speedup_vs_teacher_f32")
     return record[column.name] is not None and not mine
 
 
 def _speeds(axes: Axes, rows: Sequence[Record], speeds: Sequence[Column], thresholds: Thresholds | None) -> None:
-    """Draws each row's speedups as marks with their intervals, and what the thresholds ask of them as lines."""
+    """Draws each row's speedups as marks with their intervals, and their thresholds as lines."""
     asked: dict[str, Line] = {}
     if thresholds is not None and any(record["quantizer"] for record in rows):
         reduction, slack = thresholds.t_pair_p50_reduction_pct, thresholds.not_slower_than_best_float_pct
@@ -300,7 +301,7 @@ def _speeds(axes: Axes, rows: Sequence[Record], speeds: Sequence[Column], thresh
 
 
 def precision(records: Sequence[Record], thresholds: Thresholds | None = None, say: Say = _unheard) -> Figure | str:
-    """Draws the stacked shares of the precision that was executed, and the least share of int8."""
+    """Draws the stacked shares of the executed precisions, and the least share of int8."""
     name = "executed_precision"
     rows = [record for record in records if record[name]]
     if not rows:
@@ -386,7 +387,7 @@ def bars_of(axis: Axes, rows: Sequence[Record | None], column: Column, colour: s
 
 
 def _limits(values: Sequence[float], relative: bool = False) -> tuple[float, float]:
-    """Gives the ends of an axis: all values and a margin, and never so little that noise fills the picture.
+    """Returns the ends of an axis: all values and a margin, at least so wide that noise does not fill the plot.
 
     relative: the values are drops in percent.
     """
@@ -398,7 +399,7 @@ def _limits(values: Sequence[float], relative: bool = False) -> tuple[float, flo
 
 
 def _speed(record: Record, before: str, interval: bool = True) -> str:
-    """Returns '1.13x own f32' behind `before`, and its interval; '' where it was not measured or is the base itself."""
+    """Returns '1.13x own f32' after `before`, with its interval; '' where not measured, or for the f32 row itself."""
     column = _column("speedup_vs_own_f32")
     speed = record[column.name]
     if speed is None or record["precision"] == "f32":

@@ -1,4 +1,4 @@
-"""Draws the figures of a deliverable: a metric of all its runs, with mean and spread."""
+"""Draws the figures of a deliverable, `draw_runs`: a metric of all its runs, with mean and spread."""
 
 from __future__ import annotations
 
@@ -53,6 +53,6 @@ def _figure(metric: str, summary: Sequence[Row], runs: Sequence[Row]) -> Figure 
 
 
 def _belongs(row: Row, line: Row) -> bool:
-    """Says whether a run is one of those behind a line of the summary."""
+    """Returns whether a run is one of the runs of a line of the summary."""
     names = [*VARIANT, *(["file"] if line["file"] else []), *(["train_seed"] if line["scope"] == "train_seed" else [])]
     return all(row[name] == line[name] for name in names)

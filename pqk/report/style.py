@@ -1,4 +1,4 @@
-"""Gives all figures one style: colours, markers, blank figures, bars, and how a figure becomes a PNG."""
+"""Defines the style of all figures: colours, markers, blank figures, bars, and writing as PNG (`write_figure`)."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette (https://jfly.uni-koeln.de/color), told apart with every common colour blindness; the yellow
+# Okabe and Ito's palette (https://jfly.uni-koeln.de/color), distinct with every common colour blindness; the yellow
 # is left out, it is too faint on white. Seven colours and nine markers give 63 different pairs.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 THRESHOLD_COLOUR = PALETTE[1]
 FRONT: dict[str, Any] = {"linestyle": "--", "color": "#777777", "linewidth": 1.2, "zorder": 1}
-"""How a Pareto front is drawn."""
+"""Line style of a Pareto front."""
 BESIDE: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.0), "frameon": False, "borderaxespad": 0.0}
 ABOVE: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0), "frameon": False}
-"""Where a legend is placed: outside the panel, right of it or above it."""
+"""Places of a legend: outside the panel, right of it or above it."""
 
 
 def write_figure(path: Path | str, make: Callable[[], Figure | str], font: float = 10, dpi: int = 150) -> str | None:
     """Draws a figure without a display and writes it as PNG, atomically.
 
-    make: returns the figure, or why there is nothing to draw; then an older file of that name is removed. font: size of
-    text in points. Returns None, or that reason.
+    make: returns the figure, or the reason why there is nothing to draw; then an older file of that name is removed.
+    font: size of text in points. Returns None, or that reason.
     """
     import matplotlib
 
-    # A label is data: "$" in it is no formula.
+    # A label is data: "$" in it does not start a formula.
     with matplotlib.rc_context({"text.parse_math": False, "font.size": font}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         figure = make()
@@ -61,7 +61,7 @@ def blank_figure(width: float, height: float, panels: int = 1) -> tuple[Figure, 
 
 
 def plain_numbers(axis: Axis) -> None:
-    """Writes every number beside an axis by itself: 0.1149, and not 9e-5 with +1.148e-1 in a corner."""
+    """Writes every number beside an axis in full: 0.1149, not 9e-5 with +1.148e-1 in a corner."""
     from matplotlib.ticker import FuncFormatter
 
     def text(value: float, _: int | None) -> str:
@@ -72,7 +72,7 @@ def plain_numbers(axis: Axis) -> None:
 
 
 def grid(axes: Axes, horizontal: bool = True) -> None:
-    """Draws faint lines behind everything; without `horizontal` only upright ones."""
+    """Draws faint lines behind everything; without `horizontal` only vertical ones."""
     axes.grid(True, axis="both" if horizontal else "x", color="#DDDDDD", linewidth=0.7)
     axes.set_axisbelow(True)
 
@@ -85,7 +85,7 @@ def label_rows(axes: Axes, labels: Sequence[str]) -> None:
 
 
 def error_bar(axes: Axes, place: float, interval: tuple[float, float], colour: str, upright: bool = False) -> None:
-    """Draws an interval with caps at `place` of the other axis, wherever the value lies in it."""
+    """Draws an interval with caps at `place` of the other axis; the value may be anywhere in it."""
     middle, half = (interval[0] + interval[1]) / 2, (interval[1] - interval[0]) / 2
     if upright:
         axes.errorbar([place], [middle], yerr=[half], fmt="none", ecolor=colour, capsize=3, linewidth=1.2, zorder=2)

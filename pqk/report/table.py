@@ -1,4 +1,4 @@
-"""Prints the table of records in the terminal, and runs `pqk table`."""
+"""Prints the table of records in the terminal, `print_table`, and runs `pqk table`."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ _Layout = Mapping[str, str]
 _MODEL_WIDTH = 26
 _EXP_WIDTH = 12
 _LAYOUTS: tuple[_Layout, ...] = ({"%": " ", "x": " "}, {"%": " ", "x": "\n"}, {"%": "\n", "x": "\n"}, {"%": "\n"})
-"""How the terminal shows intervals, the widest first: by unit of the column, what stands between value and interval.
-Columns of other units show none: their intervals are of single models and say nothing of a difference."""
+"""Layouts of intervals in the terminal, the widest first: by unit of the column, the separator between value and
+interval. Columns of other units show no interval: theirs are of single models and do not describe a difference."""
 
 
 def print_table(records: Iterable[Record], console: Console) -> None:
     """Prints records for people: one table when the console is wide enough, else quality and speed/size in two.
 
-    Shown are the columns with a heading (`x-short`) in the schema and those named as main metric, if any row has a
-    value there, and model and scenes where the rows differ in them. Best values are bold, null is a dash, a row that
-    was emulated or did not end well says so. Drops and speeds have their 95 % interval, the latter where it fits.
+    It shows the columns with a heading (`x-short`) in the schema and the main metrics, if any row has a value there,
+    and model and scenes where the rows differ in them. Best values are bold, null is a dash, rows that were emulated or
+    have a status other than ok are marked. Drops and speeds have their 95 % interval, speeds only where it fits.
     """
     rows = ordered(records)
     if not rows:
@@ -85,9 +85,9 @@ def print_table(records: Iterable[Record], console: Console) -> None:
 
 
 def _row_labels(rows: Sequence[Record]) -> list[str]:
-    """Returns per record role, precision, model where rows differ in it, toolchain and state, a line each.
+    """Returns for each record role, precision, model where rows differ in it, toolchain and state, a line each.
 
-    Equal ones of unlike settings get the hash of these.
+    Equal labels with different settings get the hash of the settings.
     """
     labels = []
     models = told_apart(rows, "model") or [""] * len(rows)

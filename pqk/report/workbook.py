@@ -1,4 +1,4 @@
-"""Writes result_table.xlsx: the records in four sheets, all columns in one, and what each column means."""
+"""Writes result_table.xlsx, `write_workbook`: records in four sheets, all columns in one, and their meaning."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def write_workbook(path: Path | str, records: Sequence[Record]) -> None:
 
     Each of the four sheets has the identity columns and those of its group; 'all' has every column; 'about' explains
     them. Row 1 holds the names, row 2 the units. Best values are bold, null cells are empty, text that looks like a
-    formula is defused, and every column name comes from the schema. Behind a column that any record has an interval of
-    come its two ends, NAME_low and NAME_high.
+    formula is escaped, and every column name is from the schema. A column with an interval in any record is followed by
+    the two ends, NAME_low and NAME_high.
     """
     from openpyxl import Workbook
 
@@ -49,7 +49,7 @@ def write_workbook(path: Path | str, records: Sequence[Record]) -> None:
 
 
 def number_format(printf: str) -> str:
-    """Excel's number format for '.3f', '+.2f' or 'd'; 'General' for anything else."""
+    """Returns Excel's number format for '.3f', '+.2f' or 'd'; 'General' for anything else."""
     if printf == "d":
         return "0"
     match = re.fullmatch(r"(\+?)\.([0-9])f", printf)

@@ -1,4 +1,4 @@
-"""Task cards: one experiment each, Markdown with YAML front matter, in schedule/TaskCards."""
+"""Reads task cards, one experiment each, Markdown with YAML front matter, from schedule/TaskCards: `load_card`."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Overrides(Section):
 
 
 class Budget(Section):
-    """What the card may cost."""
+    """The budget of the card."""
 
     gpu_hours: Annotated[float, Field(gt=0, le=10_000)]
 
@@ -95,12 +95,13 @@ class Card(Spec):
         return self
 
     def points(self) -> list[tuple[str, str]]:
-        """(axis, point) of the matrix, in the order of the card."""
+        """Returns (axis, point) of the matrix, in the order of the card."""
         return [(axis, point) for axis, found in self.matrix.items() for point in found.points]
 
     def at(self, axis: str, point: str) -> Card:
-        """The card of one point: its name behind the id, the axis' recipe, no matrix; its settings are laid over it by
-        `resolve`. Raises PqkError for an axis or a point that the matrix does not have.
+        """Returns the card of one point: its name after the id, the axis' recipe, no matrix.
+
+        `resolve` lays its settings over it. Raises PqkError for an axis or a point that the matrix does not have.
         """
         if axis not in self.matrix:
             known = ", ".join(self.matrix) or "none"
@@ -114,21 +115,21 @@ class Card(Spec):
 
     @property
     def prose(self) -> str:
-        """The Markdown after the front matter."""
+        """Returns the Markdown after the front matter."""
         return self._prose
 
 
 def list_cards(root: Path | None = None) -> list[str]:
-    """Ids of the cards in schedule/TaskCards, sorted; the template and a README are not among them."""
+    """Returns the ids of the cards in schedule/TaskCards, sorted, without the template and a README."""
     folder = paths.task_cards(root or paths.project_root())
     stems = (path.stem for path in matching(folder, "*.md"))
     return sorted(stem for stem in stems if re.match(ID_PATTERN, stem) and stem not in _NOT_CARDS)
 
 
 def load_card(name: str | Path, root: Path | None = None) -> Card:
-    """Read a card by its id ('B1'), or by the path of a .md file inside the project's schedule/TaskCards.
+    """Reads a card by its id ('B1'), or by the path of a .md file inside the project's schedule/TaskCards.
 
-    Raises PqkError when there is no such card, it lies elsewhere, or its front matter is wrong.
+    Raises PqkError when there is no such card, it lies elsewhere, or its front matter is invalid.
     """
     base = root or paths.project_root()
     folder = paths.task_cards(base)
@@ -159,7 +160,7 @@ def load_card(name: str | Path, root: Path | None = None) -> Card:
 
 
 def read_card(path: Path) -> Card:
-    """Parse one card file; its id must be the file's name without .md. Raises PqkError."""
+    """Reads one card file; its id must be the file's name without .md. Raises PqkError."""
     where = paths.shown(path)
     lines = read_text(path).splitlines()
     if not lines or lines[0].rstrip() != "---":

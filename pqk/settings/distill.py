@@ -1,4 +1,4 @@
-"""How a student is cut and trained: `configs/distill.yaml` as a frozen object."""
+"""Defines the distillation settings, `configs/distill.yaml`, as a frozen object: cut and training of the student."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Cut = Annotated[float, Field(ge=0, le=0.6)]
 class StudentCut(Section):
     """Shares to cut of the Teacher's blocks, heads of attention, MLP widths and widths of the DPT heads; 0: none.
 
-    fold_pairs rendered pairs of fold_size pixels serve to make up for what was cut before training begins; 0: nothing.
+    fold_pairs: number of rendered pairs of fold_size pixels for the refit after the cut, before training; 0: no refit.
     """
 
     depth: Cut
@@ -28,7 +28,7 @@ class StudentCut(Section):
 
 class DistillLoss(Section):
     """Weights of `alpha L_task + beta KL + gamma features`; beta is beta_start up to task_share of the run and then
-    rises in a line to beta_end.
+    rises linearly to beta_end.
     """
 
     alpha: Annotated[float, Field(ge=0, le=100)]
@@ -45,7 +45,7 @@ class DistillLoss(Section):
         return self
 
     def beta_at(self, share: float) -> float:
-        """The weight of the KL term at a share of the run in [0, 1]."""
+        """Returns the weight of the KL term at a share of the run in [0, 1]."""
         if share <= self.task_share:
             return self.beta_start
         risen = (share - self.task_share) / (1 - self.task_share)
@@ -53,7 +53,7 @@ class DistillLoss(Section):
 
 
 class Distill(Spec):
-    """Method K: what the student is and how it learns from the Teacher."""
+    """Settings of method K: the cut of the student, and how it learns from the Teacher."""
 
     version: Annotated[str, Field(pattern=r"^\d+\.\d+$")]
     student: StudentCut

@@ -1,4 +1,4 @@
-"""The evaluation, `configs/eval.yaml`, as a frozen object: what is measured, success thresholds, stop-loss lines."""
+"""Defines the evaluation, `configs/eval.yaml`, as a frozen object: measurements, thresholds, stop-loss lines."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pqk.paths import shown
 from pqk.settings.yamlfile import Section, Spec, parse_yaml, read_text, validate
 
 MetricName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
-"""Of a metric; which ones there are is the family's to say."""
+"""Name of a metric; the family defines which there are."""
 DropPct = Annotated[float, Field(ge=0, le=20)]
 CutPct = Annotated[float, Field(ge=0, le=95)]
 
@@ -28,7 +28,7 @@ InsidePath = Annotated[str, AfterValidator(_inside)]
 
 
 class Quality(Section):
-    """Which quality metrics are recorded; a family adds the options of its own."""
+    """The quality metrics that are recorded; a family adds its own options."""
 
     main_metric: MetricName
     metrics: Annotated[tuple[MetricName, ...], Field(strict=False, min_length=1)]
@@ -44,9 +44,9 @@ class Quality(Section):
 
 
 class Efficiency(Section):
-    """How long a timing runs after `warmup` rounds, and what disturbs it; seconds are per variant.
+    """Length of a timing after `warmup` rounds, and limits of its disturbances; seconds are per variant.
 
-    It ends when both `min_rounds` and `min_seconds` are reached, at the latest at `max_seconds`, and earlier where
+    It ends when both `min_rounds` and `min_seconds` are reached, at the latest at `max_seconds`, and earlier when
     every speedup is known to +- `enough_pct` percent (null: never). It is disturbed when other processes use more than
     `max_load` cores or times drift by more than `max_drift_pct` percent.
     """
@@ -71,7 +71,7 @@ class Efficiency(Section):
 class Thresholds(Section):
     """Success lines. Drops are percent of the main metric against the Teacher; see configs/eval.yaml for each.
 
-    A family adds lines for metrics that are judged beside the main one (`Metric.threshold`).
+    A family adds lines for metrics that are judged in addition to the main one (`Metric.threshold`).
     """
 
     quality_drop_mainline_pct: DropPct
@@ -96,13 +96,13 @@ class StopLoss(Section):
 
 
 class EarlyStop(Section):
-    """What counts as an improvement between two checkpoints, in percent of the main metric."""
+    """The least improvement between two checkpoints that counts, in percent of the main metric."""
 
     min_improvement_pct: DropPct
 
 
 class Parity(Section):
-    """When two toolchains agree; see configs/eval.yaml for each line."""
+    """Limits for the agreement of two toolchains; see configs/eval.yaml for each line."""
 
     pairs: Annotated[int, Field(ge=1, le=10_000)]
     float_relative: Annotated[float, Field(gt=0, le=1)]
@@ -112,7 +112,7 @@ class Parity(Section):
 
 
 class Report(Section):
-    """Where the reports go, relative to the project root."""
+    """Paths of the reports, relative to the project root."""
 
     table: InsidePath
     summary_csv: InsidePath
@@ -121,7 +121,7 @@ class Report(Section):
 
 
 class Evaluation(Spec):
-    """What is measured and what counts as success."""
+    """Measurements, and the thresholds for success."""
 
     version: Annotated[str, Field(pattern=r"^\d+\.\d+$")]
     quality: Quality
@@ -157,7 +157,7 @@ _LOOSER_WHEN_LOWER = {
 
 
 def loosened(base: Evaluation, changed: Evaluation) -> list[str]:
-    """Dotted names of the thresholds and stop-loss lines that `changed` makes easier to pass than `base`."""
+    """Returns dotted names of thresholds and stop-loss lines that are easier to pass in `changed` than in `base`."""
     found = []
     for section in ("thresholds", "stop_loss"):
         before, after = getattr(base, section), getattr(changed, section)
@@ -169,7 +169,7 @@ def loosened(base: Evaluation, changed: Evaluation) -> list[str]:
 
 
 class _Common(Spec):
-    """What tables need of an evaluation, whatever else its family adds."""
+    """The part of an evaluation that tables need; fields that a family adds are ignored."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -178,7 +178,7 @@ class _Common(Spec):
 
 
 def load_common(path: Path) -> tuple[Report, Thresholds]:
-    """Returns the places of reports and the thresholds that all families share, of an eval.yaml. Raises PqkError."""
+    """Returns the report paths and the thresholds that all families share, from an eval.yaml. Raises PqkError."""
     document = parse_yaml(read_text(path), shown(path))
     lines = document.values.get("thresholds")
     if isinstance(lines, dict):

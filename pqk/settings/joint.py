@@ -1,4 +1,4 @@
-"""The joint recipe: `configs/joint.yaml` as a frozen object."""
+"""Defines the settings of the joint recipe, `configs/joint.yaml`, as a frozen object."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pqk.settings.yamlfile import Section, Spec, config_loader
 
 
 class GatedUnits(Section):
-    """What carries gates: attention heads, groups of hidden units of the MLPs."""
+    """Units with gates: attention heads, groups of hidden units of the MLPs."""
 
     heads: bool
     ffn: bool
@@ -26,11 +26,11 @@ class GatedUnits(Section):
 
 
 class Gates(Section):
-    """How gates `sigmoid(slope * logit)` are opened, driven and closed in the first phase.
+    """Settings of the gates `sigmoid(slope * logit)` in the first phase.
 
-    epochs: of the run's epochs, those with gates. start: the middle gate at the start; spread: of the logits, by rank
-    of importance. rate: by how much a step moves a logit, about. slope: rises from 1 to this. ramp: share of the phase
-    after which the whole of flops_cut is asked for. penalty and dual_rate: of the augmented Lagrangian.
+    epochs: number of the run's epochs with gates. start: initial value of the middle gate; spread: range of the logits,
+    by rank of importance. rate: approximate change of a logit per step. slope: final slope, starting from 1. ramp:
+    share of the phase after which the target is all of flops_cut. penalty and dual_rate: of the augmented Lagrangian.
     calibration_images: for the ranges of this phase alone.
     """
 
@@ -48,10 +48,10 @@ class Gates(Section):
 class Joint(Spec):
     """Pruning, distillation and quantization in one training run.
 
-    flops_cut: share of the network's FLOPs that goes, reached or passed by less than any gate that went. round_to:
-    hidden units of a gate; widths stay multiples of it. samples: rendered training pairs for the importance that
-    orders the units, and for refit, which corrects the layers behind cut units by least squares. train: the whole run;
-    its first gates.epochs epochs have gates, the rest trains what is left of the network.
+    flops_cut: share of the network's FLOPs to cut; it is reached, and exceeded by less than any shut gate cuts.
+    round_to: hidden units of a gate; widths stay multiples of it. samples: rendered training pairs for the importance
+    that orders the units, and for refit, which corrects the layers behind cut units by least squares. train: the whole
+    run; its first gates.epochs epochs have gates, the rest trains the cut network.
     """
 
     version: Annotated[str, Field(pattern=r"^\d+\.\d+$")]

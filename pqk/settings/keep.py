@@ -1,4 +1,4 @@
-"""Reads the entries of a keep-list: for every graph of a model, or, behind `GRAPH:`, for one of them."""
+"""Reads the entries of a keep-list: for every graph of a model, or, after `GRAPH:`, for one graph: `keep_for`."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ _NAMED = re.compile(r"([a-z][a-z0-9_]*):(.*)", re.DOTALL)
 
 
 def split_entry(entry: str) -> tuple[str | None, str]:
-    """The graph that an entry names (None: every graph) and the group or regular expression behind it."""
+    """Returns the graph that an entry names (None: every graph) and the group or regular expression after it."""
     found = _NAMED.fullmatch(entry)
     return (found[1], found[2]) if found else (None, entry)
 
 
 def keep_for(entries: Iterable[str], graph: str) -> list[str]:
-    """The entries that concern one graph, in their order, each once and without the graph's name."""
+    """Returns the entries for one graph, in their order, each once and without the graph's name."""
     named = (split_entry(entry) for entry in entries)
     return list(dict.fromkeys(rest for of, rest in named if of in (None, graph)))
 
 
 def hint(entries: Iterable[str], graph: str, graphs: Collection[str], said: str) -> str:
-    """What to add to the error `said` of a quantizer: how an entry for all graphs is given to another one alone.
+    """Returns a hint to append to the error `said` of a quantizer: how to write an entry for a single graph.
 
-    Empty when the error quotes no such entry, or there is no other graph.
+    Empty when the error quotes no entry for all graphs, or there is no other graph.
     """
     others = [name for name in graphs if name != graph]
     if not others or not any(split_entry(entry)[0] is None and repr(entry) in said for entry in entries):
@@ -33,6 +33,6 @@ def hint(entries: Iterable[str], graph: str, graphs: Collection[str], said: str)
 
 
 def keep_patterns(names: Collection[str]) -> list[str]:
-    """Keep-list entries that match exactly these nodes; `GRAPH:NAME` is the node of that graph alone."""
+    """Returns keep-list entries that match exactly these nodes; `GRAPH:NAME` is the node of that graph alone."""
     named = (split_entry(name) for name in names)
     return [f"{graph}:^{re.escape(node)}$" if graph else f"^{re.escape(node)}$" for graph, node in named]

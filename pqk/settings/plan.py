@@ -1,4 +1,4 @@
-"""Plans: several experiments with their order, hours and price. `schedule/plans/NAME.yaml`, frozen."""
+"""Reads plans, several experiments with their order, hours and price, from `schedule/plans/NAME.yaml`: `load_plan`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pqk.settings.yamlfile import Section, Spec, load_spec
 
 DEVICES = ("H100", "A100")
 A100_FACTOR = (1.7, 2.2)
-"""An H100 is so many times as fast as an A100 in training, says the lab's schedule: a range, not a measurement."""
+"""Training speed of an H100 divided by that of an A100, from the lab's schedule: a range, not a measurement."""
 STATUS = "status"  # `pqk plan status` is no plan
 BASELINE = "Baseline"
 TRAIN_SEED = "workload.seeds.train"
@@ -29,10 +29,10 @@ Range = tuple[float, float]
 
 
 class PlannedExperiment(Section):
-    """One experiment. `id` is the task card, or with `door` just a name: that script is run instead of a card.
+    """One experiment. id: the task card; with `door` only a name, as that script is run instead of a card.
 
-    hours: of one train seed. train_seeds: the card is run once for each; without them with that of workload.yaml.
-    eval_seeds: what it came to is then evaluated under these, such as "0..4", into the ledger, and kept.
+    hours: of one train seed. train_seeds: the card is run once for each; without them, with that of workload.yaml.
+    eval_seeds: the result is then evaluated under these, such as "0..4", and the rows are kept in the ledger.
     """
 
     id: CardId
@@ -62,12 +62,12 @@ class PlannedExperiment(Section):
 
 
 class Target(Section):
-    """What a card is to reach, for the page of the plan's results: one of `least` and `most`.
+    """The target of a card, for the page of the plan's results: one of `least` and `most`.
 
     measure: drop_pct is the mean over all evaluations; params_cut_pct, flops_cut_pct and file_cut_pct are against the
     Teacher; x_own_f32 and x_own_best_float are speeds against the same model in float; flops_G is of a pair, hours are
     device hours that made the model. against: another card; then the drop is the difference of both in points, and
-    everything else the quotient. if_missed: what a reader should know where the target is missed.
+    every other measure is the quotient. if_missed: note for readers when the target is missed.
     """
 
     card: CardId
@@ -94,10 +94,10 @@ class Target(Section):
 
 
 class Plan(Spec):
-    """Experiments, and what an hour costs. Hours are estimates for one `device`, `rate` US dollars per hour on it.
+    """Experiments, and the price of an hour. Hours are estimates for one `device`; rate: US dollars per hour on it.
 
-    rollback: false for a campaign, which reports what fails and mends nothing: no recipe is run again by the rollback
-    table, what missed its thresholds is a result like any other, and what requires it runs.
+    rollback: false for a campaign, which reports failures without repairing them: no recipe is run again by the
+    rollback table, a recipe that missed its thresholds is a result like any other, and cards that require it run.
     """
 
     version: Annotated[str, Field(pattern=r"^\d+\.\d+$")]
@@ -116,7 +116,7 @@ class Plan(Spec):
         for target in self.targets:
             for card in (target.card, target.against or target.card):
                 if card not in known:
-                    raise ValueError(f"has a target for {card!r}, which is none of its experiments")
+                    raise ValueError(f"has a target for {card!r}, which is not one of its experiments")
         return self
 
     @model_validator(mode="after")
@@ -129,7 +129,7 @@ class Plan(Spec):
 
     @property
     def name(self) -> str:
-        """The file's name without .yaml."""
+        """Returns the file's name without .yaml."""
         return self._source.stem
 
 
@@ -137,7 +137,7 @@ class Plan(Spec):
 class Step:
     """One experiment in the order of its plan: with its card (None: a script), and the ids that it waits for.
 
-    id: the card's, with '-s1' behind it where the plan has it with several train seeds. train_seed: None is that of
+    id: the card's, followed by '-s1' if the plan has it with several train seeds. train_seed: None is that of
     workload.yaml. eval_seeds: see `PlannedExperiment`.
     """
 
@@ -152,24 +152,24 @@ class Step:
 
     @property
     def settings(self) -> dict[str, int]:
-        """What it lays over the card's configs."""
+        """Returns the settings that it lays over the card's configs."""
         return {} if self.train_seed is None else {TRAIN_SEED: self.train_seed}
 
 
 def plans_folder(root: Path) -> Path:
-    """The folder of the plans."""
+    """Returns the folder of the plans."""
     return root / "schedule" / "plans"
 
 
 def list_plans(root: Path | None = None) -> list[str]:
-    """Names of the plans in schedule/plans, sorted."""
+    """Returns the names of the plans in schedule/plans, sorted."""
     base = root or paths.project_root()
     stems = sorted(path.stem for path in matching(plans_folder(base), "*.yaml") if re.match(ID_PATTERN, path.stem))
     return [stem for stem in stems if stem != STATUS]
 
 
 def load_plan(name: str, root: Path | None = None) -> Plan:
-    """Read a plan by its name. Raises PqkError when there is none of that name, or it is wrong."""
+    """Reads a plan by its name. Raises PqkError when there is no such plan, or it is invalid."""
     base = root or paths.project_root()
     known = list_plans(base)
     if name not in known:
@@ -179,11 +179,11 @@ def load_plan(name: str, root: Path | None = None) -> Plan:
 
 
 def ordered(plan: Plan, root: Path | None = None) -> list[Step]:
-    """The plan's experiments in the order in which they run.
+    """Returns the plan's experiments in the order in which they run.
 
-    Nothing runs before what its card requires. Among what is free to run: scripts, K alone, P alone, Q alone, recipes
-    of two stages, of three, the joint PQK, ablations; then the order of the file.
-    Raises PqkError when a card is not there or is wrong, requires a card that the plan does not have, or when cards
+    No experiment runs before those that its card requires. Among those that can run: scripts, K alone, P alone, Q
+    alone, recipes of two stages, of three, the joint PQK, ablations; then the order of the file.
+    Raises PqkError when a card is missing or invalid, requires a card that the plan does not have, or when cards
     require each other in a circle.
     """
     base = root or paths.project_root()
@@ -206,7 +206,7 @@ def ordered(plan: Plan, root: Path | None = None) -> list[Step]:
 
 
 def _steps(experiment: PlannedExperiment, seeds: Mapping[str, Any], where: str, root: Path) -> list[Step]:
-    """A step for each train seed. `seeds`: the train seeds of all experiments of the plan."""
+    """Returns a step for each train seed. seeds: the train seeds of all experiments of the plan."""
     if experiment.door is not None:
         if experiment.id in list_cards(root):
             raise PqkError(f"{where}: {experiment.id} is a card, so it cannot name the script {experiment.door}")
@@ -219,7 +219,7 @@ def _steps(experiment: PlannedExperiment, seeds: Mapping[str, Any], where: str, 
         if other not in seeds:
             raise PqkError(
                 f"{where}: {card.id} requires {other}, which the plan does not have; add it under experiments "
-                "(what has run already is not run again)"
+                "(a card that has run already is not run again)"
             )
     if card.matrix and experiment.eval_seeds is not None:
         raise PqkError(f"{where}: {card.id} is a matrix and has no result of its own: leave out eval_seeds")
@@ -237,7 +237,7 @@ def _named(card: str, seed: int | None, seeds: Sequence[int] | None) -> str:
 
 
 def _same_or_first(seeds: Sequence[int] | None, wanted: int | None) -> int | None:
-    """Which training of a required card counts: that of the same seed, else its first one."""
+    """Returns the train seed of a required card that counts: the same seed, else its first one."""
     return None if seeds is None else wanted if wanted in seeds else seeds[0]
 
 
@@ -253,9 +253,9 @@ def _rank(step: Step) -> int:
 
 
 def hours_on(device: str, hours: float) -> Range:
-    """Estimated hours on a device, least and most, of what takes `hours` on an H100.
+    """Returns estimated hours on a device, least and most, for work that takes `hours` on an H100.
 
-    hours(A100) = hours(H100) * (1.7 ... 2.2). Raises PqkError for a device without a factor, as a CPU is.
+    hours(A100) = hours(H100) * (1.7 ... 2.2). Raises PqkError for a device without a factor, such as a CPU.
     """
     if device not in DEVICES:
         raise PqkError(f"--device {device}: hours are known for {', '.join(DEVICES)}{nearest(device, DEVICES)}")
@@ -263,22 +263,22 @@ def hours_on(device: str, hours: float) -> Range:
 
 
 def total(ranges: Sequence[Range]) -> Range:
-    """Least and most hours of several experiments, one after another."""
+    """Returns least and most hours of several experiments, one after another."""
     return sum(low for low, _ in ranges), sum(high for _, high in ranges)
 
 
 def rate_on(plan: Plan, device: str, asked: float | None) -> float | None:
-    """Dollars per hour: the asked rate, else the plan's own for its own device; None where nobody said one."""
+    """Returns dollars per hour: `asked`, else the plan's rate for the plan's device; None if neither is known."""
     return asked if asked is not None else plan.rate if device == plan.device else None
 
 
 def cost(hours: Range, rate: float | None) -> Range | None:
-    """Least and most dollars."""
+    """Returns least and most dollars."""
     return None if rate is None else (hours[0] * rate, hours[1] * rate)
 
 
 def waits_for(step: Step, steps: Mapping[str, Step]) -> set[str]:
-    """Every experiment that must be done before `step`, directly or not."""
+    """Returns every experiment that must be done before `step`, directly or indirectly."""
     found: set[str] = set()
     open_ends = list(step.requires)
     while open_ends:

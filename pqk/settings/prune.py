@@ -1,4 +1,4 @@
-"""How a network is made smaller by cutting whole units: `configs/prune.yaml` as a frozen object."""
+"""Defines the pruning settings, `configs/prune.yaml`, as a frozen object: whole units are cut from a network."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pqk.settings.yamlfile import Section, Spec, config_loader
 
 
 class Units(Section):
-    """What may be cut: attention heads, hidden units of the MLPs, channels of a DPT head, whole blocks."""
+    """Units that may be cut: attention heads, hidden units of the MLPs, channels of a DPT head, whole blocks."""
 
     heads: bool
     ffn: bool
@@ -26,16 +26,17 @@ class Units(Section):
 
 
 class Samples(Section):
-    """Rendered training pairs that give the gradients of importance taylor and the outputs for `refit`."""
+    """Rendered training pairs for the gradients of importance taylor and for the outputs of `refit`."""
 
     pairs: Annotated[int, Field(ge=1, le=4096)]
     size: Annotated[int, Field(ge=32, le=1024, multiple_of=16)]
 
 
 class Sensitivity(Section):
-    """How far the points move when a group loses a share of its units, on held-out pairs; off: all give the same share.
+    """Scan of how far the points move when a group loses a share of its units, on held-out pairs.
 
-    levels: rising shares of the units of a group; no group loses more than the last one.
+    enabled: without the scan all groups lose the same share. levels: rising shares of the units of a group; no group
+    loses more than the last one.
     """
 
     enabled: bool
@@ -52,10 +53,10 @@ class Sensitivity(Section):
 
 
 class Prune(Spec):
-    """Which units go and how many, and the fine-tuning that follows.
+    """Choice and number of the units to cut, and the fine-tuning that follows.
 
-    rho: share of the network's parameters (or FLOPs, see `measure`) that is cut, reached or passed by less than the
-    last cut group gives. refit: correct the layers behind heads and MLP units by least squares.
+    rho: share of the network's parameters (or FLOPs, see `measure`) to cut; it is reached, and exceeded by less than
+    the last step cuts. refit: correct the layers behind heads and MLP units by least squares.
     """
 
     version: Annotated[str, Field(pattern=r"^\d+\.\d+$")]
@@ -72,7 +73,7 @@ class Prune(Spec):
     @model_validator(mode="after")
     def _blocks_are_compared(self) -> Self:
         if self.units.blocks and not self.sensitivity.enabled:
-            raise ValueError("units.blocks needs sensitivity.enabled: without a scan nothing tells which block to cut")
+            raise ValueError("units.blocks needs sensitivity.enabled: only the scan can choose the blocks to cut")
         return self
 
 

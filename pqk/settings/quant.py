@@ -1,4 +1,4 @@
-"""How precision is lowered: `configs/quant.yaml` as a frozen object."""
+"""Defines the quantization settings, `configs/quant.yaml`, as a frozen object."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pqk.settings.training import Rounded
 from pqk.settings.yamlfile import Section, Spec, config_loader
 
 KEEP_GROUPS = ("LayerNorm", "Softmax", "AttentionScales")
-"""Groups of nodes that a quantizer knows how to keep in float."""
+"""Groups of nodes that a quantizer can keep in float."""
 BITS = ((8, 8), (4, 16))
 """Bits of weights and activations: both lowered, or weights alone."""
 
@@ -58,14 +58,14 @@ class Ptq(Section):
             try:
                 re.compile(wanted)
             except re.error as error:
-                raise ValueError(f"must hold regular expressions, and {entry!r} is none: {error}") from None
+                raise ValueError(f"must hold regular expressions, and {entry!r} is not one: {error}") from None
         if len(set(entries)) != len(entries):
             raise ValueError("must not hold an entry twice")
         return entries
 
 
 class TensorRT(Section):
-    """How backend trt builds and runs its engines."""
+    """Settings of backend trt for building and running its engines."""
 
     target: Annotated[str | None, Field(pattern=r"^\d+\.\d$")] = None
     workspace_mb: Annotated[int, Field(ge=1)] = 4096
@@ -75,7 +75,7 @@ class TensorRT(Section):
 
 
 class Quant(Spec):
-    """How precision is lowered, and what the rest of the model runs in.
+    """Settings for lowering precision, and the precision of the rest of the model.
 
     qat: quantization-aware training, used when PTQ drops more than thresholds.quality_drop_q_only_pct.
     """

@@ -1,4 +1,4 @@
-"""Recipes: the ordered stages of an experiment."""
+"""Defines recipes, the ordered stages of an experiment: `check_stages`."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ STAGES = {
     "PQK": "joint pruning, quantization and distillation",
 }
 JOINT = ("PQK",)
-"""The joint recipe; it stands alone."""
+"""The joint recipe; it has no other stages."""
 
 
 def check_stages(stages: Sequence[str]) -> tuple[str, ...]:
-    """The stages as a tuple; ValueError when there is none, one is unknown or repeated, or PQK is not alone."""
+    """Returns the stages as a tuple. Raises ValueError without any, for an unknown or repeated one, and for PQK with
+    others.
+    """
     if not stages:
         raise ValueError("must hold at least one stage out of P, K, Q, PQK")
     for stage in stages:
         if stage not in STAGES:
-            raise ValueError(f"must hold stages out of P, K, Q, PQK, and {stage!r} is none{nearest(stage, STAGES)}")
+            raise ValueError(f"must hold stages out of P, K, Q, PQK, and {stage!r} is not one{nearest(stage, STAGES)}")
     if len(set(stages)) != len(stages):
         raise ValueError("must hold each stage at most once")
     if "PQK" in stages and len(stages) > 1:
@@ -31,12 +33,12 @@ def check_stages(stages: Sequence[str]) -> tuple[str, ...]:
 
 
 def combo_of(stages: Sequence[str]) -> str:
-    """What the table calls a recipe: 'Q-only', 'K→Q', 'Joint PQK'."""
+    """Returns the name of a recipe in tables: 'Q-only', 'K→Q', 'Joint PQK'."""
     if tuple(stages) == JOINT:
         return "Joint PQK"
     return f"{stages[0]}-only" if len(stages) == 1 else "→".join(stages)
 
 
 def quantizes(stages: Sequence[str]) -> bool:
-    """Whether a recipe ends in a quantized model."""
+    """Returns whether a recipe ends in a quantized model."""
     return "Q" in stages or tuple(stages) == JOINT

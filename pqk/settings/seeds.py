@@ -1,4 +1,4 @@
-"""Seeds: one number per split, base seed and index of generated data, and lists of seeds as text (0..4)."""
+"""Computes seeds of generated data from split, base seed and index (`split_seed`); reads and writes lists of seeds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ INDICES = 2**20  # of items of one split and base seed
 
 
 def split_seed(split: str, base: int, index: int) -> int:
-    """Seed of item `index` of a split: (code of the split) * 2^30 + base * 2^20 + index, below 2^32.
+    """Returns the seed of item `index` of a split: (code of the split) * 2^30 + base * 2^20 + index, below 2^32.
 
     The three numbers can be read back from the result, so no two items of any two splits ever share a seed, whatever
     their base seeds: test scenes are never seen in calibration or training. It must fit into 32 bits, because torch's
@@ -27,7 +27,7 @@ def split_seed(split: str, base: int, index: int) -> int:
 
 
 def seeds_text(seeds: Iterable[int]) -> str:
-    """{0, 1, 2, 5} -> '0..2,5'; the inverse of `parse_seeds`."""
+    """Returns seeds as text: {0, 1, 2, 5} -> '0..2,5'; the inverse of `parse_seeds`."""
     runs: list[list[int]] = []
     for seed in sorted(seeds):
         if runs and seed == runs[-1][1] + 1:
@@ -38,7 +38,7 @@ def seeds_text(seeds: Iterable[int]) -> str:
 
 
 def parse_seeds(text: str, limit: int = 1024) -> tuple[int, ...]:
-    """'0..4', '3' or '0,2,5..7' as ascending seeds below `limit`. Raises PqkError."""
+    """Returns ascending seeds below `limit` from '0..4', '3' or '0,2,5..7'. Raises PqkError for other text."""
     seeds: set[int] = set()
     for part in text.split(","):
         first, dots, last = part.strip().partition("..")

@@ -1,4 +1,4 @@
-"""The Teacher of a project, `configs/teacher.yaml`: the model that cards start from where --model names no other."""
+"""Defines the Teacher of a project, `configs/teacher.yaml`: the model of all cards unless --model names another."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pqk.settings.yamlfile import Spec, config_loader
 
 
 class DefaultTeacher(Spec):
-    """The shipped Teacher, and how such a one is trained."""
+    """The shipped Teacher, and the file for its training."""
 
     version: Annotated[str, Field(pattern=r"^\d+\.\d+$")]
     family: Annotated[str, Field(min_length=1)]

@@ -1,4 +1,6 @@
-"""Says how a training runs: schedule, scenery and budget, of teachers (`configs/models/*.yaml`) and of all methods."""
+"""Defines the settings of a training, schedule, scenery and budget: of teachers (`configs/models/*.yaml`) and of all
+methods.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,7 @@ class Validation(Section):
 
 
 class Training(Scenery):
-    """What every training has: image sizes, rates, scenery. Rates are per step; `ema` is the decay of the averaged
+    """Settings of every training: image sizes, rates, scenery. Rates are per step; `ema` is the decay of the averaged
     weights that are kept in the end, `alpha` the weight of the confidence term of the task loss.
     """
 
@@ -59,7 +61,7 @@ class Training(Scenery):
         return self
 
     def stage_at(self, share: float) -> Stage:
-        """The stage at a share of the run in [0, 1]."""
+        """Returns the stage at a share of the run in [0, 1]."""
         return next((stage for stage in self.stages if share < stage.until), self.stages[-1])
 
 
@@ -74,7 +76,7 @@ class TrainSpec(Training, Spec):
 
 
 class Held(Section):
-    """Held-out pairs that are scored after every epoch, at `size`; of a folder with fewer, all there are."""
+    """Held-out pairs that are scored after every epoch, at `size`; from a folder with fewer pairs, all of them."""
 
     size: int = Field(default=512, ge=32, le=1024, multiple_of=16)
     pairs: int = Field(default=16, ge=1, le=4096)
@@ -93,11 +95,11 @@ class Fit(Training):
 
 
 class Rounded(Fit):
-    """The training of a network in its quantized form, taught by the float one.
+    """The training of a network in its quantized form, against the float network.
 
-    task_weight: of the family's own loss, beside the distance from the float model. final_rate is a tenth of
-    learning_rate where it is left out. The words of files before quant.yaml 1.1 and joint.yaml 1.1 are read too: lr,
-    warmup_epochs (of `epochs`), and size and batch for a training of one stage.
+    task_weight: weight of the family's own loss, which is added to the distance from the float model. final_rate is a
+    tenth of learning_rate where it is left out. The keys of files before quant.yaml 1.1 and joint.yaml 1.1 are read
+    too: lr, warmup_epochs (of `epochs`), and size and batch for a training of one stage.
     """
 
     task_weight: Annotated[float, Field(ge=0, le=100)]
@@ -110,7 +112,7 @@ class Rounded(Fit):
         found = dict(values)
         for old, new in _OLD.items():
             if old in found and new in found:
-                raise ValueError(f"gives both {new} and {old}, its name before; leave {old} out")
+                raise ValueError(f"has both {new} and {old}, its former name; leave {old} out")
         if "lr" in found:
             found["learning_rate"] = found.pop("lr")
         if "warmup_epochs" in found and isinstance(found["warmup_epochs"], int) and found.get("epochs"):
@@ -126,7 +128,7 @@ class Rounded(Fit):
 
     @staticmethod
     def laid_over(values: Mapping[str, Any], overrides: Mapping[str, Any], section: str) -> dict[str, Any]:
-        """Returns values of a file with overrides laid over them, whichever words each of the two uses in `section`."""
+        """Returns the values of a file with overrides laid over them; both may use old or new keys in `section`."""
         mine, other = values.get(section), overrides.get(section)
         if isinstance(mine, Mapping) and isinstance(other, Mapping):
             gone = {old for old, new in _OLD.items() if new in other} | {
@@ -143,8 +145,8 @@ _OLD = {"lr": "learning_rate", "warmup_epochs": "warmup", "size": "stages", "bat
 
 
 def load_training(path: Path | str, steps: int | None = None) -> TrainSpec:
-    """Read and check a training file, with another number of steps if given.
+    """Reads and checks a training file, with another number of steps if given.
 
-    Raises PqkError naming file, key, value and what is allowed.
+    Raises PqkError naming file, key, value and the allowed values.
     """
     return load_spec(TrainSpec, Path(path), {"steps": steps} if steps is not None else None, "--steps", "train")

@@ -1,4 +1,4 @@
-"""The workload, `configs/workload.yaml`, as a frozen object: what all families share, and lists of scenes."""
+"""Defines the workload, `configs/workload.yaml`, as a frozen object: the part all families share, and scene lists."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BaseSeed = Annotated[int, Field(ge=0, lt=LIMIT)]
 def _plain_names(names: tuple[str, ...]) -> tuple[str, ...]:
     for name in names:
         if not name or name in {".", ".."} or "/" in name or "\0" in name:
-            raise ValueError(f"must hold plain folder names, and {name!r} is none")
+            raise ValueError(f"must hold plain folder names, and {name!r} is not one")
     if not names or len(set(names)) != len(names):
         raise ValueError("must hold at least one name and none twice")
     return names
@@ -59,10 +59,10 @@ class SceneList(Section):
 
 
 class TrainList(Section):
-    """What P, K, QAT and PQK learn from: generated without end (synthetic), or the scenes in a folder.
+    """Training data of P, K, QAT and PQK: an endless generated stream (synthetic), or the scenes in a folder.
 
-    source, names, count, views: as in `SceneList`; the last three for a folder alone. pictures: nothing but pictures is
-    read, and the Teacher's outputs play the truth. Some of a folder are held out, on which a training is judged.
+    source, names, count, views: as in `SceneList`; the last three only for a folder. pictures: only pictures are read,
+    and the Teacher's outputs replace the ground truth. Some samples of a folder are held out to validate a training.
     """
 
     source: Annotated[str, Field(min_length=1)] = SYNTHETIC
@@ -87,7 +87,7 @@ class SceneLists(Section):
 
     @model_serializer(mode="wrap")
     def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leaves out generated training data: a workload without a train list keeps the sha256 it always had."""
+        """Leaves out generated training data, so that a workload without a train list keeps its former sha256."""
         values: dict[str, Any] = handler(self)
         if self.train == TrainList():
             del values["train"]
@@ -95,9 +95,9 @@ class SceneLists(Section):
 
 
 class Calibration(Section):
-    """The images that quantizers observe: generated, `views_per_scene` to a scene, or from a folder of scenes.
+    """The images for calibration: generated, `views_per_scene` per scene, or from a folder of scenes.
 
-    Of a folder, `names` lists the scenes in order (default: all).
+    For a folder, `names` lists the scenes in order (default: all).
     """
 
     source: Annotated[str, Field(min_length=1)]
@@ -114,7 +114,7 @@ class Calibration(Section):
 
     @model_serializer(mode="wrap")
     def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leaves out names that are not given: a calibration set without them keeps the sha256 it always had."""
+        """Leaves out absent names, so that a calibration set without them keeps its former sha256."""
         values: dict[str, Any] = handler(self)
         if self.names is None:
             del values["names"]
@@ -122,14 +122,14 @@ class Calibration(Section):
 
 
 class Seeds(Section):
-    """The random state of training and of evaluation, kept apart so that one never moves the other."""
+    """The seeds of training and of evaluation, separate so that changing one does not change the other."""
 
     train: BaseSeed
     eval: BaseSeed
 
 
 class Workload(Spec):
-    """What is fed to every family: seeds, and whatever a family adds (`SettingsPart.Workload`)."""
+    """Inputs of every family: seeds, and the fields that a family adds (`SettingsPart.Workload`)."""
 
     version: Annotated[str, Field(pattern=r"^\d+\.\d+$")]
     seeds: Seeds
@@ -137,25 +137,25 @@ class Workload(Spec):
     @property
     @abstractmethod
     def static(self) -> dict[str, Any]:
-        """What the exported graphs depend on, as plain JSON: part of their key."""
+        """Returns the settings that the exported graphs depend on, as plain JSON: part of their key."""
 
     @property
     def feeding(self) -> dict[str, Any]:
-        """What decides how given data becomes samples, as plain JSON: part of the keys of everything measured."""
+        """Returns the settings that turn data into samples, as plain JSON: part of the keys of all measurements."""
         return self.static
 
     @property
     def calibration_images(self) -> int | None:
-        """How many images quantizers can be calibrated on; None where only the data tells."""
+        """Returns how many images are available for calibration; None where this depends on the data."""
         return None
 
     def problems(self) -> list[str]:
-        """What the standard workload must hold beyond what any experiment must: a sentence for each thing wrong."""
+        """Returns a sentence for each additional requirement of the standard workload that is not met."""
         return []
 
 
 def refuse_shared_scenes(splits: Mapping[str, SceneList | TrainList | Calibration]) -> None:
-    """Raise ValueError unless splits of one folder name their scenes, and none is named in two."""
+    """Raises ValueError unless splits of the same folder name their scenes, and no scene is named in two splits."""
     for (a, first), (b, second) in combinations(splits.items(), 2):
         if first.source != second.source or first.source == SYNTHETIC:
             continue

@@ -1,7 +1,7 @@
-"""Reads YAML files into frozen, validated objects; each problem of a file becomes one sentence with its line.
+"""Reads YAML files into frozen, validated objects, `load_spec`; each problem becomes one sentence with its line.
 
 Only the JSON subset of YAML is read: mappings with text keys, lists, text, numbers, true/false, null. Duplicate keys,
-aliases, merge keys, dates and tags are refused, so that what a file says is what a reader sees.
+aliases, merge keys, dates and tags are refused, so that the values of a file are those that a reader sees.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ Key = tuple[str | int, ...]
 
 
 class SpecError(PqkError):
-    """One or more problems of a config file or card; `problems` holds one sentence for each."""
+    """Error for one or more problems of a config file or card; `problems` holds one sentence for each."""
 
     def __init__(self, problems: Sequence[str]) -> None:
         self.problems = tuple(problems)
@@ -61,18 +61,18 @@ class Section(BaseModel):
 
 
 class Spec(Section):
-    """A whole config file, resolved: with the file it came from and the sha256 of its values."""
+    """A whole config file, resolved: with its source file and the sha256 of its values."""
 
     _source: Path = PrivateAttr(default_factory=Path)
 
     @property
     def source(self) -> Path:
-        """The file that was read."""
+        """Returns the file that was read."""
         return self._source
 
     @property
     def sha256(self) -> str:
-        """sha256 of the canonical JSON of the values, overrides included; comments and layout do not count."""
+        """Returns the sha256 of the canonical JSON of the values, with overrides; comments and layout do not count."""
         return sha256_json(self.model_dump(mode="json"))
 
     @classmethod
@@ -87,7 +87,7 @@ Loaded = TypeVar("Loaded", covariant=True)
 
 @dataclass(frozen=True)
 class Document:
-    """A parsed YAML mapping: its values, how messages name the file, and the line of each key path."""
+    """A parsed YAML mapping: its values, the name of the file in messages, and the line of each key path."""
 
     values: dict[str, Any]
     where: str
@@ -95,7 +95,7 @@ class Document:
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that also reads 1e-5 as a number, as YAML 1.2 and every other language do, and notes written tags."""
+    """SafeLoader that also reads 1e-5 as a number, as in YAML 1.2 and other languages; keeps the first written tag."""
 
     tag: str | None = None  # the first that is written out, such as '!!int'
     tag_line = 0  # its line, from 0
@@ -117,11 +117,11 @@ _Loader.add_implicit_resolver(  # type: ignore[no-untyped-call,unused-ignore]
 
 
 def read_text(path: Path | str) -> str:
-    """Returns the UTF-8 text of a file of at most 1 MB; raises PqkError with one sentence when that cannot be read."""
+    """Returns the UTF-8 text of a file of at most 1 MB; raises PqkError with one sentence if it cannot be read."""
     file, name = Path(path), shown(path)
     if not file.exists():
         if file.is_symlink():
-            raise PqkError(f"cannot read {name}: it is a link, and what it leads to is not there or leads back to it")
+            raise PqkError(f"cannot read {name}: it is a link whose target does not exist or leads back to it")
         beside = file.parent.iterdir() if file.parent.is_dir() else ()
         siblings = [path.stem for path in beside if path.suffix == file.suffix]
         raise PqkError(f"{name}: no such file{nearest(file.stem, siblings)}")
@@ -129,7 +129,7 @@ def read_text(path: Path | str) -> str:
         raise PqkError(f"{name}: is not a file")
     try:
         if file.stat().st_size > MAX_BYTES:
-            raise PqkError(f"{name}: is larger than {MAX_BYTES} bytes, which no config is")
+            raise PqkError(f"{name}: is larger than {MAX_BYTES} bytes, the limit for a config")
         return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise PqkError(f"{name}: is not UTF-8 text (byte {error.start} cannot be read)") from None
@@ -176,7 +176,7 @@ def parse_yaml(text: str, where: str, first_line: int = 1) -> Document:
 
 
 def _walk(node: yaml.Node, key: Key, lines: dict[Key, int], seen: set[int], where: str, first_line: int) -> None:
-    """Refuses what is not plain data before anything is constructed, and note the line of every key path."""
+    """Refuses everything that is not plain data before construction; records the line of every key path."""
     line = node.start_mark.line + first_line
     place = f"{where}:{line}"
     lines.setdefault(key, line)
@@ -214,13 +214,13 @@ def _walk(node: yaml.Node, key: Key, lines: dict[Key, int], seen: set[int], wher
 
 
 def _number(text: str) -> float:
-    """The value of a YAML float, which may be written .inf or .nan and with underscores."""
+    """Returns the value of a YAML float, which may be written .inf or .nan and with underscores."""
     plain = text.lower().replace("_", "")
     return float(plain.replace(".inf", "inf").replace(".nan", "nan"))
 
 
 def key_text(key: Sequence[str | int]) -> str:
-    """('a', 'b', 0) as 'a.b[0]'."""
+    """Returns a key path as text: ('a', 'b', 0) as 'a.b[0]'."""
     text = ""
     for part in key:
         text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
@@ -228,7 +228,7 @@ def key_text(key: Sequence[str | int]) -> str:
 
 
 def expand(overrides: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Dotted keys into nested mappings: {'a.b': 1, 'a': {'c': 2}} -> {'a': {'b': 1, 'c': 2}}.
+    """Converts dotted keys to nested mappings: {'a.b': 1, 'a': {'c': 2}} -> {'a': {'b': 1, 'c': 2}}.
 
     Raises PqkError when one value is given twice or a key has an empty part.
     """
@@ -245,7 +245,7 @@ def expand(overrides: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def join(left: Mapping[str, Any], right: Mapping[str, Any], where: str, key: Key = ()) -> dict[str, Any]:
-    """Two nested mappings as one; raises PqkError when both give the same value's key."""
+    """Joins two nested mappings. Raises PqkError when both have the key of the same value."""
     joined = dict(left)
     for name, value in right.items():
         if name not in joined:
@@ -258,7 +258,7 @@ def join(left: Mapping[str, Any], right: Mapping[str, Any], where: str, key: Key
 
 
 def merge(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with `overrides` (nested) applied: mappings merge key by key, every other value is replaced."""
+    """Returns `base` with `overrides` (nested) applied: mappings merge key by key, every other value is replaced."""
     merged = dict(base)
     for name, value in overrides.items():
         old = merged.get(name)
@@ -269,10 +269,10 @@ def merge(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, An
 def load_spec(
     model: type[AnySpec], path: Path, overrides: Mapping[str, Any] | None, origin: str, section: str
 ) -> AnySpec:
-    """Read, validate, apply `overrides` and validate again.
+    """Reads and validates a file, applies `overrides`, and validates again.
 
-    `origin` names where the overrides come from and `section` the config they change; both only serve messages.
-    Raises PqkError (SpecError when values are wrong).
+    origin: source of the overrides, section: the config they change; both are used in messages only. Raises PqkError
+    (SpecError when values are wrong).
     """
     document = parse_yaml(read_text(path), shown(path))
     spec = validate(model, document, path)
@@ -288,9 +288,9 @@ class ConfigLoader(Protocol[Loaded]):
     def __call__(
         self, path: Path | str | None = None, overrides: Mapping[str, Any] | None = None, origin: str = "overrides"
     ) -> Loaded:
-        """Reads the project's file (or `path`) and lay `overrides` (nested or dotted keys) over it.
+        """Reads the project's file (or `path`) and lays `overrides` (nested or dotted keys) over it.
 
-        `origin` names where the overrides come from in messages. Raises PqkError.
+        origin: source of the overrides in messages. Raises PqkError.
         """
 
 
@@ -365,7 +365,7 @@ def _rule(model: type[BaseModel], error: ErrorDetails) -> str:
 
 
 def _range(model: type[BaseModel], key: Key) -> str:
-    """The whole allowed range of a numeric field in words, so that the user need not find its ends one by one."""
+    """Returns the whole allowed range of a numeric field in words, so that one message shows both ends."""
     info = _field_at(model, key)
     if info is None:
         return ""
@@ -379,7 +379,7 @@ def _range(model: type[BaseModel], key: Key) -> str:
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:
-    """The model class inside X, X | None or tuple[X, ...]."""
+    """Returns the model class inside X, X | None or tuple[X, ...]."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     if get_origin(annotation) in (Union, types.UnionType, tuple):

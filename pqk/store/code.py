@@ -1,8 +1,8 @@
 """Hashes the code that makes an artifact: a module and everything that it imports, without prose.
 
-`code_of` is part of the key of every artifact. A changed docstring, comment or line break leaves it as it is; any other
-change of a file that the code imports, at its top or inside a function, gives another one. A worker process returns
-what it `loaded`, and its parent refuses a result of other code than the key says.
+`code_of` is part of the key of every artifact. Changes of docstrings, comments and line breaks do not change it; any
+other change of a file that the code imports, at its top or inside a function, does. A worker process returns the code
+that it `loaded`, and its parent refuses a result of other code than that of the key.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ Reader = Callable[[str], bytes | None]
 
 _BLOCKS = ("body", "orelse", "finalbody", "handlers", "cases")
 _hashed: dict[str, str] = {}
-"""Digest by module of everything that `code_of` has hashed in this process."""
+"""Digests, by module, of everything that `code_of` has hashed in this process."""
 
 
 class Top(str):
-    """The name of a module that counts with what it imports at its top, without what its functions import.
+    """Name of a module whose imports at its top count, but not the imports inside its functions.
 
-    For modules whose functions import parts that are not always used, such as the toolchain of a backend: these parts
+    For modules whose functions import parts that are not always used, such as the toolchain of a backend. These parts
     are then named where they are used.
     """
 
 
 def code_of(*modules: str, read: Reader = source_of) -> str:
-    """sha256 over the code of modules and of everything that they import; see `closure` and `digest`.
+    """Returns the sha256 over the code of modules and of everything that they import; see `closure` and `digest`.
 
     Raises PqkError when one of `modules` has no source file.
     """
@@ -46,12 +46,13 @@ def code_of(*modules: str, read: Reader = source_of) -> str:
 
 
 def closure(*modules: str, read: Reader = source_of) -> dict[str, bytes]:
-    """Sources by name: of `modules`, of the modules of their own packages, of pqk and of backends that they import, and
-    of the packages that these lie in. The top packages pqk and backends hold a version number, and do not count.
+    """Returns sources by name: of `modules`, of the modules of their own packages, of pqk and of backends that they
+    import, and of the packages that contain these. The top packages pqk and backends hold a version number, and do not
+    count.
 
-    Imports inside functions count, those for the type checker only do not. What is imported by a name in a text is not
-    seen: who does that lists these modules, as backends and quantizers do in `sources`. Raises PqkError when one of
-    `modules` has no source file.
+    Imports inside functions count; imports for the type checker alone do not. Modules imported by a name in a string
+    are not found: code that does so must list them, as backends and quantizers do in `sources`. Raises PqkError when
+    one of `modules` has no source file.
     """
     roots = {*ROOTS, *(name.partition(".")[0] for name in modules)}
     found: dict[str, bytes] = {}
@@ -78,27 +79,27 @@ def closure(*modules: str, read: Reader = source_of) -> dict[str, bytes]:
 
 
 def digest(source: bytes) -> str:
-    """sha256 of a Python source as it is parsed: without docstrings and other bare texts, comments, positions, and
+    """Returns the sha256 of a parsed Python source: without docstrings and other bare texts, comments, positions, and
     imports for the type checker. A source that cannot be parsed counts byte for byte.
     """
     return _facts(source).digest
 
 
 def loaded() -> dict[str, str]:
-    """The digest of every module of pqk and backends that this process has loaded."""
+    """Returns the digest of every module of pqk and backends that this process has loaded."""
     names = [name for name in list(sys.modules) if name.partition(".")[0] in ROOTS]
     return {name: digest(source) for name in names if (source := source_of(name)) is not None}
 
 
 def hashed() -> dict[str, str]:
-    """The digest of every module that a key of this process depends on."""
+    """Returns the digest of every module that a key of this process depends on."""
     return dict(_hashed)
 
 
 def refuse_other(task: str, expected: Mapping[str, str], ran: Mapping[str, str]) -> None:
-    """Raises PqkError when code that ran is not the code that was hashed. Modules of only one of the two do not count.
+    """Raises PqkError when the code that ran is not the code that was hashed. Modules in only one of both do not count.
 
-    expected: of `hashed`; ran: of `loaded`, in the process that ran the task.
+    expected: result of `hashed`; ran: result of `loaded` in the process that ran the task.
     """
     other = sorted(name for name, found in ran.items() if expected.get(name, found) != found)
     if other:
@@ -106,7 +107,7 @@ def refuse_other(task: str, expected: Mapping[str, str], ran: Mapping[str, str])
 
 
 def refuse_edited(task: str, *modules: str) -> None:
-    """Raises PqkError when the code of `modules` on the disk is no longer what this process has hashed.
+    """Raises PqkError when the code of `modules` on the disk is no longer the code that this process has hashed.
 
     For work in processes that load their code from the disk and return no hash of it.
     """
@@ -139,7 +140,9 @@ class _Facts(NamedTuple):
 
 @cache
 def _facts(source: bytes) -> _Facts:
-    """What is kept of a source; its syntax tree is not, as that takes megabytes, which a worker may be measuring."""
+    """Returns digest and imports of a source. The syntax tree is not cached: it takes megabytes, and a worker may be
+    measuring its memory.
+    """
     try:
         tree = ast.parse(source)
         _strip(tree)
@@ -150,7 +153,7 @@ def _facts(source: bytes) -> _Facts:
 
 
 def _strip(node: ast.AST) -> None:
-    """Takes out of a syntax tree what does nothing when a program runs."""
+    """Removes from a syntax tree the statements that do nothing when a program runs."""
     for name in _BLOCKS:
         listed = getattr(node, name, None)
         if isinstance(listed, list):
@@ -160,7 +163,7 @@ def _strip(node: ast.AST) -> None:
 
 
 def _children(node: ast.AST) -> Iterator[ast.AST]:
-    """The statements, handlers and cases inside a statement."""
+    """Yields the statements, handlers and cases inside a statement."""
     for name in _BLOCKS:
         listed = getattr(node, name, None)
         if isinstance(listed, list):
@@ -168,7 +171,7 @@ def _children(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def _running(statements: Iterable[ast.AST]) -> Iterator[ast.AST]:
-    """Statements that do something when a program runs."""
+    """Yields the statements that do something when a program runs."""
     for statement in statements:
         if isinstance(statement, ast.If) and _for_type_checkers(statement.test):
             yield from _running(statement.orelse)
@@ -193,7 +196,7 @@ def _imports(node: ast.AST, top: bool) -> Iterator[_Import]:
 
 @cache
 def _modules(found: _Import, module: str) -> list[str]:
-    """Names that an import of `module` loads, or might: an imported name is a module of its package or an object."""
+    """Returns names that an import of `module` may load: an imported name is a module of its package or an object."""
     if not found.level and not found.origin:
         return list(found.names)
     above: list[str] = []

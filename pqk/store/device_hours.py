@@ -1,4 +1,4 @@
-"""Counts the device hours of work that may be killed and resumed."""
+"""Counts the device hours of work that may be killed and resumed: `clock`."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ _EVERY_S = 5.0
 
 
 class Clock:
-    """Wall seconds of a piece of work over all its parts, kept in `folder`, which outlives a killed process."""
+    """Wall seconds of a piece of work over all its parts, saved in `folder`, which remains when a process is killed."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / "clock.json"
         self._before = 0.0
-        with suppress(OSError, ValueError, TypeError, KeyError):  # a damaged one begins anew
+        with suppress(OSError, ValueError, TypeError, KeyError):  # a damaged file counts from 0
             self._before = float(json.loads(self._path.read_text())["seconds"])
         self._began = self._kept = time.monotonic()
 
     @property
     def seconds(self) -> float:
-        """Wall seconds so far, earlier processes included."""
+        """Returns the wall seconds so far, earlier processes included."""
         return self._before + time.monotonic() - self._began
 
     def keep(self, now: bool = False) -> None:
-        """Saves it, at most every few seconds unless `now`: what a killed process loses."""
+        """Saves the seconds, at most every few seconds unless `now`; a killed process loses the time since then."""
         if now or time.monotonic() - self._kept > _EVERY_S:
             self._kept = time.monotonic()
             write_json(self._path, {"seconds": round(self.seconds, 3)})
@@ -37,7 +37,7 @@ class Clock:
 
 @contextmanager
 def clock(folder: Path) -> Iterator[Clock]:
-    """Yields a clock that is saved also when the work fails, as when its hours are used up."""
+    """Yields a clock that is also saved when the work fails, such as when its hours are used up."""
     running = Clock(folder)
     try:
         yield running

@@ -1,6 +1,6 @@
-"""Tells the parent of a worker process how far its task is.
+"""Reports the progress of a task from a worker process to its parent: `tell`.
 
-A module of its own, as everything that a task imports is in the key of what it makes.
+A module of its own, because everything that a task imports is part of the keys of its artifacts.
 """
 
 from __future__ import annotations

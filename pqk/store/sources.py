@@ -1,4 +1,4 @@
-"""Keeps the source text of every module as this process first read it, so that what is hashed is what runs.
+"""Keeps the source text of every module as this process first read it, so that the hashed code is the code that runs.
 
 Call `keep_sources` when a process starts: from then on, modules of pqk and of backends are loaded from the kept text,
 and `source_of` returns that text even when the file has been edited since. The keys of artifacts are made from it: see
@@ -21,7 +21,7 @@ ROOTS = ("pqk", "backends")
 
 
 def keep_sources() -> None:
-    """Loads modules of `ROOTS` from kept sources from now on, and keep the sources of those that are loaded already."""
+    """Loads modules of `ROOTS` from kept sources from now on; keeps the sources of those that are loaded already."""
     if any(isinstance(finder, _Finder) for finder in sys.meta_path):
         return
     for name in list(sys.modules):
@@ -31,7 +31,7 @@ def keep_sources() -> None:
 
 
 def source_of(name: str) -> bytes | None:
-    """The source text of a module, as this process first read it; None when there is no such Python file.
+    """Returns the source text of a module as this process first read it; None when there is no such Python file.
 
     Nothing is imported. 'a.b.__init__' is the source of the package a.b, as is 'a.b'.
     """
@@ -41,7 +41,7 @@ def source_of(name: str) -> bytes | None:
 
 @cache
 def source_file(name: str) -> Path | None:
-    """The file of a module or of a package's __init__.py; None when there is none, such as for a class in a module."""
+    """Returns the file of a module or a package's __init__.py; None when there is none, as for a class in a module."""
     root, *rest = name.split(".")
     if not all(part.isidentifier() for part in (root, *rest)):
         return None
@@ -57,7 +57,7 @@ def source_file(name: str) -> Path | None:
 
 
 def on_disk(name: str) -> bytes | None:
-    """The source text of a module as it is on the disk now; None when there is no such file any more."""
+    """Returns the source text of a module as it is on the disk now; None when there is no such file any more."""
     path = source_file(name)
     try:
         return None if path is None else path.read_bytes()
@@ -67,20 +67,20 @@ def on_disk(name: str) -> bytes | None:
 
 @cache
 def _folders(root: str) -> tuple[str, ...]:
-    """Where the modules of a top package lie. Finding a top package imports nothing."""
+    """Returns the folders with the modules of a top package. Finding a top package imports nothing."""
     spec = find_spec(root)
     return tuple(spec.submodule_search_locations or ()) if spec is not None else ()
 
 
 @cache
 def _read(path: str) -> tuple[bytes, float]:
-    """Text and time of change of a file, read once per process."""
+    """Returns text and modification time of a file, read once per process."""
     with Path(path).open("rb") as stream:
         return stream.read(), os.fstat(stream.fileno()).st_mtime
 
 
 class _Loader(SourceFileLoader):
-    """Loads a module from its kept source, or from Python's cache of compiled modules where that is of this source."""
+    """Loader of a module from its kept source, or from Python's cache of compiled modules if that is of this source."""
 
     def get_data(self, path: str) -> bytes:
         return _read(path)[0] if path == self.path else super().get_data(path)
@@ -91,7 +91,7 @@ class _Loader(SourceFileLoader):
 
 
 class _Finder:
-    """Finds modules as Python does, and has those of `ROOTS` loaded by `_Loader`."""
+    """Finder of modules that works as Python's, but has modules of `ROOTS` loaded by `_Loader`."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None

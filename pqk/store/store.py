@@ -1,11 +1,11 @@
-"""Stores artifacts, results named by the hash of everything that made them, so that a run can resume: `Store`.
+"""Stores artifacts, results named by the hash of all their inputs, so that a run can resume: `Store`.
 
     <root>/<stage>/<first 16 hex digits of the key>/   the files of one artifact, and manifest.json
-    <root>/<stage>/.<16 digits>.<pid>.<random>.tmp/    one that is being made, or that a killed process left behind
+    <root>/<stage>/.<16 digits>.<pid>.<random>.tmp/    one that is being made, or that a killed process left
     <root>/.scratch/<stage>-<16 digits>/               unfinished work that a later process resumes
     <root>/.locks/<stage>-<16 digits>.lock             held (flock) while an artifact is made or checked
 
-An artifact is made in a temporary folder and renamed into place when every byte is on disk, so it is whole or absent
+An artifact is made in a temporary folder and renamed into place when every byte is on disk. So it is whole or absent
 whenever the process is killed. The kernel releases the lock of a killed process; the next one removes its leftovers.
 """
 
@@ -38,13 +38,13 @@ _TEMPORARY = re.compile(r"\.([0-9a-f]{16})\..*\.tmp")
 
 OnEvent = Callable[[str, str, str, float], None]
 """Called as on_event(kind, stage, key, seconds). Kinds: 'wait' (another process is making it), 'damaged' (it will be
-made again), 'make' (begins), 'failed' (it raised), 'done' (seconds it took), 'reuse' (seconds that making it took back
-then). A long stage also calls it with 'progress': then the third argument is a text, and the fourth the share done."""
+made again), 'make' (begins), 'failed' (it raised), 'done' (seconds it took), 'reuse' (seconds it took when it was
+made). A long stage also calls it with 'progress': then the third argument is a text, and the fourth the share done."""
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """One finished artifact: its folder, and the manifest that says what is in it and what made it.
+    """One finished artifact: its folder, and the manifest of its files and inputs.
 
     Manifest keys: stage, key, inputs, files ({relative name: {sha256, bytes}}), seconds, created (ISO 8601, UTC), and
     commit (of the code that made it; None outside a repository, absent in artifacts of older versions).
@@ -60,8 +60,8 @@ class Artifact:
 class Store:
     """Artifacts under `root`. Safe for many processes and threads at once on one machine.
 
-    A found artifact is reused when the sha256 of every file is the stated one. `fresh` makes every artifact anew the
-    first time this store is asked for it. `commit` goes into the manifest of what is made, and into no key.
+    A stored artifact is reused when the sha256 of every file is that of the manifest. fresh: make every artifact again
+    the first time this store is asked for it. commit: written into the manifests of new artifacts, part of no key.
     """
 
     def __init__(self, root: Path, fresh: bool = False, commit: str | None = None) -> None:
@@ -72,7 +72,8 @@ class Store:
         self._begun: set[str] = set()  # scratch folders that this store has handed out
 
     def key(self, stage: str, inputs: Mapping[str, Any]) -> str:
-        """sha256 of the canonical JSON of stage and inputs; the order of keys does not matter, tuples equal lists.
+        """Returns the sha256 of the canonical JSON of stage and inputs. The order of keys does not matter; tuples equal
+        lists.
 
         Raises PqkError for a wrong stage name, TypeError for an input that is not plain data (texts, finite numbers,
         true/false, null, lists and mappings of them), ValueError for NaN and infinities.
@@ -89,11 +90,11 @@ class Store:
         on_event: OnEvent | None = None,
         stale: Callable[[Path], bool] = lambda folder: False,
     ) -> Artifact:
-        """Returns the artifact of these inputs: the stored one when it is intact, else what `make(folder)` writes.
+        """Returns the artifact of these inputs: the stored one when it is intact, else a new one from `make(folder)`.
 
-        `make` gets an empty folder. When it raises, nothing is kept and its error is raised. Two callers that ask for
-        the same artifact at once make it once: the other one waits. `make` may ask for other artifacts, but not for
-        its own. `stale` looks at an intact artifact that this store has not made itself: True makes it anew.
+        `make` gets an empty folder. When it raises, nothing is kept and its error is raised. When two callers ask for
+        the same artifact at once, one makes it and the other one waits. `make` may ask for other artifacts, but not for
+        its own. `stale` gets an intact artifact that this store has not made itself; True: it is made again.
         Raises PqkError when the disk is full or not writable.
         """
         key = self.key(stage, inputs)
@@ -122,8 +123,8 @@ class Store:
     def scratch(self, stage: str, inputs: Mapping[str, Any]) -> Iterator[Path]:
         """Yields a folder for unfinished work on an artifact, such as the checkpoint of a training.
 
-        It outlives a killed process, so that the next one resumes there, and is removed when the block ends without an
-        error. Use it inside the `make` of the artifact with these inputs, whose lock keeps others out.
+        It remains when the process is killed, so that the next one resumes there; it is removed when the block ends
+        without an error. Use it inside the `make` of the artifact with these inputs, which holds the lock.
         """
         folder = self.root / ".scratch" / f"{stage}-{self.key(stage, inputs)[:16]}"
         with clear_write_errors(folder):
@@ -135,10 +136,10 @@ class Store:
         shutil.rmtree(folder, ignore_errors=True)
 
     def trim(self, stage: str, limit: int, spare_s: float = 3600.0) -> None:
-        """Removes the artifacts of a stage that were used longest ago, until the others take at most `limit` bytes.
+        """Removes the least recently used artifacts of a stage, until the others take at most `limit` bytes.
 
-        Used: the time of the artifact's folder, which a caller may set. What was used within the last `spare_s` seconds
-        stays, and so does what another process is making or checking.
+        The time of use is that of the artifact's folder, which a caller may set. Artifacts used within the last
+        `spare_s` seconds stay, and so do those that another process is making or checking.
         """
         found = []
         for folder in _folders(self.root / stage):
@@ -183,14 +184,14 @@ class Store:
         if old is not None:
             with contextlib.suppress(
                 OSError
-            ):  # the new one is in place; the next sweep removes what is left of the old one
+            ):  # the new one is in place; the next sweep removes the rest of the old one
                 _delete(old)
         return manifest
 
     def _put(self, new: Path, target: Path) -> Path | None:
-        """Brings `new` under the name `target`; returns where the old one lies now, None when there was none.
+        """Renames `new` to `target`; returns the new place of the old artifact, None when there was none.
 
-        A reader finds the old or the new one at every moment, where the file system can exchange two names.
+        A reader finds the old or the new artifact at every moment where the file system can exchange two names.
         """
         if not os.path.lexists(target):
             new.rename(target)
@@ -206,7 +207,7 @@ class Store:
         return target.parent / f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
 
     def _sweep(self, stage: str, held: str | None = None) -> None:
-        """Removes the temporary folders of a stage whose maker is gone: their lock is free, or `held` by the caller."""
+        """Removes temporary folders of a stage whose process has ended: their lock is free, or `held` by the caller."""
         for folder in _folders(self.root / stage):
             match = _TEMPORARY.fullmatch(folder.name)
             if match is None:
@@ -244,11 +245,11 @@ def _delete(path: Path) -> None:
 
 
 def _say_nothing(kind: str, stage: str, key: str, seconds: float) -> None:
-    """Does nothing; the on_event of a caller that gave none."""
+    """Does nothing; the on_event for callers without one."""
 
 
 def _plain(value: Any, where: str) -> Any:
-    """`value` as JSON data; json.dumps alone would let {1: 'a'} and {'1': 'a'} share a key."""
+    """Returns `value` as JSON data; with json.dumps alone {1: 'a'} and {'1': 'a'} would share a key."""
     if value is None or isinstance(value, str | bool | int | float):
         return value
     if isinstance(value, Mapping):
@@ -261,7 +262,7 @@ def _plain(value: Any, where: str) -> Any:
 
 
 def _call(make: Callable[[Path], None], folder: Path) -> None:
-    """Runs `make`; an error of writing into the folder becomes one sentence, others are raised as they are."""
+    """Runs `make`; an error of writing into the folder becomes a PqkError, others are raised unchanged."""
     try:
         make(folder)
     except OSError as error:
@@ -279,7 +280,7 @@ def _folders(parent: Path) -> list[Path]:
 
 
 def _names(folder: Path) -> list[str]:
-    """Relative names of all files below the folder, sorted. Raises PqkError for links and special files."""
+    """Returns the relative names of all files below the folder, sorted. Raises PqkError for links and special files."""
     names = []
     for path in below(folder):
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
@@ -290,7 +291,7 @@ def _names(folder: Path) -> list[str]:
 
 
 def _contents(folder: Path, sync: bool) -> dict[str, dict[str, Any]]:
-    """{relative name: {sha256, bytes}} of what `make` wrote; with `sync`, it is on disk when this returns."""
+    """Returns {relative name: {sha256, bytes}} of the files in a folder; with `sync`, they are on disk afterwards."""
     files = {}
     for name in _names(folder):
         if name == MANIFEST:
@@ -307,9 +308,9 @@ def _contents(folder: Path, sync: bool) -> dict[str, dict[str, Any]]:
 
 
 def _read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest without its own hash, or None when it is missing, damaged or not a manifest.
+    """Returns the manifest without its own hash, or None when it is missing, damaged or not a manifest.
 
-    Raises PermissionError and its like: what may not be read is not damaged.
+    Raises PermissionError and similar errors: a file that may not be read is not damaged.
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -322,9 +323,9 @@ def _read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def _intact(folder: Path, stage: str, key: str) -> dict[str, Any] | None:
-    """The manifest when the artifact is exactly what it says (no file missing, surplus or changed), else None.
+    """Returns the manifest when the artifact agrees with it (no file missing, additional or changed), else None.
 
-    Raises PermissionError and its like.
+    Raises PermissionError and similar errors.
     """
     manifest = _read_manifest(folder)
     if folder.is_symlink() or manifest is None or manifest.get("stage") != stage or manifest.get("key") != key:

@@ -1,7 +1,7 @@
 """Runs tasks in a fresh process with `call`, which starts `python -m pqk.store.worker TASK REQUEST.json RESULT.json`.
 
 A fresh process has no leftovers in its caches, its thread pools and its memory peak. The parent only waits. A worker
-dies with its parent, so that a killed run leaves nothing behind that would disturb the next one.
+dies with its parent, so that a killed run leaves no process that would disturb the next run.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ _CANNOT_WRITE = 73  # exit code (EX_CANTCREAT) of a worker that could not write 
 
 
 class WorkerCrashed(Exception):
-    """A worker that ended without an answer: a defect, hence no PqkError. Its text holds what the worker said."""
+    """Error for a worker that ended without an answer: a defect, so no PqkError. Its text has the worker's stderr."""
 
 
 def call(task: str, request: dict[str, Any], on_progress: Callable[[dict[str, Any]], None] | None = None) -> Result:
-    """Runs a task in a fresh process and return its result.
+    """Runs a task in a fresh process and returns its result.
 
-    on_progress: gets what the task says with `tell` while it works.
+    on_progress: gets the reports that the task sends with `tell` while it works.
     A PqkError or BackendError of the worker is raised here with its sentence. Raises PqkError when the worker was
-    killed (SIGKILL) or the disk of the temporary files is full, and when the worker ran other code than this process
-    has hashed for its keys (see `pqk.store.code`), WorkerCrashed when it ended in any other way.
+    killed (SIGKILL), when the disk of the temporary files is full, and when the worker ran other code than this process
+    has hashed for its keys (see `pqk.store.code`); WorkerCrashed when it ended in any other way.
     """
     with temporary_folder("worker") as folder:
         asked, answered = folder / "request.json", folder / "result.json"
@@ -63,7 +63,7 @@ def call(task: str, request: dict[str, Any], on_progress: Callable[[dict[str, An
 
 
 def _run(command: list[str], errors: Path, on_progress: Callable[[dict[str, Any]], None] | None) -> tuple[int, str]:
-    """Runs a worker; returns its exit code and stderr. Reads of its stdout only the lines of `tell`."""
+    """Runs a worker; returns its exit code and stderr. From its stdout only the lines of `tell` are read."""
     with clear_write_errors(errors):
         stream = errors.open("w+", encoding="utf-8", errors="replace")
     with stream:
@@ -113,7 +113,7 @@ def _no_answer(task: str, code: int, said: str) -> Exception:
     if code == _CANNOT_WRITE:
         return PqkError(said.splitlines()[-1] if said else f"the {task} process cannot write its result")
     how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-    return WorkerCrashed(f"the {task} process ended with {how}:\n{said or 'it said nothing'}")
+    return WorkerCrashed(f"the {task} process ended with {how}:\n{said or 'it printed no error'}")
 
 
 TASKS = {
@@ -133,19 +133,19 @@ TASKS = {
     "ranking": "pqk.measure.node_ranking:rank_graphs",
     "mixed": "pqk.measure.node_ranking:mix_graphs",
 }
-"""Task -> module:function, which takes a request and returns a result, both plain data. As names in a text, so that a
-task's code, which is part of the key of what it makes, is its own module and what that imports."""
+"""Task -> module:function, which takes a request and returns a result, both plain data. They are named by strings, so
+that the code of a task, which is part of the keys of its artifacts, is only its own module and the imports of that."""
 
 
 def _die_with_parent(parent: int) -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it died before we asked
+        if os.getppid() != parent:  # it died before the call above
             os._exit(1)
 
 
 def main() -> None:
-    """Entry point of a worker; see the module."""
+    """Runs a worker; see the module."""
     task, asked, answered, parent = sys.argv[1:5]
     _die_with_parent(int(parent))
     keep_sources()
@@ -176,7 +176,7 @@ def main() -> None:
         print(error, file=sys.stderr, flush=True)
         os._exit(_CANNOT_WRITE)
     gc.disable()
-    os._exit(0)  # engines and thread pools need no tidying; some runtimes crash while unloading
+    os._exit(0)  # engines and thread pools need no cleanup; some runtimes crash while unloading
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What a plan came to, as files for a deliverable: what was planned, the records of each run, the tables of ablations.
+"""Gathers the files of a plan for a deliverable: the planned runs, the records of each, the tables of ablations.
 
-plan.json             each planned run: card, seeds, how far it is, and the record of its candidate
-records/*.json        of every run: Teacher, baselines and candidate, as they lie in logs/
+plan.json             each planned run: card, seeds, status, and the record of its candidate
+records/*.json        of every run: Teacher, baselines and candidate, as in logs/
 ablation/AXIS.*       of a card with a matrix: its table and its figure
 """
 
@@ -26,10 +26,10 @@ RECORDS, ABLATION = "records", "ablation"
 
 
 def gather(name: str, root: Path, backend: str | None) -> tuple[list[Path], dict[str, bytes]]:
-    """The ledgers of a plan, and what its deliverable holds besides: contents by relative name.
+    """Returns the ledgers of a plan, and the other files of its deliverable: contents by relative name.
 
-    backend: default the one that the plan was carried out with, else openvino. Raises PqkError when there is no such
-    plan, or none of its ledgers.
+    backend: default: the backend of the plan's last run, else openvino. Raises PqkError when the plan does not exist or
+    has no ledger.
     """
     plan = load_plan(name, root)
     steps = ordered(plan, root)
@@ -56,7 +56,7 @@ def gather(name: str, root: Path, backend: str | None) -> tuple[list[Path], dict
 
 
 def ledgers_of(steps: Sequence[Step], backend: str, root: Path) -> list[Path]:
-    """Where the runs of a plan are written to: a file for each card, and one for the Teacher."""
+    """Returns the paths of a plan's ledgers: one for each card, and one for the Teacher."""
     names = dict.fromkeys(step.id if step.card is None else step.card.id for step in steps if step.eval_seeds)
     return [root / "results" / f"{name}.{backend}.tsv" for name in names]
 
@@ -66,7 +66,7 @@ def _experiment(step: Step, root: Path) -> Experiment | None:
 
 
 def _row(item: Progressed, experiment: Experiment | None, records: dict[str, Record]) -> Record:
-    """A planned run. `records`: by the name of their file; the candidate is the last of them."""
+    """Returns a planned run as plain data. `records`: by file name; the candidate is the last of them."""
     step = item.step
     seed = experiment.workload.seeds.train if experiment else None
     chosen = [path for path, record in records.items() if record["role"] == "candidate"]
@@ -88,10 +88,10 @@ def _row(item: Progressed, experiment: Experiment | None, records: dict[str, Rec
 
 
 def _records_of(step: Step, records: Sequence[Record], backend: str, root: Path) -> list[Record]:
-    """The records of a step's run: Teacher, baselines, candidate; empty when it has not run with the configs of now.
+    """Returns the records of a step's run: Teacher, baselines, candidate; empty without a run with the present configs.
 
-    Of several candidates, such as those that the rollback table led to, the newest; and of the other rows those of its
-    run. Records of schema 1.0 have no run_id: of them all rows that belong to the step.
+    Of several candidates, such as those of the rollback table, only the newest is returned, with the other rows of its
+    run. Records of schema 1.0 have no run_id: then all other rows that belong to the step are returned.
     """
     experiment = _experiment(step, root)
     if experiment is None:
@@ -104,7 +104,7 @@ def _records_of(step: Step, records: Sequence[Record], backend: str, root: Path)
         same = record["exp_id"] == experiment.card.id and record["backend"] == backend
         made = {name: spec.sha256 for name, spec in methods.items() if name in hashes}
         if record["quantizer"] is None:
-            made.pop("quant", None)  # how to quantize has no part in what was not quantized
+            made.pop("quant", None)  # a model that was not quantized does not depend on the quantization settings
         return same and all(hashes.get(key) == value for key, value in (asked | made).items())
 
     own = [record for record in records if belongs(record)]

@@ -1,4 +1,4 @@
-"""Checkpoints as evidence: their digest, what their model card tells, and `pqk ledger finalize`, which keeps one."""
+"""Opens checkpoints with their digest and model card, and keeps checkpoints for `pqk ledger finalize`."""
 
 from __future__ import annotations
 
@@ -35,52 +35,54 @@ FINALIZED = "finalized"
 
 GRAPHS = "graphs.json"
 FLOAT = "float"
-"""A kept quantized result: its graphs and what describes them, and the folder of the float checkpoint behind them."""
+"""Names in the folder of a kept quantized result: the description of its graphs, and its float checkpoint's folder."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint on disk. `path` is what `load_model` takes: a folder, or an official .pth file; of a quantized
-    result the float checkpoint that it came from.
+    """A checkpoint on disk.
+
+    `path` is the argument of `load_model`: a folder, or an official .pth file; for a quantized result its float
+    checkpoint.
     """
 
     path: Path
     name: str
     sha256: str  # of the names and bytes of its files: `hashes.model` of a record; of a result see `Bench`
     card: Mapping[str, Any]  # model_card.json; empty without one
-    folder: Path  # what `open_checkpoint` takes
+    folder: Path  # the argument of `open_checkpoint`
 
     @property
     def result(self) -> Mapping[str, Any] | None:
-        """Of a kept quantized result: backend, quantizer, precision, lowered (PTQ or QAT), float_sha256; else None."""
+        """Returns backend, quantizer, precision, lowered (PTQ or QAT) and float_sha256 of a kept result; else None."""
         found = self.card.get(FINALIZED, {}).get("result")
         return found if isinstance(found, Mapping) else None
 
     @property
     def train_seed(self) -> int | None:
-        """As the model card tells it."""
+        """Returns the train seed in the model card; None when it has none."""
         spec = self.card.get("spec")
-        told = (self.card.get(FINALIZED, {}), self.card, {"seed": spec.get("seed")} if isinstance(spec, dict) else {})
-        seeds = (part.get(name) for part in told for name in ("train_seed", "seed"))
+        places = (self.card.get(FINALIZED, {}), self.card, {"seed": spec.get("seed")} if isinstance(spec, dict) else {})
+        seeds = (part.get(name) for part in places for name in ("train_seed", "seed"))
         return next((seed for seed in seeds if isinstance(seed, int) and not isinstance(seed, bool)), None)
 
     @property
     def task_card(self) -> str | None:
-        """The task card whose training made it, as the model card tells it."""
-        told = (self.card.get(FINALIZED, {}).get("card"), self.card.get("card"), self.card.get("exp_id"))
-        return next((name for name in told if isinstance(name, str)), None)
+        """Returns the task card whose training made the checkpoint, from the model card; None when it has none."""
+        names = (self.card.get(FINALIZED, {}).get("card"), self.card.get("card"), self.card.get("exp_id"))
+        return next((name for name in names if isinstance(name, str)), None)
 
 
 def folder_of(root: Path) -> Path:
-    """Where finalized checkpoints lie."""
+    """Returns the folder of the finalized checkpoints."""
     return root / "outputs" / "checkpoints"
 
 
 def open_checkpoint(asked: str | Path, root: Path) -> Checkpoint:
-    """A checkpoint by its path, or by the name under which it was finalized.
+    """Returns a checkpoint by its path, or by the name under which it was finalized.
 
-    Raises PqkError when there is none, its model card is unreadable or tells of other weights, and for a finalized one
-    whose bytes are not those that were finalized.
+    Raises PqkError when there is none, when its model card is unreadable or describes other weights, and when the bytes
+    of a finalized one have changed.
     """
     path = Path(asked)
     if not path.exists() and (folder_of(root) / asked).is_dir():
@@ -92,18 +94,18 @@ def open_checkpoint(asked: str | Path, root: Path) -> Checkpoint:
     finalized = card.get(FINALIZED, {})
     if finalized and finalized.get("checkpoint_sha256") != digest:
         raise PqkError(
-            f"{path} was changed after it was finalized: its sha256 is {digest}, its model card tells "
+            f"{path} was changed after it was finalized: its sha256 is {digest}, but its model card has "
             f"{finalized.get('checkpoint_sha256')}"
         )
     weights = matching(path, "*.safetensors")
     if isinstance(card.get("sha256"), str) and card["sha256"] not in {sha256_file(file) for file in weights}:
-        raise PqkError(f"{path / CARD} tells of other weights (sha256 {card['sha256']}) than those beside it")
+        raise PqkError(f"{path / CARD} describes other weights (sha256 {card['sha256']}) than those beside it")
     name = model_name(path) if path.is_dir() else Path(model_name(path)).stem
     return Checkpoint(loadable.resolve(), name, digest, card, path.resolve())
 
 
 def _read(path: Path) -> tuple[Path, str]:
-    """What `load_model` takes, and the sha256 of the checkpoint or quantized result that lies there."""
+    """Returns the argument of `load_model`, and the sha256 of the checkpoint or quantized result at `path`."""
     if (path / GRAPHS).is_file():
         return path / FLOAT, sha256_json({name: graph.sha256 for name, graph in _graphs(path).items()})
     loadable, files = _files(path)
@@ -111,33 +113,33 @@ def _read(path: Path) -> tuple[Path, str]:
 
 
 def _graphs(folder: Path) -> dict[str, Graph]:
-    """The graphs of a kept result with their digests as they are now. Raises PqkError."""
+    """Returns the graphs of a kept result with their present digests. Raises PqkError when they are incomplete."""
     check_readable(folder / GRAPHS)
     try:
-        told = json.loads((folder / GRAPHS).read_text(encoding="utf-8"))
-        found = {name: graph_from_json({**told[name], "path": folder / told[name]["path"]}) for name in told}
+        described = json.loads((folder / GRAPHS).read_text(encoding="utf-8"))
+        found = {name: graph_from_json({**known, "path": folder / known["path"]}) for name, known in described.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise PqkError(f"{folder / GRAPHS} does not describe graphs: {str(error)[:120]}") from error
     missing = next((graph.path for graph in found.values() if not graph.path.is_file()), None)
     if missing is not None or not found:
-        raise PqkError(f"{folder} is no quantized result: it lacks {missing.name if missing else 'its graphs'}")
+        raise PqkError(f"{folder} is not a quantized result: it lacks {missing.name if missing else 'its graphs'}")
     return {name: replace(graph, sha256=sha256_files(graph.files())) for name, graph in found.items()}
 
 
 def kept_graphs(checkpoint: Checkpoint) -> dict[str, Graph]:
-    """The graphs of a quantized result that was kept."""
+    """Returns the graphs of a kept quantized result."""
     return _graphs(checkpoint.folder)
 
 
 def _files(path: Path) -> tuple[Path, list[Path]]:
-    """What `load_model` takes, and the files that decide what it loads."""
+    """Returns the argument of `load_model`, and the files that decide its result."""
     if path.is_file():
         return path, [path]
     if (path / CONFIG).is_file():
         return path, [path / CONFIG, *matching(path, "*.safetensors")]
     official = matching(path, "*.pth")
     if len(official) != 1:
-        raise PqkError(f"{path} is no checkpoint: it has no {CONFIG}")
+        raise PqkError(f"{path} is not a checkpoint: it has no {CONFIG}")
     return official[0], official
 
 
@@ -146,7 +148,7 @@ def _read_card(path: Path) -> dict[str, Any]:
     try:
         card = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise PqkError(f"{path} is no valid JSON: {str(error)[:120]}") from error
+        raise PqkError(f"{path} is not valid JSON: {str(error)[:120]}") from error
     if not isinstance(card, dict) or not isinstance(card.get(FINALIZED, {}), dict):
         raise PqkError(f"{path} must hold one JSON object")
     return card
@@ -155,12 +157,12 @@ def _read_card(path: Path) -> dict[str, Any]:
 def finalize(
     asked: str | Path, root: Path, name: str | None = None, train_seed: int | None = None, task_card: str | None = None
 ) -> tuple[Checkpoint, bool]:
-    """Keep a checkpoint in outputs/checkpoints/NAME, with a model card that tells what it is; and whether it is new.
+    """Keeps a checkpoint in outputs/checkpoints/NAME with a model card. Returns it, and whether it is new.
 
-    `name`: default the checkpoint's own with eight digits of its sha256. `train_seed`, `task_card`: what the model card
-    does not tell yet. The weights are loaded once, so that nothing is kept that cannot be.
-    Raises PqkError for what is no checkpoint, an unsafe name, one that another checkpoint (or the same one with another
-    seed or card) has, and a train seed that the model card contradicts.
+    `name`: default: the checkpoint's own with eight digits of its sha256. `train_seed`, `task_card`: values that the
+    model card does not have yet. The weights are loaded once, so that only loadable checkpoints are kept.
+    Raises PqkError for a path without a checkpoint, an unsafe name, a name that another checkpoint (or the same one
+    with another seed or card) has, and a train seed that contradicts the model card.
     """
     found = open_checkpoint(asked, root)
     if found.result is not None:
@@ -208,10 +210,11 @@ def finalize(
 def keep_result(
     root: Path, float_model: Path, float_sha256: str, graphs: Mapping[str, Graph], about: Mapping[str, Any], name: str
 ) -> tuple[Checkpoint, bool]:
-    """Keep a quantized result in outputs/checkpoints/NAME: its graphs, and in float/ the checkpoint they came from.
+    """Keeps a quantized result in outputs/checkpoints/NAME: its graphs, and in float/ their float checkpoint.
 
-    about: what the model card tells besides digests: card, train_seed, params, result. Returns it, and whether it is
-    new. Raises PqkError for a name that another checkpoint has, and for files that change while they are copied.
+    about: the fields of the model card besides digests: card, train_seed, params, result. Returns the checkpoint, and
+    whether it is new. Raises PqkError for a name that another checkpoint has, and for files that change while they are
+    copied.
     """
     digest = sha256_json({part: graph.sha256 for part, graph in graphs.items()})
     target = folder_of(root) / safe_name(name, "checkpoint")
@@ -221,12 +224,12 @@ def keep_result(
             raise PqkError(f"{paths.shown(target, root)} holds another checkpoint already; choose another --name")
         return there, False
     with whole_folder(target) as new, clear_write_errors(target):
-        told = {}
+        described = {}
         for part, graph in graphs.items():
             for file in graph.files():
                 shutil.copyfile(file, new / file.name)
-            told[part] = {**graph_to_json(graph), "path": graph.path.name}
-        write_json(new / GRAPHS, told)
+            described[part] = {**graph_to_json(graph), "path": graph.path.name}
+        write_json(new / GRAPHS, described)
         (new / FLOAT).mkdir()
         _, files = _files(float_model)
         for file in files:
@@ -251,29 +254,29 @@ def _stamp() -> dict[str, Any]:
 
 
 def plain_name(name: str) -> str:
-    """A name for files out of any text: letters, digits, '.', '_' and '-', at most 60 of them."""
+    """Returns a file name for any text: letters, digits, '.', '_' and '-', at most 60 of them."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._")[:60] or "checkpoint"
 
 
 def agreed_seed(checkpoint: Checkpoint, asked: int | None) -> int:
-    """The train seed of the model card, or the asked one. Raises PqkError when there is neither, or both and unlike."""
-    told = checkpoint.train_seed
-    if told is None and asked is None:
-        raise PqkError(f"the model card of {checkpoint.name} tells no train seed; give it with --train-seed")
-    if told is not None and asked is not None and told != asked:
-        raise PqkError(f"--train-seed {asked}: the model card of {checkpoint.name} tells train seed {told}")
-    return int(asked if told is None else told)  # type: ignore[arg-type]
+    """Returns the train seed of the model card, or `asked`. Raises PqkError without either, or when they differ."""
+    known = checkpoint.train_seed
+    if known is None and asked is None:
+        raise PqkError(f"the model card of {checkpoint.name} has no train seed; give it with --train-seed")
+    if known is not None and asked is not None and known != asked:
+        raise PqkError(f"--train-seed {asked}: the model card of {checkpoint.name} has train seed {known}")
+    return int(asked if known is None else known)  # type: ignore[arg-type]
 
 
 def here(root: Path) -> dict[str, Path]:
-    """The checkpoints among the finalized ones and in models/, by the sha256 of their bytes as they are now."""
+    """Returns the folders of the finalized checkpoints and of those in models/, by the sha256 of their bytes now."""
     found: dict[str, Path] = {}
     for folder in (folder_of(root), root / "models"):
         for path in sorted(folder.iterdir()) if folder.is_dir() else ():
             if path.is_dir() and not path.name.startswith("."):
                 try:
                     _, digest = _read(path)
-                except PqkError:  # something else lies there
+                except PqkError:  # not a checkpoint
                     continue
                 found.setdefault(digest, path)
     return found

@@ -1,14 +1,14 @@
-"""A plan carried out: each experiment is `pqk run CARD` in a process of its own, and what came of it is kept.
+"""Runs a plan: each experiment is `pqk run CARD` in a process of its own, and its outcome is kept.
 
-Where the plan has eval seeds for it, `pqk ledger eval` and `pqk ledger finalize` of its result follow.
+Where the plan has eval seeds for an experiment, `pqk ledger eval` and `pqk ledger finalize` of its result follow.
 
-    outputs/plans/NAME/state.json       every attempt: when it began, how long it took, how it ended
-    outputs/plans/NAME/ID.log           what the experiment said, for a reader; the plan does not look at it
-    outputs/plans/NAME/ID.result.json   how its last command ended, as data: see `pqk.result`
+    outputs/plans/NAME/state.json       every attempt: start, duration, exit code and reason
+    outputs/plans/NAME/ID.log           the output of the experiment, for a reader; the plan does not use it
+    outputs/plans/NAME/ID.result.json   the result of its last command as data: see `pqk.result`
     outputs/plans/NAME/.lock            held (flock) while the plan runs
 
-An attempt is noted before it begins, and state.json is replaced in one step, so whenever the plan is killed the next
-call knows what was under way. Experiments die with their plan; what they had finished is in the artifact store.
+An attempt is noted before it begins, and state.json is replaced in one step. So after a kill, the next call knows which
+attempt was running. Experiments die with their plan; the stages that they finished are in the artifact store.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _WITHOUT_SUCCESS = ("failed", "undecided")
 _VERSION = 1
 _SAID = 300  # characters of an experiment's reason that are kept
 _JUDGED = {EXIT_CHECK_FAILED: "fail", EXIT_UNDECIDED: "undecided"}
-"""Exit codes of a run that was measured to its end and is not a success, and the verdict that they stand for."""
+"""Verdicts by exit code, for runs that were measured to their end without success."""
 
 CommandsOf = Callable[[Step], Sequence[Sequence[str]]]
 Attempt = dict[str, Any]
@@ -51,7 +51,7 @@ Attempt = dict[str, Any]
 
 @dataclass(frozen=True)
 class Asked:
-    """What `pqk plan NAME --run` was asked: handed to every experiment."""
+    """The options of `pqk plan NAME --run` that every experiment gets."""
 
     backend: str
     model: str | None = None
@@ -59,11 +59,11 @@ class Asked:
 
 @dataclass(frozen=True)
 class Progressed:
-    """How far one experiment has come.
+    """The progress of one experiment.
 
-    status: done; failed (a threshold did not hold); undecided (the measurement was too coarse to tell); stopped (by a
+    status: done; failed (a threshold did not hold); undecided (the measurement was too coarse to decide); stopped (by a
     stop-loss line, or interrupted: it goes on with the next call); error (wrong input, or a defect); unavailable
-    (backend or method); running; waiting. detail: why.
+    (backend or method); running; waiting. detail: the reason.
     hours: wall hours of all its attempts, None when there is none.
     """
 
@@ -74,12 +74,12 @@ class Progressed:
 
 
 def folder_of(plan: str, root: Path) -> Path:
-    """Where a plan keeps its state and the output of its experiments."""
+    """Returns the folder with a plan's state and the output of its experiments."""
     return root / "outputs" / "plans" / plan
 
 
 def progress(plan: Plan, steps: Sequence[Step], root: Path) -> list[Progressed]:
-    """How far every experiment of a plan has come; reads files only. Raises PqkError when the state is damaged."""
+    """Returns the progress of every experiment, from files only. Raises PqkError when the state is damaged."""
     folder = folder_of(plan.name, root)
     state = _read(folder)
     live = is_locked(folder / ".lock")
@@ -99,7 +99,7 @@ def progress(plan: Plan, steps: Sequence[Step], root: Path) -> list[Progressed]:
 
 
 def asked_backend(plan: Plan, root: Path) -> str | None:
-    """The backend that a plan was last carried out with; None when it never was."""
+    """Returns the backend of a plan's last run; None when it never ran."""
     asked = _read(folder_of(plan.name, root))["asked"]
     return str(asked["backend"]) if asked else None
 
@@ -115,15 +115,16 @@ def run_plan(
     keep_going: bool = False,
     commands_of: CommandsOf | None = None,
 ) -> list[Progressed]:
-    """Run what is not done yet, in order, and return how far everything has come.
+    """Runs the experiments that are not done yet, in order, and returns the progress of all.
 
-    An experiment is done when it ended with exit code 0 and card, configs, backend, model and what it requires are
-    still the same. One whose requirements are not done waits; with `keep_going`, and in a plan without rollback, a
-    requirement that failed its thresholds, or was undecided, is as good as done: there is a result, only not the hoped
-    one. In a plan without rollback it is not run again either. `commands_of`: the command lines of a step, instead of
-    `commands`. `say` gets a line for everything that happens, `echo` every line that the experiments print.
-    Raises PqkError when another process runs this plan, or the disk cannot be written; KeyboardInterrupt is noted as an
-    interrupted attempt and goes on.
+    An experiment is done when it ended with exit code 0, and its card, configs, backend, model and requirements are
+    still the same. An experiment whose requirements are not done waits. With `keep_going`, and in a plan without
+    rollback, a requirement that failed its thresholds or was undecided counts as done, because it has a result. In a
+    plan without rollback, such an experiment is not run again either.
+    `commands_of`: the command lines of a step, instead of `commands`. `say` gets a line for every event, `echo` every
+    line that the experiments print.
+    Raises PqkError when another process runs this plan, or when the disk cannot be written. KeyboardInterrupt is noted
+    as an interrupted attempt and raised again.
     """
     folder = folder_of(plan.name, root)
     check_writable(folder)
@@ -173,8 +174,10 @@ def run_plan(
 
 
 def exit_code(found: Sequence[Progressed]) -> int:
-    """Of a plan that ran: 0 everything is done, 2 there was an error, 1 something failed or stopped, 4 something is
-    undecided, 3 unavailable."""
+    """Returns the exit code of a plan that ran, by its worst experiment.
+
+    In this order: 2 error, 1 failed or stopped, 4 undecided, 3 unavailable, else 0.
+    """
     statuses = {item.status for item in found}
     if "error" in statuses:
         return EXIT_USAGE
@@ -186,8 +189,9 @@ def exit_code(found: Sequence[Progressed]) -> int:
 
 
 def commands(step: Step, asked: Asked, rollback: bool = True, root: Path | None = None) -> list[list[str]]:
-    """The command lines of an experiment, in order: `pqk run CARD` or the door of a script; and where it has eval seeds
-    `pqk ledger eval` and `pqk ledger finalize` of what it came to.
+    """Returns the command lines of an experiment, in order: `pqk run CARD`, or for the Teacher baseline_eval.py.
+
+    With eval seeds, `pqk ledger eval` of its result follows, and for a card also `pqk ledger finalize`.
     """
     # -P: the project's folder, in which it runs, may hold another pqk or a random.py
     python = [sys.executable, "-P"]
@@ -220,11 +224,12 @@ def commands(step: Step, asked: Asked, rollback: bool = True, root: Path | None 
 
 
 def _carry_out(lines: Sequence[Sequence[str]], root: Path, log: Path, echo: Callable[[str], None]) -> dict[str, Any]:
-    """Run the command lines of an experiment, and return what its attempt tells: the exit code, the reason, whether it
-    was measured to its end, and of a measured one run_id, verdict and record.
+    """Runs the command lines of an experiment, and returns the fields of its attempt.
 
-    The first one judges: a verdict is a result, also 'fail' and 'undecided', and what follows goes on; anything else
-    ends it.
+    They are the exit code, the reason, whether it was measured to its end, and for a measured one run_id, verdict and
+    record.
+    The first command decides: after a verdict, also 'fail' and 'undecided', the other commands run; after anything else
+    the experiment ends.
     """
     code, result = _execute(lines[0], root, log, echo)
     judged = code == EXIT_OK or (code in _JUDGED and result.get("verdict") == _JUDGED[code])
@@ -238,18 +243,19 @@ def _carry_out(lines: Sequence[Sequence[str]], root: Path, log: Path, echo: Call
 
 
 def _reason(result: Mapping[str, Any]) -> str:
-    """Why a command ended as it did, in one sentence: its error, or the threshold that decided; '' for none."""
+    """Returns the reason for a command's end in one sentence: its error, or the deciding threshold; '' for none."""
     return str(result.get("error") or result.get("why") or "")[:_SAID]
 
 
 def _measured(attempts: Sequence[Attempt], key: str) -> bool:
-    """Whether the last attempt came to its end, with the inputs of now."""
+    """Returns whether the last attempt was measured to its end with the present inputs."""
     return bool(attempts) and attempts[-1]["key"] == key and attempts[-1].get("measured") is True
 
 
 def _execute(words: Sequence[str], root: Path, log: Path, echo: Callable[[str], None]) -> tuple[int, dict[str, Any]]:
-    """Run a command to its end; its output goes to `log` and to `echo`, unread. Returns its exit code and its result
-    (see `pqk.result`), which is empty when it left none, as a killed one does.
+    """Runs a command to its end; its output goes to `log` and to `echo`, and is not interpreted.
+
+    Returns its exit code and its result (see `pqk.result`), which is empty when there is none, as after a kill.
     """
     parent = os.getpid()
     answer = log.with_suffix(".result.json")
@@ -280,7 +286,7 @@ def _execute(words: Sequence[str], root: Path, log: Path, echo: Callable[[str], 
 
 
 def _read_result(path: Path) -> dict[str, Any]:
-    """The result that a command left; empty when there is none, or it is not one."""
+    """Returns the result file of a command as data; empty when there is none, or an invalid one."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -289,7 +295,7 @@ def _read_result(path: Path) -> dict[str, Any]:
 
 
 def _status(step: Step, attempts: Sequence[Attempt], key: str | None, live: bool, root: Path) -> tuple[str, str]:
-    """Status and reason out of the last attempt. `live`: the plan is running now."""
+    """Returns status and reason from the last attempt. `live`: the plan is running now."""
     if not attempts:
         return "waiting", ""
     last = attempts[-1]
@@ -312,7 +318,7 @@ def _status(step: Step, attempts: Sequence[Attempt], key: str | None, live: bool
 
 
 def _stopped_by(step: Step, began: float, root: Path) -> str:
-    """Why a stop-loss line ended an attempt: the 'why' of a 'stop' that is the last word of its run log; else ''."""
+    """Returns the reason of a stop-loss: the 'why' of a 'stop' at the end of the attempt's run log; else ''."""
     if step.card is None:
         return ""
     since = datetime.fromtimestamp(int(began), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
@@ -325,11 +331,11 @@ def _listed(names: Sequence[str], statuses: Mapping[str, str]) -> str:
 
 
 def _keys(plan: Plan, steps: Sequence[Step], asked: Asked, root: Path) -> dict[str, str]:
-    """Per experiment a hash of everything it is asked: resolved card and configs, seeds, backend, model, rollback, what
-    it requires.
+    """Returns a hash of the inputs per experiment: resolved card and configs, seeds, backend, model, rollback and the
+    hashes of its requirements.
     """
     keys: dict[str, str] = {}
-    for step in steps:  # in order: what it requires comes first
+    for step in steps:  # in order: requirements come first
         experiment = resolve(step.card or load_card(TEACHER_CARD, root), root, settings=step.settings)
         of = {"workload": experiment.workload.sha256, "eval": experiment.evaluation.sha256}
         keys[step.id] = sha256_json(
@@ -362,7 +368,7 @@ def _read(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, OSError) and says_nothing(error):
             raise PqkError(cannot_read(path, error)) from error
-        raise PqkError(f"{path}: not the state of a plan ({error}); remove it to begin anew") from error
+        raise PqkError(f"{path}: not the state of a plan ({error}); remove it to start over") from error
     return dict(state)
 
 
@@ -371,7 +377,7 @@ def _write(folder: Path, state: Mapping[str, Any]) -> None:
 
 
 def _seconds(attempt: Attempt, folder: Path, name: str) -> float:
-    """Wall seconds of an attempt; of one under way or killed, up to the last line that it printed."""
+    """Returns the wall seconds of an attempt; for a running or killed one, up to the last line that it printed."""
     if attempt["seconds"] is not None:
         return float(attempt["seconds"])
     with contextlib.suppress(OSError):
@@ -380,7 +386,7 @@ def _seconds(attempt: Attempt, folder: Path, name: str) -> float:
 
 
 def _close_interrupted(state: Mapping[str, Any], folder: Path) -> None:
-    """Fix the time of attempts whose plan was killed, before their log grows again."""
+    """Sets the time of attempts whose plan was killed, before their log grows again."""
     for name, attempts in state["attempts"].items():
         for attempt in attempts:
             attempt["seconds"] = round(_seconds(attempt, folder, name), 3)

@@ -1,8 +1,8 @@
-"""`pqk ledger eval`: a fixed checkpoint, or a card's own result, under several eval seeds, one TSV row each; and one
-row measured again.
+"""Measures a checkpoint, or a card's own result, under several eval seeds, one TSV row each: `pqk ledger eval`.
 
-What an eval seed draws is the family's to say (`DataPart.open_split`). Speed is timed anew for every eval seed, on a
-scene of it: the noise of the measurement itself.
+It also measures one row again, for `pqk ledger verify`. The family decides which samples an eval seed draws
+(`DataPart.open_split`). Speed is timed again for every eval seed, on one of its scenes; the spread shows the noise of
+the measurement.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from pqk.files import check_writable, sha256_json
 from pqk.measure.noise import warning
 from pqk.measure.scores import drop_of
 from pqk.recipe import stages
-from pqk.recipe.candidate import Made
+from pqk.recipe.candidate import Choice
 from pqk.recipe.columns import described_metrics
 from pqk.recipe.experiment import Experiment
-from pqk.recipe.quantization import Lowering
+from pqk.recipe.quantization import Quantization
 from pqk.recipe.recover import choose
 from pqk.recipe.request import (
     Model,
@@ -69,23 +69,23 @@ class Asked:
     checkpoint: str | Path | None  # None: the card's own result
     eval_seeds: tuple[int, ...] = (0,)
     backend: str = "openvino"
-    precision: str | None = None  # a float precision of the backend (default f32), or what the quantizer makes
+    precision: str | None = None  # a float precision of the backend (default f32), or that of the quantizer
     quantizer: str | None = None
     card: str | None = None  # task card; default: the model card's
     train_seed: int | None = None  # default: the model card's; of a card's own result workload.yaml's
     settings: Mapping[str, Any] = field(default_factory=dict)
     timed: bool = True
     model: str | None = None  # of a card's own result: the Teacher, as in `pqk run`
-    train_scenes: Path | None = None  # of a card's own result: what is learned from, as in `pqk run`
+    train_scenes: Path | None = None  # of a card's own result: the training data, as in `pqk run`
     train_images: Path | None = None
 
 
 class Bench:
     """A model on one backend in one precision, ready to be measured under any eval seed.
 
-    What it is: a checkpoint, in float or quantized as its card says; a result that was kept (its graphs are taken as
-    they are); or, without a checkpoint, the candidate of the card's own run, which is made where it is not there yet.
-    The first two do nothing long before `measure`. Raises PqkError and BackendError for what a user can mend.
+    The model is a checkpoint, in float or quantized as its card says; a kept result, whose graphs are used unchanged;
+    or, without a checkpoint, the candidate of the card's own run, which is made when it does not exist yet. The first
+    two do no long work before `measure`. Raises PqkError and BackendError for errors that a user can fix.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class Bench:
             settings |= {} if asked.train_seed is None else {TRAIN_SEED: asked.train_seed}
         elif card is None:
             raise PqkError(
-                f"the model card of {self.checkpoint.name} tells no task card; name it with --card, such as A1"
+                f"the model card of {self.checkpoint.name} has no task card; name it with --card, such as A1"
             )
         elif asked.model is not None:
             raise PqkError("--model is the Teacher of a card's own result; a CKPT has none")
@@ -118,7 +118,7 @@ class Bench:
             str(card),
             asked.backend,
             asked.quantizer,
-            model=asked.model if self.checkpoint is None else str(self.checkpoint.path),  # whose family counts
+            model=asked.model if self.checkpoint is None else str(self.checkpoint.path),  # its family is used
             settings=settings,
             recipe=self.checkpoint is None,
             qat=True,
@@ -131,7 +131,7 @@ class Bench:
         self.cached = store is None  # compiled models are kept only beside the project's own store
         if store is not None:
             self.ctx = replace(self.ctx, store=store)
-        others = {name: value for name, value in settings.items() if name != TRAIN_SEED}  # which has a column
+        others = {name: value for name, value in settings.items() if name != TRAIN_SEED}  # it has its own column
         parts = parts_code(self.experiment.family, "settings", "data", "predict", "scoring")
         sources = (_SCORED_BY, *parts, *getattr(self.backend, "sources", ()))
         self.known: Row = dict.fromkeys(COLUMNS) | {
@@ -147,7 +147,7 @@ class Bench:
             "code_sha256": code_of(*sources),
             "settings": json.dumps(others, sort_keys=True) if others else None,
         }
-        self.made: Made | None = None
+        self.made: Choice | None = None
         self.teacher: Variant | None = None
         self._variant: Variant | None = None
         if self.checkpoint is not None:
@@ -175,9 +175,9 @@ class Bench:
             self._identify(*_engine(self.backend, asked, self.experiment), False)
 
     def _identify(self, quantizer: str | None, precision: str, result: bool) -> None:
-        """Precision, quantizer and the digest of everything about the engine that is not in the checkpoint.
+        """Sets precision, quantizer and the digest of everything about the engine that is not in the checkpoint.
 
-        result: of a recipe's own quantized result, in whose making recipe and methods have a part.
+        result: for a recipe's own quantized result, whose digest includes the recipe and its methods.
         """
         config: dict[str, Any] = {"precision": precision, "quantizer": quantizer, "options": self.options}
         if quantizer is not None:
@@ -192,7 +192,7 @@ class Bench:
         self.known |= {"quantizer": quantizer, "precision": precision, "config_sha256": sha256_json(config)}
 
     def make(self) -> None:
-        """Of a card's own result: make or reuse it, as `pqk run --no-rollback` does, and tell what it is."""
+        """Makes or reuses a card's own result, as `pqk run --no-rollback` does, and fills in its columns."""
         if self.checkpoint is not None or self._variant is not None:
             return
         made, _ = choose(self.request, self.root, self.ctx.on_event, self.say, rollback=False)
@@ -214,7 +214,7 @@ class Bench:
         self.made = made
 
     def measure(self, eval_seed: int, timed: bool) -> Row:
-        """The whole row of an eval seed. `timed`: also samples per second, null where the engine is emulated."""
+        """Returns the row of an eval seed. `timed`: with samples per second, null where the engine is emulated."""
         experiment = self._seeded(eval_seed)
         found = open_split(self.ctx, experiment, "test", self.root)
         if not found.truthful:
@@ -243,7 +243,7 @@ class Bench:
         }
 
     def _seeded(self, eval_seed: int) -> Experiment:
-        """The experiment with another eval seed."""
+        """Returns the experiment with another eval seed."""
         workload = self.experiment.workload
         seeds = workload.seeds.model_copy(update={"eval": eval_seed})
         return replace(self.experiment, workload=workload.model_copy(update={"seeds": seeds}))
@@ -256,7 +256,7 @@ class Bench:
         return 1000 * len(times) / float(sum(times))
 
     def _ready(self) -> Variant:
-        """The graphs of what is measured: made, kept, or exported and quantized once."""
+        """Returns the variant to measure: made, kept, or exported and quantized once."""
         self.make()
         if self._variant is not None:
             return self._variant
@@ -264,7 +264,7 @@ class Bench:
         model = load_model(self.checkpoint.path)
         self.known["params"] = count_parameters(model)
         options = dict(self.options)
-        if self.cached and self.backend.name != "reference":  # which compiles nothing that could be kept
+        if self.cached and self.backend.name != "reference":  # it compiles nothing that could be kept
             options["cache_dir"] = str(paths.store(self.root).parent / "engines")
         if self.kept is not None:
             graphs = kept_graphs(self.checkpoint)
@@ -275,7 +275,7 @@ class Bench:
         return self._variant
 
     def _of(self, graphs: Mapping[str, Graph], options: Mapping[str, Any]) -> Variant:
-        """The asked engine of a checkpoint's graphs: in float, quantized as a recipe's stage Q does, or as kept."""
+        """Returns the variant of a checkpoint's graphs: in float, quantized as by a recipe's stage Q, or as kept."""
         assert self.checkpoint is not None
         quantizer, precision, experiment = self.known["quantizer"], self.known["precision"], self.experiment
         if quantizer is None:
@@ -288,24 +288,27 @@ class Bench:
         calibration = open_split(self.ctx, experiment, "calibration", self.root)
         model = Model(str(self.checkpoint.path), self.checkpoint.name, self.checkpoint.sha256)
         about = (experiment, self.backend.name, quantizer, precision, model, graphs, calibration)
-        return Lowering(*about, floats=(), columns={"hashes": {}}, options=options).row(self.ctx).variant
+        return Quantization(*about, floats=(), columns={"hashes": {}}, options=options).row(self.ctx).variant
 
 
 def _check_result_asked(asked: Asked) -> None:
-    """Raise PqkError for words that do not go with a card's own result."""
+    """Raises PqkError for options that do not fit a card's own result."""
     if asked.card is None:
-        raise PqkError("name a CKPT, or with --card the recipe whose own result is meant")
+        raise PqkError("give a CKPT, or --card for the own result of a card")
     if asked.precision is not None:
         raise PqkError(
-            f"--precision {asked.precision} is for a CKPT: what card {asked.card} makes has the precision of its recipe"
+            f"--precision {asked.precision} is for a CKPT: the result of card {asked.card} has its recipe's precision"
         )
-    told = asked.settings.get(TRAIN_SEED)
-    if None not in (told, asked.train_seed) and told != asked.train_seed:
-        raise PqkError(f"--train-seed {asked.train_seed} and --set {TRAIN_SEED}={told} contradict each other")
+    given = asked.settings.get(TRAIN_SEED)
+    if None not in (given, asked.train_seed) and given != asked.train_seed:
+        raise PqkError(f"--train-seed {asked.train_seed} and --set {TRAIN_SEED}={given} contradict each other")
 
 
 def _engine(backend: Backend, asked: Asked, experiment: Experiment) -> tuple[str | None, str]:
-    """The quantizer (None for a float precision) and the precision's name. Raises PqkError."""
+    """Returns the quantizer (None for a float precision) and the name of the precision.
+
+    Raises PqkError for a precision or quantizer that the backend does not have.
+    """
     given = asked.precision or str(Precision.F32)
     wanted = _ALIASES.get(given, given)
     floats = [str(precision) for precision in backend.float_precisions()]
@@ -329,8 +332,8 @@ def _engine(backend: Backend, asked: Asked, experiment: Experiment) -> tuple[str
 
 
 def split_digest(ctx: Context, experiment: Experiment, split: str, root: Path) -> str:
-    """sha256 of what a split is fed, seeds aside; of data in a folder the bytes count, and not where they lie."""
-    seeds = experiment.workload.seeds.model_copy(update={"eval": 0})  # which draws all of a folder
+    """Returns the sha256 of a split's data, without the seeds; for a data folder, of its bytes and not its path."""
+    seeds = experiment.workload.seeds.model_copy(update={"eval": 0})  # 0 draws a whole folder
     whole = replace(experiment, workload=experiment.workload.model_copy(update={"seeds": seeds}))
     part = experiment.family.data_part()
     return part.digest(split, whole.workload, lambda: open_split(ctx, whole, split, root).sha256)
@@ -344,11 +347,11 @@ def evaluate_seeds(
     say: Callable[[Row, str], None],
     tell: Callable[[str], None] = lambda text: None,
 ) -> Path:
-    """Measure what is not in the file yet, row by row, so that a killed run loses at most the seed it was at.
+    """Measures the eval seeds that the file lacks, row by row, so that a killed run loses at most one seed.
 
-    `out`: default results/CHECKPOINT.CARD.BACKEND-PRECISION.tsv, of a card's own result results/CARD.BACKEND.tsv. A row
-    is kept when the same run stands there, measured by the same code. `say` gets each row with a note: kept, or why it
-    was measured again; `tell` what a card's run says. Returns the file.
+    `out`: default: results/CHECKPOINT.CARD.BACKEND-PRECISION.tsv, for a card's own result results/CARD.BACKEND.tsv. A
+    row is kept when it is of the same run and was measured by the same code. `say` gets each row with a note: kept, or
+    why it was measured again; `tell` gets the messages of a card's run. Returns the file.
     Raises PqkError, before anything is measured, when the file holds rows of another workload or evaluation.
     """
     bench = Bench(asked, root, on_event, say=tell)
@@ -383,18 +386,18 @@ def evaluate_seeds(
 
 
 def finalize_result(bench: Bench, name: str | None, root: Path) -> tuple[Checkpoint, bool]:
-    """Keep a card's own result in outputs/checkpoints/NAME, and whether it is new there.
+    """Keeps a card's own result in outputs/checkpoints/NAME. Returns it, and whether it is new.
 
-    A float result is kept as `finalize` keeps a checkpoint; a quantized one with its graphs. `name`: default the card,
-    the train seed and eight digits of the digest.
+    A float result is kept as by `finalize`; a quantized one with its graphs. `name`: default: the card, the train seed
+    and eight digits of the digest.
     """
     bench.make()
     assert bench.made is not None
-    known, outcome = bench.known, bench.made.outcome
+    known, candidate = bench.known, bench.made.candidate
     card, seed, digest = known["card"], known["train_seed"], known["checkpoint_sha256"]
     name = name or f"{plain_name(card)}-s{seed}-{digest[:8]}"
     if known["lowered"] is None:
-        return finalize(outcome.model, root, name, seed, card)
+        return finalize(candidate.model, root, name, seed, card)
     variant = bench.made.rows[-1].variant
     about = {
         "params": known["params"],
@@ -409,15 +412,15 @@ def finalize_result(bench: Bench, name: str | None, root: Path) -> tuple[Checkpo
             "float_sha256": known["float_sha256"],
         },
     }
-    return keep_result(root, Path(outcome.model), known["float_sha256"], variant.graphs, about, name)
+    return keep_result(root, Path(candidate.model), known["float_sha256"], variant.graphs, about, name)
 
 
 def measure_again(row: Row, checkpoint: Checkpoint, root: Path, on_event: OnEvent) -> Row:
-    """One row anew from the checkpoint's bytes: nothing is taken from the project's store. Not timed.
+    """Measures one row again from the checkpoint's bytes, without the project's store. Returns the row, not timed.
 
-    A quantized result is measured from its kept graphs: what trained and quantized them is not done again.
-    Raises CheckFailed when the project asks for another workload, evaluation or engine than the row was measured with,
-    and PqkError as `Bench` does.
+    A quantized result is measured from its kept graphs; its training and quantization are not repeated.
+    Raises CheckFailed when the project has another workload, evaluation or engine than the row, and PqkError as `Bench`
+    does.
     """
     asked = Asked(
         checkpoint.folder,
@@ -448,5 +451,5 @@ def _settings_of(row: Row) -> dict[str, Any]:
     except ValueError:
         settings = None
     if not isinstance(settings, dict):
-        raise PqkError(f"settings of the row are no JSON object: {row['settings'][:80]!r}")
+        raise PqkError(f"settings of the row are not a JSON object: {row['settings'][:80]!r}")
     return settings

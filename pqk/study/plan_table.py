@@ -1,4 +1,4 @@
-"""Shows plans in the terminal, 80 columns wide, and as plain data: what they ask for, and how far they are."""
+"""Shows plans in the terminal, 80 columns wide, and as plain data: their experiments, costs and progress."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def plan_data(plan: Plan, steps: Sequence[Step], device: str, rate: float | None) -> dict[str, Any]:
     """Returns plain data: experiments in order with hours and dollars as [least, most], all estimates, and totals.
 
-    Dollars are null where no rate is known: a plan knows that of its own device.
+    Dollars are null where no rate is known; a plan holds the rate of its own device.
     """
     price = rate_on(plan, device, rate)
     all_hours = [(s.hours, s.hours) if device == plan.device else hours_on(device, s.hours) for s in steps]
@@ -119,7 +119,7 @@ _COLOURS = {
 
 
 def print_status(data: Mapping[str, Any], console: Console) -> None:
-    """Prints one plan: a row per experiment, and what was used so far."""
+    """Prints one plan: a row per experiment, and the hours and dollars used so far."""
     from rich.markup import escape
 
     table = _table(f"plan {data['plan']}")

@@ -1,4 +1,4 @@
-"""Shows what `pqk tune` found: in the terminal, and as csv, json and a Pareto plot."""
+"""Shows the results of `pqk tune` in the terminal, and writes them as csv, json and a Pareto plot."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pqk.tune.tune_card import Tuned
 
 _SHOWN_UNITS = 3
+_AGAIN = "winner, quantized again"
 
 
 def as_data(tuned: Tuned) -> dict[str, Any]:
@@ -89,7 +90,7 @@ def print_tune(tuned: Tuned, console: Console) -> None:
         again = row["kind"] == "confirmed"
         drop = row["quality_drop_pct"]
         table.add_row(
-            escape("winner, quantized anew" if again else _units_text(row["units"])),
+            escape(_AGAIN if again else _units_text(row["units"])),
             f"{row['float_nodes']} of {total}" if total else "0",
             DASH if drop is None else f"{drop:+.2f}",
             f"{row['t_pair_p50_ms']:.1f}",
@@ -119,7 +120,7 @@ def draw_pareto(
 ) -> Path:
     """Draws median time against drop of all points, the front, the limit and the winner, as a PNG.
 
-    nodes_of: the nodes behind each ranked name, where a name stands for several. confirmed: the winner, measured again.
+    nodes_of: the nodes of each ranked name, when a name is a group. confirmed: the winner, measured again.
     """
     write_figure(path, lambda: _pareto(result, nodes_of, confirmed))
     return Path(path)
@@ -130,13 +131,13 @@ def _pareto(result: TuneResult, nodes_of: Mapping[str, Collection[str]] | None, 
     drawn = [p for p in result.points if math.isfinite(p.drop_pct)]
     grid(axes)
     front = [(p.t_pair_p50_ms, p.drop_pct) for p in result.front if math.isfinite(p.drop_pct)]
-    axes.plot([x for x, _ in front], [y for _, y in front], **FRONT, label="none is better in both")
+    axes.plot([x for x, _ in front], [y for _, y in front], **FRONT, label="Pareto front: no point is better in both")
     axes.plot(
         [p.t_pair_p50_ms for p in drawn],
         [p.drop_pct for p in drawn],
         "o",
         color=PALETTE[0],
-        label="measured; beside it the number of nodes in float",
+        label="measured, with the number of nodes in float",
     )
     for point in drawn:
         axes.annotate(
@@ -147,7 +148,7 @@ def _pareto(result: TuneResult, nodes_of: Mapping[str, Collection[str]] | None, 
             fontsize=8,
         )
     axes.axhline(result.max_drop, color=THRESHOLD_COLOUR, linewidth=1.2, label=f"limit {result.max_drop:g} %")
-    marked = [(result.winner, "*", PALETTE[1], 16, "winner"), (confirmed, "x", PALETTE[2], 9, "winner, quantized anew")]
+    marked = [(result.winner, "*", PALETTE[1], 16, "winner"), (confirmed, "x", PALETTE[2], 9, _AGAIN)]
     for chosen, marker, colour, size, label in marked:
         if chosen is not None and math.isfinite(chosen.drop_pct):
             place = (chosen.t_pair_p50_ms, chosen.drop_pct)

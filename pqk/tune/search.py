@@ -1,6 +1,6 @@
-"""Mixed precision by measurement: how many of the worst nodes must compute in float, and which of these are enough.
+"""Searches mixed precision by measurement: which of the worst nodes must compute in float.
 
-`search` knows neither models nor engines: it gets the nodes, worst first, and a function that measures a choice.
+`search` is independent of models and engines: it gets the nodes, worst first, and a function that measures a choice.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pqk.settings.keep import keep_patterns
 from pqk.settings.quant import Quant, load_quant
 from pqk.settings.yamlfile import read_text
 
-SAME_TIME = 0.02  # two timings of the same graphs differ by so much (docs/howto-tune.md)
+SAME_TIME = 0.02  # two timings of the same graphs differ by up to this share (docs/howto-tune.md)
 
 Evaluate = Callable[[tuple[str, ...]], tuple[float, float]]
 
@@ -37,10 +37,10 @@ class Point:
 
 @dataclass(frozen=True)
 class TuneResult:
-    """All measured points in the order of measuring, those that none dominates by rising time, and the winner.
+    """All measured points in the order of measurement, the Pareto front by rising time, and the winner.
 
-    The winner is the fastest point within the limit; of those as fast but for SAME_TIME the one with the fewest nodes
-    in float, then with the lowest drop. None: no point is within it.
+    The winner is within the limit. Among the points whose time is within SAME_TIME of the fastest such point, it has
+    the fewest nodes in float, then the lowest drop. None: no point is within the limit.
     """
 
     max_drop: float
@@ -60,16 +60,16 @@ class TuneResult:
 
 
 def search(ranked: Sequence[str], evaluate: Evaluate, max_drop: float, max_evaluations: int = 24) -> TuneResult:
-    """Find the choice of float nodes with the lowest time whose drop is at most `max_drop` percent.
+    """Finds the choice of float nodes with the lowest time whose drop is at most `max_drop` percent.
 
     ranked: names of nodes, the one with the largest share of the error first. evaluate: float nodes -> (drop in
-    percent, median pair time in ms); it is slow, and never asked twice for the same nodes. A drop that is no number
-    counts as infinite.
+    percent, median pair time in ms); it is slow, and never called twice for the same nodes. A NaN drop counts as
+    infinite.
     Three steps. The worst 0, 1, 2, 4, ... nodes and all of them are measured until one choice is within the limit;
-    then the smallest sufficient number is bisected; then single nodes of that choice go back to int8, the least of
-    them first, as long as the drop allows it and the time does not rise. More float is taken to mean a lower drop only
-    to save measurements: the winner is always a measured point.
-    Raises PqkError for a limit that is no number, a name given twice, or fewer than two evaluations.
+    then the smallest sufficient number is bisected; then single nodes of that choice go back to int8, the one with the
+    smallest share first, as long as the drop stays within the limit and the time does not rise. The assumption that
+    more float means a lower drop only saves measurements: the winner is always a measured point.
+    Raises PqkError for a NaN limit, a name given twice, or fewer than two evaluations.
     """
     names = tuple(ranked)
     if math.isnan(max_drop) or len(set(names)) != len(names):
@@ -79,7 +79,7 @@ def search(ranked: Sequence[str], evaluate: Evaluate, max_drop: float, max_evalu
     points: dict[tuple[str, ...], Point] = {}
 
     def measure(chosen: tuple[str, ...]) -> Point | None:
-        """The point of a choice; None when the evaluations are used up."""
+        """Returns the point of a choice; None when the evaluations are used up."""
         if chosen not in points:
             if len(points) == max_evaluations:
                 return None
@@ -120,7 +120,7 @@ def search(ranked: Sequence[str], evaluate: Evaluate, max_drop: float, max_evalu
 
 
 def _steps(count: int, limit: int) -> list[int]:
-    """0, 1, 2, 4, ... and `count`: at most `limit` of them, so that the last one is always reached."""
+    """Returns 0, 1, 2, 4, ... and `count`: at most `limit` of them, so that the last one is always reached."""
     steps = [0]
     while (following := max(1, 2 * steps[-1])) < count and len(steps) < limit - 1:
         steps.append(following)
@@ -128,11 +128,11 @@ def _steps(count: int, limit: int) -> list[int]:
 
 
 def write_quant_yaml(base: Path | str, names: Sequence[str], out: Path | str) -> Quant:
-    """Write `base` to `out` with the nodes `names` added to ptq.keep_list, and return it as it is read back.
+    """Writes `base` to `out` with the nodes `names` added to ptq.keep_list; returns the file as read back.
 
-    names: as in `keep_patterns`. The rest of the file stays as it is, comments included. Names that are listed already
-    are not repeated.
-    Raises PqkError when `base` is not a valid quant.yaml, or `out` cannot be written; `out` is left alone then.
+    names: as in `keep_patterns`. The rest of the file is unchanged, comments included. Names that are in the list
+    already are not repeated.
+    Raises PqkError when `base` is not a valid quant.yaml, or `out` cannot be written; `out` is then unchanged.
     """
     listed = load_quant(base).ptq.keep_list
     added = [entry for entry in keep_patterns(dict.fromkeys(names)) if entry not in listed]
@@ -145,7 +145,7 @@ def write_quant_yaml(base: Path | str, names: Sequence[str], out: Path | str) ->
 
 
 def _insert(text: str, entries: Sequence[str]) -> str:
-    """A quant.yaml with entries added behind the last one of its ptq.keep_list."""
+    """Returns a quant.yaml with entries added after the last one of its ptq.keep_list."""
     node: Any = yaml.compose(text, Loader=yaml.SafeLoader)
     column = 0
     for key in ("ptq", "keep_list"):

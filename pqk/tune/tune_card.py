@@ -1,9 +1,9 @@
-"""`pqk tune CARD`: the nodes of an int8 model that must compute in float, and the quant.yaml that keeps them there.
+"""Finds the nodes of an int8 model that must compute in float, and writes their quant.yaml: `pqk tune CARD`.
 
 The card is run (or reused), its nodes are ranked as by `pqk parity --explain`, and `pqk.tune.search.search` asks for
 measurements: the int8 graphs with a choice of nodes back in float, scored on all validation pairs and timed. Every
-measurement is an artifact of the store, so a tuning that was killed goes on where it was. At the end the winner's
-keep-list goes through the whole recipe, quantizer included, is measured again, and scored on the test samples once.
+measurement is an artifact of the store, so a killed tuning resumes. At the end the whole recipe, quantizer included,
+runs with the winner's keep-list; its result is measured again, and scored on the test samples once.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pqk.engines.variant import Variant
 from pqk.errors import PqkError
 from pqk.files import check_writable, temporary_folder
 from pqk.measure.scores import drop_of
-from pqk.recipe.candidate import Outcome
+from pqk.recipe.candidate import Candidate
 from pqk.recipe.ranking import MIXED, can_rank, ranking, times_beside, with_floats
 from pqk.recipe.recover import choose
 from pqk.recipe.request import Request, asked_experiment, chosen_quantizer, usable_backend
@@ -38,9 +38,9 @@ from pqk.tune.search import Point, TuneResult, search, write_quant_yaml
 
 @dataclass(frozen=True)
 class Unit:
-    """What goes to float together: one node, or a part of the model. Nodes are named `GRAPH:NODE`.
+    """Nodes that go to float together: one node, or a part of the model. Nodes are named `GRAPH:NODE`.
 
-    `of_all` is the share of the int8 error that is gone when it alone computes in float.
+    `of_all` is the share of the int8 error that disappears when this unit alone computes in float.
     """
 
     name: str
@@ -50,12 +50,12 @@ class Unit:
 
 @dataclass(frozen=True)
 class Tuned:
-    """What `pqk tune` prints and writes. The points of `result` name units; without a ranking there are none.
+    """The result that `pqk tune` prints and writes. Points of `result` name units; without a ranking there are none.
 
-    Drops of points are those on validation samples. `quant_yaml` is None when nothing is within the limit. `confirmed`
-    is the winner with the same nodes in float, but quantized anew with `quant_yaml`; None for plain int8, which is the
-    card's own run. `final`: drop on the test samples of the recipe with `quant_yaml`, and `verdict` what it says of the
-    limit: 'pass', 'fail' or 'undecided'.
+    Drops of points are measured on validation samples. `quant_yaml` is None when no point is within the limit.
+    `confirmed` is the winner with the same nodes in float, but quantized again with `quant_yaml`; None for plain int8,
+    which is the card's own run. `final` is the drop on the test samples of the recipe with `quant_yaml`. `verdict`
+    judges it against the limit: 'pass', 'fail' or 'undecided'.
     """
 
     card: str
@@ -70,11 +70,11 @@ class Tuned:
 
     @property
     def plain(self) -> Point:
-        """The int8 model without nodes in float: the first point of every search."""
+        """Returns the point of the int8 model without nodes in float: the first one of every search."""
         return self.result.points[0]
 
     def nodes(self, point: Point) -> list[str]:
-        """The nodes of a point that compute in float, `GRAPH:NODE`."""
+        """Returns the nodes of a point that compute in float, `GRAPH:NODE`."""
         return [node for name in point.names for node in self.units[name].nodes]
 
 
@@ -87,32 +87,33 @@ def tune(
     on_event: OnEvent,
     say: Callable[[str], None],
 ) -> Tuned:
-    """Find the fastest choice of float nodes whose drop is at most `max_drop` percent, and write its quant.yaml.
+    """Finds the fastest choice of float nodes whose drop is at most `max_drop` percent, and writes its quant.yaml.
 
     Times of all points are comparable on a noisy machine: each is the candidate's own median in the card's run, divided
     by the speedup of one interleaved timing of both (`pqk.stats.latency.speedup`).
     Raises PqkError, before anything long runs, for a backend whose nodes cannot go back to float or whose engines are
-    emulated, a limit that is no number, fewer than two evaluations, a keep-list that the card or a setting overrides,
-    and a file that cannot be written; afterwards for a drop that the card's metric cannot tell.
+    emulated, a limit that is not finite, fewer than two evaluations, a keep-list that the card or a setting overrides,
+    and a file that cannot be written; afterwards when the card's metric gives no drop.
     """
     base = _check(request, max_drop, max_evaluations, out, root)
-    outcome = run(request, root, on_event, say)
-    record = outcome.records[-1]
+    candidate = run(request, root, on_event, say)
+    record = candidate.records[-1]
     if record["measured"] == "emulated":
-        raise PqkError("pqk tune needs times, and these engines are emulated: they have none")  # told only by running
-    plain = outcome.drop(outcome.variants[-1])
+        # known only after the run
+        raise PqkError("pqk tune needs times, but these engines are emulated: they have none")
+    plain = candidate.drop(candidate.variants[-1])
     if plain is None:
-        raise PqkError(f"pqk tune needs a drop, and without ground truth {record['main_metric']} tells none")
+        raise PqkError(f"pqk tune needs a drop, but without ground truth {record['main_metric']} gives none")
     # Plain int8 that is good enough needs no ranking, which takes as long as several measurements.
-    ranked = [] if plain.value <= max_drop else units_of(ranking(outcome))
+    ranked = [] if plain.value <= max_drop else units_of(ranking(candidate))
     units = {unit.name: unit for unit in ranked}
-    kept = outcome.experiment.quant.ptq.keep_list
+    kept = candidate.experiment.quant.ptq.keep_list
 
     def evaluate(chosen: tuple[str, ...]) -> tuple[float, float]:
         nodes = [node for name in chosen for node in units[name].nodes]
         if nodes:
             # The keep-list is checked here too: these nodes must not run in int8 kernels.
-            drop, time = _measure(outcome, with_floats(outcome, _by_graph(nodes)), (*kept, *keep_patterns(nodes)))
+            drop, time = _measure(candidate, with_floats(candidate, _by_graph(nodes)), (*kept, *keep_patterns(nodes)))
         else:
             drop, time = plain.value, float(record["t_pair_p50_ms"])
         say(f"{len(nodes)} nodes in float: drop {drop:.2f} %, {time:.1f} ms")
@@ -120,7 +121,7 @@ def tune(
 
     result = search(_may_be_float(ranked), evaluate, max_drop, max_evaluations)
     tuned = Tuned(
-        outcome.experiment.card.id,
+        candidate.experiment.card.id,
         record["main_metric"],
         units,
         result,
@@ -141,26 +142,26 @@ def tune(
             ),
         )
     write_quant_yaml(base, tuned.nodes(winner), out)
-    confirmed, chosen = None, outcome
+    confirmed, chosen = None, candidate
     if winner.names:
-        confirmed, chosen = _confirm(outcome, winner, request, out, root, say)
+        confirmed, chosen = _confirm(candidate, winner, request, out, root, say)
     found, final = _told(tuned, winner, confirmed, out), None
     if confirmed is None or confirmed.drop_pct <= max_drop:
         final = _final(chosen)
     ok, sentence = judge_drop(final, max_drop)
     verdict = "pass" if ok is True else UNDECIDED if ok == UNDECIDED else "fail"
-    told = [found] if final is None else [found, f"on the test samples, {verdict}: {sentence}"]
-    sentences = (*told, f"to use it: {use_command(request, out, root)}")
+    lines = [found] if final is None else [found, f"on the test samples, {verdict}: {sentence}"]
+    sentences = (*lines, f"to use it: {use_command(request, out, root)}")
     return replace(tuned, confirmed=confirmed, quant_yaml=out, final=final, verdict=verdict, sentences=sentences)
 
 
 def _check(request: Request, max_drop: float, max_evaluations: int, out: Path, root: Path) -> Path:
-    """Everything that can be wrong before the long stages; returns the quant.yaml to start from."""
+    """Checks the request before the long stages, and returns the quant.yaml to start from. Raises PqkError."""
     backend = usable_backend(request.backend)
     if not can_rank(backend.name):
-        raise PqkError(f"pqk tune puts nodes of quantized graphs back to float, which backend {backend.name} cannot")
+        raise PqkError(f"pqk tune puts nodes of quantized graphs back to float, which backend {backend.name} cannot do")
     if backend.availability().emulated:
-        raise PqkError(f"pqk tune needs times, and engines of backend {backend.name} are emulated here: they have none")
+        raise PqkError(f"pqk tune needs times, but engines of backend {backend.name} are emulated here: they have none")
     if not math.isfinite(max_drop):
         raise PqkError(f"--max-drop must be a number of percent, got {max_drop}")
     if max_evaluations < 2:
@@ -177,19 +178,19 @@ def _check(request: Request, max_drop: float, max_evaluations: int, out: Path, r
         )
     if out.is_dir() or out.resolve() == base.resolve():
         raise PqkError(
-            f"-o {out}: give a new file; this is {'a folder' if out.is_dir() else 'what tuning starts from'}"
+            f"-o {out}: give a new file; this is {'a folder' if out.is_dir() else 'the file that tuning starts from'}"
         )
     check_writable(out.parent)
     with temporary_folder("tune") as folder:
-        write_quant_yaml(base, ["graph:a/b"], folder / "quant.yaml")  # a list in an odd style is told now
+        write_quant_yaml(base, ["graph:a/b"], folder / "quant.yaml")  # reports a list in an odd style now
     return base
 
 
 def units_of(ranked: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Unit]:
-    """All quantized nodes, each in one unit, the unit with the largest share first. `ranked`: see `explain.ranking`.
+    """Returns all quantized nodes, each in one unit, the unit with the largest share first.
 
-    Nodes that were ranked singly are units of their own, and the other parts of the model are one each. Few units are
-    enough then, while the parts that matter most can be taken apart.
+    `ranked`: see `pqk.recipe.ranking.ranking`. Nodes that were ranked singly are units of their own, and the other
+    parts of the model are one each. So there are few units, and the parts that matter most are split.
     """
     single = {f"{row['graph']}:{row['name']}" for row in ranked["nodes"]}
     units = []
@@ -202,7 +203,7 @@ def units_of(ranked: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Unit]:
 
 
 def _may_be_float(ranked: Sequence[Unit]) -> list[str]:
-    """The units' names without the last one of each graph: a graph without a single int8 node is no int8 graph."""
+    """Returns the units' names without the last one of each graph: every graph needs at least one int8 node."""
     last = {split_entry(unit.name)[0]: unit.name for unit in ranked}
     return [unit.name for unit in ranked if unit.name not in last.values()]
 
@@ -214,27 +215,29 @@ def _by_graph(nodes: Iterable[str]) -> dict[str, list[str]]:
     return found
 
 
-def _measure(outcome: Outcome, variant: Variant, keep: Sequence[str]) -> tuple[float, float]:
-    """Drop in percent and pair time in ms of a variant named MIXED; how times are made comparable: see `tune`."""
-    drop = outcome.drop(variant, keep)
-    plain, mixed = times_beside(outcome, variant)
+def _measure(candidate: Candidate, variant: Variant, keep: Sequence[str]) -> tuple[float, float]:
+    """Returns drop in percent and pair time in ms of a variant named MIXED; `tune` describes how times are compared."""
+    drop = candidate.drop(variant, keep)
+    plain, mixed = times_beside(candidate, variant)
     faster = speedup(plain, mixed).value
-    return math.nan if drop is None else drop.value, float(outcome.records[-1]["t_pair_p50_ms"]) / faster
+    return math.nan if drop is None else drop.value, float(candidate.records[-1]["t_pair_p50_ms"]) / faster
 
 
-def _final(outcome: Outcome) -> Interval | None:
-    """The drop of the candidate on the test samples, which nothing looked at while it was chosen."""
-    mine, teacher = (outcome.score(outcome.variants[n], on=outcome.test) for n in (-1, 0))
-    return drop_of(outcome.experiment.metric, mine, teacher, outcome.truthful)
+def _final(candidate: Candidate) -> Interval | None:
+    """Returns the drop of the candidate on the test samples, which were not used to choose it."""
+    mine, teacher = (candidate.score(candidate.variants[n], on=candidate.test) for n in (-1, 0))
+    return drop_of(candidate.experiment.metric, mine, teacher, candidate.truthful)
 
 
 def _confirm(
-    outcome: Outcome, winner: Point, request: Request, out: Path, root: Path, say: Callable[[str], None]
-) -> tuple[Point, Outcome]:
-    """The winner once more, as `pqk run` makes it with the tuned quant.yaml: quantized, scored, timed."""
-    made, _ = choose(replace(request, quant=out), root, outcome.ctx.on_event, say, rollback=False)
-    variant = replace(made.outcome.variants[-1], name=MIXED)
-    return Point(winner.names, *_measure(outcome, variant, made.outcome.experiment.quant.ptq.keep_list)), made.outcome
+    candidate: Candidate, winner: Point, request: Request, out: Path, root: Path, say: Callable[[str], None]
+) -> tuple[Point, Candidate]:
+    """Makes the winner again, as `pqk run` does with the tuned quant.yaml: quantized, scored and timed."""
+    choice, _ = choose(replace(request, quant=out), root, candidate.ctx.on_event, say, rollback=False)
+    variant = replace(choice.candidate.variants[-1], name=MIXED)
+    return Point(
+        winner.names, *_measure(candidate, variant, choice.candidate.experiment.quant.ptq.keep_list)
+    ), choice.candidate
 
 
 def _told(tuned: Tuned, winner: Point, confirmed: Point | None, out: Path) -> str:
@@ -242,16 +245,16 @@ def _told(tuned: Tuned, winner: Point, confirmed: Point | None, out: Path) -> st
     if confirmed is None:
         return f"int8 as it is drops {winner.drop_pct:.2f} %, within {limit}: {file} is the unchanged quant.yaml"
     nodes, faster = len(tuned.nodes(winner)), tuned.plain.t_pair_p50_ms / confirmed.t_pair_p50_ms
-    found = f"{nodes} nodes in float, quantized anew with {file}: drop {confirmed.drop_pct:.2f} %"
+    found = f"{nodes} nodes in float, quantized again with {file}: drop {confirmed.drop_pct:.2f} %"
     if confirmed.drop_pct > tuned.result.max_drop:
         return f"NOT CONFIRMED: {found}, outside {limit}, although the search measured {winner.drop_pct:.2f} %"
     return f"confirmed: {found} (at most {limit}), {faster:.2f}x the speed of plain int8"
 
 
 def use_command(request: Request, out: Path, root: Path) -> str:
-    """The shell command that runs the card with the tuned file.
+    """Returns the shell command that runs the card with the tuned file.
 
-    The script takes a quant.yaml of its own; what it does not take needs `pqk run`, which reads configs/quant.yaml.
+    scripts/run_quant.py takes a quant.yaml of its own; other options need `pqk run`, which reads configs/quant.yaml.
     """
     door = root / "scripts" / "run_quant.py"
     data = request.scenes or request.images or request.train_scenes or request.train_images

@@ -29,7 +29,8 @@ from pqk.errors import PqkError
 from pqk.families.dust3r import cutting
 from pqk.families.dust3r.batches import PicturePairs
 from pqk.families.dust3r.learning import features, forward, parts
-from pqk.families.dust3r.losses import confidence_loss, feature_loss, laplace_kl, softened_kl
+from pqk.families.dust3r.losses import confidence_loss, softened_kl
+from pqk.families.losses import feature_loss, laplace_kl
 from pqk.families.registry import family
 from pqk.models import build_model
 from pqk.settings.distill import Distill, load_distill
@@ -354,6 +355,7 @@ from pqk.compress.cut.student import make_student
 from pqk.compress.distill import distill
 from pqk.compress.train.data import TrainingData
 from pqk.compress.train.loop import Trainer
+from pqk.families.losses import feature_loss, laplace_kl
 from pqk.families.registry import family
 from pqk.models import build_model
 from pqk.settings.distill import load_distill

@@ -227,7 +227,7 @@ def test_the_lowest_gates_go_until_the_share_is_reached(plan, share, seed):
 
 
 def test_a_cut_that_cannot_be_reached_is_told_before_training(teacher):
-    with pytest.raises(PqkError, match=r"^joint.flops_cut 0.8 cannot be reached: everything that carries a gate is \d"):
+    with pytest.raises(PqkError, match=r"^joint.flops_cut 0.8 cannot be reached: all units with gates together are \d"):
         planned(teacher, small(flops_cut=0.8))
 
 

@@ -285,5 +285,5 @@ def test_old_words_mean_what_they_did():
             assert Rounded.model_validate(laid["qat"]) == wanted.qat
     with pytest.raises(SpecError, match="fewer warmup_epochs than epochs, and has 12 of 12"):
         load_quant(overrides={"qat.warmup_epochs": 12})
-    with pytest.raises(SpecError, match="gives both learning_rate and lr, its name before; leave lr out"):
+    with pytest.raises(SpecError, match="has both learning_rate and lr, its former name; leave lr out"):
         load_quant(overrides={"qat.lr": 1e-6, "qat.learning_rate": 1e-6})

@@ -242,7 +242,7 @@ def test_damaged_and_foreign_checkpoints(tmp_path):
     whole = path.read_bytes()
     for damage in (b"", b"hello", whole[: len(whole) // 2]):
         path.write_bytes(damage)
-        with pytest.raises(PqkError, match=r"c\.pt: not a checkpoint of this model .*; start afresh with --fresh") as e:
+        with pytest.raises(PqkError, match=r"c\.pt: not a checkpoint of this model .*; start over with --fresh") as e:
             line().resume(path)
         assert "\n" not in str(e.value)
     path.write_bytes(whole)

@@ -17,7 +17,7 @@ from pqk.data.scenes.camera import Camera
 from pqk.data.scenes.colmap import ModelImage, write_text_model
 from pqk.data.scenes.open import open_scene, open_scenes
 from pqk.errors import PqkError
-from pqk.families.dust3r.data import folder_scenes
+from pqk.families.scenes.sets import folder_scenes
 
 WIDTH, HEIGHT = 48, 32
 NAMES = ("0.png", "1.png", "2.png")

@@ -14,7 +14,7 @@ from pqk.data.scenes.open import open_scene, open_scenes
 from pqk.data.scenes.preprocess import fit_to_shape
 from pqk.data.scenes.scene import View
 from pqk.errors import PqkError
-from pqk.families.dust3r.inputs import CalibrationImages
+from pqk.families.scenes.frames import CalibrationImages
 
 WIDTH, HEIGHT = 48, 32
 PINHOLE = Camera(1, "PINHOLE", WIDTH, HEIGHT, (40.0, 41.0, 23.0, 17.0))
@@ -328,7 +328,7 @@ def test_names_that_are_not_utf8(tmp_path):
     """Refused where a picture or a scene has such a name; other files are not looked at."""
     import os
 
-    from pqk.families.dust3r.data import folder_scenes
+    from pqk.families.scenes.sets import folder_scenes
 
     folder = tmp_path / "room"
     folder.mkdir()

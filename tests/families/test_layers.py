@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pqk.errors import PqkError
-from pqk.families.dust3r.layers import Rope, apply_rope, grid_rope, rope_arrays
+from pqk.families.layers import Rope, apply_rope, grid_rope, rope_arrays
 
 
 def rope_at(positions: np.ndarray, head_dim: int) -> Rope:

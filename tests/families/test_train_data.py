@@ -22,10 +22,10 @@ from pqk.errors import PqkError
 from pqk.families.contract import Given, SampleSet
 from pqk.families.dust3r import data, learning
 from pqk.families.dust3r.batches import PicturePairs
-from pqk.families.dust3r.inputs import learning_split
 from pqk.families.dust3r.scoring import pair_truth, score_pair
 from pqk.families.dust3r.settings import load_workload
 from pqk.families.registry import family
+from pqk.families.scenes.frames import learning_split
 from pqk.models import build_model
 from pqk.settings.distill import load_distill
 from pqk.settings.prune import load_prune

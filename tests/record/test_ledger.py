@@ -149,7 +149,7 @@ def test_two_processes_add_to_one_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "sentence"),
     [
-        ([row(), row()], r"a\.tsv:3: the same run stands in line 2 already"),
+        ([row(), row()], r"a\.tsv:3: the same run is already in line 2"),
         ([row(main_metric="speed")], r"a\.tsv:2: main_metric is 'speed'"),
         ([row(absrel=None)], r"a\.tsv:2: main_metric is 'absrel', and the row has no value"),
         ([row(checkpoint_sha256=None)], r"a\.tsv:2: checkpoint_sha256 is empty"),
@@ -315,7 +315,7 @@ def test_a_metric_that_some_runs_lack_has_no_mean(results: Results) -> None:
 
 def test_two_checkpoints_for_one_seed(results: Results) -> None:
     clash = row(0, 0, checkpoint="other", checkpoint_sha256="other")
-    with pytest.raises(PqkError, match=r"a\.tsv: train seed 0, eval seed 0 stands there for .*give each recipe a file"):
+    with pytest.raises(PqkError, match=r"a\.tsv: train seed 0, eval seed 0 has two checkpoints: .*give each recipe a"):
         summarise_files(read_results(results(a=[row(), clash])))
     summary, notes = summarise_files(read_results(results(a=[row()], b=[clash])))
     assert [line["scope"] for line in summary] == ["train_seed", "file"] * 2
@@ -436,7 +436,7 @@ def test_one_draw_of_a_half_has_no_spread() -> None:
         ([row(0, s) for s in range(3)], [row(1, s) for s in range(3)], None, "there are 0"),
         ([], grid(1), None, r"a\.tsv has no rows"),
         (grid(1), grid(1, workload_sha256="w2"), None, r"a\.tsv and b\.tsv must not be mixed: workload_sha256"),
-        (grid(1), [r | {"scenes_sha256": "x"} for r in grid(1)], None, "saw other pictures"),
+        (grid(1), [r | {"scenes_sha256": "x"} for r in grid(1)], None, "used different pictures"),
         (grid(1), grid(1), "psnr", "unknown metric 'psnr'"),
         (grid(1), grid(1, main_metric="rmse"), None, r"different main metrics \(absrel, rmse\)"),
         (grid(1), grid(1, rmse=None), "rmse", r"b\.tsv: train seed 0, eval seed 0 has no rmse"),
@@ -521,7 +521,7 @@ def test_every_change_is_noticed(frozen: Path, name: str) -> None:
 
 
 def test_a_folder_that_is_no_deliverable(tmp_path: Path) -> None:
-    with pytest.raises(PqkError, match=r"no deliverable: it has no manifest\.tsv"):
+    with pytest.raises(PqkError, match=r"not a deliverable: it has no manifest\.tsv"):
         freeze.check_files(tmp_path)
 
 

@@ -108,7 +108,7 @@ def test_invalid_record_writes_nothing(tmp_path, make_record):
     [
         ("", "bad JSON"),
         ('{"exp_id": "B1"', "bad JSON"),
-        ('{"absrel": NaN}', "bad JSON: NaN is not JSON, unknown is null"),
+        ('{"absrel": NaN}', "bad JSON: NaN is not JSON; use null for unknown values"),
         ('{"absrel": -Infinity}', "bad JSON: -Infinity is not JSON"),
         ('{"absrel": 1, "absrel": 2}', "bad JSON: the field 'absrel' appears twice"),
         ("[" * 100_000, "nested too deeply"),

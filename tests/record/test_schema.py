@@ -150,7 +150,7 @@ def test_emulated_record_carries_no_timing(make_record):
 def test_missing_and_several_problems(make_record):
     record = make_record()
     del record["notes"], record["seed"]
-    with pytest.raises(PqkError, match=r"^record: missing fields seed, notes; what is unknown is null$"):
+    with pytest.raises(PqkError, match=r"^record: missing fields seed, notes; use null for unknown values$"):
         validate(record)
     with pytest.raises(PqkError, match=r"^record: absrel must be .*, got -1 \(and 1 more\)$"):
         validate(make_record(rho=2, absrel=-1))

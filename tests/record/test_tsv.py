@@ -77,7 +77,7 @@ def test_markdown_cells_stay_one_cell(text: str) -> None:
 def test_numbers_are_exact_and_finite() -> None:
     assert cell_of(0.1 + 0.2) == "0.30000000000000004" and cell_of(3) == "3" and cell_of(None) == ""
     for value in (float("nan"), float("inf")):
-        with pytest.raises(PqkError, match=r"t: score: .* is no measurement"):
+        with pytest.raises(PqkError, match=r"t: score: .* is not a finite number"):
             table_text(COLUMNS, [{"score": value}], "t")
     for row in ({"count": True}, {"count": 0.5}, {"score": "1"}, {"name": 3}):
         with pytest.raises(PqkError, match="must be a"):
@@ -92,12 +92,12 @@ def test_numbers_are_exact_and_finite() -> None:
         ("name\tcount\tscor\n", r"t\.tsv:1: unknown or repeated column 'scor' \(did you mean 'score'\?\)"),
         ("name\tcount\tscore\tname\n", r"unknown or repeated column 'name'"),
         ("name\tcount\tscore\na\t1\n", r"t\.tsv:2: 2 cells where the first line has 3"),
-        ("name\tcount\tscore\na\t1.5\t2\n", r"t\.tsv:2: count: '1\.5' is no whole number"),
-        ("name\tcount\tscore\na\t1\tnan\n", r"t\.tsv:2: score: 'nan' is no number"),
-        ("name\tcount\tscore\na\t1\t1_0\n", r"'1_0' is no number"),
+        ("name\tcount\tscore\na\t1.5\t2\n", r"t\.tsv:2: count: '1\.5' is not a whole number"),
+        ("name\tcount\tscore\na\t1\tnan\n", r"t\.tsv:2: score: 'nan' is not a number"),
+        ("name\tcount\tscore\na\t1\t1_0\n", r"'1_0' is not a number"),
         ("name\tcount\tscore\na\t1\t1e999\n", r"score: '1e999' is too large"),
-        ("name\tcount\tscore\na\\q\t1\t2\n", r"t\.tsv:2: name: .* is no escape"),
-        ("name\tcount\tscore\na\\UFFFFFFFF\t1\t2\n", r"is no escape"),
+        ("name\tcount\tscore\na\\q\t1\t2\n", r"t\.tsv:2: name: .* is not an escape"),
+        ("name\tcount\tscore\na\\UFFFFFFFF\t1\t2\n", r"is not an escape"),
         ("name\tcount\tscore\n\t1\t2\n", r"t\.tsv:2: name is empty"),
     ],
 )

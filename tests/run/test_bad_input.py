@@ -18,7 +18,7 @@ from backends import registry
 from pqk.cli import main
 from pqk.cli.run_output import settings_of
 from pqk.errors import PqkError
-from pqk.families.dust3r.inputs import CalibrationImages
+from pqk.families.scenes.frames import CalibrationImages
 from pqk.files import write_text
 from pqk.recipe import stages
 from pqk.store.store import Store
@@ -143,7 +143,7 @@ def test_unknown_card_backend_quantizer(project: Path, refused: Refused) -> None
 
 def test_what_this_version_or_machine_lacks(project: Path, refused: Refused) -> None:
     sentence = refused(project, "--quantizer", "inc", card="G1", code=3)
-    assert "'inc' of backend openvino cannot be trained; take --backend openvino --quantizer nncf" in sentence
+    assert "'inc' of backend openvino cannot be trained; use --backend openvino --quantizer nncf" in sentence
     if not registry.get("trt").availability().available:
         sentence = refused(project, backend="trt", code=3)
         assert "backend 'trt' cannot run: " in sentence

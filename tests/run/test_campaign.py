@@ -140,7 +140,7 @@ def test_from_the_command_line(
     for words, sentence in (
         (("two", "--plan", "mine"), "there is no plan 'mine'"),
         (("two", "--backend", "openvino"), "--backend goes with --plan"),
-        (("two", "--plan", "results", "--results", "results"), "--plan knows its files"),
+        (("two", "--plan", "results", "--results", "results"), "--plan chooses its files"),
     ):
         code, _, err = pqk("freeze", *words)
         assert code == 2 and sentence in err

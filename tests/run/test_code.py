@@ -24,7 +24,7 @@ from pqk.engines.variant import Variant
 from pqk.errors import PqkError
 from pqk.families.registry import family
 from pqk.recipe import ranking, stages, training
-from pqk.recipe.block_profile import bought
+from pqk.recipe.block_profile import changes
 from pqk.recipe.experiment import resolve
 from pqk.recipe.joint import join
 from pqk.recipe.request import PACKAGES, Model
@@ -121,7 +121,7 @@ STAGES: dict[str, Callable[[Context], Any]] = {
     "scores": lambda ctx: _scores(ctx),
     "timing": lambda ctx: stages.timing(ctx, _experiment(), [variant()], SAMPLES),
     "memory": lambda ctx: stages.memory(ctx, _experiment(), variant()),
-    "parts": lambda ctx: bought(ctx, _experiment(), variant(), variant(), TEACHER, TEACHER),
+    "parts": lambda ctx: changes(ctx, _experiment(), variant(), variant(), TEACHER, TEACHER),
 }
 
 

@@ -16,7 +16,7 @@ from run_toys import Outcome, environment, pqk, written
 
 from pqk.errors import PqkError
 from pqk.recipe import recover
-from pqk.recipe.candidate import Made
+from pqk.recipe.candidate import Choice
 from pqk.recipe.request import Request
 
 WATCH = """
@@ -137,7 +137,7 @@ def test_the_worst_ranked_nodes_stay_in_float_first(
     root, asked, real = copy_of(), [], recover.make
     monkeypatch.chdir(root)
 
-    def make(request: Request, *rest: Any) -> Made:
+    def make(request: Request, *rest: Any) -> Choice:
         asked.append(request)
         if len(asked) == 2:
             raise PqkError("enough")

@@ -16,8 +16,9 @@ from pqk.data.scenes.kept import Kept
 from pqk.data.scenes.open import open_scene
 from pqk.data.scenes.scene import View
 from pqk.errors import PqkError
-from pqk.families.dust3r.inputs import CalibrationImages, Frames, load_frames, scene_pairs
+from pqk.families.dust3r.inputs import scene_pairs
 from pqk.families.dust3r.settings import PairGraph
+from pqk.families.scenes.frames import CalibrationImages, Frames, load_frames
 from pqk.recipe import stages
 from pqk.store.store import Store
 
@@ -60,7 +61,7 @@ def test_a_thousand_pictures_need_no_more_memory_than_a_few(
     loads: list[str] = []
     load = View.load_image
     monkeypatch.setattr(View, "load_image", lambda view: loads.append(view.name) or load(view))  # type: ignore[func-returns-value]
-    monkeypatch.setattr("pqk.families.dust3r.inputs._FRAMES", 4 * 64 * 64 * 12)
+    monkeypatch.setattr("pqk.families.scenes.frames._FRAMES", 4 * 64 * 64 * 12)
     folder = photos(tmp_path / "few", 2)
     for k in range(2, 200):
         (folder / f"{k}.bmp").symlink_to("0.bmp")

@@ -92,7 +92,7 @@ def test_what_it_cannot_do_is_refused_before_anything_is_made(tmp_path: Path, ti
     assert refused.code == 2 and refused.sentence.startswith("--no-qat: the one training of card G1 is quantization-aw")
     refused = pqk(root, *COMMAND, "--model", tiny_model, "--quantizer", "inc")
     assert refused.code == 3
-    assert "'inc' of backend openvino cannot be trained; take --backend openvino --quantizer nncf" in refused.sentence
+    assert "'inc' of backend openvino cannot be trained; use --backend openvino --quantizer nncf" in refused.sentence
     refused = pqk(root, *COMMAND, "--model", tiny_model, "--set", "joint.gates.epochs=9")
     assert refused.code == 2 and "fewer gates.epochs than train.epochs" in refused.sentence
     assert not (root / "outputs").exists()

@@ -133,8 +133,8 @@ def test_what_is_no_checkpoint(tmp_path: Path, tiny_model: Path) -> None:
 
     refused(tmp_path / "none", "no checkpoint")
     (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", r"is no checkpoint: it has no config\.json")
-    refused(tiny_model, "tells no train seed; give it with --train-seed", train_seed=None)
+    refused(tmp_path / "empty", r"is not a checkpoint: it has no config\.json")
+    refused(tiny_model, "has no train seed; give it with --train-seed", train_seed=None)
     damaged = shutil.copytree(tiny_model, tmp_path / "damaged")
     content = (damaged / "model.safetensors").read_bytes()
     (damaged / "model.safetensors").write_bytes(content[: len(content) // 2])
@@ -142,9 +142,9 @@ def test_what_is_no_checkpoint(tmp_path: Path, tiny_model: Path) -> None:
     carded = shutil.copytree(tiny_model, tmp_path / "carded")
     for card, sentence in (
         ("[]", "must hold one JSON object"),
-        ("{", "is no valid JSON"),
-        ('{"sha256": "0"}', "tells of other weights"),
-        ('{"seed": 3}', "--train-seed 0: the model card of carded tells train seed 3"),
+        ("{", "is not valid JSON"),
+        ('{"sha256": "0"}', "describes other weights"),
+        ('{"seed": 3}', "--train-seed 0: the model card of carded has train seed 3"),
     ):
         (carded / "model_card.json").write_text(card)
         refused(carded, sentence)
@@ -261,7 +261,7 @@ def test_another_workload_goes_into_another_file(project_copy: Path, pqk: Pqk) -
         (("tiny", "--precision", "bf16"), "backend reference has f32 here"),
         (("tiny", "--precision", "int8"), "backend reference has f32 here"),
         (("tiny", "--quantizer", "nncf"), "--precision f32 takes no quantizer"),
-        (("tiny", "--train-seed", "5"), "the model card of tiny tells train seed 4"),
+        (("tiny", "--train-seed", "5"), "the model card of tiny has train seed 4"),
         (("tiny", "--card", "Z9"), "there is no card 'Z9'"),
         (("tiny", "-o", "a.csv"), "ends in .tsv"),
         (("tiny", "--set", "workload.scenes.test.seed=1020", "--eval-seeds", "5"), "would be 1025, above 1023"),

@@ -171,7 +171,7 @@ def test_the_better_of_ptq_and_qat_is_the_result(copy_of: Callable[[], Path], ti
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        ((), "name a CKPT, or with --card the recipe whose own result is meant"),
+        ((), "give a CKPT, or --card for the own result of a card"),
         (("--card", "B1", "--precision", "bf16"), "--precision bf16 is for a CKPT"),
         (("--card", "Z9"), "there is no card 'Z9'"),
         (("--card", "H1"), "is a matrix of"),

@@ -1,4 +1,4 @@
-"""What a cut bought, part by part: names, sums over parts, and what is said of parts that are no faster."""
+"""Changes by a cut, part by part: names, sums over parts, and the note on parts that are no faster."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from pqk.families.dust3r.parts import KINDS, part_of
 from pqk.measure.block_profile import REST, _part
-from pqk.recipe.block_profile import Bought, clause, summed
+from pqk.recipe.block_profile import PartChange, clause, summed
 from pqk.recipe.block_profile_table import write_parts
 
 
@@ -42,7 +42,7 @@ def entry(params: int, flops: float, *times: float) -> dict[str, Any]:
     return {"params": params, "flops": flops, "time_ms": list(times) or None}
 
 
-def held_against(before: dict[str, dict[str, Any]], after: dict[str, dict[str, Any]]) -> list[Bought]:
+def held_against(before: dict[str, dict[str, Any]], after: dict[str, dict[str, Any]]) -> list[PartChange]:
     """The rows of two sides, whose parts get the kinds that their names have."""
     sides = [{name: {"kind": (part_of(name) or (REST, REST))[1], **part} for name, part in side.items()}
              for side in (before, after)]  # fmt: skip

@@ -387,10 +387,10 @@ def test_a_damaged_state_is_one_sentence(toys: Path, text: str) -> None:
     folder.mkdir(parents=True)
     (folder / "state.json").write_text(text)
     for what in (look, go):
-        with pytest.raises(PqkError, match=r"state\.json: not the state of a plan \(.*\); remove it to begin anew"):
+        with pytest.raises(PqkError, match=r"state\.json: not the state of a plan \(.*\); remove it to start over"):
             what(toys)
     outcome = pqk(toys, "plan", "status", "medium")
-    assert outcome.code == 2 and "remove it to begin anew" in outcome.sentence
+    assert outcome.code == 2 and "remove it to start over" in outcome.sentence
 
 
 def test_the_command_line_shows_plans(toys: Path) -> None:
@@ -417,9 +417,9 @@ def test_the_command_line_shows_plans(toys: Path) -> None:
     [
         (("mediun",), "there is no plan 'mediun' in schedule/plans (did you mean 'medium'?)"),
         (("medium", "--device", "T4"), "--device T4: hours are known for H100, A100"),
-        (("medium", "--backend", "openvino"), "--backend, --model and --keep-going are for carrying a plan out"),
+        (("medium", "--backend", "openvino"), "--backend, --model and --keep-going need --run"),
         (("medium", "best"), "'best' is one word too many: `pqk plan medium`, or `pqk plan status medium`"),
-        (("status", "--run"), "a plan is carried out by its name: `pqk plan NAME --run`"),
+        (("status", "--run"), "run a plan by its name: `pqk plan NAME --run`"),
         (("medium", "--run", "--backend", "opnvino"), "did you mean 'openvino'?"),
     ],
 )
@@ -469,7 +469,7 @@ def test_ctrl_c_on_the_real_command(toys: Path, tiny_model: Path) -> None:
     children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "`pqk plan own --run` goes on from here" in err and "Traceback" not in err
+    assert process.returncode == 130 and "`pqk plan own --run` continues from here" in err and "Traceback" not in err
     _, alive = psutil.wait_procs(children, timeout=20)
     assert not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]
     shutil.rmtree(toys / "outputs" / "store", ignore_errors=True)

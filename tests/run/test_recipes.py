@@ -85,7 +85,7 @@ def test_a_student_is_measured_beside_its_teacher(distilled: tuple[Path, Outcome
     assert student["t_pair_p50_ms"] > 0 and student["speedup_vs_teacher_f32"] > 0
 
 
-def test_what_the_cut_bought_is_told_part_by_part(distilled: tuple[Path, Outcome]) -> None:
+def test_the_changes_by_a_cut_are_shown_part_by_part(distilled: tuple[Path, Outcome]) -> None:
     root, outcome = distilled
     teacher, student = (next(r for r in written(root) if r["role"] == role) for role in ("teacher", "candidate"))
     with (root / "reports" / "parts" / "A1-openvino.csv").open(newline="") as file:
@@ -102,7 +102,7 @@ def test_what_the_cut_bought_is_told_part_by_part(distilled: tuple[Path, Outcome
     assert same["params_after"] == same["params_before"]
     assert {row["faster"] for row in kinds} <= {"true", "false"}
     assert "after the cut, part by part" in outcome.err
-    assert "kernels of the parts that were cut, against the Teacher's: " in student["notes"]
+    assert "kernel time of the cut parts, relative to the Teacher: " in student["notes"]
 
 
 def test_recipes_share_their_stages(copied: Callable[[], Path], tiny_model: Path) -> None:

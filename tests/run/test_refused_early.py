@@ -14,7 +14,7 @@ from run_toys import Outcome, pqk
 from pqk.cli.run_output import export_card, run_card
 from pqk.data.render.generate import ScenePlan, make_scenes
 from pqk.errors import PqkError
-from pqk.families.dust3r.data import refuse_partial_truth
+from pqk.families.scenes.sets import refuse_partial_truth
 from pqk.recipe import stages
 from pqk.recipe.request import Request
 from pqk.record.schema import empty_record
@@ -56,7 +56,7 @@ def test_a_float_rest_is_refused_before_the_stages(
     pytest.importorskip("openvino")
     monkeypatch.chdir(project)
     request = Request("B1", "openvino", model=str(tiny_model), settings={"quant.float_rest": "f16"})
-    with pytest.raises(PqkError, match=r"quant\.float_rest is f16; backend openvino has here auto, f32"):
+    with pytest.raises(PqkError, match=r"quant\.float_rest is f16; backend openvino supports here auto, f32"):
         run_card(request, False) if verb == "run" else export_card(request, None, Path("out"))
 
 

@@ -345,15 +345,15 @@ def chain(begin: State) -> list[Move]:
 def test_q_alone() -> None:
     moves = chain(state("Q", "Q"))
     assert [m.name for m in moves] == ["keep-attention", "keep-heads", "distil-first", "longer-qat"]
-    assert moves[0].settings["quant.ptq.keep_list"][3:] == [ATTENTION]
-    assert moves[1].settings["quant.ptq.keep_list"][3:] == [ATTENTION, LAST_LAYERS]
+    assert moves[0].settings["quant.ptq.keep_list"][3:] == [*ATTENTION]
+    assert moves[1].settings["quant.ptq.keep_list"][3:] == [*ATTENTION, *LAST_LAYERS]
     assert moves[2].recipe == ("K", "Q") and moves[2].hours == 2.5
     assert moves[3].settings == {"quant.qat.epochs": 17}
     assert moves[3].hours == pytest.approx(0.5 * 17 / 12)
     assert all(m.why.startswith("Q drops 3 %; ") for m in moves)
-    nameless = chain(state("Q", "Q", last_layers=None))  # of a family that names no last layers
+    nameless = chain(state("Q", "Q", last_layers=()))  # of a family that names no last layers
     assert [m.name for m in nameless] == ["keep-attention", "distil-first", "longer-qat"]
-    assert chain(state("Q", "Q", attention=None, last_layers=None, trains=False)) == []
+    assert chain(state("Q", "Q", attention=(), last_layers=(), trains=False)) == []
 
 
 def test_the_worst_ranked_nodes_go_first() -> None:
@@ -439,16 +439,16 @@ def test_the_patterns_name_nodes_of_real_graphs(tmp_path: Path, head: str) -> No
     from backends.exchange import export
     from pqk.models import build_model
 
-    load_quant(REPOSITORY / "configs" / "quant.yaml", {"ptq.keep_list": [ATTENTION, LAST_LAYERS]})
+    load_quant(REPOSITORY / "configs" / "quant.yaml", {"ptq.keep_list": [*ATTENTION, *LAST_LAYERS]})
     widths = {"dpt": {"feature_dim": 16, "last_dim": 8, "layer_dims": [8, 12, 16, 24]}, "dec_depth": 3}
     model = build_model("dust3r", {**TINY, "head_type": head, **(widths if head == "dpt" else {})})
     for name, spec in model.graphs(64, 64).items():
         made = export(spec.module, spec.inputs, spec.output_names, tmp_path / f"{name}.onnx")
         nodes = {n.name: n.op_type for n in onnx.load(made.path).graph.node}
-        attention = {n for n in nodes if re.search(ATTENTION, n)}
+        attention = {n for n in nodes if re.search(*ATTENTION, n)}
         blocks = {n.rsplit("/", 1)[0] for n in nodes if n.endswith("attn/Softmax")}
         assert attention == {f"{block}/{m}" for block in blocks for m in ("MatMul", "MatMul_1")}
-        of, pattern = split_entry(LAST_LAYERS)
+        of, pattern = split_entry(*LAST_LAYERS)
         assert of == "decoder"
         heavy = {n for n in nodes if re.search(pattern, n) and nodes[n] in ("Conv", "MatMul", "Gemm")}
         assert len(heavy) == (0 if name == "encoder" else 2 if head == "linear" else 6)

@@ -98,7 +98,7 @@ def test_the_torch_mode_smooths_and_keeps_what_the_card_asks(root: Path, tiny_mo
 def test_a_float_rest_of_16_bits_is_refused(project: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(project)
     request = Request("B1", "trt", model=str(tiny_model), settings={"quant.float_rest": "f16"})
-    with pytest.raises(PqkError, match=r"quant\.float_rest is f16; backend trt has here auto, f32$"):
+    with pytest.raises(PqkError, match=r"quant\.float_rest is f16; backend trt supports here auto, f32$"):
         run_card(request, False)
 
 

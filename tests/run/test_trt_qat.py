@@ -13,7 +13,7 @@ from backends import registry
 from backends.onnx_graph import OnnxGraph, kept_nodes
 from pqk.families.registry import family
 from pqk.recipe import candidate, runner
-from pqk.recipe.quantization import Lowering
+from pqk.recipe.quantization import Quantization
 from pqk.recipe.request import Request
 from pqk.settings.quant import load_quant
 from pqk.stats.intervals import Interval
@@ -52,7 +52,7 @@ def low_line(monkeypatch: pytest.MonkeyPatch, project: Path) -> None:
         ("modelopt", {}, "the quantizer 'modelopt' cannot train; --quantizer modelopt-torch can"),
         ("modelopt-fp8", {}, "the quantizer 'modelopt-fp8' cannot train; --quantizer modelopt-torch can"),
         ("modelopt", {"symmetric_activations": False}, "the quantizer 'modelopt' cannot train"),
-        ("modelopt", {"bits_w": 4, "bits_a": 16}, "weights alone are lowered, which is not trained"),
+        ("modelopt", {"bits_w": 4, "bits_a": 16}, "a model with only its weights quantized cannot be trained"),
     ],
 )
 def test_what_is_said_of_a_drop_where_nothing_can_be_trained(
@@ -64,16 +64,16 @@ def test_what_is_said_of_a_drop_where_nothing_can_be_trained(
         family=family("dust3r"), quant=SimpleNamespace(ptq=load_quant().ptq.model_copy(update=changes))
     )
     nothing: Any = None
-    lowering = Lowering(experiment, "trt", quantizer, "int8", nothing, {}, nothing, (), {}, {})
+    quantization = Quantization(experiment, "trt", quantizer, "int8", nothing, {}, nothing, (), {}, {})
     rows: list[Any] = [SimpleNamespace(variant=name, own={}) for name in ("fp32", "int8")]
     for drop, limit, wanted in (
         (2.5, 1.0, [f"PTQ drops 2.50 % on validation samples, above 1 %; {says}"]),
         (0.1, 1.0, []),
     ):
         found = Interval(drop, drop - 1, drop + 1, 8)
-        outcome: Any = SimpleNamespace(drop=lambda variant, found=found: found)
+        scored: Any = SimpleNamespace(drop=lambda variant, found=found: found)
         said: list[str] = []
-        assert candidate._train_if_it_drops(outcome, lowering, rows, limit, said.append) == found
+        assert candidate._train_if_it_drops(scored, quantization, rows, limit, said.append) == found
         assert said == wanted and len(rows) == 2
 
 

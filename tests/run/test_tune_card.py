@@ -64,7 +64,7 @@ def tuned(root: Path, asked: tuple[str | Path, ...], plain: Outcome) -> Outcome:
 def test_plain_int8_that_is_good_enough_is_the_winner(root: Path, plain: Outcome) -> None:
     assert plain.code == UNDECIDED, plain.err
     found = data(plain)
-    assert found["verdict"] == "undecided" and "1 scene tells no interval" in found["sentences"][1]
+    assert found["verdict"] == "undecided" and "1 scene gives no interval" in found["sentences"][1]
     (row,) = found["rows"]
     assert (row["units"], row["float_nodes"], row["winner"], row["speedup_vs_int8"]) == ([], 0, True, 1.0)
     assert 0 < row["quality_drop_pct"] < 100
@@ -106,7 +106,7 @@ def test_csv_json_and_plot(root: Path, tuned: Outcome) -> None:
     assert rows[-1]["kind"] == "confirmed" and rows[-1]["units"].split() == found["rows"][-1]["units"]
     with Image.open(folder / "B1.png") as picture:
         assert picture.format == "PNG" and picture.width > 900
-    assert "winner, quantized anew" in tuned.err  # the table goes to stderr beside --json
+    assert "winner, quantized again" in tuned.err  # the table goes to stderr beside --json
 
 
 def test_the_command_at_the_end_runs_the_tuned_recipe(root: Path, tuned: Outcome) -> None:
@@ -152,12 +152,12 @@ def test_a_limit_that_nothing_reaches_is_exit_1(root: Path, asked: tuple[str | P
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("--backend", "reference"), "back to float, which backend reference cannot"),
+        (("--backend", "reference"), "back to float, which backend reference cannot do"),
         (("--quantizer", "modelopt"), "unknown quantizer 'modelopt'.*openvino has nncf, inc"),
         (("--max-drop", "nan"), "--max-drop must be a number of percent"),
         (("--set", "quant.ptq.keep_list=[LayerNorm]"), "keep_list is overridden by card B1 or --set"),
         (("-o", "reports"), "-o reports: .* a folder"),
-        (("-o", "configs/quant.yaml"), "this is what tuning starts from"),
+        (("-o", "configs/quant.yaml"), "this is the file that tuning starts from"),
     ],
 )
 def test_refused_before_anything_runs(
@@ -186,12 +186,12 @@ def test_emulated_engines_are_refused_before_anything_runs(project: Path) -> Non
         pytest.skip(available.reason or "a CUDA device runs the engines here")
     outcome = pqk(project, "tune", "B1", "--backend", "trt")
     assert outcome.code == 2, outcome.err
-    assert "pqk tune needs times, and engines of backend trt are emulated here" in outcome.sentence
+    assert "pqk tune needs times, but engines of backend trt are emulated here" in outcome.sentence
     assert "…" not in outcome.err and "✓" not in outcome.err
 
 
 def test_inc_is_tuned_with_inc(root: Path, asked: tuple[str | Path, ...]) -> None:
-    """The winner is quantized anew by the same quantizer, whose names the keep-list must match."""
+    """The winner is quantized again by the same quantizer, whose names the keep-list must match."""
     pytest.importorskip("neural_compressor", reason="needs Intel Neural Compressor: pip install 'pqk[inc]'")
     pytest.importorskip("torchao", reason="needs torchao: pip install 'pqk[inc]'")
     inc = (*asked, "--quantizer", "inc", "-o", "inc.yaml")

@@ -104,10 +104,10 @@ def test_an_undecided_drop_says_how_many_scenes_would_decide() -> None:
     drop = Interval(0.5, -2.1, 3.1, 8)
     assert judge_drop(drop, 1.0) == (
         "undecided",
-        "8 scenes tell the drop to +-2.6 %; about 217 would decide (drop 0.5 %, at most 1 %)",
+        "8 scenes give the drop to +-2.6 %; about 217 would decide (drop 0.5 %, at most 1 %)",
     )
-    assert judge_drop(Interval(0.5, None, None, 1), 1.0)[1].startswith("1 scene tells no interval; at least 2")
-    assert judge_drop(Interval(1.0, 0.5, 1.5, 8), 1.0)[1].startswith("8 scenes tell the drop to +-0.5 %; no number")
+    assert judge_drop(Interval(0.5, None, None, 1), 1.0)[1].startswith("1 scene gives no interval; at least 2")
+    assert judge_drop(Interval(1.0, 0.5, 1.5, 8), 1.0)[1].startswith("8 scenes give the drop to +-0.5 %; no number")
 
 
 intervals = st.tuples(st.floats(-100, 100), st.floats(0, 10), st.floats(0, 10)).map(

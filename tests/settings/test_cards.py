@@ -76,7 +76,7 @@ def test_every_point_of_the_shipped_matrix_is_an_experiment(project: Path) -> No
     ("old", "new", "says"),
     [
         ("128 images:", "128 images: {quant.ptq.calibration_images: 64}\n      128 images:", "128 images"),
-        ("recipe: [K]\n", "recipe: [X]\n", "'X' is none"),
+        ("recipe: [K]\n", "recipe: [X]\n", "'X' is not one"),
         ("combo: Ablation", "combo: Q-only", "a card with a matrix is of combo 'Ablation'"),
         ("  calibration:\n", "  Calibration size:\n", "Calibration size"),
     ],

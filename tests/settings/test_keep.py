@@ -71,7 +71,7 @@ def test_the_hint_is_for_entries_that_stand_for_both_graphs() -> None:
     [
         ("encoder:LayerNrom", "'encoder:LayerNrom' is neither.*'LayerNorm'"),
         ("decoder:", "'decoder:' is neither"),
-        ("decoder:(a", "'decoder:\\(a' is none"),
+        ("decoder:(a", "'decoder:\\(a' is not one"),
     ],
 )
 def test_what_stands_behind_the_graph_is_checked_too(entry: str, says: str) -> None:

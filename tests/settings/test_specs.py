@@ -151,7 +151,7 @@ def test_the_shipped_configs_hold_the_numbers_of_the_lab(configs: Path) -> None:
             "quant.yaml",
             "LayerNorm, Softmax",
             "'/blocks(', Softmax",
-            "must hold regular expressions, and '/blocks\\(' is none",
+            "must hold regular expressions, and '/blocks\\(' is not one",
         ),
         ("quant.yaml", "LayerNorm, Softmax", "Softmax, Softmax", "must not hold an entry twice"),
         # Relations.
@@ -172,7 +172,7 @@ def test_the_shipped_configs_hold_the_numbers_of_the_lab(configs: Path) -> None:
             "workload.yaml",
             "synthetic, count: 52",
             "data/eth3d, names: [../a], count: 52",
-            "plain folder names, and '../a' is none",
+            "plain folder names, and '../a' is not one",
         ),
         ("eval.yaml", "plots: reports/plots", "plots: ../plots", "must be a relative path inside the project"),
         ("eval.yaml", "plots: reports/plots", "plots: /plots", "must be a relative path inside the project"),
@@ -357,7 +357,7 @@ def test_splits_of_one_folder(configs: Path) -> None:
         ("calibration", mine, "scenes.validation and calibration take scenes of the same source, so both need 'names'"),
         ("calibration", {"names": ["a"]}, "calibration with source 'synthetic' takes no 'names'"),
         ("calibration", {**mine, "names": []}, "must hold at least one name and none twice"),
-        ("calibration", {**mine, "names": ["../a"]}, "plain folder names, and '../a' is none"),
+        ("calibration", {**mine, "names": ["../a"]}, "plain folder names, and '../a' is not one"),
     ):
         with pytest.raises(PqkError, match=re.escape(message)):
             load_workload(overrides={**splits, part: value})

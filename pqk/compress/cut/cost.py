@@ -1,4 +1,4 @@
-"""Parameters and FLOPs of a network after a cut, without cutting it."""
+"""Computes parameters and FLOPs of a network after a cut, without cutting it: `Costs`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Cost(NamedTuple):
 
 
 class Costs:
-    """What a network costs after any plan: costs(plan)."""
+    """The costs of a network after any plan: costs(plan)."""
 
     def __init__(self, model: nn.Module, slots: Sequence[Slot], cutting: CuttingPart) -> None:
         self.slots = {slot.name: slot for slot in slots}
@@ -48,7 +48,7 @@ class Costs:
                 shares[group.name] = (slot.keeps(group, units), group.units)
                 for part in group.parts:
                     lengths[part.key, part.axis] = part.rows.shape[1] * slot.keeps(group, units)
-            for layer in slot.follows:  # no group has these, but they are stored
+            for layer in slot.follows:  # in no group, but stored
                 lengths |= {(f"{layer}.weight", 0): units, (f"{layer}.weight", 1): units, (f"{layer}.bias", 0): units}
         params = flops = 0
         for key, shape in self.shapes.items():
@@ -65,10 +65,10 @@ class Costs:
 
 
 def _flops_of_modules(model: Any, cutting: CuttingPart) -> dict[str, int]:
-    """FLOPs of one sample in each module, without those of the modules inside it; those with none are left out.
+    """Returns the FLOPs of one sample in each module, without those of the modules inside it and without zeros.
 
-    What an attention, the module of a group of heads, computes itself is proportional to its heads: every token with
-    every token that it looks at.
+    The FLOPs of an attention itself (the module of a group of heads) are proportional to its number of heads: each
+    token with each token that it attends to.
     """
     found: dict[str, int] = {}
     open_: list[list[int]] = []  # of the modules that are running: FLOPs at the start, and FLOPs of modules inside

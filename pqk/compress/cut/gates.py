@@ -1,7 +1,7 @@
-"""Gates on attention heads and groups of MLP units, what they cost in FLOPs, and the price that drives them shut.
+"""Puts gates on attention heads and groups of MLP units, `Gated`; knows their FLOPs, and the price that shuts them.
 
-A gate multiplies what its units give to the layer that reads them. Gates are put into a network that may be prepared by
-a quantizer already: then nothing is rounded because of them.
+A gate multiplies the outputs of its units before the layer that reads them. A quantizer may have prepared the network
+already; then the gates add no rounding.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class Layout:
     """The gates of one slot: for each of its groups the units of every gate, the most important ones first.
 
     units: group name -> tensors of indices: of the units that always stay, then of each gate. A gate holds `slot.step`
-    units of every group, so all attentions of a slot lose as many heads. flops: what each gate's units cost, for one
-    sample. worth: their importance per FLOP, added up over the groups.
+    units of every group, so all attentions of a slot lose the same number of heads. flops: FLOPs of each gate's units,
+    for one sample. worth: their importance per FLOP, summed over the groups.
     """
 
     slot: Slot
@@ -38,7 +38,7 @@ class Layout:
 def layouts_of(
     model: nn.Module, slots: Sequence[Slot], importance: Mapping[str, Tensor], cutting: CuttingPart
 ) -> list[Layout]:
-    """Gates for every slot. FLOPs of heads and MLP units add up exactly: each has layers of its own."""
+    """Returns the gates of every slot. FLOPs of heads and MLP units add up exactly: each has layers of its own."""
     costs = Costs(model, slots, cutting)
     full, found = costs({}).flops, []
     for slot in slots:
@@ -78,18 +78,18 @@ class Gate(nn.Module):
         self.pace = pace
 
     def logits(self) -> Tensor:
-        """(gates,)"""
+        """Returns the logits (gates,)."""
         return self.start + self.pace * self.moved.detach() + (self.moved - self.moved.detach())
 
     def forward(self) -> Tensor:
-        """(1 + gates,) in [0, 1]."""
+        """Returns the factors (1 + gates,) in [0, 1]."""
         return torch.cat([torch.ones_like(self.start[:1]), torch.sigmoid(self.slope * self.logits())])
 
 
 class _Before(nn.Module):
-    """Multiplies the input of a layer by its gates; a forward pre-hook and a submodule of that layer.
+    """Product of a layer's input and its gates; a forward pre-hook and a submodule of that layer.
 
-    As a module it is copied with the layer, and the copy's hook is the copy.
+    As a module it is copied with the layer, and the hook of the copied layer is the copied module.
     """
 
     owner: Tensor
@@ -106,7 +106,7 @@ class _Before(nn.Module):
 class Gated:
     """Gates in the layers of one or more modules that hold the network's layers under their own names.
 
-    The modules keep the gates, so they are trained, averaged, saved and copied with them; `Gated` only looks at them.
+    The modules own the gates, so gates are trained, averaged, saved and copied with them; `Gated` only refers to them.
     """
 
     def __init__(
@@ -117,7 +117,10 @@ class Gated:
         starts: Sequence[Tensor],
         pace: float,
     ) -> None:
-        """starts: logits (gates,) of each layout. Raises PqkError when no module has a layer of that name."""
+        """Puts the gates into the modules. starts: logits (gates,) of each layout.
+
+        Raises PqkError when no module has a layer of that name.
+        """
         self.layouts, self.total = list(layouts), total_flops
         self.gates = [Gate(start, pace) for start in starts]
         for layout, gate in zip(self.layouts, self.gates, strict=True):
@@ -128,7 +131,7 @@ class Gated:
                 layer.register_forward_pre_hook(before)
 
     def cut(self) -> Tensor:
-        """Share of the network's FLOPs that is gone, differentiable: each gate counts by how far it is shut."""
+        """Returns the cut share of the network's FLOPs, differentiable; each gate counts by how far it is shut."""
         gone = [((1 - gate()[1:]) * layout.flops.to(gate.moved)).sum() for layout, gate in self._both()]
         return torch.stack(gone).sum() / self.total
 
@@ -137,11 +140,11 @@ class Gated:
             gate.slope.fill_(slope)
 
     def logits(self) -> list[Tensor]:
-        """Of every layout (gates,), detached, on the CPU."""
+        """Returns the logits (gates,) of every layout, detached, on the CPU."""
         return [gate.logits().detach().cpu() for gate in self.gates]
 
     def factors(self) -> list[Tensor]:
-        """Of every layout (1 + gates,), detached, on the CPU."""
+        """Returns the factors (1 + gates,) of every layout, detached, on the CPU."""
         return [gate().detach().cpu() for gate in self.gates]
 
     def _both(self) -> Any:
@@ -149,7 +152,10 @@ class Gated:
 
 
 def owners(layout: Layout) -> dict[str, Tensor]:
-    """Weight that reads the slot's units -> (channels,): which factor of `Gate` each channel has that it reads."""
+    """Returns, for each weight that reads the slot's units, (channels,): the index of each channel's factor in `Gate`.
+
+    A channel is an input channel of that weight.
+    """
     found = {}
     for group in layout.slot.groups:
         for part in group.parts:
@@ -162,7 +168,9 @@ def owners(layout: Layout) -> dict[str, Tensor]:
 
 
 def starting_logits(layouts: Sequence[Layout], mean: float, spread: float) -> list[Tensor]:
-    """Logits between `logit(mean) - spread / 2` and `+ spread / 2`, by the rank of a gate's worth among all of them."""
+    """Returns logits from `logit(mean) - spread / 2` to `logit(mean) + spread / 2`, by the rank of a gate's worth among
+    all gates.
+    """
     worth = torch.cat([layout.worth for layout in layouts])
     rank = torch.empty(len(worth), dtype=torch.float64)
     rank[torch.sort(worth, stable=True).indices] = torch.linspace(-0.5, 0.5, len(worth), dtype=torch.float64)
@@ -174,7 +182,8 @@ class Price(nn.Module):
     """The augmented Lagrangian of the constraint "the cut share equals the target" (Hestenes, 1969; Wang et al., EMNLP
     2020, section 3.2, for sparsity): `price * miss + penalty / 2 * miss^2`, miss = target - cut.
 
-    After each step the price rises by dual_rate * miss. Trained along with the network, so its checkpoint holds it.
+    After each step the price rises by dual_rate * miss. The price is a buffer, so the checkpoint of the training has
+    it.
     """
 
     price: Tensor
@@ -192,10 +201,11 @@ class Price(nn.Module):
 
 
 def shut(layouts: Sequence[Layout], logits: Sequence[Tensor], total_flops: int, share: float) -> dict[str, Tensor]:
-    """What stays, as a mask (1 + gates,) per slot name: the gates of the lowest logits go until `share` is cut.
+    """Returns the units that stay, as a mask (1 + gates,) per slot name. Gates with the lowest logits are shut until
+    `share` is cut.
 
-    Then those of the highest logits come back that are not needed for it: a head that went last may have made room.
-    Raises PqkError when all of them do not reach the share.
+    Then gates that are not needed for the share are opened again, the highest logits first: the gate that was shut last
+    may have cut more than was missing. Raises PqkError when shutting all gates does not reach the share.
     """
     stays = {layout.slot.name: torch.ones(1 + len(layout.flops), dtype=torch.bool) for layout in layouts}
     ranked = sorted(
@@ -210,7 +220,7 @@ def shut(layouts: Sequence[Layout], logits: Sequence[Tensor], total_flops: int, 
         gone += float(layouts[number].flops[index])
     if gone < aim:
         raise PqkError(
-            f"joint.flops_cut {share:g} cannot be reached: everything that carries a gate is "
+            f"joint.flops_cut {share:g} cannot be reached: all units with gates together are "
             f"{100 * gone / total_flops:.1f} % of the FLOPs; allow more units"
         )
     for layout, index in reversed(out):
@@ -222,7 +232,7 @@ def shut(layouts: Sequence[Layout], logits: Sequence[Tensor], total_flops: int, 
 
 
 def kept_units(layouts: Sequence[Layout], stays: Mapping[str, Tensor]) -> tuple[dict[str, int], dict[str, Tensor]]:
-    """The plan and the units to keep for `pqk.compress.cut.units.cut`, without slots that lose nothing."""
+    """Returns the plan and the units to keep for `pqk.compress.cut.units.cut`, without slots that lose nothing."""
     plan, keep = {}, {}
     for layout in layouts:
         mask = stays[layout.slot.name]
@@ -238,7 +248,7 @@ def kept_units(layouts: Sequence[Layout], stays: Mapping[str, Tensor]) -> tuple[
 
 @torch.no_grad()
 def fold(model: nn.Module, layouts: Sequence[Layout], factors: Sequence[Tensor]) -> None:
-    """Multiply the weights that read gated units by their factors, in place: then the network needs no gates."""
+    """Multiplies the weights that read gated units by their factors, in place: then the network needs no gates."""
     weights = dict(model.named_parameters())
     for layout, factor in zip(layouts, factors, strict=True):
         for key, owner in owners(layout).items():

@@ -1,7 +1,7 @@
-"""Which units of a group matter least: norms of their weights, and first-order Taylor importance.
+"""Computes the importance of the units of a group: norms of their weights (`norms`), first-order Taylor (`taylor`).
 
-Every function gives the importance (units,) of every unit, on the CPU, by name of its group. It is only comparable
-inside a group.
+Both return the importance (units,) of all units, on the CPU, by name of their group. It is only comparable inside a
+group.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ LossOf = Callable[[Any], Tensor]
 
 @torch.no_grad()
 def norms(model: nn.Module, groups: Sequence[Group], kind: str) -> dict[str, Tensor]:
-    """l1, l2: that norm of all weights that go with the unit, both those that make it and those that read it (Li et
-    al., ICLR 2017, for filters; Fang et al., CVPR 2023, for the group). l2_product: L2 norm of the weights that make
-    the unit times L2 norm of those that read it.
+    """Returns norms of the weights of each unit.
+
+    kind: l1 or l2: that norm of all weights of the unit, both those that compute it and those that read it (Li et al.,
+    ICLR 2017, for filters; Fang et al., CVPR 2023, for the group). l2_product: L2 norm of the weights that compute the
+    unit times L2 norm of those that read it.
     """
     weights = dict(model.named_parameters())
     power = 1 if kind == "l1" else 2
@@ -40,20 +42,20 @@ def norms(model: nn.Module, groups: Sequence[Group], kind: str) -> dict[str, Ten
 
 
 def loss_of(model: nn.Module, data: TrainingData, alpha: float) -> LossOf:
-    """Returns the loss whose gradients tell what may be cut: the task's; without ground truth the family's probe."""
+    """Returns the loss for the Taylor importance: that of the task; without ground truth the family's probe."""
     forward, term = Forward(data.learning, data.learning.parts(model)), "task" if data.truthful else "probe"
     return lambda batch: data.learning.losses(forward(batch), batch, None, (term,), {"alpha": alpha})[term]
 
 
 def taylor(model: nn.Module, groups: Sequence[Group], batches: Iterable[Any], loss: LossOf) -> dict[str, Tensor]:
-    """Mean over the batches of (sum of g w)^2, over the weights w that read the unit; parameters require gradients.
+    """Returns the mean over the batches of (sum of g w)^2, over the weights w that read the unit, g their gradient.
 
-    g is the gradient of the loss. The sum is the derivative of the loss by a factor on the unit's output, so this
-    is the squared first-order change of the loss when the unit goes (Molchanov et al., "Importance Estimation for
-    Neural Network Pruning", CVPR 2019, section 3; Michel et al., NeurIPS 2019, use its absolute value for heads).
-    Raises PqkError when the gradients are not finite.
+    The parameters of `model` must require gradients. The sum is the derivative of the loss by a factor on the unit's
+    output, so this is the squared first-order change of the loss when the unit is cut (Molchanov et al., "Importance
+    Estimation for Neural Network Pruning", CVPR 2019, section 3; Michel et al., NeurIPS 2019, use its absolute value
+    for heads). Raises PqkError when the gradients are not finite.
     """
-    if not groups:  # only whole blocks may go
+    if not groups:  # only whole blocks may be cut
         return {}
     weights = dict(model.named_parameters())
     keys = sorted({part.key for group in groups for part in group.parts if part.reads})
@@ -74,12 +76,12 @@ def taylor(model: nn.Module, groups: Sequence[Group], batches: Iterable[Any], lo
 
 
 def _per_unit(values: Tensor, part: Part) -> Tensor:
-    """Sum of a parameter-shaped tensor over everything that belongs to each unit: (units,) on the CPU."""
+    """Returns the sum of a parameter-shaped tensor over the entries of each unit: (units,) on the CPU."""
     rows = values.transpose(0, part.axis).flatten(1).sum(1) if values.ndim > 1 else values
     return rows.double().cpu()[part.rows].sum(1)
 
 
 def most_important(importance: Tensor, count: int) -> Tensor:
-    """Indices of the `count` most important units, ascending; of equal ones the first stay."""
+    """Returns the indices of the `count` most important units, ascending; of equal ones the first stay."""
     order = torch.sort(importance, descending=True, stable=True).indices
     return order[:count].sort().values

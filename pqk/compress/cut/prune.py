@@ -1,7 +1,7 @@
-"""Structured pruning: whole units are cut out of a network, which is then smaller for every runtime.
+"""Prunes a network by cutting out whole units, which makes it smaller for every runtime: `prune`.
 
-Which units can go and what goes with them: `pqk.compress.cut.units`. Which of a group go first:
-`pqk.compress.cut.importance`. How many each group gives: `pqk.compress.cut.sensitivity`.
+Units and their weights: `pqk.compress.cut.units`. Order of the units inside a group: `pqk.compress.cut.importance`.
+Number of units cut from each group: `pqk.compress.cut.sensitivity`.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ REFITTED = ("heads", "ffn")
 
 
 Levels = dict[str, dict[str, float | None]]
-"""Units that stay -> what the scan found."""
+"""Number of units that stay -> results of the scan."""
 
 
 @dataclass(frozen=True)
 class Removed:
-    """What one size of the configuration gave.
+    """The cut of one size of the configuration.
 
-    name: such as 'blocks.0.ffn'. kind: heads, ffn, block, or one of the family's own. params, flops: what cutting this
-    alone would save. importance_kept: share of the summed importance of its units that stays (None for a block). scan:
-    for each number of units that stay, in this group alone and before any training, the rise of the error
-    (`rise_pct`, None where the uncut network's own outputs are the truth) and the relative distance of the outputs to
-    those of the uncut network (`shift_pct`), which decides.
+    name: such as 'blocks.0.ffn'. kind: heads, ffn, block, or one of the family's own. params, flops: savings if only
+    this size were cut. importance_kept: share of the summed importance of its units that stays (None for a block).
+    scan: for each number of units that stay, with only this group cut and before any training, the rise of the error
+    (`rise_pct`, None where the uncut network's own outputs are the ground truth) and the relative distance of the
+    outputs to those of the uncut network (`shift_pct`), which decides.
     """
 
     name: str
@@ -56,11 +56,11 @@ class Removed:
 
 @dataclass(frozen=True)
 class PruneReport:
-    """What was cut. FLOPs are those of one sample of flops_side x flops_side images, two per multiply-add.
+    """Report of a cut. FLOPs are those of one sample of flops_side x flops_side images, two per multiply-add.
 
-    share: of the measure (params or flops) that is gone. error_before, error_after (distance of the family's first
-    metric from its best value), shift_pct: on the scan's samples, without fine-tuning; None without a
-    scan. scan: what it found for every size, cut or not.
+    share: share of the measure (params or flops) that was cut. error_before, error_after (distance of the family's
+    first metric from its best value), shift_pct: on the scan's samples, without fine-tuning; None without a scan.
+    scan: its results for every size, cut or not.
     """
 
     rho: float
@@ -79,7 +79,7 @@ class PruneReport:
     scan: dict[str, Levels]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
+        """Returns plain data for JSON."""
         return asdict(self)
 
 
@@ -92,13 +92,13 @@ def prune(
     device: str = "auto",
     report: Callable[[str], None] | None = None,
 ) -> tuple[Any, PruneReport]:
-    """A smaller network, float32 in eval mode on the CPU, and what was cut; the given one stays as it is.
+    """Returns a smaller network, float32 in eval mode on the CPU, and a report of the cut; `model` is not changed.
 
-    At least the share spec.rho of the parameters (or FLOPs) of the whole network goes, and no more steps than that
-    needs. seed: of the training samples for Taylor gradients and the refit; those of the scan are held out and the same
-    for every seed. report gets a line of text now and then. On one CPU the same arguments give the same network.
-    Raises PqkError for a device that is not there, a rho that the allowed units do not reach, a network whose outputs
-    are not finite, and a missing torch-pruning.
+    At least the share spec.rho of the parameters (or FLOPs) of the whole network is cut, in as few steps as possible.
+    seed: of the training samples for Taylor gradients and the refit; those of the scan are held out and the same for
+    every seed. report: gets lines of text about the progress. On one CPU the same arguments give the same network.
+    Raises PqkError for a device that is not available, a rho that the allowed units do not reach, a network whose
+    outputs are not finite, and a missing torch-pruning.
     """
     say = report or (lambda line: None)
     where = pick_device(device)
@@ -187,7 +187,7 @@ def removed_units(
     keep: Mapping[str, torch.Tensor],
     scanned: Mapping[str, Levels],
 ) -> list[Removed]:
-    """What each slot of the plan gave."""
+    """Returns the cut of each slot of the plan."""
     found, whole = [], costs({})
     for slot in slots:
         if slot.name in plan:
@@ -208,7 +208,7 @@ def removed_units(
 
 
 def _share_kept(slot: Slot, importance: Mapping[str, torch.Tensor], keep: Mapping[str, torch.Tensor]) -> float | None:
-    """Share of the summed importance of a slot's units that stays; None for a block, or where all are worth nothing."""
+    """Returns the share of the summed importance of a slot's units that stays; None for a block or a sum of 0."""
     values = [importance[group.name] for group in slot.groups if slot.kind != "block"]
     total = sum(float(value.sum()) for value in values)
     if not total:

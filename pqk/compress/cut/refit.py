@@ -1,4 +1,4 @@
-"""Lets the units that stay do the work of those that go: the layers that read them are refitted by least squares."""
+"""Refits the layers that read a group by least squares, so that kept units replace the cut ones: `refit`."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from pqk.compress.train.judge import Forward
 from pqk.families.contract import LearningPart
 
 RIDGE = 1e-3
-"""Of the mean variance of the units' outputs: holds the correction back where the samples say little."""
+"""Share of the mean variance of the units' outputs; limits the correction where the samples carry little information.
+"""
 PLACES = 2048
-"""Places of a map that are looked at in one input of a convolution."""
+"""Number of places of a feature map that are used of one input of a convolution."""
 
 Moments = Mapping[str, Tensor]
 """Name of a layer -> (n + 1, n + 1): mean of x x^T over all tokens or places, x the layer's n inputs and a 1."""
@@ -26,9 +27,9 @@ Moments = Mapping[str, Tensor]
 def moments(
     model: nn.Module, groups: Sequence[Group], batches: Iterable[Any], count: int, learning: LearningPart
 ) -> dict[str, Tensor]:
-    """Second moments of the inputs of all layers that read these groups, float32 on the CPU.
+    """Returns the second moments of the inputs of all layers that read these groups, float32 on the CPU.
 
-    batches: `count` of them, which the family's forward runs through the model.
+    batches: `count` batches; the family's forward runs them through the model.
     """
     found: dict[str, Tensor] = {}
 
@@ -36,7 +37,7 @@ def moments(
         x = inputs[0]
         if not isinstance(layer, nn.Linear):
             x = x.flatten(2).mT
-            # an odd step, as one that divides the width of a map would look at the same few columns of every row
+            # an odd step: one that divides the width of a map would use the same few columns of every row
             x = x[:, :: -(-x.shape[1] // PLACES) | 1]
         x = x.flatten(0, -2).double()
         x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
@@ -57,10 +58,10 @@ def moments(
 
 @torch.no_grad()
 def refit(model: nn.Module, group: Group, keep: Tensor, known: Moments) -> None:
-    """Correct, in place, the layers in `known` that read the units that stay (indices), before the others go.
+    """Corrects, in place, the layers in `known` that read the units that stay (indices), before the others are cut.
 
     The correction is the least-squares one (He, Zhang and Sun, ICCV 2017): with k the outputs that stay, g those that
-    go and W_g the weights that read those, D = W_g cov(g, k) (cov(k, k) + ridge)^-1 is added to W_k and
+    are cut and W_g the weights that read g, D = W_g cov(g, k) (cov(k, k) + ridge)^-1 is added to W_k and
     W_g mean(g) - D mean(k) to the bias. In a convolution every tap gets the same share of k. A layer that cannot add a
     constant everywhere is fitted without one, by the uncentred moments.
     """
@@ -76,7 +77,7 @@ def refit(model: nn.Module, group: Group, keep: Tensor, known: Moments) -> None:
         mean, bias = total[:-1, -1], weights.get(f"{part.layer}.bias")
         covariance = total[:-1, :-1] - mean[:, None] * mean
         ridge = RIDGE * float(covariance.diagonal().mean()) + 1e-12
-        # where its stride leaves holes, a transposed convolution (whose inputs are axis 0) adds a constant to some only
+        # a transposed convolution (inputs at axis 0) adds the constant only at some places when its stride leaves gaps
         if part.axis == 0:
             bias = None
         products = total[:-1, :-1] if bias is None else covariance

@@ -1,4 +1,4 @@
-"""How many units each group gives: what its cut does to the outputs, and a budget spent where it hurts least."""
+"""Decides how many units are cut from each group: `scan` measures the effect on the outputs, `spend` makes the plan."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from pqk.settings.prune import Prune
 
 
 class Score(NamedTuple):
-    """Of a cut network before any training: how far the family's first metric is from its best value, and the relative
-    distance of the outputs to those of the uncut network.
+    """Score of a cut network before any training: the distance of the family's first metric from its best value, and
+    the relative distance of the outputs to those of the uncut network.
     """
 
     error: float
@@ -37,7 +37,7 @@ BATCH = 4
 
 @dataclass(frozen=True)
 class Step:
-    """Cut a slot down to `units`, so that `share` of it is gone. The cheapest go first, of equal ones the mildest."""
+    """A cut of a slot to `units`, which cuts `share` of it. Steps are ordered by price, then by share, both rising."""
 
     price: float
     share: float
@@ -46,7 +46,7 @@ class Step:
 
 
 class Probe:
-    """Held-out samples, made once, on which networks are compared with an uncut one many times."""
+    """Held-out samples, made once, on which many cut networks are compared with the uncut one."""
 
     def __init__(self, model: nn.Module, spec: Prune, data: TrainingData) -> None:
         self.cutting, self._learning, self._metric = data.cutting, data.learning, data.family.settings_part().METRICS[0]
@@ -79,9 +79,9 @@ class Probe:
     def score(self, model: nn.Module, same_beginning: bool = False) -> Score:
         """Scores a network on all samples; not finite when its outputs are not.
 
-        On few samples the error falls for every second small cut, so the shift compares the outputs with the uncut
-        network's (`LearningPart.shift`). same_beginning: spares the first part of a network that only differs from the
-        uncut one behind it.
+        On few samples the error falls for about half of all small cuts, so the shift compares the outputs with the
+        uncut network's (`LearningPart.shift`). same_beginning: the network differs from the uncut one only after its
+        first part, whose outputs are reused.
         """
         begun = self.begun if same_beginning else self._begin(model)
         errors: list[float] = []
@@ -112,10 +112,11 @@ def scan(
     known: Moments,
     report: Callable[[str], None] | None = None,
 ) -> Scores:
-    """The scores when each slot alone loses each level of its units. The weights come back as they were.
+    """Returns the scores of the network when one slot at a time loses each level of its units; restores the weights.
 
-    The least important units of every group of the slot are silenced, and with the layers in `known` refitted, as they
-    will be in the cut network. A level whose outputs are not finite is left out, and all that cut more of this slot.
+    The weights of the least important units of every group of the slot are set to zero, and the layers in `known` are
+    refitted, as in the cut network. A level with outputs that are not finite is left out, with all higher levels of
+    this slot.
     """
     found: Scores = {}
     for index, slot in enumerate(slots):
@@ -132,7 +133,7 @@ def scan(
 
 @contextlib.contextmanager
 def taken_over(model: nn.Module, slot: Slot, keep: Mapping[str, Tensor], known: Moments) -> Iterator[None]:
-    """`silenced`, with the layers behind refitted whose moments are known."""
+    """Does the same as `silenced`, and refits the layers that read the slot where their moments are known."""
     whole = {group.name: torch.arange(group.units) for group in slot.groups}
     with silenced(model, slot, whole):  # remembers the weights
         for group in slot.groups:
@@ -142,19 +143,19 @@ def taken_over(model: nn.Module, slot: Slot, keep: Mapping[str, Tensor], known: 
 
 
 def kept(slot: Slot, importance: Mapping[str, Tensor], units: int) -> dict[str, Tensor]:
-    """For each group of the slot the indices of the units that stay when the slot keeps `units`."""
+    """Returns, for each group of the slot, the indices of the units that stay when the slot keeps `units`."""
     if slot.kind == "block":
         return {group.name: torch.arange(units) for group in slot.groups}
     return {group.name: most_important(importance[group.name], slot.keeps(group, units)) for group in slot.groups}
 
 
 def steps_by_scan(slots: Sequence[Slot], scores: Scores, cost: Callable[[Plan], int]) -> list[Step]:
-    """Single steps of all slots, ordered by the shift that each costs per parameter (or FLOP) it saves.
+    """Returns single steps of all slots, ordered by the shift per parameter (or FLOP) that each step saves.
 
-    Between the levels of the scan the shift is a line, and never lower than at a milder level; of a slot's points only
-    the lower convex hull counts, so that its steps become dearer and dearer and the order never takes a later one first
-    (the linear relaxation of the multiple-choice knapsack, Sinha and Zoltners 1979). Slots are taken to act
-    independently. `cost` of a plan that cuts one slot alone.
+    Between the levels of the scan the shift is interpolated linearly, and is never lower than at a smaller cut. Only
+    the lower convex hull of a slot's points counts, so that the price of its steps rises and they are taken in order
+    (the linear relaxation of the multiple-choice knapsack, Sinha and Zoltners 1979). Slots are assumed to act
+    independently. cost: called with plans that cut one slot alone.
     """
     full = cost({})
     steps = []
@@ -173,7 +174,7 @@ def steps_by_scan(slots: Sequence[Slot], scores: Scores, cost: Callable[[Plan], 
 
 
 def _lower_hull(points: Sequence[tuple[float, float, int]]) -> list[tuple[float, float, int]]:
-    """The lower convex hull of points (x, y, ...) with rising x, from the first to the last (Andrew 1979)."""
+    """Returns the lower convex hull of points (x, y, ...) with rising x, from the first to the last (Andrew 1979)."""
     hull: list[tuple[float, float, int]] = []
     for point in points:
         if hull and point[0] <= hull[-1][0]:
@@ -187,7 +188,7 @@ def _lower_hull(points: Sequence[tuple[float, float, int]]) -> list[tuple[float,
 
 
 def even_steps(slots: Sequence[Slot]) -> list[Step]:
-    """Single steps ordered by the share of the slot's units that is gone after each: all slots give alike."""
+    """Returns single steps ordered by the share of the slot's units that is cut after each: all slots lose alike."""
     steps = []
     for slot in slots:
         sizes = range((slot.units - 1) // slot.step * slot.step, 0, -slot.step)
@@ -203,10 +204,10 @@ def spend(
     rho: float,
     may_drop: Callable[[Sequence[str]], bool],
 ) -> dict[str, int]:
-    """The plan of the fewest steps that cuts at least the share `rho` of the cost.
+    """Returns the plan with the fewest steps that cuts at least the share `rho` of the cost.
 
-    may_drop: whether these blocks may all go. One that may not is passed over; once a block goes, its own heads and MLP
-    no longer matter.
+    may_drop: whether these blocks may all be cut. A block that may not is skipped. Once a block is cut, its own heads
+    and MLP no longer matter.
     Raises PqkError when all steps together do not reach rho.
     """
     blocks = {slot.name: slot for slot in slots if slot.kind == "block"}

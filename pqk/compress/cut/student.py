@@ -1,9 +1,9 @@
-"""A smaller network made of a Teacher's own layers: fewer blocks, heads, MLP channels and channels of its dense heads.
+"""Builds a smaller network from a Teacher's own layers, `make_student`: fewer blocks, heads, MLP channels and channels
+of its dense heads.
 
-Of each width stay the units that matter most by size: norm of the weights that make them times norm of the weights
-that read them, both L2. What goes is not lost altogether: on a few samples, every layer that read a unit is refitted to
-take its values from the kept ones. The widths of the token streams are never cut, so blocks can be left out and
-everything still fits.
+Of each width the units with the largest weights stay: L2 norm of the weights that compute them times L2 norm of the
+weights that read them. Every layer that read a cut unit is refitted on a few samples to predict its values from the
+kept ones. The widths of the token streams are never cut, so blocks can be left out and all shapes still match.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from pqk.settings.distill import Distill, StudentCut
 from pqk.settings.seeds import INDICES, LIMIT
 
 STEPS = {"heads": 1, "ffn": 16, "dpt": 8}
-"""Of each kind that may be cut: sizes are multiples of these where the Teacher's are, as kernels waste the rest."""
+"""Kinds that may be cut; sizes are multiples of these numbers where the Teacher's are, as kernels waste the rest."""
 
 
 def remaining(count: int, share: float, step: int = 1) -> int:
-    """How many of `count` units stay when `share` is cut: the nearest multiple of `step` where count is one."""
+    """Returns how many of `count` units stay when `share` is cut: the nearest multiple of `step` where count is one."""
     if share == 0:
         return count
     step = step if count % step == 0 else 1
@@ -35,7 +35,7 @@ def remaining(count: int, share: float, step: int = 1) -> int:
 
 
 def evenly(count: int, keep: int) -> list[int]:
-    """`keep` of `count` layers, evenly spaced, the first and the last among them (one alone: the last)."""
+    """Returns `keep` of `count` layers, evenly spaced, the first and the last among them (one alone: the last)."""
     if keep == 1:
         return [count - 1]
     return [(2 * i * (count - 1) + keep - 1) // (2 * (keep - 1)) for i in range(keep)]  # rounded to the nearest
@@ -44,7 +44,7 @@ def evenly(count: int, keep: int) -> list[int]:
 def plan_of_shares(
     config: Mapping[str, Any], slots: Sequence[Slot], shares: StudentCut, cutting: CuttingPart
 ) -> dict[str, int]:
-    """The plan that cuts its share of every slot, and of each stack of blocks: evenly spaced ones stay."""
+    """Returns the plan that cuts its share of every slot and of each stack of blocks; evenly spaced blocks stay."""
     plan: dict[str, int] = {}
     stacks: dict[str, list[str]] = {}
     for slot in slots:
@@ -69,12 +69,13 @@ def plan_of_shares(
 
 
 def make_student(teacher: Any, spec: Distill, data: TrainingData) -> nn.Module:
-    """A smaller model on the CPU, in eval mode, made of the Teacher's kept layers; the Teacher stays as it is.
+    """Returns a smaller model on the CPU, in eval mode, with the Teacher's kept layers; the Teacher is not changed.
 
-    Depth: evenly spaced blocks, first and last among them, as many as the family allows (`CuttingPart.may_drop`). Of
-    heads and channels each group keeps its most important ones (see the module's text). Numbers are rounded to the
-    nearest; at least one head and one block stay. A share of a kind that the network does not have does nothing.
-    With student.fold_pairs, the layers that read what was cut are refitted on as many samples of the train split; the
+    Depth: evenly spaced blocks stay, the first and last among them; blocks are cut as far as the family allows
+    (`CuttingPart.may_drop`). Of heads and channels each group keeps the most important ones (see the module's
+    docstring). Numbers are rounded to the nearest; at least one head and one block stay. A share of a kind that the
+    network does not have does nothing.
+    With student.fold_pairs, the layers that read cut units are refitted on as many samples of the train split; the
     result is the same at every call. Raises PqkError when torch-pruning is not installed.
     """
     shares, cutting = spec.student, data.cutting
@@ -86,7 +87,7 @@ def make_student(teacher: Any, spec: Distill, data: TrainingData) -> nn.Module:
     weights = dict(working.named_parameters())
     keep: dict[str, Tensor] = {}
     for slot in cut_slots:
-        for group in slot.groups:  # each is chosen by what the cuts before it have left
+        for group in slot.groups:  # by its importance after the cuts before it
             importance = norms(working, [group], "l2_product")[group.name]
             keep[group.name] = most_important(importance, slot.keeps(group, plan[slot.name]))
             refit(working, group, keep[group.name], known)
@@ -96,7 +97,10 @@ def make_student(teacher: Any, spec: Distill, data: TrainingData) -> nn.Module:
 
 
 def _moments(teacher: nn.Module, slots: Sequence[Slot], spec: Distill, data: TrainingData) -> Moments:
-    """Moments of what the readers of these slots see, on samples that no training draws before its millionth step."""
+    """Returns the moments of the inputs of the layers that read these slots.
+
+    The samples are ones that no training draws before its millionth step.
+    """
     shares = spec.student
     if not shares.fold_pairs or not slots:
         return {}

@@ -1,8 +1,8 @@
-"""What can be cut from a network: its units, the weights that belong to each, and the cut itself.
+"""Finds the units that can be cut from a network and the weights of each, and cuts them: `slots_of`, `cut`.
 
 A unit is an attention head, a hidden unit of an MLP, a channel of a convolution, or a whole block. The family names the
-sizes that may shrink (`pqk.families.cutting`). The weights that make a unit and those that read it go together; which
-these are is found by tracing the network with torch-pruning's dependency graph (Fang et al., "DepGraph: Towards Any
+sizes that may shrink (`pqk.families.cutting`). The weights that compute a unit and those that read it are cut together.
+They are found by tracing the network with torch-pruning's dependency graph (Fang et al., "DepGraph: Towards Any
 Structural Pruning", CVPR 2023).
 """
 
@@ -42,7 +42,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Group:
-    """Units that can go one by one, with all weights that each takes along."""
+    """Units that can be cut one by one, with all weights that belong to each."""
 
     name: str
     parts: tuple[Part, ...]
@@ -54,10 +54,10 @@ class Group:
 
 @dataclass(frozen=True)
 class Slot:
-    """One size of the configuration (`pqk.families.cutting.Size`) and the groups of units that have to follow it.
+    """One size of the configuration (`pqk.families.cutting.Size`) and the groups of units whose number it sets.
 
-    name: such as 'blocks.0.ffn', or that of a block that goes whole, which has a group for each of its modules.
-    units: the size now. step: what is cut at a time. follows: layers of this size that no output depends on.
+    name: such as 'blocks.0.ffn', or that of a block that is cut as a whole, which has a group for each of its modules.
+    units: the size now. step: number of units cut at a time. follows: layers of this size that no output depends on.
     """
 
     name: str
@@ -68,11 +68,16 @@ class Slot:
     follows: tuple[str, ...] = ()
 
     def keeps(self, group: Group, units: int) -> int:
-        """How many of a group's units stay when the slot keeps `units`; a group may have a fixed share of the size."""
+        """Returns how many of a group's units stay when the slot keeps `units`.
+
+        The number of units of a group may be a fixed fraction of the size.
+        """
         return group.units * units // self.units
 
     def sizes(self, levels: Sequence[float]) -> list[int]:
-        """Units that stay when these shares go, from many to few, in whole steps and never below one step."""
+        """Returns the numbers of units that stay when these shares are cut, from many to few, in whole steps and at
+        least one step.
+        """
         if self.kind == "block":
             return [0]
         first = max(self.step, (self.units - 1) // self.step * self.step)
@@ -80,13 +85,13 @@ class Slot:
         return sorted((n for n in kept if n < self.units), reverse=True)
 
     def inside(self, block: Slot) -> bool:
-        """Whether this slot lies in a block, and goes with it."""
+        """Returns whether this slot lies in a block, and so is cut with it."""
         modules = tuple(f"{group.name}." for group in block.groups)
         return any(group.name.startswith(modules) for group in self.groups)
 
 
 def slots_of(model: Any, kinds: Collection[str], round_to: int, cutting: CuttingPart) -> list[Slot]:
-    """Everything of these kinds that may be cut from the model; see `CuttingPart.sizes`.
+    """Returns everything of these kinds that may be cut from the model; see `CuttingPart.sizes`.
 
     Raises PqkError when torch-pruning is not installed.
     """
@@ -100,12 +105,12 @@ def slots_of(model: Any, kinds: Collection[str], round_to: int, cutting: Cutting
 
 
 def groups_of(slots: Sequence[Slot]) -> list[Group]:
-    """The groups of all slots but those of whole blocks."""
+    """Returns the groups of all slots except whole blocks."""
     return [group for slot in slots if slot.kind != "block" for group in slot.groups]
 
 
 def _whole(model: nn.Module, name: str) -> Group:
-    """A block as one unit that owns all its weights: without them only the residual path is left."""
+    """Returns a block as one unit that owns all its weights: without them only the residual path is left."""
     parts = [
         Part(f"{name}.{key}", 0, torch.arange(len(weight))[None], False)
         for key, weight in model.get_submodule(name).named_parameters()
@@ -135,7 +140,7 @@ class _Tracer:
             self.names.setdefault(id(module), name)
 
     def group(self, channels: Channels) -> Group:
-        """Channels or heads with all weights that follow them."""
+        """Returns channels or heads with all weights that depend on them."""
         layer = self.model.get_submodule(channels.root)
         pruner = self.graph.get_pruner_of_module(layer)
         count = channels.inner or pruner.get_out_channels(layer)
@@ -153,6 +158,8 @@ class _Tracer:
             rows = torch.tensor(owned).reshape(channels.heads or count, -1).sort(dim=1).values
             name = self.names[id(module)]
             reads = not self.graph.is_out_channel_pruning_fn(item.dep.handler)
+            if name == channels.root and not reads:
+                rows = torch.cat([rows + k * count for k in range(channels.fused)], dim=1)
             transposed = isinstance(module, nn.ConvTranspose2d)  # its weight is (in, out, h, w)
             parts.append(Part(f"{name}.weight", int(reads != transposed), rows, reads))
             if not reads and module.bias is not None:
@@ -162,7 +169,7 @@ class _Tracer:
 
 @torch.no_grad()
 def silence(weights: Mapping[str, Tensor], group: Group, keep: Tensor) -> None:
-    """Zero, in place, the weights of all units of a group but those kept (indices)."""
+    """Sets the weights of all units of a group to zero, in place, except those of the kept units (indices)."""
     gone = torch.ones(group.units, dtype=torch.bool)
     gone[keep.cpu()] = False
     for part in group.parts:
@@ -172,10 +179,11 @@ def silence(weights: Mapping[str, Tensor], group: Group, keep: Tensor) -> None:
 
 @contextlib.contextmanager
 def silenced(model: nn.Module, slot: Slot, keep: Mapping[str, Tensor]) -> Iterator[None]:
-    """Zero the weights of all units of a slot but those kept (group name -> indices), and put them back afterwards.
+    """Sets the weights of all units of a slot to zero except the kept ones (group name -> indices); restores them
+    afterwards.
 
-    The network then computes what it computes without these units. What else happens inside to the weights and biases
-    of the layers concerned is undone as well.
+    Inside the context the network computes the same as without these units. Other changes to the weights and biases of
+    these layers inside the context are undone as well.
     """
     weights = dict(model.named_parameters())
     keys = {part.key for group in slot.groups for part in group.parts}
@@ -192,9 +200,9 @@ def silenced(model: nn.Module, slot: Slot, keep: Mapping[str, Tensor]) -> Iterat
 
 
 def cut(model: Any, slots: Sequence[Slot], plan: Plan, keep: Mapping[str, Tensor], cutting: CuttingPart) -> Any:
-    """A new float32 CPU model with small weights: each group keeps the units `keep` names (ascending indices).
+    """Returns a new, smaller float32 model on the CPU: each group keeps the units in `keep` (ascending indices).
 
-    Only groups of slots in the plan are cut; blocks with 0 units in the plan go as a whole.
+    Only groups of slots in the plan are cut; blocks with 0 units in the plan are cut as a whole.
     """
     blocks = [g.name for slot in slots if slot.kind == "block" and not plan.get(slot.name, 1) for g in slot.groups]
     # build_model puts zeros where weights that no output depends on are missing
@@ -219,7 +227,7 @@ def cut(model: Any, slots: Sequence[Slot], plan: Plan, keep: Mapping[str, Tensor
 
 
 def _renumbered(key: str, blocks: Sequence[str]) -> str:
-    """The name of a weight once these blocks ('stack.3') are gone: those behind them move up."""
+    """Returns the name of a weight after these blocks ('stack.3') are cut: the blocks behind them are renumbered."""
     for stack in {block.rpartition(".")[0] for block in blocks}:
         if key.startswith(f"{stack}."):
             index, _, rest = key.removeprefix(f"{stack}.").partition(".")

@@ -1,4 +1,4 @@
-"""Records what the graphs of a model are fed while calibration samples run through its float graphs."""
+"""Records the inputs of a model's graphs while calibration samples run through its float graphs: `Recording`."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from pqk.settings.workload import Workload
 class Recording:
     """Calibration feeds by graph, each re-iterable and sized. A context manager that owns the files behind them.
 
-    Every toolchain calibrates on the same feeds: those of the float graphs on ONNX Runtime. Feeds of a graph that no
-    other graph reaches are made anew in every iteration; those of the others are kept in a folder inside `folder`, so
-    that memory holds one of them.
+    Every toolchain calibrates on the same feeds: those of the float graphs on ONNX Runtime. Feeds of a graph that
+    depends on no other graph are computed again in every iteration. Those of the other graphs are kept in a folder
+    inside `folder`, so that only one of them is in memory.
     """
 
     def __init__(
@@ -38,16 +38,16 @@ class Recording:
 
     @property
     def count(self) -> int:
-        """How many calibration samples there are."""
+        """Returns the number of calibration samples."""
         return len(self._samples)
 
     def feeds(self, use: GraphUse) -> _Live | _Kept:
-        """Returns the feeds of a graph; the samples 0, every, 2 every ... feed it."""
+        """Returns the feeds of a graph, from the samples 0, every, 2 every ..."""
         live = _Live(self, use)
         return live if not use.after else _Kept(live, Path(self._kept.name) / use.name)
 
     def recorded(self, use: GraphUse) -> Iterator[list[Feeds]]:
-        """Yields the feeds of all calls of one sample after the other."""
+        """Yields, sample by sample, the feeds of all calls."""
         with on_reference({name: self._graphs[name] for name in use.after}) as engines:
             for index in range(0, len(self._samples), use.every):
                 recorder = Recorder(use.name, engines, self._graphs)
@@ -56,7 +56,7 @@ class Recording:
 
 
 class _Live:
-    """Feeds that are made anew in every iteration."""
+    """Feeds that are computed again in every iteration."""
 
     def __init__(self, recording: Recording, use: GraphUse) -> None:
         self.recording, self.use = recording, use
@@ -71,7 +71,7 @@ class _Live:
 
 
 class _Kept:
-    """Feeds on disk."""
+    """Feeds that are kept on disk."""
 
     def __init__(self, live: _Live, folder: Path) -> None:
         folder.mkdir()

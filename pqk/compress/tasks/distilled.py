@@ -1,4 +1,6 @@
-"""Stage K in its worker process: makes a student of the Teacher, or takes the model before it, and distils."""
+"""Runs stage K in its worker process, `train_distilled`: distils into a student cut from the Teacher, or into the model
+of the stage before.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +20,10 @@ from pqk.settings.distill import Distill
 
 
 def train_distilled(request: Mapping[str, Any]) -> dict[str, Any]:
-    """Distil. Request: see `pqk.recipe.training`; `before` is None where K starts from the Teacher.
+    """Distils. Request: see `pqk.recipe.training`; `before` is None where K starts from the Teacher.
 
-    Writes out/model and returns what `pqk.compress.train.trained.finish` does, its report empty. Raises CheckFailed
-    when the card's hours are spent: the checkpoint stays, and the same run with a larger budget goes on from there.
+    Writes out/model and returns the result of `pqk.compress.train.trained.finish`, its report empty. Raises CheckFailed
+    when the card's hours are used up: the checkpoint stays, and the same run with a larger budget resumes from it.
     """
     scratch, seed = Path(request["scratch"]), request["seed"]
     teacher = load_model(request["teacher"])

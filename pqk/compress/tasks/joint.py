@@ -1,4 +1,4 @@
-"""The joint recipe in its worker process: gates and quantization in one training, then the cut network settles."""
+"""Runs the joint recipe in its worker process, `train_joint`: training with gates, cut, training of the cut network."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ from pqk.store.progress import tell
 
 
 def train_joint(request: Mapping[str, Any]) -> dict[str, Any]:
-    """The worker's side. Request: see `pqk.recipe.joint.join`.
+    """Runs both phases, as a task of a worker process. Request: see `pqk.recipe.joint.join`.
 
-    Writes out/model, the float network of the trained weights, and the finished graphs.
+    Writes out/model, the float network with the trained weights, and the finished graphs.
     Returns failed, reason, steps, training_s, drop_pct, history and report as `pqk.compress.train.trained.finish` does,
-    and graphs (none when a rule gave the run up), images, feeds, notes and peak_bytes as `quantize_graphs` does. Raises
-    CheckFailed when the card's hours are spent.
+    and graphs (none when a stop rule ended the run as failed), images, feeds, notes and peak_bytes as `quantize_graphs`
+    does. Raises CheckFailed when the card's hours are used up.
     """
     spec = Joint.model_validate_json(json.dumps(request["spec"]))
     scratch, rules = Path(request["scratch"]), request["rules"]
     teacher = load_model(request["teacher"])
     cut = scratch / "cut"
-    if not (cut / "report.json").exists():  # written last: a killed run goes on with its gates
+    if not (cut / "report.json").exists():  # written last: without it a killed run resumes phase 1
         _gates(request, spec, teacher, cut)
     about = json.loads((cut / "report.json").read_text())
     small = load_model(cut)
@@ -65,7 +65,7 @@ def train_joint(request: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _gates(request: Mapping[str, Any], spec: Joint, teacher: Any, cut: Path) -> None:
-    """The first phase: writes the cut network into the folder `cut`, and report.json last."""
+    """Runs phase 1: writes the cut network into the folder `cut`, and report.json last."""
     scratch, seed = Path(request["scratch"]), request["seed"]
     tell({"text": "importance of heads and MLP units", "share": 0.0})
     kept = scratch / "importance.pt"
@@ -91,7 +91,7 @@ def _gates(request: Mapping[str, Any], spec: Joint, teacher: Any, cut: Path) -> 
         stop=_whole_stop(phase, request["rules"]),
         report=lambda p: tell_phase(phase(p)),
     )
-    tell({"text": "cutting what the gates shut", "share": spec.gates.epochs / spec.train.epochs})
+    tell({"text": "cutting the units with shut gates", "share": spec.gates.epochs / spec.train.epochs})
     small, report = cut_gates(teacher, weights, plan, gated)
     save_model(small, cut)
     write_json(
@@ -109,7 +109,7 @@ def _gates(request: Mapping[str, Any], spec: Joint, teacher: Any, cut: Path) -> 
 def _settled(
     request: Mapping[str, Any], spec: Joint, teacher: Any, small: Any, told: dict[str, Any], rules: StopRules
 ) -> tuple[dict[str, Any], Any]:
-    """The second phase: `told` with what it found and the finished graphs, and the trained float network."""
+    """Runs phase 2: returns `told` with its results and the finished graphs, and the trained float network."""
     phase = Whole(spec, gates=False, seconds=told["training_s"])
     tell({"text": "ranges of the cut network", "share": spec.gates.epochs / spec.train.epochs})
     with tempfile.TemporaryDirectory(prefix=".graphs-", dir=request["scratch"]) as folder:
@@ -154,7 +154,7 @@ def _settled(
 
 
 def _prepared(request: dict[str, Any]) -> tuple[Each[Any], Calibrated]:
-    """The modules of request['model'], as the quantizer prepares them, and the job that can finish them."""
+    """Returns the modules of request['model'] as the quantizer prepares them, and the job that can finish them."""
     job = Calibrated(request, modules=True)
     return prepare(job), job
 

@@ -1,4 +1,4 @@
-"""Stage P in its worker process: prunes a model and fine-tunes what is left, against the Teacher."""
+"""Runs stage P in its worker process, `train_pruned`: prunes a model and fine-tunes it against the Teacher."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from pqk.store.progress import tell
 
 
 def train_pruned(request: Mapping[str, Any]) -> dict[str, Any]:
-    """Prune and train. Request: see `pqk.recipe.training`; `before` is None where P starts from the Teacher.
+    """Prunes and trains. Request: see `pqk.recipe.training`; `before` is None where P starts from the Teacher.
 
-    Writes out/model and returns what `pqk.compress.train.trained.finish` does. Raises CheckFailed when the card's hours
-    are spent: the checkpoint stays, and the same run with a larger budget goes on from there.
+    Writes out/model and returns the result of `pqk.compress.train.trained.finish`. Raises CheckFailed when the card's
+    hours are used up: the checkpoint stays, and the same run with a larger budget resumes from it.
     """
     scratch, seed, data = Path(request["scratch"]), request["seed"], opened_training(request)
     teacher = load_model(request["teacher"])
     start = load_model(request["before"]) if request["before"] else teacher
     pruning = Prune.model_validate_json(json.dumps(request["spec"]))
     kept = scratch / "pruned"
-    if not (kept / "report.json").exists():  # written last: a killed run prunes anew
+    if not (kept / "report.json").exists():  # written last: without it a killed run prunes again
         small, found = prune(start, pruning, data, seed=seed, report=lambda line: tell({"text": line, "share": 0.0}))
         save_model(small, kept)
         write_json(kept / "report.json", found.as_dict())

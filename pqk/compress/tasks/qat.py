@@ -21,11 +21,12 @@ _TRIMMED_EVERY = 8  # images
 
 
 class _Trimmed:
-    """Calibration feeds; every few of them, memory that is free goes back to the system.
+    """Calibration feeds; after every few of them, free memory is returned to the system.
 
-    A quantizer in torch keeps a few numbers of each image. They come to lie between the activations of one image and
-    the next, so that glibc can put nothing large there again: without this, 512 images at 512 x 512 took from 8 to
-    more than 23 GB for a network of 12 M parameters. Other C libraries have no such call and are left alone.
+    A quantizer in torch keeps a few numbers of each image. They are allocated between the activations of one image and
+    those of the next, so that glibc cannot reuse the space for large arrays. Without this, 512 images at 512 x 512 took
+    from 8 to more than 23 GB for a network of 12 M parameters. With other C libraries, which have no such call,
+    nothing is done.
     """
 
     def __init__(self, feeds: Iterable[Feeds]) -> None:
@@ -55,10 +56,11 @@ def finished(job: Calibrated, parts: Any) -> dict[str, Graph]:
 
 
 def train_quantized(request: Mapping[str, Any]) -> dict[str, Any]:
-    """The worker's side. Request: that of `Calibrated`, and train, qat (the config's section), seed, rules, scratch.
+    """Trains in quantized form, as a task of a worker process.
 
-    Returns what `quantize_graphs` does, and reason, steps, training_s and drop_pct as
-    `pqk.compress.train.trained.finish` does. Raises CheckFailed when the card's hours are spent.
+    Request: that of `Calibrated`, and train, qat (the config's section), seed, rules, scratch. Returns the result of
+    `quantize_graphs`, and reason, steps, training_s and drop_pct as `pqk.compress.train.trained.finish` does. Raises
+    CheckFailed when the card's hours are used up.
     """
     job = Calibrated(dict(request), modules=True)
     teacher: Any = job.model

@@ -1,4 +1,4 @@
-"""Quantizes the graphs of a model after training (PTQ), each calibrated on what it is fed in the float model."""
+"""Quantizes the graphs of a model after training (PTQ), each calibrated on its inputs in the float model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Made = TypeVar("Made")
 
 @dataclass(frozen=True)
 class Each(Generic[Made]):
-    """What was made of each graph, on how many images, and how many feeds each graph got."""
+    """Results by graph, the number of calibration images, and the number of feeds of each graph."""
 
     made: dict[str, Made]
     images: int
@@ -30,7 +30,7 @@ class Each(Generic[Made]):
 
 
 class Calibrated:
-    """The graphs of a model with what a quantizer needs to lower them: sources, specs and calibration feeds.
+    """The graphs of a model with everything a quantizer needs to lower them: sources, specs and calibration feeds.
 
     Request: family, workload, samples (of the calibration split), backend, quantizer, model (where modules are loaded
     from), graphs, ptq (the config's section), out. Raises PqkError for an unknown quantizer and a calibration set
@@ -47,7 +47,7 @@ class Calibrated:
             )
         self.quantizer: Any = quantizers[request["quantizer"]]
         self.ptq, self.out = request["ptq"], Path(request["out"])
-        # Weights alone are rounded without data: one sample tells shapes and names.
+        # Quantizing only weights needs no data: one sample is enough for shapes and names.
         self.weights_only = self.ptq["bits_a"] > self.ptq["bits_w"]
         wanted = 2 if self.weights_only else self.ptq["calibration_images"]
         self.family, self.workload, found = opened(request)
@@ -59,7 +59,7 @@ class Calibrated:
         self._notes: dict[str, list[str]] = {}
 
     def source(self, name: str) -> Source:
-        """The graph of that name and, where they are needed, its module and example inputs."""
+        """Returns the graph of that name and, where they are needed, its module and example inputs."""
         graph, module = self.graphs[name], self.modules.get(name)
         return Source(
             name,
@@ -70,7 +70,7 @@ class Calibrated:
         )
 
     def spec(self, name: str, samples: int) -> QuantSpec:
-        """How the graph of that name is to be lowered."""
+        """Returns the settings for lowering the graph of that name."""
         ptq = self.ptq
         return QuantSpec(
             bits_w=ptq["bits_w"],
@@ -87,10 +87,10 @@ class Calibrated:
         )
 
     def each(self, lower: Callable[[Source, QuantSpec, Iterable[Feeds]], Made]) -> Each[Made]:
-        """Returns what `lower` makes of each graph.
+        """Returns the result of `lower` for each graph.
 
-        A BackendError names the graph where an item of its calibration set is at fault, and has a hint where an entry
-        of the keep-list is.
+        A BackendError names the graph when an item of its calibration set is at fault, and has a hint when an entry of
+        the keep-list is.
         """
         made: dict[str, Made] = {}
         feeds: dict[str, int] = {}
@@ -115,7 +115,9 @@ class Calibrated:
             raise type(error)(f"{name}: {error}{more}") from error
 
     def calibrated(self, made: Each[Any]) -> dict[str, Any]:
-        """Returns what the parent is told: images, and feeds by graph; nothing where only weights are lowered."""
+        """Returns the results for the parent process: images and feeds by graph (none when only weights are lowered),
+        notes, and peak memory in bytes.
+        """
         return {
             "images": 0 if self.weights_only else made.images,
             "feeds": {} if self.weights_only else made.feeds,
@@ -124,12 +126,14 @@ class Calibrated:
         }
 
     def notes(self) -> list[str]:
-        """Returns what the quantizer said of the graphs that it lowered; see `merge_notes`."""
+        """Returns the quantizer's notes on the graphs that it lowered; see `merge_notes`."""
         return merge_notes(self._notes)
 
 
 def merge_notes(of_graphs: Mapping[str, Sequence[str]]) -> list[str]:
-    """Returns the notes of several graphs: those of all first, then the others, each behind the name of its graph."""
+    """Returns the notes of several graphs: first those that all graphs share, then the others, each prefixed with the
+    name of its graph.
+    """
     every = dict.fromkeys(note for notes in of_graphs.values() for note in notes)
     shared = [note for note in every if all(note in notes for notes in of_graphs.values())]
     return shared + [f"{name}: {note}" for name, notes in of_graphs.items() for note in notes if note not in shared]
@@ -138,7 +142,7 @@ def merge_notes(of_graphs: Mapping[str, Sequence[str]]) -> list[str]:
 def quantize_graphs(request: dict[str, Any]) -> dict[str, Any]:
     """Quantizes the graphs into `out`. Request: see `Calibrated`.
 
-    Returns graphs, the images and feeds that ranges were measured on (none where only weights are lowered), the
+    Returns graphs, the images and feeds that ranges were measured on (none when only weights are lowered), the
     quantizer's notes, and the peak memory in bytes.
     """
     job = Calibrated(request)

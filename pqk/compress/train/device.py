@@ -1,4 +1,4 @@
-"""Picks the device that a training runs on."""
+"""Picks the device of a training: `pick_device`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pqk.errors import PqkError, nearest
 
 
 def pick_device(name: str) -> torch.device:
-    """'auto' is CUDA where there is one. Raises PqkError for a device that is unknown or not there."""
+    """Returns the device; 'auto' is CUDA where there is one. Raises PqkError for an unknown or unavailable device."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):

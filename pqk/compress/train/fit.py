@@ -1,7 +1,7 @@
-"""Trains a model of any family for any method: a loss, a schedule, and what came out of it.
+"""Trains a model of any family with any method: `fit`.
 
 Distillation, fine-tuning after pruning, quantization-aware training and the joint recipe differ in their loss and in
-the model they start from; the loop, its schedule, its resuming and its validation are the same, and are here.
+their initial model. Training loop, schedule, resuming and validation are the same for all, and are here.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from pqk.settings.training import Fit
 
 Outputs = Mapping[str, Any]
 LossOf = Callable[[nn.Module, Any, Outputs | None, float], Tensor]
-"""The module that gives outputs for a batch, a batch, the Teacher's outputs for it (where they were asked for), share
-of the run in [0, 1] -> the loss."""
+"""(module that returns outputs for a batch, batch, the Teacher's outputs for it where they were requested, share of the
+run in [0, 1]) -> loss."""
 Stop = Callable[[Progress], str | None]
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """What a training left.
+    """Result of a training.
 
-    model: the best averaged weights, in eval mode on the CPU; those of the start are among them. last: the averaged
-    weights at its end. outcome: 'done' or 'stopped', with its reason. history: one entry per validation, the first of
-    step 0, with step, seconds and what `Judge` gives. seconds: time spent training, over all its resumed parts.
+    model: network with the best averaged weights, in eval mode on the CPU; the initial weights count too. last: the
+    averaged weights at the end. outcome: 'done' or 'stopped', with its reason. history: one entry per validation, the
+    first at step 0, with step, seconds and the result of `Judge`. seconds: training time over all resumed parts.
     """
 
     model: nn.Module
@@ -47,7 +47,7 @@ class Fitted:
 
 
 class _Together(nn.Module):
-    """The model and what is trained beside it and thrown away afterwards."""
+    """The model, and an extra module that is trained with it and discarded afterwards."""
 
     def __init__(self, model: nn.Module, extra: nn.Module | None) -> None:
         super().__init__()
@@ -72,19 +72,19 @@ def fit(
     stop: Stop | None = None,
     report: Callable[[Progress], None] | None = None,
 ) -> Fitted:
-    """Train `model` in place and return the best averaged weights, judged on held-out samples at the start and after
+    """Trains `model` in place; returns the best averaged weights, scored on held-out samples at the start and after
     every epoch.
 
-    model: a whole one, or an nn.ModuleDict of the modules of its graphs. seed: of the training batches; held-out ones
-    are the same for every seed. scratch: a folder for the checkpoint; a run that was killed continues from there, and
-    on one CPU its final weights equal those of an undisturbed run bit for bit. It belongs to one model, spec and seed:
-    the caller sees to that. teacher: each validation then has the drop against it; it moves to the training device and
-    stays as it is. guided: the loss wants the Teacher's outputs. watched: what of the Teacher and of the model is kept
-    as features, see `LearningPart.features`. extra: a module whose parameters are trained too, such as projections of
-    features. nearest: the best weights are those nearest to the Teacher (`Judge`). stop: see `Trainer.run`; called
-    after every step.
-    Raises PqkError for a device that is not there, a damaged checkpoint, a training that diverges to NaN, and for what
-    the data raises.
+    model: a whole model, or an nn.ModuleDict of the modules of its graphs. seed: of the training batches; the held-out
+    ones are the same for every seed. scratch: a folder for the checkpoint; a run that was killed continues from there,
+    and on one CPU its final weights equal those of an undisturbed run bit for bit. The caller makes sure that it
+    belongs to one model, spec and seed. teacher: each validation then has the drop against it; it moves to the training
+    device and is not changed. guided: the loss needs the Teacher's outputs. watched: the layers of Teacher and model
+    whose outputs are kept as features, see `LearningPart.features`. extra: a module whose parameters are trained too,
+    such as projections of features. nearest: the best weights are those nearest to the Teacher (`Judge`). stop: see
+    `Trainer.run`; called after every step.
+    Raises PqkError for a device that is not available, a damaged checkpoint, a training that diverges to NaN, and
+    errors of the data.
     """
     where = pick_device(device)
     autocast, learning = where.type == "cuda", data.learning
@@ -132,13 +132,13 @@ def fit(
         return judge(frozen.model)
 
     if trainer.progress.step == 0 and not trainer.progress.history:
-        trainer.judge(validate)  # a model that begins close to its Teacher must not come out worse
+        trainer.judge(validate)  # a model that starts close to its Teacher must not get worse
     outcome = trainer.run(
         loss,
         wrapped=Forward(learning, parts_of(learning, together.model), watched[1]),
         validate=validate,
         every=spec.steps_per_epoch,
-        patience=spec.epochs + 1,  # when to give up is the business of `stop`
+        patience=spec.epochs + 1,  # `stop` decides when to give up
         checkpoint=checkpoint,
         report=report,
         batch_of=lambda share: spec.stage_at(share).batch,

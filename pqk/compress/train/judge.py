@@ -1,4 +1,6 @@
-"""Scores a network in training on held-out samples: by the family's metrics, and by its distance from a Teacher."""
+"""Scores a network in training on held-out samples, `Judge`: by the family's metrics, and by its distance from a
+Teacher.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +17,11 @@ from pqk.families.contract import Batches, Family, LearningPart, Metric
 from pqk.stats.intervals import Interval, drop_interval, mean_interval
 
 Rows = list[list[dict[str, float]]]
-"""Of each sample the metrics of every time that it was predicted."""
+"""For each sample, the metrics of each of its predictions."""
 
 
 class Forward(nn.Module):
-    """The family's forward over the modules of its graphs, as one module: a batch in, outputs out."""
+    """The family's forward pass over the modules of its graphs, as one module: a batch in, outputs out."""
 
     def __init__(self, learning: LearningPart, parts: Mapping[str, nn.Module], watched: Any = None) -> None:
         super().__init__()
@@ -30,12 +32,12 @@ class Forward(nn.Module):
 
 
 def parts_of(learning: LearningPart, model: nn.Module) -> Mapping[str, nn.Module]:
-    """The modules of the graphs of a model, which may be those modules already (nn.ModuleDict)."""
+    """Returns the modules of the graphs of a model, which may already be given as these modules (nn.ModuleDict)."""
     return dict(model.items()) if isinstance(model, nn.ModuleDict) else learning.parts(model)
 
 
 class Judge:
-    """Scores networks on the held-out batches of a training, against the Teacher where there is one.
+    """Scorer of networks on the held-out batches of a training, against the Teacher where there is one.
 
     nearest: the best weights are those whose outputs are nearest to the Teacher's (`LearningPart.distance`, with these
     options), instead of those with the best main metric.
@@ -49,8 +51,9 @@ class Judge:
         teacher: nn.Module | None = None,
         nearest: Mapping[str, Any] | None = None,
     ) -> None:
-        """amp: what forward passes run in. Raises PqkError as calling does, and where the truth would be a Teacher's
-        and there is none.
+        """Scores the Teacher where there is ground truth. amp: returns the context in which forward passes run.
+
+        Raises PqkError as `__call__` does, and when there is neither ground truth nor a Teacher.
         """
         self._learning, self._batches, self._amp, self._nearest = family.learning_part(), batches, amp, nearest
         self._metric: Metric = family.settings_part().METRICS[0]
@@ -58,7 +61,7 @@ class Judge:
         self._teacher = None if teacher is None else Forward(self._learning, self._learning.parts(teacher.eval()))
         self._answers: list[dict[str, Any]] = []  # of the Teacher, where they are needed again and again
         if self._teacher is None and not batches.truthful:
-            raise PqkError("without ground truth a training needs a Teacher, whose outputs play it")
+            raise PqkError("without ground truth a training needs a Teacher: its outputs replace the ground truth")
         self._base: list[float] | None = None
         if self._teacher is not None and batches.truthful:
             self._base = self._samples(self._rows(self._teacher)[0])
@@ -78,7 +81,9 @@ class Judge:
         return found if drop is None else {**found, "drop_pct": drop.value, "drop_low": drop.low}
 
     def _drop(self, mine: list[float]) -> Interval | None:
-        """The drop against the Teacher; where its outputs are the truth, the error itself if that tells a drop."""
+        """Returns the drop against the Teacher. Where the Teacher's outputs are the ground truth, this is the error
+        itself, for metrics of which it is a drop; None for others.
+        """
         higher = self._metric.better == "higher"
         if self._base is not None:
             return drop_interval(mine, self._base, range(len(mine)), higher)
@@ -88,7 +93,7 @@ class Judge:
         return mean_interval([100 * sign * (value - self._metric.perfect) for value in mine], range(len(mine)))
 
     def floor(self) -> dict[str, float]:
-        """The means of the family's metrics for a predictor that ignores its input, as 'constant_NAME'."""
+        """Returns the means of the family's metrics for a predictor that ignores its input, as 'constant_NAME'."""
         rows = [row for batch in self._batches.held_out() for row in self._learning.floor(batch)]
         return {f"constant_{name}": value for name, value in self.means(rows).items()}
 
@@ -117,12 +122,12 @@ class Judge:
         return self._answers[number]
 
     def _samples(self, rows: Rows) -> list[float]:
-        """The main metric of each sample that has one, the mean over its predictions."""
+        """Returns the main metric of each sample that has one: the mean over its predictions."""
         each = [[row[self._metric.name] for row in of_sample] for of_sample in rows if of_sample]
         return [math.fsum(values) / len(values) for values in each]
 
     def means(self, rows: Iterable[list[dict[str, float]]]) -> dict[str, float]:
-        """The mean of each metric over all predictions."""
+        """Returns the mean of each metric over all predictions. Raises PqkError as `__call__` does."""
         flat = [row for of_sample in rows for row in of_sample]
         unit, name = self._learning.UNIT, self._metric.name
         if not flat:

@@ -1,4 +1,4 @@
-"""The one training loop: autocast, cosine schedule, EMA, checkpoint and resume, early stop, DDP under torchrun."""
+"""Runs the training loop, `Trainer`: autocast, cosine schedule, EMA, checkpoint and resume, early stop, DDP."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pqk.files import atomic_path
 
 @dataclass
 class Progress:
-    """What the loop reports after each step: counters, the rates of the last step and the validation so far."""
+    """State of a training after a step: counters, the rates of the last step, and the validations so far."""
 
     step: int = 0
     seconds: float = 0.0
@@ -35,7 +35,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Schedule:
-    """When the run ends and how the rate moves. With `minutes` the clock, else the step count, is the measure."""
+    """End of the run and course of the learning rate, measured in time where `minutes` is given, else in steps."""
 
     steps: int
     learning_rate: float
@@ -44,12 +44,12 @@ class Schedule:
     minutes: float | None = None
 
     def share(self, step: int, seconds: float) -> float:
-        """How much of the run is behind us, in [0, 1]."""
+        """Returns the share of the run that is done, in [0, 1]."""
         done = seconds / (60 * self.minutes) if self.minutes else step / self.steps
         return min(1.0, done)
 
     def rate(self, share: float) -> float:
-        """Linear warm-up, then half a cosine down to the final rate."""
+        """Returns the learning rate: linear warm-up, then half a cosine down to the final rate."""
         if share < self.warmup:
             return self.learning_rate * share / self.warmup
         fall = (share - self.warmup) / (1 - self.warmup)
@@ -57,12 +57,12 @@ class Schedule:
 
 
 def world() -> tuple[int, int]:
-    """Rank and number of processes, as torchrun sets them; (0, 1) alone."""
+    """Returns rank and number of processes as torchrun sets them; (0, 1) without torchrun."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Decay matrices and filters, not biases and norms."""
+    """Returns two groups of parameters: matrices and filters, with weight decay; biases and norms, without."""
     trained = [p for p in model.parameters() if p.requires_grad]
     return [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
@@ -71,11 +71,11 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 class Trainer:
-    """Trains `model` on `loss_of(model, step, share)` and keeps an exponential moving average of its weights.
+    """A model in training on `loss_of(model, step, share)`, and the exponential moving average (EMA) of its weights.
 
-    `loss_of` draws its own batch from the step number, so that a resumed run sees what an undisturbed one would.
-    `validate(model)` returns a dict whose 'score' is better when lower; the averaged weights with the best score are
-    kept. Only rank 0 validates and writes.
+    `loss_of` draws its own batch from the step number, so that a resumed run sees the same batches as an undisturbed
+    one. `validate(weights)` returns a dict whose 'score' is better when lower; the averaged weights with the best score
+    are kept. Only rank 0 validates and writes.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class Trainer:
         self.progress = Progress()
 
     def state(self) -> dict[str, Any]:
-        """Everything that a resumed run needs; plain tensors, numbers and lists, so that a safe load can read it."""
+        """Returns everything that a resumed run needs: tensors, numbers and lists, which torch's safe load can read."""
         kept = {k: getattr(self.progress, k) for k in ("step", "seconds", "best", "stale", "history", "reason")}
         return {
             "model": self.model.state_dict(),
@@ -115,13 +115,13 @@ class Trainer:
         }
 
     def save(self, path: Path) -> None:
-        """Write the checkpoint atomically (rank 0 only)."""
+        """Writes the checkpoint atomically (rank 0 only)."""
         if self.rank == 0:
             with atomic_path(path) as temporary:
                 torch.save(self.state(), temporary)
 
     def resume(self, path: Path) -> None:
-        """Continue from a checkpoint. Raises PqkError when it is damaged or belongs to another model."""
+        """Continues from a checkpoint. Raises PqkError when it is damaged or belongs to another model."""
         try:
             saved = torch.load(path, map_location=self.device, weights_only=True)
             self.model.load_state_dict(saved["model"])
@@ -131,25 +131,25 @@ class Trainer:
                 setattr(self.progress, key, value)
             if "best" in saved:
                 kept = saved["best"]
-            else:  # written before the best average was kept: the present one, with the last score there is, stands in
+            else:  # an old checkpoint without the best average: take the current one, with the last score
                 kept, history = saved["ema"], self.progress.history
                 self.progress.best = history[-1]["score"] if history else math.inf
             self.best = None if kept is None else {k: v.to("cpu") for k, v in kept.items()}
         except Exception as error:
             raise PqkError(
-                f"{path}: not a checkpoint of this model ({type(error).__name__}); start afresh with --fresh"
+                f"{path}: not a checkpoint of this model ({type(error).__name__}); start over with --fresh"
             ) from error
 
     def averaged(self) -> dict[str, torch.Tensor]:
-        """The averaged weights, float32."""
+        """Returns the averaged weights, float32."""
         return {k: v.clone() for k, v in self.ema.items()}
 
     def best_averaged(self) -> dict[str, torch.Tensor]:
-        """The averaged weights of the best validation, float32; the present ones where nothing was validated."""
+        """Returns the averaged weights of the best validation, float32; the current ones before any validation."""
         return self.averaged() if self.best is None else {k: v.clone() for k, v in self.best.items()}
 
     def judge(self, validate: Callable[[dict[str, torch.Tensor]], dict[str, Any]]) -> None:
-        """Validate the averaged weights, and keep them when they are the best so far."""
+        """Validates the averaged weights, and keeps them when they are the best so far."""
         p = self.progress
         scores = validate(self.averaged())
         p.history.append({"step": p.step, "seconds": p.seconds, **scores})
@@ -160,8 +160,8 @@ class Trainer:
             p.stale += 1
 
     def _average(self) -> None:
-        # A short memory at first, or the random start would linger. (torch's AveragedModel takes the weights of the
-        # first step as they are instead, which would change every run.)
+        # A small decay at first, or the random initial weights would stay in the average for long. (torch's
+        # AveragedModel takes the weights of the first step instead, which would change every run.)
         decay = min(self.decay, (1 + self.progress.step) / (10 + self.progress.step))
         with torch.no_grad():
             mine = self.model.state_dict()
@@ -170,7 +170,7 @@ class Trainer:
             torch._foreach_lerp_(averaged, current, 1 - decay)
 
     def _shared(self, value: float) -> float:
-        """Rank 0's value on every rank: processes must agree on when to stop and which stage they are in."""
+        """Returns rank 0's value on every rank: processes must agree on when to stop and which stage they are in."""
         if self.world == 1:
             return value
         box = torch.tensor([value], dtype=torch.float64, device=self.device)
@@ -192,18 +192,18 @@ class Trainer:
         batch_of: Callable[[float], int] | None = None,
         stop: Callable[[Progress], str | None] | None = None,
     ) -> str:
-        """Train until the schedule ends, the score stops improving, `stop` gives a reason, or `pause_after_s` is over.
+        """Trains until the schedule ends, the score stops improving, `stop` gives a reason, or `pause_after_s` is over.
 
-        `stop` is asked after every step; it returns the reason, which `progress.reason` keeps, or None to go on.
-        Returns 'done', 'early', 'stopped' or 'paused'. The checkpoint is written on the way and at the end. When the
-        schedule has ended, the last weights are validated too.
+        `stop` is called after every step; it returns the reason, which `progress.reason` keeps, or None to continue.
+        Returns 'done', 'early', 'stopped' or 'paused'. The checkpoint is written during the run and at the end. When
+        the schedule has ended, the last weights are validated too.
         """
         p = self.progress
         if p.reason is not None:  # a resumed run that had been stopped
             return "stopped"
         module: nn.Module = self.model if wrapped is None else wrapped
         if self.world > 1:
-            # a model may carry weights that no output depends on, as official files do
+            # a model may have weights that no output depends on, as official files do
             module = nn.parallel.DistributedDataParallel(module, find_unused_parameters=True)
         module.train()
         began, before, saved = time.monotonic(), p.seconds, time.monotonic()
@@ -224,7 +224,7 @@ class Trainer:
             if bool(torch.isfinite(norm)):
                 self.optimizer.step()
                 skipped = 0
-            else:  # one wild batch must not poison the weights; many in a row mean that the run is lost
+            else:  # skip a batch without a finite gradient; many in a row mean that the run is lost
                 skipped += 1
                 if skipped >= 20:
                     raise PqkError(f"no finite gradient in 20 steps in a row, up to step {p.step}; lower learning_rate")

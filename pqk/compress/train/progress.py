@@ -1,4 +1,4 @@
-"""Tells the parent of a worker process how far a training is."""
+"""Reports the progress of a training to the parent of a worker process: `tell_training`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def tell_training(family: Family) -> Callable[[Progress], None]:
-    """Returns what tells step, loss, rate, time left, and the last validation's main metric of a training."""
+    """Returns a function that reports step, loss, rate, time left, and the main metric of the last validation."""
     name, unit = family.settings_part().METRICS[0].name, family.learning_part().UNIT
 
     def report(p: Progress) -> None:

@@ -1,9 +1,9 @@
-"""When a training run is given up: no improvement, drop, divergence, hours, epochs. Pure rules over a run's reports.
+"""Decides when a training run is given up, `StopRules`: no improvement, drop, divergence, hours, epochs.
 
-The lines are those of `configs/eval.yaml` (`stop_loss`, `early_stop`), as the card tightens them. The training loop
-asks `StopRules.check` as it goes; the runner asks `judge` for the kind of a stop, and `at_end` when the run is over.
-Differences smaller than their own noise decide nothing. Nothing here trains or needs torch.
-What to do about a failed stage: `pqk.recipe.rollback`.
+The rules depend on a run's reports alone. The lines are those of `configs/eval.yaml` (`stop_loss`, `early_stop`), as
+tightened by the card. The training loop calls `StopRules.check` after each step; the runner calls `judge` for the kind
+of a stop, and `at_end` when the run is over. Differences smaller than their own noise decide nothing. Nothing here
+trains or needs torch. What to do about a failed stage: `pqk.recipe.rollback`.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ DIVERGED = 2.0
 
 @dataclass(frozen=True)
 class Stop:
-    """Why a run ends: its kind, and one sentence with the numbers.
+    """Reason why a run ends: its kind, and one sentence with the numbers.
 
-    no_improvement and max_epochs end a run whose best checkpoint goes on as its result; after the others (`failed`) it
-    is worth nothing without a change.
+    After no_improvement and max_epochs, the best checkpoint is the result of the run. After the other kinds (`failed`)
+    the run has no result, and repeating it without a change is useless.
     """
 
     kind: Kind
@@ -47,11 +47,11 @@ class Stop:
 
 
 def drop_line(stage: str, recipe: Sequence[str], lines: StopLoss) -> tuple[float, str]:
-    """The stop-loss line of a stage of a recipe, in percent of drop against the Teacher, and whose line it is.
+    """Returns the stop-loss line of a stage of a recipe, in percent of drop against the Teacher, and its name.
 
     Main line (K or K→Q): `drop_stop_k_pct`, also for its Q. Q in any other recipe: `drop_stop_q_pct`. P, the joint PQK,
-    and K after P, which starts from what pruning left: `drop_stop_p_pct`. Raises ValueError when the recipe is none or
-    does not have the stage.
+    and K after P, which starts from the pruned network: `drop_stop_p_pct`. Raises ValueError when the recipe is not
+    valid or does not have the stage.
     """
     stages = check_stages(recipe)
     if stage not in stages:
@@ -66,15 +66,15 @@ def drop_line(stage: str, recipe: Sequence[str], lines: StopLoss) -> tuple[float
 
 
 def stale(history: Sequence[Checkpoint], min_improvement_pct: float) -> int:
-    """How many of the last checkpoints in a row brought no improvement.
+    """Returns how many of the last checkpoints in a row brought no improvement.
 
     An improvement is a 'score' (lower is better) at least `min_improvement_pct` percent below that of the last
     improvement; the first checkpoint counts as one. So small gains add up until they count. A score that is not finite
     never counts.
 
-    Where checkpoints have the score of each held-out sample ('scores'), their difference is taken one by one, with its
-    95 % interval: only one whose interval is below 0 is an improvement, and only one whose interval excludes an
-    improvement counts as none. Between them the noise does not tell, and the rule waits: the count stays.
+    Where checkpoints have the score of each held-out sample ('scores'), their differences are taken sample by sample,
+    with a 95 % interval. A checkpoint is an improvement only if the interval is below 0, and raises the count only if
+    the interval excludes an improvement. In between, noise decides, so the count does not change.
     """
     best: Checkpoint | None = None
     count = 0
@@ -93,7 +93,7 @@ def stale(history: Sequence[Checkpoint], min_improvement_pct: float) -> int:
 
 
 def _improved(entry: Checkpoint, best: Checkpoint, least_pct: float) -> tuple[bool, bool]:
-    """Whether `entry` is surely better than `best` by `least_pct`, and whether it surely is not."""
+    """Returns whether `entry` is surely better than `best` by `least_pct`, and whether it surely is not."""
     enough = _score(entry) < _score(best) * (1 - least_pct / 100)
     mine, base = entry.get("scores"), best.get("scores")
     if not mine or not base:
@@ -105,45 +105,45 @@ def _improved(entry: Checkpoint, best: Checkpoint, least_pct: float) -> tuple[bo
 
 
 def untold_drop(history: Sequence[Checkpoint], line_pct: float) -> str | None:
-    """Says that the best checkpoint's drop is above a line by less than its own noise; None where it is not."""
+    """Returns a sentence if the best checkpoint's drop is above a line by less than its own noise, else None."""
     best = best_checkpoint(history)
     drop, low = (best.get("drop_pct"), best.get("drop_low")) if best else (None, None)
     if drop is None or low is None or not low <= line_pct < drop:
         return None
     return (
         f"the drop of {drop:.3g} % on held-out pairs is above the stop-loss line of {line_pct:g} % by less than its "
-        f"noise (at least {low:.3g} %), so it stops nothing"
+        f"noise (it is at least {low:.3g} %), so the run is not stopped"
     )
 
 
 def best_checkpoint(history: Sequence[Checkpoint]) -> Checkpoint | None:
-    """The entry with the lowest finite score: its weights are the ones that are kept."""
+    """Returns the entry with the lowest finite score, whose weights are kept; None without one."""
     finite = [entry for entry in history if math.isfinite(_score(entry))]
     return min(finite, key=_score) if finite else None
 
 
 @dataclass(frozen=True)
 class StopRules:
-    """The lines of one training run; make them with `StopRules.of`.
+    """The stop-loss lines of one training run; make them with `StopRules.of`.
 
-    Judged in this order, on a `Progress` whose `history` has 'step', 'score' (lower is better) and, where it is known,
-    'drop_pct' (against the Teacher on the same samples):
+    The rules are checked in this order, on a `Progress` whose `history` has 'step', 'score' (lower is better) and,
+    where it is known, 'drop_pct' (against the Teacher on the same samples):
 
-    - **diverged**: the newest score is not finite, or above twice that of the first validation: training has made the
-      model far worse than where it began, from where a falling rate does not come back. (Worse than the best one by
-      less than that is for the next rules.) The loss counts only at a checkpoint and only once it was read: the loop
-      leaves out a step whose gradient is not finite, and gives up by itself after twenty in a row.
+    - **diverged**: the newest score is not finite, or above twice that of the first validation. Training has made the
+      model far worse than at the start, and a falling learning rate does not repair that. (Smaller losses against the
+      best score are handled by the next rules.) The loss counts only at a checkpoint and only once it was read: the
+      loop skips a step whose gradient is not finite, and gives up by itself after twenty in a row.
     - **over_budget**: hours of this run times `devices`, plus the card's earlier hours, above
       `gpu_hours_overrun_pct` percent of its budget.
     - **no_improvement**: `no_improve_ckpt` checkpoints in a row without one; see `stale`.
-    - **drop**: the same, where the best checkpoint's drop, and the lower end of its interval ('drop_low'), is above the
-      line. A student that was just cut begins far
-      above any line and comes down as the rate falls, so a drop alone, while it still shrinks, ends no run; a run that
-      lost what it had stops improving too. The run's end is judged by `at_end`.
+    - **drop**: the same, when the best checkpoint's drop, and the lower end of its interval ('drop_low'), is above the
+      line. A student that was just cut starts far above any line and improves as the learning rate falls, so a drop
+      alone ends no run while it still shrinks; a run that lost its quality stops improving too. `at_end` checks the
+      drop at the end of the run.
     - **max_epochs**: more than `max_epochs` epochs, where the run counts in epochs.
 
-    While the learning rate warms up (`warmup`, a share of the run) checkpoints are not held against a run that starts
-    from trained weights: only divergence and hours are.
+    While the learning rate warms up (`warmup`, a share of the run) only divergence and hours are checked, because a run
+    that starts from trained weights may get worse at first.
     """
 
     line_pct: float
@@ -171,7 +171,7 @@ class StopRules:
         devices: int = 1,
         warmup: float = 0.0,
     ) -> StopRules:
-        """The rules for `stage` (P, K, Q or PQK) of a card with this recipe (default: the stage alone).
+        """Returns the rules for `stage` (P, K, Q or PQK) of a card with this recipe (default: the stage alone).
 
         evaluation: the card's own, overrides included. gpu_hours: the card's budget, of which its earlier stages have
         used `spent_hours`. steps_per_epoch: None where a run is not counted in epochs. Raises ValueError for a stage
@@ -196,23 +196,23 @@ class StopRules:
         )
 
     def check(self, progress: Progress) -> str | None:
-        """The reason to stop now, one sentence with the numbers, or None. What the training loop asks."""
+        """Returns the reason to stop now, one sentence with the numbers, or None; called by the training loop."""
         stop = self.judge(progress)
         return stop.why if stop else None
 
     def judge(self, progress: Progress) -> Stop | None:
-        """As `check`, with the kind of the stop."""
+        """Returns the same as `check`, with the kind of the stop."""
         stop = self._diverged(progress) or self._over_budget(progress)
         if stop is None and progress.share >= self.warmup:
             stop = self._stale(progress.history) or self._too_long(progress)
         return stop
 
     def at_end(self, progress: Progress) -> Stop | None:
-        """What a finished run is held against: divergence, and the drop of the best checkpoint."""
+        """Checks a finished run for divergence and for the drop of the best checkpoint; None when it is fine."""
         return self._diverged(progress) or self._dropped(progress.history, "")
 
     def hours(self, progress: Progress) -> float:
-        """The card's GPU (or CPU) hours so far."""
+        """Returns the card's GPU (or CPU) hours so far."""
         return self.spent_hours + self.devices * progress.seconds / 3600
 
     def _diverged(self, progress: Progress) -> Stop | None:
@@ -271,9 +271,9 @@ class StopRules:
 
 
 def stopper(rules: Mapping[str, Any]) -> Callable[[Progress], str | None]:
-    """What a training asks after every step; `rules`: the fields of `StopRules`.
+    """Returns the function that a training calls after every step; `rules`: the fields of `StopRules`.
 
-    Raises CheckFailed there when the card's hours are spent.
+    That function raises CheckFailed when the card's hours are used up.
     """
     lines = StopRules(**rules)
 

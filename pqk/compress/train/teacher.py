@@ -1,4 +1,4 @@
-"""`pqk train teacher`: a family's supervised training on generated samples, and the folder that is shipped."""
+"""Trains a Teacher on generated samples and writes the folder that is shipped: `train_teacher`, `pqk train teacher`."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def train_teacher(
     report: Callable[[Progress], None] | None = None,
     command: str = "pqk train teacher",
 ) -> tuple[str, Progress]:
-    """Train and write `out`/{config.json, model.safetensors (float16), model_card.json}: the best averaged weights.
+    """Trains and writes `out`/{config.json, model.safetensors (float16), model_card.json}: the best averaged weights.
 
-    They are written once the training has ended ('done' or 'early'); a paused one leaves what was there as it is.
-    Resumes from `out`/checkpoint.pt when it belongs to the same spec; otherwise starts from the weights of `init` (what
-    `load_model` reads, of the same configuration), or from random ones. bf16 autocast is on for CUDA. On a CPU it
-    must be asked for: measured with torch 2.13, a step takes half the time with AVX-512 BF16 and several times longer
-    with AMX. Returns the outcome and the last progress.
+    They are written when the training has ended ('done' or 'early'); a paused training does not change these files.
+    Resumes from `out`/checkpoint.pt when it belongs to the same spec; otherwise starts from the weights of `init` (a
+    model that `load_model` reads, of the same configuration), or from random ones. bf16 autocast is on for CUDA. On a
+    CPU it is off unless requested: measured with torch 2.13, a step takes half the time with AVX-512 BF16 and several
+    times longer with AMX. Returns the outcome and the last progress.
     Raises PqkError for an unknown model or device, an impossible budget, a batch that the processes cannot share
     equally, a folder that cannot be written, and a checkpoint that is damaged or of another spec.
     """
@@ -78,7 +78,7 @@ def train_teacher(
             raise PqkError(f"{init} has another configuration than {spec.model}; training cannot start from it")
         model.load_state_dict(first.state_dict())
         start = sha256_state(model.state_dict())
-    # what reaches the convolutions of a transformer's heads has this layout anyway
+    # the inputs of the convolutions in a transformer's heads have this layout anyway
     model = model.to(memory_format=torch.channels_last)
     schedule = Schedule(spec.steps, spec.learning_rate, spec.final_rate, spec.warmup, minutes)
     trainer = Trainer(
@@ -148,7 +148,7 @@ def train_teacher(
 
 
 def family_of_named(name: str) -> Family:
-    """The family that has a configuration of this name. Raises PqkError for a name that none has."""
+    """Returns the family that has a configuration of this name. Raises PqkError when none has."""
     known = {named: of for of in families() for named in of.settings_part().NAMED}
     if name not in known:
         raise PqkError(f"unknown model {name!r}{nearest(name, known)}; known: {', '.join(known)}")
@@ -156,10 +156,11 @@ def family_of_named(name: str) -> Family:
 
 
 def ship(model: nn.Module, out: Path, card_of: Callable[[nn.Module], dict[str, Any]]) -> None:
-    """Replace the model in `out` by this one, in float16, with the card that `card_of` gives and the weights' sha256.
+    """Replaces the model in `out` by this one, in float16, with the card from `card_of` and the weights' sha256.
 
-    `card_of` gets the model as a user will load it. Nothing in `out` changes before it has returned, and the old card
-    goes first, the new one comes last: whenever this is killed, no card stands beside weights that are not its own.
+    `card_of` gets the model as a user will load it. Nothing in `out` changes before it has returned. The old card is
+    removed first and the new one is written last: whenever this is killed, no card lies beside the weights of another
+    model.
     """
     new = out / ".new"
     with clear_write_errors(out):
@@ -180,7 +181,7 @@ def ship(model: nn.Module, out: Path, card_of: Callable[[nn.Module], dict[str, A
 
 
 def sha256_state(state: dict[str, torch.Tensor]) -> str:
-    """Hex sha256 over names and float32 bytes of weights, by sorted name."""
+    """Returns the hex sha256 over names and float32 bytes of the weights, by sorted name."""
     digest = hashlib.sha256()
     for name in sorted(state):
         digest.update(name.encode())
@@ -189,7 +190,7 @@ def sha256_state(state: dict[str, torch.Tensor]) -> str:
 
 
 def _read_json(path: Path) -> Any:
-    """The value of a JSON file; None when it is missing or damaged."""
+    """Returns the value of a JSON file; None when it is missing or damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -206,7 +207,7 @@ def model_card(
     minutes: float | None,
     command: str,
 ) -> dict[str, Any]:
-    """What a reader must know of shipped weights: data, seed, budget, device, metrics, command."""
+    """Returns the model card of shipped weights: data, seed, budget, device, metrics, command."""
     name = f"{cpu_name()}, {allowed_cores()} cores, {torch.backends.cpu.get_cpu_capability()}"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)

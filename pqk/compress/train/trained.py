@@ -1,6 +1,6 @@
-"""Writes what a training leaves in its artifact: the checkpoint with its model card, and the result of its stop rules.
+"""Writes the results of a training into its artifact: the checkpoint with its model card, and the stop rules' verdict.
 
-For the worker's side of the stages P, K and PQK; `pqk.recipe.training` reads it back.
+Used by the worker processes of the stages P, K and PQK; `pqk.recipe.training` reads it back.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ MODEL = "model"
 
 
 def finish(fitted: Fitted, request: Mapping[str, Any], method: str, report: Mapping[str, Any]) -> dict[str, Any]:
-    """Write out/model of a training that ended; returns failed, reason, steps, training_s, drop_pct, waited, history
-    and report. waited: that a drop above the stop-loss line is smaller than its noise; None where it is not.
+    """Writes out/model of a finished training; returns failed, reason, steps, training_s, drop_pct, waited, history
+    and report.
 
-    request: card, method, seed, spec, rules (the fields of `StopRules`) and out. report: of the cut before it.
+    waited: a sentence when the drop is above the stop-loss line by less than its noise, else None. request: card,
+    method, seed, spec, rules (the fields of `StopRules`) and out. report: of the cut before the training.
     """
     best = best_checkpoint(fitted.history) or {}
     end = Progress(step=fitted.steps, seconds=fitted.seconds, history=fitted.history)
@@ -46,7 +47,7 @@ def finish(fitted: Fitted, request: Mapping[str, Any], method: str, report: Mapp
 
 
 def save_trained(model: torch.nn.Module, request: Mapping[str, Any], method: str, told: Mapping[str, Any]) -> None:
-    """Write out/model of a training with its model card: what was asked, and what the training tells of itself."""
+    """Writes out/model of a training with its model card: the request, and the results of the training (`told`)."""
     from pqk.models import save_model
 
     card = {

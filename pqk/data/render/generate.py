@@ -1,4 +1,4 @@
-"""Writes procedural scenes for `pqk data make` as files, in the COLMAP + depth layout that real scenes have."""
+"""Writes generated scenes as files for `pqk data make`, in the COLMAP + depth layout of real scenes: `make_scenes`."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ BAND = 128
 
 @dataclass(frozen=True)
 class ScenePlan:
-    """What one generated scene is asked for; `k` is the neighbour graph whose pairs must overlap."""
+    """The settings of one generated scene. k: neighbours in the pair graph whose pairs must overlap."""
 
     split: str
     seed: int
@@ -62,9 +62,9 @@ def make_scenes(
 ) -> list[Path]:
     """Renders the planned scenes into `out`, several processes side by side; existing scenes are kept.
 
-    `jobs`: how many, by default as many as this process may use cores. Returns the scene folders in the order of the
-    plans. Raises PqkError for a plan with an impossible value, a folder that cannot be written, a folder that already
-    holds something else under a scene's name, and a process that was killed.
+    jobs: number of processes, by default the number of cores that this process may use. Returns the scene folders in
+    the order of the plans. Raises PqkError for a plan with an impossible value, a folder that cannot be written, a
+    folder that already holds something else under a scene's name, and a process that was killed.
     """
     plans = list(plans)
     for plan in plans:
@@ -110,7 +110,7 @@ def make_scenes(
 
 
 def _start_worker() -> None:
-    """One thread per process; and a worker whose parent was killed ends too, where the pool would wait for ever."""
+    """Sets one thread per process; ends the worker when its parent was killed, where the pool would wait forever."""
     torch.set_num_threads(1)
     parent = parent_process()
 
@@ -123,7 +123,7 @@ def _start_worker() -> None:
 
 
 def _is_made(folder: Path, plan: ScenePlan) -> bool:
-    """Tells whether the planned scene is there. Raises PqkError when something else has its name."""
+    """Returns whether the planned scene is there. Raises PqkError when something else has its name."""
     about = folder / "scene.json"
     if not about.exists():
         if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
@@ -134,7 +134,7 @@ def _is_made(folder: Path, plan: ScenePlan) -> bool:
     except ValueError:
         found = None
     if not isinstance(found, dict):
-        raise PqkError(f"{about} is damaged; delete its folder to have the scene made again")
+        raise PqkError(f"{about} is damaged; delete its folder to generate the scene again")
     for key, asked in asdict(plan).items():
         if found.get(key) != asked:
             raise PqkError(
@@ -157,7 +157,7 @@ def _write_one(task: tuple[Path, ScenePlan]) -> str:
 
 
 def find_scene(plan: ScenePlan) -> tuple[SceneBatch, torch.Tensor, torch.Tensor, torch.Generator, dict[str, float]]:
-    """Draws scenes until every used pair overlaps enough, narrowing the camera arc each time.
+    """Draws scenes until every used pair overlaps enough; narrows the camera arc each time.
 
     Returns the scene, cam_to_world (1,V,4,4), field of view (1,V), the generator for the image noise, and the
     covisibility of each used pair. Deterministic in the plan's seed.
@@ -186,7 +186,7 @@ def find_scene(plan: ScenePlan) -> tuple[SceneBatch, torch.Tensor, torch.Tensor,
 
 
 def write_scene(out: Path, plan: ScenePlan) -> Path:
-    """Renders one scene into `out`/<name>; the folder appears whole or not at all."""
+    """Renders one scene into `out`/<name>; the folder is written whole or not at all."""
     scene, pose, fov, generator, shares = find_scene(plan)
     size, target = plan.size, out / plan.name
     images, depth, focal = render(scene, pose, fov, size, size, _bank(), generator, band=BAND)
@@ -238,7 +238,7 @@ _banks: list[torch.Tensor] = []
 
 
 def _bank() -> torch.Tensor:
-    """The texture bank, made once per process."""
+    """Returns the texture bank, made once per process."""
     if not _banks:
         _banks.append(texture_bank())
     return _banks[0]
@@ -251,7 +251,7 @@ def _intrinsics(focal: float, size: int) -> np.ndarray:
 def _sparse_points(
     depth: np.ndarray, pixels: np.ndarray, focal: float, cam_to_world: np.ndarray, step: int = 32
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A coarse grid of surface points and colours: what a structure-from-motion model would hold."""
+    """Returns a coarse grid of surface points and colours, like the points of a structure-from-motion model."""
     size = depth.shape[0]
     v, u = np.mgrid[step // 2 : size : step, step // 2 : size : step].reshape(2, -1)
     z = depth[v, u].astype(np.float64)

@@ -1,9 +1,10 @@
-"""Defines scenes as tensors and finds where rays hit them: rooms with boxes, ellipsoids, cylinders and rolling floors.
+"""Defines scenes as tensors, `SceneBatch`, and intersects rays with them, `nearest_hit`.
 
-World axes follow the cameras: x right, y down, z forward; the floor is y = 0 and up is -y. Lengths are metres. All
-primitives are intersected in closed form, except the rolling floor, whose root is bracketed by marching and closed by
-bisection (error under 0.1 mm; a crest that a ray only grazes, for less than one marching step, is passed over).
-Vectors of rays are kept as planes, one tensor per component: torch is several times faster on those than on triples.
+Scenes are rooms with boxes, ellipsoids, cylinders and rolling floors. World axes follow the cameras: x right, y down, z
+forward; the floor is y = 0 and up is -y. Lengths are metres. All primitives are intersected in closed form, except the
+rolling floor, whose root is bracketed by marching and refined by bisection (error under 0.1 mm; a crest that a ray only
+grazes, for less than one marching step, is missed). Vectors of rays are kept as planes, one tensor per component: torch
+is several times faster on those than on triples.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class SceneBatch:
         return SceneBatch(**{**values, **moved})
 
     def one(self, scene: int, view: int) -> SceneBatch:
-        """The batch that holds a single scene, seen by a single camera."""
+        """Returns the batch with a single scene, seen by a single camera."""
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         chosen = {k: v[scene : scene + 1] for k, v in values.items() if isinstance(v, torch.Tensor)}
         chosen["exposure"] = chosen["exposure"][:, view : view + 1]
@@ -58,7 +59,7 @@ Planes = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # the components of a 
 
 
 def _slab(origin: Planes, direction: Planes, half: Planes) -> tuple[torch.Tensor, torch.Tensor]:
-    """Entry and exit parameters of an axis-aligned box centred at 0 (Kay & Kajiya 1986)."""
+    """Returns entry and exit parameters of an axis-aligned box centred at 0 (Kay & Kajiya 1986)."""
     near, far = [], []
     for o, d, h in zip(origin, direction, half, strict=True):
         inverse = 1.0 / d
@@ -75,17 +76,17 @@ def turned(vector: Planes, cos: torch.Tensor, sin: torch.Tensor) -> Planes:
 
 
 def dot(a: Planes, b: Planes) -> torch.Tensor:
-    """Scalar product per ray."""
+    """Returns the scalar product per ray."""
     return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
 
 
 def per_view(vectors: torch.Tensor) -> Planes:
-    """(N,3), a vector per view, as planes (N,1) that broadcast over the rays of the view."""
+    """Returns vectors (N,3), one per view, as planes (N,1) that broadcast over the rays of the view."""
     return vectors[:, 0, None], vectors[:, 1, None], vectors[:, 2, None]
 
 
 def _bump(sines: list[list[torch.Tensor]], x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-    """Height of the rolling floor above y = 0 (non-negative): sum of a*(1 + sin(kx x + kz z + phase))."""
+    """Returns the height of the rolling floor above y = 0 (non-negative): sum of a*(1 + sin(kx x + kz z + phase))."""
     height = torch.zeros_like(x)
     for a, kx, kz, phase in sines:
         height = height + a * (1 + torch.sin(kx * x + kz * z + phase))
@@ -95,7 +96,7 @@ def _bump(sines: list[list[torch.Tensor]], x: torch.Tensor, z: torch.Tensor) -> 
 def _hit_floor(
     origin: Planes, direction: Planes, waves: torch.Tensor, limit: torch.Tensor, steps: int = 40
 ) -> torch.Tensor:
-    """First parameter t in [0, limit] at which the ray goes below the rolling floor; FAR where it does not."""
+    """Returns the first parameter t in [0, limit] at which the ray goes below the rolling floor; FAR without one."""
     top = 2 * waves[:, :, 0].sum(1)[:, None]
     (ox, oy, oz), (dx, dy, dz) = origin, direction
     down = dy > 1e-6
@@ -133,7 +134,7 @@ def _hit_floor(
 
 
 def lone_on_cpu(rays: torch.Tensor) -> bool:
-    """Tells whether rays (N,P) belong to a single camera on a CPU, where rays that need no work may be left out.
+    """Returns whether rays (N,P) belong to a single camera on a CPU, where rays that need no work may be left out.
 
     On a GPU such a choice costs more than it saves: it waits for the device.
     """
@@ -146,10 +147,10 @@ Window = tuple[int, int, int, int]  # first and last (exclusive) row, then colum
 def windows_of(
     scene: SceneBatch, cam_to_world: torch.Tensor, focal: float, height: int, width: int, rows: tuple[int, int]
 ) -> list[Window]:
-    """Per object the part of a band of rows that it can cover in the image of the one camera, rows from the band's top.
+    """Returns for each object the part of a band of rows that it can cover in the image of the single camera.
 
-    The corners of an object's box span its outline. An object that is absent or behind the camera has an empty window;
-    one that reaches behind the camera has the whole band.
+    Rows count from the top of the band. The corners of an object's box span its outline. An object that is absent or
+    behind the camera has an empty window; one that reaches behind the camera has the whole band.
     """
     corners = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 3)
     cos, sin = scene.turn[0].unbind(-1)
@@ -177,7 +178,9 @@ def windows_of(
 def _hit_object(
     scene: SceneBatch, index: torch.Tensor, k: int, origin: torch.Tensor, direction: Planes
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where rays (N,P) from origin (N,3) enter object k, and whether they do (it is present, hit, and ahead)."""
+    """Returns the parameters at which rays (N,P) from origin (N,3) enter object k, and whether they do (it is present,
+    hit, and ahead).
+    """
     kind = scene.kinds[k]
     cos, sin = scene.turn[index, k, 0, None], scene.turn[index, k, 1, None]
     size = per_view(scene.half[index, k])
@@ -215,10 +218,10 @@ def nearest_hit(
     windows: list[Window] | None = None,
     width: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Nearest hit of every ray (N,P) from origin (N,3): parameter t and surface number, both (N,P).
+    """Returns the nearest hit of every ray (N,P) from origin (N,3): parameter t and surface number, both (N,P).
 
     Surfaces: 0 floor, 1 ceiling, 2-5 walls, 6+ objects. With `windows` (see `windows_of`; one camera, P = rows * width)
-    each object is looked for only there.
+    each object is intersected only there.
     """
     half_x, tall, half_z = per_view(scene.room[index])
     sizes, middles = (half_x, tall / 2, half_z), (torch.zeros_like(tall), -tall / 2, torch.zeros_like(tall))

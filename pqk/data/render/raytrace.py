@@ -1,4 +1,4 @@
-"""Traces rays through batches of generated scenes in plain torch.
+"""Traces rays through batches of generated scenes in plain torch: `trace`.
 
 The same code renders files on a CPU and training pairs on the training device.
 """
@@ -12,9 +12,9 @@ from pqk.data.render.shade import radiance
 
 
 def pixel_rays(focal: torch.Tensor, height: int, width: int, rows: tuple[int, int] | None = None) -> torch.Tensor:
-    """Camera-frame ray directions with z = 1 through pixel centres (+0.5); focal in pixels (N,) -> (N, h*W, 3).
+    """Returns ray directions (N, h*W, 3) in the camera frame, with z = 1, through pixel centres (+0.5).
 
-    `rows` gives the rays of that band of image rows only.
+    focal: (N,) in pixels. rows: only the rays of that band of image rows.
     """
     device = focal.device
     first, last = rows or (0, height)

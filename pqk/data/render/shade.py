@@ -1,4 +1,4 @@
-"""Computes the colours of what rays hit: normals, textures, and Lambert's law under fading point lights."""
+"""Computes the colours of hit points, `radiance`: normals, textures, and Lambert's law under fading point lights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _FACES = ((0, -1, 0), (0, 1, 0), (1, 0, 0), (-1, 0, 0), (0, 0, 1), (0, 0, -1))  
 def radiance(
     scene: SceneBatch, index: torch.Tensor, point: Planes, surface: torch.Tensor, bank: torch.Tensor
 ) -> torch.Tensor:
-    """Linear radiance (N,3,P) of the points (N,P) of N views.
+    """Returns the linear radiance (N,3,P) of the points (N,P) of N views.
 
     index: (N,) scene of each view; surface: (N,P) numbers; bank: textures, see `_texture`.
     """
@@ -39,7 +39,7 @@ def radiance(
 def normal_and_uv(
     scene: SceneBatch, index: torch.Tensor, point: Planes, surface: torch.Tensor
 ) -> tuple[Planes, tuple[torch.Tensor, torch.Tensor]]:
-    """World normals and texture coordinates in metres, anchored to the surface that was hit; planes (N,P)."""
+    """Returns world normals and texture coordinates in metres, anchored to the surface that was hit; planes (N,P)."""
     normal, uv = _of_room(scene, index, point, surface)
     if not scene.kinds:
         return normal, uv
@@ -61,7 +61,7 @@ def normal_and_uv(
 def _of_room(
     scene: SceneBatch, index: torch.Tensor, point: Planes, surface: torch.Tensor
 ) -> tuple[Planes, tuple[torch.Tensor, torch.Tensor]]:
-    """Normals and texture coordinates as if every point lay on floor, ceiling or walls."""
+    """Returns normals and texture coordinates as if every point lay on floor, ceiling or walls."""
     faces = torch.tensor(_FACES, device=surface.device, dtype=point[0].dtype)
     face = surface.clamp(max=5)
     nx, ny, nz = (column[face] for column in faces.unbind(-1))
@@ -84,7 +84,7 @@ def _of_room(
 def _of_objects(
     scene: SceneBatch, index: torch.Tensor, point: Planes, surface: torch.Tensor
 ) -> tuple[Planes, tuple[torch.Tensor, torch.Tensor]]:
-    """Normals and texture coordinates as if every point lay on an object (points of the room: on the first one)."""
+    """Returns normals and texture coordinates as if every point lay on an object (points of the room: on the first)."""
     k = (surface - 6).clamp(min=0)
     flat = index[:, None] * len(scene.kinds) + k
 
@@ -113,14 +113,14 @@ def _of_objects(
 
 
 def _largest(vector: Planes) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tells whether the x component is the largest in size, and whether the y component is; of equal ones the first."""
+    """Returns whether the x component is the largest in size, and whether y is; of equal ones the first counts."""
     x, y, z = (component.abs() for component in vector)
     is_x = (x >= y) & (x >= z)
     return is_x, ~is_x & (y >= z)
 
 
 def _face(scaled: Planes) -> Planes:
-    """The outward normal of the face of a box that a point of its surface, in units of the half sizes, lies on."""
+    """Returns the outward normal of the face of a box at a point of its surface, in units of the half sizes."""
     is_x, is_y = _largest(scaled)
     nothing = torch.zeros_like(scaled[0])
     return (
@@ -131,17 +131,17 @@ def _face(scaled: Planes) -> Planes:
 
 
 def _laid(normal: Planes, anchor: Planes) -> tuple[torch.Tensor, torch.Tensor]:
-    """Texture coordinates: the point projected along the largest component of the normal."""
+    """Returns texture coordinates: the point projected along the largest component of the normal."""
     is_x, is_y = _largest(normal)
     return torch.where(is_x, anchor[2], anchor[0]), torch.where(is_y, anchor[2], anchor[1])
 
 
 def _texture(bank: torch.Tensor, number: torch.Tensor, u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Bilinear lookup with wrap-around in a bank of square textures (T,R,R); u, v in tiles -> values in [0,1]."""
+    """Returns values in [0,1]: bilinear lookup with wrap-around in square textures (T,R,R); u, v in tiles."""
     size = bank.shape[-1]
 
     def cell(tiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Both neighbouring texels, and how far towards the second."""
+        """Returns both neighbouring texels, and the weight of the second."""
         x = (tiles - torch.floor(tiles)) * size
         low = torch.floor(x)
         first = low.long()

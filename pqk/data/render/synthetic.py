@@ -1,8 +1,8 @@
-"""Draws random rooms and camera paths for the ray tracer: gravity-aligned, furnished, seen at eye height.
+"""Draws random rooms and camera paths for the ray tracer, `sample_scenes`: gravity-aligned, furnished, at eye height.
 
-What the scenes look like decides whether a small model learns at all: floor and objects on it, texture scale nearly
-constant in metres, moderate focal lengths, and neither an object nearer than `NEAREST` to a camera nor a wall nearer
-than `MARGIN`.
+The look of the scenes decides whether a small model learns at all: a floor with objects on it, texture scale nearly
+constant in metres, moderate focal lengths, no object nearer than `NEAREST` to a camera and no wall nearer than
+`MARGIN`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ KINDS = (BOX,) * 8 + (ELLIPSOID,) * 3 + (CYLINDER,) * 3
 
 
 def texture_bank(seed: int = 7) -> torch.Tensor:
-    """Tileable grey patterns (T,R,R) in [0,1]: coloured noise, bricks, checks, planks and speckle."""
+    """Returns tileable grey patterns (T,R,R) in [0,1]: coloured noise, bricks, checks, planks and speckle."""
     rng = np.random.default_rng(seed)
     size = TEXTURE_SIZE
     fy, fx = np.meshgrid(np.fft.fftfreq(size) * size, np.fft.fftfreq(size) * size, indexing="ij")
@@ -68,7 +68,7 @@ def texture_bank(seed: int = 7) -> torch.Tensor:
 def sample_cameras(
     room: torch.Tensor, views: int, generator: torch.Generator, spread: tuple[float, float], fov: tuple[float, float]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Arcs of cameras around a point of interest.
+    """Draws arcs of cameras around a point of interest.
 
     room (B,3); `spread` degrees of arc between neighbouring views (lowest, highest); `fov` horizontal degrees.
     Returns cam_to_world (B,V,4,4), field of view in radians (B,V) and the point of interest (B,3).
@@ -94,7 +94,7 @@ def sample_cameras(
     target = interest[:, None] + uniform(-0.12, 0.12, batch, views, 3)
     target = torch.stack([target[..., 0], -uniform(0.55, 1.15, batch, 1).expand(-1, views), target[..., 2]], -1)
     forward = target - position
-    # a camera that the wall pushed onto its target looks along its arc's direction instead
+    # a camera that the wall limits moved onto its target looks along its arc's direction instead
     forward = forward + 1e-3 * torch.stack([-torch.sin(azimuth), torch.zeros_like(x), -torch.cos(azimuth)], -1)
     forward = forward / forward.norm(dim=-1, keepdim=True)
     down = torch.tensor([0.0, 1.0, 0.0], device=device).expand_as(forward)
@@ -172,7 +172,7 @@ def sample_scenes(
         present[:, slot] *= present[:, base]
     gap = (centre[:, None, :, ::2] - pose[:, :, None, :3, 3][..., ::2]).norm(dim=-1).amin(1)
     present *= (gap > half[..., ::2].norm(dim=-1) + NEAREST).float()
-    # drawn even when unused, so that what follows is the same with and without a rolling floor
+    # drawn even when unused, so that the later random numbers are the same with and without a rolling floor
     waves = torch.zeros(batch, 4, 4, device=device)
     heading, number = uniform(0, 2 * math.pi, batch, 4), uniform(0.8, 3.2, batch, 4)
     waves[..., 0] = uniform(0.015, 0.075, batch, 4)
@@ -200,7 +200,7 @@ def sample_scenes(
 
 
 def expose(radiance: torch.Tensor, generator: torch.Generator, noise: float = 0.012) -> torch.Tensor:
-    """Linear radiance to display values in [0,1]: soft shoulder, sRGB-like gamma 1/2.2, sensor noise of std `noise`."""
+    """Converts linear radiance to display values in [0,1]: soft shoulder, gamma 1/2.2, sensor noise of std `noise`."""
     soft = 1 - torch.exp(-1.1 * radiance.clamp(min=0))
     image = soft.clamp(min=1e-6) ** (1 / 2.2)
     image = image + noise * torch.randn(image.shape, generator=generator, device=image.device)
@@ -217,10 +217,10 @@ def render(
     generator: torch.Generator,
     band: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Images (B,V,3,H,W) in [0,1], depth (B,V,H,W) in metres and focal length in pixels (B,V).
+    """Renders and returns images (B,V,3,H,W) in [0,1], depth (B,V,H,W) in metres, focal length in pixels (B,V).
 
-    `band` renders one view and that many rows at a time, which is faster on a CPU: the working set stays in its cache,
-    and objects are only looked for where they can be seen.
+    band: render one view and that many rows at a time, which is faster on a CPU: the working set stays in its cache,
+    and objects are only intersected where they can be seen.
     """
     focal = width / 2 / torch.tan(fov / 2)
     if band is None:

@@ -76,22 +76,22 @@ class Camera:
 
     @property
     def named(self) -> dict[str, float]:
-        """The parameters by name."""
+        """Returns the parameters by name."""
         return dict(zip(CAMERA_MODELS[self.model][1].split(), self.params, strict=True))
 
     @property
     def is_pinhole(self) -> bool:
-        """Tells whether the images are free of lens distortion as they are."""
+        """Returns whether the images are free of lens distortion."""
         return self.model in PINHOLES
 
     @property
     def can_undistort(self) -> bool:
-        """Tells whether the camera has a pinhole matrix that its images can be resampled to."""
+        """Returns whether the camera has a pinhole matrix that its images can be resampled to."""
         return "cx" in self.named
 
     @property
     def K(self) -> np.ndarray:
-        """(3,3) float64: the matrix of the pinhole camera with the same focal lengths and principal point."""
+        """Returns the matrix (3,3) float64 of the pinhole camera with the same focal lengths and principal point."""
         p = self.named
         if "cx" not in p:
             raise PqkError(f"camera model {self.model} has no pinhole matrix")
@@ -128,7 +128,7 @@ def distort(camera: Camera, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, n
 
 
 def _radial_factor(p: dict[str, float], r2: np.ndarray) -> np.ndarray:
-    """Distorted over ideal radius of the models that give it in closed form; 0 where a ray has no image.
+    """Returns distorted over ideal radius, for the models that have it in closed form; 0 where a ray has no image.
 
     FOV: atan(2 r tan(omega / 2)) / omega (Devernay and Faugeras, "Straight lines have to be straight", 2001).
     DIVISION: the inverse of r = r_d / (1 + k r_d^2) (Fitzgibbon, CVPR 2001).
@@ -160,9 +160,9 @@ def _rad_tan_thin_prism(p: dict[str, float], x: np.ndarray, y: np.ndarray) -> tu
 
 
 def largest_radius(camera: Camera) -> float:
-    """Radius (x, y of a ray with z = 1) up to which the distortion polynomial is one-to-one.
+    """Returns the radius (x, y of a ray with z = 1) up to which the distortion polynomial is one-to-one.
 
-    Beyond it the polynomial folds back and would show parts of the image a second time. Found by walking outwards
+    Beyond it the polynomial folds back and would show parts of the image a second time. It is found by moving outwards
     in 16 directions to the image corner's radius and stopping where the distorted radius no longer grows.
     """
     K = camera.K
@@ -177,10 +177,11 @@ def largest_radius(camera: Camera) -> float:
 
 
 def undistort_image(image: np.ndarray, camera: Camera) -> np.ndarray:
-    """(H,W,3) uint8 of the distorted camera -> the same size seen by the pinhole camera `camera.K` (bilinear).
+    """Resamples (H,W,3) uint8 of the distorted camera to the same size, as seen by the pinhole camera `camera.K`
+    (bilinear).
 
-    Pixels without a source are black. Raises PqkError (one sentence, without a file name) when fewer than LEAST_SEEN of
-    the pixels have one: a network would be fed a black picture, and the camera's parameters are wrong.
+    Pixels without a source are black. Raises PqkError (one sentence, without a file name) when the share of pixels with
+    a source is below LEAST_SEEN: the picture would be nearly black, and the camera's parameters are wrong.
     """
     out, seen_pixels = np.zeros_like(image), 0
     for rows, u, v, seen in _sources(camera, image.shape):
@@ -199,7 +200,7 @@ def undistort_image(image: np.ndarray, camera: Camera) -> np.ndarray:
 
 
 def undistort_nearest(values: np.ndarray, camera: Camera) -> np.ndarray:
-    """(H,W) of the distorted camera -> the same size seen by the pinhole camera, nearest neighbour, 0 without source.
+    """Resamples (H,W) of the distorted camera to the pinhole camera's view, nearest neighbour, 0 without source.
 
     Depth along the optical axis keeps its value: undistortion moves a point in the image, not in space.
     """
@@ -211,7 +212,7 @@ def undistort_nearest(values: np.ndarray, camera: Camera) -> np.ndarray:
 
 
 def _sources(camera: Camera, shape: tuple[int, ...]) -> Iterator[tuple[slice, np.ndarray, np.ndarray, np.ndarray]]:
-    """For bands of rows of the pinhole image: the rows, source pixel coordinates u and v, and whether they exist."""
+    """Yields bands of rows of the pinhole image: the rows, source pixel coordinates u, v, and whether they exist."""
     height, width = shape[:2]
     if (width, height) != (camera.width, camera.height):
         raise PqkError(f"the camera is for {camera.width}x{camera.height} pixels, the image has {width}x{height}")

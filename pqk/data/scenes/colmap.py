@@ -6,16 +6,16 @@ Keypoint observations and tracks are skipped when reading: the bench needs camer
 from __future__ import annotations
 
 import math
-import re
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 
 from pqk.data.scenes import colmap_library
 from pqk.data.scenes.camera import CAMERA_MODELS, MODEL_NAMES, Camera
+from pqk.data.scenes.names import stays_inside
 from pqk.errors import PqkError
 from pqk.files import write_text
 
@@ -41,7 +41,7 @@ class ModelImage:
 
     @property
     def world_to_cam(self) -> np.ndarray:
-        """(4,4) float64."""
+        """Returns the matrix (4,4) float64 from world to camera."""
         matrix = np.eye(4)
         matrix[:3, :3] = quaternion_to_rotation(np.array(self.quaternion))
         matrix[:3, 3] = self.translation
@@ -57,7 +57,7 @@ class Model:
 
 
 def quaternion_to_rotation(quaternion: np.ndarray) -> np.ndarray:
-    """(4,) as (w,x,y,z), any length but zero -> (3,3) rotation. Euler-Rodrigues formula."""
+    """Returns the rotation (3,3) of a quaternion (4,), (w,x,y,z) of any length but zero. Euler-Rodrigues formula."""
     w, x, y, z = np.asarray(quaternion, dtype=np.float64) / np.linalg.norm(quaternion)
     return np.array(
         [
@@ -69,22 +69,23 @@ def quaternion_to_rotation(quaternion: np.ndarray) -> np.ndarray:
 
 
 def rotation_to_quaternion(rotation: np.ndarray) -> np.ndarray:
-    """(3,3) rotation -> (4,) unit quaternion (w,x,y,z) with w >= 0.
+    """Returns the unit quaternions (...,4), (w,x,y,z) with w >= 0, of rotations (...,3,3).
 
     The quaternion is the eigenvector of the largest eigenvalue of a symmetric 4x4 matrix (Bar-Itzhack, "New method
     for extracting the quaternion from a rotation matrix", J. Guidance 2000): no case distinction, and stable.
     """
-    r = np.asarray(rotation, dtype=np.float64)
+    r = np.moveaxis(np.asarray(rotation, dtype=np.float64), (-2, -1), (0, 1))
+    o = np.zeros_like(r[0, 0])
     k = np.array(
         [
-            [r[0, 0] + r[1, 1] + r[2, 2], 0, 0, 0],
-            [r[2, 1] - r[1, 2], r[0, 0] - r[1, 1] - r[2, 2], 0, 0],
-            [r[0, 2] - r[2, 0], r[0, 1] + r[1, 0], r[1, 1] - r[0, 0] - r[2, 2], 0],
+            [r[0, 0] + r[1, 1] + r[2, 2], o, o, o],
+            [r[2, 1] - r[1, 2], r[0, 0] - r[1, 1] - r[2, 2], o, o],
+            [r[0, 2] - r[2, 0], r[0, 1] + r[1, 0], r[1, 1] - r[0, 0] - r[2, 2], o],
             [r[1, 0] - r[0, 1], r[0, 2] + r[2, 0], r[1, 2] + r[2, 1], r[2, 2] - r[0, 0] - r[1, 1]],
         ]
     )
-    quaternion = np.linalg.eigh(k, UPLO="L")[1][:, -1]
-    return -quaternion if quaternion[0] < 0 else quaternion
+    quaternion = np.linalg.eigh(np.moveaxis(k, (0, 1), (-2, -1)), UPLO="L")[1][..., -1]
+    return np.where(quaternion[..., :1] < 0, -quaternion, quaternion)
 
 
 def safe_name(name: str, source: str) -> str:
@@ -93,9 +94,7 @@ def safe_name(name: str, source: str) -> str:
     Colons and backslashes are parts of names here, but a name that would leave the folder where a backslash separates
     folders is refused too.
     """
-    path = PurePosixPath(name)
-    outside = path.is_absolute() or ".." in re.split(r"[/\\]", name) or re.match(r"(?:[A-Za-z]:)?\\", name)
-    if not path.parts or outside or "\0" in name:
+    if not stays_inside(name):
         raise PqkError(f"{source}: image name {name!r} must be a relative path that stays inside the image folder")
     check_utf8(name, source)
     return name
@@ -109,7 +108,7 @@ def check_utf8(name: str, source: str) -> None:
 
 
 def model_paths(folder: Path) -> tuple[Path, ...]:
-    """The files of cameras and images that make the folder's model; () without one. Binary comes first, as in COLMAP.
+    """Returns the files of cameras and images of the folder's model; () without one. Binary comes first, as in COLMAP.
 
     COLMAP writes binary files and exports text on demand, so text beside binary may be out of date.
     """
@@ -121,7 +120,7 @@ def model_paths(folder: Path) -> tuple[Path, ...]:
 
 
 def has_model(folder: Path) -> bool:
-    """Tells whether the folder holds a text or a binary model."""
+    """Returns whether the folder holds a text or a binary model."""
     return bool(model_paths(folder))
 
 
@@ -193,7 +192,7 @@ def _numbers(values: Iterable[float]) -> str:
 
 
 def _lines(path: Path, keep_blank: bool = False) -> Iterator[tuple[int, str]]:
-    """Numbered lines without comments (and, unless asked for, without blank ones)."""
+    """Yields numbered lines without comments (and without blank lines unless `keep_blank`)."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -243,7 +242,7 @@ def _images_from_text(path: Path) -> Iterator[ModelImage]:
 
 
 def _are_keypoints(words: list[str]) -> bool:
-    """Tells whether the words are triples of two numbers and a whole one."""
+    """Returns whether the words are triples of two numbers and a whole number."""
     try:
         for word in words[::3] + words[1::3]:
             float(word)

@@ -23,7 +23,7 @@ def pycolmap() -> Any | None:
         module = importlib.import_module("pycolmap")
     except ImportError:
         return None
-    module.logging.minloglevel = 3  # what it cannot read is no concern of the user's: our reader could
+    module.logging.minloglevel = 3  # no messages about files that it cannot read: our reader has read them
     return module
 
 

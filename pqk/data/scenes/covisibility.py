@@ -6,7 +6,7 @@ import numpy as np
 from scipy.ndimage import distance_transform_edt
 
 LEAST = 16
-"""Points that must be compared with measured depth before their agreement speaks for the others."""
+"""Least number of points that must be compared with measured depth for their agreement to represent the others."""
 
 
 def covisibility(
@@ -19,14 +19,14 @@ def covisibility(
     stride: int = 4,
     tolerance: float = 0.05,
 ) -> float:
-    """Share in [0,1] of a's measured pixels whose 3D point view b sees.
+    """Returns the share in [0,1] of a's measured pixels whose 3D point is visible in view b.
 
-    The share of points that project into b's image, times the share of these that nothing hides: b's depth there
-    agrees with the point's depth within `tolerance` (relative). The latter is judged on the points near which b has a
-    measurement (at most `stride` pixels away), so that sparse depth, as a laser scanner gives, costs no overlap. With
-    fewer than LEAST of them, the points that cannot be judged count as hidden, up to that number. Not symmetric. One
-    measured pixel of a is used in each cell of `stride` x `stride` pixels: the one nearest to its centre. Where every
-    pixel is measured this is the share of the centres that agree.
+    It is the share of points that project into b's image, times the share of these that are not hidden: b's depth there
+    agrees with the point's depth within `tolerance` (relative). The latter is taken over the points near which b has a
+    measurement (at most `stride` pixels away), so that sparse depth, as from a laser scanner, does not reduce the
+    overlap. With fewer than LEAST of them, the points without a measurement count as hidden, up to that number. Not
+    symmetric. One measured pixel of a is used in each cell of `stride` x `stride` pixels: the one nearest to its
+    centre. Where every pixel is measured this is the share of the centres that agree.
 
     depth: (H,W) metres along z, 0 = no measurement; K: (3,3) for pixel centres at 0.5; pose: (4,4) world to camera.
     Returns 0.0 when a has no measured pixel.
@@ -52,7 +52,7 @@ def covisibility(
 
 
 def _samples(measured: np.ndarray, stride: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and columns of the measured pixel nearest to the centre of each cell that has one; (H,W) bool."""
+    """Returns rows and columns of the measured pixel nearest to the centre of each cell that has one; (H,W) bool."""
     first = stride // 2
     rows, columns = np.arange(first, measured.shape[0], stride), np.arange(first, measured.shape[1], stride)
     centres = measured[np.ix_(rows, columns)]
@@ -67,10 +67,10 @@ def _samples(measured: np.ndarray, stride: int) -> tuple[np.ndarray, np.ndarray]
 
 
 def _nearest_depth(depth: np.ndarray, v: np.ndarray, u: np.ndarray, farthest: int) -> np.ndarray:
-    """The depth measured nearest to each pixel, 0 where that is too far: a mean distance between measurements, or
-    `farthest` pixels, so that a few measurements do not speak for a whole view.
+    """Returns the depth (N,) measured nearest to each pixel (rows and columns (N,) of depth (H,W)).
 
-    For a regular grid of measurements the mean distance is the grid's; (H,W) depth, (N,) rows and columns -> (N,).
+    It is 0 where that is farther than the mean distance between measurements (of a regular grid, its spacing) or than
+    `farthest` pixels, so that a few measurements do not represent a whole view.
     """
     unmeasured = ~(depth > 0)
     if not unmeasured[v, u].any():

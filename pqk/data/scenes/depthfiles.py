@@ -13,7 +13,7 @@ DEPTH = "ground_truth_depth"
 
 
 def match_depth(names: Iterable[str], folders: Iterable[Path]) -> dict[str, Path]:
-    """The depth file of each image name that has one; `folders` are looked into in turn.
+    """Returns the depth file of each image name that has one; `folders` are searched in turn.
 
     A depth file has the image's name, or else the same stem in the same subfolder with another ending: a.png, a.raw or
     a.jpg.bin for a.jpg. Raises PqkError when several files fit one image, or one file fits several images.
@@ -48,7 +48,7 @@ def match_depth(names: Iterable[str], folders: Iterable[Path]) -> dict[str, Path
 
 
 def unused_depth(root: Path, used: Collection[Path], why: str) -> Iterator[str]:
-    """Notes for depth that no view of the scene uses: files in ground_truth_depth, and folders of other names."""
+    """Yields notes about depth that no view of the scene uses: files in ground_truth_depth, folders of other names."""
     files = _files(root / DEPTH)
     unused = [path for path in files if path not in used]
     if unused:
@@ -63,7 +63,7 @@ def unused_depth(root: Path, used: Collection[Path], why: str) -> Iterator[str]:
 
 
 def _files(folder: Path) -> list[Path]:
-    """Files in the folder and below, in natural order, links followed; each real folder once, so loops end."""
+    """Returns files in the folder and below, in natural order, links followed; each real folder once, so loops end."""
     found, seen = [], set()
     for here, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(here)
@@ -76,5 +76,5 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _stem(name: str) -> str:
-    """The name without its last ending, in one form of Unicode and case."""
+    """Returns the name without its last ending, in one form of Unicode and case."""
     return folded(PurePosixPath(name).with_suffix("").as_posix())

@@ -29,14 +29,14 @@ from pqk.errors import PqkError
 UNDISTORTED, DISTORTED = "dslr_calibration_undistorted", "dslr_calibration_jpg"
 MASKS = "masks_for_images"
 RIG = ("rig_calibration_undistorted", "rig_calibration")
-LAYOUT = (UNDISTORTED, DISTORTED, *RIG, "images", DEPTH, MASKS)  # what a scene consists of
+LAYOUT = (UNDISTORTED, DISTORTED, *RIG, "images", DEPTH, MASKS)  # the folders of a scene
 
 
 def read(root: Path) -> Scene | None:
     """Reads a scene in this layout; None when `root` has none of the calibration folders.
 
-    Calibrations with depth win, then the camera's over the rig's, then undistorted ones. Raises PqkError for a
-    malformed calibration, and NoPictures when the images of none are there.
+    Calibrations with depth are preferred, then the camera's over the rig's, then undistorted ones. Raises PqkError for
+    a malformed calibration, and NoPictures when the images of none are there.
     """
     folders = [root / name for name in (UNDISTORTED, DISTORTED, *RIG) if has_model(root / name)]
     if not folders:

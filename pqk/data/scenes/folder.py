@@ -19,14 +19,14 @@ EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 OTHER_PICTURES = {
     ".heic", ".heif", ".hif", ".avif", ".jxl", ".jp2", ".j2k", ".jfif", ".jpe", ".mpo", ".gif", ".ppm", ".pgm", ".pnm",
     ".tga", ".dds", ".eps", ".psd", ".exr", ".hdr", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2"
-}  # suffixes of pictures that are not read; a folder that holds some says so  # fmt: skip
+}  # suffixes of pictures that are not read, but named in a note  # fmt: skip
 PROJECTS = (".", "colmap", "dense", "dense/0", "distorted")  # where COLMAP and its users put a project, best first
-LAYOUT = ("images", "input", "sparse", "colmap", "dense", "distorted", DEPTH)  # what a scene consists of
+LAYOUT = ("images", "input", "sparse", "colmap", "dense", "distorted", DEPTH)  # the folders of a scene
 _DEEPEST = 3  # folders below a scene in which a model that is not read is still found and named
 
 
 def read_images(root: Path) -> Scene | None:
-    """Images directly in `root`, or else in `root/images`: nothing is known of their cameras. None without images."""
+    """Reads images directly in `root`, or else in `root/images`, without cameras. Returns None without images."""
     for folder in (root, root / "images"):
         files = image_files(folder)
         if files:
@@ -38,11 +38,11 @@ def read_images(root: Path) -> Scene | None:
 
 
 def read_colmap_project(root: Path) -> Scene | None:
-    """`root/images` (or `root`) with a model in sparse/N, sparse or root, or a project of these in a subfolder of it.
+    """Reads `root/images` (or `root`) with a model in sparse/N, sparse or root, or such a project in a subfolder.
 
-    None without a model. Of several models that one is taken whose images are there in the greatest number. Depth is
-    looked for in ground_truth_depth; see `match_depth`. Raises PqkError for a malformed model and for one of whose
-    images some are missing, NoPictures when all are.
+    Returns None without a model. Of several models, the one with the most images on disk is used. Depth is searched in
+    ground_truth_depth; see `match_depth`. Raises PqkError for a malformed model and for one with some images missing,
+    NoPictures when all are missing.
     """
     project, found = next(((p, m) for p in PROJECTS if (m := _models(root / p))), (".", []))
     if not found:
@@ -67,7 +67,7 @@ def read_colmap_project(root: Path) -> Scene | None:
 
 
 def image_files(folder: Path) -> list[Path]:
-    """Image files directly in a folder, in natural order; [] when the folder is missing. Hidden files are left out.
+    """Returns image files directly in a folder, in natural order, without hidden ones; [] when the folder is missing.
 
     Raises PqkError for a link that leads nowhere, and for a name that is not UTF-8: neither a record nor a table could
     hold it.
@@ -83,7 +83,7 @@ def image_files(folder: Path) -> list[Path]:
 
 
 def unread_pictures(folder: Path) -> str:
-    """How many pictures directly in a folder are of formats that are not read, and the first of them; '' if none."""
+    """Returns how many pictures directly in a folder are in formats that are not read, and the first; '' if none."""
     if not folder.is_dir():
         return ""
     files = [p for p in folder.iterdir() if p.suffix.lower() in OTHER_PICTURES and not p.name.startswith(".")]
@@ -107,12 +107,12 @@ def refuse_dead_links(folder: Path, known: Collection[str] = ()) -> None:
 
 
 def existing(path: Path) -> Path | None:
-    """The path if it is a file."""
+    """Returns the path if it is a file, else None."""
     return path if path.is_file() else None
 
 
 def missing_images(model: Model, image_folder: Path) -> list[str]:
-    """Names that the model lists but the folder lacks."""
+    """Returns the names that the model lists but the folder lacks."""
     return [image.name for image in model.images if not (image_folder / image.name).is_file()]
 
 
@@ -123,9 +123,10 @@ def model_views(
     mask_of: Callable[[str], Path | None] = lambda name: None,
     mask_marks_ignored: bool = False,
 ) -> tuple[View, ...]:
-    """One View per image of a COLMAP model, in the natural order of names; distorted cameras are undistorted on load.
+    """Returns one View per image of a COLMAP model, in the natural order of names; distorted ones are undistorted on
+    load.
 
-    depth_of and mask_of give the file for an image name. Raises PqkError when an image file is missing or its camera
+    depth_of and mask_of return the file for an image name. Raises PqkError when an image file is missing or its camera
     model cannot be undistorted here.
     """
     missing = missing_images(model, image_folder)
@@ -171,7 +172,7 @@ class _Choice:
 
 
 def _models(project: Path) -> list[Path]:
-    """Folders with a model in a COLMAP project: sparse/N, sparse, and the project itself."""
+    """Returns the folders with a model in a COLMAP project: sparse/N, sparse, and the project itself."""
     sparse = project / "sparse"
     numbered = (
         sorted((e for e in sparse.iterdir() if e.is_dir()), key=lambda e: natural(e.name)) if sparse.is_dir() else []
@@ -191,7 +192,7 @@ def _choice(root: Path, project: Path, folder: Path) -> _Choice:
 
 
 def _choice_notes(root: Path, best: _Choice, choices: Sequence[_Choice]) -> Iterator[str]:
-    """Which of several models was taken, and how many of the images on disk it uses."""
+    """Yields a note that says which of several models was used, and how many of the images on disk it has."""
     used = {best.images / image.name for image in best.model.images}
     on_disk = {file for folder in {path.parent for path in used} if folder.is_dir() for file in image_files(folder)}
     unused = len(on_disk - used)
@@ -206,7 +207,7 @@ def _choice_notes(root: Path, best: _Choice, choices: Sequence[_Choice]) -> Iter
 
 
 def _unread_models(root: Path, read: Iterable[Path]) -> Iterator[str]:
-    """A note for camera models below a scene that no view uses."""
+    """Yields a note about camera models below a scene that no view uses."""
     known, unread = {os.path.realpath(folder) for folder in read}, []
     seen: set[str] = set()
     for here, folders, _ in os.walk(root, followlinks=True):
@@ -229,7 +230,7 @@ def _inside(root: Path, folder: Path) -> str:
 
 
 def _common_folder(names: Iterable[str]) -> str:
-    """'dslr_images/' when every name starts with this one folder, else ''."""
+    """Returns 'dslr_images/' when every name starts with this one folder, else ''."""
     folders = {name.rpartition("/")[0] for name in names}
     folder = folders.pop() if len(folders) == 1 else ""
     return folder + "/" if folder else ""

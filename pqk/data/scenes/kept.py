@@ -1,4 +1,4 @@
-"""Makes the items of a sequence when they are asked for."""
+"""Makes the items of a sequence when they are requested: `Kept`."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ T = TypeVar("T")
 
 
 class Kept(Sequence[T]):
-    """A sequence whose items are made when they are asked for; those used last are kept, up to a number of bytes.
+    """A sequence whose items are made when they are requested; those used last are kept, up to a number of bytes.
 
-    A scene of a thousand pictures thus needs no more memory than one of sixty. make: the item of an index; size: its
+    So a scene of a thousand pictures needs no more memory than one of sixty. make: the item of an index; size: its
     bytes. At least two items are kept, as a pair needs.
     """
 

@@ -19,11 +19,20 @@ def natural(name: str) -> tuple[tuple[str | int, ...], str]:
 
 
 def folded(name: str) -> str:
-    """Returns the name in one Unicode form, without case, with slashes for backslashes: alike names become equal.
+    """Returns the name in one Unicode form, without case, with slashes for backslashes, so that alike names are equal.
 
     Systems differ in all three: macOS stores letters and accents apart, Windows separates folders by a backslash.
     """
     return unicodedata.normalize("NFC", name.replace("\\", "/")).casefold()
+
+
+def stays_inside(name: str) -> bool:
+    """Returns whether a path stays inside the folder it is relative to: not empty, not absolute, and without `..`.
+
+    A name that would leave the folder where a backslash separates folders does not stay inside either.
+    """
+    outside = PurePosixPath(name).is_absolute() or ".." in re.split(r"[/\\]", name)
+    return bool(PurePosixPath(name).parts) and not (outside or re.match(r"(?:[A-Za-z]:)?\\", name) or "\0" in name)
 
 
 def look_alike(folder: Path, name: str) -> str:

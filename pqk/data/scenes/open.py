@@ -1,5 +1,4 @@
-"""Opens scenes: finds which layout a folder has and gives it to that layout's reader. Everything that reads scenes
-starts here, with `open_scene` or `open_scenes`."""
+"""Opens scenes, `open_scene` and `open_scenes`: finds the layout of a folder and calls the reader of that layout."""
 
 from __future__ import annotations
 
@@ -8,7 +7,7 @@ import os
 from functools import cache
 from pathlib import Path
 
-from pqk.data.scenes import colmap, eth3d, folder
+from pqk.data.scenes import co3d, colmap, eth3d, folder
 from pqk.data.scenes.names import look_alike, natural
 from pqk.data.scenes.scene import NoPictures, Scene, unreadable
 from pqk.errors import PqkError
@@ -17,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 def open_scene(path: Path | str) -> Scene:
-    """Opens one scene: ETH3D layout, COLMAP project, or a folder of images, in this order of preference.
+    """Opens one scene: CO3Dv2 sequence, ETH3D layout, COLMAP project, or folder of images, the first that fits.
 
     Raises PqkError when the folder is missing, cannot be read or holds none of these, and for malformed calibration
     files.
@@ -27,7 +26,7 @@ def open_scene(path: Path | str) -> Scene:
     if scene is None:
         raise PqkError(
             f"{root}: no scene here{_unread(root)}; expected images, or images/ with a COLMAP model in sparse/0, "
-            "or the ETH3D layout"
+            "or the ETH3D layout, or the folder of one sequence in a category of CO3Dv2"
         )
     return _noted([scene])[0]
 
@@ -35,23 +34,31 @@ def open_scene(path: Path | str) -> Scene:
 def open_scenes(path: Path | str, pictures: bool = False) -> list[Scene]:
     """Opens a single scene, or every subfolder that is one, in the natural order of their names.
 
+    Of a category of CO3Dv2, in the folder itself or a subfolder, every sequence that its list `test` names is a scene.
+
     Scenes with known cameras are preferred: where a subfolder holds one, pictures beside it and folders of plain
     pictures are left out and named in a warning. With `pictures`, pictures in the folder itself are used first, and
     scenes without cameras count as much as others. A subfolder without a scene, or one that cannot be read, is skipped
     with a warning. Raises PqkError when there is no scene, and whatever `open_scene` raises, also for a subfolder.
     """
     root = _folder(path)
+    sequences = _sequences(root)
+    if sequences:
+        return _noted(sequences)
     here = _open(root)
     if here is not None and (here.is_calibrated or pictures):
         return _noted([here])
     found: list[Scene] = []
     for inner in _subfolders(root):
         try:
+            if sequences := _sequences(inner):
+                found += sequences
+                continue
             scene = _open(inner)
         except NoPictures as error:
-            if here is None:
+            if here is None and not co3d.is_category(inner):
                 raise
-            _warn(f"{error}; skipped")  # pictures lie above it, and a model without its own is no scene beside them
+            _warn(f"{error}; skipped")  # other pictures are there, and those of this model or category are not
             continue
         if scene is not None:
             found.append(scene)
@@ -75,10 +82,24 @@ def open_scenes(path: Path | str, pictures: bool = False) -> list[Scene]:
     return _noted(calibrated)
 
 
+def _sequences(root: Path) -> list[Scene]:
+    """Returns the scenes of a category of CO3Dv2; [] for another folder."""
+    try:
+        if not co3d.is_category(root):
+            return []
+        scenes, note = co3d.read_category(root)
+    except OSError as error:
+        raise unreadable(error, root) from error
+    colmap.check_utf8(root.name, str(root.parent))
+    if note:
+        _warn(note)
+    return scenes
+
+
 def _open(root: Path) -> Scene | None:
     try:
         folder.refuse_dead_links(root, (*folder.LAYOUT, *eth3d.LAYOUT))
-        scene = eth3d.read(root) or folder.read_colmap_project(root) or folder.read_images(root)
+        scene = co3d.read(root) or eth3d.read(root) or folder.read_colmap_project(root) or folder.read_images(root)
     except OSError as error:
         raise unreadable(error, root) from error
     if scene is not None:

@@ -17,9 +17,8 @@ def refuse_overlap(splits: Mapping[str, Sequence[Scene]]) -> None:
 
     splits: the scenes of each split by its name: validation, test, calibration, train. Links are followed: a link to a
     folder or file is that folder or file. Of a scene, the folder itself and those of its pictures count. Generated
-    splits need no check; their seeds keep them apart. Pictures that were written anew, with other bytes, are not
-    recognised. Only files whose size occurs in two splits are read. The message names both splits and both files or
-    folders.
+    splits need no check: their seeds differ. Pictures that were saved again, with other bytes, are not recognised. Only
+    files whose size occurs in two splits are read. The message names both splits and both files or folders.
     """
     for (a, first), (b, second) in combinations(splits.items(), 2):
         for one, other in _same_folders(first, second):
@@ -39,7 +38,7 @@ def _same_folders(first: Sequence[Scene], second: Sequence[Scene]) -> Iterator[t
 
 
 def _folders(scenes: Sequence[Scene]) -> dict[Path, Path]:
-    """The folders of scenes and of their pictures, by where they really are."""
+    """Returns the folders of scenes and of their pictures, by their resolved paths."""
     every = dict.fromkeys(
         path for scene in scenes for path in (scene.root, *(v.image_path.parent for v in scene.views))
     )

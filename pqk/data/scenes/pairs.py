@@ -1,6 +1,7 @@
-"""Chooses which images are fed together: pair graphs by name, and a cheap image similarity for the top-k graph.
+"""Chooses the pairs of images that a network gets, `pair_graph`: pair graphs by name, and a cheap image similarity.
 
-The names complete, swin, logwin and oneref (and the filters seqK and cycK) are those of other pairwise 3D models.
+The similarity is for the top-k graph. The names complete, swin, logwin and oneref (and the filters seqK and cycK) are
+those of other pairwise 3D models.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ def pair_graph(
     similarity: np.ndarray | None = None,
     prefilter: str | None = None,
 ) -> Pairs:
-    """Ordered pairs (first, second) of n images; the first image of a pair is its reference frame.
+    """Returns ordered pairs (first, second) of n images; the first image of a pair is its reference frame.
 
     kind, pairs before symmetrizing:
     - neighbor: i < j <= i + ceil(k/2), ascending: k is the number of neighbours of an inner image
@@ -72,18 +73,18 @@ def pair_graph(
 
 
 def most_pairs(n: int, kind: str, k: int, symmetrize: bool) -> int:
-    """How many pairs `pair_graph` gives for neighbor and complete, and at most for topk."""
+    """Returns the number of pairs of `pair_graph` for neighbor and complete, and its upper limit for topk."""
     whole, reach = n * (n - 1) // 2, -(-k // 2)
     most = {"neighbor": reach * n - reach * (reach + 1) // 2 if reach < n else whole, "topk": min(n * k, whole)}
     return most.get(kind, whole) * (2 if symmetrize else 1)
 
 
 def image_similarity(images: Iterable[np.ndarray], size: int = 16) -> np.ndarray:
-    """(n,n) float64 cosine similarity in [-1,1] of images (3,H,W), any float or integer range; each is looked at once.
+    """Returns the cosine similarity (n,n) float64 in [-1,1] of images (3,H,W), of any float or integer range.
 
-    Each image is averaged down to size x size, its mean colour is taken off, and the vectors are compared. A cheap
-    substitute for retrieval features: it finds overlapping views of a slow camera, not a place seen from another side.
-    A picture of one colour is similar to itself only. Raises PqkError when an array is not (3,H,W).
+    Each image is read once and averaged down to size x size, its mean colour is subtracted, and the vectors are
+    compared. A cheap substitute for retrieval features: it finds overlapping views of a slow camera, not the same place
+    from another side. A picture of one colour is similar to itself only. Raises PqkError when an array is not (3,H,W).
     """
     rows = []
     for index, image in enumerate(images):

@@ -1,4 +1,4 @@
-"""Brings a view on disk to what a network is fed, `fit_to_shape`: the rule for a workload's fixed shape."""
+"""Scales and crops a view on disk to a workload's fixed shape, the input of a network: `fit_to_shape`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from PIL import Image
 from pqk.data.scenes.scene import View
 from pqk.errors import PqkError
 
-PATCH = 16  # both sides of a network input are multiples of the patch size
+PATCH = 16  # both sides of a network input are multiples of the patch size, unless a network has another one
 LONGEST = 20  # long side over short side; a strip would be enlarged to gigabytes before its centre is cropped
 
 
@@ -27,21 +27,26 @@ class Frame:
 
 
 def fit_to_shape(
-    view: View, height: int, width: int, scene: str = "", jitter: np.random.Generator | None = None
+    view: View,
+    height: int,
+    width: int,
+    scene: str = "",
+    jitter: np.random.Generator | None = None,
+    patch: int = PATCH,
 ) -> Frame:
-    """Loads a view and bring it to (height, width): scale until it covers the shape, crop the centre.
+    """Loads a view and brings it to (height, width): scales until it covers the shape, crops the centre.
 
-    With `jitter` the crop lies anywhere the image leaves room for it, drawn uniformly: an image of the shape's own
-    aspect ratio leaves none.
+    With `jitter` the place of the crop is drawn uniformly; an image of the shape's own aspect ratio leaves no room for
+    that.
 
     The image is resampled by `resize` (an image smaller than the shape is enlarged, bicubic), depth and mask by nearest
     neighbour. K follows exactly: with pixel corners at whole numbers a resize is a pure scaling,
     fx' = sx fx, cx' = sx cx with sx = new width / old width, and a crop a pure shift, cx' = cx - left.
-    Raises PqkError when height or width is not a multiple of 16, when the image is more than 20 times as long as it is
-    wide (or the other way round), and for what the view's files raise.
+    Raises PqkError when height or width is not a multiple of `patch`, when the image is more than 20 times as long as
+    it is wide (or the other way round), and as loading the view does.
     """
-    if height < PATCH or width < PATCH or height % PATCH or width % PATCH:
-        raise PqkError(f"workload shape {height}x{width}: height and width must be positive multiples of {PATCH}")
+    if height < patch or width < patch or height % patch or width % patch:
+        raise PqkError(f"workload shape {height}x{width}: height and width must be positive multiples of {patch}")
     image = view.load_image()
     old_height, old_width = image.shape[:2]
     if max(old_height, old_width) > LONGEST * min(old_height, old_width):
@@ -75,7 +80,7 @@ def fit_to_shape(
 
 
 def unproject(depth: np.ndarray, K: np.ndarray) -> np.ndarray:
-    """(H,W) depth along z and (3,3) K -> (H,W,3) float64 points in camera coordinates, at pixel centres."""
+    """Returns points (H,W,3) float64 in camera coordinates, at pixel centres, from depth (H,W) along z and K (3,3)."""
     height, width = depth.shape
     v, u = np.meshgrid(np.arange(height) + 0.5, np.arange(width) + 0.5, indexing="ij")
     rays = np.stack([u, v, np.ones_like(u)], axis=-1) @ np.linalg.inv(K).T
@@ -83,19 +88,19 @@ def unproject(depth: np.ndarray, K: np.ndarray) -> np.ndarray:
 
 
 def resize(image: np.ndarray, width: int, height: int) -> np.ndarray:
-    """(H,W,3) uint8 -> (height,width,3) uint8: Lanczos where it shrinks, bicubic otherwise."""
+    """Resizes (H,W,3) uint8 to (height,width,3) uint8: Lanczos where it shrinks, bicubic otherwise."""
     shrinks = max(image.shape[:2]) > max(width, height)
     kernel = Image.Resampling.LANCZOS if shrinks else Image.Resampling.BICUBIC
     return np.asarray(Image.fromarray(image).resize((width, height), kernel))
 
 
 def normalise(image: np.ndarray) -> np.ndarray:
-    """(H,W,3) uint8 -> (3,H,W) float32 in [-1,1]; float32 throughout."""
+    """Converts (H,W,3) uint8 to (3,H,W) float32 in [-1,1]; float32 throughout."""
     half = np.float32(0.5)
     return np.ascontiguousarray(((image.astype(np.float32) / np.float32(255) - half) / half).transpose(2, 0, 1))
 
 
 def _nearest(offset: int, count: int, old: int, new: int) -> np.ndarray:
-    """Source index of each target pixel: the source pixel that holds the target pixel's centre."""
+    """Returns the source index of each target pixel: the source pixel that holds the target pixel's centre."""
     # Integers only: floor((i + 0.5) * old / new) without rounding surprises on pixel borders.
     return (2 * (np.arange(count) + offset) + 1) * old // (2 * new)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from pqk.errors import PqkError
 from pqk.families.contract import GraphSpec
-from pqk.families.dust3r.layers import initialize as initialize
 from pqk.families.dust3r.model import Dust3r
+from pqk.families.layers import initialize as initialize
 
 if TYPE_CHECKING:
     from pqk.families.dust3r.settings import Workload

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from pqk.families.cutting import Channels, Plan, Size
 from pqk.families.dust3r.batches import Pairs
 from pqk.families.dust3r.configs import BlockSize, DptSize, dpt_hooks, read_config
-from pqk.families.dust3r.layers import CrossAttention, Rope, SelfAttention
+from pqk.families.dust3r.layers import CrossAttention, SelfAttention
 from pqk.families.dust3r.model import Dust3r
+from pqk.families.layers import Rope
 
 ENCODER, DECODERS = "enc_blocks", ("dec_blocks", "dec_blocks2")
 DPT_HEADS = ("downstream_head1.dpt", "downstream_head2.dpt")
@@ -28,7 +29,7 @@ def sizes(config: Mapping[str, Any], round_to: int) -> list[Size]:
     for stack, blocks in _stacks(config).items():
         for index, block in enumerate(blocks):
             name = f"{stack}.{index}"
-            heads = [_heads(f"{name}.attn", "qkv", block)]
+            heads = [_heads(f"{name}.attn", "qkv", block, fused=3)]
             if stack != ENCODER:
                 heads.append(_heads(f"{name}.cross_attn", "projq", block))
             found.append(Size(f"{name}.heads", "heads", block.heads, groups=tuple(heads)))
@@ -61,8 +62,8 @@ def _stacks(config: Mapping[str, Any]) -> dict[str, tuple[BlockSize, ...]]:
     return {ENCODER: read.enc_blocks, DECODERS[0]: read.dec_blocks, DECODERS[1]: read.dec_blocks2}
 
 
-def _heads(attention: str, projection: str, block: BlockSize) -> Channels:
-    return Channels(attention, f"{attention}.{projection}", block.heads, block.heads * block.head_dim)
+def _heads(attention: str, projection: str, block: BlockSize, fused: int = 1) -> Channels:
+    return Channels(attention, f"{attention}.{projection}", block.heads, block.heads * block.head_dim, fused)
 
 
 def _channels(*layers: str) -> tuple[Channels, ...]:
@@ -113,15 +114,15 @@ def may_drop(config: Mapping[str, Any], blocks: Sequence[str], *, retrained: boo
 
 
 def tracing(net: Dust3r) -> tuple[Callable[[Dust3r, Tensor], list[Tensor]], Tensor]:
-    """See `CuttingPart`. Attention becomes the sum of queries, keys and values.
+    """See `CuttingPart`. Cross-attention becomes the sum of queries, keys and values, self-attention its queries.
 
-    That couples what is cut together, channel i of each, and spares the tracer the rotation, which mixes the channels
-    inside a head but none of two heads.
+    The sum couples what is cut together, channel i of each; of a fused projection `Channels` says it. Both spare the
+    tracer the rotation, which mixes the channels inside a head but none of two heads.
     """
     side = 4 * net.sizes.patch_size
     for module in net.modules():
         if isinstance(module, SelfAttention | CrossAttention):
-            module.attend = _sum  # type: ignore[method-assign]
+            module.attend = _sum if isinstance(module, CrossAttention) else _queries  # type: ignore[method-assign]
 
     def forward(net: Dust3r, image: Tensor) -> list[Tensor]:
         tokens = net.encode(image)
@@ -132,6 +133,10 @@ def tracing(net: Dust3r) -> tuple[Callable[[Dust3r, Tensor], list[Tensor]], Tens
 
 def _sum(q: Tensor, k: Tensor, v: Tensor, q_rope: Rope, k_rope: Rope) -> Tensor:
     return q + k + v
+
+
+def _queries(q: Tensor, k: Tensor, v: Tensor, q_rope: Rope, k_rope: Rope) -> Tensor:
+    return q
 
 
 def run_sample(net: nn.Module, side: int) -> None:

@@ -1,53 +1,30 @@
 """Opens DUSt3R's samples: ordered pairs of the images of a scene, generated or in a folder.
 
-What an eval seed draws:
-
-- the test scenes. Seed 0: those of the workload. Generated scenes, seed s: as many scenes of the test split with base
-  seed (workload's + s), none of which any other eval seed, training or calibration shares. Scenes of a folder, seed s:
-  half of them, drawn without replacement. Two halves overlap, so their scores are not independent; the ledger's
-  intervals count with that (`pqk.record.ledger.halves_interval`).
-- with the scenes, their pairs; and the pixels that chamfer takes.
-- where images are cropped, if they leave room: the centre for seed 0, anywhere for seed s.
-
-Nothing is added to pictures.
+`pqk.families.scenes.sets` says what an eval seed draws.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
 
-from pqk.data.scenes.open import open_scene, open_scenes
-from pqk.data.scenes.overlap import refuse_overlap as refuse_shared
+from pqk.data.scenes.open import open_scene
 from pqk.data.scenes.pairs import image_similarity, most_pairs, pair_graph
 from pqk.data.scenes.preprocess import Frame
-from pqk.errors import PqkError
+from pqk.data.scenes.scene import Scene
 from pqk.families.contract import Given, Maker, Sample, SampleSet
-from pqk.families.dust3r.inputs import CalibrationImages, learning_split, load_frames, scene_pairs
+from pqk.families.dust3r.inputs import scene_pairs
 from pqk.families.dust3r.settings import Workload
-from pqk.files import sha256_json
-from pqk.settings.seeds import LIMIT
-from pqk.settings.workload import SYNTHETIC, SceneList, TrainList
-
-SEED_DRAWS: Literal["samples", "noise"] = "samples"
+from pqk.families.scenes import sets
+from pqk.families.scenes.frames import CalibrationImages, Frames, first_frames, folders, load_frames
+from pqk.families.scenes.sets import SEED_DRAWS as SEED_DRAWS
+from pqk.families.scenes.sets import can_grow as can_grow
+from pqk.families.scenes.sets import refuse_overlap as refuse_overlap
 
 VIEWS = 6
 """Images of the scene that is timed, put together out of several where these have fewer."""
-
-_SCENE_CODE = ("pqk.data.render.generate",)
-
-
-@dataclass(frozen=True)
-class Scenes:
-    """Scene folders in order, the sha256 of what the readers take from them, and the folder they lie in."""
-
-    folders: tuple[Path, ...]
-    sha256: str
-    root: Path
 
 
 def open_split(
@@ -64,197 +41,21 @@ def open_split(
     A user's scenes and pictures for the test are looked at here: each must be readable and have a pair. Raises PqkError
     in one sentence for what a user must change.
     """
-    if split == "calibration":
-        return _calibration(workload, root, make)
-    if split == "train":
-        return _train(workload, root, given)
-    if split == "test" and (given.scenes or given.images):
-        return _given(workload, given)
-    asked = getattr(workload.scenes, split)
-    drawn = ""
-    if split == "test" and asked.source == SYNTHETIC:
-        asked = seeded_list(asked, workload.seeds.eval)
-        drawn = f"{asked.count} generated, base seed {asked.seed}"
-    if count is not None:
-        asked = asked.model_copy(update={"count": count})
-    scenes = listed_scenes(split, asked, workload, root, make, first)
-    if split == "test" and asked.source != SYNTHETIC:
-        scenes, drawn = draw(scenes, workload.seeds.eval)
-    return _set(scenes, asked.views, _truthful(scenes), asked.source != SYNTHETIC, drawn)
+
+    def check(scene: Scene, truthful: bool) -> None:
+        scene_pairs(_load(scene, workload), workload.pair_graph, workload.min_covisibility, truthful)
+
+    return sets.open_split(split, workload, root, make, given, first, count, check)
 
 
-def _set(scenes: Scenes, views: int | None, truthful: bool, own: bool, drawn: str = "") -> SampleSet:
-    names = tuple(folder.name for folder in scenes.folders)
-    where = {"folders": [str(folder) for folder in scenes.folders]}
-    return SampleSet(where, {"views": views}, names, scenes.sha256, truthful, own, drawn)
-
-
-def _given(workload: Workload, given: Given) -> SampleSet:
-    if given.scenes and given.images:
-        raise PqkError("--scenes and --images exclude each other: scenes with ground truth, or pictures without")
-    if given.images:
-        scenes, drawn = draw(folder_scenes(given.images, pictures=True), workload.seeds.eval)
-        found = _set(scenes, None, False, True, drawn)
-    else:
-        assert given.scenes is not None
-        scenes, drawn = draw(folder_scenes(given.scenes), workload.seeds.eval)
-        for folder in scenes.folders:
-            refuse_partial_truth(folder)
-        found = _set(scenes, None, _truthful(scenes), True, drawn)
-    for folder in scenes.folders:
-        frames = load_frames(open_scene(folder), workload.input.height, workload.input.width)
-        scene_pairs(frames, workload.pair_graph, workload.min_covisibility, found.truthful)
-    return found
-
-
-def _calibration(workload: Workload, root: Path, make: Maker) -> SampleSet:
-    """The calibration scenes; pictures only, as no quantizer looks at depth."""
-    asked = workload.calibration
-    if asked.source != SYNTHETIC:
-        try:
-            scenes = folder_scenes(_under(root, asked.source), asked.names, truth=False)
-        except PqkError as error:
-            raise PqkError(
-                f"the calibration set (workload.calibration.source) is empty or unreadable: {error}"
-            ) from error
-        return _set(scenes, None, False, True)
-    in_pairs = asked.views_per_scene - asked.views_per_scene % 2  # the odd one has no partner
-    scenes = synthetic_scenes(
-        "calibration", -(-asked.images // in_pairs), asked.views_per_scene, asked.seed, workload, False, make
-    )
-    return _set(scenes, None, False, False)
-
-
-def _train(workload: Workload, root: Path, given: Given) -> SampleSet:
-    """What is learned from: nothing that exists yet, or scenes in a folder, some held out (see `learning_split`)."""
-    if given.train_scenes and given.train_images:
-        raise PqkError("--train-scenes and --train-images exclude each other: scenes with depth, or pictures without")
-    asked, named = workload.scenes.train, given.train_scenes or given.train_images
-    if named is not None:
-        asked = TrainList(source=str(named.absolute()), pictures=given.train_images is not None)
-    if asked.source == SYNTHETIC:
-        return SampleSet({"folders": []}, {"views": None}, (), sha256_json(SYNTHETIC), True)
-    folder = _under(root, asked.source)
-    scenes = folder_scenes(folder, asked.names, asked.count, asked.pictures, not asked.pictures)
-    if not asked.pictures:
-        for path in scenes.folders:
-            refuse_partial_truth(path)
-        if not _truthful(scenes):
-            raise PqkError(f"{folder}: these scenes have no depth to learn from; --train-images takes pictures without")
-    found = _set(scenes, asked.views, not asked.pictures, True)
-    learned, held = learning_split(found)
-    what = "photographs in folders" if asked.pictures else "scenes with depth"
-    drawn = f"{len(learned)} {what}, judged on {len(held)} other{'s' if len(held) > 1 else ''}"
-    if learned[0].root == held[0].root:
-        drawn = f"{len(learned[0].views)} photographs, judged on the {len(held[0].views)} that follow them"
-    return replace(found, drawn=drawn)
-
-
-def synthetic_scenes(
-    split: str, count: int, views: int, seed: int, workload: Workload, depth: bool, make: Maker, first: int = 0
-) -> Scenes:
-    """Generates (or reuses) `count` scenes of a split, from number `first` on."""
-    from pqk.data.render.generate import ScenePlan, make_scenes
-
-    plan = ScenePlan(
-        split=split,
-        seed=seed,
-        index=0,
-        views=views,
-        size=max(workload.input.height, workload.input.width),
-        k=workload.pair_graph.k,
-        min_covisibility=workload.min_covisibility,
-        depth=depth,
-    )
-    plans = [replace(plan, index=i) for i in range(first, first + count)]
-    names = ("split", "seed", "views", "size", "k", "min_covisibility", "depth")
-    inputs = {**{name: getattr(plan, name) for name in names}, "first": first, "count": count}
-    folder, sha256 = make(split, inputs, _SCENE_CODE, lambda path: make_scenes(path, plans))
-    return Scenes(tuple(folder / p.name for p in plans), sha256, folder)
-
-
-def listed_scenes(split: str, scenes: SceneList, workload: Workload, root: Path, make: Maker, first: int = 0) -> Scenes:
-    """Returns the scenes of a list: generated ones of `split` from number `first` on, or those of a folder.
-
-    Raises PqkError when one is missing.
-    """
-    if scenes.source == SYNTHETIC:
-        return synthetic_scenes(split, scenes.count or 0, scenes.views or 0, scenes.seed, workload, True, make, first)
-    return folder_scenes(_under(root, scenes.source), scenes.names, scenes.count)
-
-
-def folder_scenes(
-    folder: Path,
-    names: tuple[str, ...] | None = None,
-    count: int | None = None,
-    pictures: bool = False,
-    truth: bool = True,
-) -> Scenes:
-    """Returns scenes that lie in a folder: all of them by name, or the listed ones in their order; at most `count`.
-
-    pictures: see `open_scenes`. truth: whether depth and masks are read too, and so are part of the sha256.
-    Raises PqkError for what the readers refuse.
-    """
-    found = [open_scene(folder / name) for name in names] if names else open_scenes(folder, pictures)
-    chosen = found[:count]
-    content = [scene.content(truth) for scene in chosen]
-    if not any(scene["views"] for scene in content):
-        raise PqkError(f"{folder}: no picture of these scenes was read, so nothing says what they are")
-    return Scenes(tuple(scene.root for scene in chosen), sha256_json(content), folder)
-
-
-def _under(root: Path, source: str) -> Path:
-    path = Path(source).expanduser()
-    return path if path.is_absolute() else root / path
-
-
-def seeded_list(asked: SceneList, eval_seed: int) -> SceneList:
-    """Returns a list of generated scenes with the base seed of an eval seed. Raises PqkError above the last seed."""
-    base = asked.seed + eval_seed
-    if base >= LIMIT:
-        raise PqkError(f"eval seed {eval_seed}: the base seed of the test scenes would be {base}, above {LIMIT - 1}")
-    return asked.model_copy(update={"seed": base})
-
-
-def draw(listed: Scenes, eval_seed: int) -> tuple[Scenes, str]:
-    """Returns what an eval seed draws of scenes in a folder, and that in words. Raises PqkError where there is one."""
-    count = len(listed.folders)
-    if eval_seed == 0:
-        return listed, f"all {count} of the list"
-    if count < 2:
-        raise PqkError(
-            f"eval seed {eval_seed} draws half of the scenes, and there is one, which only eval seed 0 takes; "
-            "to seed the training alone: --set workload.seeds.train=N"
-        )
-    chosen = np.random.default_rng(eval_seed).choice(count, count // 2, replace=False)
-    names = tuple(listed.folders[index].name for index in sorted(chosen))
-    return folder_scenes(listed.root, names), f"half: {len(names)} of {count} of the list"
-
-
-def _truthful(scenes: Scenes) -> bool:
-    truths = {path: open_scene(path).has_ground_truth for path in scenes.folders}
-    if any(truths.values()) and not all(truths.values()):
-        without = next(path for path, has in truths.items() if not has)
-        raise PqkError(f"{without}: this scene has no ground truth while others have; evaluate them apart")
-    return all(truths.values())
-
-
-def refuse_partial_truth(folder: Path) -> None:
-    """Raises PqkError for a scene of which some views have depth and others have not."""
-    scene = open_scene(folder)
-    lacking = [view.name for view in scene.views if view.depth_path is None]
-    if 0 < len(lacking) < len(scene.views):
-        raise PqkError(
-            f"{folder}: view {lacking[0]!r} has no depth ({len(lacking)} of the {len(scene.views)} views have none); "
-            "add it, or take these views or all depth out of the scene"
-        )
+def _load(scene: Scene, workload: Workload, views: int | None = None, seed: int = 0) -> Frames:
+    return load_frames(scene, workload.input.height, workload.input.width, views, seed)
 
 
 def samples(found: SampleSet, workload: Workload, seed: int) -> Iterator[Sample]:
     """Yields the pairs of every scene, as the workload's pair graph lists them; see `load_frames` on `seed`."""
-    for number, folder in enumerate(_folders(found)):
-        scene = open_scene(folder)
-        frames = load_frames(scene, workload.input.height, workload.input.width, found.how["views"], seed)
+    for number, folder in enumerate(folders(found)):
+        frames = _load(open_scene(folder), workload, found.how["views"], seed)
         for i, j in scene_pairs(frames, workload.pair_graph, workload.min_covisibility, found.truthful):
             yield _sample(number, frames[i], frames[j], found.truthful)
 
@@ -264,13 +65,9 @@ def _sample(group: int, first: Frame, second: Frame, truthful: bool) -> Sample:
     return Sample(group, f"{first.name}, {second.name}", both, both if truthful else None)
 
 
-def _folders(found: SampleSet) -> list[Path]:
-    return [Path(folder) for folder in found.where["folders"]]
-
-
 def most(found: SampleSet, workload: Workload) -> int:
     """Returns how many pairs the scenes have at most; too little overlap may leave fewer."""
-    counts = (len(open_scene(path).views[: found.how["views"]]) for path in _folders(found))
+    counts = (len(open_scene(path).views[: found.how["views"]]) for path in folders(found))
     return sum(most_pairs(count, **workload.pair_graph.model_dump(mode="json")) for count in counts)
 
 
@@ -291,19 +88,13 @@ class CalibrationPairs:
 def calibration(found: SampleSet, workload: Workload, images: int) -> CalibrationPairs:
     """Returns the first `images` calibration images (an even number) as pairs of neighbours. Raises PqkError."""
     return CalibrationPairs(
-        CalibrationImages(_folders(found), images - images % 2, workload.input.height, workload.input.width)
+        CalibrationImages(folders(found), images - images % 2, workload.input.height, workload.input.width)
     )
 
 
 def timed(found: SampleSet, workload: Workload) -> list[Sample]:
     """Returns the pairs of the pair graph over the first VIEWS images of the scenes, whatever they share."""
-    frames: list[Frame] = []
-    for number, folder in enumerate(_folders(found)):
-        loaded = load_frames(open_scene(folder), workload.input.height, workload.input.width, found.how["views"])
-        fresh = (loaded[k] for k in range(min(len(loaded), VIEWS - len(frames))))
-        frames += [replace(frame, name=f"{number} {frame.name}") for frame in fresh]  # two scenes may share a name
-        if len(frames) == VIEWS:
-            break
+    frames = first_frames(found, VIEWS, lambda scene: _load(scene, workload, found.how["views"]))
     graph = workload.pair_graph
     alike = image_similarity(frame.image for frame in frames) if graph.kind == "topk" else None
     pairs = pair_graph(len(frames), graph.kind, graph.k, graph.symmetrize, alike)
@@ -320,34 +111,14 @@ def example(workload: Workload) -> Sample:
     return _sample(0, first, second, False)
 
 
-def can_grow(workload: Workload, given: Given) -> bool:
-    """Whether more test scenes can be made: generated ones can, those of a folder are all there are."""
-    return not (given.scenes or given.images) and workload.scenes.test.source == SYNTHETIC
-
-
-def refuse_overlap(sets: Mapping[str, SampleSet]) -> None:
-    """Raises PqkError when two of the user's splits share a scene or a picture."""
-    refuse_shared({name: [open_scene(folder) for folder in _folders(found)] for name, found in sets.items()})
-
-
 def digest(split: str, workload: Workload, sha256: Callable[[], str]) -> str:
-    """Returns a sha256 of what a split is fed, seeds aside.
+    """Returns a sha256 of what a split is fed, seeds aside; see `pqk.families.scenes.sets.digest`.
 
-    test: input shape, pair graph, test scenes, least covisibility. Calibration and validation are left out of it: they
-    are part of how a model was made, and recipes that differ there are still evaluated on the same.
+    test: input shape, pair graph, test scenes, least covisibility.
     """
-    if split == "calibration":
-        asked = workload.calibration
-        return sha256_json(asked.model_dump(mode="json")) if asked.source == SYNTHETIC else sha256()
-    test = workload.scenes.test
-    scenes: dict[str, Any] = test.model_dump(mode="json")
-    if test.source != SYNTHETIC:
-        scenes = {"views": test.views, "sha256": sha256()}
-    return sha256_json(
-        {
-            "input": workload.input.model_dump(mode="json"),
-            "pair_graph": workload.pair_graph.model_dump(mode="json"),
-            "min_covisibility": workload.min_covisibility,
-            "scenes": scenes,
-        }
-    )
+    fed = {
+        "input": workload.input.model_dump(mode="json"),
+        "pair_graph": workload.pair_graph.model_dump(mode="json"),
+        "min_covisibility": workload.min_covisibility,
+    }
+    return sets.digest(split, workload, sha256, fed)

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from pqk.errors import PqkError
 from pqk.families.contract import Batches, SampleSet
-from pqk.families.dust3r.batches import Own, Pairs, PicturePairs, Rendered
+from pqk.families.dust3r.batches import Pairs, PicturePairs, Rendered, own
 from pqk.families.dust3r.configs import lowest_confidence, read_config
-from pqk.families.dust3r.layers import initialize
-from pqk.families.dust3r.losses import confidence_loss, feature_loss, imitation_loss, output_probe, softened_kl
+from pqk.families.dust3r.losses import confidence_loss, imitation_loss, output_probe, softened_kl
 from pqk.families.dust3r.model import OUTPUTS
 from pqk.families.dust3r.scoring import constant_depth, pair_depth
 from pqk.families.dust3r.settings import PATCH, Workload
+from pqk.families.layers import initialize
+from pqk.families.losses import feature_loss
 from pqk.settings.training import Training
 
 TERMS = ("task", "kl", "features", "imitation", "probe")
@@ -57,7 +58,7 @@ def batches(
     if found is None or not found.own:
         return Rendered(asked, device, seed, held_seed)
     assert workload is not None
-    return Own(asked, device, seed, found, workload)
+    return own(asked, device, seed, found, workload)
 
 
 def forward(parts: Mapping[str, Any], batch: Pairs, watched: Sequence[int] | None = None) -> dict[str, Any]:

@@ -17,7 +17,8 @@ from pqk.errors import PqkError
 from pqk.families.contract import GraphSpec
 from pqk.families.dust3r.configs import Dust3rConfig, Mode, plain_config, read_config
 from pqk.families.dust3r.dpt import DptHead, LinearHead
-from pqk.families.dust3r.layers import DecoderBlock, EncoderBlock, LayerNorm, PatchEmbed, Rope, grid_rope
+from pqk.families.dust3r.layers import DecoderBlock, EncoderBlock, LayerNorm, PatchEmbed
+from pqk.families.layers import Rope, grid_rope
 
 OUTPUTS = ("pts3d_1", "conf_1", "pts3d_2", "conf_2")
 

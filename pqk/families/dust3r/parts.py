@@ -7,11 +7,11 @@ import re
 KINDS = ("encoder attention", "encoder MLPs", "decoder attention", "decoder MLPs", "heads")
 """Kinds of parts, in the order of a table."""
 
-ATTENTION = r"attn/MatMul(_1)?$"
-"""The keep-list entry of Q K^T and its product with V, of every attention of both graphs."""
+ATTENTION = (r"attn/MatMul(_1)?$",)
+"""Keep-list entries of Q K^T and its product with V, of every attention of both graphs."""
 
-LAST_LAYERS = r"decoder:/downstream_head\d/(dpt/head\.|proj/)"
-"""The keep-list entry of the layers right before points and confidence."""
+LAST_LAYERS = (r"decoder:/downstream_head\d/(dpt/head\.|proj/)",)
+"""Keep-list entries of the layers right before points and confidence."""
 
 _BLOCK = re.compile(r"\b(enc|dec)_blocks(2?)\.(\d+)[./](attn|cross_attn|mlp)\b")
 _HEAD = re.compile(r"\bdownstream_head[12]\b")

@@ -15,27 +15,27 @@ z forward) and of arbitrary scale, and conf_1, conf_2 (H, W). Scores are in metr
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 
-from pqk.data.scenes.preprocess import unproject
 from pqk.errors import PqkError
 from pqk.families.contract import Sample
 from pqk.families.dust3r.configs import lowest_confidence
+from pqk.families.metrics.clouds import cloud_scores
 from pqk.families.metrics.geometry import (
     Array,
     abs_rel,
     align_scale,
-    chamfer,
     delta,
     reprojection_error,
     rmse,
     sparsification_error,
-    umeyama,
 )
+from pqk.families.metrics.summary import summarise as summarise
+from pqk.families.metrics.truth import PosedDepth, points_in_camera, refuse_broken_cameras
 
 Prediction = Mapping[str, Array]
 Scores = dict[str, float | None]
@@ -47,17 +47,6 @@ OUTPUTS: dict[str, Literal["points", "values"]] = {
     "conf_2": "values",
 }
 """Of a prediction, and how those of two runtimes are compared."""
-
-
-class Frame(Protocol):
-    """One posed image with depth. K follows COLMAP: the centre of the first pixel is (0.5, 0.5)."""
-
-    @property
-    def K(self) -> Array | None: ...  # (3, 3), pixels
-    @property
-    def world_to_cam(self) -> Array | None: ...  # (4, 4), rigid, metres
-    @property
-    def depth(self) -> Array | None: ...  # (H, W), z in metres, 0 = unknown
 
 
 @dataclass(frozen=True)
@@ -73,21 +62,13 @@ class PairTruth:
     cam1_to_cam2: Array  # (4, 4)
 
 
-def pair_truth(frame1: Frame, frame2: Frame) -> PairTruth:
+def pair_truth(frame1: PosedDepth, frame2: PosedDepth) -> PairTruth:
     """Ground truth of the pair (frame1, frame2): both depth maps as points in camera 1.
 
     X = z K^-1 (u + 0.5, v + 0.5, 1) (Hartley & Zisserman 2004, section 6.1), view 2 moved by the relative pose.
     Raises PqkError for a frame without depth, or whose K or pose has a wrong shape or no inverse.
     """
-    for frame in (frame1, frame2):
-        for name, matrix, size in (("K", frame.K, 3), ("world_to_cam", frame.world_to_cam, 4)):
-            if (
-                matrix is None
-                or np.shape(matrix) != (size, size)
-                or not np.isfinite(matrix).all()
-                or np.linalg.det(matrix) == 0
-            ):
-                raise PqkError(f"a frame's {name} must be a finite, invertible ({size}, {size}) matrix, got {matrix}")
+    refuse_broken_cameras((frame1, frame2))
     cam1_to_world = np.linalg.inv(np.asarray(frame1.world_to_cam, dtype=np.float64))
     cam1_to_cam2 = np.asarray(frame2.world_to_cam, dtype=np.float64) @ cam1_to_world
     gt1, valid1 = points_in_camera(frame1)
@@ -129,7 +110,7 @@ def score_pair(
     pairs = zip(points, (truth.gt1, truth.gt2), valids, strict=True)
     errors = np.concatenate([np.linalg.norm(depth.scale * p[v] - g[v], axis=1) for p, g, v in pairs])
     scores = depth.scores() | {"ause": sparsification_error(errors, _confidence(pred, valids))}
-    scores |= _cloud_scores(points, (truth.gt1, truth.gt2), valids, align, chamfer_points, seed)
+    scores |= cloud_scores(points, (truth.gt1, truth.gt2), valids, align, chamfer_points, seed)
     total = count1 * reprojection_error(depth.scale * points[0], truth.K1, truth.valid1)
     if count2:
         moved = _move(depth.scale * points[1], truth.cam1_to_cam2)
@@ -169,7 +150,7 @@ def score_against_reference(
     scores = pair_depth(points, truths, valids, None, align).scores()
     expected = 1 / _confidence(reference, valids).astype(np.float64)
     scores["ause"] = sparsification_error(expected, _confidence(pred, valids))
-    scores |= _cloud_scores(points, truths, valids, align, chamfer_points, seed)
+    scores |= cloud_scores(points, truths, valids, align, chamfer_points, seed)
     scores["reproj_px"] = None
     return scores
 
@@ -237,31 +218,6 @@ def constant_depth(
     return PairDepth(np.full(int(counts.sum()), scale), true[counts], scale)
 
 
-def summarise(scores: Sequence[Mapping[str, float | None]]) -> Scores:
-    """Mean over pairs of each metric, and absrel_p95, the 95th percentile (linear interpolation) of absrel.
-
-    A metric that is None for all pairs stays None. Raises PqkError for an empty list, for metrics that only some of
-    the pairs have (their mean would be over other scenes) and for values that are not finite.
-    """
-    if not scores:
-        raise PqkError("nothing to summarise: no pair was scored")
-    summary: Scores = {}
-    for key in scores[0]:
-        values = [pair.get(key) for pair in scores]
-        present = [value for value in values if value is not None]
-        if len(present) not in (0, len(values)):
-            raise PqkError(f"{key} is missing for {len(values) - len(present)} of {len(values)} pairs")
-        if not all(math.isfinite(value) for value in present):
-            raise PqkError(f"NaN refused: {key} is not finite for every pair")
-        summary[key] = math.fsum(present) / len(present) if present else None
-        if key == "absrel" and present:
-            summary["absrel_p95"] = float(np.percentile(present, 95))
-    extra = sorted(set().union(*scores) - set(scores[0]))
-    if extra:
-        raise PqkError(f"{', '.join(extra)} is missing for the first of {len(scores)} pairs")
-    return summary
-
-
 def quality_drop_pct(value: float, teacher_value: float, higher_is_better: bool = False) -> float:
     """Relative loss of a metric against the teacher in percent; positive = worse, negative = better.
 
@@ -277,36 +233,6 @@ def quality_drop_pct(value: float, teacher_value: float, higher_is_better: bool 
         raise PqkError(f"the drop is undefined: the teacher's value is 0 and the model's is {value}")
     change = 100.0 * (value - teacher_value) / teacher_value
     return -change if higher_is_better else change
-
-
-def _cloud_scores(
-    points: tuple[Array, Array],
-    gts: tuple[Array, Array],
-    valids: tuple[Array, Array],
-    align: str,
-    chamfer_points: int,
-    seed: int,
-) -> Scores:
-    """The chamfer distances. The two clouds are sampled apart: a perfect prediction is not compared with itself."""
-    if chamfer_points < 3:
-        raise PqkError(f"chamfer_points must be at least 3, got {chamfer_points}")
-    pred_cloud = np.concatenate([p[v] for p, v in zip(points, valids, strict=True)])
-    gt_cloud = np.concatenate([g[v] for g, v in zip(gts, valids, strict=True)])
-    similarity = None if align == "none" else umeyama(pred_cloud, gt_cloud)
-    places: list[Any] = [slice(None), slice(None)]
-    if len(gt_cloud) > chamfer_points:
-        random = np.random.default_rng(seed)
-        places = [random.choice(len(gt_cloud), chamfer_points, replace=False) for _ in range(2)]
-    gt, same, other = gt_cloud[places[0]], pred_cloud[places[0]], pred_cloud[places[1]]
-    if similarity is not None:
-        same, other = similarity.apply(same), similarity.apply(other)
-    distances = chamfer(other, gt)
-    return {
-        "chamfer": distances.mean,
-        "chamfer_accuracy": distances.accuracy,
-        "chamfer_completeness": distances.completeness,
-        "chamfer_paired": chamfer(same, gt).mean,
-    }
 
 
 def _check_view_1(valids: tuple[Array, Array]) -> None:
@@ -328,15 +254,6 @@ def _confidence(pred: Prediction, valids: tuple[Array, Array]) -> Array:
 def _depth(points: Array, cam1_to_cam2: Array) -> Array:
     """z in camera 2 of points (N, 3) of camera 1."""
     return points @ cam1_to_cam2[2, :3] + cam1_to_cam2[2, 3]
-
-
-def points_in_camera(frame: Frame) -> tuple[Array, Array]:
-    """Points (H, W, 3) float64 in the frame's camera, 0 where the depth is unknown, and the validity mask."""
-    if frame.depth is None or np.ndim(frame.depth) != 2:
-        raise PqkError("a frame without a depth map (H, W) has no ground truth to score against")
-    depth = np.asarray(frame.depth, dtype=np.float64)
-    valid = np.isfinite(depth) & (depth > 0)
-    return unproject(np.where(valid, depth, 0.0), np.asarray(frame.K, dtype=np.float64)), valid
 
 
 def _move(points: Array, transform: Array) -> Array:

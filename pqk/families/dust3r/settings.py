@@ -17,6 +17,9 @@ from pqk.settings import evaluation, workload
 from pqk.settings.workload import Calibration, SceneLists, refuse_shared_scenes
 from pqk.settings.yamlfile import Section, config_loader
 
+SIGN = "enc_blocks.0.norm1.weight"
+"""A weight that all checkpoints have, and no other family's."""
+
 PATCH = 16
 """Side of a ViT patch in pixels; height and width must be multiples of it."""
 
@@ -112,6 +115,16 @@ class Workload(workload.Workload):
     def calibration_images(self) -> int:
         """How many images quantizers can be calibrated on."""
         return self.calibration.images
+
+    @property
+    def neighbours(self) -> int:
+        """How many views around an inner view of a generated scene must share enough of their view with it."""
+        return self.pair_graph.k
+
+    @property
+    def together(self) -> int:
+        """How many images are fed at once: a pair."""
+        return 2
 
     def problems(self) -> list[str]:
         """A standard side, and calibration images enough."""

@@ -6,8 +6,6 @@ results, compared where a module of ours has that output.
 
 from __future__ import annotations
 
-import csv
-import gzip
 import math
 import re
 from collections.abc import Iterator
@@ -15,7 +13,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pqk.data.scenes.pairs import pair_graph
 from pqk.data.scenes.preprocess import unproject
@@ -23,7 +21,7 @@ from pqk.errors import PqkError
 from pqk.families.build import build_model, empty_model
 from pqk.families.checkpoint import load_model
 from pqk.families.dust3r.configs import NAMED, BlockSize, Mode
-from pqk.families.dust3r.layers import DecoderBlock, EncoderBlock, Rope, apply_rope, grid_positions, rope_arrays
+from pqk.families.dust3r.layers import DecoderBlock, EncoderBlock
 from pqk.families.dust3r.losses import (
     confidence_loss,
     normalise_jointly,
@@ -33,9 +31,21 @@ from pqk.families.dust3r.losses import (
 )
 from pqk.families.dust3r.model import OUTPUTS, Dust3r, activate
 from pqk.families.dust3r.preprocess import official_preprocess, official_size
-from pqk.families.vectors import MARK, BadCase, Case, Compared, NotHandled, compare
+from pqk.families.layers import Rope, apply_rope, grid_positions, rope_arrays
+from pqk.families.tape import Tape
+from pqk.families.vectors import (
+    FULL_MARK,
+    MARK,
+    BadCase,
+    Case,
+    Compared,
+    NotHandled,
+    compare,
+    compare_keys,
+    compare_probes,
+    draw_weights,
+)
 
-FULL_MARK = 1e-4  # of the full-size network
 THEIRS = {"pts3d_2": "pts3d_in_other_view_2"}
 CRITERION = r"ConfLoss\(alpha=([\d.e-]+)\) over Regr3D\(L21, avg_dis\)"
 UNBOUNDED = (-math.inf, math.inf)
@@ -53,52 +63,12 @@ MODULES = {
 """Name of an intermediate result, without its view -> the module whose output it is."""
 
 
-class Tape:
-    """Records the outputs of all modules inside, call by call, in a `with` block."""
-
-    def __init__(self, root: nn.Module) -> None:
-        self._root = root
-        self._calls: dict[nn.Module, list[Tensor]] = {}
-
-    def __enter__(self) -> Tape:
-        self._hooks = [part.register_forward_hook(self._record) for part in self._root.modules()]
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
-
-    def _record(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        if isinstance(output, Tensor):
-            self._calls.setdefault(module, []).append(output)
-
-    def calls(self, path: str) -> list[Tensor]:
-        """The outputs of the module of that name; [] when there is none or it was not called."""
-        try:
-            return self._calls.get(self._root.get_submodule(path), [])
-        except AttributeError:
-            return []
-
-
 def keys(case: Case) -> Iterator[Compared]:
     """Names, shapes and sharing of the weights of a released model: a table key, shape, numel, same_tensor_as."""
     name = case.name.partition("_keys.tsv")[0].replace("_", "-")
     if name not in NAMED:
         raise NotHandled(f"the configuration {name}")
-    with (gzip.open if case.path.suffix == ".gz" else open)(case.path, "rt", encoding="utf-8", newline="") as stream:
-        rows = list(csv.DictReader(stream, delimiter="\t"))
-    if not rows or not {"key", "shape", "same_tensor_as"} <= set(rows[0]):
-        raise BadCase(f"{case.path} is no table with the columns key, shape, numel, same_tensor_as")
-    state = empty_model("dust3r", NAMED[name]).state_dict(keep_vars=True)
-    listed = {row["key"] for row in rows}
-    unlike = sorted(listed ^ set(state))
-    yield Compared("keys", math.inf if unlike else 0.0, 0.0, f"{len(unlike)} names differ, first {unlike[:1]}")
-    for row in rows:
-        if row["key"] in state:
-            weight, twin = state[row["key"]], row["same_tensor_as"]
-            shape = "x".join(map(str, weight.shape))
-            right = shape == row["shape"] and (not twin or weight is state.get(twin))
-            yield Compared(row["key"], 0.0 if right else math.inf, 0.0, "" if right else f"its shape or twin: {shape}")
+    yield from compare_keys(case, empty_model("dust3r", NAMED[name]).state_dict(keep_vars=True))
 
 
 def model(case: Case) -> Iterator[Compared]:
@@ -114,19 +84,8 @@ def model(case: Case) -> Iterator[Compared]:
 def full(case: Case) -> Iterator[Compared]:
     """The official architecture with weights from the seed rule: 2.5 GB of memory, half a minute."""
     net = cast(Dust3r, empty_model("dust3r", case.need("config")))
-    tied, probes = case.info.get("tied_keys", {}), case.info.get("weight_probes", {})
-    weights: dict[str, Tensor] = {}
-    for index, (key, empty) in enumerate(sorted(net.state_dict().items())):
-        if key not in tied:
-            generator = torch.Generator().manual_seed(case.need("seed") * 100003 + index)
-            weights[key] = torch.randn(empty.shape, generator=generator).mul_(case.need("weight_std"))
-            if re.search(case.need("norm_regex"), key):
-                weights[key] += 1
-    weights |= {key: weights[twin] for key, twin in tied.items()}
-    for key, probe in probes.items():
-        first = probe["first"]
-        yield compare(f"weight {key}", weights[key].flatten()[: len(first)], first)
-        yield compare(f"sum of weight {key}", weights[key].double().sum(), probe["sum"], FULL_MARK)
+    weights = draw_weights(case, net.state_dict())
+    yield from compare_probes(case, weights)
     net.load_state_dict(weights, assign=True)
     yield from _forward(case, net, FULL_MARK)
 
@@ -310,9 +269,9 @@ def _forward(case: Case, net: Dust3r, mark: float) -> Iterator[Compared]:
 def _intermediate(tape: Tape, name: str, images: list[Tensor], patch: int) -> Any:
     """The intermediate result of that name, or None when we have none."""
     if match := re.fullmatch(r"out_head_raw([12])", name):
-        return _only(tape.calls(f"downstream_head{match[1]}"))
+        return tape.only(f"downstream_head{match[1]}")
     if match := re.fullmatch(r"mid_head([12])\.(.+)", name):
-        return _only(tape.calls(f"downstream_head{match[1]}.{_module(match[2])}"))
+        return tape.only(f"downstream_head{match[1]}.{_module(match[2])}")
     match = re.fullmatch(r"mid_(.+)_view([12])", name)
     if match is None:
         return None
@@ -322,7 +281,7 @@ def _intermediate(tape: Tape, name: str, images: list[Tensor], patch: int) -> An
         grid = grid_positions(image.shape[2] // patch, image.shape[3] // patch)
         return np.broadcast_to(grid, (len(image), *grid.shape))
     if block := re.fullmatch(r"dec_block_(.+)", what):
-        return _only(tape.calls(f"dec_blocks{'2' if view else ''}.{block[1]}"))
+        return tape.only(f"dec_blocks{'2' if view else ''}.{block[1]}")
     calls = tape.calls(_module(what))
     if len(calls) == 1:  # both views of one size go through the encoder as one batch
         calls = list(calls[0].chunk(2))
@@ -334,10 +293,6 @@ def _module(what: str) -> str:
         if match := re.fullmatch(pattern, what):
             return match.expand(path)
     return "no such module"
-
-
-def _only(calls: list[Tensor]) -> Tensor | None:
-    return calls[0] if len(calls) == 1 else None
 
 
 def _images(case: Case) -> list[Tensor]:

@@ -13,6 +13,7 @@ import numpy as np
 
 from pqk.data.scenes.colmap import read_model
 from pqk.data.scenes.depth import measured_depth
+from pqk.families.metrics import pose_vectors
 from pqk.families.metrics.geometry import Array, abs_rel, align_scale, chamfer, delta, rmse, umeyama
 from pqk.families.vectors import Case, Compared
 
@@ -168,4 +169,5 @@ KINDS = {
     "proto_trajectory": trajectory,
     "proto_mvs_depth": mvs_depth,
     "proto_readers": readers,
+    **pose_vectors.KINDS,
 }

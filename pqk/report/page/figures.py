@@ -29,8 +29,8 @@ _DPI = 90  # a figure stays below 100 KB
 
 
 def draw(recipes: Sequence[Recipe], folder: Path) -> list[Path]:
-    """Writes tradeoff.png and drop.png, each where it has something to show; returns the files. One that has nothing to
-    show any more is removed.
+    """Writes tradeoff.png and drop.png where there is data for them; returns the files. An old file without data is
+    removed.
     """
     drawings = {folder / "tradeoff.png": _tradeoff, folder / "drop.png": _drop}
     return [p for p, make in drawings.items() if write_figure(p, partial(make, recipes), 9, _DPI) is None]

@@ -1,5 +1,6 @@
-"""Writes the page of a campaign, such as docs/results.md, from a frozen deliverable alone: every number is out of its
-records and its rows of evaluations.
+"""Writes the page of a campaign, such as docs/results.md, from a frozen deliverable alone: `write_page`.
+
+Every number is from the records and the evaluations of the deliverable.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ PLAN = "plan.json"
 
 
 def write_page(deliverable: Path, out: Path) -> list[Path]:
-    """Writes the page and its figures, which lie in a folder of its name; returns the files, the page last.
+    """Writes the page, and its figures into a folder of its name; returns the files, the page last.
 
-    Raises PqkError when there is no such deliverable or it was frozen without a plan, CheckFailed when its files are
-    not those that were frozen.
+    Raises PqkError when there is no such deliverable or it was frozen without a plan, CheckFailed when its files have
+    changed since.
     """
     if out.suffix != ".md":
         raise PqkError(f"--out {out}: the name of a page ends in .md")
@@ -185,7 +186,7 @@ def _recipes_table(
 
 
 def _teacher_line(records: dict[str, Record], rows: Sequence[Row], metric: str) -> list[str]:
-    """Returns the line of the Teacher in f32: its evaluations, and the record of the newest run that measured it."""
+    """Returns the line of the Teacher in f32: its evaluations, and its newest record."""
     teachers = [r for r in records.values() if r["role"] == "teacher" and r["precision"] == "f32"]
     if not teachers:
         return []
@@ -221,7 +222,7 @@ def _against(recipe: Recipe, name: str, form: str) -> str:
 
 
 def _inverse(recipe: Recipe) -> Stat | None:
-    """Returns the speed against the Teacher in f32; of a record of schema 1.0 without it, by the medians of its run."""
+    """Returns the speed against the Teacher in f32; for records of schema 1.0 without it, from the medians of a run."""
 
     def speed(record: Record, base: Record | None) -> float | None:
         known: float | None = record["speedup_vs_teacher_f32"]
@@ -233,7 +234,7 @@ def _inverse(recipe: Recipe) -> Stat | None:
 
 
 def _counts(recipe: Recipe) -> str:
-    """Returns '3 train x 5 eval', or what there is of it."""
+    """Returns '3 train x 5 eval', with the number of runs when some are missing."""
     if not recipe.rows:
         return f"{len(recipe.runs)} train, record only"
     trains = {row["train_seed"] for row in recipe.rows}
@@ -252,13 +253,13 @@ def _verdict(recipe: Recipe) -> str:
     for word, seeds in told.items():
         seed, reasons = seeds[0]
         whose = f" (seed {seeds_text(each for each, _ in seeds)})" if len(recipe.runs) > 1 else ""
-        first = f"seed {seed}: " if len(seeds) > 1 else ""  # the others' are under Verdicts
+        first = f"seed {seed}: " if len(seeds) > 1 else ""  # those of the other seeds are under Verdicts
         parts.append(f"{word}{whose}" + (f": {first}{'; '.join(reasons)}" if reasons else ""))
     return "; ".join(parts) or "no record"
 
 
 def _judged(recipe: Recipe, run: dict[str, Any], record: Record) -> tuple[str, list[str]]:
-    """Returns the verdict on a run (drop by all evaluations, the rest by its record), and what is against a pass."""
+    """Returns the verdict on a run (drop by all evaluations, the rest by its record), and reasons against a pass."""
     drop, limit = recipe.drop_of_run(run, record), run["drop_limit_pct"]
     word = None if drop is None or limit is None else drop.judged(limit)
     if record["status"] != "ok" or drop is None or word is None:
@@ -308,7 +309,7 @@ def _legend(metric: str, by_date: bool) -> list[str]:
 
 
 def _drops(recipes: Sequence[Recipe], deliverable: Path) -> list[str]:
-    """Returns a row per run: drop with interval, what that says of the limit, and what the record alone would say."""
+    """Returns a row per run: drop with interval, its verdict at the limit, and the verdict by the record alone."""
     headings = ("run", "drop %, 95 % interval", "over", "at most", "by the interval", "by the record alone")
     table = [_line(headings), _line(["---"] * len(headings))]
     undecided, units = [], set()
@@ -385,7 +386,7 @@ def _name(recipe: Recipe) -> str:
 
 
 def _missing(plan: dict[str, Any], recipes: Sequence[Recipe], rows: Sequence[Row]) -> list[str]:
-    """Lists every planned run without its record or some of its evaluations, and why; none is left out silently."""
+    """Returns a line, with the reason, for every planned run without its record or some of its evaluations."""
     lines = []
     for run in plan["rows"]:
         if run["card"] is None:

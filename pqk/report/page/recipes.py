@@ -1,4 +1,4 @@
-"""Collects the recipes of a campaign: what was planned of each, its records and its evaluations."""
+"""Collects the recipes of a campaign, with planned runs, records and evaluations of each: `recipes_of`."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from pqk.stats.intervals import Interval
 
 Record = dict[str, Any]
 ONE_RUN_S = 300
-"""Of records without run_id, as schema 1.0 had none: those of one run were written together, so a Teacher's that is
-further away in time is of another timing."""
+"""For records without run_id, as in schema 1.0: the records of one run were written within this time, so a Teacher's
+record further away is from another timing."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Recipe:
     """A card in one precision: its planned runs, the records of their candidates, and its evaluations.
 
     runs: (planned run, candidate's record, the Teacher's f32 record of the same run or None), by train seed.
-    teachers: evaluations of the Teacher in f32. scores: finds those of the pairs of an evaluation.
+    teachers: evaluations of the Teacher in f32. scores: finds the scores of the pairs of an evaluation.
     """
 
     card: str
@@ -52,7 +52,7 @@ class Recipe:
 
     @property
     def drop(self) -> Drop | None:
-        """Returns the drop of the evaluations in the ledger; before there are any, of the records."""
+        """Returns the drop over the evaluations in the ledger; without any, the drop of the records."""
         if self.rows:
             return drop_of(self.rows, self.teachers, self.scores)
         if len(self.runs) == 1:
@@ -61,7 +61,7 @@ class Recipe:
         return None if found is None else Drop(Interval(found.mean, None, None, found.n), "records")
 
     def drop_of_run(self, run: dict[str, Any], record: Record | None) -> Drop | None:
-        """Returns the drop of the evaluations of one train seed; before there are any, of its record."""
+        """Returns the drop over the evaluations of one train seed; without any, the drop of its record."""
         own = [row for row in self.rows if row["train_seed"] == run["train_seed"]]
         if own:
             return drop_of(own, self.teachers, self.scores)
@@ -79,10 +79,10 @@ def mean_of(values: Sequence[float | None]) -> Stat | None:
 
 
 def recipes_of(plan: dict[str, Any], records: dict[str, Record], rows: Sequence[Row], scores: Scores) -> list[Recipe]:
-    """Returns the recipes of a plan that something was measured of, in its order.
+    """Returns the measured recipes of a plan, in its order.
 
-    One whose train seeds ended in unlike precisions, as a stop-loss does, is told apart by them; so is one that was
-    made by several quantizers.
+    A recipe whose train seeds ended in different precisions, as after a stop-loss, is split by precision; a recipe made
+    by several quantizers is split by quantizer.
     """
     found = []
     teachers = {record["hashes"]["model"] for record in records.values() if record["role"] == "teacher"}
@@ -100,7 +100,7 @@ def recipes_of(plan: dict[str, Any], records: dict[str, Record], rows: Sequence[
             and row["backend"] == plan["backend"]
             and row["teacher_sha256"] is not None  # a recipe's own result, and no other checkpoint
             and (row["train_seed"], row["eval_seed"]) in seeds
-            and row["settings"] is None  # the card as it stands
+            and row["settings"] is None  # the card without changes
         ]
         kinds = [(found["precision"], found["quantizer"]) for found in (*(record for _, record, _ in runs), *own)]
         for kind in dict.fromkeys(kinds):
@@ -115,7 +115,7 @@ def recipes_of(plan: dict[str, Any], records: dict[str, Record], rows: Sequence[
 def _teacher(run: dict[str, Any], records: dict[str, Record]) -> Record | None:
     """Returns the Teacher's f32 record of the same run, which has its run_id; None where there is none.
 
-    A candidate without run_id is paired by date with a Teacher without one; the page says so.
+    A candidate without run_id is paired by date with a Teacher without one; a note on the page states this.
     """
     mine = records[run["candidate"]]
     teachers = [records[path] for path in run["teachers"] if records[path]["precision"] == "f32"]

@@ -1,4 +1,4 @@
-"""Compares what the recipes of a campaign reached with their targets."""
+"""Compares the measured values of a campaign's recipes with their targets: `targets_lines`."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ _WORDS = {
 def targets_lines(targets: Sequence[Mapping[str, Any]], recipes: Sequence[Recipe]) -> list[str]:
     """Returns a table as Markdown, a row per target and precision of its card; nothing without targets.
 
-    targets: those of `pqk.settings.plan.Target` as plain data. What was not measured is a dash, neither reached nor
-    missed; what has an interval that holds the target is undecided.
+    targets: `pqk.settings.plan.Target` as plain data. A value that was not measured is a dash, neither reached nor
+    missed; a value whose interval contains the target is undecided.
     """
     if not targets:
         return []
@@ -65,7 +65,7 @@ def targets_lines(targets: Sequence[Mapping[str, Any]], recipes: Sequence[Recipe
 
 
 def _measured(target: Mapping[str, Any], recipe: Recipe | None, recipes: Sequence[Recipe]) -> Stat | Interval | None:
-    """Returns what the target is about; an Interval where one is known: of drops, of speeds whose records have it."""
+    """Returns the measured value for a target; an Interval where one is known: drops, speeds with it in the records."""
     measure = target["measure"]
     if recipe is None:
         return None
@@ -103,7 +103,7 @@ def _mean(found: Stat | Interval) -> float:
 
 
 def _within(target: Mapping[str, Any], found: Stat | Interval) -> bool | None:
-    """Says whether the target is reached; None where an interval holds it, so that nothing is decided."""
+    """Returns whether the target is reached; None (undecided) where the interval contains it."""
     low = high = _mean(found)
     if isinstance(found, Interval):
         if found.low is None or found.high is None:

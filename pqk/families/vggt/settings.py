@@ -1,0 +1,179 @@
+"""VGGT's part of the configuration: workload.yaml, eval.yaml, the uses of its graphs, its metrics."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from pqk.errors import nearest
+from pqk.families.contract import GraphUse, Metric
+from pqk.families.vggt.network.configs import NAMED as NAMED
+from pqk.families.vggt.parts import ATTENTION as ATTENTION
+from pqk.families.vggt.parts import KINDS as KINDS
+from pqk.families.vggt.parts import LAST_LAYERS as LAST_LAYERS
+from pqk.families.vggt.parts import part_of as part_of
+from pqk.settings import evaluation, workload
+from pqk.settings.workload import Calibration, SceneLists, refuse_shared_scenes
+from pqk.settings.yamlfile import Section, config_loader
+
+SIGN = "aggregator.camera_token"
+"""A weight that every checkpoint of the family has, and none of another family."""
+
+PATCH = 14
+"""Side of a ViT patch in pixels; height and width must be multiples of it."""
+
+MOST_FRAMES = 64
+
+GRAPHS = (
+    GraphUse("encoder", unit="images"),
+    GraphUse("aggregator", after=("encoder",), unit="sets of frames"),
+    GraphUse("camera", after=("encoder", "aggregator"), unit="sets of frames"),
+    GraphUse("depth", after=("encoder", "aggregator"), unit="sets of frames"),
+    GraphUse("points", after=("encoder", "aggregator"), unit="sets of frames"),
+)
+
+METRICS = (
+    Metric("absrel", "", "lower", 0.0, drops=True),
+    Metric("delta1", "", "higher", 1.0, drops=True),
+    Metric("rmse", "m", "lower", 0.0),
+    Metric("chamfer", "m", "lower", 0.0, parts=("chamfer_accuracy", "chamfer_completeness")),
+    Metric("pose_miss30", "", "lower", 0.0, threshold="pose_miss30_rise", meaning="pose error"),
+    Metric("ause", "", "lower", 0.0, threshold="ause_rise", meaning="confidence"),
+    Metric("rot_deg", "deg", "lower", 0.0),
+    Metric("trans_deg", "deg", "lower", 0.0),
+    Metric("auc3", "", "higher", 1.0),
+    Metric("auc5", "", "higher", 1.0),
+    Metric("auc15", "", "higher", 1.0),
+    Metric("auc30", "", "higher", 1.0),
+    Metric("rra5", "", "higher", 1.0),
+    Metric("rra15", "", "higher", 1.0),
+    Metric("rra30", "", "higher", 1.0),
+    Metric("rta5", "", "higher", 1.0),
+    Metric("rta15", "", "higher", 1.0),
+    Metric("rta30", "", "higher", 1.0),
+)
+"""What `pqk.families.vggt.scoring.summarise` gives, the default main metric first. pose_miss30 is 1 - auc30."""
+
+
+class Input(Section):
+    """The static shape that the model is fed: so many frames of one size at once."""
+
+    shape: Annotated[tuple[int, ...], Field(strict=False)]
+    frames: Annotated[int, Field(ge=1, le=MOST_FRAMES)]
+
+    @field_validator("shape")
+    @classmethod
+    def _multiples(cls, shape: tuple[int, ...]) -> tuple[int, ...]:
+        sides = shape[2:]
+        right = len(shape) == 4 and shape[:2] == (1, 3)
+        if not right or any(side % PATCH or not PATCH <= side <= 4088 for side in sides):
+            raise ValueError(f"must be [1, 3, H, W] with H and W multiples of {PATCH} from {PATCH} to 4088")
+        return shape
+
+    @property
+    def height(self) -> int:
+        return self.shape[2]
+
+    @property
+    def width(self) -> int:
+        return self.shape[3]
+
+
+class FrameSets(Section):
+    """Which frames of a scene are fed together: windows of neighbouring views, in the order of the scene.
+
+    step: views from the start of one window to the start of the next. most: windows of a scene, evenly spread.
+    """
+
+    step: Annotated[int, Field(ge=1, le=1000)]
+    most: Annotated[int | None, Field(ge=1, le=100_000)] = None
+
+
+class Workload(workload.Workload):
+    """What is fed: frames and their size, which frames go together, scene lists, calibration set, seeds."""
+
+    input: Input
+    frame_sets: FrameSets
+    scenes: SceneLists
+    calibration: Calibration
+    min_covisibility: Annotated[float, Field(ge=0, le=1)]
+
+    @model_validator(mode="after")
+    def _apart(self) -> Self:
+        """Splits of one folder name their scenes, and none is named in two."""
+        refuse_shared_scenes(
+            {
+                "scenes.train": self.scenes.train,
+                "scenes.validation": self.scenes.validation,
+                "scenes.test": self.scenes.test,
+                "calibration": self.calibration,
+            }
+        )
+        return self
+
+    @property
+    def static(self) -> dict[str, Any]:
+        """The graphs have the input's frames, height and width."""
+        return {"frames": self.input.frames, "shape": [self.input.height, self.input.width]}
+
+    @property
+    def feeding(self) -> dict[str, Any]:
+        """Sets are windows of frames, each of which shares enough of its view with the one before."""
+        sets = self.frame_sets.model_dump(mode="json")
+        return {**self.static, "frame_sets": sets, "min_covisibility": self.min_covisibility}
+
+    @property
+    def calibration_images(self) -> int:
+        """How many images quantizers can be calibrated on."""
+        return self.calibration.images
+
+    @property
+    def neighbours(self) -> int:
+        """Views around an inner one of a generated scene that share enough with it: the one before, the one after."""
+        return 2
+
+    @property
+    def together(self) -> int:
+        """How many images are fed at once."""
+        return self.input.frames
+
+    def problems(self) -> list[str]:
+        """Calibration images enough for one set."""
+        if self.calibration.images < self.input.frames:
+            return [f"calibration.images is {self.calibration.images} but must be at least {self.input.frames}"]
+        return []
+
+
+class Quality(evaluation.Quality):
+    """Which metrics are recorded, and how predictions are brought to the scale of the ground truth."""
+
+    scale_alignment: Literal["median", "lstsq", "none"]
+    chamfer_points: Annotated[int, Field(ge=16, le=1_000_000)]
+    min_valid_pixels: Annotated[int, Field(ge=1, le=1_000_000)]
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        known = [metric.name for metric in METRICS]
+        for name in (self.main_metric, *self.metrics):
+            if name not in known:
+                raise ValueError(f"names the unknown metric {name!r}{nearest(name, known)}; known: {', '.join(known)}")
+        return self
+
+
+class Thresholds(evaluation.Thresholds):
+    """Success lines. pose_miss30_rise, ause_rise: how much these metrics may be above the Teacher's."""
+
+    pose_miss30_rise: Annotated[float, Field(ge=0, le=1)]
+    ause_rise: Annotated[float, Field(ge=0, le=1)]
+
+
+class Evaluation(evaluation.Evaluation):
+    """What is measured and what counts as success."""
+
+    quality: Quality
+    thresholds: Thresholds
+
+
+load_workload = config_loader(Workload, "workload")
+load_evaluation = config_loader(Evaluation, "eval")

@@ -1,0 +1,293 @@
+"""One suite for every built-in family: graphs, glue, data, scoring, learning and cutting fit together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from backends.exchange import export
+from pqk.compress.cut.units import cut, groups_of, slots_of
+from pqk.engines.calls import in_torch
+from pqk.families.contract import Family, Sample
+from pqk.families.registry import BUILT_IN, family
+from pqk.models import build_model
+from pqk.settings.training import TrainSpec
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Toy:
+    """A small network of a family, the changes of its workload that fit it, and a size that it can be trained at."""
+
+    config: dict[str, Any]
+    workload: dict[str, Any]
+    size: int
+
+
+TOYS = {
+    "dust3r": Toy(
+        {
+            "head_type": "dpt",
+            "landscape_only": False,
+            "enc_embed_dim": 32,
+            "enc_depth": 2,
+            "enc_num_heads": 2,
+            "dec_embed_dim": 32,
+            "dec_depth": 4,
+            "dec_num_heads": 2,
+            "dpt": {"feature_dim": 16, "last_dim": 8, "layer_dims": [8, 12, 16, 24]},
+        },
+        {"input.shape": [1, 3, 64, 48]},
+        64,
+    ),
+    "vggt": Toy(
+        {
+            "img_size": 56,
+            "embed_dim": 32,
+            "depth": 5,
+            "num_heads": 2,
+            "init_values": 0.5,
+            "dino": {"depth": 2},
+            "camera": {"trunk_depth": 2},
+            "dpt": {"features": 16, "out_channels": [8, 12, 16, 16]},
+        },
+        {"input.shape": [1, 3, 70, 56], "input.frames": 3},
+        112,
+    ),
+}
+
+
+@pytest.fixture(params=sorted(BUILT_IN))
+def of(request: pytest.FixtureRequest) -> Family:
+    return family(request.param)
+
+
+def toy(of: Family, seed: int = 0) -> nn.Module:
+    model: nn.Module = build_model(of.name, TOYS[of.name].config, generator=torch.Generator().manual_seed(seed)).eval()
+    with torch.no_grad():  # fresh norms and biases are all alike, which would hide a mistake
+        generator = torch.Generator().manual_seed(seed + 1)
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+        for name, parameter in model.named_parameters():
+            if name.endswith("dpt.head.4.bias"):
+                parameter[2] += 2  # DUSt3R's points lie in front of the camera
+    return model
+
+
+def workload(of: Family) -> Any:
+    from pqk.recipe.experiment import config_file, config_loaders
+
+    return config_loaders(of)["workload"](config_file(REPOSITORY, of, "workload"), TOYS[of.name].workload)
+
+
+def asked(of: Family) -> Any:
+    """The settings of a short training."""
+    size = TOYS[of.name].size
+    return TrainSpec.model_validate(
+        {
+            "model": "toy",
+            "steps": 2,
+            "stages": [{"size": size, "batch": 2, "until": 1.0}],
+            "learning_rate": 1e-3,
+            "final_rate": 1e-4,
+            "warmup": 0.0,
+            "weight_decay": 0.0,
+            "clip_norm": 1.0,
+            "ema": 0.9,
+            "alpha": 0.2,
+            "validation": {"size": size, "pairs": 3, "every": 1},
+        }
+    )
+
+
+def batches(of: Family) -> Any:
+    return of.learning_part().batches(asked(of), torch.device("cpu"), seed=0, held_seed=0)
+
+
+def test_the_table_of_toys_is_complete() -> None:
+    assert set(TOYS) == set(BUILT_IN)
+
+
+def test_settings_fit_each_other(of: Family) -> None:
+    part = of.settings_part()
+    assert part.METRICS and len({metric.name for metric in part.METRICS}) == len(part.METRICS)
+    assert set(of.scoring_part().OUTPUTS.values()) <= {"points", "values"}
+    assert [use.name for use in part.GRAPHS] == list(of.model_part().graphs(toy(of), workload(of)))
+    names = {use.name for use in part.GRAPHS}
+    assert all(set(use.after) < names for use in part.GRAPHS)
+
+
+def test_graphs_exported_alone_give_what_the_network_gives(of: Family, tmp_path: Path) -> None:
+    model, asked_for = toy(of), workload(of)
+    for name, spec in of.model_part().graphs(model, asked_for).items():
+        graph = export(spec.module, spec.inputs, spec.output_names, tmp_path / f"{name}.onnx")  # compares the two
+        assert tuple(t.name for t in graph.inputs) == spec.input_names
+        assert tuple(t.name for t in graph.outputs) == spec.output_names
+        assert all(of.settings_part().part_of(f"/{key}/MatMul") is not None for key in _blocks(spec.module))
+
+
+def _blocks(module: nn.Module) -> list[str]:
+    return [name.replace(".attn", "/attn") for name, _ in module.named_modules() if name.endswith(".attn")]
+
+
+def test_the_glue_over_the_graphs_is_the_network(of: Family) -> None:
+    model, asked_for = toy(of), workload(of)
+    sample = of.data_part().example(asked_for)
+    found = of.predict_part().predict(in_torch(of.model_part().graphs(model, asked_for)), sample, asked_for, 0)
+    assert set(found) == set(of.scoring_part().OUTPUTS)
+    with torch.inference_mode():
+        wanted = WHOLE[of.name](model, sample)
+    for name, value in found.items():
+        np.testing.assert_allclose(value, wanted[name].numpy(), rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def _pair(model: Any, sample: Sample) -> dict[str, Tensor]:
+    first, second = (torch.from_numpy(frame.image)[None] for frame in sample.inputs)
+    return {name: value[0] for name, value in model(first, second).items()}
+
+
+def _frames(model: Any, sample: Sample) -> dict[str, Tensor]:
+    out = {
+        name: value[0] for name, value in model(torch.from_numpy(np.stack([f.image for f in sample.inputs]))).items()
+    }
+    return {**out, "depth": out["depth"][..., 0]}
+
+
+WHOLE: dict[str, Callable[[Any, Sample], dict[str, Tensor]]] = {"dust3r": _pair, "vggt": _frames}
+
+
+def test_a_prediction_against_itself_is_perfect(of: Family) -> None:
+    """Where the Teacher plays the truth, it has no drop."""
+    model, asked_for, scoring = toy(of), workload(of), of.scoring_part()
+    sample = of.data_part().example(asked_for)
+    found = of.predict_part().predict(in_torch(of.model_part().graphs(model, asked_for)), sample, asked_for, 0)
+    options = {"scale_alignment": "median", "chamfer_points": 64, "min_valid_pixels": 1}
+    evidence = scoring.score(found, scoring.as_truth(found, sample, model.config), options, 0)  # type: ignore[arg-type]
+    assert evidence is not None
+    summary = scoring.summarise([evidence])
+    for metric in of.settings_part().METRICS:
+        value = summary.get(metric.name)
+        if value is not None and (metric.drops or metric.better == "higher"):
+            assert value == pytest.approx(metric.perfect, abs=1e-4), metric.name
+
+
+def test_one_forward_teaches_every_weight(of: Family) -> None:
+    model, learning = toy(of), of.learning_part()
+    batch = batches(of).train(0, 2, TOYS[of.name].size)
+    out = learning.forward(learning.parts(model), batch)
+    loss = learning.losses(out, batch, None, ("task",), {"alpha": 0.2})["task"]
+    loss.backward()
+    still = [name for name, p in model.named_parameters() if p.grad is None or not bool(p.grad.any())]
+    assert all(of.model_part().may_lack(name) for name in still), still
+    assert torch.isfinite(loss)
+
+
+def test_losses_against_the_own_outputs_are_nothing(of: Family) -> None:
+    model, learning = toy(of), of.learning_part()
+    batch = batches(of).train(1, 2, TOYS[of.name].size)
+    watch, other, bridges = learning.features(model, model, 0)
+    with torch.no_grad():
+        out = learning.forward(learning.parts(model), batch, watch)
+        options = {"alpha": 0.2, "temperature": 3.0, "bridges": bridges}
+        found = learning.losses(out, batch, out, ("kl", "features", "imitation"), options)
+    assert list(watch) == list(other) and not len(bridges)
+    for name, value in found.items():
+        assert float(value) == pytest.approx(0, abs=1e-5), name
+    assert learning.distance(out, out, {"alpha": 0.2}) == pytest.approx([0.0] * len(batch.images), abs=1e-5)
+    assert learning.shift(out, out, batch) == pytest.approx(0, abs=1e-5)
+    assert learning.same_network(model.config, dict(model.config))  # type: ignore[arg-type]
+
+
+def test_held_out_batches_are_always_the_same_and_scored(of: Family) -> None:
+    model, learning, made = toy(of), of.learning_part(), batches(of)
+    first, again = (list(made.held_out()) for _ in range(2))
+    assert sum(len(batch.images) for batch in first) == 3
+    assert all(torch.equal(a.images, b.images) for a, b in zip(first, again, strict=True))
+    main = of.settings_part().METRICS[0].name
+    for batch in first:
+        with torch.no_grad():
+            out = learning.forward(learning.parts(model), batch)
+        rows, floor = learning.score(out, batch), learning.floor(batch)
+        assert len(rows) == len(floor) == len(batch.images)
+        assert all(main in row for of_sample in (*rows, *floor) for row in of_sample)
+
+
+def test_exported_shapes_come_back_after_a_training(of: Family) -> None:
+    model, learning, asked_for = toy(of), of.learning_part(), workload(of)
+    specs = of.model_part().graphs(model, asked_for)
+    parts = {name: spec.module for name, spec in specs.items()}
+    with torch.no_grad():
+        before = {name: spec.module(*spec.inputs.values()) for name, spec in specs.items()}
+        learning.forward(parts, batches(of).train(0, 2, TOYS[of.name].size))
+        learning.as_exported(parts, asked_for)
+        after = {name: spec.module(*spec.inputs.values()) for name, spec in specs.items()}
+    for name, value in before.items():
+        for x, y in zip(_tensors(value), _tensors(after[name]), strict=True):
+            assert torch.equal(x, y), name
+
+
+def _tensors(value: Any) -> tuple[Tensor, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def test_what_is_silent_can_be_cut_without_a_trace(of: Family) -> None:
+    """Units whose readers' weights are 0 change nothing; so what is cut is exactly what the tracer says."""
+    model, cutting = toy(of), of.cutting_part()
+    kinds = {size.kind for size in cutting.sizes(model.config, 4)} - {"block"}  # type: ignore[arg-type]
+    slots = slots_of(model, kinds, 4, cutting)
+    assert {slot.kind for slot in slots} == kinds
+    keep, plan = {}, {}
+    state = model.state_dict()
+    for slot in slots:
+        stays = slot.units - slot.step
+        if stays < 1:
+            continue
+        plan[slot.name] = stays
+        for group in slot.groups:
+            chosen = torch.arange(group.units)[: slot.keeps(group, stays)]
+            keep[group.name] = chosen
+            for part in group.parts:
+                if part.reads:
+                    gone = part.rows[len(chosen) :].flatten()
+                    state[part.key].index_fill_(part.axis, gone, 0.0)
+    assert plan and groups_of(slots)
+    small = cut(model, slots, plan, keep, cutting).eval()
+    batch = next(iter(batches(of).held_out()))
+    learning = of.learning_part()
+    with torch.no_grad():
+        whole, rest = (learning.forward(learning.parts(net), batch) for net in (model, small))
+    for name in of.scoring_part().OUTPUTS:
+        torch.testing.assert_close(rest[name], whole[name], rtol=1e-3, atol=1e-4)
+    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
+    assert type(small)(small.config).state_dict().keys() == small.state_dict().keys()
+
+
+def test_blocks_go_as_far_as_the_heads_allow(of: Family) -> None:
+    model, cutting = toy(of), of.cutting_part()
+    config: Any = model.config
+    blocks = [size.name for size in cutting.sizes(config, 4) if size.kind == "block"]
+    assert blocks and not cutting.may_drop(config, blocks)
+    for block in blocks:
+        for retrained in (False, True):
+            if cutting.may_drop(config, [block], retrained=retrained):
+                smaller = cutting.smaller(config, {block: 0})
+                net = build_model(of.name, smaller)
+                assert sum(p.numel() for p in net.parameters()) < sum(p.numel() for p in model.parameters())
+
+
+def test_half_of_the_forward_is_the_whole(of: Family) -> None:
+    model, cutting, learning = toy(of), of.cutting_part(), of.learning_part()
+    batch = batches(of).train(0, 2, TOYS[of.name].size)
+    with torch.no_grad():
+        whole = learning.forward(learning.parts(model), batch)
+        halves = cutting.finish(model, cutting.begin(model, batch), batch)
+    for name in of.scoring_part().OUTPUTS:
+        torch.testing.assert_close(halves[name], whole[name])
