@@ -78,7 +78,7 @@ def export(
                 raise BackendError(
                     f"the {exporter} exporter cannot write {target.name}: {first_line(error)}"
                 ) from error
-        _rewrite(made, large and exporter == "torchscript")
+        _rewrite(made, large and exporter == "torchscript", list(output_names))
         graph = describe_onnx(made)
         _check_names(graph, list(example), list(output_names), target.name)
         verify(graph, module, example, tolerance)
@@ -218,8 +218,11 @@ def _external_files(model: onnx.ModelProto) -> set[str]:
     }
 
 
-def _rewrite(path: Path, gather_weights: bool) -> None:
-    """Drops everything that depends on where and when the file was made; optionally puts all weights in one file."""
+def _rewrite(path: Path, gather_weights: bool, outputs: Sequence[str]) -> None:
+    """Drops everything that depends on where and when the file was made; optionally puts all weights in one file.
+
+    Constant outputs get their names.
+    """
     import onnx
 
     model = onnx.load(str(path), load_external_data=gather_weights)
@@ -227,6 +230,7 @@ def _rewrite(path: Path, gather_weights: bool) -> None:
     graph = model.graph
     graph.doc_string = ""
     _share_constants(graph)
+    _name_constant_outputs(graph, outputs)
     functions = list(model.functions)
     for holder in [model, graph, *graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer]:
         holder.doc_string = ""
@@ -249,6 +253,17 @@ def _rewrite(path: Path, gather_weights: bool) -> None:
     for new in keep.iterdir():
         new.replace(path.parent / new.name)
     shutil.rmtree(keep)
+
+
+def _name_constant_outputs(graph: onnx.GraphProto, names: Sequence[str]) -> None:
+    """Gives outputs that depend on no input the names that were asked for: the exporter folds them into weights."""
+    from onnx import helper
+
+    weights = {weight.name for weight in graph.initializer}
+    for value, name in zip(graph.output, names, strict=False):
+        if value.name != name and value.name in weights:
+            graph.node.append(helper.make_node("Identity", [value.name], [name], name))
+            value.name = name
 
 
 def _share_constants(graph: onnx.GraphProto) -> None:

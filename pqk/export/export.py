@@ -80,7 +80,7 @@ def export(
         part, about = candidate.experiment.family.export_part(), {}
         if part is not None:
             runtime = "openvino" if backend.name == "openvino" else "onnxruntime"
-            (folder / "sample.py").write_text(part.sample_source(runtime), encoding="utf-8")
+            (folder / "sample.py").write_text(part.sample_source(runtime, experiment.workload), encoding="utf-8")
             about = part.about_inputs(candidate.experiment.workload)
         record = _record(own, label, candidate, variant)
         manifest = {

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from pqk.families.cutting import CuttingPart
     from pqk.settings.evaluation import Evaluation
+    from pqk.settings.quant import Quant
     from pqk.settings.training import Training
     from pqk.settings.workload import Workload
 
@@ -190,12 +191,14 @@ class SettingsPart(Protocol):
 
     Workload: type[Workload]  # of workload.yaml: shapes, pairs or frames or steps, scene lists
     Evaluation: type[Evaluation]  # of eval.yaml: the options of its metrics, its own thresholds
+    Quant: type[Quant]  # of quant.yaml: its own groups for the keep-list, its own settings of calibration
     GRAPHS: tuple[GraphUse, ...]  # in the order of first use
     METRICS: tuple[Metric, ...]  # the first is the default main metric
     NAMED: Mapping[str, Mapping[str, Any]]  # configurations that `random:NAME` builds
     SIGN: str | None  # a weight that all checkpoints of the family have and no other family's; None: not told by one
     KINDS: tuple[str, ...]  # kinds of the parts of a network, in the order of a table
     ATTENTION: tuple[str, ...]  # keep-list entries of the matmuls of attention
+    PATCH: int  # sides of images are multiples of it
     LAST_LAYERS: tuple[str, ...]  # keep-list entries of the layers whose errors reach the outputs undamped
 
     def part_of(self, name: str) -> tuple[str, str] | None:
@@ -244,6 +247,9 @@ class PredictPart(Protocol):
     def predict(self, call: Call, sample: Sample, workload: Workload, seed: int) -> Arrays:
         """Returns the prediction of one sample, with whatever loop, noise and post-processing the family has."""
         ...
+
+    # Optional: def calibrated(graph: str, feeds: Feeds, ptq: Mapping[str, Any]) -> Feeds
+    # Returns what the graph is calibrated on in place of the feeds that `predict` gave it. ptq: section of quant.yaml.
 
 
 class DataPart(Protocol):
@@ -452,7 +458,7 @@ class ExportPart(Protocol):
         """Returns the entries of the manifest that say how inputs are made."""
         ...
 
-    def sample_source(self, runtime: str) -> str:
+    def sample_source(self, runtime: str, workload: Workload) -> str:
         """Returns a script that runs the bundle without pqk, for 'openvino' or 'onnxruntime'."""
         ...
 

@@ -2,7 +2,7 @@
 
     from pqk.families.defaults import *
 
-Of the model part: UNDONE, LAYOUT, initialize, adapt, may_lack, official. Of the settings: NAMED, SIGN, KINDS,
+Of the model part: UNDONE, LAYOUT, initialize, adapt, may_lack, official. Of the settings: NAMED, Quant, SIGN, KINDS,
 ATTENTION, LAST_LAYERS, part_of. Of the data: SEED_DRAWS, can_grow, refuse_overlap, digest.
 """
 
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pqk.families.contract import Given, SampleSet
 from pqk.files import sha256_json
+from pqk.settings.quant import Quant as Quant
 from pqk.settings.workload import Workload
 
 if TYPE_CHECKING:
@@ -25,9 +26,11 @@ __all__ = [
     "LAST_LAYERS",
     "LAYOUT",
     "NAMED",
+    "PATCH",
     "SEED_DRAWS",
     "SIGN",
     "UNDONE",
+    "Quant",
     "adapt",
     "can_grow",
     "digest",
@@ -45,6 +48,7 @@ SIGN: str | None = None
 KINDS: tuple[str, ...] = ()
 ATTENTION: tuple[str, ...] = ()
 LAST_LAYERS: tuple[str, ...] = ()
+PATCH = 1
 SEED_DRAWS: Literal["samples", "noise"] = "samples"
 
 

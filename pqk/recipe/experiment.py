@@ -12,6 +12,7 @@ from pqk.errors import PqkError, nearest
 from pqk.families.contract import Family, Metric
 from pqk.families.identify import family_of
 from pqk.families.registry import family
+from pqk.families.sides import check_sides
 from pqk.files import sha256_json
 from pqk.settings.card import Card, Overrides
 from pqk.settings.distill import Distill, load_distill
@@ -19,7 +20,7 @@ from pqk.settings.evaluation import Evaluation, loosened
 from pqk.settings.joint import Joint, load_joint
 from pqk.settings.keep import split_entry
 from pqk.settings.prune import Prune, load_prune
-from pqk.settings.quant import Quant, load_quant
+from pqk.settings.quant import Quant
 from pqk.settings.teacher import DefaultTeacher, load_teacher_settings
 from pqk.settings.workload import Workload
 from pqk.settings.yamlfile import Spec, config_loader, expand, join, merge
@@ -88,13 +89,18 @@ def experiment_family(model: str | None, root: Path) -> Family:
     return family(default_teacher(root).family if model is None else family_of(model))
 
 
+def quant_loader(of: Family) -> Callable[..., Quant]:
+    """Returns the reader of a family's quant.yaml."""
+    return config_loader(of.settings_part().Quant, "quant")
+
+
 def config_loaders(of: Family) -> dict[str, Callable[..., Spec]]:
     """Returns the reader of each config file of a family, by the file's name without .yaml."""
     part = of.settings_part()
     return {
         "workload": config_loader(part.Workload, "workload"),
         "eval": config_loader(part.Evaluation, "eval"),
-        "quant": load_quant,
+        "quant": quant_loader(of),
         "distill": load_distill,
         "prune": load_prune,
         "joint": load_joint,
@@ -158,6 +164,7 @@ def _laid_over(
                 f"{where}: exceptions.{name} is noted, but the card does not loosen it{nearest(name, loose)}"
             )
     _check_keep_list(resolved, where)
+    _check_sides(resolved)
     asked, there = resolved.quant.ptq.calibration_images, resolved.workload.calibration_images
     if there is not None and asked > there:
         raise PqkError(f"{where}: quant.ptq.calibration_images is {asked} but workload.calibration.images is {there}")
@@ -174,6 +181,13 @@ def _check_keep_list(experiment: Experiment, where: str) -> None:
                 f"{where}: quant.ptq.keep_list: {entry!r} names the graph {graph!r}{nearest(graph, graphs)}; "
                 f"family {experiment.family.name} has {', '.join(graphs)} (a colon in a node's name: write it as [:])"
             )
+
+
+def _check_sides(experiment: Experiment) -> None:
+    """Raises PqkError for a size of training images that is no multiple of the family's patch."""
+    for name in ("quant", "distill", "prune", "joint"):
+        spec: Spec = getattr(experiment, name)
+        check_sides(experiment.family, spec, f"{name}.")
 
 
 def _by_group(settings: Mapping[str, Any], origin: str) -> dict[str, dict[str, Any]]:

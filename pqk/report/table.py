@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -79,9 +79,30 @@ def print_table(records: Iterable[Record], console: Console) -> None:
         return
     for title, groups in (("quality", ("quality",)), ("speed and size", ("efficiency", "resources", "edge"))):
         part = [column for column in measured if column.group in groups]
-        if part or title == "quality":
-            console.print()
-            console.print(table([*part, *(judged if title == "quality" else [])], layouts, title)[0])
+        if title != "quality":
+            if part:
+                console.print()
+                console.print(table(part, layouts, title)[0])
+            continue
+        made, fits = table([*part, *judged], layouts, title)
+        left_out: list[str] = []
+        for column in _least_first(part, rows, metrics):
+            if fits:
+                break
+            part.remove(column)
+            left_out.insert(0, column.name)
+            made, fits = table([*part, *judged], layouts, title)
+        console.print()
+        console.print(made)
+        if left_out:
+            console.print(f"also in the record: {', '.join(map(printable, left_out))}", highlight=False)
+
+
+def _least_first(part: Sequence[Column], rows: Sequence[Record], mains: Collection[str]) -> list[Column]:
+    """Returns the metrics that a narrow table can leave out: in the order of the records, the last ones first."""
+    order = {name: place for record in rows for place, name in enumerate(record["metrics"] or {})}
+    loose = [column for column in part if column.metric and column.name not in mains and column.name in order]
+    return sorted(loose, key=lambda column: -order[column.name])
 
 
 def _row_labels(rows: Sequence[Record]) -> list[str]:

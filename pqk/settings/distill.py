@@ -6,7 +6,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from pqk.settings.training import Fit
+from pqk.settings.training import Fit, Side
 from pqk.settings.yamlfile import Section, Spec, config_loader
 
 Cut = Annotated[float, Field(ge=0, le=0.6)]
@@ -23,7 +23,7 @@ class StudentCut(Section):
     ffn: Cut
     dpt: Cut
     fold_pairs: Annotated[int, Field(ge=0, le=256)] = 0
-    fold_size: Annotated[int, Field(ge=32, le=1024, multiple_of=16)] = 512
+    fold_size: Side = 512
 
 
 class DistillLoss(Section):

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from pqk.settings.training import Fit
+from pqk.settings.training import Fit, Side
 from pqk.settings.yamlfile import Section, Spec, config_loader
 
 
@@ -29,7 +29,7 @@ class Samples(Section):
     """Rendered training pairs for the gradients of importance taylor and for the outputs of `refit`."""
 
     pairs: Annotated[int, Field(ge=1, le=4096)]
-    size: Annotated[int, Field(ge=32, le=1024, multiple_of=16)]
+    size: Side
 
 
 class Sensitivity(Section):
@@ -41,7 +41,7 @@ class Sensitivity(Section):
 
     enabled: bool
     pairs: Annotated[int, Field(ge=1, le=4096)]
-    size: Annotated[int, Field(ge=32, le=1024, multiple_of=16)]
+    size: Side
     levels: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(strict=False, min_length=1)]
 
     @field_validator("levels")

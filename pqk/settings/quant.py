@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -20,7 +20,12 @@ BITS = ((8, 8), (4, 16))
 
 
 class Ptq(Section):
-    """Post-training quantization."""
+    """Post-training quantization. A family may name groups of its own for the keep-list, and add settings.
+
+    GROUPS: keep-list entries by the name of the group that stands for them; they take its place when a file is read.
+    """
+
+    GROUPS: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
     bits_w: Literal[4, 8]
     bits_a: Literal[8, 16]
@@ -45,15 +50,16 @@ class Ptq(Section):
     @field_validator("keep_list")
     @classmethod
     def _groups_or_patterns(cls, entries: tuple[str, ...]) -> tuple[str, ...]:
+        groups = (*KEEP_GROUPS, *cls.GROUPS)
         for entry in entries:
             _, wanted = split_entry(entry)
-            if wanted in KEEP_GROUPS:
+            if wanted in KEEP_GROUPS or entry in cls.GROUPS:
                 continue
             # A bare word that is no group is far more often a misspelt group than a pattern.
             if not wanted or wanted.isalpha():
                 raise ValueError(
-                    f"must hold groups ({', '.join(KEEP_GROUPS)}) or regular expressions of node names "
-                    f"such as '.*dec_blocks.0.*', and {entry!r} is neither{nearest(wanted, KEEP_GROUPS)}"
+                    f"must hold groups ({', '.join(groups)}) or regular expressions of node names "
+                    f"such as '.*dec_blocks.0.*', and {entry!r} is neither{nearest(wanted, groups)}"
                 )
             try:
                 re.compile(wanted)
@@ -61,7 +67,7 @@ class Ptq(Section):
                 raise ValueError(f"must hold regular expressions, and {entry!r} is not one: {error}") from None
         if len(set(entries)) != len(entries):
             raise ValueError("must not hold an entry twice")
-        return entries
+        return tuple(dict.fromkeys(own for entry in entries for own in cls.GROUPS.get(entry, (entry,))))
 
 
 class TensorRT(Section):

@@ -14,11 +14,14 @@ from pqk.settings.scenery import Scenery
 from pqk.settings.seeds import LIMIT
 from pqk.settings.yamlfile import Section, Spec, load_spec, merge
 
+Side = Annotated[int, Field(ge=14, le=1036)]
+"""Height and width of training images in pixels; a family says of which number they are multiples."""
+
 
 class Stage(Section):
     """A part of the run at one image size; `until` is the share of the run at which the next stage takes over."""
 
-    size: int = Field(ge=32, le=1024, multiple_of=16)
+    size: Side
     batch: int = Field(ge=1, le=4096, description="pairs per step, over all processes")
     until: float = Field(gt=0, le=1)
 
@@ -26,7 +29,7 @@ class Stage(Section):
 class Validation(Section):
     """Held-out pairs, rendered from the validation split, scored every `every` steps at `size`."""
 
-    size: int = Field(default=512, ge=32, le=1024, multiple_of=16)
+    size: Side = 512
     pairs: int = Field(default=64, ge=1, le=4096)
     every: int = Field(default=1000, ge=1)
     patience: int = Field(default=8, ge=1, description="validations without a better score before the run stops early")
@@ -78,7 +81,7 @@ class TrainSpec(Training, Spec):
 class Held(Section):
     """Held-out pairs that are scored after every epoch, at `size`; from a folder with fewer pairs, all of them."""
 
-    size: int = Field(default=512, ge=32, le=1024, multiple_of=16)
+    size: Side = 512
     pairs: int = Field(default=16, ge=1, le=4096)
 
 

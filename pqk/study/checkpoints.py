@@ -137,7 +137,7 @@ def _files(path: Path) -> tuple[Path, list[Path]]:
         return path, [path]
     if (path / CONFIG).is_file():
         return path, [path / CONFIG, *matching(path, "*.safetensors")]
-    official = matching(path, "*.pth")
+    official = [file for pattern in ("*.pth", "*.pt", "*.safetensors") for file in matching(path, pattern)]
     if len(official) != 1:
         raise PqkError(f"{path} is not a checkpoint: it has no {CONFIG}")
     return official[0], official

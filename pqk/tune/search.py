@@ -127,21 +127,23 @@ def _steps(count: int, limit: int) -> list[int]:
     return [*steps, count] if count else steps
 
 
-def write_quant_yaml(base: Path | str, names: Sequence[str], out: Path | str) -> Quant:
+def write_quant_yaml(
+    base: Path | str, names: Sequence[str], out: Path | str, load: Callable[[Path | str], Quant] = load_quant
+) -> Quant:
     """Writes `base` to `out` with the nodes `names` added to ptq.keep_list; returns the file as read back.
 
-    names: as in `keep_patterns`. The rest of the file is unchanged, comments included. Names that are in the list
-    already are not repeated.
+    names: as in `keep_patterns`. load: the family's reader of quant.yaml. The rest of the file is unchanged, comments
+    included. Names that are in the list already are not repeated.
     Raises PqkError when `base` is not a valid quant.yaml, or `out` cannot be written; `out` is then unchanged.
     """
-    listed = load_quant(base).ptq.keep_list
+    listed = load(base).ptq.keep_list
     added = [entry for entry in keep_patterns(dict.fromkeys(names)) if entry not in listed]
     text = _insert(read_text(base), added)
     with atomic_path(out) as temporary:
         temporary.write_text(text, encoding="utf-8")
-        if load_quant(temporary).ptq.keep_list != (*listed, *added):
+        if load(temporary).ptq.keep_list != (*listed, *added):
             raise PqkError(f"{shown(base)}: nothing can be added to its ptq.keep_list; write it as a plain list")
-    return load_quant(out)
+    return load(out)
 
 
 def _insert(text: str, entries: Sequence[str]) -> str:

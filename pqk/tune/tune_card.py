@@ -23,13 +23,13 @@ from pqk.errors import PqkError
 from pqk.files import check_writable, temporary_folder
 from pqk.measure.scores import drop_of
 from pqk.recipe.candidate import Candidate
+from pqk.recipe.experiment import config_file, quant_loader
 from pqk.recipe.ranking import MIXED, can_rank, ranking, times_beside, with_floats
 from pqk.recipe.recover import choose
 from pqk.recipe.request import Request, asked_experiment, chosen_quantizer, usable_backend
 from pqk.recipe.runner import run
 from pqk.recipe.verdict import UNDECIDED, judge_drop
 from pqk.settings.keep import keep_patterns, split_entry
-from pqk.settings.quant import load_quant
 from pqk.stats.intervals import Interval
 from pqk.stats.latency import speedup
 from pqk.store.store import OnEvent
@@ -141,7 +141,7 @@ def tune(
                 f"{len(tuned.nodes(best))} nodes in float; no quant.yaml is written",
             ),
         )
-    write_quant_yaml(base, tuned.nodes(winner), out)
+    write_quant_yaml(base, tuned.nodes(winner), out, quant_loader(candidate.experiment.family))
     confirmed, chosen = None, candidate
     if winner.names:
         confirmed, chosen = _confirm(candidate, winner, request, out, root, say)
@@ -166,8 +166,9 @@ def _check(request: Request, max_drop: float, max_evaluations: int, out: Path, r
         raise PqkError(f"--max-drop must be a number of percent, got {max_drop}")
     if max_evaluations < 2:
         raise PqkError(f"--max-evaluations must be at least 2, got {max_evaluations}")
-    base = request.quant or paths.configs(root) / "quant.yaml"
     experiment = asked_experiment(request, root)
+    base = request.quant or config_file(root, experiment.family, "quant")
+    load_quant = quant_loader(experiment.family)
     if "Q" not in experiment.card.recipe:
         raise PqkError(f"pqk tune needs a recipe with stage Q, which that of card {experiment.card.id} does not have")
     chosen_quantizer(backend, request.quantizer, experiment.quant.ptq)
@@ -182,7 +183,7 @@ def _check(request: Request, max_drop: float, max_evaluations: int, out: Path, r
         )
     check_writable(out.parent)
     with temporary_folder("tune") as folder:
-        write_quant_yaml(base, ["graph:a/b"], folder / "quant.yaml")  # reports a list in an odd style now
+        write_quant_yaml(base, ["graph:a/b"], folder / "quant.yaml", load_quant)  # reports a list in an odd style now
     return base
 
 

@@ -50,7 +50,6 @@ def test_overrides_change_values_and_the_digest() -> None:
         ({"sensitivity.levels": [0.5, 0.25]}, "must be rising shares"),
         ({"sensitivity.levels": [0.5, 1.0]}, "less than 1"),
         ({"sensitivity.levels": []}, "must have at least 1 items"),
-        ({"sensitivity.size": 100}, "must be a multiple of 16"),
         ({"round_to": 0}, "must be from 1 to 256"),
         ({"train.epochs": 0}, "must be from 1 to 1000"),
         ({"train.final_rate": 0.1}, "final_rate 0.1 must not be above learning_rate"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,10 +25,16 @@ class Recording:
     """
 
     def __init__(
-        self, of: Family, workload: Workload, samples: Calibration, graphs: Mapping[str, Graph], folder: Path
+        self,
+        of: Family,
+        workload: Workload,
+        samples: Calibration,
+        graphs: Mapping[str, Graph],
+        folder: Path,
+        ptq: Mapping[str, Any],
     ) -> None:
         self._of, self._workload, self._samples, self._graphs = of, workload, samples, graphs
-        self._folder = folder
+        self._folder, self._ptq = folder, ptq
 
     def __enter__(self) -> Recording:
         self._kept = tempfile.TemporaryDirectory(prefix="pqk-feeds-", dir=self._folder)
@@ -47,12 +54,15 @@ class Recording:
         return live if not use.after else _Kept(live, Path(self._kept.name) / use.name)
 
     def recorded(self, use: GraphUse) -> Iterator[list[Feeds]]:
-        """Yields, sample by sample, the feeds of all calls."""
+        """Yields, sample by sample, the feeds of all calls, as the family calibrates on them."""
+        part = self._of.predict_part()
+        calibrated = getattr(part, "calibrated", None)
         with on_reference({name: self._graphs[name] for name in use.after}) as engines:
             for index in range(0, len(self._samples), use.every):
                 recorder = Recorder(use.name, engines, self._graphs)
-                self._of.predict_part().predict(recorder, self._samples[index], self._workload, 0)
-                yield recorder.feeds
+                part.predict(recorder, self._samples[index], self._workload, 0)
+                found = recorder.feeds
+                yield found if calibrated is None else [calibrated(use.name, feeds, self._ptq) for feeds in found]
 
 
 class _Live:

@@ -94,7 +94,7 @@ class Calibrated:
         """
         made: dict[str, Made] = {}
         feeds: dict[str, int] = {}
-        with Recording(self.family, self.workload, self.samples, self.graphs, self.out) as recording:
+        with Recording(self.family, self.workload, self.samples, self.graphs, self.out, self.ptq) as recording:
             for use in self.family.settings_part().GRAPHS:
                 if use.name not in self.graphs:
                     continue

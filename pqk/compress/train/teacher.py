@@ -22,6 +22,7 @@ from pqk.errors import PqkError, nearest
 from pqk.families.checkpoint import CARD, CONFIG, WEIGHTS
 from pqk.families.contract import Family
 from pqk.families.registry import families
+from pqk.families.sides import check_sides
 from pqk.files import clear_write_errors, fsync_folder, sha256_file, sha256_json, write_json
 from pqk.models import build_model, load_model, save_model
 from pqk.settings.training import TrainSpec
@@ -53,6 +54,7 @@ def train_teacher(
     """
     of = family_of_named(spec.model)
     learning = of.learning_part()
+    check_sides(of, spec)
     for name, value in (("minutes", minutes), ("pause_after", pause_after_s)):
         if value is not None and not 0 < value < math.inf:
             raise PqkError(f"{name} must be more than 0, got {value}")

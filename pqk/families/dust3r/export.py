@@ -1,123 +1,29 @@
-"""Writes what an export tells of its inputs, and its `sample.py`: numpy, Pillow and the runtime, nothing of pqk."""
+"""Writes what an export of DUSt3R tells of its inputs, and its `sample.py`."""
 
 from __future__ import annotations
 
-import inspect
 from typing import TYPE_CHECKING, Any
 
-from pqk.data.scenes import picture
+from pqk.families import bundle
 
 if TYPE_CHECKING:
     from pqk.families.dust3r.settings import Workload
 
-_MEAN = _STD = [0.5, 0.5, 0.5]  # pixels of [0,1] become [-1,1]
-
-_START = '''"""Run this export without pqk: python sample.py a.jpg b.jpg (numpy, Pillow and {package} are needed)."""
-
-from __future__ import annotations
-
-import json
-import sys
-import warnings
-from pathlib import Path
-from typing import Any
-
-import numpy as np
-import {module}
-from PIL import Image, UnidentifiedImageError
-
-here = Path(__file__).resolve().parent
-about = json.loads((here / "manifest.json").read_text(encoding="utf-8"))
-how = about["preprocessing"]
-if len(sys.argv) != 3:
-    sys.exit(__doc__)
-
-
-def load(path):
-    """Scale the picture until it covers the input, crop the centre, normalise: (1, 3, H, W)."""
-    try:
-        picture, (height, width) = upright(*read_picture(path)).convert("RGB"), how["size"]
-    except ValueError as error:
-        refuse(error)
-    if max(picture.size) > 20 * min(picture.size):
-        refuse(f"{path}: its long side may be at most 20 times the short one, it is {picture.size}")
-    scale = max(height / picture.height, width / picture.width)
-    size = max(width, round(picture.width * scale)), max(height, round(picture.height * scale))
-    kernel = Image.Resampling.LANCZOS if max(picture.size) > max(size) else Image.Resampling.BICUBIC
-    left, top = (size[0] - width) // 2, (size[1] - height) // 2
-    pixels = np.float32(picture.resize(size, kernel))[top : top + height, left : left + width]
-    return ((pixels / np.float32(255) - np.float32(how["mean"])) / np.float32(how["std"])).transpose(2, 0, 1)[None]
-
-
-def refuse(sentence):
-    """End with a sentence and exit code 2."""
-    print(f"sample: {sentence}", file=sys.stderr)
-    sys.exit(2)
-
-
-{reading}
-
-'''
-
-_END = """
+_RUN = """
+encode, decode = compiled("encoder"), compiled("decoder")
 a, b = (encode({"image": np.ascontiguousarray(load(path))})["tokens"] for path in sys.argv[1:3])
-for name, array in decode({"tokens_1": a, "tokens_2": b}).items():
-    print(name, array.shape, f"min {array.min():.6g} max {array.max():.6g}")
+show(decode({"tokens_1": a, "tokens_2": b}))
 """
 
-_OPENVINO = '''def compiled(name):
-    """A function from arrays to arrays, by name. Give the precision: its default differs from CPU to CPU."""
-    core, graph, floats = ov.Core(), about["graphs"][name], about["float_precision"]
-    if floats == "best":
-        floats = "bf16" if "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES") else "f32"
-    settings = {"INFERENCE_PRECISION_HINT": floats, "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
-    model = core.compile_model(here / graph["file"], "CPU", settings)
-    return lambda feeds: {p["name"]: np.array(v) for p, v in zip(graph["outputs"], model(feeds).values())}
 
-
-encode, decode = compiled("encoder"), compiled("decoder")
-'''
-
-_ONNXRUNTIME = '''def compiled(name):
-    """A function from arrays to arrays, by name."""
-    graph = about["graphs"][name]
-    session = onnxruntime.InferenceSession(str(here / graph["file"]), providers=["CPUExecutionProvider"])
-    names = [port["name"] for port in graph["outputs"]]
-    return lambda feeds: dict(zip(names, session.run(names, feeds)))
-
-
-encode, decode = compiled("encoder"), compiled("decoder")
-'''
-
-
-_READING = (picture.read_picture, picture.exif_orientation, picture.upright)  # they need Pillow only
-
-
-def sample_source(runtime: str) -> str:
-    """The script for 'openvino' or 'onnxruntime'."""
-    openvino = runtime == "openvino"
-    names = {
-        "{package}": "openvino" if openvino else "onnxruntime",
-        "{module}": "openvino as ov" if openvino else "onnxruntime",
-        "{reading}": "\n\n".join(inspect.getsource(function) for function in _READING),
-    }
-    start = _START
-    for name, text in names.items():
-        start = start.replace(name, text)
-    return start + (_OPENVINO if openvino else _ONNXRUNTIME) + _END
+def sample_source(runtime: str, workload: Workload) -> str:
+    """Returns the script for 'openvino' or 'onnxruntime': a pair of pictures."""
+    return bundle.sample_source(runtime, "a.jpg b.jpg", 2, _RUN)
 
 
 def about_inputs(workload: Workload) -> dict[str, Any]:
     """Returns the entries of a manifest that say how pictures become inputs, and which are fed together."""
     return {
-        "preprocessing": {
-            "size": [workload.input.height, workload.input.width],
-            "channels": "RGB",
-            "layout": "NCHW",
-            "resize": "scale until the picture covers the size (Lanczos to shrink, else bicubic), crop the centre",
-            "divide_by": 255,
-            "mean": _MEAN,
-            "std": _STD,
-        },
+        "preprocessing": bundle.preprocessing(workload.input.height, workload.input.width, 0.5, 0.5),
         "pair_graph": workload.pair_graph.model_dump(mode="json"),
     }

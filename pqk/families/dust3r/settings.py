@@ -14,6 +14,7 @@ from pqk.families.dust3r.parts import KINDS as KINDS
 from pqk.families.dust3r.parts import LAST_LAYERS as LAST_LAYERS
 from pqk.families.dust3r.parts import part_of as part_of
 from pqk.settings import evaluation, workload
+from pqk.settings.quant import Quant as Quant
 from pqk.settings.workload import Calibration, SceneLists, refuse_shared_scenes
 from pqk.settings.yamlfile import Section, config_loader
 

@@ -14,6 +14,7 @@ Nothing is added to pictures.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -272,7 +273,7 @@ def draw(listed: Scenes, eval_seed: int) -> tuple[Scenes, str]:
             "to seed the training alone: --set workload.seeds.train=N"
         )
     chosen = np.random.default_rng(eval_seed).choice(count, count // 2, replace=False)
-    names = tuple(listed.folders[index].name for index in sorted(chosen))
+    names = tuple(os.path.relpath(listed.folders[index], listed.root) for index in sorted(chosen))
     return folder_scenes(listed.root, names), f"half: {len(names)} of {count} of the list"
 
 

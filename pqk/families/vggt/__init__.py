@@ -11,5 +11,6 @@ FAMILY = Family(
     scoring="pqk.families.vggt.scoring",
     learning="pqk.families.vggt.learning",
     cutting="pqk.families.vggt.cutting",
+    export="pqk.families.vggt.export",
     vectors="pqk.families.vggt.vectors",
 )

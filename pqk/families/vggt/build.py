@@ -79,5 +79,9 @@ def graphs(model: nn.Module, workload: Workload) -> dict[str, GraphSpec]:
     """Returns the encoder, the aggregator and a graph per head, for the frames and their size in the workload."""
     from pqk.families.vggt.graphs import graphs_of
 
-    shape = workload.input
+    sizes, shape = cast(Vggt, model).sizes, workload.input
+    heads = {"camera": sizes.camera is not None, "depth": sizes.depth_head, "points": sizes.point_head}
+    lacking = [name for name, has in heads.items() if not has]
+    if lacking:
+        raise PqkError(f"a VGGT is run with all of its heads, and this one lacks {' and '.join(lacking)}")
     return graphs_of(cast(Vggt, model), shape.frames, shape.height, shape.width)

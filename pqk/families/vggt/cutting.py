@@ -151,4 +151,4 @@ def begins(size: str) -> bool:
 def finish(net: Vggt, begun: Tensor, batch: Sets) -> dict[str, Any]:
     """See `CuttingPart`."""
     rows, cols = (side // net.sizes.patch_size for side in batch.images.shape[-2:])
-    return behind_encoder(parts_of(net, (rows, cols), begun.shape[1], training=True), begun)
+    return behind_encoder(parts_of(net, (rows, cols), begun.shape[1], training=True), begun, net.aggregator.special())

@@ -2,14 +2,15 @@
 
 | graph | inputs | outputs |
 | --- | --- | --- |
-| encoder | image (1, 3, H, W) in [0, 1] | tokens (1, N, C) |
-| aggregator | tokens_0, tokens_1 ... of every frame | camera_tokens (1, S, 2 C), level_0 ... level_3 (S, N, 2 C) |
+| encoder | image (1, 3, H, W) in [0, 1] | tokens (1, N, C), special (2, 5, C) |
+| aggregator | special, tokens_0, tokens_1 ... | camera_tokens (1, S, 2 C), level_0 ... level_3 (S, N, 2 C) |
 | camera | camera_tokens | pose_enc (1, S, 9) |
 | depth | level_0 ... level_3 | depth (S, H, W, 1), depth_conf (S, H, W) |
 | points | level_0 ... level_3 | world_points (S, H, W, 3), world_points_conf (S, H, W) |
 
-S frames of N patches, C channels. The modules share the network's weights and also take batches of sequences, as a
-training feeds them; an export is of one sequence.
+S frames of N patches, C channels. The special tokens (camera and registers) do not depend on the image; they are
+passed on all the same, so that a calibration can give the aggregator others (`predict.calibrated`). The modules share
+the network's weights and also take batches of sequences, as a training feeds them; an export is of one sequence.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class Sized(nn.Module):
 
 
 class EncoderGraph(Sized):
-    """Images (F, 3, H, W) -> patch tokens (F, N, C).
+    """Images (F, 3, H, W) -> patch tokens (F, N, C), and the special tokens (2, 1 + registers, C).
 
     folded: the position table is resized once and is a constant from then on, as exporters know no antialiased resize.
     A training leaves it as it is, so that the table learns.
@@ -59,12 +60,14 @@ class EncoderGraph(Sized):
     def __init__(self, model: Vggt, grid: tuple[int, int], frames: int, folded: bool) -> None:
         super().__init__(model, grid, frames)
         self.patch_embed = model.aggregator.patch_embed
+        self.camera_token, self.register_token = model.aggregator.camera_token, model.aggregator.register_token
         self.folds = folded and isinstance(self.patch_embed, Dino)
         if self.folds:
             self.register_buffer("folded", self._table(), persistent=False)
 
-    def forward(self, image: Tensor) -> Tensor:
-        return self.patch_embed(normalise(image), self.grid, self.folded if self.folds else None)
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        special = torch.cat((self.camera_token, self.register_token), dim=2)[0]
+        return self.patch_embed(normalise(image), self.grid, self.folded if self.folds else None), special
 
     def resized(self) -> None:
         if self.folds:
@@ -76,21 +79,21 @@ class EncoderGraph(Sized):
 
 
 class AggregatorGraph(Sized):
-    """Patch tokens of every frame, each (B, N, C) -> camera tokens (B, S, 2 C) and four levels (B * S, N, 2 C)."""
+    """Special and patch tokens, these (B, N, C) per frame -> camera tokens (B, S, 2 C), levels (B * S, N, 2 C)."""
 
     def __init__(self, model: Vggt, grid: tuple[int, int], frames: int) -> None:
         super().__init__(model, grid, frames)
-        self.aggregator = model.aggregator.without_encoder()
+        self.aggregator = model.aggregator.blocks_alone()
         for name in ("frame_cos", "frame_sin", "global_cos", "global_sin"):
             self.register_buffer(name, torch.empty(0), persistent=False)
         self.resized()
 
-    def forward(self, *tokens: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, special: Tensor, *tokens: Tensor) -> tuple[Tensor, ...]:
         patches = self.grid[0] * self.grid[1]
         count, width = self.sizes.special + patches, 2 * self.sizes.dim
         batch = 1 if torch.jit.is_tracing() else tokens[0].shape[0]  # an export is of one sequence
         x = torch.stack(tokens, dim=1).reshape(batch * self.frames, patches, self.sizes.dim)
-        x = self.aggregator.with_special(x, batch, self.frames)
+        x = self.aggregator.with_special(x, special, batch, self.frames)
         ropes = Rope(self.frame_cos, self.frame_sin, count), Rope(self.global_cos, self.global_sin, count * self.frames)
         wanted = sorted({*self.sizes.dpt.layers, last_round(self.sizes)})
         rounds = dict(zip(wanted, self.aggregator.rounds(x, self.frames, count, ropes, wanted), strict=True))
@@ -101,7 +104,7 @@ class AggregatorGraph(Sized):
         return rounds[wanted[-1]][:, :, 0], *levels
 
     def resized(self) -> None:
-        device = self.aggregator.camera_token.device
+        device = next(self.aggregator.parameters()).device
         one, every = rope_tables(self.sizes, self.grid, self.frames)
         self.frame_cos, self.frame_sin = (torch.from_numpy(table).to(device) for table in one)
         self.global_cos, self.global_sin = (torch.from_numpy(table).to(device) for table in every)
@@ -167,13 +170,16 @@ def graphs_of(model: Vggt, frames: int, height: int, width: int) -> dict[str, Gr
 
     feeds: Mapping[str, dict[str, Tensor]] = {
         "encoder": {"image": torch.rand((1, 3, height, width), generator=random)},
-        "aggregator": tokens(tuple(f"tokens_{index}" for index in range(frames)), 1, count, dim),
+        "aggregator": {
+            **tokens(("special",), 2, model.sizes.special, dim),
+            **tokens(tuple(f"tokens_{index}" for index in range(frames)), 1, count, dim),
+        },
         "camera": tokens(("camera_tokens",), 1, frames, 2 * dim),
         "depth": tokens(LEVELS, frames, count, 2 * dim),
         "points": tokens(LEVELS, frames, count, 2 * dim),
     }
     outputs = {
-        "encoder": ("tokens",),
+        "encoder": ("tokens", "special"),
         "aggregator": ("camera_tokens", *LEVELS),
         "camera": ("pose_enc",),
         "depth": DEPTH,

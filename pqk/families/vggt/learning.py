@@ -72,16 +72,17 @@ def forward(parts: Mapping[str, Any], batch: Sets, watched: Sequence[int] | None
     for part in parts.values():
         part.set_size(rows, cols, frames)
     with _watching(parts, watched or ()) as features:
-        tokens = parts["encoder"](batch.images.flatten(0, 1)).unflatten(0, (count, frames))
+        tokens, special = parts["encoder"](batch.images.flatten(0, 1))
+        tokens = tokens.unflatten(0, (count, frames))
         if watched:
             features["tokens"] = tokens
-        out = behind_encoder(parts, tokens)
+        out = behind_encoder(parts, tokens, special)
     return out if watched is None else {**out, "features": features}
 
 
-def behind_encoder(parts: Mapping[str, Any], tokens: Tensor) -> dict[str, Any]:
-    """Returns the outputs for patch tokens (B, S, N, C); see `forward`."""
-    camera, *levels = parts["aggregator"](*tokens.unbind(1))
+def behind_encoder(parts: Mapping[str, Any], tokens: Tensor, special: Tensor) -> dict[str, Any]:
+    """Returns the outputs for patch tokens (B, S, N, C) and the special tokens; see `forward`."""
+    camera, *levels = parts["aggregator"](special, *tokens.unbind(1))
     pose = parts["camera"](camera)
     rounds = list(pose) if pose.ndim == 4 else [pose]
     depth, points = parts["depth"](*levels), parts["points"](*levels)

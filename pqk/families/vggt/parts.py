@@ -26,6 +26,9 @@ LAST_LAYERS = (
 )
 """Keep-list entries of the layers right before poses, depths and points."""
 
+POSE_LAYERS = "camera:/camera_head/(embed_pose|poseLN_modulation|pose_branch)"
+"""The keep-list entry of the layers of the camera head that take a pose in and give one out, round by round."""
+
 _BLOCK = re.compile(r"\b(?:(frame|global)_)?blocks\.(\d+)[./](attn|mlp)\b")
 _CAMERA = re.compile(r"\b(camera_head|trunk\.\d+|pose_branch|embed_pose|poseLN_modulation)\b")
 _DENSE = re.compile(r"\b(?:(depth_head|point_head)|scratch|projects|resize_layers)\b")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -12,8 +13,9 @@ from pqk.families.vggt.network.configs import NAMED as NAMED
 from pqk.families.vggt.parts import ATTENTION as ATTENTION
 from pqk.families.vggt.parts import KINDS as KINDS
 from pqk.families.vggt.parts import LAST_LAYERS as LAST_LAYERS
+from pqk.families.vggt.parts import POSE_LAYERS
 from pqk.families.vggt.parts import part_of as part_of
-from pqk.settings import evaluation, workload
+from pqk.settings import evaluation, quant, workload
 from pqk.settings.workload import Calibration, SceneLists, refuse_shared_scenes
 from pqk.settings.yamlfile import Section, config_loader
 
@@ -173,6 +175,29 @@ class Evaluation(evaluation.Evaluation):
 
     quality: Quality
     thresholds: Thresholds
+
+
+class Ptq(quant.Ptq):
+    """Post-training quantization.
+
+    special_tokens: whether ranges are measured with the camera and register tokens (measured) or on patches alone
+    (left_out). Groups for the keep-list: layers that a pose goes through in the camera head, the layers right before
+    the outputs, and the products inside attention.
+    """
+
+    GROUPS: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "PoseLayers": (POSE_LAYERS,),
+        "LastLayers": LAST_LAYERS,
+        "AttentionProducts": ATTENTION,
+    }
+
+    special_tokens: Literal["measured", "left_out"] = "measured"
+
+
+class Quant(quant.Quant):
+    """How precision is lowered."""
+
+    ptq: Ptq
 
 
 load_workload = config_loader(Workload, "workload")

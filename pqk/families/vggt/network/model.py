@@ -44,24 +44,28 @@ class Aggregator(nn.Module):
         self.frame_blocks = nn.ModuleList(Block(dim, size, qk_norm=True) for size in sizes.frame_blocks)
         self.global_blocks = nn.ModuleList(Block(dim, size, qk_norm=True) for size in sizes.global_blocks)
 
-    def without_encoder(self) -> Aggregator:
-        """Returns a shallow copy that shares all weights but those of the image encoder, which it lacks."""
+    def blocks_alone(self) -> Aggregator:
+        """Returns a shallow copy that shares the blocks, and lacks the image encoder and the special tokens."""
         rest = copy(self)
         rest._modules = {name: part for name, part in self._modules.items() if name != "patch_embed"}
+        rest._parameters = {}
         return rest
 
     def encode(self, image: Tensor, grid: tuple[int, int], table: Tensor | None = None) -> Tensor:
         """Frames (F, 3, H, W) in [0, 1] -> patch tokens (F, N, C). table: of positions, computed before."""
         return self.patch_embed(normalise(image), grid, table)
 
-    def with_special(self, patches: Tensor, batch: int, frames: int) -> Tensor:
+    def special(self) -> Tensor:
+        """The camera token and the registers: (2, 1 + registers, C), those of a first frame, then of any other."""
+        return torch.cat((self.camera_token, self.register_token), dim=2)[0]
+
+    def with_special(self, patches: Tensor, special: Tensor, batch: int, frames: int) -> Tensor:
         """Patch tokens (batch * frames, N, C) -> tokens (batch * frames, P, C): camera, registers, patches.
 
-        The first frame of a sequence has special tokens of its own; it sets the world's frame.
+        special: as `special` gives them. The first frame of a sequence has its own; it sets the world's frame.
         """
-        special = torch.cat((self.camera_token, self.register_token), dim=2)
         count, dim = self.sizes.special, self.sizes.dim
-        of_frames = torch.cat((special[:, :1], special[:, 1:].expand(-1, frames - 1, -1, -1)), dim=1)
+        of_frames = torch.cat((special[:1], special[1:].expand(frames - 1, -1, -1)))[None]
         of_batch = of_frames.expand(batch, -1, -1, -1)
         return torch.cat((of_batch.reshape(batch * frames, count, dim), patches), dim=1)
 
@@ -118,7 +122,7 @@ class Vggt(nn.Module):
         batch, frames = images.shape[:2]
         tokens = self.sizes.special + grid[0] * grid[1]
         patches = self.aggregator.encode(images.flatten(0, 1), grid)
-        x = self.aggregator.with_special(patches, batch, frames)
+        x = self.aggregator.with_special(patches, self.aggregator.special(), batch, frames)
         layers = self.sizes.dpt.layers
         wanted = sorted({*layers, last_round(self.sizes)})
         found = dict(
