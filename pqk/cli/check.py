@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pqk import paths
 from pqk.errors import EXIT_OK, PqkError, nearest
-from pqk.families.registry import family
+from pqk.families.registry import family, names
 from pqk.recipe.experiment import config_file, config_loaders, resolve
 from pqk.settings.card import TEMPLATE, Card, list_cards, load_card, read_card
 from pqk.settings.plan import list_plans, load_plan, ordered
@@ -52,15 +52,20 @@ def _problems(root: Path) -> Iterator[str]:
         yield from _each(error)
         return
     yield from _beyond_model(teacher)
-    loaders, specs = config_loaders(of), []
-    for name, load in loaders.items():
-        try:
-            spec = load(config_file(root, of, name))
-        except PqkError as error:
-            yield from _each(error)
-            continue
-        specs.append(spec)
-        yield from _beyond_model(spec)
+    others = [name for name in names() if name != of.name and (paths.configs(root) / name).is_dir()]
+    right = set()  # families whose configs can be read, so that cards can be resolved with them
+    for known in (of, *map(family, others)):
+        problems: list[str] = []
+        for name, load in config_loaders(known).items():
+            try:
+                spec = load(config_file(root, known, name))
+            except PqkError as error:
+                problems += _each(error)
+                continue
+            yield from _beyond_model(spec)
+        yield from problems
+        if not problems:
+            right.add(known.name)
     cards: dict[str, Card] = {}
     for name in [*list_cards(root), TEMPLATE]:
         path = paths.task_cards(root) / f"{name}.md"
@@ -68,11 +73,12 @@ def _problems(root: Path) -> Iterator[str]:
             continue
         try:
             card = read_card(path) if name == TEMPLATE else load_card(name, root)
-            if len(specs) == len(loaders):
-                resolve(card, root, of=of)
+            meant = of if card.family is None else family(card.family)
+            if meant.name in right:
+                resolve(card, root, of=meant)
                 for axis, point in card.points():
                     settings, where = card.matrix[axis].points[point], f"{paths.shown(path)}: {axis}: {point}"
-                    resolve(card.at(axis, point), root, of=of, settings=settings, origin=where)
+                    resolve(card.at(axis, point), root, of=meant, settings=settings, origin=where)
             cards[name] = card
         except PqkError as error:
             yield from _each(error)

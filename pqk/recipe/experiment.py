@@ -124,14 +124,16 @@ def resolve(
 ) -> Experiment:
     """Returns the card with the configs (the project's own, or the given `files`) and its overrides applied to them.
 
-    of: the family of the model, by default of the project's Teacher. files: by the names of `config_loaders`.
-    settings: applied after the overrides; dotted keys that start with the same names, such as
+    of: the family of the model, by default the card's, else that of the project's Teacher. files: by the names of
+    `config_loaders`. settings: applied after the overrides; dotted keys that start with the same names, such as
     {"quant.ptq.calibration_images": 64}. origin: the source of the settings in messages.
     Raises PqkError when an override or a setting is wrong, a limit is loosened without a noted reason, or more
     calibration images are requested than the workload has.
     """
     base = root or paths.project_root()
-    of = of or experiment_family(None, base)
+    of = of or (family(card.family) if card.family else experiment_family(None, base))
+    if card.family not in (None, of.name):
+        raise PqkError(f"card {card.id} is for models of the family {card.family}, and this one is of {of.name}")
     given = {name: file for name, file in (files or {}).items() if file is not None}
     found = {name: given.get(name) or config_file(base, of, name) for name in Overrides.model_fields}
     try:

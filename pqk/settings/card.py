@@ -6,7 +6,14 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, PrivateAttr, field_validator, model_validator
+from pydantic import (
+    Field,
+    PrivateAttr,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from pqk import paths
 from pqk.errors import PqkError, nearest
@@ -49,6 +56,11 @@ class Axis(Section):
     recipe: Annotated[tuple[str, ...] | None, Field(strict=False)] = None
     points: Annotated[dict[PointName, dict[str, Any]], Field(min_length=1, max_length=100)]
 
+    @model_serializer(mode="wrap")
+    def _without_family(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = handler(self)
+        return {name: value for name, value in values.items() if name != "family" or value is not None}
+
     @field_validator("recipe")
     @classmethod
     def _known_stages(cls, stages: tuple[str, ...] | None) -> tuple[str, ...] | None:
@@ -59,7 +71,8 @@ class Card(Spec):
     """The front matter of a task card. `thresholds` and `stop_loss` change eval.yaml's sections of the same name.
 
     A card may tighten a line freely; loosening one needs its reason under `exceptions`, keyed by the dotted name.
-    A card with a `matrix` is an ablation: one experiment for every point of every axis.
+    A card with a `matrix` is an ablation: one experiment for every point of every axis. family: of the models that the
+    card is for, where its overrides fit no other; cards without one keep the sha256 that they had.
     """
 
     id: CardId
@@ -67,6 +80,7 @@ class Card(Spec):
     combo: Annotated[str, Field(min_length=1, max_length=40)]
     recipe: Annotated[tuple[str, ...], Field(strict=False)]
     goal: Annotated[str, Field(min_length=1)]
+    family: Annotated[str | None, Field(min_length=1, max_length=40)] = None
     requires: Annotated[tuple[CardId, ...], Field(strict=False)] = ()
     overrides: Overrides = Field(default_factory=Overrides)
     thresholds: dict[str, float] = Field(default_factory=dict)
