@@ -347,6 +347,26 @@ def bench_sampling(
     measure(card, backend, [int(word) for word in views.split(",")], scenes, out)
 
 
+@bench_app.command("growth")
+def bench_growth(
+    over: Annotated[str, typer.Argument(metavar="SETTING", help="what is varied, such as workload.input.frames")],
+    values: Annotated[str, typer.Argument(metavar="VALUES", help="whole numbers separated by commas: 1,2,4,8")],
+    card: Annotated[str, typer.Option(help="task card that is run for each value")] = "B1",
+    backend: Annotated[str, typer.Option(help="a backend that runs here, not emulated")] = "openvino",
+    model: Annotated[str | None, typer.Option(help="folder, file or named model; default: the shipped one")] = None,
+    setting: Annotated[list[str] | None, typer.Option("--set", help="override one value, as in `pqk run`")] = None,
+    out: Annotated[Path, typer.Option("-o", "--out", help="the table as .csv")] = Path("reports/growth.csv"),
+) -> None:
+    """Measure how time and memory grow with one setting; the last line is JSON."""
+    from pqk.bench.growth import bench_growth as measure
+    from pqk.cli.run_output import settings_of
+    from pqk.errors import PqkError
+
+    if not all(word.strip().isdigit() for word in values.split(",")):
+        raise PqkError(f"{values}: give whole numbers separated by commas, such as 1,2,4,8")
+    measure(card, backend, model, over, [int(word) for word in values.split(",")], settings_of(setting or []), out)
+
+
 @bench_app.command("teacher")
 def bench_teacher(
     model: Annotated[str | None, typer.Option(help="folder, .pth or named model; default: the shipped one")] = None,

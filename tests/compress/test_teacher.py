@@ -413,3 +413,13 @@ def test_init_starts_from_given_weights(tmp_path, monkeypatch):
     monkeypatch.setitem(NAMED, "tiny-for-tests", {**TINY, "enc_depth": 2})
     with pytest.raises(PqkError, match="has another configuration than tiny-for-tests"):
         train_teacher(still, tmp_path / "other", device="cpu", init=str(tmp_path / "first"))
+
+
+def test_two_trainings_in_one_folder_are_refused(tmp_path: Path) -> None:
+    """Both would resume from one checkpoint and write it in turns."""
+    file = tmp_path / "t.yaml"
+    file.write_text(SPEC)
+    out = tmp_path / "out"
+    with teacher._alone(out), pytest.raises(PqkError, match=r"another process trains here.* -o"):
+        train_teacher(load_training(file), out, device="cpu")
+    train_teacher(load_training(file), out, device="cpu")

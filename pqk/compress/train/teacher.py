@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from pqk.families.contract import Family
 from pqk.families.registry import families
 from pqk.families.sides import check_sides
 from pqk.files import clear_write_errors, fsync_folder, sha256_file, sha256_json, write_json
+from pqk.locks import lock
 from pqk.models import build_model, load_model, save_model
 from pqk.settings.training import TrainSpec
 
@@ -50,8 +53,41 @@ def train_teacher(
     CPU it is off unless requested: measured with torch 2.13, a step takes half the time with AVX-512 BF16 and several
     times longer with AMX. Returns the outcome and the last progress.
     Raises PqkError for an unknown model or device, an impossible budget, a batch that the processes cannot share
-    equally, a folder that cannot be written, and a checkpoint that is damaged or of another spec.
+    equally, a folder that cannot be written or that another process trains in, and a checkpoint that is damaged or of
+    another spec.
     """
+    with contextlib.ExitStack() as held:
+        return _train(held, spec, out, device, minutes, pause_after_s, autocast, compiled, fresh, init, report, command)
+
+
+@contextlib.contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Holds the folder, which is made, during the block. Raises PqkError where another process trains in it."""
+    with clear_write_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+    handle = os.open(out, os.O_RDONLY)
+    try:
+        if not lock(handle, out, wait=False):
+            raise PqkError(f"{out}: another process trains here; wait for it, or give another folder with -o")
+        yield
+    finally:
+        os.close(handle)
+
+
+def _train(
+    held: contextlib.ExitStack,
+    spec: TrainSpec,
+    out: Path,
+    device: str,
+    minutes: float | None,
+    pause_after_s: float | None,
+    autocast: bool | None,
+    compiled: bool,
+    fresh: bool,
+    init: str | None,
+    report: Callable[[Progress], None] | None,
+    command: str,
+) -> tuple[str, Progress]:
     of = family_of_named(spec.model)
     learning = of.learning_part()
     check_sides(of, spec)
@@ -92,6 +128,8 @@ def train_teacher(
         ema=spec.ema,
         autocast=autocast,
     )
+    if rank == 0:
+        held.enter_context(_alone(out))
     checkpoint, stamp = out / "checkpoint.pt", out / "spec.json"
     wanted = {"spec": sha256_json(spec.model_dump(mode="json")), "minutes": minutes}
     if start is not None:
