@@ -60,7 +60,7 @@ TOYS = {
             "dpt": {"features": 16, "out_channels": [8, 12, 16, 16]},
         },
         {"input.shape": [1, 3, 70, 56], "input.frames": 3},
-        112,
+        56,
     ),
 }
 

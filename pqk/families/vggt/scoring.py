@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from pqk.data.scenes.colmap import quaternion_to_rotation
 from pqk.errors import PqkError
 from pqk.families.contract import Sample
 from pqk.families.metrics import pose, summary
@@ -181,13 +182,12 @@ def cameras_of(pred: Prediction, shape: tuple[int, ...], name: str = "prediction
 
     Raises PqkError for encodings that are missing or misshapen, that are not finite, and whose quaternion is 0.
     """
-    import torch
-
-    from pqk.families.vggt.geometry import pose_encoding_to_extri_intri
-
     encoded = _array(pred, "pose_enc", (shape[0], 9), name)
-    extrinsics, _ = pose_encoding_to_extri_intri(torch.from_numpy(encoded), (shape[1], shape[2]))
-    found: Array = extrinsics.numpy()
+    found: Array = np.empty((shape[0], 3, 4))
+    found[..., 3] = encoded[:, :3]
+    with np.errstate(invalid="ignore", divide="ignore"):  # of a quaternion that is 0, or not finite
+        # COLMAP has w first; `geometry` computes the same in torch, which takes two seconds to import
+        found[..., :3] = np.stack([quaternion_to_rotation(q) for q in encoded[:, [6, 3, 4, 5]]])
     numbers = np.concatenate([encoded, found.reshape(len(found), -1)], axis=1)
     broken = len(numbers) - int(np.isfinite(numbers).all(axis=1).sum())
     if broken:
