@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field
 
-from pqk.errors import nearest
 from pqk.families.contract import GraphUse, Metric
 from pqk.families.dust3r.configs import NAMED as NAMED
 from pqk.families.dust3r.parts import ATTENTION as ATTENTION
 from pqk.families.dust3r.parts import KINDS as KINDS
 from pqk.families.dust3r.parts import LAST_LAYERS as LAST_LAYERS
 from pqk.families.dust3r.parts import part_of as part_of
-from pqk.settings import evaluation, workload
+from pqk.families.scenes import settings
+from pqk.settings import evaluation
 from pqk.settings.quant import Quant as Quant
-from pqk.settings.workload import Calibration, SceneLists, refuse_shared_scenes
 from pqk.settings.yamlfile import Section, config_loader
 
 SIGN = "enc_blocks.0.norm1.weight"
@@ -48,27 +47,10 @@ METRICS = (
 """What `pqk.families.dust3r.scoring.summarise` gives, the default main metric first."""
 
 
-class Input(Section):
+class Input(settings.Input):
     """The static shape that the model is fed."""
 
-    shape: Annotated[tuple[int, ...], Field(strict=False)]
-
-    @field_validator("shape")
-    @classmethod
-    def _multiples(cls, shape: tuple[int, ...]) -> tuple[int, ...]:
-        sides = shape[2:]
-        right = len(shape) == 4 and shape[:2] == (1, 3)
-        if not right or any(side % PATCH or not PATCH <= side <= 4096 for side in sides):
-            raise ValueError(f"must be [1, 3, H, W] with H and W multiples of {PATCH} from {PATCH} to 4096")
-        return shape
-
-    @property
-    def height(self) -> int:
-        return self.shape[2]
-
-    @property
-    def width(self) -> int:
-        return self.shape[3]
+    PATCH = PATCH
 
 
 class PairGraph(Section):
@@ -79,27 +61,11 @@ class PairGraph(Section):
     symmetrize: bool
 
 
-class Workload(workload.Workload):
+class Workload(settings.Workload):
     """What is fed: input shape, pair graph, scene lists, calibration set, seeds."""
 
     input: Input
     pair_graph: PairGraph
-    scenes: SceneLists
-    calibration: Calibration
-    min_covisibility: Annotated[float, Field(ge=0, le=1)]
-
-    @model_validator(mode="after")
-    def _apart(self) -> Self:
-        """Splits of one folder name their scenes, and none is named in two."""
-        refuse_shared_scenes(
-            {
-                "scenes.train": self.scenes.train,
-                "scenes.validation": self.scenes.validation,
-                "scenes.test": self.scenes.test,
-                "calibration": self.calibration,
-            }
-        )
-        return self
 
     @property
     def static(self) -> dict[str, Any]:
@@ -111,11 +77,6 @@ class Workload(workload.Workload):
         """Pairs are those of the graph that share enough of their view."""
         graph = self.pair_graph.model_dump(mode="json")
         return {**self.static, "pair_graph": graph, "min_covisibility": self.min_covisibility}
-
-    @property
-    def calibration_images(self) -> int:
-        """How many images quantizers can be calibrated on."""
-        return self.calibration.images
 
     @property
     def neighbours(self) -> int:
@@ -138,20 +99,10 @@ class Workload(workload.Workload):
         return found
 
 
-class Quality(evaluation.Quality):
+class Quality(settings.Quality):
     """Which metrics are recorded, and how predictions are brought to the scale of the ground truth."""
 
-    scale_alignment: Literal["median", "lstsq", "none"]
-    chamfer_points: Annotated[int, Field(ge=16, le=1_000_000)]
-    min_valid_pixels: Annotated[int, Field(ge=1, le=1_000_000)]
-
-    @model_validator(mode="after")
-    def _known(self) -> Self:
-        known = [metric.name for metric in METRICS]
-        for name in (self.main_metric, *self.metrics):
-            if name not in known:
-                raise ValueError(f"names the unknown metric {name!r}{nearest(name, known)}; known: {', '.join(known)}")
-        return self
+    KNOWN = tuple(metric.name for metric in METRICS)
 
 
 class Thresholds(evaluation.Thresholds):

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field
 
-from pqk.errors import nearest
 from pqk.families.contract import GraphUse, Metric
+from pqk.families.scenes import settings
 from pqk.families.vggt.network.configs import NAMED as NAMED
 from pqk.families.vggt.parts import ATTENTION as ATTENTION
 from pqk.families.vggt.parts import KINDS as KINDS
 from pqk.families.vggt.parts import LAST_LAYERS as LAST_LAYERS
 from pqk.families.vggt.parts import POSE_LAYERS
 from pqk.families.vggt.parts import part_of as part_of
-from pqk.settings import evaluation, quant, workload
-from pqk.settings.workload import Calibration, SceneLists, refuse_shared_scenes
+from pqk.settings import evaluation, quant
 from pqk.settings.yamlfile import Section, config_loader
 
 SIGN = "aggregator.camera_token"
@@ -58,28 +57,12 @@ METRICS = (
 """What `pqk.families.vggt.scoring.summarise` gives, the default main metric first. pose_miss30 is 1 - auc30."""
 
 
-class Input(Section):
+class Input(settings.Input):
     """The static shape that the model is fed: so many frames of one size at once."""
 
-    shape: Annotated[tuple[int, ...], Field(strict=False)]
+    PATCH = PATCH
+
     frames: Annotated[int, Field(ge=1, le=MOST_FRAMES)]
-
-    @field_validator("shape")
-    @classmethod
-    def _multiples(cls, shape: tuple[int, ...]) -> tuple[int, ...]:
-        sides = shape[2:]
-        right = len(shape) == 4 and shape[:2] == (1, 3)
-        if not right or any(side % PATCH or not PATCH <= side <= 4088 for side in sides):
-            raise ValueError(f"must be [1, 3, H, W] with H and W multiples of {PATCH} from {PATCH} to 4088")
-        return shape
-
-    @property
-    def height(self) -> int:
-        return self.shape[2]
-
-    @property
-    def width(self) -> int:
-        return self.shape[3]
 
 
 class FrameSets(Section):
@@ -92,27 +75,11 @@ class FrameSets(Section):
     most: Annotated[int | None, Field(ge=1, le=100_000)] = None
 
 
-class Workload(workload.Workload):
+class Workload(settings.Workload):
     """What is fed: frames and their size, which frames go together, scene lists, calibration set, seeds."""
 
     input: Input
     frame_sets: FrameSets
-    scenes: SceneLists
-    calibration: Calibration
-    min_covisibility: Annotated[float, Field(ge=0, le=1)]
-
-    @model_validator(mode="after")
-    def _apart(self) -> Self:
-        """Splits of one folder name their scenes, and none is named in two."""
-        refuse_shared_scenes(
-            {
-                "scenes.train": self.scenes.train,
-                "scenes.validation": self.scenes.validation,
-                "scenes.test": self.scenes.test,
-                "calibration": self.calibration,
-            }
-        )
-        return self
 
     @property
     def static(self) -> dict[str, Any]:
@@ -124,11 +91,6 @@ class Workload(workload.Workload):
         """Sets are windows of frames, each of which shares enough of its view with the one before."""
         sets = self.frame_sets.model_dump(mode="json")
         return {**self.static, "frame_sets": sets, "min_covisibility": self.min_covisibility}
-
-    @property
-    def calibration_images(self) -> int:
-        """How many images quantizers can be calibrated on."""
-        return self.calibration.images
 
     @property
     def neighbours(self) -> int:
@@ -147,20 +109,10 @@ class Workload(workload.Workload):
         return []
 
 
-class Quality(evaluation.Quality):
+class Quality(settings.Quality):
     """Which metrics are recorded, and how predictions are brought to the scale of the ground truth."""
 
-    scale_alignment: Literal["median", "lstsq", "none"]
-    chamfer_points: Annotated[int, Field(ge=16, le=1_000_000)]
-    min_valid_pixels: Annotated[int, Field(ge=1, le=1_000_000)]
-
-    @model_validator(mode="after")
-    def _known(self) -> Self:
-        known = [metric.name for metric in METRICS]
-        for name in (self.main_metric, *self.metrics):
-            if name not in known:
-                raise ValueError(f"names the unknown metric {name!r}{nearest(name, known)}; known: {', '.join(known)}")
-        return self
+    KNOWN = tuple(metric.name for metric in METRICS)
 
 
 class Thresholds(evaluation.Thresholds):
