@@ -16,6 +16,7 @@ from pqk.engines.variant import Variant
 from pqk.errors import PqkError
 from pqk.families.contract import SampleSet
 from pqk.files import check_writable
+from pqk.heap import trim
 from pqk.measure.scores import drop_of
 from pqk.models import load_model
 from pqk.recipe import stages
@@ -215,6 +216,7 @@ def make(
     common |= {"status": "ok", "role": request.role, **_parameters(module)}
     config = dict(module.config)
     del module
+    trim()
 
     teachers = tools.in_float(graphs)
     rows = [Row(v, teachers, {}) for v in teachers]
@@ -232,6 +234,7 @@ def make(
         graphs = stages.export_graphs(ctx, experiment, module, final.sha256)
         columns = method_columns(experiment, trained, hashes, train) | _parameters(module)
         del module
+        trim()
         floats = tools.in_float(graphs, STUDENT)
         if trained[-1].failed:
             say(f"stop-loss: {trained[-1].reason}" + ("; not quantized" if quantizer else ""))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from pqk.compress.train.data import opened_training
 from pqk.compress.train.progress import tell_training
 from pqk.compress.train.stop_rules import best_checkpoint, stopper, untold_drop
 from pqk.engines.variant import graphs_to_json
+from pqk.heap import trim
 from pqk.measure.footprint import peak_ram_bytes
 from pqk.settings.training import Rounded
 
@@ -33,10 +33,9 @@ class _Trimmed:
         self.feeds = feeds
 
     def __iter__(self) -> Iterator[Feeds]:
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         for index, feeds in enumerate(self.feeds):
-            if trim is not None and index % _TRIMMED_EVERY == 0:
-                trim(0)
+            if index % _TRIMMED_EVERY == 0:
+                trim()
             yield feeds
 
 
