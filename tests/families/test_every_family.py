@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from torch import Tensor, nn
@@ -291,3 +292,17 @@ def test_half_of_the_forward_is_the_whole(of: Family) -> None:
         halves = cutting.finish(model, cutting.begin(model, batch), batch)
     for name in of.scoring_part().OUTPUTS:
         torch.testing.assert_close(halves[name], whole[name])
+
+
+def test_every_shape_in_an_export_is_known(of: Family, tmp_path: Path) -> None:
+    """Toolchains that count FLOPs or build for static shapes read them from the file."""
+    for name, spec in of.model_part().graphs(toy(of), workload(of)).items():
+        graph = export(spec.module, spec.inputs, spec.output_names, tmp_path / f"{name}.onnx")
+        inferred = onnx.shape_inference.infer_shapes(onnx.load(graph.path), data_prop=True).graph
+        sized = {
+            value.name
+            for value in (*inferred.value_info, *inferred.output)
+            if all(side.dim_value > 0 for side in value.type.tensor_type.shape.dim)
+        }
+        unknown = [output for node in inferred.node for output in node.output if output not in sized]
+        assert not unknown, (name, unknown[:3])

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from pqk.families.contract import GraphSpec
 from pqk.families.layers import Rope
 from pqk.families.vggt.network.dpt import DptHead
-from pqk.families.vggt.network.layers import Dino
+from pqk.families.vggt.network.layers import Dino, batch_of
 from pqk.families.vggt.network.model import Vggt, depth_maps, last_round, normalise, point_maps, rope_tables
 
 LEVELS = ("level_0", "level_1", "level_2", "level_3")
@@ -91,7 +91,7 @@ class AggregatorGraph(Sized):
     def forward(self, special: Tensor, *tokens: Tensor) -> tuple[Tensor, ...]:
         patches = self.grid[0] * self.grid[1]
         count, width = self.sizes.special + patches, 2 * self.sizes.dim
-        batch = 1 if torch.jit.is_tracing() else tokens[0].shape[0]  # an export is of one sequence
+        batch = batch_of(tokens[0])
         x = torch.stack(tokens, dim=1).reshape(batch * self.frames, patches, self.sizes.dim)
         x = self.aggregator.with_special(x, special, batch, self.frames)
         ropes = Rope(self.frame_cos, self.frame_sin, count), Rope(self.global_cos, self.global_sin, count * self.frames)

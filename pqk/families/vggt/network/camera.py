@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from pqk.families.layers import Mlp
 from pqk.families.vggt.network.configs import BlockSize
-from pqk.families.vggt.network.layers import DINO_EPS, EPS, Block
+from pqk.families.vggt.network.layers import DINO_EPS, EPS, Block, batch_of, repeated
 
 VALUES = 9
 """Of a pose: translation x, y, z; quaternion x, y, z, w; vertical and horizontal field of view in radians."""
@@ -25,6 +25,7 @@ class CameraHead(nn.Module):
 
     def __init__(self, width: int, sizes: tuple[BlockSize, ...]) -> None:
         super().__init__()
+        self.width = width
         self.empty_pose_tokens = nn.Parameter(torch.zeros(1, 1, VALUES))
         self.trunk = nn.ModuleList(Block(width, size) for size in sizes)
         self.token_norm = nn.LayerNorm(width, eps=EPS)
@@ -41,10 +42,11 @@ class CameraHead(nn.Module):
         """
         t = self.token_norm(tokens)
         pose: Tensor | None = None
+        start = repeated(repeated(self.empty_pose_tokens, frames, axis=1), batch_of(tokens))
         found = []
         for _ in range(ROUNDS):
-            known = self.empty_pose_tokens.expand(tokens.shape[0], frames, -1) if pose is None else pose.detach()
-            shift, scale, gate = self.poseLN_modulation(self.embed_pose(known)).chunk(3, dim=-1)
+            known = start if pose is None else pose.detach()
+            shift, scale, gate = self.poseLN_modulation(self.embed_pose(known)).split(self.width, dim=-1)
             u = gate * (self.adaln_norm(t) * (1 + scale) + shift) + t
             for block in self.trunk:
                 u = block(u, frames)

@@ -15,6 +15,16 @@ from pqk.families.vggt.network.configs import DINO_REGISTERS, BlockSize
 EPS, DINO_EPS = 1e-5, 1e-6
 
 
+def batch_of(x: Tensor) -> int:
+    """Returns the size of the first axis; 1 while a graph is traced, so that no shape is computed in it."""
+    return 1 if torch.jit.is_tracing() else x.shape[0]
+
+
+def repeated(x: Tensor, times: int, axis: int = 0) -> Tensor:
+    """Repeats x along an axis, by concatenation: shape inference does not see through what is exported of `expand`."""
+    return x if times == 1 else torch.cat([x] * times, dim=axis)
+
+
 class LayerScale(nn.Module):
     """Multiplies each channel by a learned factor."""
 
@@ -125,9 +135,9 @@ class Dino(nn.Module):
         """Normalised image (F, 3, H, W) -> (F, N, dim). table: see `table`, where it was computed before."""
         table = self.table(grid) if table is None else table
         patches = self.patch_embed(image, grid) + table[:, 1:]
-        frames = patches.shape[0]
-        first = (self.cls_token + table[:, :1]).expand(frames, -1, -1)
-        x = torch.cat((first, self.register_tokens.expand(frames, -1, -1), patches), dim=1)
+        frames = batch_of(patches)
+        leaders = torch.cat((self.cls_token + table[:, :1], self.register_tokens), dim=1)
+        x = torch.cat((repeated(leaders, frames), patches), dim=1)
         leading = 1 + DINO_REGISTERS
         for block in self.blocks:
             x = block(x, leading + grid[0] * grid[1])

@@ -19,7 +19,7 @@ from pqk.families.layers import Rope, grid_positions, rope_arrays
 from pqk.families.vggt.network.camera import CameraHead
 from pqk.families.vggt.network.configs import VggtConfig, read_config
 from pqk.families.vggt.network.dpt import DptHead
-from pqk.families.vggt.network.layers import Block, Dino, PatchEmbed
+from pqk.families.vggt.network.layers import Block, Dino, PatchEmbed, repeated
 from pqk.families.vggt.network.track import TrackHead
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -64,10 +64,8 @@ class Aggregator(nn.Module):
 
         special: as `special` gives them. The first frame of a sequence has its own; it sets the world's frame.
         """
-        count, dim = self.sizes.special, self.sizes.dim
-        of_frames = torch.cat((special[:1], special[1:].expand(frames - 1, -1, -1)))[None]
-        of_batch = of_frames.expand(batch, -1, -1, -1)
-        return torch.cat((of_batch.reshape(batch * frames, count, dim), patches), dim=1)
+        of_frames = torch.cat([special[:1], *[special[1:]] * (frames - 1)])
+        return torch.cat((repeated(of_frames, batch), patches), dim=1)
 
     def rounds(
         self, x: Tensor, frames: int, tokens: int, ropes: tuple[Rope, Rope], wanted: Sequence[int]
