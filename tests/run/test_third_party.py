@@ -93,7 +93,7 @@ def test_an_emulating_engine_is_not_timed(root: Path, tiny_model: Path) -> None:
         assert record[column] is None, column
     assert any("compiled, not timed" in reason for reason in record["verdict_reasons"])
     assert "no kernel ran" in " ".join(record["verdict_reasons"])
-    assert "planned, not seen" in record["notes"]
+    assert "planned, not measured" in record["notes"]
     assert "… timing" not in outcome.err
 
 
