@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from pqk.families.registry import BUILT_IN
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 WORDS = re.compile(
     r"encoder|decoder|tokens_\d|pts3d|\bconf_\d|absrel|abs_rel|chamfer|delta1|reproj|\bause\b|covisib|dust3r"
@@ -31,6 +33,13 @@ def found() -> dict[str, int]:
         for path in files
     }
     return {name: count for name, count in lines.items() if count and not name.startswith(SHARED)}
+
+
+def test_no_family_is_named_elsewhere() -> None:
+    """Also where views and overlap may be spoken of."""
+    names = re.compile("|".join(map(re.escape, BUILT_IN)), re.IGNORECASE)
+    files = (path for path in (REPOSITORY / "pqk").rglob("*.py") if "families" not in path.parts)
+    assert not [str(path) for path in files if names.search(path.read_text("utf-8"))]
 
 
 def test_the_walk_sees_something() -> None:

@@ -36,7 +36,7 @@ SEEN = (
     "laptop", "microwave", "motorcycle", "mouse", "orange", "parkingmeter", "pizza", "plant", "stopsign", "teddybear",
     "toaster", "toilet", "toybus", "toyplane", "toytrain", "toytruck", "tv", "umbrella", "vase", "wineglass",
 )  # fmt: skip
-"""The 41 categories of VGGT's evaluation, in its order."""
+"""The 41 categories of the usual evaluation of relative poses (Wang et al., CVPR 2025), in its order."""
 UNSEEN = ("ball", "book", "couch", "frisbee", "hotdog", "kite", "remote", "sandwich", "skateboard", "suitcase")
 """The other categories of the data set, which Pi3 evaluates too."""
 PROTOCOL = "fewview_dev"  # the set list of the protocol; its list `test` counts
@@ -216,8 +216,8 @@ def draw(
 
     root: the folder of the data set. seed: of one generator for the whole data set, the legacy one of numpy. For each
     sequence that `verdict` calls used, it draws `count` distinct indices below the number of the sequence's entries in
-    the list `test`; other sequences draw nothing. order: "sorted", by name as text (VGGT, seed 0), or "annotated", as
-    in sequence_annotations.jgz (Pi3, seed 42). sequences: at most so many of a category (VGGT's fast evaluation, 10),
+    the list `test`; other sequences draw nothing. order: "sorted", by name as text (Wang et al., seed 0), or
+    "annotated", as in sequence_annotations.jgz (Pi3, seed 42). sequences: at most so many of a category (their fast evaluation, 10),
     chosen by `few` among those of good quality in the list, before the other two rules are applied.
     Another order of the frames is another evaluation: keep the drawn one for every variant of a network.
     Raises PqkError for malformed or missing files and arguments that do not fit.
