@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from training_toys import TINY, spec_with, tiny  # noqa: F401 (tiny is a fixture)
 
 from pqk.compress.train import teacher
 from pqk.compress.train.device import pick_device
@@ -32,40 +33,6 @@ from pqk.models import load_model
 from pqk.settings.training import TrainSpec, load_training
 
 CPU = torch.device("cpu")
-TINY = {
-    "head_type": "linear",
-    "enc_embed_dim": 32,
-    "enc_depth": 1,
-    "enc_num_heads": 2,
-    "dec_embed_dim": 32,
-    "dec_depth": 1,
-    "dec_num_heads": 2,
-}
-
-
-def spec_with(**changes) -> TrainSpec:
-    values = {
-        "model": "tiny-for-tests",
-        "steps": 8,
-        "stages": [{"size": 32, "batch": 4, "until": 1.0}],
-        "learning_rate": 3e-3,
-        "warmup": 0.1,
-        "ema": 0.9,
-        "min_covisible": 0.0,
-        "validation": {"size": 32, "pairs": 3, "every": 4, "patience": 8},
-    }
-    return TrainSpec.model_validate({**values, **changes})
-
-
-@pytest.fixture(autouse=True)
-def tiny(monkeypatch):
-    monkeypatch.setitem(NAMED, "tiny-for-tests", TINY)
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # for operations this small, threads cost more than they do
-    yield
-    torch.set_num_threads(threads)
 
 
 def noisy_pairs(count=2, size=48):

@@ -217,8 +217,8 @@ def draw(
     root: the folder of the data set. seed: of one generator for the whole data set, the legacy one of numpy. For each
     sequence that `verdict` calls used, it draws `count` distinct indices below the number of the sequence's entries in
     the list `test`; other sequences draw nothing. order: "sorted", by name as text (Wang et al., seed 0), or
-    "annotated", as in sequence_annotations.jgz (Pi3, seed 42). sequences: at most so many of a category (their fast evaluation, 10),
-    chosen by `few` among those of good quality in the list, before the other two rules are applied.
+    "annotated", as in sequence_annotations.jgz (Pi3, seed 42). sequences: at most so many of a category (their fast
+    evaluation, 10), chosen by `few` among those of good quality in the list, before the other two rules are applied.
     Another order of the frames is another evaluation: keep the drawn one for every variant of a network.
     Raises PqkError for malformed or missing files and arguments that do not fit.
     """
