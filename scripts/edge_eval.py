@@ -64,6 +64,7 @@ class OpenVINORuntime:
     name, on_gpu = "openvino", False
 
     def __init__(self, about: dict) -> None:
+        sys.modules.setdefault("openvino_telemetry", None)  # or the import would report its use to the vendor
         import openvino as ov
 
         self.core = ov.Core()

@@ -15,7 +15,7 @@ from pqk.record.ledger import grouped, is_higher_better, measured_in, metrics_of
 from pqk.record.pair_scores import Scores, paired
 from pqk.record.tsv import Row
 from pqk.settings.seeds import seeds_text
-from pqk.stats.intervals import difference_interval, mean_interval
+from pqk.stats.intervals import difference_interval, mean_interval, t_quantile
 
 NEVER_COMPARED = ("fps",)
 """Columns whose difference is meaningless: no two rows are timed together."""
@@ -72,14 +72,12 @@ def t_interval(differences: Sequence[float], unit: str = "runs") -> Interval:
 
     Correct for independent, normal differences. Raises PqkError for fewer than 2.
     """
-    from scipy.stats import t
-
     if len(differences) < 2:
         raise PqkError(
             f"a 95 % interval needs at least 2 pairs, there {'is' if differences else 'are'} {len(differences)}"
         )
     found = stat(differences)
-    half = float(t.ppf(0.975, found.n - 1)) * (found.std or 0.0) / math.sqrt(found.n)
+    half = t_quantile(0.975, found.n - 1) * (found.std or 0.0) / math.sqrt(found.n)
     return Interval(found.mean, found.mean - half, found.mean + half, found.n, unit)
 
 
@@ -93,8 +91,6 @@ def halves_interval(halves: Sequence[float], kept: int, count: int, whole: float
     that is known; else the mean of the draws is used instead, with its error.
     Raises PqkError for fewer draws than a spread needs: 2, or 1 with `whole`.
     """
-    from scipy.stats import t
-
     centre = statistics.fmean(halves) if whole is None else whole
     freedom = len(halves) - (whole is None)
     if freedom < 1:
@@ -102,7 +98,7 @@ def halves_interval(halves: Sequence[float], kept: int, count: int, whole: float
     spread = sum((value - centre) ** 2 for value in halves) / freedom
     error = math.sqrt(spread * (kept / (count - kept) + (1 / len(halves) if whole is None else 0)))
     # Two parts of the error of `spread`: few draws, and the list's own variance (Satterthwaite 1946).
-    half = float(t.ppf(0.975, 1 / (1 / freedom + 1 / (count - 1)))) * error
+    half = t_quantile(0.975, 1 / (1 / freedom + 1 / (count - 1))) * error
     return Interval(centre, centre - half, centre + half, count, "scenes")
 
 

@@ -8,6 +8,7 @@ that it `loaded`, and its parent refuses a result of other code than that of the
 from __future__ import annotations
 
 import ast
+import gc
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
@@ -24,6 +25,8 @@ Reader = Callable[[str], bytes | None]
 _BLOCKS = ("body", "orelse", "finalbody", "handlers", "cases")
 _hashed: dict[str, str] = {}
 """Digests, by module, of everything that `code_of` has hashed in this process."""
+_known: dict[str, str] = {}
+"""Digests, by the sha256 of the source, that another process has found."""
 
 
 class Top(str):
@@ -82,7 +85,18 @@ def digest(source: bytes) -> str:
     """Returns the sha256 of a parsed Python source: without docstrings and other bare texts, comments, positions, and
     imports for the type checker. A source that cannot be parsed counts byte for byte.
     """
-    return _facts(source).digest
+    known = _known.get(sha256(source).hexdigest()) if _known else None
+    return known or _facts(source).digest
+
+
+def known() -> dict[str, str]:
+    """Returns the digests of `hashed` by the sha256 of the source, for a worker, which then parses no such source."""
+    return {sha256(source_of(name) or b"").hexdigest(): found for name, found in _hashed.items()}
+
+
+def remember(digests: Mapping[str, str]) -> None:
+    """Makes this process use the digests that its parent has found; see `known`."""
+    _known.update(digests)
 
 
 def loaded() -> dict[str, str]:
@@ -143,13 +157,18 @@ def _facts(source: bytes) -> _Facts:
     """Returns digest and imports of a source. The syntax tree is not cached: it takes megabytes, and a worker may be
     measuring its memory.
     """
+    collects = gc.isenabled()
+    gc.disable()  # it would look for cycles among the nodes again and again: a third of the time without
     try:
         tree = ast.parse(source)
         _strip(tree)
         text = ast.dump(tree).encode("utf-8", "surrogatepass")
+        return _Facts(sha256(text).hexdigest(), tuple(_imports(tree, True)))
     except (SyntaxError, ValueError, RecursionError):
         return _Facts(sha256(source).hexdigest(), ())
-    return _Facts(sha256(text).hexdigest(), tuple(_imports(tree, True)))
+    finally:
+        if collects:
+            gc.enable()
 
 
 def _strip(node: ast.AST) -> None:

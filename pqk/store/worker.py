@@ -22,7 +22,7 @@ from typing import Any
 from pqk.errors import CheckFailed, NotBuilt, PqkError
 from pqk.files import clear_write_errors, temporary_folder
 from pqk.oserrors import refusal
-from pqk.store.code import hashed, loaded, refuse_other
+from pqk.store.code import hashed, known, loaded, refuse_other, remember
 from pqk.store.progress import PREFIX
 from pqk.store.progress import tell as tell
 from pqk.store.sources import keep_sources
@@ -47,7 +47,7 @@ def call(task: str, request: dict[str, Any], on_progress: Callable[[dict[str, An
     with temporary_folder("worker") as folder:
         asked, answered = folder / "request.json", folder / "result.json"
         with clear_write_errors(asked):
-            asked.write_text(json.dumps({"request": request, "code": hashed()}))
+            asked.write_text(json.dumps({"request": request, "code": hashed(), "known": known()}))
         # -P: the current folder may hold a random.py of the user's.
         command = [sys.executable, "-P", "-m", "pqk.store.worker", task, str(asked), str(answered), str(os.getpid())]
         code, said = _run(command, folder / "stderr", on_progress)
@@ -154,6 +154,7 @@ def main() -> None:
         given = json.loads(Path(asked).read_text())
         module, _, function = TASKS[task].partition(":")
         work = getattr(importlib.import_module(module), function)
+        remember(given["known"])
         refuse_other(task, given["code"], loaded())  # before hours of work
         result = work(given["request"])
         result["seconds"] = time.monotonic() - began

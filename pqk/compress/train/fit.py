@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pqk.compress.train.ahead import Ahead
 from pqk.compress.train.data import TrainingData
 from pqk.compress.train.device import pick_device
 from pqk.compress.train.judge import Forward, Judge, parts_of
@@ -103,6 +104,8 @@ def fit(
     if checkpoint.exists():
         trainer.resume(checkpoint)
     batches = data.batches(spec, where, seed)
+    if where.type == "cpu":
+        batches = Ahead(batches)
     if teacher is not None:
         teacher = teacher.to(where)
     judge = Judge(

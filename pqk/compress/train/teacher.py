@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from backends.cpu import cpu_name
+from pqk.compress.train.ahead import Ahead
 from pqk.compress.train.device import pick_device
 from pqk.compress.train.judge import Forward, Judge
 from pqk.compress.train.loop import Progress, Schedule, Trainer, world
@@ -50,8 +51,8 @@ def train_teacher(
     They are written when the training has ended ('done' or 'early'); a paused training does not change these files.
     Resumes from `out`/checkpoint.pt when it belongs to the same spec; otherwise starts from the weights of `init` (a
     model that `load_model` reads, of the same configuration), or from random ones. bf16 autocast is on for CUDA. On a
-    CPU it is off unless requested: measured with torch 2.13, a step takes half the time with AVX-512 BF16 and several
-    times longer with AMX. Returns the outcome and the last progress.
+    CPU it is off unless requested: whether it pays depends on the processor and on the network. Returns the outcome and
+    the last progress.
     Raises PqkError for an unknown model or device, an impossible budget, a batch that the processes cannot share
     equally, a folder that cannot be written or that another process trains in, and a checkpoint that is damaged or of
     another spec.
@@ -143,6 +144,8 @@ def _train(
             checkpoint.unlink(missing_ok=True)  # or a run killed before its first save would resume the old one
         write_json(stamp, wanted)
     batches = learning.batches(spec, where, seed=spec.seed, held_seed=spec.seed)
+    if where.type == "cpu":
+        batches = Ahead(batches, processes)
     wrapped: nn.Module = Forward(learning, learning.parts(trainer.model))
     if compiled:
         wrapped = torch.compile(wrapped, dynamic=False)  # type: ignore[assignment]

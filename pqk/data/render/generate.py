@@ -37,6 +37,7 @@ ATTEMPTS = 24
 LOW = 128  # side in pixels of the depth maps on which overlap is checked
 CLOSEST = 0.5  # metres; nearer surfaces ruin relative depth errors
 BAND = 128
+WORTH = 4  # scenes; fewer take less time than the start of a process
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,10 @@ def make_scenes(
 ) -> list[Path]:
     """Renders the planned scenes into `out`, several processes side by side; existing scenes are kept.
 
-    jobs: number of processes, by default the number of cores that this process may use. Returns the scene folders in
-    the order of the plans. Raises PqkError for a plan with an impossible value, a folder that cannot be written, a
-    folder that already holds something else under a scene's name, and a process that was killed.
+    jobs: number of processes, by default one for each core that this process may use, and for fewer than `WORTH`
+    scenes this process alone. Returns the scene folders in the order of the plans. Raises PqkError for a plan with an
+    impossible value, a folder that cannot be written, a folder that already holds something else under a scene's name,
+    and a process that was killed.
     """
     plans = list(plans)
     for plan in plans:
@@ -88,7 +90,7 @@ def make_scenes(
     missing = [plan for plan in plans if not _is_made(out / plan.name, plan)]
     for plan in missing:
         _remove_leftovers(out, plan)
-    jobs = min(jobs or allowed_cores(), max(1, len(missing)))
+    jobs = min(jobs or (allowed_cores() if len(missing) >= WORTH else 1), max(1, len(missing)))
     if jobs == 1:
         for plan in missing:
             write_scene(out, plan)

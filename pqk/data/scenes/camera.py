@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.ndimage import map_coordinates
 
 from pqk.errors import PqkError, nearest
 
@@ -183,6 +182,8 @@ def undistort_image(image: np.ndarray, camera: Camera) -> np.ndarray:
     Pixels without a source are black. Raises PqkError (one sentence, without a file name) when the share of pixels with
     a source is below LEAST_SEEN: the picture would be nearly black, and the camera's parameters are wrong.
     """
+    from scipy.ndimage import map_coordinates  # slow to import, and rarely needed
+
     out, seen_pixels = np.zeros_like(image), 0
     for rows, u, v, seen in _sources(camera, image.shape):
         seen_pixels += int(seen.sum())

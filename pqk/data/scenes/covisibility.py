@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-from scipy.ndimage import distance_transform_edt
 
 LEAST = 16
 """Least number of points that must be compared with measured depth for their agreement to represent the others."""
@@ -77,6 +76,8 @@ def _nearest_depth(depth: np.ndarray, v: np.ndarray, u: np.ndarray, farthest: in
         return depth[v, u]
     if unmeasured.all():
         return np.zeros(v.shape, depth.dtype)
+    from scipy.ndimage import distance_transform_edt  # slow to import, and rarely needed
+
     distance, (row, column) = distance_transform_edt(unmeasured, return_indices=True)
     near = distance[v, u] <= min(farthest, np.sqrt(depth.size / (depth.size - np.count_nonzero(unmeasured))))
     return np.where(near, depth[row[v, u], column[v, u]], 0)

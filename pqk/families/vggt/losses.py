@@ -101,7 +101,8 @@ def _largest_kept(length: Tensor, valid: Tensor) -> Tensor:
     values = length[valid]
     if not len(values):
         return torch.full((), math.inf, device=length.device)
-    return torch.quantile(values[:: 1 + len(values) // 1_000_000], KEPT_SHARE)
+    values = values[:: 1 + len(values) // 1_000_000]
+    return values.kthvalue(math.ceil(KEPT_SHARE * len(values))).values  # quantile() sorts: seven times as long
 
 
 def _gradient(error: Tensor, conf: Tensor, valid: Tensor) -> Tensor:
