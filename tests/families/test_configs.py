@@ -6,7 +6,8 @@ import pytest
 
 from pqk.errors import PqkError
 from pqk.families.build import build_model, empty_model
-from pqk.families.dust3r.configs import NAMED, BlockSize, dpt_hooks, plain_config, read_config
+from pqk.families.dust3r.configs import NAMED, dpt_hooks, plain_config, read_config
+from pqk.families.sizes import BlockSize
 
 COUNTS = {"224_linear": 532_342_784, "512_linear": 532_342_784, "512_dpt": 571_171_208}
 

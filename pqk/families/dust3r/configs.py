@@ -12,13 +12,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pqk.errors import PqkError, nearest
+from pqk.errors import PqkError
+from pqk.families.sizes import LARGEST, BlockSize, count, is_count, known, levels, stack
 
 PATCH_EMBEDS = ("PatchEmbedDust3R", "ManyAR_PatchEmbed")
 DPT_WIDTHS: dict[str, Any] = {"feature_dim": 256, "last_dim": 128, "layer_dims": [96, 192, 384, 768]}
 
-LARGEST, DEEPEST = 2**18, 1024
-"""Upper bounds of a width or head count, and of the blocks of a stack: far above every known network."""
+OF = "dust3r configuration"
 
 _DEFAULTS: dict[str, Any] = {
     "output_mode": "pts3d",
@@ -74,15 +74,6 @@ NAMED: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class BlockSize:
-    """Sizes of one transformer block: attention heads, width of one head, hidden width of the MLP."""
-
-    heads: int
-    head_dim: int
-    ffn: int
-
-
-@dataclass(frozen=True)
 class DptSize:
     """Widths of a DPT head: the fused maps, the last convolutions, and the four reassembled levels."""
 
@@ -134,46 +125,41 @@ def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_config(config: Mapping[str, Any]) -> Dust3rConfig:
-    """Check a configuration and work out the sizes of every block.
+    """Checks a configuration and works out the sizes of every block.
 
     Raises PqkError naming the key for an unknown, missing or impossible value.
     """
-    allowed = (*_DEFAULTS, *_SIZES, *_ADDITIONS, *_IGNORED)
-    for key in config:
-        if key not in allowed:
-            raise PqkError(f"unknown key {key!r} in the dust3r configuration{nearest(key, allowed)}")
-    values = {**_DEFAULTS, **config}
+    values = {**_DEFAULTS, **known(OF, config, (*_DEFAULTS, *_SIZES, *_ADDITIONS, *_IGNORED))}
     for key, choices in (
         ("output_mode", ("pts3d",)),
         ("head_type", ("linear", "dpt")),
         ("patch_embed_cls", PATCH_EMBEDS),
     ):
         if values[key] not in choices:
-            raise PqkError(f"dust3r configuration: {key} must be one of {', '.join(choices)}, got {values[key]!r}")
+            raise PqkError(f"{OF}: {key} must be one of {', '.join(choices)}, got {values[key]!r}")
     for key in ("landscape_only", "norm_im2_in_dec"):
         if not isinstance(values[key], bool):
-            raise PqkError(f"dust3r configuration: {key} must be true or false, got {values[key]!r}")
-    enc_dim, dec_dim = _count(values, "enc_embed_dim"), _count(values, "dec_embed_dim")
-    enc_blocks = _blocks(values, "enc", enc_dim, values.get("enc_blocks"), "enc_blocks")
-    dec_blocks = _blocks(values, "dec", dec_dim, values.get("dec_blocks"), "dec_blocks")
+            raise PqkError(f"{OF}: {key} must be true or false, got {values[key]!r}")
+    enc_dim, dec_dim = count(OF, values, "enc_embed_dim"), count(OF, values, "dec_embed_dim")
+    enc_blocks = _stack(values, "enc", enc_dim, values.get("enc_blocks"), "enc_blocks")
+    dec_blocks = _stack(values, "dec", dec_dim, values.get("dec_blocks"), "dec_blocks")
     dec_blocks2 = dec_blocks
     if values.get("dec_blocks2") is not None:
-        dec_blocks2 = _blocks(values, "dec", dec_dim, values["dec_blocks2"], "dec_blocks2")
+        dec_blocks2 = _stack(values, "dec", dec_dim, values["dec_blocks2"], "dec_blocks2")
     if len(dec_blocks) != len(dec_blocks2):
         raise PqkError(
-            f"dust3r configuration: both decoders need the same number of blocks, got {len(dec_blocks)} and "
-            f"{len(dec_blocks2)}"
+            f"{OF}: both decoders need the same number of blocks, got {len(dec_blocks)} and {len(dec_blocks2)}"
         )
-    patch_size = _count(values, "patch_size")
+    patch_size = count(OF, values, "patch_size")
     dpt = None
     if values["head_type"] == "dpt":
         dpt = _dpt(values.get("dpt") or {})
         if patch_size != 16:
-            raise PqkError(f"dust3r configuration: a DPT head needs patch_size 16, got {patch_size}")
+            raise PqkError(f"{OF}: a DPT head needs patch_size 16, got {patch_size}")
         dpt_hooks(len(dec_blocks))
     depth_mode = _mode(values, "depth_mode", ("exp", "linear", "square"))
     if (depth_mode.low, depth_mode.high) != (-math.inf, math.inf):
-        raise PqkError(f"dust3r configuration: depth_mode must be unbounded (-inf, inf), got {values['depth_mode']!r}")
+        raise PqkError(f"{OF}: depth_mode must be unbounded (-inf, inf), got {values['depth_mode']!r}")
     return Dust3rConfig(
         enc_dim=enc_dim,
         dec_dim=dec_dim,
@@ -200,99 +186,32 @@ def dpt_hooks(depth: int) -> tuple[int, int, int, int]:
     return hooks
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= LARGEST
-
-
-def _count(values: Mapping[str, Any], key: str) -> int:
-    if values.get(key) is None:
-        raise PqkError(f"dust3r configuration: {key} is missing")
-    if not _is_count(values[key]):
-        raise PqkError(f"dust3r configuration: {key} must be a whole number from 1 to {LARGEST}, got {values[key]!r}")
-    return values[key]
-
-
-def _blocks(values: Mapping[str, Any], part: str, dim: int, listed: Any, name: str) -> tuple[BlockSize, ...]:
-    """Block sizes of one stack: from its list when it has one, otherwise depth times the same block."""
-    heads_key = f"{part}_num_heads"
-    if values.get(f"{part}_head_dim") is not None:
-        head_dim = _count(values, f"{part}_head_dim")
-    else:
-        heads = _count(values, heads_key)
-        if dim % heads:
-            raise PqkError(
-                f"dust3r configuration: {part}_embed_dim {dim} is not a multiple of {heads_key} {heads}; "
-                f"give {part}_head_dim"
-            )
-        head_dim = dim // heads
-    if head_dim % 4:
-        raise PqkError(
-            f"dust3r configuration: the {part} head width must be a multiple of 4 (rotary embedding), got {head_dim}"
-        )
-    if listed is None:
-        ratio = values["mlp_ratio"]
-        if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 1 <= dim * ratio <= LARGEST:
-            raise PqkError(
-                f"dust3r configuration: mlp_ratio must make the MLP 1 to {LARGEST} wide, got {ratio!r} times {dim}"
-            )
-        size = BlockSize(_count(values, heads_key), head_dim, int(dim * ratio))
-        depth = _count(values, f"{part}_depth")
-        if depth > DEEPEST:
-            raise PqkError(f"dust3r configuration: {part}_depth must be at most {DEEPEST}, got {depth}")
-        return (size,) * depth
-    if not isinstance(listed, Sequence) or isinstance(listed, str) or not 1 <= len(listed) <= DEEPEST:
-        shown = f"{len(listed)} entries" if isinstance(listed, Sequence) and len(listed) > DEEPEST else repr(listed)
-        raise PqkError(f"dust3r configuration: {name} must be a list of 1 to {DEEPEST} blocks, got {shown}")
-    sizes = []
-    for index, block in enumerate(listed):
-        if (
-            not isinstance(block, Mapping)
-            or set(block) != {"heads", "ffn"}
-            or not all(_is_count(value) for value in block.values())
-        ):
-            raise PqkError(
-                f"dust3r configuration: {name}[{index}] must be {{heads: ..., ffn: ...}} with numbers to {LARGEST}, "
-                f"got {block!r}"
-            )
-        sizes.append(BlockSize(block["heads"], head_dim, block["ffn"]))
-    return tuple(sizes)
+def _stack(values: Mapping[str, Any], part: str, dim: int, listed: Any, name: str) -> tuple[BlockSize, ...]:
+    """Sizes of the blocks of the encoder (part enc) or a decoder (dec)."""
+    keys = (f"{part}_depth", f"{part}_num_heads", f"{part}_head_dim")
+    return stack(OF, values, dim, values["mlp_ratio"], listed, name, keys=keys, rotary=True)
 
 
 def _dpt(given: Any) -> DptSize:
-    if not isinstance(given, Mapping):
-        raise PqkError(f"dust3r configuration: dpt must be a mapping, got {given!r}")
-    for key in given:
-        if key not in DPT_WIDTHS:
-            raise PqkError(f"unknown key {key!r} in dpt of the dust3r configuration{nearest(key, DPT_WIDTHS)}")
-    widths = {**DPT_WIDTHS, **given}
-    layers = widths["layer_dims"]
-    if not isinstance(layers, list | tuple) or len(layers) != 4 or not all(_is_count(width) for width in layers):
-        raise PqkError(
-            f"dust3r configuration: dpt.layer_dims must be four whole numbers from 1 to {LARGEST}, got {layers!r}"
-        )
-    if not _is_count(widths["feature_dim"]) or widths["feature_dim"] % 2:
-        raise PqkError(
-            f"dust3r configuration: dpt.feature_dim must be an even number to {LARGEST}, got {widths['feature_dim']!r}"
-        )
-    if not _is_count(widths["last_dim"]):
-        raise PqkError(
-            f"dust3r configuration: dpt.last_dim must be a whole number from 1 to {LARGEST}, got {widths['last_dim']!r}"
-        )
-    return DptSize(widths["feature_dim"], widths["last_dim"], (layers[0], layers[1], layers[2], layers[3]))
+    widths = {**DPT_WIDTHS, **known(OF, given, tuple(DPT_WIDTHS), "dpt")}
+    layers = levels(OF, widths["layer_dims"], "dpt.layer_dims")
+    if not is_count(widths["feature_dim"]) or widths["feature_dim"] % 2:
+        raise PqkError(f"{OF}: dpt.feature_dim must be an even number to {LARGEST}, got {widths['feature_dim']!r}")
+    return DptSize(widths["feature_dim"], count(OF, widths, "last_dim", "dpt"), layers)
 
 
 def _mode(values: Mapping[str, Any], key: str, names: Sequence[str]) -> Mode:
-    """Read [name, low, high]; the bounds are numbers or the strings "inf" and "-inf"."""
+    """Reads [name, low, high]; the bounds are numbers or the strings "inf" and "-inf"."""
     value = values[key]
     try:
         name, low, high = value
         low, high = float(low), float(high)
     except (TypeError, ValueError):
-        raise PqkError(f"dust3r configuration: {key} must be [name, low, high], got {value!r}") from None
+        raise PqkError(f"{OF}: {key} must be [name, low, high], got {value!r}") from None
     if name not in names:
-        raise PqkError(f"dust3r configuration: {key} must be one of {', '.join(names)}, got {name!r}")
+        raise PqkError(f"{OF}: {key} must be one of {', '.join(names)}, got {name!r}")
     if not low < high or (name == "sigmoid" and math.isinf(high - low)):
-        raise PqkError(f"dust3r configuration: {key} has impossible bounds {value!r}")
+        raise PqkError(f"{OF}: {key} has impossible bounds {value!r}")
     return Mode(name, low, high)
 
 
@@ -305,5 +224,5 @@ def lowest_confidence(config: Mapping[str, Any]) -> float:
 def _rope_base(text: Any) -> float:
     match = re.fullmatch(r"RoPE(\d+(?:\.\d+)?)", str(text))
     if match is None or float(match[1]) <= 0:
-        raise PqkError(f"dust3r configuration: pos_embed must be RoPE followed by its base (RoPE100), got {text!r}")
+        raise PqkError(f"{OF}: pos_embed must be RoPE followed by its base (RoPE100), got {text!r}")
     return float(match[1])

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from pqk.families.cutting import Channels, Plan, Size
 from pqk.families.dust3r.batches import Pairs
-from pqk.families.dust3r.configs import BlockSize, DptSize, dpt_hooks, read_config
+from pqk.families.dust3r.configs import DptSize, dpt_hooks, read_config
 from pqk.families.dust3r.layers import CrossAttention, SelfAttention
 from pqk.families.dust3r.model import Dust3r
 from pqk.families.layers import Rope
+from pqk.families.sizes import BlockSize
 
 ENCODER, DECODERS = "enc_blocks", ("dec_blocks", "dec_blocks2")
 DPT_HEADS = ("downstream_head1.dpt", "downstream_head2.dpt")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pqk.families.dust3r.configs import BlockSize
 from pqk.families.layers import Mlp, Rope, apply_rope
+from pqk.families.sizes import BlockSize
 
 LAYER_NORM_EPS = 1e-6
 

@@ -20,7 +20,7 @@ from pqk.data.scenes.preprocess import unproject
 from pqk.errors import PqkError
 from pqk.families.build import build_model, empty_model
 from pqk.families.checkpoint import load_model
-from pqk.families.dust3r.configs import NAMED, BlockSize, Mode
+from pqk.families.dust3r.configs import NAMED, Mode
 from pqk.families.dust3r.layers import DecoderBlock, EncoderBlock
 from pqk.families.dust3r.losses import (
     confidence_loss,
@@ -32,6 +32,7 @@ from pqk.families.dust3r.losses import (
 from pqk.families.dust3r.model import OUTPUTS, Dust3r, activate
 from pqk.families.dust3r.preprocess import official_preprocess, official_size
 from pqk.families.layers import Rope, apply_rope, grid_positions, rope_arrays
+from pqk.families.sizes import BlockSize
 from pqk.families.tape import Tape
 from pqk.families.vectors import (
     FULL_MARK,

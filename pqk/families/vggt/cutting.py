@@ -14,10 +14,11 @@ from torch import Tensor
 
 from pqk.families.cutting import Channels, Plan, Size
 from pqk.families.layers import Rope
+from pqk.families.sizes import BlockSize
 from pqk.families.vggt.batches import Sets
 from pqk.families.vggt.graphs import parts_of
 from pqk.families.vggt.learning import behind_encoder
-from pqk.families.vggt.network.configs import BlockSize, VggtConfig, layers_of, read_config
+from pqk.families.vggt.network.configs import VggtConfig, layers_of, read_config
 from pqk.families.vggt.network.layers import Attention
 from pqk.families.vggt.network.model import Vggt
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from pqk.families.build import build_model, empty_model
 from pqk.families.checkpoint import load_model
 from pqk.families.layers import Rope, apply_rope, grid_positions, rope_arrays
+from pqk.families.sizes import BlockSize
 from pqk.families.tape import Tape
 from pqk.families.vectors import (
     FULL_MARK,
@@ -32,7 +33,7 @@ from pqk.families.vectors import (
 )
 from pqk.families.vggt import geometry
 from pqk.families.vggt.network.camera import CameraHead, activate_pose
-from pqk.families.vggt.network.configs import NAMED, BlockSize, DptSize
+from pqk.families.vggt.network.configs import NAMED, DptSize
 from pqk.families.vggt.network.dpt import DptHead, place_embedding
 from pqk.families.vggt.network.layers import DINO_EPS, EPS, Block, Dino
 from pqk.families.vggt.network.model import Vggt, depth_maps, point_maps, rope_tables

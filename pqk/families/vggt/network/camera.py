@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pqk.families.layers import Mlp
-from pqk.families.vggt.network.configs import BlockSize
+from pqk.families.sizes import BlockSize
 from pqk.families.vggt.network.layers import DINO_EPS, EPS, Block, batch_of, repeated
 
 VALUES = 9

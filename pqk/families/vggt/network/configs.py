@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pqk.errors import PqkError, nearest
+from pqk.errors import PqkError
+from pqk.families.sizes import LARGEST, BlockSize, count, is_count, known, levels, stack
 
-LARGEST, DEEPEST = 2**18, 1024
-"""Upper bounds of a width or head count, and of the blocks of a stack: far above every known network."""
+OF = "vggt configuration"
 
 ENCODERS = ("dino", "conv")
 DINO_NAMES = ("dinov2_vitl14_reg", "dinov2_vitb14_reg", "dinov2_vits14_reg", "dinov2_vitg2_reg")
@@ -62,8 +62,9 @@ _DEFAULTS: dict[str, Any] = {
     "enable_point": True,
     "enable_track": None,
 }
-_STACK = ("depth", "num_heads", "head_dim", "blocks")
-_CAMERA = ("trunk_depth", "num_heads", "head_dim", "blocks")
+_HEADS = ("num_heads", "head_dim")
+_STACK = ("depth", *_HEADS, "blocks")
+_CAMERA = ("trunk_depth", *_HEADS, "blocks")
 _IGNORED = ("family",)
 
 NAMED: dict[str, dict[str, Any]] = {
@@ -83,15 +84,6 @@ NAMED: dict[str, dict[str, Any]] = {
 """The released model, which is the default of every key, and a small one for quick runs."""
 
 _LAYERS_1B, _DEPTH_1B = (4, 11, 17, 23), 24
-
-
-@dataclass(frozen=True)
-class BlockSize:
-    """Sizes of one transformer block: attention heads, width of one head, hidden width of the MLP."""
-
-    heads: int
-    head_dim: int
-    ffn: int
 
 
 @dataclass(frozen=True)
@@ -162,29 +154,28 @@ def read_config(config: Mapping[str, Any]) -> VggtConfig:
 
     Raises PqkError naming the key for an unknown or impossible value.
     """
-    values = {**_DEFAULTS, **_known(config, (*_DEFAULTS, *_IGNORED), "the vggt configuration")}
-    dim = _count(values, "embed_dim")
+    values = {**_DEFAULTS, **known(OF, config, (*_DEFAULTS, *_IGNORED))}
+    dim = count(OF, values, "embed_dim")
     kind = "dino" if values["patch_embed"] in DINO_NAMES else values["patch_embed"]
     if kind not in ENCODERS:
-        raise PqkError(f"vggt configuration: patch_embed must be one of {', '.join(ENCODERS)}, got {kind!r}")
+        raise PqkError(f"{OF}: patch_embed must be one of {', '.join(ENCODERS)}, got {kind!r}")
     for key in ("enable_camera", "enable_depth", "enable_point", "enable_track"):
         if not isinstance(values[key], bool) and not (key == "enable_track" and values[key] is None):
-            raise PqkError(f"vggt configuration: {key} must be true or false, got {values[key]!r}")
-    patch_size, img_size = _count(values, "patch_size"), _count(values, "img_size")
+            raise PqkError(f"{OF}: {key} must be true or false, got {values[key]!r}")
+    patch_size, img_size = count(OF, values, "patch_size"), count(OF, values, "img_size")
     if img_size % patch_size:
-        raise PqkError(f"vggt configuration: img_size {img_size} is not a multiple of patch_size {patch_size}")
-    frame = _blocks(values, "", dim, values["mlp_ratio"], values["frame_blocks"], "frame_blocks", turned=True)
-    across = _blocks(values, "", dim, values["mlp_ratio"], values["global_blocks"], "global_blocks", turned=True)
+        raise PqkError(f"{OF}: img_size {img_size} is not a multiple of patch_size {patch_size}")
+    frame = stack(OF, values, dim, values["mlp_ratio"], values["frame_blocks"], "frame_blocks", rotary=True)
+    across = stack(OF, values, dim, values["mlp_ratio"], values["global_blocks"], "global_blocks", rotary=True)
     if len(frame) != len(across):
         raise PqkError(
-            "vggt configuration: frame_blocks and global_blocks must be equally many, got "
-            f"{len(frame)} and {len(across)}"
+            OF + f": frame_blocks and global_blocks must be equally many, got {len(frame)} and {len(across)}"
         )
     return VggtConfig(
         img_size=img_size,
         patch_size=patch_size,
         dim=dim,
-        registers=_count(values, "num_register_tokens", least=0),
+        registers=count(OF, values, "num_register_tokens", least=0),
         init_values=_positive(values, "init_values"),
         dino=_dino(values, dim) if kind == "dino" else None,
         frame_blocks=frame,
@@ -264,117 +255,41 @@ def _ratio(hidden: int, dim: int) -> float | int:
     return hidden // dim if hidden % dim == 0 else hidden / dim
 
 
-def _known(given: Any, allowed: Sequence[str], where: str) -> dict[str, Any]:
-    if not isinstance(given, Mapping):
-        raise PqkError(f"{where} must be a mapping, got {given!r}")
-    for key in given:
-        if key not in allowed:
-            raise PqkError(f"unknown key {key!r} in {where}{nearest(str(key), allowed)}")
-    return dict(given)
-
-
-def _is_count(value: Any, least: int = 1) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= LARGEST
-
-
-def _count(values: Mapping[str, Any], key: str, where: str = "", least: int = 1) -> int:
-    if not _is_count(values.get(key), least):
-        name = f"{where}.{key}" if where else key
-        raise PqkError(
-            f"vggt configuration: {name} must be a whole number from {least} to {LARGEST}, got {values.get(key)!r}"
-        )
-    return values[key]
-
-
 def _positive(values: Mapping[str, Any], key: str) -> float:
     value = values[key]
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= LARGEST:
-        raise PqkError(f"vggt configuration: {key} must be a number above 0, got {value!r}")
+        raise PqkError(f"{OF}: {key} must be a number above 0, got {value!r}")
     return float(value)
 
 
-def _blocks(
-    values: Mapping[str, Any],
-    where: str,
-    dim: int,
-    ratio: Any,
-    listed: Any,
-    name: str,
-    depth: str = "depth",
-    turned: bool = False,
-) -> tuple[BlockSize, ...]:
-    """Block sizes of one stack: from its list when it has one, otherwise depth times the same block."""
-    dot = f"{where}." if where else ""
-    if values.get("head_dim") is not None:
-        head_dim = _count(values, "head_dim", where)
-    else:
-        heads = _count(values, "num_heads", where)
-        if dim % heads:
-            raise PqkError(
-                f"vggt configuration: a width of {dim} is not a multiple of {dot}num_heads {heads}; give {dot}head_dim"
-            )
-        head_dim = dim // heads
-    if turned and head_dim % 4:
-        raise PqkError(f"vggt configuration: the head width must be a multiple of 4 (rotary embedding), got {head_dim}")
-    if listed is None:
-        if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 1 <= dim * ratio <= LARGEST:
-            raise PqkError(
-                f"vggt configuration: mlp_ratio must make the MLP 1 to {LARGEST} wide, got {ratio!r} times {dim}"
-            )
-        size = BlockSize(_count(values, "num_heads", where), head_dim, round(dim * ratio))
-        deep = _count(values, depth, where)
-        if deep > DEEPEST:
-            raise PqkError(f"vggt configuration: {dot}{depth} must be at most {DEEPEST}, got {deep}")
-        return (size,) * deep
-    if not isinstance(listed, Sequence) or isinstance(listed, str) or not 1 <= len(listed) <= DEEPEST:
-        raise PqkError(f"vggt configuration: {name} must be a list of 1 to {DEEPEST} blocks, got {listed!r:.80}")
-    sizes = []
-    for index, block in enumerate(listed):
-        if not isinstance(block, Mapping) or set(block) != {"heads", "ffn"} or not all(map(_is_count, block.values())):
-            raise PqkError(
-                f"vggt configuration: {name}[{index}] must be {{heads: ..., ffn: ...}} with numbers to {LARGEST}, "
-                f"got {block!r}"
-            )
-        sizes.append(BlockSize(block["heads"], head_dim, block["ffn"]))
-    return tuple(sizes)
-
-
 def _dino(values: Mapping[str, Any], dim: int) -> tuple[BlockSize, ...]:
-    given = _known(values["dino"], _STACK, "dino of the vggt configuration")
+    given = known(OF, values["dino"], _STACK, "dino")
     merged = {"depth": 24, "num_heads": values["num_heads"], "head_dim": values["head_dim"], **given}
-    return _blocks(merged, "dino", dim, 4, given.get("blocks"), "dino.blocks")
+    return stack(OF, merged, dim, 4, given.get("blocks"), "dino.blocks", part="dino")
 
 
 def _camera(values: Mapping[str, Any], dim: int) -> tuple[BlockSize, ...]:
-    given = _known(values["camera"], _CAMERA, "camera of the vggt configuration")
+    given = known(OF, values["camera"], _CAMERA, "camera")
     merged = {"trunk_depth": 4, "num_heads": values["num_heads"], **given}
-    return _blocks(merged, "camera", dim, 4, given.get("blocks"), "camera.blocks", depth="trunk_depth")
+    return stack(OF, merged, dim, 4, given.get("blocks"), "camera.blocks", part="camera", keys=("trunk_depth", *_HEADS))
 
 
 def _dpt(given: Any, depth: int) -> DptSize:
-    values = {**_DPT, **_known(given, tuple(_DPT), "dpt of the vggt configuration")}
+    values = {**_DPT, **known(OF, given, tuple(_DPT), "dpt")}
     layers = layers_of(depth) if values["layers"] is None else values["layers"]
     right = isinstance(layers, Sequence) and not isinstance(layers, str) and len(layers) == 4
-    if not right or not all(_is_count(layer, 0) and layer < depth for layer in layers):
-        raise PqkError(f"vggt configuration: dpt.layers must be four rounds from 0 to {depth - 1}, got {layers!r}")
-    features, widths = _count(values, "features", "dpt"), _levels(values["out_channels"], "dpt.out_channels", 4)
-    resized = widths if values["resized"] is None else _levels(values["resized"], "dpt.resized")
+    if not right or not all(is_count(layer, 0) and layer < depth for layer in layers):
+        raise PqkError(f"{OF}: dpt.layers must be four rounds from 0 to {depth - 1}, got {layers!r}")
+    features, widths = count(OF, values, "features", "dpt"), levels(OF, values["out_channels"], "dpt.out_channels", 4)
+    resized = widths if values["resized"] is None else levels(OF, values["resized"], "dpt.resized")
     if resized[2] != widths[2]:
-        raise PqkError(f"vggt configuration: level 2 is not resized: dpt.resized must have {widths[2]} there")
+        raise PqkError(f"{OF}: level 2 is not resized: dpt.resized must have {widths[2]} there")
     if values["last"] is None and features % 8:
-        raise PqkError(f"vggt configuration: dpt.features must be a multiple of 8, got {features}")
-    last = features // 2 if values["last"] is None else _count(values, "last", "dpt")
+        raise PqkError(f"{OF}: dpt.features must be a multiple of 8, got {features}")
+    last = features // 2 if values["last"] is None else count(OF, values, "last", "dpt")
     if last % 4:
-        raise PqkError(f"vggt configuration: dpt.last must be a multiple of 4, got {last}")
+        raise PqkError(f"{OF}: dpt.last must be a multiple of 4, got {last}")
     return DptSize(features, widths, (layers[0], layers[1], layers[2], layers[3]), resized, last)
-
-
-def _levels(widths: Any, where: str, step: int = 1) -> tuple[int, int, int, int]:
-    right = isinstance(widths, Sequence) and not isinstance(widths, str) and len(widths) == 4
-    if not right or not all(_is_count(width) and width % step == 0 for width in widths):
-        what = "whole numbers from 1" if step == 1 else f"multiples of {step}"
-        raise PqkError(f"vggt configuration: {where} must be four {what} to {LARGEST}, got {widths!r}")
-    return (widths[0], widths[1], widths[2], widths[3])
 
 
 def _wants_track(values: Mapping[str, Any]) -> bool:
@@ -385,13 +300,12 @@ def _wants_track(values: Mapping[str, Any]) -> bool:
 
 
 def _track(given: Any, dpt: Any) -> TrackSize:
-    values = {**_TRACK, **_known(given or {}, tuple(_TRACK), "track of the vggt configuration")}
-    levels = values["out_channels"] if values["out_channels"] is not None else {**_DPT, **dpt}["out_channels"]
-    latent = values["features"] if values["latent_dim"] is None else _count(values, "latent_dim", "track")
-    sizes = {key: _count(values, key, "track") for key in _TRACK if key not in ("latent_dim", "out_channels")}
+    values = {**_TRACK, **known(OF, given or {}, tuple(_TRACK), "track")}
+    widths = values["out_channels"] if values["out_channels"] is not None else {**_DPT, **dpt}["out_channels"]
+    latent = values["features"] if values["latent_dim"] is None else count(OF, values, "latent_dim", "track")
+    sizes = {key: count(OF, values, key, "track") for key in _TRACK if key not in ("latent_dim", "out_channels")}
     if sizes["hidden_size"] % sizes["num_heads"]:
         raise PqkError(
-            f"vggt configuration: track.hidden_size {sizes['hidden_size']} is not a multiple of track.num_heads "
-            f"{sizes['num_heads']}"
+            f"{OF}: track.hidden_size {sizes['hidden_size']} is not a multiple of track.num_heads {sizes['num_heads']}"
         )
-    return TrackSize(**sizes, latent_dim=latent, out_channels=_levels(levels, "track.out_channels"))
+    return TrackSize(**sizes, latent_dim=latent, out_channels=levels(OF, widths, "track.out_channels"))

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pqk.families.layers import Mlp, Rope, apply_rope
-from pqk.families.vggt.network.configs import DINO_REGISTERS, BlockSize
+from pqk.families.sizes import BlockSize
+from pqk.families.vggt.network.configs import DINO_REGISTERS
 
 EPS, DINO_EPS = 1e-5, 1e-6
 
