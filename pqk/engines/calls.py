@@ -73,12 +73,15 @@ class Engines:
         return sum(engine.size_bytes for engine in self.engines.values())
 
     def kernels(self) -> dict[str, list[Kernel]]:
-        """Returns the executed kernels of each graph. Raises PqkError when an engine reports none."""
-        found = {name: engine.kernels() for name, engine in self.engines.items()}
-        for graph, kernels in found.items():
-            if not kernels:
-                raise PqkError(f"the {graph} engine reports no kernels, so its executed precision is unknown")
-        return found
+        """Returns the executed kernels of each graph; see `kernels_of`."""
+        return {graph: self.kernels_of(graph) for graph in self.engines}
+
+    def kernels_of(self, graph: str) -> list[Kernel]:
+        """Returns the executed kernels of a graph. Raises PqkError when its engine reports none."""
+        kernels = self.engines[graph].kernels()
+        if not kernels:
+            raise PqkError(f"the {graph} engine reports no kernels, so its executed precision is unknown")
+        return kernels
 
 
 def compiled(variant: Variant) -> Engines:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from backends import registry
-from backends.base import Kernel, executed_precision, matched_by_size
+from backends.base import Engine, Kernel, executed_precision, matched_by_size
 from pqk.engines.calls import Counting, Engines, Remembering, compiled
 from pqk.engines.variant import Variant
 from pqk.errors import CheckFailed
@@ -88,9 +88,13 @@ def run_samples(request: Mapping[str, Any], take: Take) -> dict[str, Any]:
             take(sample, arrays, arrays if reference == variant else taught)
         if other is not None:
             other.close()  # profiling may compile once more, and a large model leaves no room for three
-        kernels, measured, size = engines.kernels(), engines.measured, engines.size_bytes
-        if request["keep"]:
-            _refuse_int8(variant, engines, kernels, request["keep"])
+        measured, size = engines.measured, engines.size_bytes
+        kernels: dict[str, list[Kernel]] = {}
+        for name, engine in engines.engines.items():
+            kernels[name] = engines.kernels_of(name)
+            if request["keep"]:
+                _refuse_int8(variant, name, engine, kernels[name], request["keep"])
+            engine.close()  # profiling may have compiled it once more, and there may be no room for all of them twice
     of_a_sample = [k for name, listed in kernels.items() for _ in range(calls[name]) for k in listed]
     return {
         "measured": measured,
@@ -102,15 +106,13 @@ def run_samples(request: Mapping[str, Any], take: Take) -> dict[str, Any]:
     }
 
 
-def _refuse_int8(variant: Variant, engines: Engines, kernels: Mapping[str, list[Kernel]], keep: list[str]) -> None:
-    backend = registry.get(variant.backend)
-    for name, engine in engines.engines.items():
-        broken = backend.kept_in_int8(engine, keep_for(keep, name), kernels[name])
-        if broken:
-            raise CheckFailed(
-                f"{name}: {len(broken)} kept nodes ran in int8 kernels, the first is {broken[0].name} "
-                f"({broken[0].implementation})"
-            )
+def _refuse_int8(variant: Variant, graph: str, engine: Engine, kernels: list[Kernel], keep: list[str]) -> None:
+    broken = registry.get(variant.backend).kept_in_int8(engine, keep_for(keep, graph), kernels)
+    if broken:
+        raise CheckFailed(
+            f"{graph}: {len(broken)} kept nodes ran in int8 kernels, the first is {broken[0].name} "
+            f"({broken[0].implementation})"
+        )
 
 
 def _row(kernel: Kernel) -> dict[str, Any]:

@@ -360,8 +360,8 @@ def test_two_processes_hold_the_same_weights(tmp_path):
         assert all(torch.equal(value, second[part][key]) for key, value in first[part].items())
     assert first["outcome"] == second["outcome"] == "done"
     training = [seed for seed in first["seeds"] if seed[1] < 2**30]
-    assert training == [(1, 2 * step) for step in range(6)]
-    assert second["seeds"] == [(1, 2 * step + 1) for step in range(6)]
+    assert training[:6] == [(1, 2 * step) for step in range(6)]  # a seventh batch may have been made ahead
+    assert second["seeds"][:6] == [(1, 2 * step + 1) for step in range(6)]
     start = teacher.build_model("dust3r", load_model(out).config)
     assert any(not torch.equal(v, first["model"][k]) for k, v in start.state_dict().items())
 
