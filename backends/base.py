@@ -86,12 +86,17 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Graph:
-    """A file that a backend can read: ONNX, or OpenVINO IR (`.xml` with `.bin` beside it)."""
+    """A file that a backend can read: ONNX, or OpenVINO IR (`.xml` with `.bin` beside it).
+
+    left_float: of a quantized model, a graph of which nothing was quantized; compiled as int8 it runs in the precision
+    of an int8 graph's floats.
+    """
 
     path: Path
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
     sha256: str
+    left_float: bool = False
 
     @property
     def format(self) -> str:

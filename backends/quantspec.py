@@ -99,10 +99,14 @@ def _short(words: list[str], sign: str) -> str:
     return sign.join(words[:_SHOWN]) + more
 
 
-def nothing_left(graph: str, keep: Sequence[str]) -> BackendError:
+class NothingLeft(BackendError):
+    """Reports a graph of which nothing would be quantized. Beside others that are, it can stay in float."""
+
+
+def nothing_left(graph: str, keep: Sequence[str]) -> NothingLeft:
     """Returns the error for a graph of which nothing is quantized."""
     listed = f"the keep-list ({', '.join(keep)})" if keep else "the keep-list (empty)"
-    return BackendError(
+    return NothingLeft(
         f"{graph}: nothing is left to quantize: {listed} leaves it no matmul or convolution that can be lowered; "
         "keep less of this graph, or run without quantization"
     )

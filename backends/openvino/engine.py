@@ -261,7 +261,7 @@ def _blobs(folder: Path) -> dict[str, str]:
 
 def _check_quantized(model: Any, graph: Graph, precision: Precision) -> None:
     quantized = any(op.get_type_name() == "FakeQuantize" for op in model.get_ops())
-    if precision == Precision.INT8 and not quantized:
+    if precision == Precision.INT8 and not quantized and not graph.left_float:
         raise BackendError(f"{graph.path.name} holds no quantized operation: quantize it before compiling it as int8")
     if precision != Precision.INT8 and quantized:
         raise BackendError(f"{graph.path.name} is quantized and would run in int8: compile it as int8, not {precision}")

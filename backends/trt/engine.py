@@ -65,7 +65,7 @@ def make_engine(graph: Graph, precision: Precision, options: Mapping[str, Any] |
     if precision == Precision.TF32 and (kind is None or not has_tf32()):
         raise BackendError("tf32 is computed by CUDA devices of compute capability 8.0 and above, and none is here")
     found = OnnxGraph(graph.path)
-    if precision == Precision.INT8 and not found.has_qdq():
+    if precision == Precision.INT8 and not found.has_qdq() and not graph.left_float:
         raise BackendError(f"{graph.path.name} holds no Q/DQ nodes: quantize it before compiling it as int8")
     if precision != Precision.INT8 and found.has_qdq():
         raise BackendError(f"{graph.path.name} is quantized: compile it as int8, not {precision}")

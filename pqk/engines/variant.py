@@ -66,6 +66,7 @@ def graph_to_json(graph: Graph) -> dict[str, Any]:
         "inputs": [asdict(t) for t in graph.inputs],
         "outputs": [asdict(t) for t in graph.outputs],
         "sha256": graph.sha256,
+        **({"left_float": True} if graph.left_float else {}),
     }
 
 
@@ -75,4 +76,5 @@ def graph_from_json(data: Mapping[str, Any]) -> Graph:
     def ports(items: Any) -> tuple[TensorInfo, ...]:
         return tuple(TensorInfo(t["name"], tuple(t["shape"]), t["dtype"]) for t in items)
 
-    return Graph(Path(data["path"]), ports(data["inputs"]), ports(data["outputs"]), data["sha256"])
+    left_float = data.get("left_float", False)
+    return Graph(Path(data["path"]), ports(data["inputs"]), ports(data["outputs"]), data["sha256"], left_float)

@@ -86,7 +86,8 @@ def rank_graphs(request: dict[str, Any]) -> dict[str, Any]:
     together, sorted by it. The error of a graph is that of the prediction which the other graphs, in float in ONNX
     Runtime, compute from its outputs.
     """
-    looked, ints = _Looked(request), graphs_from_json(request["int8"])
+    looked = _Looked(request)
+    ints = {name: graph for name, graph in graphs_from_json(request["int8"]).items() if not graph.left_float}
     surgery = _surgery(request["backend"])
     rows: dict[str, list[dict[str, Any]]] = {"groups": [], "nodes": []}
     for number, name in enumerate(ints):

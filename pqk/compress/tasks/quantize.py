@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 from backends import registry
 from backends.base import BackendError, Feeds, Graph, QuantSpec, Source
+from backends.quantspec import NothingLeft
 from pqk.compress.tasks.calibration import Recording
 from pqk.engines.variant import graphs_from_json, graphs_to_json
 from pqk.errors import PqkError, nearest
@@ -106,7 +108,8 @@ class Calibrated:
     def _lowered(self, lower: Any, name: str, samples: int, calibration: Iterable[Feeds]) -> Any:
         try:
             made = lower(self.source(name), self.spec(name, samples), calibration)
-            self._notes[name] = list(self.quantizer.notes())
+            whole = isinstance(made, Graph) and made.left_float
+            self._notes[name] = ["nothing of it is quantized"] if whole else list(self.quantizer.notes())
             return made
         except BackendError as error:
             more = hint(self.ptq["keep_list"], name, list(self.graphs), str(error))
@@ -142,9 +145,22 @@ def merge_notes(of_graphs: Mapping[str, Sequence[str]]) -> list[str]:
 def quantize_graphs(request: dict[str, Any]) -> dict[str, Any]:
     """Quantizes the graphs into `out`. Request: see `Calibrated`.
 
+    A graph that the keep-list covers as a whole is copied there in float, where something of another one is quantized.
     Returns graphs, the images and feeds that ranges were measured on (none when only weights are lowered), the
     quantizer's notes, and the peak memory in bytes.
     """
-    job = Calibrated(request)
-    made: Each[Graph] = job.each(job.quantizer.quantize)
+    job, refused = Calibrated(request), list[NothingLeft]()
+
+    def lower(source: Source, spec: QuantSpec, feeds: Iterable[Feeds]) -> Graph:
+        try:
+            return cast(Graph, job.quantizer.quantize(source, spec, feeds))
+        except NothingLeft as error:
+            refused.append(error)
+            for file in source.graph.files():
+                shutil.copyfile(file, spec.output_dir / file.name)
+            return replace(source.graph, path=spec.output_dir / source.graph.path.name, left_float=True)
+
+    made: Each[Graph] = job.each(lower)
+    if len(refused) == len(made.made):
+        raise refused[0]
     return {"graphs": graphs_to_json(made.made), **job.calibrated(made)}
