@@ -154,6 +154,7 @@ def parts(case: Case) -> Iterator[Compared]:
         # The network has no use for these.
         "out_act_linear": v,
         "out_act_norm_exp": v / length * torch.expm1(length),
+        "out_act_xy_inv_log": torch.cat((v[..., :2] * points[..., 2:], points[..., 2:]), dim=-1),
         "out_conf_expp0": torch.exp(c),
         "out_conf_sigmoid": torch.sigmoid(c),
     }
