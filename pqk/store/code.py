@@ -85,8 +85,8 @@ def digest(source: bytes) -> str:
     """Returns the sha256 of a parsed Python source: without docstrings and other bare texts, comments, positions, and
     imports for the type checker. A source that cannot be parsed counts byte for byte.
     """
-    known = _known.get(sha256(source).hexdigest()) if _known else None
-    return known or _facts(source).digest
+    told = _known.get(sha256(source).hexdigest()) if _known else None
+    return told or _facts(source).digest
 
 
 def known() -> dict[str, str]:
