@@ -16,8 +16,6 @@ from pqk.families.vectors import Case, compare, find_cases
 GOLDEN = Path(__file__).parents[1] / "golden"
 UNREAD = ("must hold one JSON object", "has no 'kind'")  # the kind, so --only cannot leave the case out
 SLOW = {"dust3r_512_dpt_fullsize_recipe": [pytest.mark.slow]}  # 2.5 GB, about 20 seconds
-NOT_HANDLED = {"vggt_parts": ["out_act_xy_inv_log"]}
-"""Results of the official code that no network has a use for, and no text describes."""
 
 
 @pytest.mark.parametrize(
@@ -25,9 +23,8 @@ NOT_HANDLED = {"vggt_parts": ["out_act_xy_inv_log"]}
 )
 def test_official_answers(path):
     outcome = run_case(path)
-    left_out = NOT_HANDLED.get(path.name, [])
-    assert outcome.state == ("partly handled" if left_out else "passes"), outcome.report()
-    assert outcome.not_handled == left_out
+    assert outcome.state == "passes", outcome.report()
+    assert not outcome.not_handled
 
 
 @pytest.fixture

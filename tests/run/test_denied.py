@@ -121,7 +121,7 @@ worker.main()
 def test_in_a_worker(tmp_path: Path) -> None:
     """What a worker may not read is an answer for its parent, and no traceback."""
     asked, answered, secret = (tmp_path / name for name in ("asked.json", "answered.json", "secret"))
-    asked.write_text(json.dumps({"request": str(secret), "code": {}}))
+    asked.write_text(json.dumps({"request": str(secret), "code": {}, "known": {}}))
     secret.touch(mode=0)
     command = [*PLAIN, sys.executable, "-c", WORKER, str(asked), str(answered)]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True)

@@ -154,7 +154,7 @@ def test_a_worker_ends_with_its_parent(tmp_path: Path) -> None:
         "    worker.main()\n"
         "else:\n"
         "    import os, subprocess\n"
-        "    open('request.json', 'w').write('{\"request\": 60, \"code\": {}}')\n"
+        "    open('request.json', 'w').write('{\"request\": 60, \"code\": {}, \"known\": {}}')\n"
         "    subprocess.run([sys.executable, __file__, 'sleep', 'request.json', 'result.json', str(os.getpid())])\n"
     )
     parent = subprocess.Popen([sys.executable, script], cwd=tmp_path, env=environment())

@@ -75,7 +75,7 @@ NAMED: dict[str, dict[str, Any]] = {
         "depth": 4,
         "num_heads": 3,
         "head_dim": 64,
-        "init_values": 0.1,
+        "init_values": 0.3,
         "dino": {"depth": 4, "num_heads": 3},
         "camera": {"trunk_depth": 2, "num_heads": 3, "head_dim": 64},
         "dpt": {"features": 64, "out_channels": [48, 64, 96, 96]},

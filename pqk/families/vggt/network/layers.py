@@ -66,15 +66,8 @@ class Attention(nn.Module):
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = apply_rope(q, rope, self.head_dim), apply_rope(k, rope, self.head_dim)
-        mixed = self._mix(q, k, v)
+        mixed = F.scaled_dot_product_attention(q, k, v, scale=self.head_dim**-0.5)
         return mixed.transpose(1, 2).reshape(-1, tokens, self.inner)
-
-    def _mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        scale = self.head_dim**-0.5
-        if q.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
-            with torch.autocast("cpu", enabled=False):  # in bf16 it takes four times as long as in float32 (torch 2.13)
-                return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), scale=scale)
-        return F.scaled_dot_product_attention(q, k, v, scale=scale)
 
     def _split_heads(self, x: Tensor, tokens: int) -> Tensor:
         return x.reshape(-1, tokens, self.heads, self.head_dim).transpose(1, 2)
