@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from training_toys import TINY, tiny  # noqa: F401 (tiny is a fixture)
 
 from backends.base import QuantSpec, Source
 from backends.exchange import export
@@ -31,25 +32,6 @@ from pqk.settings.yamlfile import SpecError
 
 SIZE = 32
 DATA = TrainingData(family("dust3r"))
-TINY = {
-    "head_type": "linear",
-    "enc_embed_dim": 32,
-    "enc_depth": 1,
-    "enc_num_heads": 2,
-    "dec_embed_dim": 32,
-    "dec_depth": 1,
-    "dec_num_heads": 2,
-}
-
-
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
