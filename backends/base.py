@@ -224,6 +224,10 @@ class Engine(ABC):
         """Returns the bytes of the files that ship: those of the graph, unless the toolchain ships another file."""
         return self.graph.size_bytes
 
+    def write_form(self, path: Path) -> Graph | None:
+        """Writes the graph as it runs, where that is another form than its file has, and returns it; else None."""
+        return None
+
     def close(self) -> None:  # noqa: B027  (an engine without resources needs none)
         """Frees what the engine holds; it cannot be used afterwards."""
 
@@ -259,7 +263,7 @@ class Backend(Protocol):
     """A toolchain: quantizes, compiles and runs graphs. Knows nothing of models, cards or logs.
 
     `sources` names the Python modules whose code decides what its engines compute and report, for caches. Optional
-    members: see `baselines_of`, `rests_of` and `surgery_of`.
+    members: see `baselines_of`, `rests_of`, `forms_of` and `surgery_of`.
     """
 
     name: str
@@ -315,6 +319,15 @@ def baselines_of(backend: Backend) -> list[Precision]:
 def rests_of(backend: Backend) -> list[Precision]:
     """Returns the precisions that quantized graphs may have for the rest: the backend's `rests`, or all of them."""
     return [Precision(p) for p in getattr(backend, "rests", None) or backend.float_precisions()]
+
+
+def forms_of(backend: Backend, graph: Graph) -> Mapping[str, Mapping[str, Any]]:
+    """Returns other forms of a quantized graph that compute the same: what is changed, in words -> engine options.
+
+    They are the backend's `forms(graph)`, of which a measurement chooses; none where it has no such member.
+    """
+    found: Mapping[str, Mapping[str, Any]] = getattr(backend, "forms", lambda graph: {})(graph)
+    return found
 
 
 def surgery_of(backend: Backend) -> type[Surgery] | None:

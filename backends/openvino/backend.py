@@ -73,6 +73,14 @@ class OpenVINOBackend:
             raise BackendError(f"the keep-list of {type(engine).__name__} cannot be checked by OpenVINO")
         return check_keep(engine, keep, kernels)
 
+    def forms(self, graph: Graph) -> Mapping[str, Mapping[str, Any]]:
+        """Returns the form of an IR whose linear layers are 1x1 convolutions, where they are work enough to matter."""
+        from backends.openvino.engine import read_model
+        from backends.openvino.linear import linear_nodes
+
+        names = linear_nodes(read_model(graph.path)) if graph.format == "openvino" else []
+        return {"linear layers as 1x1 convolutions": {"as_convolutions": names}} if names else {}
+
     def surgery(self) -> type[Surgery]:
         """Returns the class that puts nodes of NNCF's and INC's graphs back to float in the IR."""
         from backends.openvino.rank import IRSurgery

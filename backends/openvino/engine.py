@@ -28,12 +28,14 @@ from backends.base import (
 )
 from backends.files import write_whole
 from backends.openvino.flops import executed_kernels
+from backends.openvino.linear import as_convolutions
 
 OPTIONS: dict[str, Any] = {
     "threads": None,  # None: all cores that the process may use
     "rest": "best",  # float precision of what an int8 graph leaves unquantized: best, bf16 or f32
     "cache_dir": None,  # folder of compiled models; None: no cache
     "perf_count": False,  # count times in the engine itself (kernels() compiles its own otherwise)
+    "as_convolutions": (),  # names of MatMuls that run as 1x1 convolutions, see backends.openvino.linear
     "snippets": True,  # False: no fused subgraphs, should a runtime version compute one wrongly
 }
 _PROFILED_RUNS = 3
@@ -106,11 +108,16 @@ class OpenVINOEngine(Engine):
         self.inputs = graph.inputs
         self.outputs = graph.outputs
         self.rest = self._rest()
-        model = read_model(graph.path)
+        model = self._read()
         _check_quantized(model, graph, precision)
         self._compiled: Any = self._compile(model, perf_count=bool(self.options["perf_count"]))
         self._request: Any = self._compiled.create_infer_request()
         self._profiled: Any = None  # the same model, compiled to count times
+
+    def _read(self) -> Any:
+        model = read_model(self.graph.path)
+        as_convolutions(model, set(self.options["as_convolutions"]))
+        return model
 
     def _rest(self) -> Precision:
         best = best_float()
@@ -139,7 +146,8 @@ class OpenVINOEngine(Engine):
             settings["INFERENCE_NUM_THREADS"] = int(self.options["threads"])
         if self.options["cache_dir"] and not perf_count:
             # A folder per model, so that its files are not mixed with those of another model.
-            key = sha256(f"{self.graph.sha256} {sorted(settings.items())}".encode()).hexdigest()[:16]
+            about = f"{self.graph.sha256} {sorted(settings.items())} {list(self.options['as_convolutions'])}"
+            key = sha256(about.encode()).hexdigest()[:16]
             settings["CACHE_DIR"] = str(Path(self.options["cache_dir"]) / key)
         if not self.options["snippets"]:
             settings["SNIPPETS_MODE"] = "DISABLE"
@@ -203,7 +211,7 @@ class OpenVINOEngine(Engine):
 
         if self._request is None:
             raise BackendError("this engine is closed")
-        source = read_model(self.graph.path)
+        source = self._read()
         if self._profiled is None:
             self._profiled = self._compiled if self.options["perf_count"] else self._compile(source, perf_count=True)
         request = self._profiled.create_infer_request()
@@ -219,7 +227,11 @@ class OpenVINOEngine(Engine):
 
     def save(self, path: Path | str) -> Graph:
         """Writes the engine's graph as IR at `path` (`.xml`), in full precision; `load` brings it back."""
-        return write_ir(read_model(self.graph.path), Path(path))
+        return write_ir(self._read(), Path(path))
+
+    def write_form(self, path: Path) -> Graph | None:
+        """Writes the graph as it runs, where that is another form than its file has, and returns it; else None."""
+        return self.save(path) if self.options["as_convolutions"] else None
 
     @classmethod
     def load(cls, path: Path | str, precision: Precision, options: Mapping[str, Any] | None = None) -> Self:

@@ -36,6 +36,7 @@ _DOING = {
     "pruned": "pruning and fine-tuning",
     "distilled": "distillation",
     "quantized": "quantization",
+    "forms": "choice of the fastest form of each quantized graph",
     "qat": "quantization-aware training",
     "joint": "pruning, distillation and quantization in one training",
     "predictions": "predictions,",

@@ -88,10 +88,10 @@ def compiled(variant: Variant) -> Engines:
     """Returns the compiled engines of a variant."""
     backend = registry.get(variant.backend)
 
-    def opener(graph: Graph) -> Callable[[], Engine]:
-        return lambda: backend.compile(graph, variant.precision, variant.options)
+    def opener(name: str, graph: Graph) -> Callable[[], Engine]:
+        return lambda: backend.compile(graph, variant.precision, variant.options_of(name))
 
-    return Engines({name: opener(graph) for name, graph in variant.graphs.items()})
+    return Engines({name: opener(name, graph) for name, graph in variant.graphs.items()})
 
 
 def on_reference(graphs: Mapping[str, Graph]) -> Engines:

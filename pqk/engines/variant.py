@@ -12,18 +12,26 @@ from backends.base import Graph, Precision, TensorInfo
 
 @dataclass(frozen=True)
 class Variant:
-    """The graphs of one model by their names, in the order of first use, with backend, precision and options."""
+    """The graphs of one model by their names, in the order of first use, with backend, precision and options.
+
+    forms: further options of single graphs, which change how they run and not what they compute.
+    """
 
     name: str
     backend: str
     precision: Precision
     graphs: Mapping[str, Graph]
     options: Mapping[str, Any] = field(default_factory=dict)
+    forms: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def hashes(self) -> dict[str, str]:
         """Returns the sha256 of each graph."""
         return {name: graph.sha256 for name, graph in self.graphs.items()}
+
+    def options_of(self, graph: str) -> dict[str, Any]:
+        """Returns the options of the engine of one graph."""
+        return {**self.options, **self.forms.get(graph, {})}
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain data for a worker process."""
@@ -33,6 +41,7 @@ class Variant:
             "precision": str(self.precision),
             "graphs": graphs_to_json(self.graphs),
             "options": dict(self.options),
+            **({"forms": {name: dict(form) for name, form in self.forms.items()}} if self.forms else {}),
         }
 
     @staticmethod
@@ -43,6 +52,7 @@ class Variant:
             Precision(data["precision"]),
             graphs_from_json(data["graphs"]),
             data["options"],
+            data.get("forms", {}),
         )
 
 

@@ -76,7 +76,7 @@ def export(
 
     with export_folder(out) as folder:
         copies = {name: _copy(graph, folder) for name, graph in variant.graphs.items()}
-        plans, measured = _compile(replace(variant, graphs=copies), candidate.experiment, folder)
+        plans, measured = _compile(replace(variant, graphs=copies), candidate.experiment, folder, copies)
         part, about = candidate.experiment.family.export_part(), {}
         if part is not None:
             runtime = "openvino" if backend.name == "openvino" else "onnxruntime"
@@ -156,9 +156,12 @@ def _copy(graph: Graph, folder: Path) -> Graph:
     return replace(graph, path=folder / graph.path.name)
 
 
-def _compile(variant: Variant, experiment: Experiment, folder: Path) -> tuple[dict[str, str], str]:
+def _compile(
+    variant: Variant, experiment: Experiment, folder: Path, copies: dict[str, Graph]
+) -> tuple[dict[str, str], str]:
     """Compiles the copies and runs one sample of noise, to check that the export works.
 
+    A copy that runs in another form than its file has is replaced by that form, as a bundle has no engine options.
     Returns the plan file of each graph that has one, and 'engine' or 'emulated'. Raises PqkError for NaN or infinity.
     """
     of, workload, plans = experiment.family, experiment.workload, {}
@@ -168,6 +171,7 @@ def _compile(variant: Variant, experiment: Experiment, folder: Path) -> tuple[di
             if not np.isfinite(array).all():
                 raise PqkError(f"the exported {variant.precision} model computes NaN or infinity in {name}")
         for name, engine in engines.engines.items():
+            copies[name] = engine.write_form(copies[name].path) or copies[name]
             plan = getattr(engine, "plan", None)
             if plan is not None:
                 plans[name] = f"{name}{Path(plan).suffix}"

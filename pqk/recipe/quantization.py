@@ -13,6 +13,7 @@ from pqk.engines.variant import Variant
 from pqk.families.contract import SampleSet
 from pqk.recipe import stages
 from pqk.recipe.experiment import Experiment
+from pqk.recipe.forms import formed
 from pqk.recipe.request import Model
 from pqk.recipe.stages import Context, Quantized
 from pqk.recipe.training import learning
@@ -90,6 +91,7 @@ class Quantization:
         rest = self.experiment.quant.float_rest
         options = {**self.options} if rest == "auto" else {**self.options, "rest": rest}  # auto: the backend's best
         name = f"{self.precision} QAT" if trained else self.precision
+        variant, forms = formed(ctx, Variant(name, self.backend, Precision.INT8, made.graphs, options))
         own = {
             **self.columns,
             "role": "candidate",
@@ -100,10 +102,9 @@ class Quantization:
             "keep_list": list(ptq.keep_list),
             "images_calibration": made.images,
             "gpu_hours": (self.columns.get("gpu_hours") or 0.0) + made.hours,
-            "notes": "; ".join(filter(None, (self.columns.get("notes"), made.notes))),
+            "notes": "; ".join(filter(None, (self.columns.get("notes"), made.notes, *forms))),
             "hashes": {**self.columns["hashes"], "calibration": self.calibration.sha256},
         }
-        variant = Variant(name, self.backend, Precision.INT8, made.graphs, options)
         lowered = "PQK" if self.made else "QAT" if trained else "PTQ"
         return Row(variant, self.floats, own, lowered, made.hours)
 

@@ -19,6 +19,7 @@ from pqk.errors import PqkError
 from pqk.files import write_json
 from pqk.recipe import stages
 from pqk.recipe.candidate import Candidate
+from pqk.recipe.forms import formed
 from pqk.recipe.stages import fed_key, keep_graphs, parts_code, read_graphs
 from pqk.store import worker
 
@@ -88,7 +89,7 @@ def with_floats(candidate: Candidate, nodes: Mapping[str, Sequence[str]]) -> Var
     code = _code(quantized.backend)
     made = candidate.ctx.make("mixed", code, inputs, make, str(sum(map(len, wanted.values()))))
     graphs = {**quantized.graphs, **read_graphs(made.path)}
-    return Variant(MIXED, quantized.backend, Precision.INT8, graphs, quantized.options)
+    return formed(candidate.ctx, Variant(MIXED, quantized.backend, Precision.INT8, graphs, quantized.options))[0]
 
 
 def times_beside(candidate: Candidate, variant: Variant) -> tuple[list[float], list[float]]:

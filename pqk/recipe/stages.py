@@ -315,12 +315,17 @@ def quality(
     mine = _Predicted(ctx, experiment, variant, found, keep, where)
     work = {**asked, **experiment.fed, "samples": found.to_json(), "name": variant.name}
 
+    code = (*_EVAL_CODE, *parts_code(of, "settings", "data", "scoring"))
+
     def make(folder: Path) -> None:
+        from pqk.measure.scoring import score
+
         if of.data_part().most(found, experiment.workload) * _sample_bytes(of, variant) <= ONE_BYTES:
             other = theirs.make().path if theirs else None
             own = other if other and theirs and theirs.key == mine.key else mine.make().path
             places = {"predictions": str(own), "reference": str(other) if other else None}
-            result = worker.call("scores", {**work, **places})
+            result = score({**work, **places})  # here: no engine runs, and a process would first import everything
+            refuse_edited("scores", *code)
             result |= json.loads((own / ABOUT).read_text())
             kernels = (own / KERNELS).read_text()
             ctx.store.trim("predictions", KEPT_BYTES)
@@ -328,11 +333,10 @@ def quality(
             variants = {"variant": variant.to_json(), "reference": reference.to_json() if reference else None}
             result = worker.call("quality", {**work, **variants, "keep": list(keep)})
             kernels = json.dumps(result.pop("kernels"), indent=0)
-        (folder / "quality.json").write_text(json.dumps(result, indent=1))
+        (folder / "quality.json").write_text(json.dumps(result, indent=1, allow_nan=False))
         (folder / KERNELS).write_text(kernels)
 
     inputs = {"predictions": mine.key, "reference": theirs.key if theirs else None, **asked}
-    code = (*_EVAL_CODE, *parts_code(of, "settings", "data", "scoring"))
     made = ctx.make("scores", code, inputs, make, f"{variant.name} on {where} samples")
     scores: dict[str, Any] = json.loads((made.path / "quality.json").read_text())
     for row in scores["samples"]:
@@ -506,7 +510,8 @@ def identity(ctx: Context, variant: Variant, reference: Variant | None) -> dict[
 
     def plain(v: Variant) -> dict[str, Any]:
         options = {name: value for name, value in v.options.items() if name != "cache_dir"}
-        return {"backend": v.backend, "precision": str(v.precision), "graphs": v.hashes, "options": options}
+        forms = {"forms": dict(v.forms)} if v.forms else {}
+        return {"backend": v.backend, "precision": str(v.precision), "graphs": v.hashes, "options": options, **forms}
 
     return {
         "variant": plain(variant),

@@ -68,13 +68,25 @@ class Training(Scenery):
         return next((stage for stage in self.stages if share < stage.until), self.stages[-1])
 
 
+class Match(Section):
+    """A loss that teaches attention where another frame shows the same place, and what is saved meanwhile.
+
+    weight: of that loss beside the family's own. maps: share of the sets of a batch whose maps are computed, as these
+    take most of the time and are learned from few.
+    """
+
+    weight: float = Field(default=1.0, gt=0, le=100)
+    maps: float = Field(default=1.0, gt=0, le=1)
+
+
 class TrainSpec(Training, Spec):
-    """The training of a teacher."""
+    """The training of a teacher. match: for families that have this loss."""
 
     version: str = "1.0"
     model: str
     seed: int = Field(default=0, ge=0, lt=LIMIT)
     steps: int = Field(ge=1)
+    match: Match | None = None
     validation: Validation = Validation()
 
 

@@ -118,11 +118,11 @@ def _no_answer(task: str, code: int, said: str) -> Exception:
 
 TASKS = {
     "predictions": "pqk.measure.predict:predict",
-    "scores": "pqk.measure.scoring:score",
     "quality": "pqk.measure.evaluate:evaluate",
     "timing": "pqk.measure.timing:time_variants",
     "parts": "pqk.measure.block_profile:profile",
     "memory": "pqk.measure.memory:measure_memory",
+    "forms": "pqk.measure.forms:choose_forms",
     "quantize": "pqk.compress.tasks.quantize:quantize_graphs",
     "prune": "pqk.compress.tasks.pruned:train_pruned",
     "distill": "pqk.compress.tasks.distilled:train_distilled",

@@ -28,6 +28,7 @@ from pqk.recipe import stages
 from pqk.recipe.candidate import Choice
 from pqk.recipe.columns import described_metrics
 from pqk.recipe.experiment import Experiment
+from pqk.recipe.forms import formed
 from pqk.recipe.quantization import Quantization
 from pqk.recipe.recover import choose
 from pqk.recipe.request import (
@@ -284,7 +285,7 @@ class Bench:
         if self.kept is not None:
             rest = experiment.quant.float_rest
             own = {**options} if rest == "auto" else {**options, "rest": rest}
-            return Variant(precision, self.backend.name, Precision.INT8, graphs, own)
+            return formed(self.ctx, Variant(precision, self.backend.name, Precision.INT8, graphs, own))[0]
         calibration = open_split(self.ctx, experiment, "calibration", self.root)
         model = Model(str(self.checkpoint.path), self.checkpoint.name, self.checkpoint.sha256)
         about = (experiment, self.backend.name, quantizer, precision, model, graphs, calibration)

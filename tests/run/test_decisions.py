@@ -34,7 +34,7 @@ def watch(event, arguments):
         by.add(os.path.basename(frame.f_code.co_filename))
         frame = frame.f_back
     made = by & {"store.py", "generate.py"}  # written, or hashed where it lies
-    who = sys.argv[1] if worker else "store" if made else "pqk"
+    who = sys.argv[1] if worker else "store" if made else "scores" if "scoring.py" in by else "pqk"
     handle = os.open(os.environ["PQK_TEST_WATCH"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.write(handle, f"{who}\\t{path}\\n".encode())
     os.close(handle)

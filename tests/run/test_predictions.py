@@ -24,7 +24,6 @@ from pqk.families.contract import SampleSet
 from pqk.measure.evaluate import evaluate
 from pqk.measure.predict import predict
 from pqk.measure.predictions import Predictions, Writer
-from pqk.measure.scoring import score
 from pqk.models import load_model
 from pqk.recipe import stages
 from pqk.recipe.stages import Context
@@ -84,7 +83,7 @@ def bench(
     parts: tuple[dict[str, Any], Path, list[Path]], tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Bench]:
     graphs, _, folders = parts
-    tasks = {"predictions": predict, "scores": score, "quality": evaluate}
+    tasks = {"predictions": predict, "quality": evaluate}
     monkeypatch.setattr(stages.worker, "call", lambda task, request: tasks[task](json.loads(json.dumps(request))))
     plain, other = (Variant(name, "reference", Precision.F32, own) for name, own in graphs.items())
     samples = scene_samples(folders, "c" * 64)

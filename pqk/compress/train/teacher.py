@@ -92,6 +92,9 @@ def _train(
     of = family_of_named(spec.model)
     learning = of.learning_part()
     check_sides(of, spec)
+    terms = {"task": 1.0} if spec.match is None else {"task": 1.0, "match": spec.match.weight}
+    if not set(terms) <= set(learning.TERMS):
+        raise PqkError(f"{spec.model} has no loss 'match'; leave match out")
     for name, value in (("minutes", minutes), ("pause_after", pause_after_s)):
         if value is not None and not 0 < value < math.inf:
             raise PqkError(f"{name} must be more than 0, got {value}")
@@ -146,7 +149,7 @@ def _train(
     batches = learning.batches(spec, where, seed=spec.seed, held_seed=spec.seed)
     if where.type == "cpu":
         batches = Ahead(batches, processes)
-    wrapped: nn.Module = Forward(learning, learning.parts(trainer.model))
+    wrapped: nn.Module = Forward(learning, learning.parts(trainer.model), None if spec.match is None else "match")
     if compiled:
         wrapped = torch.compile(wrapped, dynamic=False)  # type: ignore[assignment]
     judge = Judge(of, batches, lambda: torch.autocast(where.type, dtype=torch.bfloat16, enabled=autocast))
@@ -155,7 +158,8 @@ def _train(
         stage = spec.stage_at(share)
         with torch.autocast(where.type, enabled=False):
             batch = batches.train(step * processes + rank, stage.batch // processes, stage.size)
-        return learning.losses(module(batch), batch, None, ("task",), {"alpha": spec.alpha})["task"]
+        losses = learning.losses(module(batch), batch, None, tuple(terms), {"alpha": spec.alpha})
+        return torch.stack([weight * losses[name] for name, weight in terms.items()]).sum()
 
     def scored(model: nn.Module) -> dict[str, float]:
         scores = {**judge(model.to(where).eval()), **judge.floor()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -29,10 +29,14 @@ from pqk.settings.training import Training
 
 @dataclass
 class Sets:
-    """B sets of S frames: images (B, S, 3, H, W) in [0, 1], and their truth where it is known."""
+    """B sets of S frames: images (B, S, 3, H, W) in [0, 1], and their truth where it is known.
+
+    mapped: of so many sets, the first ones, a training computes the maps; of all where it is None.
+    """
 
     images: Tensor
     truth: Truth | None = None
+    mapped: int | None = None
 
     def known(self) -> Truth:
         """Returns the truth. Raises PqkError where there is none."""
@@ -64,7 +68,9 @@ class Rendered:
         seed = split_seed("train", self._seed, index % INDICES)
         frames = fewest + index % (most - fewest + 1)
         sets = max(1, count * fewest // frames)
-        return _known(training_sets(sets, frames, size, seed, self._bank, **scenery(self._asked)))
+        found = _known(training_sets(sets, frames, size, seed, self._bank, **scenery(self._asked)))
+        match = getattr(self._asked, "match", None)
+        return found if match is None else replace(found, mapped=max(1, round(match.maps * sets)))
 
     def held_out(self, pairs: int | None = None, size: int | None = None, batch: int | None = None) -> Iterator[Sets]:
         wanted, step = self._asked.validation, batch or HELD_BATCH

@@ -19,12 +19,14 @@ from pqk.families.losses import feature_loss
 from pqk.families.vggt.batches import Rendered, Sets, own
 from pqk.families.vggt.graphs import parts_of
 from pqk.families.vggt.losses import Truth, imitation, output_probe, softened_kl, task_loss
+from pqk.families.vggt.matching import match_loss, watching
 from pqk.families.vggt.network.configs import read_config
 from pqk.families.vggt.scoring import SetTruth, cameras_of, constant_scores, depth_scores, pose_scores
 from pqk.families.vggt.settings import PATCH, Workload
 from pqk.settings.training import Training
 
-TERMS = ("task", "kl", "features", "imitation", "probe")
+MATCH = "match"
+TERMS = ("task", "kl", "features", "imitation", "probe", MATCH)
 UNIT = "sets of frames"
 SOURCE = "sets of frames of procedural rooms rendered on the fly (pqk.data.render.synthetic), split 'train'"
 REMEDY = "lower min_covisible"
@@ -61,36 +63,44 @@ def batches(
     return own(asked, device, seed, found, workload)
 
 
-def forward(parts: Mapping[str, Any], batch: Sets, watched: Sequence[int] | None = None) -> dict[str, Any]:
+def forward(parts: Mapping[str, Any], batch: Sets, watched: Sequence[int] | str | None = None) -> dict[str, Any]:
     """Returns the outputs for B sets: pose_enc (B, S, 9), depth (B, S, H, W) and so on; see `Vggt.forward`.
 
     'rounds' holds the poses after each round of the camera head where the part gives them, else the last alone.
-    watched: numbers of the rounds whose outputs are kept under 'features', with the encoder's tokens.
+    watched: numbers of the rounds whose outputs are kept under 'features', with the encoder's tokens; or 'match', for
+    the attention that the loss of this name needs. Of a batch with `mapped` the maps are those of its first sets.
     """
     count, frames = batch.images.shape[:2]
     rows, cols = (side // PATCH for side in batch.images.shape[-2:])
     for part in parts.values():
         part.set_size(rows, cols, frames)
+    with _exact(batch.images):
+        tokens, special = parts["encoder"](batch.images.flatten(0, 1))
+    tokens = tokens.unflatten(0, (count, frames))
+    if watched == MATCH:
+        with watching(parts["aggregator"]) as paid:
+            out = behind_encoder(parts, tokens, special, batch.mapped)
+        return {**out, "features": {MATCH: paid[0]}}
+    assert not isinstance(watched, str)
     with _watching(parts, watched or ()) as features:
-        with _exact(batch.images):
-            tokens, special = parts["encoder"](batch.images.flatten(0, 1))
-        tokens = tokens.unflatten(0, (count, frames))
-        if watched:
-            features["tokens"] = tokens
-        out = behind_encoder(parts, tokens, special)
-    return out if watched is None else {**out, "features": features}
+        out = behind_encoder(parts, tokens, special, batch.mapped)
+    return out if watched is None else {**out, "features": {"tokens": tokens, **features} if watched else features}
 
 
-def behind_encoder(parts: Mapping[str, Any], tokens: Tensor, special: Tensor) -> dict[str, Any]:
+def behind_encoder(
+    parts: Mapping[str, Any], tokens: Tensor, special: Tensor, mapped: int | None = None
+) -> dict[str, Any]:
     """Returns the outputs for patch tokens (B, S, N, C) and the special tokens; see `forward`."""
     with _exact(tokens):
         camera, *levels = parts["aggregator"](special, *tokens.unbind(1))
+    if mapped is not None:
+        levels = [level[: mapped * tokens.shape[1]] for level in levels]
     with torch.autocast(tokens.device.type, enabled=False):  # as the released recipe does
         pose = parts["camera"](camera.float())
     rounds = list(pose) if pose.ndim == 4 else [pose]
     depth, points = parts["depth"](*levels), parts["points"](*levels)
     maps = zip(MAPS, (depth[0][..., 0], depth[1], *points), strict=True)
-    out: dict[str, Any] = {name: values.unflatten(0, tokens.shape[:2]) for name, values in maps}
+    out: dict[str, Any] = {name: values.unflatten(0, (-1, tokens.shape[1])) for name, values in maps}
     return {**out, "pose_enc": rounds[-1], "rounds": rounds}
 
 
@@ -140,6 +150,8 @@ def losses(
             found["imitation"] = imitation(out, teacher, alpha).mean()
         if "probe" in terms:
             found["probe"] = output_probe(out)
+        if MATCH in terms:
+            found[MATCH] = match_loss(out["features"][MATCH], batch.known())
     if "features" in terms:
         assert teacher is not None
         found["features"] = feature_loss(teacher["features"], out["features"], options["bridges"])

@@ -118,10 +118,14 @@ def _gradient(error: Tensor, conf: Tensor, valid: Tensor) -> Tensor:
 
 
 def task_loss(out: Outputs, rounds: Sequence[Tensor], truth: Truth, alpha: float) -> Tensor:
-    """Returns 5 * `camera_loss` + `map_loss` of depth and of points, against the normalised truth: a scalar."""
-    aim = normalise(truth)
-    depth = map_loss(out["depth"][..., None], out["depth_conf"], aim.depth[..., None], aim.valid, alpha)
-    points = map_loss(out["world_points"], out["world_points_conf"], aim.points, aim.valid, alpha)
+    """Returns 5 * `camera_loss` + `map_loss` of depth and of points, against the normalised truth: a scalar.
+
+    The maps may be those of the first sequences alone.
+    """
+    aim, count = normalise(truth), len(out["depth"])
+    deep, at, valid = aim.depth[:count, ..., None], aim.points[:count], aim.valid[:count]
+    depth = map_loss(out["depth"][..., None], out["depth_conf"], deep, valid, alpha)
+    points = map_loss(out["world_points"], out["world_points_conf"], at, valid, alpha)
     return CAMERA_WEIGHT * camera_loss(rounds, aim) + depth + points
 
 

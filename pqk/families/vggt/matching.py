@@ -1,0 +1,104 @@
+"""Teaches the attention between frames where the same place is in another frame: `watching`, `match_loss`.
+
+A small network that is trained for hours instead of weeks finds the cameras only after its attention has found what
+the frames have in common, and the losses on cameras and maps alone do not lead it there (docs/methods.md). The released
+network gets the same lesson from the loss on its tracks (Wang et al. 2025, section 3.3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from pqk.families.layers import apply_rope
+from pqk.families.losses import masked_mean
+from pqk.families.vggt.geometry import pose_encoding_to_extri_intri
+from pqk.families.vggt.graphs import AggregatorGraph
+from pqk.families.vggt.losses import Truth
+from pqk.families.vggt.network.layers import Block
+from pqk.families.vggt.settings import PATCH
+
+NEAREST = 1e-3
+"""Metres before a camera that a point must be to have a place in its image."""
+TOLERANCE = 0.05
+"""Share of the depth by which a point may miss the surface that is seen at its place."""
+
+
+@contextmanager
+def watching(graph: AggregatorGraph) -> Iterator[list[Tensor]]:
+    """Gives a list that the aggregator, when it runs, appends the attention of its middle global block to.
+
+    ln of the attention that each patch of each frame pays to every other: (B, heads, S, N, S, N). What it pays to
+    camera and register tokens is missing, so that the rest sums up to less than 1.
+    """
+    blocks = cast(Sequence[Block], graph.aggregator.global_blocks)
+    found: list[Tensor] = []
+
+    def keep(attention: Any, args: tuple[Any, ...]) -> None:
+        x, tokens, rope = args
+        parts = attention.qkv(x).split(attention.inner, dim=-1)[:2]
+        q, k = (part.reshape(-1, tokens, attention.heads, attention.head_dim).transpose(1, 2) for part in parts)
+        q, k = (apply_rope(part, rope, attention.head_dim) for part in (attention.q_norm(q), attention.k_norm(k)))
+        paid = (q @ k.transpose(-1, -2) * attention.head_dim**-0.5).float().log_softmax(-1)
+        frames, first = graph.frames, graph.sizes.special
+        found.append(paid.unflatten(3, (frames, -1)).unflatten(2, (frames, -1))[..., first:, :, first:])
+
+    handle = blocks[(len(blocks) - 1) // 2].attn.register_forward_pre_hook(keep)
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
+def match_loss(paid: Tensor, truth: Truth) -> Tensor:
+    """Mean of -ln of the attention paid to the patches around the same place: a scalar, at least ln(S - 1).
+
+    paid: as `watching` gives it. A patch counts, for each other frame, where the point at its centre is visible there.
+    The four patches around that place count by their bilinear weights: attention that pays as much to each of them
+    gives the place itself, to a fraction of a patch, in which most of what cameras move by lies.
+    """
+    place, seen = same_places(truth)
+    rows, cols = (side // PATCH for side in truth.depth.shape[-2:])
+    aim = _weights(place[..., 0], rows)[..., :, None] * _weights(place[..., 1], cols)[..., None, :]
+    right = (aim.flatten(-2)[:, None] * paid.movedim(-2, -3)).sum(-1)
+    return masked_mean(-right, seen[:, None].expand(right.shape))
+
+
+def _weights(place: Tensor, count: int) -> Tensor:
+    """Linear weights (..., count) of patches for a place along one axis; beyond the outermost centres these alone."""
+    centres = torch.arange(count, device=place.device)
+    return (1 - (place.clamp(0, count - 1)[..., None] - centres).abs()).clamp_min(0)
+
+
+def same_places(truth: Truth) -> tuple[Tensor, Tensor]:
+    """Returns where in each frame the centre of each patch of each frame lies, and whether it is seen there.
+
+    Places (B, S, S, N, 2): of frame i, in frame j, patch n; row and column, in patches, 0 at the centre of the first.
+    Seen (B, S, S, N) is what projects into the image, within 5 % of its depth, from a valid pixel; a frame does not see
+    itself.
+    """
+    frames, height, width = truth.depth.shape[1:]
+    middle = slice(PATCH // 2, None, PATCH)
+    rotation, translation, focal = _cameras(truth.pose, (height, width))
+    points = truth.points[:, :, middle, middle].flatten(2, 3)  # (B, S, N, 3)
+    moved = torch.einsum("bjxy,biny->bijnx", rotation, points) + translation[:, None, :, None]
+    z = moved[..., 2].clamp_min(NEAREST)
+    u = moved[..., 0] / z * focal[:, None, :, 0, None] + width / 2
+    v = moved[..., 1] / z * focal[:, None, :, 1, None] + height / 2
+    inside = (u >= 0) & (u < width) & (v >= 0) & (v < height) & (moved[..., 2] > NEAREST)
+    column, row = u.clamp(0, width - 1).long(), v.clamp(0, height - 1).long()
+    depth = truth.depth[:, None].expand(-1, frames, -1, -1, -1).flatten(3).gather(3, row * width + column)
+    valid = truth.valid[:, :, middle, middle].flatten(2, 3)[:, :, None]
+    other = ~torch.eye(frames, dtype=torch.bool, device=z.device)[None, :, :, None]
+    seen = inside & valid & other & ((depth - z).abs() < TOLERANCE * z)
+    return torch.stack((v, u), dim=-1) / PATCH - 0.5, seen
+
+
+def _cameras(pose: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotations (B, S, 3, 3), translations (B, S, 3) and focal lengths (B, S, 2: across, down) of pose encodings."""
+    extrinsics, intrinsics = pose_encoding_to_extri_intri(pose, size)
+    return extrinsics[..., :3], extrinsics[..., 3], intrinsics.diagonal(dim1=-2, dim2=-1)[..., :2]
