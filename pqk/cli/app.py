@@ -368,6 +368,23 @@ def bench_growth(
     measure(card, backend, model, over, [int(word) for word in values.split(",")], settings_of(setting or []), out)
 
 
+@bench_app.command("engine")
+def bench_engine(
+    card: Annotated[str, typer.Argument(help="task card whose variants are timed")] = "B1",
+    model: Annotated[str | None, typer.Option(help="folder, file or named model; default: the shipped one")] = None,
+    setting: Annotated[list[str] | None, typer.Option("--set", help="override one value, as in `pqk run`")] = None,
+    rounds: Annotated[int, typer.Option(min=6, help="rounds in which every variant runs once")] = 19,
+    only: Annotated[str | None, typer.Option(help="parts of names, separated by commas; default: all")] = None,
+    out: Annotated[Path, typer.Option("-o", "--out", help="the figures as .json")] = Path("reports/engine.json"),
+) -> None:
+    """Time a model by hand and as a card makes it, beside what this machine can do; the last line is JSON."""
+    from pqk.bench.engine import bench_engine as measure
+    from pqk.cli.run_output import settings_of
+
+    parts = [word.strip() for word in (only or "").split(",") if word.strip()]
+    measure(card, model, settings_of(setting or []), rounds, parts, out)
+
+
 @bench_app.command("teacher")
 def bench_teacher(
     model: Annotated[str | None, typer.Option(help="folder, .pth or named model; default: the shipped one")] = None,

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from backends.exchange import export
+from backends.reference import OnnxRuntimeEngine
+from pqk.bench.whole import export_whole, images_of
 from pqk.compress.cut.units import cut, groups_of, slots_of
 from pqk.engines.calls import in_torch
 from pqk.families.contract import Family, Sample
@@ -133,6 +135,18 @@ def test_graphs_exported_alone_give_what_the_network_gives(of: Family, tmp_path:
         assert tuple(t.name for t in graph.inputs) == spec.input_names
         assert tuple(t.name for t in graph.outputs) == spec.output_names
         assert all(of.settings_part().part_of(f"/{key}/MatMul") is not None for key in _blocks(spec.module))
+
+
+def test_the_graphs_joined_to_one_give_what_the_glue_gives(of: Family, tmp_path: Path) -> None:
+    fed = workload(of)
+    specs, sample = of.model_part().graphs(toy(of).eval(), fed), of.data_part().example(fed)
+    graph = export_whole(of, specs, sample, fed, tmp_path / "whole.onnx")
+    want = of.predict_part().predict(in_torch(specs), sample, fed, 0)
+    with OnnxRuntimeEngine(graph) as engine:
+        found = engine.infer(images_of(sample))
+    assert [info.name for info in graph.outputs] == list(want) and len(graph.inputs) == len(sample.inputs)
+    for name, value in want.items():
+        np.testing.assert_allclose(found[name], value, atol=1e-4 * np.abs(value).max(), err_msg=name)
 
 
 def _blocks(module: nn.Module) -> list[str]:
