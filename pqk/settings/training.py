@@ -72,11 +72,13 @@ class Match(Section):
     """A loss that teaches attention where another frame shows the same place, and what is saved meanwhile.
 
     weight: of that loss beside the family's own. maps: share of the sets of a batch whose maps are computed, as these
-    take most of the time and are learned from few.
+    take most of the time and are learned from few. cameras: factor of the gradient that the cameras send back into what
+    all outputs share, where that of the maps would drown it.
     """
 
     weight: float = Field(default=1.0, gt=0, le=100)
     maps: float = Field(default=1.0, gt=0, le=1)
+    cameras: float = Field(default=1.0, gt=0, le=1000)
 
 
 class TrainSpec(Training, Spec):

@@ -18,7 +18,7 @@ from pqk.families.registry import family
 from pqk.families.vggt.batches import Rendered, _known
 from pqk.families.vggt.geometry import extri_intri_to_pose_encoding
 from pqk.families.vggt.losses import Truth
-from pqk.families.vggt.matching import match_loss, same_places
+from pqk.families.vggt.matching import Attended, match_loss, said_loss, same_places
 from pqk.models import build_model
 from pqk.settings.training import TrainSpec, load_training
 
@@ -93,10 +93,18 @@ def test_rendered_frames_show_the_same_colour_at_the_same_place() -> None:
     assert seen[:, 0, 1].float().mean() > 0.3 and matched < 0.7 * unmatched
 
 
+def places_of(truth: Truth) -> Tensor:
+    """What an attention puts out that says the place in the other frame first: (1, 2, 16, 5)."""
+    place, _ = same_places(truth)
+    other = torch.stack((place[:, 0, 1], place[:, 1, 0]), dim=1)
+    return torch.cat((2 * (other + 0.5) - 4, torch.full((1, 2, 16, 3), 7.0)), dim=-1)
+
+
 def test_the_loss_is_that_of_the_attention_to_the_right_patch() -> None:
     """The wall moves by half a patch to the side: two patches share the attention that is right."""
     truth = wall((0.5 - MIDDLE, -MIDDLE))  # so that places lie between two centres, and on a row of them
     place, seen = same_places(truth)
+    said = places_of(truth)
     paid = torch.full((1, 2, 2, 16, 2, 16), -9.0)
     for patch in range(16):
         if seen[0, 0, 1, patch]:
@@ -104,13 +112,26 @@ def test_the_loss_is_that_of_the_attention_to_the_right_patch() -> None:
             assert row == pytest.approx(round(row), abs=0.08)
             paid[0, :, 0, patch, 1, [4 * round(row) + math.floor(column), 4 * round(row) + math.ceil(column)]] = -1
     truth.valid[0, 1] = False  # the first frame alone asks
-    loss = float(match_loss(paid, truth))
-    assert seen[0, 0, 1].all() and 1 <= loss < 2  # the leftmost lie beyond the first centre
-    assert float(match_loss(paid.roll(2, -1), truth)) > 5
+    assert seen[0, 0, 1].all()
+    assert 1 <= float(match_loss(Attended(paid, said), truth)) < 2  # the leftmost lie beyond the first centre
+    assert float(match_loss(Attended(paid.roll(2, -1), said), truth)) > 5
     paid.requires_grad_()
-    match_loss(paid, truth).backward()
+    match_loss(Attended(paid, said), truth).backward()
     assert paid.grad is not None and not paid.grad[0, :, 1].any() and not paid.grad[0, :, 0, :, 0].any()
     assert float(paid.grad.sum()) == pytest.approx(-1, abs=1e-4)  # weights that sum up to one, on the mean of all
+
+
+def test_the_attention_must_say_where_it_looks() -> None:
+    truth = wall((1, 0))
+    place, seen = same_places(truth)
+    said = places_of(truth).requires_grad_()
+    assert float(said_loss(said, place, seen, (4, 4))) == pytest.approx(0, abs=1e-6)
+    moved = said + 0.1
+    moved_loss = said_loss(moved, place, seen, (4, 4))
+    assert float(moved_loss) == pytest.approx(0.1)
+    moved_loss.backward()
+    assert said.grad is not None and not said.grad[..., 2:].any()
+    assert int((said.grad[..., 0] != 0).sum()) == int(seen.sum())  # what is seen nowhere has nothing to say
 
 
 def test_attention_learns_the_match_of_fixed_frames() -> None:
@@ -128,7 +149,7 @@ def test_attention_learns_the_match_of_fixed_frames() -> None:
         loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))
-    paid = out["features"]["match"]
+    paid = out["features"]["match"].paid
     assert paid.shape == (2, 2, 3, 16, 3, 16) and bool((paid.detach().exp().sum((-2, -1)) < 1).all())
     assert losses[0] > 3 and losses[-1] < losses[0] - 1 and losses[-1] > math.log(2)
     taught, behind = (model.aggregator.global_blocks[number].attn for number in (1, 2))
@@ -152,6 +173,22 @@ def test_maps_of_some_sets_are_those_of_all() -> None:
         torch.testing.assert_close(some[name], every[name][:2])
     options = {"alpha": 0.2}
     assert bool(torch.isfinite(learning.losses(some, batch, None, ("task",), options)["task"]))
+
+
+def test_the_gradient_of_the_cameras_can_be_larger_in_what_is_shared() -> None:
+    model = build_model("vggt", SIZES)
+    parts = learning.parts(model)
+    batch = _known(training_sets(1, 2, 56, 1, texture_bank()))
+    found = []
+    for gain in (1.0, 30.0):
+        batch.gain = gain
+        out = learning.forward(parts, batch)
+        weights = model.aggregator.frame_blocks[0].mlp.fc1.weight, model.camera_head.pose_branch.fc1.weight
+        shared, own = torch.autograd.grad(out["pose_enc"].square().sum(), weights)
+        found.append((out["pose_enc"].detach(), shared, own))
+    for plain, larger, factor in zip(*found, (1, 30, 1), strict=True):
+        assert plain.any()
+        torch.testing.assert_close(larger, factor * plain)
 
 
 def test_a_family_without_the_loss_refuses_it(tmp_path: Path) -> None:

@@ -31,12 +31,14 @@ from pqk.settings.training import Training
 class Sets:
     """B sets of S frames: images (B, S, 3, H, W) in [0, 1], and their truth where it is known.
 
-    mapped: of so many sets, the first ones, a training computes the maps; of all where it is None.
+    mapped: of so many sets, the first ones, a training computes the maps; of all where it is None. gain: factor of the
+    gradient from the cameras into the aggregator.
     """
 
     images: Tensor
     truth: Truth | None = None
     mapped: int | None = None
+    gain: float = 1.0
 
     def known(self) -> Truth:
         """Returns the truth. Raises PqkError where there is none."""
@@ -70,7 +72,7 @@ class Rendered:
         sets = max(1, count * fewest // frames)
         found = _known(training_sets(sets, frames, size, seed, self._bank, **scenery(self._asked)))
         match = getattr(self._asked, "match", None)
-        return found if match is None else replace(found, mapped=max(1, round(match.maps * sets)))
+        return found if match is None else replace(found, mapped=max(1, round(match.maps * sets)), gain=match.cameras)
 
     def held_out(self, pairs: int | None = None, size: int | None = None, batch: int | None = None) -> Iterator[Sets]:
         wanted, step = self._asked.validation, batch or HELD_BATCH

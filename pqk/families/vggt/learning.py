@@ -79,20 +79,22 @@ def forward(parts: Mapping[str, Any], batch: Sets, watched: Sequence[int] | str 
     tokens = tokens.unflatten(0, (count, frames))
     if watched == MATCH:
         with watching(parts["aggregator"]) as paid:
-            out = behind_encoder(parts, tokens, special, batch.mapped)
+            out = behind_encoder(parts, tokens, special, batch.mapped, batch.gain)
         return {**out, "features": {MATCH: paid[0]}}
     assert not isinstance(watched, str)
     with _watching(parts, watched or ()) as features:
-        out = behind_encoder(parts, tokens, special, batch.mapped)
+        out = behind_encoder(parts, tokens, special, batch.mapped, batch.gain)
     return out if watched is None else {**out, "features": {"tokens": tokens, **features} if watched else features}
 
 
 def behind_encoder(
-    parts: Mapping[str, Any], tokens: Tensor, special: Tensor, mapped: int | None = None
+    parts: Mapping[str, Any], tokens: Tensor, special: Tensor, mapped: int | None = None, gain: float = 1.0
 ) -> dict[str, Any]:
-    """Returns the outputs for patch tokens (B, S, N, C) and the special tokens; see `forward`."""
+    """Returns the outputs for patch tokens (B, S, N, C) and the special tokens; see `forward` and `Sets`."""
     with _exact(tokens):
         camera, *levels = parts["aggregator"](special, *tokens.unbind(1))
+    if gain != 1:
+        camera = camera.detach() + gain * (camera - camera.detach())  # the same values
     if mapped is not None:
         levels = [level[: mapped * tokens.shape[1]] for level in levels]
     with torch.autocast(tokens.device.type, enabled=False):  # as the released recipe does

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -28,44 +28,72 @@ TOLERANCE = 0.05
 """Share of the depth by which a point may miss the surface that is seen at its place."""
 
 
-@contextmanager
-def watching(graph: AggregatorGraph) -> Iterator[list[Tensor]]:
-    """Gives a list that the aggregator, when it runs, appends the attention of its middle global block to.
+SAID_TO = 4.0
+"""What the attention says of a place at the edge of the image, so that small motions do not drown in other channels."""
 
-    ln of the attention that each patch of each frame pays to every other: (B, heads, S, N, S, N). What it pays to
-    camera and register tokens is missing, so that the rest sums up to less than 1.
+
+class Attended(NamedTuple):
+    """What the attention of a global block did.
+
+    paid: ln of what each patch of each frame pays to every other, (B, heads, S, N, S, N); what it pays to camera and
+    register tokens is missing, so that the rest sums up to less than 1. said: its output for each patch (B, S, N, C).
     """
-    blocks = cast(Sequence[Block], graph.aggregator.global_blocks)
-    found: list[Tensor] = []
 
-    def keep(attention: Any, args: tuple[Any, ...]) -> None:
+    paid: Tensor
+    said: Tensor
+
+
+@contextmanager
+def watching(graph: AggregatorGraph) -> Iterator[list[Attended]]:
+    """Gives a list that the aggregator, when it runs, appends what the attention of its middle global block did to."""
+    blocks = cast(Sequence[Block], graph.aggregator.global_blocks)
+    found: list[Attended] = []
+
+    def keep(attention: Any, args: tuple[Any, ...], output: Tensor) -> None:
         x, tokens, rope = args
         parts = attention.qkv(x).split(attention.inner, dim=-1)[:2]
         q, k = (part.reshape(-1, tokens, attention.heads, attention.head_dim).transpose(1, 2) for part in parts)
         q, k = (apply_rope(part, rope, attention.head_dim) for part in (attention.q_norm(q), attention.k_norm(k)))
         paid = (q @ k.transpose(-1, -2) * attention.head_dim**-0.5).float().log_softmax(-1)
         frames, first = graph.frames, graph.sizes.special
-        found.append(paid.unflatten(3, (frames, -1)).unflatten(2, (frames, -1))[..., first:, :, first:])
+        paid = paid.unflatten(3, (frames, -1)).unflatten(2, (frames, -1))[..., first:, :, first:]
+        found.append(Attended(paid, output.unflatten(1, (frames, -1))[:, :, first:].float()))
 
-    handle = blocks[(len(blocks) - 1) // 2].attn.register_forward_pre_hook(keep)
+    handle = blocks[(len(blocks) - 1) // 2].attn.register_forward_hook(keep)
     try:
         yield found
     finally:
         handle.remove()
 
 
-def match_loss(paid: Tensor, truth: Truth) -> Tensor:
-    """Mean of -ln of the attention paid to the patches around the same place: a scalar, at least ln(S - 1).
+def match_loss(attended: Attended, truth: Truth) -> Tensor:
+    """Mean of -ln of the attention paid to the same place, plus `said_loss`: a scalar, at least ln(S - 1).
 
-    paid: as `watching` gives it. A patch counts, for each other frame, where the point at its centre is visible there.
-    The four patches around that place count by their bilinear weights: attention that pays as much to each of them
-    gives the place itself, to a fraction of a patch, in which most of what cameras move by lies.
+    A patch counts, for each other frame, where the point at its centre is visible there. The four patches around that
+    place count by their bilinear weights: attention that pays as much to each of them gives the place itself, to a
+    fraction of a patch, in which most of what cameras move by lies.
     """
     place, seen = same_places(truth)
     rows, cols = (side // PATCH for side in truth.depth.shape[-2:])
     aim = _weights(place[..., 0], rows)[..., :, None] * _weights(place[..., 1], cols)[..., None, :]
-    right = (aim.flatten(-2)[:, None] * paid.movedim(-2, -3)).sum(-1)
-    return masked_mean(-right, seen[:, None].expand(right.shape))
+    right = (aim.flatten(-2)[:, None] * attended.paid.movedim(-2, -3)).sum(-1)
+    paid_loss = masked_mean(-right, seen[:, None].expand(right.shape))
+    return paid_loss + said_loss(attended.said, place, seen, (rows, cols))
+
+
+def said_loss(said: Tensor, place: Tensor, seen: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Mean distance (L1) of the first two channels of the attention's output to the place in the other frames.
+
+    Attention that pays to the right patch need not pass on where that patch lies, and without a reader it does not: of
+    a network that matched 7 of 10 patches rightly, a linear map of the tokens behind that block told 3 and 10 % of the
+    variance of their motion, to the side and in height; one of the attention itself 64 and 33 %. said and place as in
+    `Attended` and `same_places`; row and column from -4 to 4 over the image, and their mean where several frames show
+    the place.
+    """
+    count = seen.sum(2)
+    scale = 2 * SAID_TO / torch.tensor(grid, dtype=place.dtype, device=place.device)
+    mean = torch.where(seen[..., None], place, 0.0).sum(2) / count.clamp_min(1)[..., None]
+    return masked_mean((said[..., :2] - ((mean + 0.5) * scale - SAID_TO)).abs().mean(-1), count > 0)
 
 
 def _weights(place: Tensor, count: int) -> Tensor:
