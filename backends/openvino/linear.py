@@ -1,7 +1,7 @@
 """Writes quantized linear layers as 1x1 convolutions, which compute the same and may run faster.
 
 Where a CPU has AVX2 but no VNNI, OpenVINO's int8 FullyConnected (`jit_gemm_i8`) is slower than the float one, while its
-int8 convolution is about twice as fast as the float one (2026.4; `pqk bench linear` measures both). The layout decides
+int8 convolution is about twice as fast as the float one (2026.4; `pqk bench engine` measures both). The layout decides
 whether that reaches the user: tokens (B, N, C) become (B, C, N, 1) by a reshape to (B, N, 1, C) and the transpose
 (0, 3, 1, 2), which the plugin, whose convolutions keep channels last, takes as no work at all. What stands between two
 linear layers and works element by element, such as bias, GELU and FakeQuantize, stays in that layout.
@@ -9,7 +9,7 @@ linear layers and works element by element, such as bias, GELU and FakeQuantize,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,6 +24,8 @@ _ALONE = {"Gelu", "Erf", "Relu", "Sigmoid", "Tanh", "Swish", "HSwish", "Clamp", 
 _PAIRS = {"Add", "Subtract", "Multiply", "Divide", "FakeQuantize"}
 """Operations that are carried over: those of one tensor, and those whose others are constants or carried over too."""
 
+Carried = dict[tuple[str, int], "ov.Output"]
+"""A value by the name of its node and its port -> the same in (B, C, N, 1)."""
 
 LEAST_FLOPS = 1e8
 """Of all linear layers of a graph together: fewer take less than a millisecond, whatever their form."""
@@ -42,11 +44,10 @@ def linear_nodes(model: ov.Model) -> list[str]:
 def as_convolutions(model: ov.Model, names: Collection[str]) -> int:
     """Rewrites the MatMuls of these names in place; returns how many. What cannot be written so is left as it is.
 
-    Without names the model is not touched.
-
-    The convolutions get the names of the MatMuls, and what is carried over between them keeps its name.
+    Without names the model is not touched. The convolutions get the names of the MatMuls, and what is carried over
+    between them keeps its name.
     """
-    carried: dict[tuple[str, int], ov.Output] = {}  # a value by its node and port -> the same in (B, C, N, 1)
+    carried: Carried = {}
     moved: list[tuple[ov.Output, ov.Output, str]] = []  # value, the same in (B, C, N, 1), name of the node
     count = 0
     if not names:
@@ -65,12 +66,14 @@ def as_convolutions(model: ov.Model, names: Collection[str]) -> int:
     return count
 
 
-def _join(
-    model: ov.Model, carried: dict[tuple[str, int], ov.Output], moved: list[tuple[ov.Output, ov.Output, str]]
-) -> None:
+def _join(model: ov.Model, carried: Carried, moved: list[tuple[ov.Output, ov.Output, str]]) -> None:
     """Gives tokens back to every reader that was not carried over; what nothing reads any more is gone."""
+    gone = {_key(value) for value, _, _ in moved}
+    for op in reversed(model.get_ordered_ops()):  # quantized for convolutions alone
+        if op.get_type_name() == "FakeQuantize" and _key(op.output(0)) in carried and _all_gone(op.output(0), gone):
+            gone.add(_key(op.output(0)))
     for value, conv, name in moved:
-        readers = [port for port in value.get_target_inputs() if not _is_carried(port.get_node(), carried)]
+        readers = [port for port in value.get_target_inputs() if not _is_gone(port, gone)]
         if readers:
             tokens = _to_tokens(conv, tuple(value.get_shape()))
             names = value.get_names()
@@ -83,8 +86,13 @@ def _join(
     model.validate_nodes_and_infer_types()
 
 
-def _is_carried(node: ov.Node, carried: dict[tuple[str, int], ov.Output]) -> bool:
-    return bool(node.get_output_size()) and _key(node.output(0)) in carried
+def _all_gone(value: ov.Output, gone: Collection[tuple[str, int]]) -> bool:
+    return all(_is_gone(port, gone) for port in value.get_target_inputs())
+
+
+def _is_gone(port: ov.Input, gone: Collection[tuple[str, int]]) -> bool:
+    node = port.get_node()
+    return node.get_type_name() != "Result" and all(_key(output) in gone for output in node.outputs())
 
 
 def _key(value: ov.Output) -> tuple[str, int]:
@@ -141,7 +149,7 @@ def _convolution(tokens: ov.Output, integers: np.ndarray, steps: list[tuple[str,
     return ops.convolution(tokens, made, [1, 1], [0, 0], [0, 0], [1, 1])
 
 
-def _elementwise(op: ov.Node, carried: dict[tuple[str, int], ov.Output]) -> ov.Node | None:
+def _elementwise(op: ov.Node, carried: Carried) -> ov.Node | None:
     """Returns a copy of the operation on values that are carried over; None where another tensor takes part."""
     from openvino.utils.node_factory import NodeFactory
 
@@ -176,7 +184,7 @@ def _broadcast(node: ov.Node, width: int) -> ov.Output | None:
     return None
 
 
-def _carry(value: ov.Output, carried: dict[tuple[str, int], ov.Output]) -> ov.Output:
+def _carry(value: ov.Output, carried: Carried) -> ov.Output:
     """Returns tokens (B, N, C) in (B, C, N, 1); a FakeQuantize is moved behind the change, next to the convolution."""
     if _key(value) not in carried:
         node = value.get_node()
@@ -194,9 +202,7 @@ def _carry(value: ov.Output, carried: dict[tuple[str, int], ov.Output]) -> ov.Ou
 def _requantized(node: ov.Node, source: ov.Output) -> ov.Output:
     import openvino.opset13 as ops
 
-    limits: list[Callable[[], ov.Node] | ov.Node] = [
-        ops.constant(np.reshape(limit.get_node().get_data(), ())) for limit in node.input_values()[1:]
-    ]
+    limits = [ops.constant(np.reshape(limit.get_node().get_data(), ())) for limit in node.input_values()[1:]]
     made = ops.fake_quantize(source, *limits, node.get_attributes()["levels"])
     made.set_friendly_name(f"{node.get_friendly_name()}/channels")
     return made.output(0)

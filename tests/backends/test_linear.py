@@ -74,6 +74,34 @@ def test_some_layers_alone(toy: Graph) -> None:
         np.testing.assert_allclose(conv[name], value, atol=1e-5 * np.abs(value).max())
 
 
+def test_layers_that_share_what_they_read_may_differ(tmp_path: Path) -> None:
+    """One quantized tensor for two layers, of which one becomes a convolution: neither is computed twice."""
+    random = np.random.default_rng(0)
+    x = ops.parameter([1, 48, 32], np.float32, "x")
+    x.output(0).set_names({"x"})
+
+    def quantized_linear(tokens: ov.Node, name: str) -> ov.Node:
+        stored = ops.convert(ops.constant(random.integers(-63, 63, (32, 32)).astype(np.int8)), np.float32)
+        made = ops.matmul(tokens, ops.multiply(stored, ops.constant(np.full((32, 1), 0.01, np.float32))), False, True)
+        made.set_friendly_name(name)
+        return made
+
+    def rounded(tokens: ov.Node) -> ov.Node:
+        return ops.fake_quantize(tokens, *[ops.constant(np.float32(v)) for v in (-4 * 128 / 127, 4) * 2], 256)
+
+    shared = rounded(ops.gelu(quantized_linear(rounded(x), "first"), "erf"))
+    total = ops.add(quantized_linear(shared, "left"), quantized_linear(shared, "right"))
+    total.output(0).set_names({"y"})
+    graph = write_ir(ov.Model([ops.result(total)], [x], "shared"), tmp_path / "shared.xml")
+    feeds, found = {"x": random.normal(size=(1, 48, 32)).astype(np.float32)}, []
+    for names in ((), ("first", "left")):
+        with OpenVINOEngine(graph, Precision.INT8, {"as_convolutions": names, "rest": "f32"}) as engine:
+            found.append(engine.infer(feeds)["y"])
+            kinds = Counter(kernel.type for kernel in engine.kernels() if kernel.flops)
+    assert kinds == {"Convolution": 2, "FullyConnected": 1}
+    np.testing.assert_allclose(found[1], found[0], atol=2e-4 * np.abs(found[0]).max())
+
+
 def test_the_form_can_be_written_and_needs_no_option_then(toy: Graph, tmp_path: Path) -> None:
     names = linear.linear_nodes(read_model(toy.path))
     with OpenVINOEngine(toy, Precision.INT8) as engine:

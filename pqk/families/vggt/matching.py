@@ -84,9 +84,8 @@ def match_loss(attended: Attended, truth: Truth) -> Tensor:
 def said_loss(said: Tensor, place: Tensor, seen: Tensor, grid: tuple[int, int]) -> Tensor:
     """Mean distance (L1) of the first two channels of the attention's output to the place in the other frames.
 
-    Attention that pays to the right patch need not pass on where that patch lies, and without a reader it does not: of
-    a network that matched 7 of 10 patches rightly, a linear map of the tokens behind that block told 3 and 10 % of the
-    variance of their motion, to the side and in height; one of the attention itself 64 and 33 %. said and place as in
+    Attention that pays to the right patch need not pass on where that patch lies, and without a reader it does not: a
+    linear map of the tokens behind that block found hardly any of the motion. said and place as in
     `Attended` and `same_places`; row and column from -4 to 4 over the image, and their mean where several frames show
     the place.
     """
