@@ -32,7 +32,7 @@ def main() -> None:
         run, notes = LOADERS[(request := json.loads(Path(sys.argv[1]).read_text()))["kind"]](request)
         run()
     except Exception as error:
-        print(json.dumps({"error": str(error).strip().splitlines()[0][:300] or type(error).__name__}), file=said)
+        print(json.dumps({"error": (str(error).strip() or type(error).__name__).splitlines()[0][:300]}), file=said)
         return
     print(json.dumps({"ready": notes}), file=said, flush=True)
     for _ in sys.stdin:
