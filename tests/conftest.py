@@ -8,6 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# a machine with other work on it is slow, and that is no fault of what is tested
+settings.register_profile("pqk", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("pqk")
 
 
 def pytest_configure() -> None:

@@ -220,7 +220,7 @@ def test_smoothing_leaves_a_layer_with_a_dead_column_as_it_is(alpha: float, fact
 
 def test_nncf_smooths_past_a_dead_column(tmp_path: Path) -> None:
     module = TwoLayers(columns={3: 0.0})
-    spec = dataclasses.replace(SPEC, smooth_quant_alpha=0.5, output_dir=tmp_path / "o")
+    spec = dataclasses.replace(SPEC, smooth_quant_alpha=0.5, weight_range="auto", output_dir=tmp_path / "o")
     made = tool("openvino", "nncf").quantize(source(module, tmp_path), spec, items())
     x = items()[0]["x"]
     assert error(outputs(made, "openvino", x), float_outputs(module, x)) < 0.05
@@ -236,7 +236,8 @@ def test_channels_of_very_small_weights_are_kept_or_told(backend: str, name: str
     if weights not in getattr(quantizer, "follows", {}).get("weights", (weights,)):
         pytest.skip(f"{name} has no weights {weights}")
     module = TwoLayers(channels=SMALL)
-    spec = dataclasses.replace(SPEC, weights=weights, output_dir=tmp_path / "o")
+    # auto: int8 sums of the whole range saturate on a CPU without VNNI, which is another error than this one
+    spec = dataclasses.replace(SPEC, weights=weights, weight_range="auto", output_dir=tmp_path / "o")
     made = quantizer.quantize(source(module, tmp_path), spec, items())
     x = items()[0]["x"]
     got, want = outputs(made, backend, x), float_outputs(module, x)
