@@ -91,7 +91,10 @@ def test_it_runs_a_card(ran: Outcome) -> None:
     assert (record["model"], record["precision"], record["measured"]) == ("toy", "int8", "engine")
     assert (record["main_metric"], record["scenes"]) == ("error", [f"test {number}" for number in range(6)])
     assert "net calibrated on 4 images" in record["notes"].split("; ")  # behind what this CPU does to weights
-    assert record["images_calibration"] == 4 and record["executed_precision"]["int8"] == 1.0
+    assert record["images_calibration"] == 4
+    # without VNNI weights have 7 bits here, and the rollback leaves the worse of two layers in float
+    assert record["executed_precision"]["int8"] > 0.9
+    assert (record["executed_precision"]["int8"] == 1.0) == (not record["keep_list"])
     assert record["quality_reference"] == "ground_truth" and record["quality_drop_pct"] is not None
     assert record["flops_G"] == pytest.approx(2 * 32 * 32 * 16 * (27 + 1) / 1e9)
     assert record["family"] == "toy" and record["pairs"] == 6
