@@ -23,6 +23,7 @@ from backends.cpu import instruction_sets
 from pqk import paths
 from pqk.bench.engine_child import flops_of
 from pqk.bench.whole import export_whole
+from pqk.engines.calls import Counting, Engines, Recorder
 from pqk.engines.variant import graph_to_json
 from pqk.errors import PqkError
 from pqk.files import temporary_folder, write_json
@@ -136,17 +137,15 @@ def _variants(candidate: Candidate, folder: Path) -> tuple[dict[str, dict[str, A
     """Returns what each variant's process is asked, by the variant's name, and the FLOPs of one sample."""
     from backends.openvino.engine import best_float, read_model
 
-    experiment, ctx_samples = candidate.experiment, candidate.validation.to_json()
-    fed = {**experiment.fed, "samples": ctx_samples}
+    experiment, floats, calls = candidate.experiment, candidate.onnx_float.graphs, _calls(candidate)
+    fed = {**experiment.fed, "samples": candidate.validation.to_json()}
     torch_model = {**fed, "kind": "torch", "model": candidate.model}
     found: dict[str, dict[str, Any]] = {
         "torch eager f32": {**torch_model, "compiled": False},
         "torch compiled f32": {**torch_model, "compiled": True},
         "ONNX Runtime f32": {**fed, "kind": "variant", "variant": candidate.onnx_float.to_json()},
     }
-    flops = sum(
-        flops_of(read_model(graph.path)) * _calls(candidate)[name] for name, graph in _floats(candidate).items()
-    )
+    flops = sum(calls[name] * flops_of(read_model(graph.path)) for name, graph in floats.items())
     of, workload = experiment.family, experiment.workload
     specs = of.model_part().graphs(load_model(candidate.model), workload)
     try:
@@ -166,14 +165,8 @@ def _variants(candidate: Candidate, folder: Path) -> tuple[dict[str, dict[str, A
     return found, flops
 
 
-def _floats(candidate: Candidate) -> Mapping[str, Any]:
-    return candidate.onnx_float.graphs
-
-
 def _calls(candidate: Candidate) -> Mapping[str, int]:
     """Returns how often each graph runs for one sample."""
-    from pqk.engines.calls import Counting, Engines, Recorder
-
     of, workload = candidate.experiment.family, candidate.experiment.workload
     with Engines({}) as none:
         counting = Counting(Recorder("", none, candidate.onnx_float.graphs))

@@ -367,7 +367,9 @@ class Batches(Protocol):
 class LearningPart(Protocol):
     """What P, K, QAT and PQK need: batches, a forward over the graphs' modules, losses, metrics of held-out samples."""
 
-    TERMS: tuple[str, ...]  # names of the losses: task, kl, features, imitation; probe: what is cut by without truth
+    # names of the losses: task, kl, features, imitation; probe: what is cut by without truth; match, where a family has
+    # it: what attention finds in other frames, for which `forward` watches 'match'
+    TERMS: tuple[str, ...]
     UNIT: str  # what a batch holds, in the plural
     SOURCE: str  # of generated batches, for the card of a model that was trained on them
     REMEDY: str  # what helps where no held-out sample has anything to score, for the end of a message

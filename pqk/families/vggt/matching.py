@@ -14,12 +14,11 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from pqk.families.layers import apply_rope
 from pqk.families.losses import masked_mean
 from pqk.families.vggt.geometry import pose_encoding_to_extri_intri
 from pqk.families.vggt.graphs import AggregatorGraph
 from pqk.families.vggt.losses import Truth
-from pqk.families.vggt.network.layers import Block
+from pqk.families.vggt.network.layers import Attention, Block
 from pqk.families.vggt.settings import PATCH
 
 NEAREST = 1e-3
@@ -49,14 +48,9 @@ def watching(graph: AggregatorGraph) -> Iterator[list[Attended]]:
     blocks = cast(Sequence[Block], graph.aggregator.global_blocks)
     found: list[Attended] = []
 
-    def keep(attention: Any, args: tuple[Any, ...], output: Tensor) -> None:
-        x, tokens, rope = args
-        parts = attention.qkv(x).split(attention.inner, dim=-1)[:2]
-        q, k = (part.reshape(-1, tokens, attention.heads, attention.head_dim).transpose(1, 2) for part in parts)
-        q, k = (apply_rope(part, rope, attention.head_dim) for part in (attention.q_norm(q), attention.k_norm(k)))
-        paid = (q @ k.transpose(-1, -2) * attention.head_dim**-0.5).float().log_softmax(-1)
+    def keep(attention: Attention, args: tuple[Any, ...], output: Tensor) -> None:
         frames, first = graph.frames, graph.sizes.special
-        paid = paid.unflatten(3, (frames, -1)).unflatten(2, (frames, -1))[..., first:, :, first:]
+        paid = attention.paid(*args).unflatten(3, (frames, -1)).unflatten(2, (frames, -1))[..., first:, :, first:]
         found.append(Attended(paid, output.unflatten(1, (frames, -1))[:, :, first:].float()))
 
     handle = blocks[(len(blocks) - 1) // 2].attn.register_forward_hook(keep)

@@ -63,11 +63,22 @@ class Attention(nn.Module):
         code, computes the same, but OpenVINO's CPU plugin gets it wrong for two tokens (docs/methods.md).
         """
         q, k, v = (self._split_heads(part, tokens) for part in (q, k, v))
-        q, k = self.q_norm(q), self.k_norm(k)
-        if rope is not None:
-            q, k = apply_rope(q, rope, self.head_dim), apply_rope(k, rope, self.head_dim)
+        q, k = self.turned(q, k, rope)
         mixed = F.scaled_dot_product_attention(q, k, v, scale=self.head_dim**-0.5)
         return mixed.transpose(1, 2).reshape(-1, tokens, self.inner)
+
+    def paid(self, x: Tensor, tokens: int, rope: Rope | None) -> Tensor:
+        """x (B, tokens, dim) -> ln of the attention each token pays to every other, (B, heads, tokens, tokens)."""
+        q, k, _ = (self._split_heads(part, tokens) for part in self.qkv(x).split(self.inner, dim=-1))
+        q, k = self.turned(q, k, rope)
+        return (q @ k.transpose(-1, -2) * self.head_dim**-0.5).float().log_softmax(-1)
+
+    def turned(self, q: Tensor, k: Tensor, rope: Rope | None) -> tuple[Tensor, Tensor]:
+        """Queries and keys (B, heads, tokens, head_dim) as they are compared: normalised, then rotated."""
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rope is None:
+            return q, k
+        return apply_rope(q, rope, self.head_dim), apply_rope(k, rope, self.head_dim)
 
     def _split_heads(self, x: Tensor, tokens: int) -> Tensor:
         return x.reshape(-1, tokens, self.heads, self.head_dim).transpose(1, 2)
