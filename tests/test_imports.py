@@ -56,9 +56,8 @@ def test_starting_imports_nothing_heavy(start: str) -> None:
 
 
 def test_help_imports_nothing_heavy_and_answers_at_once() -> None:
-    """CPU time, as other work on the machine must not decide; the best of five.
-
-    With rich, whose layout typer takes unless it is asked not to, it was twice as much.
+    """CPU time beside that of the library that makes the command line, each the best of five: neither a slow machine
+    nor other work on it must decide. With rich, whose layout typer takes unless asked not to, it was twice as much.
     """
     code = (
         "import sys\nfrom pqk.cli import main\nsys.argv = ['pqk', '--help']\n"
@@ -69,14 +68,14 @@ def test_help_imports_nothing_heavy_and_answers_at_once() -> None:
     )
     assert "bench" in done.stdout
     assert set(json.loads(done.stdout.splitlines()[-1])) & {*HEAVY, "rich", "yaml", "pydantic", "numpy"} == set()
-    seconds = []
+    seconds: dict[str, list[float]] = {"import typer": [], code: []}
     for _ in range(5):
-        before = os.times()
-        subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, stdout=subprocess.DEVNULL, check=True)
-        after = os.times()
-        spent = (after.children_user + after.children_system) - (before.children_user + before.children_system)
-        seconds.append(spent)
-    assert min(seconds) < 0.25, seconds
+        for ran, spent in seconds.items():
+            before = os.times()
+            subprocess.run([sys.executable, "-c", ran], cwd=REPOSITORY, stdout=subprocess.DEVNULL, check=True)
+            after = os.times()
+            spent.append(after.children_user + after.children_system - before.children_user - before.children_system)
+    assert min(seconds[code]) < 2.7 * min(seconds["import typer"]), seconds
 
 
 def test_help_names_every_verb_with_a_whole_sentence() -> None:

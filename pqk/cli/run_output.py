@@ -18,10 +18,10 @@ from rich.table import Column
 from pqk import paths
 from pqk.errors import EXIT_CHECK_FAILED, EXIT_OK, EXIT_UNDECIDED, PqkError
 from pqk.files import check_writable
-from pqk.recipe.block_profile_table import print_parts, write_parts
 from pqk.recipe.request import Request
 from pqk.recipe.runner import run
 from pqk.record.log import record_filename, write_record, write_records
+from pqk.report.parts import print_parts, write_parts
 from pqk.report.table import print_table
 from pqk.result import note
 from pqk.settings.card import Card, load_card
@@ -35,6 +35,7 @@ _DOING = {
     "graphs": "ONNX export, checked against torch",
     "pruned": "pruning and fine-tuning",
     "distilled": "distillation",
+    "reduced": "less work without training",
     "quantized": "quantization",
     "forms": "choice of the fastest form of each quantized graph",
     "qat": "quantization-aware training",

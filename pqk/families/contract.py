@@ -13,7 +13,8 @@ The heart is `predict`: the glue between the graphs, written once against a `cal
 | float engines and a recorder of graph g | calibration feeds of g |
 | a counter | calls per sample: FLOPs, executed precision |
 
-`learning` and `cutting` start as None: such a family has Q, parity, export, timing and the ledger, and neither P nor K.
+`learning`, `cutting` and `reducing` start as None: such a family has Q, parity, export, timing and the ledger, and none
+of P, K and T.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from pqk.families.cutting import CuttingPart
+    from pqk.families.reducing import ReducingPart
     from pqk.settings.evaluation import Evaluation
     from pqk.settings.quant import Quant
     from pqk.settings.training import Training
@@ -173,7 +175,8 @@ class Metric:
     unit: '' for a ratio. better: which way it improves. perfect: its best value. drops: the distance from `perfect` is
     itself a relative loss (AbsRel 0.02 against the Teacher's output is a drop of 2 %), where the Teacher plays the
     truth. threshold: name of the line in eval.yaml's `thresholds` that its rise above the Teacher's must stay below,
-    and meaning: what it tells; None: not judged beside the main metric. parts: columns that come with it.
+    and meaning: what it tells; None: not judged beside the main metric. guard: its relative loss is judged where a
+    recipe spares work (T), which the main metric may not show. parts: columns that come with it.
     """
 
     name: str
@@ -183,6 +186,7 @@ class Metric:
     drops: bool = False
     threshold: str | None = None
     meaning: str = ""
+    guard: bool = False
     parts: tuple[str, ...] = ()
 
 
@@ -480,6 +484,7 @@ class Family:
     scoring: str
     learning: str | None = None
     cutting: str | None = None
+    reducing: str | None = None
     export: str | None = None
     vectors: str | None = None
 
@@ -507,6 +512,10 @@ class Family:
     def cutting_part(self) -> CuttingPart:
         assert self.cutting is not None
         return cast("CuttingPart", import_module(self.cutting))
+
+    def reducing_part(self) -> ReducingPart:
+        assert self.reducing is not None
+        return cast("ReducingPart", import_module(self.reducing))
 
     def export_part(self) -> ExportPart | None:
         return None if self.export is None else cast(ExportPart, import_module(self.export))

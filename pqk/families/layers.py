@@ -20,12 +20,14 @@ from pqk.errors import PqkError
 class Rope(NamedTuple):
     """Rotary tables of a token grid: cosines and signed sines, each (N, head_dim) or (B, 1, N, head_dim), float32.
 
-    `tokens` is N as a Python number: blocks reshape with it, so that traced graphs contain no shape arithmetic.
+    `tokens` is N as a Python number: blocks reshape with it, so that traced graphs contain no shape arithmetic. bias:
+    added to the scores of attention of each of these tokens as a key (1, 1, 1, N); None: nothing is.
     """
 
     cos: Tensor
     sin: Tensor
     tokens: int
+    bias: Tensor | None = None
 
 
 def grid_positions(rows: int, cols: int) -> np.ndarray:

@@ -25,6 +25,7 @@ from pqk.recipe.columns import common_columns
 from pqk.recipe.experiment import Experiment
 from pqk.recipe.joint import Joined, check_trainable, join
 from pqk.recipe.quantization import Quantization, Row
+from pqk.recipe.reduce import check_reducing, keeping, reduce_model
 from pqk.recipe.request import (
     Model,
     Request,
@@ -68,7 +69,7 @@ class Candidate:
     teacher: Model
     model: str  # argument of `load_model`: the model that is quantized, or that is the candidate itself
     onnx_float: Variant  # its exported float graphs on ONNX Runtime
-    trained: Sequence[Trained]  # the stages P and K
+    trained: Sequence[Trained]  # the stages P, K and T
     config: Mapping[str, Any]  # of the Teacher's network; it defines the meaning of its outputs
     lowered: Sequence[Row] = ()  # results of stage Q: of PTQ, and of QAT where it was needed
     parts: Sequence[PartChange] = ()  # of a model that P or K made smaller: its changes, part by part
@@ -226,6 +227,9 @@ def make(
         trained = [joined.trained]
     else:
         trained = train_stages(ctx, experiment, teacher, train) if recipe else []
+    if "T" in recipe and not (trained and trained[-1].failed):
+        trained.append(reduce_model(ctx, experiment, trained[-1].model if trained else teacher))
+        experiment = keeping(experiment, trained[-1].model)
     quantizer, final, floats, columns = tools.quantizer, teacher, teachers, {"hashes": hashes}
     if trained:
         final = trained[-1].model
@@ -284,6 +288,7 @@ def _tools(request: Request, experiment: Experiment, recipe: Sequence[str], root
     """Returns the requested backend and quantizer. Raises PqkError or NotBuilt where they cannot run the recipe."""
     card, ptq = experiment.card, experiment.quant.ptq
     check_family(experiment, recipe)
+    check_reducing(experiment.family, card.id, recipe)
     backend = usable_backend(request.backend)
     quantizer = chosen_quantizer(backend, request.quantizer, ptq) if quantizes(recipe) else None
     if quantizer is not None and recipe == JOINT:
@@ -307,7 +312,7 @@ def _planned(
     """Returns the known columns of the records for `log`: the candidate's record, or without a recipe the floats'."""
     if not recipe:
         return [{**common, "role": request.role, "precision": str(p), "quantizer": None} for p in tools.floats]
-    name = "+".join((teacher.name, *(stage for stage in recipe if stage in TRAINS)))
+    name = "+".join((teacher.name, *(stage for stage in recipe if stage in (*TRAINS, "T"))))
     precision = tools.lowered if tools.quantizer is not None else str(Precision.F32)
     return [{**common, "role": "candidate", "model": name, "precision": precision, "quantizer": tools.quantizer}]
 

@@ -176,7 +176,9 @@ def judged_float(
 ) -> Record:
     """Returns verdict and reasons of a float candidate, and its status when a stop-loss rule ended the recipe."""
     drop = interval_of(record, "quality_drop_pct")
-    verdict, reasons = judge_float(drop, record["size_ratio"], thresholds, recipe, rises)
+    verdict, reasons = judge_float(
+        drop, record["size_ratio"], thresholds, recipe, rises, interval_of(record, "speedup_vs_teacher_f32")
+    )
     if stopped is None:
         return {"verdict": verdict, "verdict_reasons": reasons}
     return {"status": "stopped", "verdict": "fail", "verdict_reasons": [f"FAILED: stop-loss: {stopped}", *reasons]}

@@ -21,6 +21,7 @@ from pqk.settings.joint import Joint, load_joint
 from pqk.settings.keep import split_entry
 from pqk.settings.prune import Prune, load_prune
 from pqk.settings.quant import Quant
+from pqk.settings.reduce import Reduce, load_reduce
 from pqk.settings.teacher import DefaultTeacher, load_teacher_settings
 from pqk.settings.workload import Workload
 from pqk.settings.yamlfile import Spec, config_loader, expand, join, merge
@@ -38,6 +39,7 @@ class Experiment:
     distill: Distill
     prune: Prune
     joint: Joint
+    reduce: Reduce
 
     @property
     def metric(self) -> Metric:
@@ -57,7 +59,9 @@ class Experiment:
     @property
     def sha256(self) -> str:
         """Returns one sha256 over the card and its resolved configs."""
-        names = ("card", "workload", "evaluation", "quant", "distill", "prune", "joint")
+        names = ["card", "workload", "evaluation", "quant", "distill", "prune", "joint"]
+        if "T" in self.card.recipe:
+            names.append("reduce")
         return sha256_json({name: getattr(self, name).sha256 for name in names})
 
 
@@ -104,6 +108,7 @@ def config_loaders(of: Family) -> dict[str, Callable[..., Spec]]:
         "distill": load_distill,
         "prune": load_prune,
         "joint": load_joint,
+        "reduce": load_reduce,
     }
 
 

@@ -16,7 +16,18 @@ from pqk.recipe.candidate import Candidate, Choice, make
 from pqk.recipe.experiment import Experiment
 from pqk.recipe.ranking import can_rank, ranking
 from pqk.recipe.request import Request
-from pqk.recipe.rollback import BETAS, KEEP_LIST, QAT_EPOCHS, RHO, TASK_SHARE, TUNE_EPOCHS, State, next_move
+from pqk.recipe.rollback import (
+    BETAS,
+    KEEP_LIST,
+    QAT_EPOCHS,
+    RHO,
+    TAIL,
+    TASK_SHARE,
+    TOKENS,
+    TUNE_EPOCHS,
+    State,
+    next_move,
+)
 from pqk.recipe.verdict import drop_limit
 from pqk.record.runlog import RunLog
 from pqk.settings.keep import keep_patterns
@@ -151,6 +162,8 @@ def _settings(found: Experiment) -> Mapping[str, Any]:
         TASK_SHARE: loss.task_share,
         RHO: found.prune.rho,
         TUNE_EPOCHS: found.prune.train.epochs,
+        TOKENS: found.reduce.tokens,
+        TAIL: found.reduce.tail,
     }
 
 

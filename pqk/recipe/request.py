@@ -86,6 +86,7 @@ class Request:
     distill: Path | None = None
     prune: Path | None = None
     joint: Path | None = None
+    reduce: Path | None = None
     retime: bool = False  # measure only time and memory again
     train_scenes: Path | None = None
     train_images: Path | None = None
@@ -114,6 +115,7 @@ def asked_experiment(request: Request, root: Path) -> Experiment:
         "distill": request.distill,
         "prune": request.prune,
         "joint": request.joint,
+        "reduce": request.reduce,
     }
     of = experiment_family(request.model, root)
     return resolve(card, root, of=of, files=files, settings=settings, origin=origin)

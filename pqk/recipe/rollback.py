@@ -3,6 +3,7 @@
 - Q, drop above its success line: the worst ranked nodes stay in float (without a ranking: the matmuls of attention,
   then the last layers of both heads); K before Q; 5 more epochs of QAT; P left out.
 - P, no convergence: ρ = 0.1 with a shorter fine-tuning; K after P, also with a shorter fine-tuning; P left out.
+- T, drop above the line: three fifths of the merged tokens, then none; the tail on half of the grid.
 - K, no convergence: half the β; a longer task phase; and where P comes before K, ρ = 0.1, then P left out.
 
 A rung is skipped when it does not apply, was already tried, or needs more hours than are left. The joint PQK has no
@@ -18,6 +19,7 @@ from typing import Any
 
 KEEP_LIST, QAT_EPOCHS = "quant.ptq.keep_list", "quant.qat.epochs"
 BETAS, TASK_SHARE = ("distill.loss.beta_start", "distill.loss.beta_end"), "distill.loss.task_share"
+TOKENS, TAIL = "reduce.tokens", "reduce.tail"
 RHO, TUNE_EPOCHS = "prune.rho", "prune.train.epochs"
 
 MOST_NODES = 4  # of a ranking, that one move keeps in float
@@ -25,6 +27,7 @@ ENOUGH = 0.5  # share of the quantization error: no more nodes are added when th
 LIGHT_RHO = 0.1
 SHORTER = 2 / 3  # 15 epochs of fine-tuning become 10, the range of the schedule
 MORE_EPOCHS = 5
+FEWER_TOKENS = 0.6
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class Move:
 class State:
     """A failed stage with everything that the table needs for a move.
 
-    stage: 'P', 'K', 'Q' or 'PQK'. trouble: one sentence with the numbers, such as `Stop.why` or a verdict's.
+    stage: 'P', 'K', 'T', 'Q' or 'PQK'. trouble: one sentence with the numbers, such as `Stop.why` or a verdict's.
     settings: the values of the failed attempt, by dotted name; a rung whose values are not among them does not apply.
     ranking: keep-list entries with their share of the quantization error (0..1). tried: names of the moves made so
     far. hours: of each stage, by letter (an estimate for a stage that never ran, if there is one). hours_left: of the
@@ -132,7 +135,7 @@ def _widened(state: State, name: str, what: str, entries: list[str]) -> Move:
 def _distil_first(state: State) -> Move | None:
     if "K" in state.recipe or not state.trains:
         return None
-    at = state.recipe.index("Q")
+    at = next(index for index, stage in enumerate(state.recipe) if stage in ("T", "Q"))
     recipe = (*state.recipe[:at], "K", *state.recipe[at:])
     change = f"{_arrows(state.recipe)} becomes {_arrows(recipe)}"
     why = f"{state.trouble}; a distilled model has less extreme activations: {change}"
@@ -203,6 +206,29 @@ def _longer_task_phase(state: State) -> Move | None:
     return Move("longer-task-phase", why, {TASK_SHARE: longer}, None, _from(state, "K"), "distillation again")
 
 
+def _fewer_merged(state: State) -> Move | None:
+    tokens = float(state.settings.get(TOKENS) or 0)
+    fewer = round(FEWER_TOKENS * tokens, 4)
+    return _spared_less(state, "fewer-merged", TOKENS, f"{tokens:g}", fewer) if tokens else None
+
+
+def _none_merged(state: State) -> Move | None:
+    tokens = float(state.settings.get(TOKENS) or 0)
+    if not tokens or state.settings.get(TAIL) == "full":  # of T nothing would be left
+        return None
+    return _spared_less(state, "none-merged", TOKENS, f"{tokens:g}", 0.0)
+
+
+def _finer_tail(state: State) -> Move | None:
+    return _spared_less(state, "finer-tail", TAIL, "quarter", "half") if state.settings.get(TAIL) == "quarter" else None
+
+
+def _spared_less(state: State, name: str, setting: str, old: str, new: float | str) -> Move:
+    why = f"{state.trouble}; {setting} goes from {old} to {new}"
+    first = "K" if setting == TOKENS and "K" in state.recipe else "T"  # the student learns with its tokens merged
+    return Move(name, why, {setting: new}, None, _from(state, first), "the stages after it again; a slower engine")
+
+
 def _pruned(state: State) -> bool:
     """Returns whether the failed stage is P or comes after P."""
     return "P" in state.recipe[: state.recipe.index(state.stage) + 1]
@@ -243,6 +269,7 @@ TABLE: dict[str, tuple[Callable[[State], Move | None], ...]] = {
     "Q": (_keep_worst, _keep_attention, _keep_heads, _distil_first, _more_qat, _undo_pruning),
     "P": (_less_pruning, _distil_after, _undo_pruning),
     "K": (_smaller_beta, _longer_task_phase, _less_pruning, _undo_pruning),
+    "T": (_fewer_merged, _none_merged, _finer_tail),
     "PQK": (),
 }
 """The rungs of each stage, in order."""

@@ -12,7 +12,7 @@ from backends.base import BackendError, Precision
 from pqk import paths
 from pqk.errors import PqkError
 from pqk.measure.noise import warning
-from pqk.measure.scores import rise_of
+from pqk.measure.scores import drop_of, rise_of
 from pqk.recipe import stages
 from pqk.recipe.block_profile import PartChange, changes, clause
 from pqk.recipe.candidate import Candidate, Choice
@@ -99,9 +99,17 @@ def _measured(
 
 
 def _rises(candidate: Candidate, mine: Mapping[str, Any], teacher: Mapping[str, Any]) -> list[Rise]:
-    """Returns the rises of the recorded metrics that are judged beside the main one."""
+    """Returns the rises of the recorded metrics that are judged beside the main one, and where the recipe spares work
+    the relative losses of the guard metrics.
+    """
     evaluation, known = candidate.experiment.evaluation, candidate.experiment.metrics
-    return [
+    most, spares = evaluation.thresholds.guard_drop_pct, "T" in candidate.experiment.card.recipe
+    guards = [
+        Rise(name, "guard metric", drop_of(known[name], mine, teacher, candidate.truthful), most, " %")
+        for name in evaluation.quality.metrics
+        if spares and known[name].guard and name != candidate.metric
+    ]
+    return guards + [
         Rise(name, known[name].meaning, rise_of(name, mine, teacher), getattr(evaluation.thresholds, threshold))
         for name in evaluation.quality.metrics
         if (threshold := known[name].threshold) is not None

@@ -12,7 +12,7 @@ import torch
 
 from pqk.compress.train.stop_rules import StopRules
 from pqk.compress.train.trained import MODEL
-from pqk.errors import NotBuilt
+from pqk.errors import NotBuilt, PqkError
 from pqk.families.contract import SampleSet
 from pqk.files import write_json
 from pqk.recipe.experiment import Experiment
@@ -73,6 +73,8 @@ class Trained:
     @property
     def note(self) -> str:
         """Returns one clause for the record's notes."""
+        if self.method == "T":
+            return f"T: {self.report['words']}"
         text = trained_note(self.method, self.steps, self.training_hours, self.drop_pct)
         if self.report:
             text += f", {100 * self.report['share']:.1f} % of {self.report['measure']} cut"
@@ -120,7 +122,7 @@ def _train(
     card, data = experiment.card, learned_from(experiment, train)
     spec = experiment.prune if method == "P" else experiment.distill
     rules = rules_of(experiment, method, spec.train.steps_per_epoch, spec.train.warmup, spent_hours)
-    asked = {
+    asked: dict[str, Any] = {
         "method": method,
         "teacher": teacher.sha256,
         "before": before.sha256 if before else None,
@@ -131,7 +133,16 @@ def _train(
         "device": "cuda" if torch.cuda.is_available() else "cpu",
         "versions": {name: ctx.machine["versions"].get(name) for name in _TOOLS},
     }
-    code = (*_CODE[method], *parts_code(experiment.family, "settings", "model", *LEARNS))
+    parts = ["settings", "model", *LEARNS]
+    if method == "K" and "T" in card.recipe and experiment.reduce.tokens:
+        if experiment.distill.loss.gamma:
+            raise PqkError(
+                f"card {card.id}: distill.loss.gamma must be 0 where the tokens of the student are merged: "
+                "its features have no partners in the Teacher (reduce.tokens)"
+            )
+        asked["merged"] = experiment.reduce.tokens  # the student learns with its tokens merged
+        parts.append("reducing")
+    code = (*_CODE[method], *parts_code(experiment.family, *parts))
     label = "" if before is None else f"after {card.recipe[0]}"
 
     def make(folder: Path) -> None:
@@ -225,7 +236,7 @@ def method_columns(
 ) -> dict[str, Any]:
     """Returns the columns on the training for the rows of the trained model. hashes: those of a Teacher's row."""
     methods = {stage.method for stage in trained}
-    specs = {"prune": "P", "distill": "K", "joint": "PQK"}
+    specs = {"prune": "P", "distill": "K", "joint": "PQK", "reduce": "T"}
     used = {name: getattr(experiment, name).sha256 for name, method in specs.items() if method in methods}
     if train is not None and train.own:
         used["train"] = train.sha256

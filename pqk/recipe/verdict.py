@@ -13,13 +13,15 @@ from pqk.stats.intervals import Interval, groups_to_decide
 class Rise:
     """The rise of a metric above the Teacher's value, over scenes, and its limit `most`.
 
-    value: None when it was not measured. meaning: the metric's subject, for the start of a sentence.
+    value: None when it was not measured. meaning: the metric's subject, for the start of a sentence. unit: ' %' of a
+    relative loss.
     """
 
     metric: str
     meaning: str
     value: Interval | None
     most: float
+    unit: str = ""
 
 
 @dataclass(frozen=True)
@@ -99,15 +101,20 @@ def judge_float(
     limits: Thresholds,
     recipe: Sequence[str],
     rises: Sequence[Rise] = (),
+    speedup: Interval | None = None,
 ) -> Verdict:
     """Returns the verdict on a recipe without quantization, as `judge_quantized` does.
 
-    The thresholds are on the drop, the rises and, where the recipe prunes, the size against the Teacher's.
+    The thresholds are on the drop, the rises and, where the recipe prunes, the size against the Teacher's. Where it
+    spares work, `speedup`, against the Teacher in f32, must be one.
     """
     checks = [judge_drop(drop_pct, drop_limit(recipe, limits))]
     if "P" in recipe:
         smaller, least = 100 * (1 - size_ratio), limits.size_reduction_p_only_pct
         checks.append((smaller >= least, f"files {smaller:.1f} % smaller (at least {least:g} %)"))
+    if "T" in recipe:
+        words = "{:.2f}x the speed of the Teacher in f32".format
+        checks.append(_speed(speedup, 1.0, words, "not slower", "there is no Teacher to compare with"))
     return _verdict([*checks, *_rises(rises)])
 
 
@@ -142,7 +149,8 @@ def _rises(rises: Sequence[Rise]) -> list[Check]:
         value, most = rise.value, rise.most
         if value is None:
             continue
-        text = f"{rise.meaning}: {rise.metric} {value.value:+.3g} against the Teacher (at most +{most:g})"
+        limit = f"at most +{most:g}{rise.unit}"
+        text = f"{rise.meaning}: {rise.metric} {value.value:+.3g}{rise.unit} against the Teacher ({limit})"
         if value.low is None or value.high is None:
             checks.append((UNDECIDED, f"{text}; {value.groups} scene gives no interval"))
         elif value.high <= most:

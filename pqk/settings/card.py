@@ -40,6 +40,13 @@ class Overrides(Section):
     distill: dict[str, Any] = Field(default_factory=dict)
     prune: dict[str, Any] = Field(default_factory=dict)
     joint: dict[str, Any] = Field(default_factory=dict)
+    reduce: dict[str, Any] = Field(default_factory=dict)
+
+    @model_serializer(mode="wrap")
+    def _without_later_groups(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leaves out groups that came later where they are empty: cards without them keep the sha256 that they had."""
+        values: dict[str, Any] = handler(self)
+        return {name: value for name, value in values.items() if name != "reduce" or value}
 
 
 class Budget(Section):
@@ -55,11 +62,6 @@ class Axis(Section):
 
     recipe: Annotated[tuple[str, ...] | None, Field(strict=False)] = None
     points: Annotated[dict[PointName, dict[str, Any]], Field(min_length=1, max_length=100)]
-
-    @model_serializer(mode="wrap")
-    def _without_family(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        values: dict[str, Any] = handler(self)
-        return {name: value for name, value in values.items() if name != "family" or value is not None}
 
     @field_validator("recipe")
     @classmethod
@@ -90,6 +92,11 @@ class Card(Spec):
     budget: Budget
     status: Literal["planned", "running", "done", "stopped"]
     _prose: str = PrivateAttr(default="")
+
+    @model_serializer(mode="wrap")
+    def _without_family(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = handler(self)
+        return {name: value for name, value in values.items() if name != "family" or value is not None}
 
     @field_validator("recipe")
     @classmethod

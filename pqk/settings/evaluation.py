@@ -82,6 +82,7 @@ class Thresholds(Section):
     size_ratio_min: Annotated[float, Field(ge=1, le=8)]
     int8_flops_share_min: Annotated[float, Field(ge=0, le=1)]
     not_slower_than_best_float_pct: Annotated[float, Field(ge=0, le=5)]
+    guard_drop_pct: DropPct
 
 
 class StopLoss(Section):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pqk.families.dust3r.parts import KINDS, part_of
 from pqk.measure.block_profile import REST, _part
 from pqk.recipe.block_profile import PartChange, clause, summed
-from pqk.recipe.block_profile_table import write_parts
+from pqk.report.parts import write_parts
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,7 @@ def test_the_changes_by_a_cut_are_shown_part_by_part(distilled: tuple[Path, Outc
     same = rows["enc_blocks.0.attn"]
     assert same["params_after"] == same["params_before"]
     assert {row["faster"] for row in kinds} <= {"true", "false"}
-    assert "after the cut, part by part" in outcome.err
+    assert "after the change, part by part" in outcome.err
     assert "kernel time of the cut parts, relative to the Teacher: " in student["notes"]
 
 

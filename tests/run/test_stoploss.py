@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from pqk.recipe.rollback import TABLE, Move, State, next_move
 from pqk.record.runlog import RunLog
 from pqk.settings.keep import split_entry
 from pqk.settings.quant import load_quant
+from pqk.settings.recipe import STAGES, check_stages
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 patient = settings(max_examples=60, deadline=None)  # a busy machine is no failure
@@ -313,8 +315,10 @@ SETTINGS: dict[str, Any] = {
     "distill.loss.task_share": 0.7,
     "prune.rho": 0.3,
     "prune.train.epochs": 12,
+    "reduce.tokens": 0.5,
+    "reduce.tail": "quarter",
 }
-HOURS = {"P": 1.2, "K": 2.0, "Q": 0.5}
+HOURS = {"P": 1.2, "K": 2.0, "T": 0.1, "Q": 0.5}
 
 
 def state(stage: str, *recipe: str, **known: Any) -> State:
@@ -322,6 +326,13 @@ def state(stage: str, *recipe: str, **known: Any) -> State:
     return State(
         stage, recipe, **{"trouble": f"{stage} drops 3 %", "settings": SETTINGS, "hours": HOURS, **named, **known}
     )
+
+
+def allowed(recipe: tuple[str, ...]) -> bool:
+    try:
+        return bool(check_stages(recipe))
+    except ValueError:
+        return False
 
 
 def chain(begin: State) -> list[Move]:
@@ -395,6 +406,21 @@ def test_k() -> None:
     assert chain(state("K", "P", "K"))[2].hours == pytest.approx(1.2 * 8 / 12 + 2.0)
 
 
+def test_t() -> None:
+    moves = chain(state("T", "T", "Q"))
+    assert [m.name for m in moves] == ["fewer-merged", "none-merged", "finer-tail"]
+    assert [m.settings for m in moves] == [{"reduce.tokens": 0.3}, {"reduce.tokens": 0.0}, {"reduce.tail": "half"}]
+    assert moves[0].hours == pytest.approx(0.1)
+    # a student learns with its tokens merged, so other ones mean another student
+    assert [m.hours for m in chain(state("T", "K", "T"))] == [pytest.approx(2.1)] * 2 + [pytest.approx(0.1)]
+    alone = {**SETTINGS, "reduce.tail": "full"}
+    assert [m.name for m in chain(state("T", "T", settings=alone))] == ["fewer-merged"]  # something must become less
+    tail = {**SETTINGS, "reduce.tokens": 0.0}
+    assert [m.name for m in chain(state("T", "T", settings=tail))] == ["finer-tail"]
+    (distilled,) = (m.recipe for m in chain(state("Q", "T", "Q")) if m.name == "distil-first")
+    assert distilled == ("K", "T", "Q")
+
+
 def test_pkq_falls_back_on_kq_and_joint_has_no_rung() -> None:
     assert chain(state("Q", "P", "K", "Q"))[-1].recipe == ("K", "Q")
     assert next_move(state("PQK", "PQK")) is None
@@ -409,26 +435,26 @@ def test_what_is_unknown_or_too_dear_is_passed_over() -> None:
 
 
 def test_the_table_is_complete() -> None:
-    assert set(TABLE) == {"P", "K", "Q", "PQK"}
-    json.dumps([move.as_data() for stage in ("Q", "P", "K") for move in chain(state(stage, stage))])
+    assert set(TABLE) == set(STAGES)
+    json.dumps([move.as_data() for stage in ("Q", "P", "K", "T") for move in chain(state(stage, stage))])
 
 
 @patient
 @given(
-    st.sampled_from([("Q",), ("K", "Q"), ("P", "K", "Q"), ("P", "Q"), ("K", "P", "Q"), ("P", "K"), ("P",), ("K",)]),
+    st.sampled_from([recipe for n in range(1, 5) for recipe in permutations("PKTQ", n) if allowed(recipe)]),
     st.data(),
 )
 def test_every_chain_ends(recipe: tuple[str, ...], data: Any) -> None:
     stage = data.draw(st.sampled_from(recipe))
     left = data.draw(st.floats(0, 10))
-    known = data.draw(st.dictionaries(st.sampled_from("PKQ"), st.floats(0, 5)))
+    known = data.draw(st.dictionaries(st.sampled_from("PKTQ"), st.floats(0, 5)))
     values = {k: v for k, v in SETTINGS.items() if data.draw(st.booleans())}
     moves = chain(state(stage, *recipe, hours=known, hours_left=left, settings=values))
     assert len({move.name for move in moves}) == len(moves)
     for move in moves:
         assert move.hours is None or 0 <= move.hours <= left
         assert move.settings or move.recipe is not None
-        assert move.recipe is None or len(set(move.recipe)) == len(move.recipe) > 0
+        assert move.recipe is None or allowed(move.recipe)
 
 
 @pytest.mark.parametrize("head", ["linear", "dpt"])

@@ -21,7 +21,7 @@ from pqk.settings.card import list_cards, load_card
 from pqk.settings.recipe import STAGES, check_stages, combo_of, quantizes
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-CARDS = ["A1", "B1", "C1", "D1", "E1", "F1", "G1", "H1"]
+CARDS = ["A1", "B1", "C1", "D1", "E1", "F1", "G1", "H1", "KTQ1", "T1", "T2", "TQ1"]
 
 
 @pytest.fixture
@@ -53,6 +53,7 @@ def test_the_shipped_cards(project: Path) -> None:
     recipes = {name: "".join(load_card(name).recipe) for name in CARDS}
     assert recipes == {
         "A1": "K", "B1": "Q", "C1": "P", "D1": "KQ", "E1": "PK", "F1": "PKQ", "G1": "PQK", "H1": "Q",
+        "KTQ1": "KTQ", "T1": "T", "T2": "T", "TQ1": "TQ",
     }  # fmt: skip
     for name in CARDS:
         card = load_card(name)
@@ -105,12 +106,15 @@ def test_an_axis_or_point_that_is_not_there(project: Path) -> None:
 
 
 def test_which_recipes_end_quantized(project: Path) -> None:
-    assert [name for name in CARDS if quantizes(load_card(name).recipe)] == ["B1", "D1", "F1", "G1", "H1"]
+    assert [name for name in CARDS if quantizes(load_card(name).recipe)] == ["B1", "D1", "F1", "G1", "H1", "KTQ1", "TQ1"]
 
 
 @given(st.lists(st.sampled_from(list(STAGES)), max_size=4))
 def test_recipes(stages: list[str]) -> None:
     right = bool(stages) and len(set(stages)) == len(stages) and ("PQK" not in stages or len(stages) == 1)
+    # P and K in any order, then T, then Q
+    right = right and [stage for stage in stages if stage in "TQ"] == stages[len(set(stages) - {"T", "Q"}) :]
+    right = right and stages[-2:] != ["Q", "T"]
     if right:
         assert check_stages(stages) == tuple(stages)
         assert combo_of(stages) in {"Joint PQK", f"{stages[0]}-only", "→".join(stages)}
@@ -122,7 +126,7 @@ def test_recipes(stages: list[str]) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("B2", r"there is no card 'B2' in schedule/TaskCards \(did you mean 'B1'\?\); cards: A1, B1, C1"),
+        ("B2", r"there is no card 'B2' in schedule/TaskCards \(did you mean 'T2'\?\); cards: A1, B1, C1"),
         ("", "is not a card's id"),
         ("1B", "is not a card's id"),
         ("B1\n", "is not a card's id"),
@@ -133,7 +137,7 @@ def test_recipes(stages: list[str]) -> None:
         ("/etc/passwd.md", "lies outside schedule/TaskCards"),
         ("schedule/TaskCards/../../B1.md", "lies outside schedule/TaskCards"),
         ("schedule/TaskCards/deep/B1.md", "lies outside schedule/TaskCards"),
-        ("schedule/TaskCards/B2.md", r"there is no card 'B2' .*did you mean 'B1'"),
+        ("schedule/TaskCards/B2.md", r"there is no card 'B2' .*did you mean 'T2'"),
     ],
 )
 def test_cards_that_are_not_there(project: Path, name: str, message: str) -> None:
@@ -165,7 +169,7 @@ def test_a_link_out_of_the_folder_is_refused(project: Path, tmp_path: Path) -> N
         ("status: planned\n---\n", "status: planned\n", r"B1\.md: the front matter has no closing line"),
         ("recipe: [Q]", "recipe: Q", r"B1\.md:5: recipe is 'Q' but must be a list"),
         ("recipe: [Q]", "recipe: []", r"recipe is \[\] but must hold at least one stage"),
-        ("recipe: [Q]", "recipe: [q]", r"recipe is \['q'\] but must hold stages out of P, K, Q, PQK"),
+        ("recipe: [Q]", "recipe: [q]", r"recipe is \['q'\] but must hold stages out of P, K, T, Q, PQK"),
         ("recipe: [Q]", "recipe: [Q, Q]", "but must hold each stage at most once"),
         ("recipe: [Q]", "recipe: [Q, PQK]", "but must hold PQK, the joint recipe, alone"),
         ("recipe: [Q]", "recipe: [K]", "combo is 'Q-only' but must be 'K-only', as its recipe says, or 'Ablation'"),

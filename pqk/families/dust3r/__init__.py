@@ -11,6 +11,7 @@ FAMILY = Family(
     scoring="pqk.families.dust3r.scoring",
     learning="pqk.families.dust3r.learning",
     cutting="pqk.families.dust3r.cutting",
+    reducing="pqk.families.dust3r.reduce",
     export="pqk.families.dust3r.export",
     vectors="pqk.families.dust3r.vectors",
 )

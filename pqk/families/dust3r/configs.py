@@ -1,7 +1,8 @@
 """DUSt3R configurations: the named ones, and the reading of a configuration dictionary into checked sizes.
 
 The keys are those of the official constructor; `enc_blocks`, `dec_blocks`, `dec_blocks2`, `enc_head_dim`,
-`dec_head_dim` and `dpt` are our additions for pruned and small networks.
+`dec_head_dim` and `dpt` are our additions for pruned and small networks, `reduce` for networks that do less work
+(letter T, see `pqk.families.dust3r.reduce`).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pqk.errors import PqkError
+from pqk.families.reducing import MOST_MERGED, TAILS
 from pqk.families.sizes import LARGEST, BlockSize, count, is_count, known, levels, stack
 
 PATCH_EMBEDS = ("PatchEmbedDust3R", "ManyAR_PatchEmbed")
@@ -34,7 +36,7 @@ _DEFAULTS: dict[str, Any] = {
     "norm_im2_in_dec": True,
 }
 _SIZES = ("enc_embed_dim", "enc_depth", "enc_num_heads", "dec_embed_dim", "dec_depth", "dec_num_heads")
-_ADDITIONS = ("dpt", "enc_blocks", "dec_blocks", "dec_blocks2", "enc_head_dim", "dec_head_dim")
+_ADDITIONS = ("dpt", "enc_blocks", "dec_blocks", "dec_blocks2", "enc_head_dim", "dec_head_dim", "reduce")
 _IGNORED = ("freeze", "family")
 """Training-only, or not ours to read."""
 
@@ -107,6 +109,10 @@ class Dust3rConfig:
     """None for the linear head."""
     depth_mode: Mode
     conf_mode: Mode
+    tail: int = 1
+    """How much coarser the grid is that the last convolutions of a DPT head run on."""
+    merged: float = 0.0
+    """Largest share of tokens that merging takes away."""
 
 
 def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -172,6 +178,7 @@ def read_config(config: Mapping[str, Any]) -> Dust3rConfig:
         dpt=dpt,
         depth_mode=depth_mode,
         conf_mode=_mode(values, "conf_mode", ("exp", "sigmoid")),
+        **_reduced(values.get("reduce"), dpt),
     )
 
 
@@ -190,6 +197,19 @@ def _stack(values: Mapping[str, Any], part: str, dim: int, listed: Any, name: st
     """Sizes of the blocks of the encoder (part enc) or a decoder (dec)."""
     keys = (f"{part}_depth", f"{part}_num_heads", f"{part}_head_dim")
     return stack(OF, values, dim, values["mlp_ratio"], listed, name, keys=keys, rotary=True)
+
+
+def _reduced(given: Any, dpt: DptSize | None) -> dict[str, Any]:
+    """Reads {tail: full | half | quarter, tokens: 0..0.6}."""
+    asked = {"tail": "full", "tokens": 0.0, **known(OF, given or {}, ("tail", "tokens"), "reduce")}
+    tail, tokens = asked["tail"], asked["tokens"]
+    if tail not in TAILS:
+        raise PqkError(f"{OF}: reduce.tail must be one of {', '.join(TAILS)}, got {tail!r}")
+    if tail != "full" and dpt is None:
+        raise PqkError(f"{OF}: reduce.tail is {tail}, but a linear head has no tail to fold")
+    if isinstance(tokens, bool) or not isinstance(tokens, int | float) or not 0 <= tokens <= MOST_MERGED:
+        raise PqkError(f"{OF}: reduce.tokens must be a share from 0 to {MOST_MERGED}, got {tokens!r}")
+    return {"tail": TAILS[tail], "merged": float(tokens)}
 
 
 def _dpt(given: Any) -> DptSize:

@@ -15,9 +15,9 @@ from pqk.families.dust3r.configs import DptSize, dpt_hooks
 CHANNELS = 4
 
 
-def double(x: Tensor) -> Tensor:
-    """Bilinear resize (B, C, h, w) -> (B, C, 2h, 2w), corners aligned."""
-    return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)
+def enlarge(x: Tensor, factor: int = 2) -> Tensor:
+    """Bilinear resize (B, C, h, w) -> (B, C, factor * h, factor * w), corners aligned."""
+    return F.interpolate(x, scale_factor=factor, mode="bilinear", align_corners=True)
 
 
 class LinearHead(nn.Module):
@@ -56,13 +56,14 @@ class Fusion(nn.Module):
         self.resConfUnit1 = ResidualUnit(width)
         self.resConfUnit2 = ResidualUnit(width)
 
-    def forward(self, coarse: Tensor, level: Tensor | None) -> Tensor:
-        """coarse and level (B, width, h, w) -> (B, width, 2h, 2w).
+    def forward(self, coarse: Tensor, level: Tensor | None, factor: int = 2) -> Tensor:
+        """coarse and level (B, width, h, w) -> (B, width, factor * h, factor * w).
 
         Without a level (the coarsest map) resConfUnit1 is unused; official files carry its weights all the same.
         """
         fused = coarse if level is None else coarse + self.resConfUnit1(level)
-        return self.out_conv(double(self.resConfUnit2(fused)))
+        refined = self.resConfUnit2(fused)
+        return self.out_conv(refined if factor == 1 else enlarge(refined, factor))
 
 
 class Scratch(nn.Module):
@@ -83,10 +84,16 @@ class Scratch(nn.Module):
 
 
 class Dpt(nn.Module):
-    """Four levels of tokens -> one map at 16 times the token grid."""
+    """Four levels of tokens -> one map at 16 times the token grid.
 
-    def __init__(self, widths: Sequence[int], size: DptSize) -> None:
+    tail: how much coarser the grid of the last convolutions is. From the last residual unit to the last ReLU all is
+    linear, so of a network whose kernels were folded (`pqk.families.dust3r.reduce`) the four channels of the result are
+    resized in place of the features.
+    """
+
+    def __init__(self, widths: Sequence[int], size: DptSize, tail: int = 1) -> None:
         super().__init__()
+        self.tail = tail
         dims = size.layer_dims
         self.widths = tuple(widths)
         self.scratch = Scratch(size)
@@ -121,18 +128,19 @@ class Dpt(nn.Module):
         x = x[:, :, :h, :w]
         x = self.scratch.refinenet3(x, maps[2])
         x = self.scratch.refinenet2(x, maps[1])
-        x = self.scratch.refinenet1(x, maps[0])
-        x = double(self.head["0"](x))
-        return self.head["4"](F.relu(self.head["2"](x)))
+        x = self.head["0"](self.scratch.refinenet1(x, maps[0], 1 if self.tail == 4 else 2))
+        x = enlarge(x) if self.tail == 1 else x
+        raw = self.head["4"](F.relu(self.head["2"](x)))
+        return raw if self.tail == 1 else enlarge(raw, self.tail)
 
 
 class DptHead(nn.Module):
     """DPT on four entries of the token list: the encoder output and three decoder layers."""
 
-    def __init__(self, encoder_width: int, decoder_width: int, depth: int, size: DptSize) -> None:
+    def __init__(self, encoder_width: int, decoder_width: int, depth: int, size: DptSize, tail: int = 1) -> None:
         super().__init__()
         self.hooks = dpt_hooks(depth)
-        self.dpt = Dpt([encoder_width, decoder_width, decoder_width, decoder_width], size)
+        self.dpt = Dpt([encoder_width, decoder_width, decoder_width, decoder_width], size, tail)
 
     def forward(self, tokens: Sequence[Tensor], grid: tuple[int, int]) -> Tensor:
         """Token list (each (B, N, width)) with grid = (H / 16, W / 16) -> (B, 4, H, W)."""

@@ -19,7 +19,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 class _Attention(nn.Module):
-    """What both kinds of attention share: the sizes, and softmax(q k^T / sqrt(head_dim)) v with rotary q and k."""
+    """What both kinds of attention share: the sizes, and softmax(q k^T / sqrt(head_dim) + bias) v, q and k rotated."""
 
     def __init__(self, heads: int, head_dim: int) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class _Attention(nn.Module):
         q = apply_rope(self._split_heads(q, q_rope.tokens), q_rope, self.head_dim)
         k = apply_rope(self._split_heads(k, k_rope.tokens), k_rope, self.head_dim)
         v = self._split_heads(v, k_rope.tokens)
-        mixed = F.scaled_dot_product_attention(q, k, v, scale=self.head_dim**-0.5)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=k_rope.bias, scale=self.head_dim**-0.5)
         return mixed.transpose(1, 2).reshape(-1, q_rope.tokens, self.inner)
 
     def _split_heads(self, x: Tensor, tokens: int) -> Tensor:

@@ -19,6 +19,7 @@ from pqk.families.dust3r.configs import Dust3rConfig, Mode, plain_config, read_c
 from pqk.families.dust3r.dpt import DptHead, LinearHead
 from pqk.families.dust3r.layers import DecoderBlock, EncoderBlock, LayerNorm, PatchEmbed
 from pqk.families.layers import Rope, grid_rope
+from pqk.families.merging import Cells, Merged, grid_cells
 
 OUTPUTS = ("pts3d_1", "conf_1", "pts3d_2", "conf_2")
 
@@ -43,12 +44,26 @@ class DecoderParts(Protocol):
     downstream_head2: nn.Module
 
 
-def run_encoder(parts: EncoderParts, image: Tensor, rope: Rope) -> Tensor:
-    """Image (B, 3, H, W) in [-1, 1] -> normalised tokens (B, H/p * W/p, enc_dim)."""
-    tokens = parts.patch_embed(image, rope.tokens)
+def run_encoder(parts: EncoderParts, image: Tensor, rope: Rope, cells: Cells | None = None) -> Tensor:
+    """Image (B, 3, H, W) in [-1, 1] -> normalised tokens (B, H/p * W/p, enc_dim).
+
+    cells: of a network that merges tokens; once, before the first block.
+    """
+    tokens, rope, merged = _merge(parts.patch_embed(image, rope.tokens), rope, cells)
     for block in parts.enc_blocks:
         tokens = block(tokens, rope)
-    return parts.enc_norm(tokens)
+    return parts.enc_norm(_whole(tokens, merged))
+
+
+def _merge(tokens: Tensor, rope: Rope, cells: Cells | None) -> tuple[Tensor, Rope, Merged | None]:
+    if cells is None:
+        return tokens, rope, None
+    merged = cells(tokens)
+    return merged.tokens, merged.rope, merged
+
+
+def _whole(tokens: Tensor, merged: Merged | None) -> Tensor:
+    return tokens if merged is None else merged.undo(tokens)
 
 
 def run_decoder(
@@ -59,19 +74,23 @@ def run_decoder(
     grid2: tuple[int, int],
     rope1: Rope,
     rope2: Rope,
+    cells1: Cells | None = None,
+    cells2: Cells | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Tokens (B, N, enc_dim) of both views -> points (B, H, W, 3) and confidence (B, H, W) of view 1, then of view 2.
 
     At every layer both decoders read the previous layer's outputs of both views. The heads get the encoder output, the
-    raw outputs of the layers between, and the normalised output of the last layer.
+    raw outputs of the layers between, and the normalised output of the last layer. cells1, cells2: of a network that
+    merges tokens; once for each view, and what the heads get is whole again.
     """
     list1, list2 = [tokens1], [tokens2]
-    x1, x2 = parts.decoder_embed(tokens1), parts.decoder_embed(tokens2)
+    x1, rope1, merged1 = _merge(parts.decoder_embed(tokens1), rope1, cells1)
+    x2, rope2, merged2 = _merge(parts.decoder_embed(tokens2), rope2, cells2)
     for block1, block2 in zip(parts.dec_blocks, parts.dec_blocks2, strict=True):
         x1, x2 = block1(x1, x2, rope1, rope2), block2(x2, x1, rope2, rope1)
-        list1.append(x1)
-        list2.append(x2)
-    list1[-1], list2[-1] = parts.dec_norm(x1), parts.dec_norm(x2)
+        list1.append(_whole(x1, merged1))
+        list2.append(_whole(x2, merged2))
+    list1[-1], list2[-1] = parts.dec_norm(list1[-1]), parts.dec_norm(list2[-1])
     raw1, raw2 = parts.downstream_head1(list1, grid1), parts.downstream_head2(list2, grid2)
     modes = parts.sizes.depth_mode, parts.sizes.conf_mode
     return (*activate(raw1, *modes), *activate(raw2, *modes))
@@ -131,12 +150,13 @@ class Dust3r(nn.Module):
         self.downstream_head1 = self._head()
         self.downstream_head2 = self._head()
         self._ropes: dict[tuple[int, int, int, torch.device], Rope] = {}
+        self._cells: dict[tuple[int, int, int, torch.device], Cells | None] = {}
 
     def _head(self) -> nn.Module:
         sizes = self.sizes
         if sizes.dpt is None:
             return LinearHead(sizes.dec_dim, sizes.patch_size)
-        return DptHead(sizes.enc_dim, sizes.dec_dim, len(sizes.dec_blocks), sizes.dpt)
+        return DptHead(sizes.enc_dim, sizes.dec_dim, len(sizes.dec_blocks), sizes.dpt, sizes.tail)
 
     def forward(
         self, img1: Tensor, img2: Tensor, true_shape1: Tensor | None = None, true_shape2: Tensor | None = None
@@ -162,7 +182,8 @@ class Dust3r(nn.Module):
     def encode(self, img: Tensor) -> Tensor:
         """Image (B, 3, H, W) in [-1, 1] -> tokens (B, H/p * W/p, enc_dim) after the encoder's last norm."""
         rows, cols = self._grid(self._image_size(img))
-        return run_encoder(self, img, self._rope(rows, cols, self.sizes.enc_blocks[0].head_dim, img.device))
+        place = (rows, cols, self.sizes.enc_blocks[0].head_dim, img.device)
+        return run_encoder(self, img, self._rope(*place), self._cells_of(*place))
 
     def decode(self, tokens1: Tensor, tokens2: Tensor, hw1: tuple[int, int], hw2: tuple[int, int]) -> dict[str, Tensor]:
         """Tokens of both views as `encode` gives them, and the views' (H, W) -> the same dictionary as `forward`."""
@@ -171,9 +192,11 @@ class Dust3r(nn.Module):
             if tokens.shape[1] != rows * cols:
                 raise PqkError(f"an image of {hw[0]}x{hw[1]} has {rows * cols} tokens, got {tokens.shape[1]}")
         head_dim = self.sizes.dec_blocks[0].head_dim
-        rope1 = self._rope(*grid1, head_dim, tokens1.device)
-        rope2 = self._rope(*grid2, head_dim, tokens2.device)
-        return dict(zip(OUTPUTS, run_decoder(self, tokens1, tokens2, grid1, grid2, rope1, rope2), strict=True))
+        places = ((*grid1, head_dim, tokens1.device), (*grid2, head_dim, tokens2.device))
+        rope1, rope2 = (self._rope(*place) for place in places)
+        cells1, cells2 = (self._cells_of(*place) for place in places)
+        found = run_decoder(self, tokens1, tokens2, grid1, grid2, rope1, rope2, cells1, cells2)
+        return dict(zip(OUTPUTS, found, strict=True))
 
     def graphs(self, height: int, width: int) -> dict[str, GraphSpec]:
         """Returns the two exportable graphs for views of one size (height x width), batch 1, with these weights.
@@ -230,11 +253,23 @@ class Dust3r(nn.Module):
         if key in self._ropes:
             return self._ropes[key]
         with torch.inference_mode(False):
-            cos, sin, tokens = grid_rope(rows, cols, head_dim, self.sizes.rope_base)
+            cos, sin, tokens, _ = grid_rope(rows, cols, head_dim, self.sizes.rope_base)
             rope = Rope(cos.to(device), sin.to(device), tokens)
         if type(rope.cos) is Tensor and not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
             self._ropes[key] = rope
         return rope
+
+    def _cells_of(self, rows: int, cols: int, head_dim: int, device: torch.device) -> Cells | None:
+        """Returns the cells whose tokens are merged, kept like `_rope`."""
+        key = (rows, cols, head_dim, device)
+        if not self.sizes.merged or key in self._cells:
+            return self._cells.get(key)
+        with torch.inference_mode(False):
+            cells = grid_cells(rows, cols, self.sizes.merged, head_dim, self.sizes.rope_base)
+            cells = None if cells is None else cells.to(device)
+        if cells is None or (type(cells.cos) is Tensor and not torch.jit.is_tracing()):
+            self._cells[key] = cells
+        return cells
 
 
 def _turned(img: Tensor, true_shape: Tensor | None) -> list[bool]:
@@ -251,7 +286,7 @@ def _turned(img: Tensor, true_shape: Tensor | None) -> list[bool]:
 
 
 class _Graph(nn.Module):
-    """Keeps the rotary tables of one grid as constants of the graph."""
+    """Keeps the rotary tables and the cells of one grid as constants of the graph."""
 
     cos: Tensor
     sin: Tensor
@@ -263,6 +298,7 @@ class _Graph(nn.Module):
         self.register_buffer("cos", rope.cos, persistent=False)
         self.register_buffer("sin", rope.sin, persistent=False)
         self.tokens = rope.tokens
+        self.cells = grid_cells(rows, cols, sizes.merged, head_dim, sizes.rope_base)
 
     def rope(self) -> Rope:
         return Rope(self.cos, self.sin, self.tokens)
@@ -273,6 +309,8 @@ class _Graph(nn.Module):
             rope = grid_rope(rows, cols, self.head_dim, self.sizes.rope_base)
             self.cos, self.sin = rope.cos.to(self.cos.device), rope.sin.to(self.cos.device)
             self.grid, self.tokens = (rows, cols), rope.tokens
+            cells = grid_cells(rows, cols, self.sizes.merged, self.head_dim, self.sizes.rope_base)
+            self.cells = None if cells is None else cells.to(self.cos.device)
 
 
 class EncoderGraph(_Graph):
@@ -283,7 +321,7 @@ class EncoderGraph(_Graph):
         self.patch_embed, self.enc_blocks, self.enc_norm = model.patch_embed, model.enc_blocks, model.enc_norm
 
     def forward(self, image: Tensor) -> Tensor:
-        return run_encoder(self, image, self.rope())
+        return run_encoder(self, image, self.rope(), self.cells)
 
 
 class DecoderGraph(_Graph):
@@ -297,4 +335,4 @@ class DecoderGraph(_Graph):
 
     def forward(self, tokens_1: Tensor, tokens_2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         rope = self.rope()
-        return run_decoder(self, tokens_1, tokens_2, self.grid, self.grid, rope, rope)
+        return run_decoder(self, tokens_1, tokens_2, self.grid, self.grid, rope, rope, self.cells, self.cells)

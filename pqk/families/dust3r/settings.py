@@ -37,11 +37,11 @@ GRAPHS = (
 
 METRICS = (
     Metric("absrel", "", "lower", 0.0, drops=True),
-    Metric("chamfer", "m", "lower", 0.0, parts=("chamfer_accuracy", "chamfer_completeness")),
+    Metric("chamfer", "m", "lower", 0.0, guard=True, parts=("chamfer_accuracy", "chamfer_completeness")),
     Metric("rmse", "m", "lower", 0.0),
-    Metric("delta1", "", "higher", 1.0, drops=True),
+    Metric("delta1", "", "higher", 1.0, drops=True, guard=True),
     Metric("ause", "", "lower", 0.0, threshold="ause_rise", meaning="confidence"),
-    Metric("reproj_px", "px", "lower", 0.0),
+    Metric("reproj_px", "px", "lower", 0.0, guard=True),
     Metric("chamfer_paired", "m", "lower", 0.0),
 )
 """What `pqk.families.dust3r.scoring.summarise` gives, the default main metric first."""

@@ -36,9 +36,9 @@ GRAPHS = (
 
 METRICS = (
     Metric("absrel", "", "lower", 0.0, drops=True),
-    Metric("delta1", "", "higher", 1.0, drops=True),
+    Metric("delta1", "", "higher", 1.0, drops=True, guard=True),
     Metric("rmse", "m", "lower", 0.0),
-    Metric("chamfer", "m", "lower", 0.0, parts=("chamfer_accuracy", "chamfer_completeness")),
+    Metric("chamfer", "m", "lower", 0.0, guard=True, parts=("chamfer_accuracy", "chamfer_completeness")),
     Metric("pose_miss30", "", "lower", 0.0, threshold="pose_miss30_rise", meaning="pose error"),
     Metric("ause", "", "lower", 0.0, threshold="ause_rise", meaning="confidence"),
     Metric("rot_deg", "deg", "lower", 0.0),

@@ -1,4 +1,4 @@
-"""Shows size and time before and after a cut, part by part: a table in the terminal, and all parts as CSV."""
+"""Shows size and time before and after a change, part by part: a table in the terminal, and all parts as CSV."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def print_parts(rows: Sequence[PartChange], console: Console) -> None:
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0, title_justify="left")
-    table.title = "after the cut, part by part (f32 engines)"
+    table.title = "after the change, part by part (f32 engines)"
     table.add_column("part", no_wrap=True)
     for name in ("M params", "", "GFLOPs", "", "ms", "", "times", "of rounds"):
         table.add_column(name, justify="right", no_wrap=True)
