@@ -185,6 +185,54 @@ def tune(
 
 
 @app.command()
+def optimize(
+    model: Annotated[str | None, typer.Argument(help="as --model of `pqk run`; default: the shipped one")] = None,
+    max_drop: Annotated[float, typer.Option(help="largest allowed drop of the main metric, in percent")] = 1.0,
+    letters: Annotated[
+        str | None, typer.Option(help="letters to try out of T,Q,K,P; default: all that are possible here")
+    ] = None,
+    budget: Annotated[str, typer.Option(help="begin nothing new after this time, such as 90s, 30m, 2h")] = "30m",
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="folder of the export; default: none is written")
+    ] = None,
+    backend: Annotated[str | None, typer.Option(help="as in `pqk run`; one that runs here, not emulated")] = None,
+    quantizer: Annotated[str | None, typer.Option(help="quantizer of the backend; default: its first")] = None,
+    scenes: _Scenes = None,
+    images: _Images = None,
+    train_scenes: _TrainScenes = None,
+    train_images: _TrainImages = None,
+    setting: Annotated[list[str] | None, typer.Option("--set", help="override one value, as in `pqk run`")] = None,
+    decide: Annotated[
+        bool, typer.Option("--decide", help="add test scenes until the interval of the winner's drop decides")
+    ] = False,
+    max_scenes: Annotated[int, typer.Option(min=2, help="with --decide: largest number of test scenes")] = 832,
+    json_line: Annotated[bool, typer.Option("--json", help="print everything as one JSON object, last line")] = False,
+) -> None:
+    """Find the fastest recipe within a drop on this machine, verify it on test samples once, and export it.
+
+    Exit codes: 0 accept, 1 regression, anomalous or infeasible, 2 wrong input, 3 backend or method unavailable, 4
+    undecided on the test samples.
+    """
+    from pqk.cli.run_output import choose_backend, run_optimize, seconds_of, settings_of
+    from pqk.recipe.request import Request
+
+    seconds = seconds_of(budget)
+    request = Request(
+        "AUTO",
+        choose_backend(backend),
+        quantizer,
+        model,
+        scenes,
+        images,
+        settings=settings_of(setting or []),
+        train_scenes=train_scenes,
+        train_images=train_images,
+    )
+    asked = None if letters is None else [letter.strip() for letter in letters.split(",")]
+    raise typer.Exit(run_optimize(request, asked, max_drop, seconds, out, max_scenes if decide else None, json_line))
+
+
+@app.command()
 def export(
     card: Annotated[str, typer.Argument(help="task card, for example B1")],
     out: Annotated[Path, typer.Option("-o", "--out", help="folder to write; an earlier export in it is replaced")],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -296,6 +297,46 @@ def run_tune(request: Request, max_drop: float, max_evaluations: int, out: Path 
     print_tune(tuned, Console(stderr=as_json))
     _finish(errors, began, written, as_data(tuned) if as_json else None)
     return _CODES[tuned.verdict]
+
+
+def seconds_of(text: str) -> float:
+    """Returns the seconds of a time such as 90s, 30m or 2h. Raises PqkError."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text.strip())
+    if found is None:
+        raise PqkError(f"--budget {text}: write it as 90s, 30m or 2h")
+    return float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]]
+
+
+def run_optimize(
+    request: Request,
+    letters: list[str] | None,
+    max_drop: float,
+    budget_s: float,
+    out: Path | None,
+    decide: int | None,
+    as_json: bool,
+) -> int:
+    """Runs `pqk optimize`: prints the table and writes reports/optimize/MODEL.*; returns the exit code.
+
+    0: accept, 4: undecided, 1: any other verdict.
+    """
+    from pqk.optimize.report import as_data, print_optimized, write_optimized
+    from pqk.optimize.search import optimize
+
+    if not math.isfinite(max_drop):
+        raise PqkError(f"--max-drop {max_drop}: give a number of percent")
+    root, folder, errors, began = _begin("optimize")
+    progress = _progress(errors)
+
+    def fresh(kind: str, stage: str, key: str, seconds: float) -> None:
+        if kind != "reuse":  # most stages of a point are those of the one before
+            progress(kind, stage, key, seconds)
+
+    found = optimize(request, letters, max_drop, budget_s, out, decide, root, fresh, _teller(errors))
+    written = write_optimized(found, folder)
+    print_optimized(found, Console(stderr=as_json))
+    _finish(errors, began, written, as_data(found) if as_json else None)
+    return {"accept": EXIT_OK, "undecided": EXIT_UNDECIDED}.get(found.verdict, EXIT_CHECK_FAILED)
 
 
 def export_card(request: Request, precision: str | None, out: Path, rollback: bool = True) -> int:

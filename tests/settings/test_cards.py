@@ -21,7 +21,7 @@ from pqk.settings.card import list_cards, load_card
 from pqk.settings.recipe import STAGES, check_stages, combo_of, quantizes
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-CARDS = ["A1", "B1", "C1", "D1", "E1", "F1", "G1", "H1", "KTQ1", "T1", "T2", "TQ1"]
+CARDS = ["A1", "AUTO", "B1", "C1", "D1", "E1", "F1", "G1", "H1", "KTQ1", "T1", "T2", "TQ1"]
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_the_shipped_cards(project: Path) -> None:
     assert list_cards() == CARDS
     recipes = {name: "".join(load_card(name).recipe) for name in CARDS}
     assert recipes == {
-        "A1": "K", "B1": "Q", "C1": "P", "D1": "KQ", "E1": "PK", "F1": "PKQ", "G1": "PQK", "H1": "Q",
+        "A1": "K", "AUTO": "Q", "B1": "Q", "C1": "P", "D1": "KQ", "E1": "PK", "F1": "PKQ", "G1": "PQK", "H1": "Q",
         "KTQ1": "KTQ", "T1": "T", "T2": "T", "TQ1": "TQ",
     }  # fmt: skip
     for name in CARDS:
@@ -106,7 +106,8 @@ def test_an_axis_or_point_that_is_not_there(project: Path) -> None:
 
 
 def test_which_recipes_end_quantized(project: Path) -> None:
-    assert [name for name in CARDS if quantizes(load_card(name).recipe)] == ["B1", "D1", "F1", "G1", "H1", "KTQ1", "TQ1"]
+    found = [name for name in CARDS if quantizes(load_card(name).recipe)]
+    assert found == ["AUTO", "B1", "D1", "F1", "G1", "H1", "KTQ1", "TQ1"]
 
 
 @given(st.lists(st.sampled_from(list(STAGES)), max_size=4))
@@ -126,7 +127,7 @@ def test_recipes(stages: list[str]) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("B2", r"there is no card 'B2' in schedule/TaskCards \(did you mean 'T2'\?\); cards: A1, B1, C1"),
+        ("B2", r"there is no card 'B2' in schedule/TaskCards \(did you mean 'T2'\?\); cards: A1, AUTO, B1, C1"),
         ("", "is not a card's id"),
         ("1B", "is not a card's id"),
         ("B1\n", "is not a card's id"),
