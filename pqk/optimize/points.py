@@ -31,6 +31,12 @@ class Point:
         return f"{letters}, tail" + (f" and {100 * self.tokens:g} % of the tokens" if self.tokens else "")
 
     @property
+    def short(self) -> str:
+        """Returns 'T50→Q', for a figure."""
+        share = "" if self.tokens is None else f"{100 * self.tokens:g}"
+        return "→".join(letter + (share if letter == "T" else "") for letter in self.letters)
+
+    @property
     def settings(self) -> dict[str, Any]:
         """Returns the settings that are laid over the card's."""
         return {} if self.tokens is None else {"reduce.tokens": self.tokens}

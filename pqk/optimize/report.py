@@ -136,7 +136,12 @@ def _front_figure(found: Optimized) -> Figure:
             capsize=2,
         )
         axes.annotate(
-            one.point.name, (one.speedup.value, one.drop.value), textcoords="offset points", xytext=(6, 5), fontsize=8
+            one.point.short,
+            (one.speedup.value, one.drop.value),
+            textcoords="offset points",
+            xytext=(5, 6),
+            fontsize=8,
+            rotation=35,
         )
     axes.plot([one.speedup.value for one in best], [one.drop.value for one in best], color=PALETTE[0], linewidth=1)
     axes.axhline(found.max_drop, color=THRESHOLD_COLOUR, linewidth=1.2, label=f"limit {found.max_drop:g} %")

@@ -21,7 +21,7 @@ from pqk.settings.card import list_cards, load_card
 from pqk.settings.recipe import STAGES, check_stages, combo_of, quantizes
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-CARDS = ["A1", "AUTO", "B1", "C1", "D1", "E1", "F1", "G1", "H1", "KTQ1", "T1", "T2", "TQ1"]
+CARDS = ["A1", "AUTO", "B1", "C1", "D1", "E1", "F1", "G1", "H1", "KTQ1", "T1", "T2", "T3", "TQ1"]
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_the_shipped_cards(project: Path) -> None:
     recipes = {name: "".join(load_card(name).recipe) for name in CARDS}
     assert recipes == {
         "A1": "K", "AUTO": "Q", "B1": "Q", "C1": "P", "D1": "KQ", "E1": "PK", "F1": "PKQ", "G1": "PQK", "H1": "Q",
-        "KTQ1": "KTQ", "T1": "T", "T2": "T", "TQ1": "TQ",
+        "KTQ1": "KTQ", "T1": "T", "T2": "T", "T3": "T", "TQ1": "TQ",
     }  # fmt: skip
     for name in CARDS:
         card = load_card(name)
