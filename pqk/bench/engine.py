@@ -106,7 +106,7 @@ def bench_engine(
                 raise PqkError(f"--only {part}: no variant has that in its name: {', '.join(asked)}")
         asked = {n: r for n, r in asked.items() if n == BASE or not only or any(part in n for part in only)}
         rows, load = _timed(asked, rounds, folder)
-        ceilings = _ceilings(folder)
+        ceilings = ceilings_of(folder)
     for name, row in rows.items():
         if row["p50_ms"] is not None:
             row["gflops_per_s"] = flops / row["p50_ms"] / 1e6
@@ -209,7 +209,7 @@ def _timed(
     return rows, load
 
 
-def _ceilings(folder: Path) -> dict[str, dict[str, float]]:
+def ceilings_of(folder: Path) -> dict[str, dict[str, float]]:
     """Returns the rate in GFLOP/s of each precision and kind of layer, alone on the machine, median of some runs."""
     from backends.openvino.engine import best_float
 

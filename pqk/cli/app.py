@@ -233,6 +233,28 @@ def optimize(
 
 
 @app.command()
+def profile(
+    card: Annotated[str, typer.Argument(help="task card that quantizes, for example B1")],
+    rounds: Annotated[int, typer.Option(min=3, help="how often each engine is profiled")] = 7,
+    backend: Annotated[str | None, typer.Option(help="as in `pqk run`; one that runs here, not emulated")] = None,
+    quantizer: Annotated[str | None, typer.Option(help="quantizer of the backend; default: its first")] = None,
+    model: Annotated[str | None, typer.Option(help="as in `pqk run`; default: the shipped one")] = None,
+    setting: Annotated[list[str] | None, typer.Option("--set", help="override one value, as in `pqk run`")] = None,
+    json_line: Annotated[bool, typer.Option("--json", help="print everything as one JSON object, last line")] = False,
+) -> None:
+    """Show where the time of a card's f32 and int8 engines goes, and why int8 is as fast as it is here.
+
+    Exit codes: 0 ok, 2 wrong input, 3 backend or method unavailable.
+    """
+    from pqk.cli.run_output import choose_backend, run_profile, settings_of
+    from pqk.recipe.request import Request
+
+    given = settings_of(setting or [])
+    request = Request(card, choose_backend(backend), quantizer, model, settings=given, qat=False)
+    raise typer.Exit(run_profile(request, rounds, json_line))
+
+
+@app.command()
 def export(
     card: Annotated[str, typer.Argument(help="task card, for example B1")],
     out: Annotated[Path, typer.Option("-o", "--out", help="folder to write; an earlier export in it is replaced")],

@@ -37,6 +37,7 @@ _DOING = {
     "pruned": "pruning and fine-tuning",
     "distilled": "distillation",
     "reduced": "less work without training",
+    "rates": "largest rates of this machine",
     "quantized": "quantization",
     "forms": "choice of the fastest form of each quantized graph",
     "qat": "quantization-aware training",
@@ -337,6 +338,18 @@ def run_optimize(
     print_optimized(found, Console(stderr=as_json))
     _finish(errors, began, written, as_data(found) if as_json else None)
     return {"accept": EXIT_OK, "undecided": EXIT_UNDECIDED}.get(found.verdict, EXIT_CHECK_FAILED)
+
+
+def run_profile(request: Request, rounds: int, as_json: bool) -> int:
+    """Runs `pqk profile`: prints the table and writes reports/profile/CARD.*; returns the exit code."""
+    from pqk.bench.profile import print_profile, profile, write_profile
+
+    root, folder, errors, began = _begin("profile")
+    found = profile(request, rounds, root, _progress(errors), _teller(errors))
+    written = write_profile(found, folder)
+    print_profile(found, Console(stderr=as_json))
+    _finish(errors, began, written, found if as_json else None)
+    return EXIT_OK
 
 
 def export_card(request: Request, precision: str | None, out: Path, rollback: bool = True) -> int:
