@@ -224,6 +224,13 @@ class Engine(ABC):
         """Returns the bytes of the files that ship: those of the graph, unless the toolchain ships another file."""
         return self.graph.size_bytes
 
+    def planned_flops(self) -> float | None:
+        """Returns the FLOPs of matmuls and convolutions that the graph's rounding asks int8 or fp8 for.
+
+        None: the engine does not tell.
+        """
+        return None
+
     def write_form(self, path: Path) -> Graph | None:
         """Writes the graph as it runs, where that is another form than its file has, and returns it; else None."""
         return None

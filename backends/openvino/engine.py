@@ -27,7 +27,7 @@ from backends.base import (
     sha256_files,
 )
 from backends.files import write_whole
-from backends.openvino.flops import executed_kernels
+from backends.openvino.flops import executed_kernels, planned_flops
 from backends.openvino.linear import as_convolutions
 
 OPTIONS: dict[str, Any] = {
@@ -224,6 +224,9 @@ class OpenVINOEngine(Engine):
                     microseconds = node.real_time.total_seconds() * 1e6
                     spent[node.node_name] = spent.get(node.node_name, 0.0) + microseconds / _PROFILED_RUNS
         return executed_kernels(self._profiled.get_runtime_model(), spent, source, str(self.rest))
+
+    def planned_flops(self) -> float | None:
+        return planned_flops(self._read())
 
     def save(self, path: Path | str) -> Graph:
         """Writes the engine's graph as IR at `path` (`.xml`), in full precision; `load` brings it back."""

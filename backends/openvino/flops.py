@@ -96,6 +96,23 @@ def from_fake_quantize(node: ov.Node) -> bool:
     return node.get_type_name() == "FakeQuantize"
 
 
+def planned_flops(model: ov.Model) -> float:
+    """Returns the FLOPs of products whose operands are both rounded: by FakeQuantize, or stored as integers."""
+    return sum(
+        operation_flops(op)
+        for op in live_operations(model)
+        if op.get_type_name() in MATMULS | CONVOLUTIONS
+        and all(from_fake_quantize(source.get_node()) or _stored(source.get_node()) for source in op.input_values()[:2])
+    )
+
+
+def _stored(node: ov.Node) -> bool:
+    """Returns whether a node scales integers that the file holds."""
+    while node.get_type_name() in {"Convert", "Multiply", "Subtract", "Reshape", "Transpose", "Unsqueeze"}:
+        node = node.input_value(0).get_node()
+    return node.get_type_name() == "Constant" and node.get_element_type().is_integral()
+
+
 def works(model: ov.Model) -> list[Work]:
     """Returns every operation of the model that carries FLOPs."""
     found = []

@@ -126,6 +126,10 @@ class _PlanEngine(Engine):
         write_whole(target.with_suffix(".json"), self.plan.with_suffix(".json").read_bytes())
         return target
 
+    def planned_flops(self) -> float | None:
+        graph = OnnxGraph(self.graph.path)
+        return sum(graph.flops(node) for node in graph.work() if graph.precision(node) in ("int8", "fp8"))
+
     def close(self) -> None:
         self._forget()
 

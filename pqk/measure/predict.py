@@ -60,7 +60,8 @@ def run_samples(request: Mapping[str, Any], take: Take) -> dict[str, Any]:
     Request: family, workload, samples, variant, reference (a variant that runs along with it, or absent), seed, keep
     (keep-list or []). Returns measured (engine or emulated), size_bytes (files that ship), executed (share of FLOPs per
     precision), matched_by_size (share of FLOPs that were assigned to a kernel only by their number), flops (of the
-    first sample), kernels (rows by graph).
+    first sample), planned (share of FLOPs that the graphs' rounding asks for; None where an engine does not tell),
+    kernels (rows by graph).
     Raises CheckFailed when a kept node ran in an int8 kernel, and PqkError as the samples and engines do.
     """
     of, workload, found = opened(request)
@@ -90,18 +91,23 @@ def run_samples(request: Mapping[str, Any], take: Take) -> dict[str, Any]:
             other.close()  # profiling may compile once more, and a large model leaves no room for three
         measured, size = engines.measured, engines.size_bytes
         kernels: dict[str, list[Kernel]] = {}
+        planned: dict[str, float | None] = {}
         for name, engine in engines.engines.items():
             kernels[name] = engines.kernels_of(name)
+            planned[name] = engine.planned_flops()
             if request["keep"]:
                 _refuse_int8(variant, name, engine, kernels[name], request["keep"])
             engine.close()  # profiling may have compiled it once more, and there may be no room for all of them twice
     of_a_sample = [k for name, listed in kernels.items() for _ in range(calls[name]) for k in listed]
+    flops = sum(k.flops for k in of_a_sample)
+    asked = None if None in planned.values() else sum(calls[name] * (count or 0) for name, count in planned.items())
     return {
         "measured": measured,
         "size_bytes": size,
         "executed": executed_precision(of_a_sample),
         "matched_by_size": matched_by_size(of_a_sample),
-        "flops": sum(k.flops for k in of_a_sample),
+        "flops": flops,
+        "planned": asked / flops if asked is not None and flops else None,
         "kernels": {name: [_row(k) for k in listed] for name, listed in kernels.items()},
     }
 

@@ -147,9 +147,13 @@ def interval_of(record: Mapping[str, Any], column: str) -> Interval | None:
 
 
 def judged(
-    record: Mapping[str, Any], thresholds: Thresholds, recipe: Sequence[str], rises: Sequence[Rise] = ()
+    record: Mapping[str, Any],
+    thresholds: Thresholds,
+    recipe: Sequence[str],
+    rises: Sequence[Rise] = (),
+    planned: float | None = None,
 ) -> Record:
-    """Returns verdict and reasons of a quantized candidate's record."""
+    """Returns verdict and reasons of a quantized candidate's record. planned: see `Measured`."""
     shares, precision = record["executed_precision"], record["precision"]
     verdict, reasons = judge_quantized(
         Measured(
@@ -159,6 +163,7 @@ def judged(
             record["size_ratio"],
             None if shares is None else shares.get(precision, 0.0),
             rises,
+            planned,
         ),
         thresholds,
         recipe,

@@ -82,7 +82,8 @@ def _measured(
         if variant.precision is Precision.INT8:
             if timed is None:
                 record["notes"] += planned_shares(final.scored[variant.name]["executed"])
-            record |= judged(record, evaluation.thresholds, recipe, rises)
+            planned = final.scored[variant.name].get("planned")
+            record |= judged(record, evaluation.thresholds, recipe, rises, planned)
         elif record["role"] == "candidate":
             lost = candidate.trained[-1].reason if candidate.trained[-1].failed else None
             record |= judged_float(record, evaluation.thresholds, recipe, lost, rises)

@@ -29,7 +29,8 @@ class Measured:
     """The values that the thresholds judge; None where one was not measured.
 
     drop_pct: over scenes. speedups: over timing rounds, against the model's own f32 and its best float precision.
-    rises: of the metrics that are judged beside the main one.
+    int8_share: of FLOPs in kernels of the requested precision; planned_share: of those that the quantized graph asks
+    for, None where the backend does not tell. rises: of the metrics that are judged beside the main one.
     """
 
     drop_pct: Interval | None
@@ -38,6 +39,7 @@ class Measured:
     size_ratio: float
     int8_share: float | None
     rises: Sequence[Rise] = ()
+    planned_share: float | None = None
 
 
 Verdict = tuple[str | None, list[str]]
@@ -52,9 +54,9 @@ def judge_quantized(
     """Returns ('pass' | 'fail' | 'undecided' | None, one sentence per threshold). None: something was not measured.
 
     Quantization is judged by the drop, the median time against the model's own f32 and its best float, the size, and
-    the share of FLOPs in kernels of the requested `precision`. With only the weights quantized (int4) all computation
-    is in float, so the share is not judged. A threshold holds when the whole interval lies on its good side, and fails
-    when all of it lies on the bad side.
+    whether kernels of the requested `precision` ran what the graph planned for them. With only the weights quantized
+    (int4) all computation is in float, so that is not judged. A threshold holds when the whole interval lies on its
+    good side, and fails when all of it lies on the bad side.
     """
     checks = [judge_drop(measured.drop_pct, drop_limit(recipe, limits))]
     reduction = limits.t_pair_p50_reduction_pct
@@ -81,18 +83,23 @@ def judge_quantized(
     checks.append(
         (factor >= limits.size_ratio_min, f"files {factor:.2f}x smaller (at least {limits.size_ratio_min:g}x)")
     )
-    share = measured.int8_share
     if precision != "int4":
-        checks.append(
-            (None, f"no kernel ran, so the share of {precision} kernels was not measured")
-            if share is None
-            else (
-                share >= limits.int8_flops_share_min,
-                f"{100 * share:.1f} % of matmul and convolution FLOPs ran in {precision} kernels "
-                f"(at least {100 * limits.int8_flops_share_min:g} %)",
-            )
-        )
+        checks.append(_as_planned(measured, limits.as_planned_min, precision))
     return _verdict([*checks, *_rises(measured.rises)])
+
+
+def _as_planned(measured: Measured, least: float, precision: str) -> Check:
+    """Checks that at least the share `least` of the FLOPs that are planned in a precision ran in its kernels."""
+    share, planned = measured.int8_share, measured.planned_share
+    if share is None:
+        return None, f"no kernel ran, so the share of {precision} kernels was not measured"
+    text = f"{100 * share:.1f} % of matmul and convolution FLOPs ran in {precision} kernels"
+    if planned is None:
+        return share > 0, f"{text} (the backend does not tell how many were planned)"
+    return (
+        share > 0 and share >= least * planned,
+        f"{text}, {100 * planned:.1f} % were planned (at least {100 * least:g} % of them)",
+    )
 
 
 def judge_float(

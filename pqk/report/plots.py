@@ -301,7 +301,7 @@ def _speeds(axes: Axes, rows: Sequence[Record], speeds: Sequence[Column], thresh
 
 
 def precision(records: Sequence[Record], thresholds: Thresholds | None = None, say: Say = _unheard) -> Figure | str:
-    """Draws the stacked shares of the executed precisions, and the least share of int8."""
+    """Draws the stacked shares of the executed precisions."""
     name = "executed_precision"
     rows = [record for record in records if record[name]]
     if not rows:
@@ -326,14 +326,9 @@ def precision(records: Sequence[Record], thresholds: Thresholds | None = None, s
             va="center",
             fontsize=9,
         )
-    count = len(names)
-    if thresholds is not None and any(record["quantizer"] for record in rows):
-        least = 100 * thresholds.int8_flops_share_min
-        axes.axvline(least, color="#000000", linewidth=1.3, linestyle=":", label=f" limit: int8 at least {least:g} %")
-        count += 1
     axes.set_xlim(0, 100)
     axes.set_xlabel("share of matmul and convolution FLOPs (%)")
-    axes.legend(**ABOVE, ncols=count)
+    axes.legend(**ABOVE, ncols=len(names))
     return figure
 
 

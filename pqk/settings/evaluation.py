@@ -80,7 +80,7 @@ class Thresholds(Section):
     t_pair_p50_reduction_pct: CutPct
     size_reduction_p_only_pct: CutPct
     size_ratio_min: Annotated[float, Field(ge=1, le=8)]
-    int8_flops_share_min: Annotated[float, Field(ge=0, le=1)]
+    as_planned_min: Annotated[float, Field(ge=0, le=1)]
     not_slower_than_best_float_pct: Annotated[float, Field(ge=0, le=5)]
     guard_drop_pct: DropPct
 
@@ -153,7 +153,7 @@ _LOOSER_WHEN_LOWER = {
     "t_pair_p50_reduction_pct",
     "size_reduction_p_only_pct",
     "size_ratio_min",
-    "int8_flops_share_min",
+    "as_planned_min",
 }
 
 

@@ -51,13 +51,16 @@ def test_int8_engine_runs_int8_and_stays_near(kept, source):
     feeds = {"image": image(99).numpy()}
     with OpenVINOEngine(source.graph, Precision.F32) as engine:
         want = engine.infer(feeds)
+        assert engine.planned_flops() == 0
     with OpenVINOEngine(graph, Precision.INT8) as engine:
         assert engine.rest == best_float()
         got = engine.infer(feeds)
         kernels = engine.kernels()
         assert engine.size_bytes == graph.size_bytes
+        planned = engine.planned_flops()
     share = executed_precision(kernels)
-    assert share["int8"] > 0.5
+    assert share["int8"] > 0.5 and planned is not None
+    assert 0.9 * share["int8"] < planned / toy_flops() < 1  # the keep-list leaves some products in float
     assert sum(k.flops for k in kernels) == pytest.approx(toy_flops(), rel=1e-9)
     assert "unknown" not in share
     for name in want:

@@ -84,8 +84,10 @@ def test_int8_builds_a_plan_and_emulates_it(kept, want, tmp_path):
         assert engine.measured == "emulated"
         assert engine.size_bytes == engine.plan.stat().st_size > 100_000
         assert backend.kept_in_int8(engine, SPEC.keep, kernels) == []
+        planned = engine.planned_flops()
     assert all(1e-4 < error(got[name], want[name]) < 0.1 for name in want)
     assert executed_precision(kernels)["int8"] > 0.9
+    assert planned == sum(kernel.flops for kernel in kernels if kernel.precision == "int8")
     assert sum(k.flops for k in kernels) == toy_flops()
     assert {k.time_us for k in kernels} == {0.0}
     assert quantizer.report.items == ITEMS

@@ -228,7 +228,7 @@ def test_intervals_and_limits_are_drawn(close, limits):
     assert {line.get_xdata()[0] for line in speeds.lines if len(set(line.get_xdata())) == 1} >= {2.0, 1.0}
 
     shares = precision(close, limits).axes[0]
-    assert "limit: int8 at least 80 %" in [t.get_text().strip() for t in shares.get_legend().get_texts()]
+    assert [t.get_text().strip() for t in shares.get_legend().get_texts()] == ["int8", "f32"]
     assert shares.lines[-1].get_xdata()[0] == 80
 
     ablated = ablation([{**close[1], "combo": "H"}], limits).axes[0]
