@@ -100,18 +100,20 @@ def needless(
 ) -> str | None:
     """Returns why a point need not be measured, or None.
 
-    A part alone, or fewer merged tokens, whose drop lies above the limit with its whole interval; or a product of its
-    parts' speeds that is below what was measured already. most: limit of the guard metrics.
+    A part alone, or fewer merged tokens, that is above a limit; a training that comes with the others may bring that
+    back, so then it decides nothing. Or a product of its parts' speeds that is below what was measured already. most:
+    limit of the guard metrics.
     """
     for other in known.values():
-        less = other.point in point.parts or (
-            other.point.letters == point.letters and (other.point.tokens or 0) < (point.tokens or 0)
-        )
-        lost = [name for name, value in other.guards.items() if value.low is not None and value.low > most]
-        if less and other.drop.low is not None and other.drop.low > max_drop:
-            return f"{other.point.name} alone drops {other.drop.low:.2f} % or more"
-        if less and lost:
-            return f"{other.point.name} alone loses {other.guards[lost[0]].value:.1f} % in {lost[0]}"
+        part = other.point in point.parts and not {"K", "P"} & (set(point.letters) - set(other.point.letters))
+        fewer = other.point.letters == point.letters and (other.point.tokens or 0) < (point.tokens or 0)
+        if not (part or fewer):
+            continue
+        if other.drop.value > max_drop:
+            return f"{other.point.name} alone drops {other.drop.value:.2f} %"
+        for name, lost in other.guards.items():
+            if lost.value > most:
+                return f"{other.point.name} alone loses {lost.value:.1f} % in {name}"
     speed = predicted(point, known) if len(point.letters) > 1 else None
     if best is not None and speed is not None and speed <= best.speedup.value:
         return f"its parts predict {speed:.2f}x, and {best.point.name} has {best.speedup.value:.2f}x"
