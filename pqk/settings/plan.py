@@ -14,6 +14,7 @@ from pqk import paths
 from pqk.errors import PqkError, nearest
 from pqk.files import matching
 from pqk.settings.card import ABLATION, ID_PATTERN, Card, CardId, list_cards, load_card
+from pqk.settings.recipe import JOINT
 from pqk.settings.seeds import parse_seeds, seeds_text
 from pqk.settings.yamlfile import Section, Spec, load_spec
 
@@ -181,8 +182,8 @@ def load_plan(name: str, root: Path | None = None) -> Plan:
 def ordered(plan: Plan, root: Path | None = None) -> list[Step]:
     """Returns the plan's experiments in the order in which they run.
 
-    No experiment runs before those that its card requires. Among those that can run: scripts, K alone, P alone, Q
-    alone, recipes of two stages, of three, the joint PQK, ablations; then the order of the file.
+    No experiment runs before those that its card requires. Among those that can run: scripts, K alone, P alone, T
+    alone, Q alone, recipes of two stages, of three, of four, the joint PQK, ablations; then the order of the file.
     Raises PqkError when a card is missing or invalid, requires a card that the plan does not have, or when cards
     require each other in a circle.
     """
@@ -245,11 +246,11 @@ def _rank(step: Step) -> int:
     if step.card is None:
         return 0
     if step.combo == ABLATION:
-        return 7
+        return 9
     recipe = step.card.recipe
-    if recipe == ("PQK",):
-        return 6
-    return {"K": 1, "P": 2, "Q": 3}[recipe[0]] if len(recipe) == 1 else 2 + len(recipe)
+    if recipe == JOINT:
+        return 8
+    return 1 + "KPTQ".index(recipe[0]) if len(recipe) == 1 else 3 + len(recipe)
 
 
 def hours_on(device: str, hours: float) -> Range:

@@ -97,7 +97,7 @@ def _records_of(step: Step, records: Sequence[Record], backend: str, root: Path)
     if experiment is None:
         return []
     asked = {"workload": experiment.workload.sha256, "eval": experiment.evaluation.sha256}
-    methods = {name: getattr(experiment, name) for name in ("quant", "prune", "distill", "joint")}
+    methods = {name: getattr(experiment, name) for name in ("quant", "prune", "distill", "joint", "reduce")}
 
     def belongs(record: Record) -> bool:
         hashes = record["hashes"] or {}

@@ -187,7 +187,8 @@ class Bench:
         if result:
             recipe = self.experiment.card.recipe
             asked = self.experiment
-            methods = {"P": asked.prune.sha256, "K": asked.distill.sha256, "PQK": asked.joint.sha256}
+            specs = {"P": asked.prune, "K": asked.distill, "T": asked.reduce, "PQK": asked.joint}
+            methods = {method: spec.sha256 for method, spec in specs.items()}
             config["recipe"] = list(recipe)
             config |= {method: methods[method] for method in recipe if method in methods}
         self.known |= {"quantizer": quantizer, "precision": precision, "config_sha256": sha256_json(config)}

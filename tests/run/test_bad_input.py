@@ -87,7 +87,7 @@ def test_shape_that_is_no_multiple_of_16(project: Path, refused: Refused, edit: 
         ("quant.ptq.calibration_image=8", "line: unknown key 'quant.ptq.calibration_image' .*'calibration_images'"),
         ("quant.ptq.bits_w=4", "command line: quant.ptq must hold bits_w 8 with bits_a 8"),
         ("quant.ptq.calibration_images", "write it as KEY=VALUE"),
-        ("quant=8", "quant must start with workload., eval., quant., distill., prune. or joint. and name a value"),
+        ("quant=8", "quant must start with workload., eval., .*, prune., joint. or reduce. and name a value"),
         ("quant.ptq.calibration_images=2020-13-45", "not plain YAML"),
         ("quant.ptq.keep_list=[LayerNorm", "not plain YAML"),
         ("quant.ptq.keep_list=[LayerNrom]", "'LayerNrom' is neither .*'LayerNorm'"),
@@ -135,7 +135,7 @@ def test_a_card_is_blamed_for_its_own_mistake(project: Path, refused: Refused) -
 
 
 def test_unknown_card_backend_quantizer(project: Path, refused: Refused) -> None:
-    assert re.match("there is no card 'B2' in schedule/TaskCards.* cards: A1, B1", refused(project, card="B2"))
+    assert re.match("there is no card 'B2' in schedule/TaskCards.* cards: A1, AUTO, B1", refused(project, card="B2"))
     assert "unknown backend 'openvin' (did you mean 'openvino'?)" in refused(project, backend="openvin")
     sentence = refused(project, "--quantizer", "nncff")
     assert sentence == "unknown quantizer 'nncff' (did you mean 'nncf'?); backend openvino has nncf, inc"

@@ -73,6 +73,8 @@ def rules(evaluation: Evaluation) -> StopRules:
         ("K", ("P", "K"), 3.0),
         ("K", ("K", "P"), 1.5),
         ("PQK", ("PQK",), 3.0),
+        ("Q", ("K", "T", "Q"), 1.5),
+        ("Q", ("T", "Q"), 2.0),
     ],
 )
 def test_lines(evaluation: Evaluation, stage: str, recipe: tuple[str, ...], line: float) -> None:

@@ -70,6 +70,15 @@ def test_order() -> None:
     assert steps["Baseline"].card is None and steps["A1"].combo == "K-only"
 
 
+def test_recipes_without_training_have_their_place() -> None:
+    plan = load_plan("best", REPOSITORY)
+    more = [plan.experiments[2].model_copy(update={"id": name}) for name in ("KTQ1", "TQ1", "T2", "T1")]
+    found = [
+        step.id for step in ordered(plan.model_copy(update={"experiments": (*plan.experiments, *more)}), REPOSITORY)
+    ]
+    assert found == ["Baseline", "A1", "C1", "T1", "T2", "B1", "D1", "E1", "TQ1", "F1", "KTQ1", "G1", "H1"]
+
+
 def test_the_campaign_has_every_recipe_with_its_seeds() -> None:
     plan = load_plan("results", REPOSITORY)
     steps = {step.id: step for step in ordered(plan, REPOSITORY)}

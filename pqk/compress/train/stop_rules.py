@@ -25,7 +25,7 @@ Kind = Literal["diverged", "over_budget", "drop", "no_improvement", "max_epochs"
 Checkpoint = Mapping[str, Any]
 
 MAIN_LINE = (("K",), ("K", "Q"))
-"""Recipes whose whole path is held to the line of K."""
+"""Recipes whose whole path is held to the line of K; T, which trains nothing, changes no line."""
 DIVERGED = 2.0
 """A score above this many times that of the first validation has diverged."""
 
@@ -56,7 +56,7 @@ def drop_line(stage: str, recipe: Sequence[str], lines: StopLoss) -> tuple[float
     stages = check_stages(recipe)
     if stage not in stages:
         raise ValueError(f"stage {stage!r} is not in the recipe {'→'.join(stages)}")
-    if stages in MAIN_LINE:
+    if tuple(one for one in stages if one != "T") in MAIN_LINE:
         return lines.drop_stop_k_pct, f"main line {'→'.join(stages)}"
     if stage == "K" and "P" not in stages[: stages.index("K")]:
         return lines.drop_stop_k_pct, "K"
