@@ -38,7 +38,7 @@ def no_rope(x: Tensor, rope: object, head_dim: int) -> Tensor:
     return x
 
 
-def twice_the_scale(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def twice_the_scale(q: Tensor, k: Tensor, v: Tensor, attn_mask: None, scale: float) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, scale=2 * scale)
 
 
@@ -75,7 +75,7 @@ def test_an_exporter_that_breaks_attention_writes_no_file(
         monkeypatch.setattr(layers, "apply_rope", lambda x, rope, width: x if wrong() else right_rope(x, rope, width))
     else:
 
-        def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: None, scale: float) -> Tensor:
             return F.scaled_dot_product_attention(q, k, v, scale=scale * (2 if wrong() else 1))
 
         monkeypatch.setattr(layers, "F", SimpleNamespace(scaled_dot_product_attention=attention))
