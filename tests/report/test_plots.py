@@ -229,7 +229,7 @@ def test_intervals_and_limits_are_drawn(close, limits):
 
     shares = precision(close, limits).axes[0]
     assert [t.get_text().strip() for t in shares.get_legend().get_texts()] == ["int8", "f32"]
-    assert shares.lines[-1].get_xdata()[0] == 80
+    assert list(shares.lines) == []  # as planned or not is no share of all FLOPs
 
     ablated = ablation([{**close[1], "combo": "H"}], limits).axes[0]
     assert [(a[0], b[0]) for a, b in error_bars(ablated)] == [pytest.approx((-0.51, 0.45))]
