@@ -22,6 +22,10 @@ app.add_typer(bench_app, name="bench")
 app.add_typer(ledger_app, name="ledger")
 
 
+_Quantizer = Annotated[str | None, typer.Option(help="quantizer of the backend; default: its first")]
+_Model = Annotated[str | None, typer.Option(help="as in `pqk run`; default: the shipped one")]
+_Setting = Annotated[list[str] | None, typer.Option("--set", help="override one value, as in `pqk run`")]
+_Json = Annotated[bool, typer.Option("--json", help="print everything as one JSON object, last line")]
 _Scenes = Annotated[Path | None, typer.Option(help="folder of scenes with ground truth")]
 _Images = Annotated[Path | None, typer.Option(help="folder of photographs")]
 _Fresh = Annotated[bool, typer.Option(help="make everything again, reuse nothing")]
@@ -41,7 +45,7 @@ def run(
         str | None,
         typer.Option(help="openvino, trt or auto (the default): trt where it finds a CUDA device"),
     ] = None,
-    quantizer: Annotated[str | None, typer.Option(help="quantizer of the backend; default: its first")] = None,
+    quantizer: _Quantizer = None,
     model: Annotated[
         str | None,
         typer.Option(help="official .pth, hub folder, our folder, or random:NAME; default: the shipped one"),
@@ -103,19 +107,19 @@ def parity(
     card: Annotated[str, typer.Argument(help="task card, for example B1 (schedule/TaskCards)")],
     backends: Annotated[str, typer.Option(help="toolchains to compare, separated by commas")] = "trt,openvino",
     quantizers: Annotated[str | None, typer.Option(help="e.g. nncf,inc,modelopt; default: each backend's own")] = None,
-    model: Annotated[str | None, typer.Option(help="as in `pqk run`; default: the shipped one")] = None,
+    model: _Model = None,
     scenes: _Scenes = None,
     images: _Images = None,
     train_scenes: _TrainScenes = None,
     train_images: _TrainImages = None,
     seed: Annotated[int | None, typer.Option(min=0, help="train and evaluation seed")] = None,
-    setting: Annotated[list[str] | None, typer.Option("--set", help="override one value, as in `pqk run`")] = None,
+    setting: _Setting = None,
     fresh: _Fresh = False,
     retime: _Retime = False,
     explain: Annotated[
         bool, typer.Option("--explain", help="rank the nodes of each quantized run by their error")
     ] = False,
-    json_line: Annotated[bool, typer.Option("--json", help="print everything as one JSON object, last line")] = False,
+    json_line: _Json = False,
 ) -> None:
     """Compare one recipe on every toolchain: quality, speed and difference of the outputs, with a verdict per level.
 
@@ -153,14 +157,14 @@ def tune(
         Path | None, typer.Option("-o", "--out", help="the tuned file; default: reports/tune/CARD.quant.yaml")
     ] = None,
     backend: Annotated[str, typer.Option(help="a backend that runs here, not emulated")] = "openvino",
-    quantizer: Annotated[str | None, typer.Option(help="quantizer of the backend; default: its first")] = None,
-    model: Annotated[str | None, typer.Option(help="as in `pqk run`; default: the shipped one")] = None,
+    quantizer: _Quantizer = None,
+    model: _Model = None,
     scenes: _Scenes = None,
     images: _Images = None,
     train_scenes: _TrainScenes = None,
     train_images: _TrainImages = None,
-    setting: Annotated[list[str] | None, typer.Option("--set", help="override one value, as in `pqk run`")] = None,
-    json_line: Annotated[bool, typer.Option("--json", help="print everything as one JSON object, last line")] = False,
+    setting: _Setting = None,
+    json_line: _Json = False,
 ) -> None:
     """Tune mixed precision: find the nodes that must stay in float for a drop under the limit, write the quant.yaml.
 
@@ -196,17 +200,17 @@ def optimize(
         Path | None, typer.Option("-o", "--out", help="folder of the export; default: none is written")
     ] = None,
     backend: Annotated[str | None, typer.Option(help="as in `pqk run`; one that runs here, not emulated")] = None,
-    quantizer: Annotated[str | None, typer.Option(help="quantizer of the backend; default: its first")] = None,
+    quantizer: _Quantizer = None,
     scenes: _Scenes = None,
     images: _Images = None,
     train_scenes: _TrainScenes = None,
     train_images: _TrainImages = None,
-    setting: Annotated[list[str] | None, typer.Option("--set", help="override one value, as in `pqk run`")] = None,
+    setting: _Setting = None,
     decide: Annotated[
         bool, typer.Option("--decide", help="add test scenes until the interval of the winner's drop decides")
     ] = False,
     max_scenes: Annotated[int, typer.Option(min=2, help="with --decide: largest number of test scenes")] = 832,
-    json_line: Annotated[bool, typer.Option("--json", help="print everything as one JSON object, last line")] = False,
+    json_line: _Json = False,
 ) -> None:
     """Find the fastest recipe within a drop on this machine, verify it on test samples once, and export it.
 
@@ -237,10 +241,10 @@ def profile(
     card: Annotated[str, typer.Argument(help="task card that quantizes, for example B1")],
     rounds: Annotated[int, typer.Option(min=3, help="how often each engine is profiled")] = 7,
     backend: Annotated[str | None, typer.Option(help="as in `pqk run`; one that runs here, not emulated")] = None,
-    quantizer: Annotated[str | None, typer.Option(help="quantizer of the backend; default: its first")] = None,
-    model: Annotated[str | None, typer.Option(help="as in `pqk run`; default: the shipped one")] = None,
-    setting: Annotated[list[str] | None, typer.Option("--set", help="override one value, as in `pqk run`")] = None,
-    json_line: Annotated[bool, typer.Option("--json", help="print everything as one JSON object, last line")] = False,
+    quantizer: _Quantizer = None,
+    model: _Model = None,
+    setting: _Setting = None,
+    json_line: _Json = False,
 ) -> None:
     """Show where the time of a card's f32 and int8 engines goes, and why int8 is as fast as it is here.
 
@@ -259,13 +263,13 @@ def export(
     card: Annotated[str, typer.Argument(help="task card, for example B1")],
     out: Annotated[Path, typer.Option("-o", "--out", help="folder to write; an earlier export in it is replaced")],
     backend: Annotated[str | None, typer.Option(help="as in `pqk run`")] = None,
-    quantizer: Annotated[str | None, typer.Option(help="quantizer of the backend; default: its first")] = None,
+    quantizer: _Quantizer = None,
     precision: Annotated[
         str | None,
         typer.Option(help="int8, f32, bf16 ...; default: int8 when the recipe quantizes, else best float"),
     ] = None,
-    model: Annotated[str | None, typer.Option(help="as in `pqk run`; default: the shipped one")] = None,
-    setting: Annotated[list[str] | None, typer.Option("--set", help="override one value, as in `pqk run`")] = None,
+    model: _Model = None,
+    setting: _Setting = None,
     train_scenes: _TrainScenes = None,
     train_images: _TrainImages = None,
     qat: Annotated[bool, typer.Option(help="as in `pqk run`")] = True,
@@ -425,7 +429,7 @@ def bench_growth(
     card: Annotated[str, typer.Option(help="task card that is run for each value")] = "B1",
     backend: Annotated[str, typer.Option(help="a backend that runs here, not emulated")] = "openvino",
     model: Annotated[str | None, typer.Option(help="folder, file or named model; default: the shipped one")] = None,
-    setting: Annotated[list[str] | None, typer.Option("--set", help="override one value, as in `pqk run`")] = None,
+    setting: _Setting = None,
     out: Annotated[Path, typer.Option("-o", "--out", help="the table as .csv")] = Path("reports/growth.csv"),
 ) -> None:
     """Measure how time and memory grow with one setting; the last line is JSON."""
@@ -442,7 +446,7 @@ def bench_growth(
 def bench_engine(
     card: Annotated[str, typer.Argument(help="task card whose variants are timed")] = "B1",
     model: Annotated[str | None, typer.Option(help="folder, file or named model; default: the shipped one")] = None,
-    setting: Annotated[list[str] | None, typer.Option("--set", help="override one value, as in `pqk run`")] = None,
+    setting: _Setting = None,
     rounds: Annotated[int, typer.Option(min=6, help="rounds in which every variant runs once")] = 19,
     only: Annotated[str | None, typer.Option(help="parts of names, separated by commas; default: all")] = None,
     out: Annotated[Path, typer.Option("-o", "--out", help="the figures as .json")] = Path("reports/engine.json"),
