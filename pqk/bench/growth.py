@@ -10,15 +10,13 @@ from typing import TYPE_CHECKING, Any
 from pqk import paths
 from pqk.errors import PqkError
 from pqk.files import write_text
-from pqk.recipe.request import Request
+from pqk.recipe.request import Request, asked_experiment
 from pqk.recipe.runner import run
 from pqk.report.style import BESIDE, MARKERS, PALETTE, blank_figure, write_figure
 from pqk.stats.latency import percentile
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-COLUMNS = ("value", "row", "p50_ms", "ram_GB", "size_MB", "disturbed")
 
 
 def bench_growth(
@@ -34,38 +32,59 @@ def bench_growth(
 
     Each value is a run of its own, so times of two values are milliseconds of different timings: their ratios carry the
     machine's mood, which `disturbed` marks. Writes `out` (.csv) and a figure beside it; prints the table, with JSON as
-    the last line. Raises PqkError for fewer than two values, for emulated engines, and as `run` does.
+    the last line. All values are read before the first run; a run that fails later leaves the rows before it in `out`.
+    Raises PqkError for fewer than two values, for emulated engines, and as `run` does.
     """
     if len(set(values)) < 2 or len(set(values)) != len(values):
         raise PqkError(f"bench growth needs at least two different values of {over}, got {', '.join(map(str, values))}")
+    root = paths.project_root()
+    requests = {
+        value: Request(card, backend, model=model, settings={**settings, over: value}, qat=False) for value in values
+    }
+    for request in requests.values():
+        asked_experiment(request, root)
     rows: list[dict[str, Any]] = []
-    graphs: list[str] = []
-    for value in values:
-        request = Request(card, backend, model=model, settings={**settings, over: value}, qat=False)
-        found = run(request, paths.project_root(), lambda *_: None, print)
-        for record in found.records:
-            if record["t_pair_p50_ms"] is None:
-                raise PqkError("bench growth needs times, but these engines are emulated: they have none")
-            graphs = [name for name in record["samples"] if name != "pair"]
-            rows.append(
-                {
-                    "value": value,
-                    "row": f"{record['role']} {record['precision']}",
-                    "p50_ms": record["t_pair_p50_ms"],
-                    "ram_GB": record["ram_GB"],
-                    "size_MB": record["size_MB"],
-                    "disturbed": record["disturbed"],
-                    **{f"{name}_ms": percentile(record["samples"][name], 50) for name in graphs},
-                }
-            )
-    names = [*COLUMNS, *(f"{name}_ms" for name in graphs)]
-    table: list[list[Any]] = [names, *([row.get(name) for name in names] for row in rows)]
-    write_text(out, "\n".join(",".join("" if cell is None else str(cell) for cell in line) for line in table) + "\n")
+    for value, request in requests.items():
+        try:
+            rows += _measured(value, request, root)
+        except PqkError:
+            if rows:
+                print(f"{over}={value} failed; the rows before it are in {paths.shown(out)}")
+            raise
+        write_text(out, "\n".join(_lines(rows)) + "\n")
     why = write_figure(out.with_suffix(".png"), lambda: _figure(over, rows))
     _print(over, rows)
     print(f"{paths.shown(out)}" + (f"; no figure: {why}" if why else f"\n{paths.shown(out.with_suffix('.png'))}"))
     print(json.dumps(rows))
     return rows
+
+
+def _measured(value: int, request: Request, root: Path) -> list[dict[str, Any]]:
+    """Runs one value; returns a row for each of its records. Raises PqkError for engines without times."""
+    rows: list[dict[str, Any]] = []
+    for record in run(request, root, lambda *_: None, print).records:
+        if record["t_pair_p50_ms"] is None:
+            raise PqkError("bench growth needs times, but these engines are emulated: they have none")
+        graphs = {name: times for name, times in record["samples"].items() if name != "pair"}
+        rows.append(
+            {
+                "value": value,
+                "row": f"{record['role']} {record['precision']}",
+                "p50_ms": record["t_pair_p50_ms"],
+                "ram_GB": record["ram_GB"],
+                "size_MB": record["size_MB"],
+                "disturbed": record["disturbed"],
+                **{f"{name}_ms": percentile(times, 50) for name, times in graphs.items()},
+            }
+        )
+    return rows
+
+
+def _lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Returns the lines of the CSV; a cell without a value is empty."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    cells: list[list[Any]] = [names, *([row.get(name) for name in names] for row in rows)]
+    return [",".join("" if cell is None else str(cell) for cell in line) for line in cells]
 
 
 def _print(over: str, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -69,7 +69,8 @@ class Cells(nn.Module):
     centre_cos: Tensor
     centre_sin: Tensor
 
-    def __init__(self, rows: int, cols: int, merged: int, head_dim: int, base: float) -> None:
+    def __init__(self, rows: int, cols: int, merged: int, head_dim: int, base: float, corner: int) -> None:
+        """corner: row and column of the first token, for the rotary embedding."""
         super().__init__()
         self.rows, self.cols, self.merged = rows, cols, merged
         grid = np.arange(rows * cols).reshape(rows, cols)
@@ -86,8 +87,8 @@ class Cells(nn.Module):
             "order": order,
             "back": np.argsort(order),
         }
-        tables["cos"], tables["sin"] = rope_arrays(places, head_dim, base)
-        tables["centre_cos"], tables["centre_sin"] = rope_arrays(centres, head_dim, base)
+        tables["cos"], tables["sin"] = rope_arrays(places + corner, head_dim, base)
+        tables["centre_cos"], tables["centre_sin"] = rope_arrays(centres + corner, head_dim, base)
         for name, table in tables.items():
             self.register_buffer(name, torch.from_numpy(np.ascontiguousarray(table)), persistent=False)
 
@@ -132,10 +133,10 @@ class Cells(nn.Module):
         return places[:, self.back]
 
 
-def grid_cells(rows: int, cols: int, share: float, head_dim: int, base: float) -> Cells | None:
+def grid_cells(rows: int, cols: int, share: float, head_dim: int, base: float, corner: int = 0) -> Cells | None:
     """Returns the cells of a grid; None where the share leaves nothing to merge."""
     merged = cells_to_merge(rows, cols, share)
-    return Cells(rows, cols, merged, head_dim, base) if merged > 0 else None
+    return Cells(rows, cols, merged, head_dim, base, corner) if merged > 0 else None
 
 
 def _batch(x: Tensor) -> int:

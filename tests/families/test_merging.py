@@ -106,14 +106,15 @@ def test_a_merged_key_counts_as_the_four_equal_tokens_that_it_stands_for() -> No
     assert torch.allclose(whole, less, atol=1e-6) and merged.rope.bias.max() == pytest.approx(math.log(4))
 
 
-@pytest.mark.parametrize("coarser", [1, 2, 4])
-def test_a_folded_kernel_reads_the_coarse_map_as_the_kernel_reads_the_resized_one(coarser: int) -> None:
+@pytest.mark.parametrize(("coarser", "every"), [(1, 1), (2, 1), (4, 1), (1.75, 4), (3.5, 2)])
+def test_a_folded_kernel_reads_the_coarse_map_as_the_kernel_reads_the_resized_one(coarser: float, every: int) -> None:
+    """At every coarse point that lies on a fine one."""
     generator = torch.Generator().manual_seed(0)
-    coarse, kernel = torch.randn(1, 3, 9, 7, generator=generator), torch.randn(5, 3, 3, 3, generator=generator)
-    sides = [coarser * (side - 1) + 1 for side in coarse.shape[2:]]
+    coarse, kernel = torch.randn(1, 3, 13, 9, generator=generator), torch.randn(5, 3, 3, 3, generator=generator)
+    sides, apart = [round(coarser * (side - 1)) + 1 for side in coarse.shape[2:]], round(coarser * every)
     fine = F.interpolate(coarse, size=sides, mode="bilinear", align_corners=True)
-    want = F.conv2d(fine, kernel, padding=1)[:, :, ::coarser, ::coarser]
-    got = F.conv2d(coarse, folded(kernel, coarser), padding=1)
+    want = F.conv2d(fine, kernel, padding=1)[:, :, ::apart, ::apart]
+    got = F.conv2d(coarse, folded(kernel, coarser), padding=1)[:, :, ::every, ::every]
     assert torch.allclose(want[:, :, 1:-1, 1:-1], got[:, :, 1:-1, 1:-1], atol=1e-4)
 
 

@@ -86,6 +86,13 @@ def ran(project: Project) -> Outcome:
     return project.pqk("run", *CARD, "--json", code=(0, 1, 4))
 
 
+def test_letters_that_it_has_no_part_for_are_refused(project: Project) -> None:
+    outcome = project.pqk("run", "T1", "--backend", "openvino", "--model", "models/toy", code=3)
+    assert outcome.sentence == (
+        "card T1 asks for less work without training (T), but the family toy has no reducing part"
+    )
+
+
 def test_it_runs_a_card(ran: Outcome) -> None:
     record = ran.record
     assert (record["model"], record["precision"], record["measured"]) == ("toy", "int8", "engine")

@@ -42,6 +42,7 @@ def test_it_writes_a_row_for_every_value_and_precision(
         return records(request.settings["workload.n"])
 
     monkeypatch.setattr(growth, "run", run)
+    monkeypatch.setattr(growth, "asked_experiment", lambda *_: None)
     out = tmp_path / "growth.csv"
     growth.bench_growth("B1", "openvino", "models/m", "workload.n", [1, 2, 4], {"quant.a": 3}, out)
     assert [(r.settings, r.model, r.qat) for r in asked] == [
@@ -62,6 +63,25 @@ def test_it_refuses_what_it_cannot_measure(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(PqkError, match=r"at least two different values of workload\.n, got 2, 2"):
         growth.bench_growth("B1", "openvino", None, "workload.n", [2, 2], {}, tmp_path / "g.csv")
     monkeypatch.setattr(growth, "run", lambda *_: records(1, time=None))
+    with pytest.raises(PqkError, match=r"workload\.pair_graph\.k"):  # the second value, before the first is run
+        growth.bench_growth("B1", "trt", None, "workload.pair_graph.k", [2, 100], {}, tmp_path / "g.csv")
     with pytest.raises(PqkError, match="emulated: they have none"):
-        growth.bench_growth("B1", "trt", None, "workload.n", [1, 2], {}, tmp_path / "g.csv")
+        growth.bench_growth("B1", "trt", None, "workload.pair_graph.k", [2, 3], {}, tmp_path / "g.csv")
     assert not (tmp_path / "g.csv").exists()
+
+
+def test_a_value_that_fails_keeps_the_rows_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(request: Any, *rest: Any) -> SimpleNamespace:
+        if request.settings["workload.n"] == 4:
+            raise PqkError("out of memory")
+        return records(request.settings["workload.n"])
+
+    monkeypatch.setattr(growth, "run", run)
+    monkeypatch.setattr(growth, "asked_experiment", lambda *_: None)
+    out = tmp_path / "growth.csv"
+    with pytest.raises(PqkError, match="out of memory"):
+        growth.bench_growth("B1", "openvino", None, "workload.n", [1, 2, 4], {}, out)
+    assert [row["value"] for row in csv.DictReader(out.open())] == ["1", "1", "2", "2"]
+    assert "workload.n=4 failed; the rows before it are in" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Letter T through whole commands: a chain of all letters, and a family that has none."""
+"""Letter T in a whole command: a chain of all letters."""
 
 from __future__ import annotations
 
@@ -64,12 +64,3 @@ def test_all_letters_in_one_recipe(tmp_path: Path, model: Path) -> None:
     exported = pqk(root, "export", "X1", "--backend", "openvino", "--model", model, "--no-rollback", "-o", "out")
     assert exported.code == 0, exported.err
     assert "… " not in exported.err.split("✓")[0]  # everything is in the store
-
-
-def test_a_family_that_spares_nothing_says_so(tmp_path: Path) -> None:
-    root = make_project(tmp_path / "project")
-    outcome = pqk(root, "run", "T1", "--backend", "openvino", "--model", "random:vggt-tiny")
-    assert (outcome.code, outcome.sentence) == (
-        3,
-        "card T1 asks for less work without training (T), but the family vggt has no reducing part",
-    )

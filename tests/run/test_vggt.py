@@ -125,6 +125,18 @@ def test_toolchains_agree_in_float(project: Path, ran: Outcome) -> None:
             assert row["pose_enc.relative"] < 1e-4 and row["world_points.relative"] < 1e-4
 
 
+def test_less_work_without_training_then_int8(project: Path, ran: Outcome) -> None:
+    outcome = pqk(project, "run", "TQ1", "--backend", "openvino", *MODEL, "--json", "--no-qat", "--no-rollback")
+    record = ended(outcome, 0, 1, 4).record
+    assert (record["model"], record["precision"], record["combo"]) == ("toy+T", "int8", "T→Q")
+    assert "T: tail on a quarter of the grid, at most 50 % of the tokens merged" in record["notes"]
+    assert {"depth:/depth_head/Resize$", "points:/point_head/Resize$"} <= set(record["keep_list"])
+    assert record["flops_G"] < 0.8 * ran.record["flops_G"]
+    assert record["executed_precision"]["int8"] > 0.3
+    for name in ("chamfer", "delta1"):
+        assert any(f"guard metric: {name} " in reason for reason in record["verdict_reasons"])
+
+
 def test_a_bundle_runs_alone(project: Path, ran: Outcome, tmp_path: Path) -> None:
     ended(pqk(project, "export", "B1", "--backend", "openvino", *MODEL, "-o", "bundle", "--no-qat"), 0, 1, 4)
     manifest = json.loads((project / "bundle" / "manifest.json").read_text())

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pqk.errors import PqkError
-from pqk.families.reducing import MOST_MERGED, TAILS
+from pqk.families.reducing import read_reduce
 from pqk.families.sizes import LARGEST, BlockSize, count, is_count, known, levels, stack
 
 PATCH_EMBEDS = ("PatchEmbedDust3R", "ManyAR_PatchEmbed")
@@ -200,16 +200,11 @@ def _stack(values: Mapping[str, Any], part: str, dim: int, listed: Any, name: st
 
 
 def _reduced(given: Any, dpt: DptSize | None) -> dict[str, Any]:
-    """Reads {tail: full | half | quarter, tokens: 0..0.6}."""
-    asked = {"tail": "full", "tokens": 0.0, **known(OF, given or {}, ("tail", "tokens"), "reduce")}
-    tail, tokens = asked["tail"], asked["tokens"]
-    if tail not in TAILS:
-        raise PqkError(f"{OF}: reduce.tail must be one of {', '.join(TAILS)}, got {tail!r}")
-    if tail != "full" and dpt is None:
-        raise PqkError(f"{OF}: reduce.tail is {tail}, but a linear head has no tail to fold")
-    if isinstance(tokens, bool) or not isinstance(tokens, int | float) or not 0 <= tokens <= MOST_MERGED:
-        raise PqkError(f"{OF}: reduce.tokens must be a share from 0 to {MOST_MERGED}, got {tokens!r}")
-    return {"tail": TAILS[tail], "merged": float(tokens)}
+    """Reads the key `reduce`; see `read_reduce`."""
+    tail, merged = read_reduce(OF, given)
+    if tail > 1 and dpt is None:
+        raise PqkError(f"{OF}: reduce.tail is {given['tail']}, but a linear head has no tail to fold")
+    return {"tail": tail, "merged": merged}
 
 
 def _dpt(given: Any) -> DptSize:

@@ -11,6 +11,7 @@ FAMILY = Family(
     scoring="pqk.families.vggt.scoring",
     learning="pqk.families.vggt.learning",
     cutting="pqk.families.vggt.cutting",
+    reducing="pqk.families.vggt.reduce",
     export="pqk.families.vggt.export",
     vectors="pqk.families.vggt.vectors",
 )

@@ -129,7 +129,7 @@ def tracing(net: Vggt) -> tuple[Callable[[Vggt, Tensor], list[Tensor]], Tensor]:
     return lambda net, images: list(net(images).values()), torch.zeros(1, TRACED_FRAMES, 3, side, side)
 
 
-def _queries(q: Tensor, k: Tensor, v: Tensor, tokens: int, rope: Rope | None) -> Tensor:
+def _queries(q: Tensor, k: Tensor, v: Tensor, tokens: int, rope: Rope | None, bias: Tensor | None = None) -> Tensor:
     return q
 
 

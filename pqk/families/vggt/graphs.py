@@ -22,9 +22,10 @@ from torch import Tensor, nn
 
 from pqk.families.contract import GraphSpec
 from pqk.families.layers import Rope
+from pqk.families.merging import Cells
 from pqk.families.vggt.network.dpt import DptHead
-from pqk.families.vggt.network.layers import Dino, batch_of
-from pqk.families.vggt.network.model import Vggt, depth_maps, last_round, normalise, point_maps, rope_tables
+from pqk.families.vggt.network.layers import Dino
+from pqk.families.vggt.network.model import Vggt, cells_of, depth_maps, normalise, point_maps, rope_tables
 
 LEVELS = ("level_0", "level_1", "level_2", "level_3")
 DEPTH = ("depth", "depth_conf")
@@ -37,6 +38,7 @@ class Sized(nn.Module):
     def __init__(self, model: Vggt, grid: tuple[int, int], frames: int) -> None:
         super().__init__()
         self.sizes, self.grid, self.frames = model.sizes, grid, frames
+        self.cells: Cells | None = None  # of a network that merges patches
 
     def set_size(self, rows: int, cols: int, frames: int) -> None:
         """Takes frames of another size, or another number of them."""
@@ -64,14 +66,17 @@ class EncoderGraph(Sized):
         self.folds = folded and isinstance(self.patch_embed, Dino)
         if self.folds:
             self.register_buffer("folded", self._table(), persistent=False)
+        self.cells = cells_of(self.sizes, grid, self.camera_token.device)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         special = torch.cat((self.camera_token, self.register_token), dim=2)[0]
-        return self.patch_embed(normalise(image), self.grid, self.folded if self.folds else None), special
+        table = self.folded if self.folds else None
+        return self.patch_embed(normalise(image), self.grid, table, self.cells), special
 
     def resized(self) -> None:
         if self.folds:
             self.folded = self._table()
+        self.cells = cells_of(self.sizes, self.grid, self.camera_token.device)
 
     def _table(self) -> Tensor:
         with torch.no_grad():
@@ -89,25 +94,17 @@ class AggregatorGraph(Sized):
         self.resized()
 
     def forward(self, special: Tensor, *tokens: Tensor) -> tuple[Tensor, ...]:
-        patches = self.grid[0] * self.grid[1]
-        count, width = self.sizes.special + patches, 2 * self.sizes.dim
-        batch = batch_of(tokens[0])
-        x = torch.stack(tokens, dim=1).reshape(batch * self.frames, patches, self.sizes.dim)
-        x = self.aggregator.with_special(x, special, batch, self.frames)
+        count = self.sizes.special + self.grid[0] * self.grid[1]
         ropes = Rope(self.frame_cos, self.frame_sin, count), Rope(self.global_cos, self.global_sin, count * self.frames)
-        wanted = sorted({*self.sizes.dpt.layers, last_round(self.sizes)})
-        rounds = dict(zip(wanted, self.aggregator.rounds(x, self.frames, count, ropes, wanted), strict=True))
-        levels = (
-            rounds[layer][:, :, self.sizes.special :].reshape(batch * self.frames, patches, width)
-            for layer in self.sizes.dpt.layers
-        )
-        return rounds[wanted[-1]][:, :, 0], *levels
+        camera_tokens, levels = self.aggregator.levels(tokens, special, ropes, self.cells)
+        return camera_tokens, *levels
 
     def resized(self) -> None:
         device = next(self.aggregator.parameters()).device
         one, every = rope_tables(self.sizes, self.grid, self.frames)
         self.frame_cos, self.frame_sin = (torch.from_numpy(table).to(device) for table in one)
         self.global_cos, self.global_sin = (torch.from_numpy(table).to(device) for table in every)
+        self.cells = cells_of(self.sizes, self.grid, device)
 
 
 class CameraGraph(Sized):

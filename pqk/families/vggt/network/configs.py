@@ -1,17 +1,19 @@
 """VGGT configurations: the named ones, reading of a configuration into checked sizes, inference from weights.
 
 The keys are those of the official constructor and of the parts it builds; `frame_blocks`, `global_blocks`, `blocks`
-(of dino and camera) and `head_dim` are our additions for pruned and small networks.
+(of dino and camera) and `head_dim` are our additions for pruned and small networks, `reduce` for networks that do less
+work (letter T, see `pqk.families.vggt.reduce`).
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pqk.errors import PqkError
+from pqk.families.reducing import read_reduce
 from pqk.families.sizes import LARGEST, BlockSize, count, is_count, known, levels, stack
 
 OF = "vggt configuration"
@@ -61,6 +63,7 @@ _DEFAULTS: dict[str, Any] = {
     "enable_depth": True,
     "enable_point": True,
     "enable_track": None,
+    "reduce": None,
 }
 _HEADS = ("num_heads", "head_dim")
 _STACK = ("depth", *_HEADS, "blocks")
@@ -91,7 +94,8 @@ class DptSize:
     """Widths of a DPT head: the fused maps and the four levels; layers: the rounds that it reads.
 
     resized: the four levels after they were resized (out_channels, but for a pruned network). last: of the map that is
-    resized to the image (half of features, but for a pruned network).
+    resized to the image (half of features, but for a pruned network). tail: how much coarser the grid of the last
+    convolutions is, 1, 2 or 4.
     """
 
     features: int
@@ -99,6 +103,7 @@ class DptSize:
     layers: tuple[int, int, int, int]
     resized: tuple[int, int, int, int]
     last: int
+    tail: int = 1
 
 
 @dataclass(frozen=True)
@@ -136,6 +141,8 @@ class VggtConfig:
     point_head: bool
     dpt: DptSize
     track: TrackSize | None
+    merged: float
+    """Largest share of patch tokens that merging takes away."""
 
     @property
     def special(self) -> int:
@@ -171,6 +178,7 @@ def read_config(config: Mapping[str, Any]) -> VggtConfig:
         raise PqkError(
             OF + f": frame_blocks and global_blocks must be equally many, got {len(frame)} and {len(across)}"
         )
+    tail, merged = read_reduce(OF, values["reduce"])
     return VggtConfig(
         img_size=img_size,
         patch_size=patch_size,
@@ -183,8 +191,9 @@ def read_config(config: Mapping[str, Any]) -> VggtConfig:
         camera=_camera(values, 2 * dim) if values["enable_camera"] else None,
         depth_head=values["enable_depth"],
         point_head=values["enable_point"],
-        dpt=_dpt(values["dpt"], len(frame)),
+        dpt=replace(_dpt(values["dpt"], len(frame)), tail=tail),
         track=_track(values["track"], values["dpt"]) if _wants_track(values) else None,
+        merged=merged,
     )
 
 

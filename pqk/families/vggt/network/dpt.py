@@ -19,28 +19,34 @@ from pqk.families.vggt.network.layers import EPS
 
 LAST = 32
 """Channels between the last two convolutions, in every network."""
+GRID = 8
+"""Cells of the map before the last convolutions to a patch, along a side."""
 PLACE = 0.1
 """Weight of the place embedding."""
 
 
 @lru_cache(maxsize=64)
-def place_waves(width: int, height: int, aspect: float, channels: int) -> tuple[np.ndarray, np.ndarray]:
+def place_waves(
+    width: int, height: int, aspect: float, channels: int, of: tuple[int, int] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Sines and cosines of every column's place, (width, channels / 2), and of every row's, (height, channels / 2).
 
     With n = sqrt(aspect^2 + 1), x takes `width` equidistant values from -(aspect / n) (width - 1) / width to its
     negative, y likewise from -(1 / n) (height - 1) / height. Of each the sines at frequencies
     100^(-i / (channels / 4)), then the cosines. Computed in float64 as the official code does, returned in float32.
+    of: width and height of the map that this one is resized to later: the ends are then those of that map.
     """
     norm = (aspect * aspect + 1) ** 0.5
     frequencies = 100.0 ** -(np.arange(channels // 4, dtype=np.float64) / (channels / 4))
 
-    def waves(count: int, span: float) -> np.ndarray:
-        end = span / norm * (count - 1) / count
+    def waves(count: int, whole: int, span: float) -> np.ndarray:
+        end = span / norm * (whole - 1) / whole
         values = np.linspace(np.float32(-end), np.float32(end), count, dtype=np.float32)
         angles = values.astype(np.float64)[:, None] * frequencies
         return np.concatenate((np.sin(angles), np.cos(angles)), axis=-1).astype(np.float32)
 
-    return waves(width, aspect), waves(height, 1.0)
+    columns, rows = (width, height) if of is None else of
+    return waves(width, columns, aspect), waves(height, rows, 1.0)
 
 
 def place_embedding(width: int, height: int, aspect: float, channels: int) -> np.ndarray:
@@ -106,7 +112,9 @@ class Scratch(nn.Module):
 class DptHead(nn.Module):
     """Four rounds of tokens -> a raw map of the image's size, or features of half that size.
 
-    values: channels of the map; None: features (of the track head), without place embeddings.
+    values: channels of the map; None: features (of the track head), without place embeddings. Of a network whose
+    kernels were folded (`pqk.families.vggt.reduce`) the raw map is resized in place of the features: all from the last
+    residual unit to the last ReLU is linear, and the embedding of places is as smooth as a resize.
     """
 
     def __init__(self, width: int, size: DptSize, values: int | None, patch_size: int) -> None:
@@ -137,18 +145,33 @@ class DptHead(nn.Module):
         x = self.scratch.refinenet4(maps[3], None, sizes[2])
         x = self.scratch.refinenet3(x, maps[2], sizes[1])
         x = self.scratch.refinenet2(x, maps[1], sizes[0])
-        x = self.scratch.refinenet1(x, maps[0], (8 * h, 8 * w))
+        last = GRID // 2 if self.size.tail == 4 else GRID
+        x = self.scratch.refinenet1(x, maps[0], (last * h, last * w))
         x = self.scratch.output_conv1(x)
         ratio = 1 if self.values is not None else 2
         size = (h * self.patch_size // ratio, w * self.patch_size // ratio)
+        if self.size.tail > 1:
+            x = self._placed(x, self.size.last, (last * h, last * w), grid, size)
+            return resize(self.scratch.output_conv2(x), size)
         x = self._placed(resize(x, size), self.size.last, size, grid)
         return x if self.values is None else self.scratch.output_conv2(x)
 
-    def _placed(self, x: Tensor, channels: int, size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
-        """The map plus the embedding of its places, as one table per axis: a whole one would be as large as the map."""
+    def _placed(
+        self,
+        x: Tensor,
+        channels: int,
+        size: tuple[int, int],
+        grid: tuple[int, int],
+        resized: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """The map plus the embedding of its places, as one table per axis: a whole one would be as large as the map.
+
+        resized: the size that the sum is resized to later.
+        """
         if self.values is None:
             return x
-        across, down = place_waves(size[1], size[0], grid[1] / grid[0], channels)
+        of = None if resized is None else (resized[1], resized[0])
+        across, down = place_waves(size[1], size[0], grid[1] / grid[0], channels, of)
         rest = np.zeros((1, channels // 2), dtype=np.float32)
         columns = np.concatenate((across, np.broadcast_to(rest, across.shape)), axis=-1).T[:, None, :]
         rows = np.concatenate((np.broadcast_to(rest, down.shape), down), axis=-1).T[:, :, None]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pqk.families.layers import Mlp, Rope, apply_rope
+from pqk.families.merging import Cells
 from pqk.families.sizes import BlockSize
 from pqk.families.vggt.network.configs import DINO_REGISTERS
 
@@ -51,20 +52,22 @@ class Attention(nn.Module):
         self.k_norm = nn.LayerNorm(head_dim, eps=EPS) if qk_norm else nn.Identity()
         self.proj = nn.Linear(self.inner, dim)
 
-    def forward(self, x: Tensor, tokens: int, rope: Rope | None) -> Tensor:
+    def forward(self, x: Tensor, tokens: int, rope: Rope | None, bias: Tensor | None = None) -> Tensor:
         """x (B, tokens, dim) -> (B, tokens, dim); the fused projection is ordered q | k | v, each head by head."""
         q, k, v = self.qkv(x).split(self.inner, dim=-1)
-        return self.proj(self.attend(q, k, v, tokens, rope))
+        return self.proj(self.attend(q, k, v, tokens, rope, bias))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, tokens: int, rope: Rope | None) -> Tensor:
-        """q, k and v (B, tokens, inner) -> (B, tokens, inner).
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, tokens: int, rope: Rope | None, bias: Tensor | None = None
+    ) -> Tensor:
+        """q, k and v (B, tokens, inner) -> (B, tokens, inner). bias: added to the scores of each key (1, 1, 1, tokens).
 
         They are cut apart before they are split into heads. A five-dimensional reshape of all three, as in the official
         code, computes the same, but OpenVINO's CPU plugin gets it wrong for two tokens (docs/methods.md).
         """
         q, k, v = (self._split_heads(part, tokens) for part in (q, k, v))
         q, k = self.turned(q, k, rope)
-        mixed = F.scaled_dot_product_attention(q, k, v, scale=self.head_dim**-0.5)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.head_dim**-0.5)
         return mixed.transpose(1, 2).reshape(-1, tokens, self.inner)
 
     def paid(self, x: Tensor, tokens: int, rope: Rope | None) -> Tensor:
@@ -96,9 +99,9 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, size.ffn)
         self.ls2 = LayerScale(dim)
 
-    def forward(self, x: Tensor, tokens: int, rope: Rope | None = None) -> Tensor:
-        """x (B, tokens, dim) -> (B, tokens, dim)."""
-        x = x + self.ls1(self.attn(self.norm1(x), tokens, rope))
+    def forward(self, x: Tensor, tokens: int, rope: Rope | None = None, bias: Tensor | None = None) -> Tensor:
+        """x (B, tokens, dim) -> (B, tokens, dim). bias: see `Attention.attend`."""
+        x = x + self.ls1(self.attn(self.norm1(x), tokens, rope, bias))
         return x + self.ls2(self.mlp(self.norm2(x)))
 
 
@@ -110,8 +113,10 @@ class PatchEmbed(nn.Module):
         self.dim = dim
         self.proj = nn.Conv2d(3, dim, kernel_size=patch_size, stride=patch_size)
 
-    def forward(self, image: Tensor, grid: tuple[int, int], table: Tensor | None = None) -> Tensor:
-        """grid: patches in a column and in a row. table: of positions; there is none here."""
+    def forward(
+        self, image: Tensor, grid: tuple[int, int], table: Tensor | None = None, cells: Cells | None = None
+    ) -> Tensor:
+        """grid: patches in a column and in a row. table, cells: as of `Dino`; there are no positions and no blocks."""
         return self.proj(image).reshape(-1, self.dim, grid[0] * grid[1]).transpose(1, 2)
 
 
@@ -143,14 +148,28 @@ class Dino(nn.Module):
         flat = resized.permute(0, 2, 3, 1).reshape(1, grid[0] * grid[1], dim)
         return torch.cat((first, flat.to(first.dtype)), dim=1)
 
-    def forward(self, image: Tensor, grid: tuple[int, int], table: Tensor | None = None) -> Tensor:
-        """Normalised image (F, 3, H, W) -> (F, N, dim). table: see `table`, where it was computed before."""
+    def forward(
+        self, image: Tensor, grid: tuple[int, int], table: Tensor | None = None, cells: Cells | None = None
+    ) -> Tensor:
+        """Normalised image (F, 3, H, W) -> (F, N, dim). table: see `table`, where it was computed before.
+
+        cells: of a network that merges patches; once, before the first block.
+        """
         table = self.table(grid) if table is None else table
         patches = self.patch_embed(image, grid) + table[:, 1:]
         frames = batch_of(patches)
         leaders = torch.cat((self.cls_token + table[:, :1], self.register_tokens), dim=1)
-        x = torch.cat((repeated(leaders, frames), patches), dim=1)
         leading = 1 + DINO_REGISTERS
+        merged = None if cells is None else cells(patches)
+        left, bias = (patches, None) if merged is None else (merged.tokens, key_bias(merged.rope, leading))
+        x = torch.cat((repeated(leaders, frames), left), dim=1)
+        count = leading + (grid[0] * grid[1] if merged is None else merged.rope.tokens)
         for block in self.blocks:
-            x = block(x, leading + grid[0] * grid[1])
-        return self.norm(x)[:, leading:]
+            x = block(x, count, None, bias)
+        return self.norm(x)[:, leading:] if merged is None else self.norm(merged.undo(x[:, leading:]))
+
+
+def key_bias(rope: Rope, leading: int) -> Tensor:
+    """The bias of merged keys (1, 1, 1, leading + N), of a frame whose first `leading` tokens are never merged."""
+    assert rope.bias is not None
+    return F.pad(rope.bias, (leading, 0))

@@ -16,10 +16,12 @@ from torch import Tensor, nn
 
 from pqk.errors import PqkError
 from pqk.families.layers import Rope, grid_positions, rope_arrays
+from pqk.families.merging import Cells, grid_cells
 from pqk.families.vggt.network.camera import CameraHead
 from pqk.families.vggt.network.configs import VggtConfig, read_config
 from pqk.families.vggt.network.dpt import DptHead
-from pqk.families.vggt.network.layers import Block, Dino, PatchEmbed, repeated
+from pqk.families.vggt.network.layers import Block, Dino, PatchEmbed, batch_of, repeated
+from pqk.families.vggt.network.merged import merge
 from pqk.families.vggt.network.track import TrackHead
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -51,9 +53,9 @@ class Aggregator(nn.Module):
         rest._parameters = {}
         return rest
 
-    def encode(self, image: Tensor, grid: tuple[int, int], table: Tensor | None = None) -> Tensor:
-        """Frames (F, 3, H, W) in [0, 1] -> patch tokens (F, N, C). table: of positions, computed before."""
-        return self.patch_embed(normalise(image), grid, table)
+    def encode(self, image: Tensor, grid: tuple[int, int], cells: Cells | None = None) -> Tensor:
+        """Frames (F, 3, H, W) in [0, 1] -> patch tokens (F, N, C). cells: of a network that merges patches."""
+        return self.patch_embed(normalise(image), grid, None, cells)
 
     def special(self) -> Tensor:
         """The camera token and the registers: (2, 1 + registers, C), those of a first frame, then of any other."""
@@ -67,6 +69,31 @@ class Aggregator(nn.Module):
         of_frames = torch.cat([special[:1], *[special[1:]] * (frames - 1)])
         return torch.cat((repeated(of_frames, batch), patches), dim=1)
 
+    def levels(
+        self, tokens: Sequence[Tensor], special: Tensor, ropes: tuple[Rope, Rope], cells: Cells | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Patch tokens (B, N, C) of each frame -> camera tokens (B, S, 2 C), and the rounds that the dense heads read,
+        each (B * S, N, 2 C).
+
+        special: as `special` gives them. ropes: see `rounds`. cells: of a network that merges patches.
+        """
+        batch, frames, first = batch_of(tokens[0]), len(tokens), self.sizes.special
+        patches = ropes[0].tokens - first
+        merged = None if cells is None else merge(cells, tokens, first)
+        if merged is not None:
+            tokens, ropes = merged.tokens, merged.ropes
+        count = ropes[0].tokens
+        x = torch.stack(list(tokens), dim=1).reshape(batch * frames, count - first, self.sizes.dim)
+        x = self.with_special(x, special, batch, frames)
+        wanted = sorted({*self.sizes.dpt.layers, last_round(self.sizes)})
+        rounds = dict(zip(wanted, self.rounds(x, frames, count, ropes, wanted), strict=True))
+        levels = []
+        for layer in self.sizes.dpt.layers:
+            level = rounds[layer][:, :, first:]
+            level = level if merged is None else merged.undo(level)
+            levels.append(level.reshape(batch * frames, patches, 2 * self.sizes.dim))
+        return rounds[wanted[-1]][:, :, 0], levels
+
     def rounds(
         self, x: Tensor, frames: int, tokens: int, ropes: tuple[Rope, Rope], wanted: Sequence[int]
     ) -> list[Tensor]:
@@ -76,9 +103,9 @@ class Aggregator(nn.Module):
         """
         dim, found = self.sizes.dim, {}
         for index, (inside, across) in enumerate(zip(self.frame_blocks, self.global_blocks, strict=True)):
-            x = inside(x.reshape(-1, tokens, dim), tokens, ropes[0])
+            x = inside(x.reshape(-1, tokens, dim), tokens, ropes[0], ropes[0].bias)
             before = x.reshape(-1, frames, tokens, dim)
-            x = across(x.reshape(-1, frames * tokens, dim), frames * tokens, ropes[1])
+            x = across(x.reshape(-1, frames * tokens, dim), frames * tokens, ropes[1], ropes[1].bias)
             if index in wanted:
                 found[index] = torch.cat((before, x.reshape(-1, frames, tokens, dim)), dim=-1)
         return [found[index] for index in wanted]
@@ -118,19 +145,16 @@ class Vggt(nn.Module):
         images = images[None] if images.ndim == 4 else images
         grid = self._grid(images)
         batch, frames = images.shape[:2]
-        tokens = self.sizes.special + grid[0] * grid[1]
-        patches = self.aggregator.encode(images.flatten(0, 1), grid)
-        x = self.aggregator.with_special(patches, self.aggregator.special(), batch, frames)
-        layers = self.sizes.dpt.layers
-        wanted = sorted({*layers, last_round(self.sizes)})
-        found = dict(
-            zip(wanted, self.aggregator.rounds(x, frames, tokens, self.ropes(grid, frames, x), wanted), strict=True)
+        cells = cells_of(self.sizes, grid, images.device)
+        patches = self.aggregator.encode(images.flatten(0, 1), grid, cells)
+        tokens = patches.unflatten(0, (batch, frames)).unbind(1)
+        camera_tokens, levels = self.aggregator.levels(
+            tokens, self.aggregator.special(), self.ropes(grid, frames, patches), cells
         )
-        levels = [found[layer][:, :, self.sizes.special :].flatten(0, 1) for layer in layers]
         out: dict[str, Tensor] = {}
         with torch.autocast(images.device.type, enabled=False):
             if self.sizes.camera is not None:
-                out["pose_enc"] = self.camera_head(found[wanted[-1]][:, :, 0].float(), frames)[-1]
+                out["pose_enc"] = self.camera_head(camera_tokens.float(), frames)[-1]
             if self.sizes.depth_head:
                 maps = depth_maps(self.depth_head([level.float() for level in levels], grid))
                 out["depth"], out["depth_conf"] = (x.unflatten(0, (batch, frames)) for x in maps)
@@ -175,6 +199,13 @@ def rope_tables(sizes: VggtConfig, grid: tuple[int, int], frames: int) -> list[t
         rope_arrays(np.tile(positions, (count, 1)), head_dim, ROPE_BASE)
         for count, head_dim in zip((1, frames), head_dims, strict=True)
     ]
+
+
+def cells_of(sizes: VggtConfig, grid: tuple[int, int], device: torch.device) -> Cells | None:
+    """The cells whose patches are merged, in the encoder and in the rounds; None where none is."""
+    head_dim = sizes.frame_blocks[0].head_dim
+    cells = grid_cells(*grid, sizes.merged, head_dim, ROPE_BASE, corner=1) if sizes.merged else None
+    return None if cells is None else cells.to(device)
 
 
 def last_round(sizes: VggtConfig) -> int:
