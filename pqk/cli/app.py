@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -152,7 +152,15 @@ def parity(
 def tune(
     card: Annotated[str, typer.Argument(help="task card, for example B1 (schedule/TaskCards)")],
     max_drop: Annotated[float, typer.Option(help="largest allowed drop of the main metric, in percent")] = 1.0,
-    max_evaluations: Annotated[int, typer.Option(min=2, help="most choices of float nodes to measure")] = 12,
+    aim: Annotated[
+        Literal["quality", "speed"],
+        typer.Option(
+            "--for", help="quality: float nodes that a drop under the limit needs; speed: those faster in float"
+        ),
+    ] = "quality",
+    max_evaluations: Annotated[
+        int | None, typer.Option(min=2, help="most choices of float nodes to measure; default: 12, for speed 40")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help="the tuned file; default: reports/tune/CARD.quant.yaml")
     ] = None,
@@ -167,6 +175,8 @@ def tune(
     json_line: _Json = False,
 ) -> None:
     """Tune mixed precision: find the nodes that must stay in float for a drop under the limit, write the quant.yaml.
+
+    With --for speed: find the layers that are faster in float here.
 
     Exit codes: 0 the tuned recipe is within the limit on the test samples, 1 it is not, 2 wrong input, 3 backend or
     method unavailable, 4 undecided on the test samples.
@@ -185,7 +195,7 @@ def tune(
         train_scenes=train_scenes,
         train_images=train_images,
     )
-    raise typer.Exit(run_tune(request, max_drop, max_evaluations, out, json_line))
+    raise typer.Exit(run_tune(request, aim, max_drop, max_evaluations, out, json_line))
 
 
 @app.command()

@@ -283,21 +283,33 @@ def run_parity(
     return EXIT_CHECK_FAILED if any(v.verdict == "differ" for v in result.verdicts) else EXIT_OK
 
 
-def run_tune(request: Request, max_drop: float, max_evaluations: int, out: Path | None, as_json: bool) -> int:
+def run_tune(
+    request: Request, aim: str, max_drop: float, max_evaluations: int | None, out: Path | None, as_json: bool
+) -> int:
     """Runs `pqk tune`: prints the table and writes reports/tune/CARD.*; returns the exit code.
 
-    0: the drop is within the limit, 1: it is not, 4: undecided.
+    0: the drop is within the limit, 1: it is not, 4: undecided. aim: quality or speed.
     """
-    from pqk.tune.report import as_data, print_tune, write_tune
+    from pqk.tune import placement_report, report
+    from pqk.tune.placement import place
     from pqk.tune.tune_card import tune
 
     root, folder, errors, began = _begin("tune")
-    quant = out or folder / f"{load_card(request.card, root).id}.quant.yaml"
-    tuned = tune(request, max_drop, max_evaluations, quant, root, _progress(errors), _teller(errors))
-    written = write_tune(tuned, folder)
-    print_tune(tuned, Console(stderr=as_json))
-    _finish(errors, began, written, as_data(tuned) if as_json else None)
-    return _CODES[tuned.verdict]
+    name = load_card(request.card, root).id
+    console, events, say = Console(stderr=as_json), _progress(errors), _teller(errors)
+    data: dict[str, Any]
+    if aim == "speed":
+        quant = out or folder / f"{name}.speed.quant.yaml"
+        placed = place(request, max_drop, max_evaluations or 40, quant, root, events, say)
+        written, data = placement_report.write_placed(placed, folder), placement_report.as_data(placed)
+        placement_report.print_placed(placed, console)
+    else:
+        quant = out or folder / f"{name}.quant.yaml"
+        tuned = tune(request, max_drop, max_evaluations or 12, quant, root, events, say)
+        written, data = report.write_tune(tuned, folder), report.as_data(tuned)
+        report.print_tune(tuned, console)
+    _finish(errors, began, written, data if as_json else None)
+    return _CODES[data["verdict"]]
 
 
 def seconds_of(text: str) -> float:

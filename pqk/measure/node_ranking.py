@@ -146,6 +146,14 @@ def _teller(graph: str, number: int, graphs: int) -> Progress:
     return say
 
 
+def quantized_nodes(request: dict[str, Any]) -> dict[str, Any]:
+    """Lists the nodes of each graph that compute with quantized values. Request: backend, float and int8 (graphs)."""
+    floats, ints = graphs_from_json(request["float"]), graphs_from_json(request["int8"])
+    surgery = _surgery(request["backend"])
+    whole = {name: graph for name, graph in ints.items() if not graph.left_float}
+    return {"nodes": {name: list(surgery(graph, floats[name]).nodes) for name, graph in whole.items()}}
+
+
 def mix_graphs(request: dict[str, Any]) -> dict[str, Any]:
     """Writes int8 graphs with nodes back in float to `out`; a graph without such nodes is not written.
 

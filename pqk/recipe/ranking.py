@@ -75,6 +75,18 @@ def ranking(candidate: Candidate) -> dict[str, list[dict[str, Any]]]:
     return {kind: found[kind] for kind in ("groups", "nodes")}
 
 
+def quantized_nodes(candidate: Candidate) -> dict[str, list[str]]:
+    """Returns the nodes of each graph that compute with quantized values, as patterns of a keep-list find them.
+
+    Raises PqkError when there is none.
+    """
+    about = stages.identity(candidate.ctx, candidate.variants[-1], candidate.onnx_float)
+    found: dict[str, list[str]] = _found(candidate, "quantized_nodes", about, {})["nodes"]
+    if not any(found.values()):
+        raise PqkError("no node of the quantized graphs computes with quantized values: all is in float already")
+    return {graph: nodes for graph, nodes in found.items() if nodes}
+
+
 def with_floats(candidate: Candidate, nodes: Mapping[str, Sequence[str]]) -> Variant:
     """Makes the candidate with nodes (graph -> names) back in float; graphs without such nodes stay as they are."""
     quantized, plain = candidate.variants[-1], candidate.onnx_float

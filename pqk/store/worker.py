@@ -132,6 +132,7 @@ TASKS = {
     "parted": "pqk.measure.node_ranking:part_graphs",
     "ranking": "pqk.measure.node_ranking:rank_graphs",
     "mixed": "pqk.measure.node_ranking:mix_graphs",
+    "quantized_nodes": "pqk.measure.node_ranking:quantized_nodes",
 }
 """Task -> module:function, which takes a request and returns a result, both plain data. They are named by strings, so
 that the code of a task, which is part of the keys of its artifacts, is only its own module and the imports of that."""

@@ -95,7 +95,7 @@ def tune(
     emulated, a limit that is not finite, fewer than two evaluations, a keep-list that the card or a setting overrides,
     and a file that cannot be written; afterwards when the card's metric gives no drop.
     """
-    base = _check(request, max_drop, max_evaluations, out, root)
+    base = check(request, max_drop, max_evaluations, out, root)
     candidate = run(request, root, on_event, say)
     record = candidate.records[-1]
     if record["measured"] == "emulated":
@@ -113,7 +113,7 @@ def tune(
         nodes = [node for name in chosen for node in units[name].nodes]
         if nodes:
             # The keep-list is checked here too: these nodes must not run in int8 kernels.
-            drop, time = _measure(candidate, with_floats(candidate, _by_graph(nodes)), (*kept, *keep_patterns(nodes)))
+            drop, time = _measure(candidate, with_floats(candidate, by_graph(nodes)), (*kept, *keep_patterns(nodes)))
         else:
             drop, time = plain.value, float(record["t_pair_p50_ms"])
         say(f"{len(nodes)} nodes in float: drop {drop:.2f} %, {time:.1f} ms")
@@ -147,7 +147,7 @@ def tune(
         confirmed, chosen = _confirm(candidate, winner, request, out, root, say)
     found, final = _told(tuned, winner, confirmed, out), None
     if confirmed is None or confirmed.drop_pct <= max_drop:
-        final = _final(chosen)
+        final = score_final(chosen)
     ok, sentence = judge_drop(final, max_drop)
     verdict = "pass" if ok is True else UNDECIDED if ok == UNDECIDED else "fail"
     lines = [found] if final is None else [found, f"on the test samples, {verdict}: {sentence}"]
@@ -155,7 +155,7 @@ def tune(
     return replace(tuned, confirmed=confirmed, quant_yaml=out, final=final, verdict=verdict, sentences=sentences)
 
 
-def _check(request: Request, max_drop: float, max_evaluations: int, out: Path, root: Path) -> Path:
+def check(request: Request, max_drop: float, max_evaluations: int, out: Path, root: Path) -> Path:
     """Checks the request before the long stages, and returns the quant.yaml to start from. Raises PqkError."""
     backend = usable_backend(request.backend)
     if not can_rank(backend.name):
@@ -209,7 +209,8 @@ def _may_be_float(ranked: Sequence[Unit]) -> list[str]:
     return [unit.name for unit in ranked if unit.name not in last.values()]
 
 
-def _by_graph(nodes: Iterable[str]) -> dict[str, list[str]]:
+def by_graph(nodes: Iterable[str]) -> dict[str, list[str]]:
+    """Returns nodes `GRAPH:NODE` as names by graph."""
     found: dict[str, list[str]] = {}
     for graph, node in map(split_entry, nodes):
         found.setdefault(str(graph), []).append(node)
@@ -224,7 +225,7 @@ def _measure(candidate: Candidate, variant: Variant, keep: Sequence[str]) -> tup
     return math.nan if drop is None else drop.value, float(candidate.records[-1]["t_pair_p50_ms"]) / faster
 
 
-def _final(candidate: Candidate) -> Interval | None:
+def score_final(candidate: Candidate) -> Interval | None:
     """Returns the drop of the candidate on the test samples, which were not used to choose it."""
     mine, teacher = (candidate.score(candidate.variants[n], on=candidate.test) for n in (-1, 0))
     return drop_of(candidate.experiment.metric, mine, teacher, candidate.truthful)

@@ -1,0 +1,228 @@
+"""Finds the layers of an int8 model that are faster in float here: `pqk tune CARD --for speed`.
+
+Equal layers of all blocks are one region. Each region alone goes back to float and is timed beside plain int8, in
+turns; those that are faster with their whole interval are joined, and the joined model is quantized anew, timed and
+scored. Every graph and every timing is an artifact of the store, so a killed search goes on and chooses the same.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pqk import paths
+from pqk.engines.variant import Variant
+from pqk.errors import PqkError
+from pqk.recipe.candidate import Candidate
+from pqk.recipe.experiment import quant_loader
+from pqk.recipe.ranking import MIXED, quantized_nodes, times_beside, with_floats
+from pqk.recipe.recover import choose
+from pqk.recipe.request import Request
+from pqk.recipe.runner import run
+from pqk.recipe.verdict import UNDECIDED, judge_drop
+from pqk.stats.intervals import Interval
+from pqk.stats.latency import speedup
+from pqk.store.store import OnEvent
+from pqk.tune.search import write_quant_yaml
+from pqk.tune.tune_card import by_graph, check, score_final, use_command
+
+Nodes = Mapping[str, tuple[str, ...]]
+"""Names of nodes, `GRAPH:NODE`, by the name of their region."""
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Regions in float, and how many times as fast as plain int8 the model is with them."""
+
+    regions: tuple[str, ...]
+    faster: Interval
+
+    @property
+    def sure(self) -> bool:
+        """Returns whether it is faster with its whole interval."""
+        return (self.faster.low or 0.0) > 1
+
+
+@dataclass(frozen=True)
+class Placed:
+    """The result of `pqk tune --for speed`.
+
+    tried: in the order of timing. winner: None where no region is faster in float. again: the winner, quantized anew
+    with `quant_yaml`, against plain int8; against_float: that model against its own best float precision. drop: its
+    drop on validation samples in percent; final: on the test samples. verdict: 'pass', 'fail' or 'undecided'.
+    """
+
+    card: str
+    metric: str
+    max_drop: float
+    regions: Nodes
+    tried: tuple[Timed, ...]
+    winner: Timed | None
+    again: Interval | None
+    against_float: Interval
+    best_float: str
+    drop: float
+    quant_yaml: Path
+    final: Interval | None
+    verdict: str
+    sentences: tuple[str, ...]
+
+
+def place(
+    request: Request,
+    max_drop: float,
+    max_evaluations: int,
+    out: Path,
+    root: Path,
+    on_event: OnEvent,
+    say: Callable[[str], None],
+) -> Placed:
+    """Times regions in float beside plain int8, writes the fastest placement's quant.yaml, and judges it.
+
+    Raises PqkError as `pqk.tune.tune_card.tune` does.
+    """
+    base = check(request, max_drop, max_evaluations, out, root)
+    candidate = run(request, root, on_event, say)
+    record = candidate.records[-1]
+    if record["measured"] == "emulated":  # known only after the run
+        raise PqkError("pqk tune needs times, but these engines are emulated: they have none")
+    plain = candidate.drop(candidate.variants[-1])
+    if plain is None:
+        raise PqkError(f"pqk tune needs a drop, but without ground truth {record['main_metric']} gives none")
+    found = quantized_nodes(candidate)
+    regions = regions_of(found)
+
+    def measure(names: tuple[str, ...]) -> Timed:
+        nodes = [node for name in names for node in regions[name]]
+        timed = Timed(names, speedup(*times_beside(candidate, with_floats(candidate, by_graph(nodes)))))
+        say(f"{', '.join(names)} in float: {spoken(timed.faster)} the speed of plain int8")
+        return timed
+
+    tried, winner = search(_leaving_int8(regions, found), measure, max_evaluations)
+    nodes = [node for name in winner.regions for node in regions[name]] if winner else []
+    write_quant_yaml(base, nodes, out, quant_loader(candidate.experiment.family))
+    chosen, again, variant = candidate, None, candidate.variants[-1]
+    if winner is not None:
+        chosen = choose(replace(request, quant=out), root, candidate.ctx.on_event, say, rollback=False)[0].candidate
+        variant = chosen.variants[-1]
+        again = speedup(*times_beside(candidate, replace(variant, name=MIXED)))
+    drop = candidate.drop(variant, chosen.experiment.quant.ptq.keep_list)
+    assert drop is not None  # plain int8 has one
+    against, best = _against_float(candidate, variant)
+    final, verdict, told = _judged(chosen, drop, max_drop)
+    use = f"to use it: {use_command(request, out, root)}"
+    if against.high is not None and against.high < 1:
+        verdict, use = "fail", f"the fastest model here is the float one, in {best}"
+    return Placed(
+        candidate.experiment.card.id,
+        record["main_metric"],
+        max_drop,
+        regions,
+        tried,
+        winner,
+        again,
+        against,
+        best,
+        drop.value,
+        out,
+        final,
+        verdict,
+        (_told(winner, len(nodes), again, best, against, out), told, use),
+    )
+
+
+def search(
+    regions: Sequence[str], measure: Callable[[tuple[str, ...]], Timed], most: int
+) -> tuple[tuple[Timed, ...], Timed | None]:
+    """Returns all that was timed, at most `most` choices, and the fastest one that is surely faster; None: none is.
+
+    Each region alone, then all that are faster together. Where together they are no faster than the best alone, they
+    are joined one by one, the fastest first, and a region that makes the model slower is left out again.
+    """
+    tried = [measure((name,)) for name in regions[:most]]
+    faster = sorted((one for one in tried if one.sure), key=lambda one: -one.faster.value)
+    if not faster:
+        return tuple(tried), None
+    best = faster[0]
+    if len(faster) > 1 and len(tried) < most:
+        joined = measure(tuple(name for one in faster for name in one.regions))
+        tried.append(joined)
+        if joined.sure and joined.faster.value >= best.faster.value:
+            return tuple(tried), joined
+    for one in faster[1:]:
+        names = (*best.regions, *one.regions)
+        if len(tried) >= most or any(names == known.regions for known in tried):
+            break  # the rest is what was joined above
+        more = measure(names)
+        tried.append(more)
+        best = more if more.sure and more.faster.value > best.faster.value else best
+    return tuple(tried), best
+
+
+def regions_of(nodes: Mapping[str, Collection[str]]) -> dict[str, tuple[str, ...]]:
+    """Groups quantized nodes (graph -> names) by layer, whatever the number of its block; the largest group first.
+
+    '/blocks.0/mlp/fc1/MatMul' and '/blocks.1/mlp/fc1/MatMul' are of one region, and so are equal layers of twin stacks
+    and heads ('blocks2', 'head1'); layers keep their own numbers. Nodes are `GRAPH:NODE`.
+    """
+    found: dict[str, list[str]] = {}
+    for graph, names in nodes.items():
+        for name in names:
+            *stacks, layer, kind = ["", "", *name.strip("/").split("/")]
+            parts = [re.sub(r"(?<=[A-Za-z])\d+", "", re.sub(r"\.\d+", ".*", stack)) for stack in stacks if stack]
+            found.setdefault(f"{graph}:{'/'.join([*parts, layer, kind]).strip('/')}", []).append(f"{graph}:{name}")
+    return {name: tuple(found[name]) for name in sorted(found, key=lambda name: -len(found[name]))}
+
+
+def _leaving_int8(regions: Nodes, found: Mapping[str, Collection[str]]) -> list[str]:
+    """Returns the regions without the last one of a graph where all of its nodes would be in float otherwise."""
+    left = {graph: len(names) for graph, names in found.items()}
+    chosen = []
+    for name, nodes in regions.items():
+        graph = name.partition(":")[0]
+        if left[graph] > len(nodes):
+            left[graph] -= len(nodes)
+            chosen.append(name)
+    return chosen
+
+
+def _against_float(candidate: Candidate, variant: Variant) -> tuple[Interval, str]:
+    """Returns how many times as fast as the candidate's best float precision a variant is, and that precision."""
+    floats = candidate.floats()
+    timed = candidate.time([*floats, variant])["variants"]
+    own = timed[variant.name]["sample"]
+    against = {each.precision.value: speedup(timed[each.name]["sample"], own) for each in floats}
+    best = min(against, key=lambda name: against[name].value)
+    return against[best], best
+
+
+def _judged(chosen: Candidate, drop: Interval, max_drop: float) -> tuple[Interval | None, str, str]:
+    """Returns the drop on test samples, which are scored where validation samples allow it, a verdict and why."""
+    if drop.value > max_drop:
+        return (
+            None,
+            "fail",
+            (f"the drop on validation samples is {drop.value:.2f} %, above {max_drop:g} %: `--for quality` lowers it"),
+        )
+    final = score_final(chosen)
+    ok, sentence = judge_drop(final, max_drop)
+    verdict = "pass" if ok is True else UNDECIDED if ok == UNDECIDED else "fail"
+    return final, verdict, f"on the test samples, {verdict}: {sentence}"
+
+
+def _told(winner: Timed | None, nodes: int, again: Interval | None, best: str, against: Interval, out: Path) -> str:
+    beside = f"{spoken(against)} the speed of {best}"
+    if winner is None or again is None:
+        return f"no region is faster in float: int8 as it is runs at {beside}; {paths.shown(out)} is the unchanged file"
+    return (
+        f"{len(winner.regions)} regions with {nodes} nodes in float, quantized again with {paths.shown(out)}: "
+        f"{spoken(again)} the speed of plain int8, {beside}"
+    )
+
+
+def spoken(found: Interval) -> str:
+    """Returns a speedup with its interval: 1.05x [1.02, 1.08]."""
+    ends = found.ends()
+    return f"{found.value:.2f}x" + (f" [{ends[0]:.2f}, {ends[1]:.2f}]" if ends else "")
