@@ -452,6 +452,27 @@ def bench_growth(
     measure(card, backend, model, over, [int(word) for word in values.split(",")], settings_of(setting or []), out)
 
 
+@bench_app.command("scene")
+def bench_scene(
+    card: Annotated[str | None, typer.Option(help="task card whose candidate is timed; default: the f32 model")] = None,
+    backend: Annotated[str, typer.Option(help="a backend that runs here, not emulated")] = "openvino",
+    model: Annotated[str | None, typer.Option(help="folder, file or named model; default: the shipped one")] = None,
+    images: Annotated[str, typer.Option(help="images of a scene, several separated by commas: 4,8,16")] = "12",
+    setting: _Setting = None,
+    rounds: Annotated[int, typer.Option(min=1, help="rounds of every scene; an interval needs 6")] = 6,
+    out: Annotated[Path, typer.Option("-o", "--out", help="the table as .csv")] = Path("reports/scene.csv"),
+) -> None:
+    """Time whole scenes, sample by sample and with what samples share computed once; the last line is JSON."""
+    from pqk.bench.scene import bench_scene as measure
+    from pqk.cli.run_output import settings_of
+    from pqk.errors import PqkError
+
+    if not all(word.strip().isdigit() and int(word) for word in images.split(",")):
+        raise PqkError(f"--images {images}: give whole numbers from 1 separated by commas, such as 4,8,16")
+    numbers = [int(word) for word in images.split(",")]
+    measure(card, backend, model, numbers, settings_of(setting or []), rounds, out)
+
+
 @bench_app.command("engine")
 def bench_engine(
     card: Annotated[str, typer.Argument(help="task card whose variants are timed")] = "B1",

@@ -113,13 +113,17 @@ def in_torch(specs: Mapping[str, GraphSpec]) -> Engines:
     return Engines({name: opener(spec) for name, spec in specs.items()})
 
 
+REMEMBERED = 512 * 2**20
+"""Bytes of a group's outputs: tokens of 160 images of a ViT-L at 512x384."""
+
+
 class Remembering:
     """A call that returns kept outputs for an equal `reuse`, up to a number of bytes; those used last are kept.
 
     Call `forget` when another group begins: `reuse` is unique only inside a group.
     """
 
-    def __init__(self, call: Call, limit: int) -> None:
+    def __init__(self, call: Call, limit: int = REMEMBERED) -> None:
         self._call = call
         self._known: Lru[Hashable, Outputs] = Lru(_bytes_of, limit)
 

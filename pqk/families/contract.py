@@ -295,8 +295,11 @@ class DataPart(Protocol):
         """Returns the first calibration samples that hold `images` images. Raises PqkError where there are fewer."""
         ...
 
-    def timed(self, found: SampleSet, workload: Workload) -> Sequence[Sample]:
-        """Returns the samples of one group as they are timed; what is in a picture moves no time."""
+    def timed(self, found: SampleSet, workload: Workload, images: int | None = None) -> Sequence[Sample]:
+        """Returns the samples of one group as they are timed; what is in a picture moves no time.
+
+        images: that the group has; default: as many as the family times. Raises PqkError where the set has fewer.
+        """
         ...
 
     def example(self, workload: Workload) -> Sample:

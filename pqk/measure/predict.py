@@ -29,8 +29,6 @@ Arrays = Mapping[str, np.ndarray]
 Take = Callable[[Sample, Arrays, Arrays | None], None]
 """Gets a sample, its prediction, and the prediction of the reference where one runs along with the variant."""
 
-_REMEMBERED = 512 * 2**20  # bytes of a group's outputs: tokens of 160 images of a ViT-L at 512x384
-
 
 def predict(request: dict[str, Any]) -> dict[str, Any]:
     """Writes the predictions of a variant into the folder request['out']; for the rest see `run_samples`."""
@@ -70,11 +68,11 @@ def run_samples(request: Mapping[str, Any], take: Take) -> dict[str, Any]:
     run = of.predict_part().predict
     with ExitStack() as stack:
         engines = stack.enter_context(compiled(variant))
-        mine = Remembering(engines, _REMEMBERED)
+        mine = Remembering(engines)
         other: Engines | None = None
         if reference is not None and reference != variant:  # a variant against itself needs no second copy in memory
             other = stack.enter_context(compiled(reference))
-        theirs = Remembering(other, _REMEMBERED) if other is not None else None
+        theirs = Remembering(other) if other is not None else None
         calls, group = Counter[str](), -1
         for sample in of.data_part().samples(found, workload, seed):
             if sample.group != group:

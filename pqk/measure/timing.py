@@ -20,8 +20,6 @@ from pqk.stats.latency import speedup
 ORDER_SEED = 0
 """Seed of the order in each round. In a fixed rotation a variant would always run after the same other one."""
 
-_REMEMBERED = 512 * 2**20  # bytes of outputs that samples of a group share
-
 LEAST_ROUNDS = 3
 """Least number of timed rounds, also beyond `max_seconds`: a median needs them."""
 
@@ -75,7 +73,7 @@ def time_variants(request: dict[str, Any], read: Callable[[], Clocks] = read_clo
     limit_s = 4 * efficiency["max_seconds"]
 
     def whole(call: Call) -> None:
-        remembering = Remembering(call, _REMEMBERED)
+        remembering = Remembering(call)
         for sample in samples:
             run(remembering, sample, workload, 0)
 

@@ -277,6 +277,9 @@ def test_what_is_timed_does_not_ask_for_overlap(make: Making, scenes: Path) -> N
     assert len(data.timed(few, workload(1))) == 4
     with pytest.raises(PqkError, match="4 images are too few to be timed, as 5 are fed at once"):
         data.timed(few, workload(5))
+    assert len(data.timed(own, workload(4), 6)) == 3  # windows over six images
+    with pytest.raises(PqkError, match="all scenes of this list together have 4 images, 9 were asked for"):
+        data.timed(few, workload(4), 9)
 
 
 def test_an_example_is_always_the_same() -> None:

@@ -144,6 +144,13 @@ def test_it_is_in_the_table(project: Project, ran: Outcome) -> None:
     assert len(rows) == 3 and "candidate int8" in outcome.out
 
 
+def test_its_images_share_nothing(project: Project, ran: Outcome) -> None:
+    found = project.pqk("bench", "scene", "--model", "models/toy", "--images", "3", "--rounds", "1", *OWN).record
+    (row,) = found["rows"]
+    assert (row["samples"], row["limit"], row["difference"]) == (3, 1.0, 0.0)
+    assert (row["graphs"]["net"]["apart_calls"], row["graphs"]["net"]["scene_calls"]) == (3, 3)
+
+
 def test_its_checkpoint_is_scored_under_several_seeds(project: Project, ran: Outcome) -> None:
     words = ("--card", "B1", "--backend", "openvino", "--train-seed", "0", "--eval-seeds", "0..1")
     project.pqk("ledger", "eval", "models/toy", *words)

@@ -115,6 +115,15 @@ def test_a_card_runs(ran: Outcome) -> None:
     assert any("pose error" in sentence for sentence in record["verdict_reasons"])
 
 
+def test_windows_of_a_scene_share_the_tokens_of_a_frame(project: Path, ran: Outcome) -> None:
+    words = ("bench", "scene", *MODEL, "--images", "4", "--rounds", "1")
+    (row,) = ended(pqk(project, *words)).record["rows"]
+    assert (row["samples"], row["difference"]) == (3, 0.0)  # windows of two frames
+    calls = {name: (graph["apart_calls"], graph["scene_calls"]) for name, graph in row["graphs"].items()}
+    assert calls.pop("encoder") == (6, 4)
+    assert set(calls.values()) == {(3, 3)} and row["limit"] > 1
+
+
 def test_toolchains_agree_in_float(project: Path, ran: Outcome) -> None:
     outcome = pqk(project, "parity", "B1", "--backends", "openvino", *MODEL, "--json")
     found = json.loads(ended(outcome, 0, 1, 4).out.splitlines()[-1])

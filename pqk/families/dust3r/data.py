@@ -18,7 +18,7 @@ from pqk.families.contract import Given, Maker, Sample, SampleSet
 from pqk.families.dust3r.inputs import scene_pairs
 from pqk.families.dust3r.settings import Workload
 from pqk.families.scenes import sets
-from pqk.families.scenes.frames import CalibrationImages, Frames, first_frames, folders, load_frames
+from pqk.families.scenes.frames import CalibrationImages, Frames, check_enough, first_frames, folders, load_frames
 from pqk.families.scenes.sets import SEED_DRAWS as SEED_DRAWS
 from pqk.families.scenes.sets import can_grow as can_grow
 from pqk.families.scenes.sets import refuse_overlap as refuse_overlap
@@ -92,9 +92,13 @@ def calibration(found: SampleSet, workload: Workload, images: int) -> Calibratio
     )
 
 
-def timed(found: SampleSet, workload: Workload) -> list[Sample]:
-    """Returns the pairs of the pair graph over the first VIEWS images of the scenes, whatever they share."""
-    frames = first_frames(found, VIEWS, lambda scene: _load(scene, workload, found.how["views"]))
+def timed(found: SampleSet, workload: Workload, images: int | None = None) -> list[Sample]:
+    """Returns the pairs of the pair graph over the first images of the scenes, whatever they share.
+
+    images: how many; default: VIEWS, or fewer where there are fewer. Raises PqkError where there are fewer than asked.
+    """
+    frames = first_frames(found, images or VIEWS, lambda scene: _load(scene, workload, found.how["views"]))
+    check_enough(frames, images)
     graph = workload.pair_graph
     alike = image_similarity(frame.image for frame in frames) if graph.kind == "topk" else None
     pairs = pair_graph(len(frames), graph.kind, graph.k, graph.symmetrize, alike)

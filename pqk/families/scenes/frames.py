@@ -84,6 +84,15 @@ def first_frames(found: SampleSet, most: int, load: Callable[[Scene], Sequence[F
     return frames
 
 
+def check_enough(frames: Sequence[Frame], asked: int | None) -> None:
+    """Raises PqkError where the scenes of a set have fewer images than were asked for."""
+    if asked is not None and len(frames) < asked:
+        raise PqkError(
+            f"all scenes of this list together have {len(frames)} images, {asked} were asked for: raise its count or "
+            "views (workload.scenes)"
+        )
+
+
 def folders(found: SampleSet) -> list[Path]:
     """Returns the scene folders of a set, in the order of its groups."""
     return [Path(folder) for folder in found.where["folders"]]

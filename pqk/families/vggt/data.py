@@ -16,7 +16,7 @@ from pqk.data.scenes.scene import Scene
 from pqk.errors import PqkError
 from pqk.families.contract import Given, Maker, Sample, SampleSet
 from pqk.families.scenes import sets
-from pqk.families.scenes.frames import CalibrationImages, Frames, first_frames, folders
+from pqk.families.scenes.frames import CalibrationImages, Frames, check_enough, first_frames, folders
 from pqk.families.scenes.sets import SEED_DRAWS as SEED_DRAWS
 from pqk.families.scenes.sets import can_grow as can_grow
 from pqk.families.scenes.sets import refuse_overlap as refuse_overlap
@@ -104,14 +104,15 @@ def calibration(found: SampleSet, workload: Workload, images: int) -> Calibratio
     return CalibrationSets(CalibrationImages(folders(found), wanted, height, width, together, PATCH), together)
 
 
-def timed(found: SampleSet, workload: Workload) -> list[Sample]:
-    """Returns the windows over the first images of the scenes, whatever they share: `VIEWS`, or `MORE_VIEWS` more than
-    are fed at once where that is more.
+def timed(found: SampleSet, workload: Workload, images: int | None = None) -> list[Sample]:
+    """Returns the windows over the first images of the scenes, whatever they share.
 
-    Raises PqkError where all scenes together have fewer images than are fed at once.
+    images: how many; default: `VIEWS`, or `MORE_VIEWS` more than are fed at once where that is more. Raises PqkError
+    where all scenes together have fewer images than are fed at once, or than asked.
     """
-    wanted = max(VIEWS, workload.together + MORE_VIEWS)
+    wanted = images or max(VIEWS, workload.together + MORE_VIEWS)
     frames = first_frames(found, wanted, lambda scene: load(scene, workload, found.how["views"], least=1))
+    check_enough(frames, images)
     if len(frames) < workload.together:
         raise PqkError(f"{len(frames)} images are too few to be timed, as {workload.together} are fed at once")
     chosen = windows(frames, workload.together, workload.frame_sets, workload.min_covisibility, False)
