@@ -404,6 +404,15 @@ def train_teacher(
     run_train_teacher(config, out, device, minutes, pause_after, steps, autocast, compiled, fresh, init)
 
 
+def _numbers(option: str, text: str, such_as: str) -> list[int]:
+    """Returns whole numbers from 1 of a text. Raises PqkError that names the option."""
+    from pqk.errors import PqkError
+
+    if not all(word.strip().isdecimal() and int(word) for word in text.split(",")):
+        raise PqkError(f"{option} {text}: give whole numbers from 1 separated by commas, such as {such_as}")
+    return [int(word) for word in text.split(",")]
+
+
 @bench_app.command("scenes")
 def bench_scenes(
     views: Annotated[int, typer.Option(min=2, help="views to render")] = 512,
@@ -465,12 +474,25 @@ def bench_scene(
     """Time whole scenes, sample by sample and with what samples share computed once; the last line is JSON."""
     from pqk.bench.scene import bench_scene as measure
     from pqk.cli.run_output import settings_of
-    from pqk.errors import PqkError
 
-    if not all(word.strip().isdigit() and int(word) for word in images.split(",")):
-        raise PqkError(f"--images {images}: give whole numbers from 1 separated by commas, such as 4,8,16")
-    numbers = [int(word) for word in images.split(",")]
+    numbers = _numbers("--images", images, "4,8,16")
     measure(card, backend, model, numbers, settings_of(setting or []), rounds, out)
+
+
+@bench_app.command("batch")
+def bench_batch(
+    sizes: Annotated[str, typer.Argument(metavar="SIZES", help="items in a call, separated by commas: 2,4")] = "2,4",
+    backend: Annotated[str, typer.Option(help="a backend that runs here, not emulated")] = "openvino",
+    model: Annotated[str | None, typer.Option(help="folder, file or named model; default: the shipped one")] = None,
+    setting: _Setting = None,
+    rounds: Annotated[int, typer.Option(min=1, help="rounds of every engine; an interval needs 6")] = 11,
+    out: Annotated[Path, typer.Option("-o", "--out", help="the figures as .json")] = Path("reports/batch.json"),
+) -> None:
+    """Time the f32 graphs of a model with several items in one call; the last line is JSON."""
+    from pqk.bench.batch import bench_batch as measure
+    from pqk.cli.run_output import settings_of
+
+    measure(backend, model, _numbers("SIZES", sizes, "2,4"), settings_of(setting or []), rounds, out)
 
 
 @bench_app.command("engine")
