@@ -144,7 +144,7 @@ def test_it_is_in_the_table(project: Project, ran: Outcome) -> None:
     assert len(rows) == 3 and "candidate int8" in outcome.out
 
 
-def test_its_images_share_nothing(project: Project, ran: Outcome) -> None:
+def test_its_images_share_nothing(project: Project) -> None:
     found = project.pqk("bench", "scene", "--model", "models/toy", "--images", "3", "--rounds", "1", *OWN).record
     (row,) = found["rows"]
     assert (row["samples"], row["limit"], row["difference"]) == (3, 1.0, 0.0)

@@ -115,7 +115,7 @@ def test_a_card_runs(ran: Outcome) -> None:
     assert any("pose error" in sentence for sentence in record["verdict_reasons"])
 
 
-def test_windows_of_a_scene_share_the_tokens_of_a_frame(project: Path, ran: Outcome) -> None:
+def test_windows_of_a_scene_share_the_tokens_of_a_frame(project: Path) -> None:
     words = ("bench", "scene", *MODEL, "--images", "4", "--rounds", "1")
     (row,) = ended(pqk(project, *words)).record["rows"]
     assert (row["samples"], row["difference"]) == (3, 0.0)  # windows of two frames
