@@ -99,7 +99,7 @@ class Fit:
 
     apart_power, scene_power: time grows with the number of samples to this power. ms_per_image, ms_per_sample: the
     scene's time as a sum of both; None where images and samples grow alike. off_pct: its largest distance from a
-    measured time.
+    measured time, in percent; None for two rows, which any two costs meet.
     """
 
     apart_power: float
@@ -230,12 +230,12 @@ def fit_of(rows: Sequence[Mapping[str, Any]]) -> Fit | None:
     if np.linalg.matrix_rank(terms) < 2:
         return Fit(powers[0], powers[1], None, None, None)
     costs = np.linalg.lstsq(terms, np.ones(len(rows)), rcond=None)[0]
-    off = 100 * float(np.abs(terms @ costs - 1).max())
+    off = 100 * float(np.abs(terms @ costs - 1).max()) if len(rows) > 2 else None
     return Fit(powers[0], powers[1], float(costs[0]), float(costs[1]), off)
 
 
 def _write(found: Mapping[str, Any], fit: Fit | None, out: Path) -> None:
-    """Writes table, figures and the figure's picture, and prints them."""
+    """Writes the table, all numbers and, of several scenes, the figure; prints them."""
     rows = found["rows"]
     table = [COLUMNS, *([row[name] for name in COLUMNS] for row in rows)]
     write_text(out, "\n".join(",".join("" if cell is None else str(cell) for cell in line) for line in table) + "\n")
@@ -272,10 +272,8 @@ def _print(found: Mapping[str, Any], fit: Fit | None) -> None:
             f"{fit.scene_power:.3f} in a scene"
         )
         if fit.ms_per_image is not None:
-            print(
-                f"a scene: {fit.ms_per_image:.1f} ms an image and {fit.ms_per_sample:.1f} ms a sample, at most "
-                f"{fit.off_pct:.1f} % from the measured times"
-            )
+            off = "" if fit.off_pct is None else f", at most {fit.off_pct:.1f} % from the measured times"
+            print(f"a scene: {fit.ms_per_image:.1f} ms an image and {fit.ms_per_sample:.1f} ms a sample{off}")
 
 
 def _figure(found: Mapping[str, Any], fit: Fit | None) -> Figure:

@@ -123,6 +123,8 @@ def test_the_fit_finds_what_images_and_samples_cost() -> None:
     rows[1]["scene_ms"] *= 1.2
     bent = fit_of(rows)
     assert bent is not None and bent.off_pct is not None and 5 < bent.off_pct < 15
+    two = fit_of(rows[:2])
+    assert two is not None and two.ms_per_image is not None and two.off_pct is None
     alike = fit_of([{**row, "samples": row["images"]} for row in rows])
     assert alike is not None and alike.ms_per_image is None and alike.off_pct is None
     assert fit_of(rows[:1]) is None
