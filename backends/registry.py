@@ -18,6 +18,7 @@ from backends.base import Availability, Backend, BackendError, nearest
 GROUP = "pqk.backends"
 BUILT_IN = {
     "openvino": "backends.openvino.backend:OpenVINOBackend",
+    "onnxruntime": "backends.ort.backend:ONNXRuntimeBackend",
     "trt": "backends.trt.backend:TensorRTBackend",
     "reference": "backends.reference:ReferenceBackend",
 }

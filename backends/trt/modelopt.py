@@ -8,7 +8,6 @@ all that is neither matmul nor convolution, and int8 weights are stored as int8.
 
 from __future__ import annotations
 
-import hashlib
 import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,8 +20,8 @@ import numpy as np
 from backends.base import BackendError, Feeds, Graph, QuantSpec, Source, first_line
 from backends.calibration import CalibrationItems
 from backends.cpu import saturates
-from backends.exchange import EXTERNAL_ABOVE, SHARED_ABOVE, describe_onnx, move_graph, save_with_data
 from backends.onnx_graph import CONVOLUTIONS, MATMULS, MOVES, OnnxGraph, kept_nodes, name_nodes
+from backends.qdq import tidy, write_graph
 from backends.quantspec import check_common, check_left, check_settings, nothing_left
 from backends.quiet import quiet
 from backends.trt.ranges import largest_magnitudes, quantized_tensors, set_ranges
@@ -264,49 +263,6 @@ def store_weights(model: onnx.ModelProto, half: bool) -> None:
             values = np.clip(values, -_LARGEST_FP8, _LARGEST_FP8).astype(kind)
         graph.initializer.append(numpy_helper.from_array(values, node.output[0]))
         graph.node.remove(node)
-
-
-def tidy(model: onnx.ModelProto) -> None:
-    """Drops constants that nobody reads, and stores equal ones once: ModelOpt gives every reader of a table a copy."""
-    graph = model.graph
-    outputs = {value.name for value in graph.output}
-    read = {name for node in graph.node for name in node.input} | outputs
-    for node in [n for n in graph.node if n.op_type == "Identity" and n.output[0] not in read]:
-        graph.node.remove(node)
-    read = {name for node in graph.node for name in node.input} | outputs
-    first: dict[bytes, str] = {}
-    renamed: dict[str, str] = {}
-    kept = []
-    for tensor in graph.initializer:
-        if tensor.name not in read:
-            continue
-        content = hashlib.sha256(tensor.raw_data).digest() + str((tensor.data_type, list(tensor.dims))).encode()
-        if len(tensor.raw_data) < SHARED_ABOVE or content not in first or tensor.name in outputs:
-            first.setdefault(content, tensor.name)
-            kept.append(tensor)
-        else:
-            renamed[tensor.name] = first[content]
-    del graph.initializer[:]
-    graph.initializer.extend(kept)
-    for node in graph.node:
-        for index, name in enumerate(node.input):
-            if name in renamed:
-                node.input[index] = renamed[name]
-
-
-def write_graph(model: onnx.ModelProto, name: str, folder: Path, target: Path) -> Graph:
-    """Writes the finished graph, its data file first, and describes it. The same model gives the same bytes."""
-    model.producer_name = model.producer_version = model.doc_string = ""
-    del model.metadata_props[:]
-    del model.graph.value_info[:]
-    made = folder / "out" / f"{name}.onnx"
-    made.parent.mkdir()
-    if sum(len(tensor.raw_data) for tensor in model.graph.initializer) > EXTERNAL_ABOVE:
-        save_with_data(model, made)
-    else:
-        made.write_bytes(model.SerializeToString(deterministic=True))
-    move_graph(made, target / made.name)
-    return describe_onnx(target / made.name)
 
 
 def _reader(items: CalibrationItems) -> Any:

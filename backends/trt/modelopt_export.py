@@ -20,9 +20,10 @@ from backends.calibration import CalibrationItems, finite_layers
 from backends.exchange import export
 from backends.keep import GROUPS
 from backends.onnx_graph import CONVOLUTIONS, MATMULS, OnnxGraph, kept_nodes
+from backends.qdq import tidy, write_graph
 from backends.quantspec import check_common, check_installed, check_left, check_settings, module_of, nothing_left
 from backends.quiet import quiet
-from backends.trt.modelopt import free_kept, range_notes, store_weights, tidy, write_graph
+from backends.trt.modelopt import free_kept, range_notes, store_weights
 
 if TYPE_CHECKING:
     import onnx

@@ -1,7 +1,4 @@
-"""Measures ranges of activations: runs the float graph over the calibration items and reduces tensors inside it.
-
-ModelOpt's own calibration does the same with all graph optimisations off, for every tensor that it may quantize.
-"""
+"""Sets the ranges of ModelOpt's Q/DQ pairs, measured by `backends.ranges` on the whole calibration set."""
 
 from __future__ import annotations
 
@@ -11,9 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from backends.base import BackendError, Feeds, Graph, TensorInfo
-from backends.calibration import not_finite
-from backends.reference import OnnxRuntimeEngine
+from backends.base import BackendError, Feeds, TensorInfo
+from backends.ranges import tensor_ranges
 
 if TYPE_CHECKING:
     import onnx
@@ -24,45 +20,8 @@ _LARGEST = {"INT8": 127.0, "FLOAT8E4M3FN": 448.0}
 def largest_magnitudes(
     path: Path, inputs: Sequence[TensorInfo], tensors: Sequence[str], items: Iterable[Feeds]
 ) -> dict[str, float]:
-    """Returns max|x| of each tensor over all items. Only one item is in memory at a time.
-
-    Writes `<stem>.ranges.onnx` beside `path`, so that external weights are found. Raises BackendError for a tensor that
-    the graph does not compute, and for an item that gives NaN or inf in one of the tensors.
-    """
-    import onnx
-
-    model = onnx.load(str(path), load_external_data=False)
-    graph = model.graph
-    known = {name for node in graph.node for name in node.output} | {t.name for t in inputs}
-    missing = sorted(set(tensors) - known)
-    if missing:
-        raise BackendError(f"{path.name} computes no tensor {missing[0]!r}, so it has no range")
-    del graph.output[:]
-    # Reductions read the tensor where it is; of Abs there would be a copy. Least and largest values pass over NaN, sums
-    # do not.
-    names = []
-    for k, tensor in enumerate(tensors):
-        for kind in ("ReduceMin", "ReduceMax", "ReduceSum"):
-            names.append(f"range.{kind}.{k}")
-            graph.node.append(onnx.helper.make_node(kind, [tensor], [names[-1]], names[-1], keepdims=0))
-            graph.output.append(onnx.helper.make_tensor_value_info(names[-1], onnx.TensorProto.FLOAT, []))
-    reduced = path.with_name(f"{path.stem}.ranges.onnx")
-    onnx.save(model, str(reduced))
-    del model
-    outputs = tuple(TensorInfo(name, (), "float32") for name in names)
-    largest = np.zeros(len(tensors), np.float32)
-    try:
-        with OnnxRuntimeEngine(Graph(reduced, tuple(inputs), outputs, "")) as engine:
-            for index, item in enumerate(items):
-                found = engine.infer(item)
-                reductions = np.array([found[name] for name in names], np.float32).reshape(-1, 3)
-                broken = ~np.isfinite(reductions).all(axis=1)
-                if broken.any():
-                    raise not_finite(tensors[int(broken.argmax())], index)
-                largest = np.maximum(largest, np.abs(reductions[:, :2]).max(axis=1))
-    finally:
-        reduced.unlink()
-    return dict(zip(tensors, largest.tolist(), strict=True))
+    """Returns max|x| of each tensor over all items; see `tensor_ranges`, also for errors."""
+    return {name: max(-least, most) for name, (least, most) in tensor_ranges(path, inputs, tensors, items).items()}
 
 
 def quantized_tensors(model: onnx.ModelProto) -> list[str]:

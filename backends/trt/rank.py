@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, ClassVar
 
 from backends.base import BackendError, Feeds, Graph
 from backends.onnx_graph import CONVOLUTIONS, MATMULS, MOVES, OnnxGraph, constant_of, name_nodes, reads, with_data
+from backends.qdq import tidy, write_graph
 from backends.rank import check_names, other_model
 from backends.reference import OnnxRuntimeEngine
-from backends.trt.modelopt import tidy, write_graph
 
 if TYPE_CHECKING:
     import onnx

@@ -71,6 +71,8 @@ SIDES = [
     Side("openvino", Precision.F32),
     Side("openvino", Precision.BF16),
     Side("openvino", Precision.INT8, options=EXACT),
+    Side("onnxruntime", Precision.F32),
+    Side("onnxruntime", Precision.INT8),
     *(Side("trt", p, "emulated") for p in (Precision.F32, Precision.F16, Precision.INT8)),
     *(Side("trt", p) for p in (Precision.F32, Precision.F16, Precision.INT8)),
 ]

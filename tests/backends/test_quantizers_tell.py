@@ -22,7 +22,7 @@ from backends.reference import OnnxRuntimeEngine
 from backends.trt.ranges import largest_magnitudes
 
 QUANTIZERS = [("trt", "modelopt"), ("trt", "modelopt-fp8"), ("trt", "modelopt-torch"), ("openvino", "nncf")]
-QUANTIZERS += [("openvino", "inc")]
+QUANTIZERS += [("openvino", "inc"), ("onnxruntime", "ort")]
 TRAINING = [("trt", "modelopt-torch"), ("openvino", "nncf")]
 SPEC = QuantSpec(keep=(), calibration_samples=3, weight_range="full")
 each = pytest.mark.parametrize(("backend", "name"), QUANTIZERS, ids=[name for _, name in QUANTIZERS])

@@ -23,10 +23,11 @@ from backends.exchange import describe_onnx
 pytest.importorskip("modelopt", reason="ModelOpt is not installed")
 from backends.cpu import saturates
 from backends.onnx_graph import OnnxGraph, kept_nodes
+from backends.qdq import tidy
 from backends.trt import builder
 from backends.trt.cuda import provider
 from backends.trt.engine import EmulatedEngine, check_plan, layer_kernels
-from backends.trt.modelopt import ModelOptQuantizer, free_kept, store_weights, tidy
+from backends.trt.modelopt import ModelOptQuantizer, free_kept, store_weights
 from backends.trt.ranges import largest_magnitudes
 
 ITEMS = 4
