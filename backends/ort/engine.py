@@ -30,8 +30,6 @@ OPTIONS: dict[str, Any] = {
     "rest": "f32",  # float precision of what an int8 graph leaves unquantized: 'best' is f32 too
     "cache_dir": None,  # not used: loading a graph takes about a second, and the runtime keeps nothing of it
 }
-NOT_FUSED = ("MatMulAddFusion",)
-"""Makes one Gemm of MatMul and Add before int8 kernels are chosen, and there is none for a Gemm with a float bias."""
 _PROFILED_RUNS = 3
 
 
@@ -54,13 +52,16 @@ class ORTEngine(Engine):
             raise BackendError(f"option 'rest' must be 'best' or 'f32' for ONNX Runtime, got {self.options['rest']!r}")
         if precision not in (Precision.F32, Precision.INT8):
             raise BackendError(f"ONNX Runtime runs f32 and int8 on the CPU here, not {precision}")
-        quantized = OnnxGraph(graph.path).has_qdq()
+        found = OnnxGraph(graph.path)
+        quantized = found.has_qdq()
         if precision == Precision.INT8 and not quantized and not graph.left_float:
             raise BackendError(f"{graph.path.name} holds no Q/DQ nodes: quantize it before compiling it as int8")
         if precision == Precision.F32 and quantized:
             raise BackendError(f"{graph.path.name} is quantized: compile it as int8, not {precision}")
         self.inputs = graph.inputs
         self.outputs = graph.outputs
+        # It makes one Gemm of MatMul and Add before int8 kernels are chosen: there is none for one with a float bias.
+        self._left_out = ["MatMulAddFusion"] if _adds_floats(found) else []
         self._session: Any = self._start(None)
 
     @property
@@ -80,10 +81,9 @@ class ORTEngine(Engine):
         if profile is not None:
             settings.enable_profiling = True
             settings.profile_file_prefix = str(profile)
-        left_out = list(NOT_FUSED) if self.precision == Precision.INT8 else []
         try:
             return onnxruntime.InferenceSession(
-                str(self.graph.path), settings, providers=["CPUExecutionProvider"], disabled_optimizers=left_out
+                str(self.graph.path), settings, providers=["CPUExecutionProvider"], disabled_optimizers=self._left_out
             )
         except Exception as error:
             raise BackendError(f"ONNX Runtime cannot load {self.graph.path.name}: {first_line(error)}") from error
@@ -119,6 +119,17 @@ class ORTEngine(Engine):
 
     def close(self) -> None:
         self._session = None
+
+
+def _adds_floats(graph: OnnxGraph) -> bool:
+    """Returns whether a float constant is added to the result of a quantized matmul (`ort` stores it as int32)."""
+    quantized = {n.output[0] for n in graph.work() if n.op_type == "MatMul" and graph.precision(n) == "int8"}
+    for node in graph.nodes:
+        if node.op_type == "Add" and not quantized.isdisjoint(node.input):
+            makers = [graph.maker.get(name) for name in node.input if name not in graph.live]
+            if any(maker is None or maker.op_type != "DequantizeLinear" for maker in makers):
+                return True
+    return False
 
 
 def _allowed_cores() -> int:

@@ -22,7 +22,16 @@ import numpy as np
 from backends.base import BackendError, Feeds, Graph, QuantSpec, Source, first_line
 from backends.calibration import CalibrationItems
 from backends.cpu import half_range, weight_range_notes
-from backends.onnx_graph import MOVES, OnnxGraph, constant_of, kept_nodes, name_nodes
+from backends.onnx_graph import OnnxGraph, kept_nodes
+from backends.ort.graph import (
+    LOWERED,
+    border_convolutions,
+    copied_operands,
+    drop_copies,
+    loaded,
+    lowered_nodes,
+    round_biases,
+)
 from backends.qdq import tidy, write_graph
 from backends.quantspec import check_common, check_left, check_settings, lost_channels
 from backends.quiet import quiet
@@ -31,7 +40,6 @@ from backends.ranges import tensor_ranges
 if TYPE_CHECKING:
     import onnx
 
-LOWERED = {"MatMul", "Gemm", "Conv"}
 BORDER = "the first and the last convolution of a graph stay in float: ONNX Runtime's int8 ones write int8"
 
 
@@ -83,12 +91,12 @@ class ORTQuantizer:
         kept = kept_nodes(original, spec.keep)
         items = CalibrationItems(calibration, source.graph.inputs, spec.calibration_samples)
         half = half_range(spec.weight_range)
-        model = _loaded(source.graph)
-        border = _border(model)
-        able = [name for name in _able(model, original) if name not in border]
+        model = loaded(source.graph)
+        first_and_last = border_convolutions(model)
+        able = [name for name in lowered_nodes(model, original) if name not in first_and_last]
         check_left(source.name, able, kept, spec.keep)
         chosen = [name for name in able if name not in kept]
-        copies = _copied_operands(model, chosen, original)
+        copies = copied_operands(model, chosen, original)
         outputs = [n.output[0] for n in model.graph.node if n.op_type == "Conv" and n.name in chosen]
         before = _magnitudes(model, chosen)
         spec.output_dir.mkdir(parents=True, exist_ok=True)
@@ -97,112 +105,13 @@ class ORTQuantizer:
             ranges = tensor_ranges(_linked(source.graph, Path(folder)), source.graph.inputs, measured, items)
             known = {**{copy: ranges[tensor] for copy, tensor in copies.items()}, **{t: ranges[t] for t in outputs}}
             model = _quantized(model, source.name, known, chosen, spec, half)
-            _drop_copies(model, copies)
+            drop_copies(model, copies)
+            round_biases(model)
             tidy(model)
-            notes = [*([BORDER] if border else []), *_lost(model, before)]
+            notes = [*([BORDER] if first_and_last else []), *_lost(model, before)]
             graph = write_graph(model, source.name, Path(folder), spec.output_dir)
         self.report = Report(items.used, tuple(sorted(kept)), tuple(chosen), half, tuple(notes))
         return graph
-
-
-def _loaded(graph: Graph) -> onnx.ModelProto:
-    """Reads the whole model, names its nodes, and makes constants initializers, which is where the tool looks for
-    weights."""
-    import onnx
-
-    model = onnx.load(str(graph.path))
-    name_nodes(model.graph.node)
-    maker = {name: node for node in model.graph.node for name in node.output}
-    initializers = {tensor.name: tensor for tensor in model.graph.initializer}
-    for node in [n for n in model.graph.node if n.op_type in LOWERED]:
-        for name in [n for n in node.input[1:] if n and n not in initializers]:
-            found = constant_of(name, maker, initializers)
-            if found is None:
-                continue
-            made = onnx.TensorProto()
-            made.CopyFrom(found)
-            made.name = name
-            initializers[name] = made
-            model.graph.initializer.append(made)
-            # An Identity or a Constant: what it made is the initializer now.
-            model.graph.node.remove(maker.pop(name))
-    return model
-
-
-def _able(model: onnx.ModelProto, original: OnnxGraph) -> list[str]:
-    """Returns the names of the nodes for which there are int8 kernels, in order."""
-    shapes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
-    found = []
-    for node in model.graph.node:
-        if node.op_type not in LOWERED or node.input[0] not in original.live:
-            continue
-        weight = node.input[1]
-        live = node.op_type == "MatMul" and weight in original.live
-        fixed = weight in shapes and (node.op_type == "Conv" or len(shapes[weight]) == 2)
-        if (live or fixed) and all(name in shapes for name in node.input[2:] if name):
-            found.append(node.name)
-    return found
-
-
-def _border(model: onnx.ModelProto) -> set[str]:
-    """Returns the names of the convolutions that read an input of the graph, moved at most, or whose results reach an
-    output of the graph without another product in between."""
-    graph = model.graph
-    products = LOWERED | {"ConvTranspose"}
-    fed = {value.name for value in graph.input} - {tensor.name for tensor in graph.initializer}
-    found = set()
-    for node in graph.node:
-        if node.input and node.input[0] in fed:
-            if node.op_type in MOVES:
-                fed.update(node.output)
-            elif node.op_type == "Conv":
-                found.add(node.name)
-    last = {value.name for value in graph.output}
-    for node in reversed(graph.node):
-        if last.isdisjoint(node.output):
-            continue
-        if node.op_type not in products:
-            last.update(name for name in node.input if name)
-        elif node.op_type == "Conv":
-            found.add(node.name)
-    return found
-
-
-def _copied_operands(model: onnx.ModelProto, chosen: Sequence[str], original: OnnxGraph) -> dict[str, str]:
-    """Lets the nodes `chosen` read their operands through a node Identity; returns tensors by the name of their copy.
-
-    The tool rounds a tensor for all of its readers; of the copy there are no others. What a chosen convolution makes is
-    rounded by itself.
-    """
-    import onnx
-
-    names = set(chosen)
-    rounded = {node.output[0] for node in model.graph.node if node.op_type == "Conv" and node.name in names}
-    nodes: list[onnx.NodeProto] = []
-    copies: dict[str, str] = {}
-    for node in model.graph.node:
-        if node.name in names:
-            for index, tensor in enumerate(node.input[:2]):
-                if tensor not in original.live or tensor in rounded:
-                    continue
-                copy = f"{tensor}/rounded"
-                if copy not in copies:
-                    copies[copy] = tensor
-                    nodes.append(onnx.helper.make_node("Identity", [tensor], [copy], copy))
-                node.input[index] = copy
-        nodes.append(node)
-    del model.graph.node[:]
-    model.graph.node.extend(nodes)
-    return copies
-
-
-def _drop_copies(model: onnx.ModelProto, copies: Mapping[str, str]) -> None:
-    """Lets the Q/DQ pairs read the tensors themselves again."""
-    for node in [n for n in model.graph.node if n.op_type == "Identity" and n.output[0] in copies]:
-        model.graph.node.remove(node)
-    for node in model.graph.node:
-        for index, name in enumerate(node.input):
-            node.input[index] = copies.get(name, name)
 
 
 def _linked(graph: Graph, folder: Path) -> Path:
