@@ -136,10 +136,10 @@ def round_biases(model: onnx.ModelProto) -> None:
     for node in graph.node:
         pairs = [maker[name] for name in node.input if name in maker] if node.op_type == "MatMul" else []
         if [pair.op_type for pair in pairs] == ["DequantizeLinear"] * 2 and pairs[1].input[0] in constants:
-            added = _bias_of(node, readers, constants)
+            added = _bias_of(node, readers, maker, constants)
             scales = [numpy_helper.to_array(constants[pair.input[1]]) for pair in pairs]
             if added is not None:
-                bias = numpy_helper.to_array(constants[added])
+                bias = numpy_helper.to_array(added[1])
                 weight = numpy_helper.to_array(constants[pairs[1].input[0]])
                 steps = np.broadcast_to(scales[1], bias.shape).astype(np.float32)
                 alone = scales[1].ndim == 1 and len(readers[node.input[1]]) == 1
@@ -152,20 +152,25 @@ def round_biases(model: onnx.ModelProto) -> None:
                         constants[pairs[1].input[1]].CopyFrom(numpy_helper.from_array(steps, pairs[1].input[1]))
                     nodes.append(_stored_bias(graph, node.name, values, scales[0] * steps))
                     (reader,) = readers[node.output[0]]
-                    reader.input[list(reader.input).index(added)] = nodes[-1].output[0]
+                    reader.input[list(reader.input).index(added[0])] = nodes[-1].output[0]
         nodes.append(node)
     del graph.node[:]
     graph.node.extend(nodes)
 
 
 def _bias_of(
-    node: onnx.NodeProto, readers: Mapping[str, Sequence[onnx.NodeProto]], constants: Mapping[str, onnx.TensorProto]
-) -> str | None:
-    """Returns the constant vector that is added to the result of a matmul, where nothing else reads that; else None."""
+    node: onnx.NodeProto,
+    readers: Mapping[str, Sequence[onnx.NodeProto]],
+    maker: Mapping[str, onnx.NodeProto],
+    constants: Mapping[str, onnx.TensorProto],
+) -> tuple[str, onnx.TensorProto] | None:
+    """Returns name and value of the constant vector that is added to the result of a matmul, where nothing else reads
+    that; else None."""
     following = readers.get(node.output[0], [])
     if len(following) != 1 or getattr(following[0], "op_type", "") != "Add":
         return None
-    return next((name for name in following[0].input if name in constants and len(constants[name].dims) == 1), None)
+    found = ((name, constant_of(name, maker, constants)) for name in following[0].input if name != node.output[0])
+    return next(((name, tensor) for name, tensor in found if tensor is not None and len(tensor.dims) == 1), None)
 
 
 def _stored_bias(graph: onnx.GraphProto, layer: str, values: np.ndarray, steps: np.ndarray) -> onnx.NodeProto:
