@@ -41,7 +41,7 @@ FORMAT = 1  # of the manifest
 IN_THE_GRAPH = ("f32", "int8", "fp8", "int4")  # precisions that an ONNX graph itself says
 MEND = (
     "with TensorRT it takes tensorrt (JetPack has it) and pycuda (pip install pycuda, or the extra 'edge' of pqk), "
-    "without a GPU pip install openvino"
+    "without a GPU pip install openvino, or onnxruntime for an export that was made with it"
 )
 PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 LONGEST = 20  # long side of a picture over its short one, at most
@@ -98,7 +98,7 @@ class OpenVINORuntime:
 
 
 class OnnxRuntime:
-    """ONNX Runtime on the CPU: a fallback for an export whose graphs are ONNX."""
+    """ONNX Runtime on the CPU, for an export whose graphs are ONNX."""
 
     name, on_gpu = "onnxruntime", False
 
@@ -227,11 +227,13 @@ def import_tensorrt():
 
 
 def choose_runtime(asked: str, about: dict):
-    """The runtime object. 'auto': TensorRT for ONNX graphs where it and pycuda are there, else OpenVINO."""
+    """The runtime object. 'auto': ONNX Runtime for its own exports; TensorRT for ONNX graphs where it and pycuda are,
+    else OpenVINO."""
     onnx = all(graph["file"].endswith(".onnx") for graph in about["graphs"].values())
     if asked == "tensorrt" and not onnx:
         raise EdgeError("TensorRT reads ONNX graphs; this export was made for OpenVINO: export it with --backend trt")
-    names = [asked] if asked != "auto" else ["tensorrt"] * onnx + ["openvino"]
+    own = about.get("backend") == "onnxruntime"  # its Q/DQ graphs are placed for its kernels
+    names = [asked] if asked != "auto" else ["onnxruntime"] if own else ["tensorrt"] * onnx + ["openvino"]
     reasons = []
     for name in names:
         try:

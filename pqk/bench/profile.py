@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 CLASSES = ("convolutions", "linear layers", "attention", "layout changes", "the rest")
 """What kernels do. The rest: norms, activations, resizes, additions, quantizers of activations."""
 _LAYOUT = {"Reorder", "Transpose", "Reshape", "Concat", "Split", "Gather", "Slice", "StridedSlice", "Convert", "Copy"}
+_LAYOUT |= {"ReorderInput", "ReorderOutput", "Squeeze", "Unsqueeze", "Expand"}  # as ONNX Runtime names them
 _CONVOLUTIONS = {"Convolution", "Deconvolution", "GroupConvolution", "conv"}
 REST = "everything else"
 _SHOWN = 5

@@ -43,7 +43,7 @@ def run(
     card: Annotated[str, typer.Argument(help="task card, for example B1 (schedule/TaskCards)")],
     backend: Annotated[
         str | None,
-        typer.Option(help="openvino, trt or auto (the default): trt where it finds a CUDA device"),
+        typer.Option(help="openvino, onnxruntime, trt or auto (the default): trt with a CUDA device, else openvino"),
     ] = None,
     quantizer: _Quantizer = None,
     model: Annotated[

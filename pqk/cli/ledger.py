@@ -48,7 +48,7 @@ def evaluate(
         str | None, typer.Argument(metavar="[CKPT]", help="a name in outputs/checkpoints, a folder or a .pth")
     ] = None,
     eval_seeds: Annotated[str, typer.Option(help="0..4, or 0,2,5")] = "0..4",
-    backend: Annotated[str | None, typer.Option(help="openvino, trt, reference or auto (the default)")] = None,
+    backend: Annotated[str | None, typer.Option(help="openvino, onnxruntime, trt, reference or auto")] = None,
     precision: Annotated[
         str | None, typer.Option(help="of a CKPT: fp32 (the default), bf16, ... or int8, by the card's settings")
     ] = None,
