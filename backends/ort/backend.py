@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
-from backends.base import Availability, BackendError, Engine, Graph, Kernel, Precision, Quantizer, Unavailable
+from backends.base import Availability, BackendError, Engine, Graph, Kernel, Precision, Quantizer, Surgery, Unavailable
 from backends.cpu import cpu_name, instruction_sets
 
 REMEDY = 'pip install -e "."'
@@ -63,6 +63,12 @@ class ONNXRuntimeBackend:
             for kernel in kernels
             if kernel.precision == "int8" and kernel.type not in MOVES and not kept.keys().isdisjoint(kernel.originals)
         ]
+
+    def surgery(self) -> type[Surgery]:
+        """Returns the class that puts nodes of the quantizer's graphs back to float."""
+        from backends.ort.rank import ORTSurgery
+
+        return ORTSurgery
 
     def _require(self) -> None:
         found = self.availability()

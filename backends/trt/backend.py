@@ -121,7 +121,7 @@ class TensorRTBackend:
 
     def surgery(self) -> type[Surgery]:
         """Returns the class that puts nodes of ModelOpt's graphs back to float; ONNX Runtime computes the ranking."""
-        from backends.trt.rank import QDQSurgery
+        from backends.qdq_surgery import QDQSurgery
 
         return QDQSurgery
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,15 @@ from torch import nn
 
 from backends import registry
 from backends.base import BackendError, Graph, Precision, QuantSpec, Source, executed_precision, surgery_of
-from backends.exchange import export
+from backends.exchange import describe_onnx, export
 from backends.onnx_graph import OnnxGraph
 from backends.ort.kernels import executed_kernels
 from backends.ort.quantizer import BORDER, ORTQuantizer
+from backends.ort.rank import ORTSurgery
+from backends.rank import rank_nodes
 
 SPEC = QuantSpec(calibration_samples=3)
+FEEDS = [{"image": image(99).numpy()}]
 BACKEND = registry.get("onnxruntime")
 
 
@@ -259,5 +263,52 @@ def test_products_under_other_names_are_found_by_their_size(tmp_path: Path) -> N
     assert (left.name, left.precision, left.originals) == ("(not attributed)", "unknown", ("/fc2",))
 
 
-def test_nodes_do_not_go_back_to_float_one_by_one() -> None:
-    assert surgery_of(BACKEND) is None
+@pytest.fixture(scope="module")
+def everything(source: Source, tmp_path_factory: pytest.TempPathFactory) -> Graph:
+    """Scores and probabilities are quantized too."""
+    return quantized(ORTQuantizer(), SPEC, source, tmp_path_factory.mktemp("everything"), keep=())
+
+
+def test_all_nodes_back_in_float_is_the_float_graph(everything: Graph, source: Source, tmp_path: Path) -> None:
+    surgery = ORTSurgery(everything, source.graph)
+    (share,) = rank_nodes(surgery, FEEDS, names={"all": surgery.nodes})
+    assert 1e-3 < share.error_all < 0.5
+    assert share.error_without < 1e-6
+    graph = onnx.load(str(surgery.write(surgery.nodes, tmp_path / "float").path)).graph
+    assert not any("Linear" in node.op_type for node in graph.node)
+    assert not any(t.data_type == onnx.TensorProto.INT8 for t in graph.initializer)
+
+
+def test_nodes_back_in_float_are_those_of_the_keep_list(everything: Graph, source: Source, tmp_path: Path) -> None:
+    """The same graph comes of a surgery and of a keep-list, and what is kept runs in float."""
+    assert surgery_of(BACKEND) is ORTSurgery
+    surgery, quantizer = ORTSurgery(everything, source.graph), ORTQuantizer()
+    some = ("/blocks.0/fc1/MatMul", "/blocks.1/MatMul", "/conv1/Conv")
+    assert set(some) < set(surgery.nodes)
+    mixed = surgery.write(some, tmp_path / "mixed")
+    keep = tuple(f"^{re.escape(name)}$" for name in some)
+    again = quantized(quantizer, SPEC, source, tmp_path, keep=keep)
+    assert surgery.nodes == ORTSurgery(everything, source.graph).nodes
+    assert ORTSurgery(mixed, source.graph).nodes == ORTSurgery(again, source.graph).nodes == quantizer.report.quantized
+    for one, other in zip(outputs(mixed, Precision.INT8), outputs(again, Precision.INT8), strict=True):
+        for name, array in one.items():
+            np.testing.assert_allclose(array, other[name], rtol=1e-4, atol=1e-4)
+    with BACKEND.compile(mixed, Precision.INT8, {"threads": 1}) as engine:
+        kernels = engine.kernels()
+        assert BACKEND.kept_in_int8(engine, keep, kernels) == []
+        assert {name for k in kernels if k.precision == "int8" for name in k.originals} == set(
+            quantizer.report.quantized
+        )
+
+
+def test_the_node_that_hurts_is_ranked_first(made: tuple[Graph, ORTQuantizer], source: Source, tmp_path: Path) -> None:
+    """Its activations are clipped to a thirtieth of their range."""
+    model = onnx.load(str(made[0].path))
+    node = next(n for n in model.graph.node if n.name == "/blocks.1/fc2/MatMul")
+    pair = next(n for n in model.graph.node if n.output[0] == node.input[0])
+    stored = next(t for t in model.graph.initializer if t.name == pair.input[1])
+    stored.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(stored) / np.float32(30), stored.name))
+    onnx.save(model, str(tmp_path / "q.onnx"))
+    ranked = rank_nodes(ORTSurgery(describe_onnx(tmp_path / "q.onnx"), source.graph), FEEDS)
+    assert ranked[0].name == "/blocks.1/fc2/MatMul"
+    assert ranked[0].share > 0.3 > ranked[1].share

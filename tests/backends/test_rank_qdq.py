@@ -12,11 +12,11 @@ from backend_toys import image, linear_graph, quantized
 from backends import registry
 from backends.base import BackendError, Graph, Precision, QuantSpec, executed_precision, surgery_of
 from backends.exchange import describe_onnx
+from backends.qdq_surgery import QDQSurgery
 from backends.rank import mean_error, rank_by_groups, rank_nodes
 
 pytest.importorskip("modelopt", reason="ModelOpt is not installed")
 from backends.trt.modelopt import ModelOptQuantizer
-from backends.trt.rank import QDQSurgery
 
 FEEDS = [{"image": image(99).numpy()}]
 SPEC = QuantSpec(calibration_samples=4, smooth_quant_alpha=None, bias_correction="none", weight_range="full")

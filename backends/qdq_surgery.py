@@ -1,8 +1,8 @@
-"""Puts nodes of a Q/DQ graph back to float: the `Surgery` of TensorRT.
+"""Puts nodes of a Q/DQ graph back to float: the `Surgery` of TensorRT, and with a change that of ONNX Runtime.
 
 A node reads the tensors from before their Q/DQ pairs (and before the scale of SmoothQuant) and takes its weights from
-the float graph; other nodes that read the same Q/DQ pair keep reading it. Nodes are matched by name: ModelOpt keeps
-them.
+the float graph; other nodes that read the same Q/DQ pair keep reading it. Nodes are matched by name: the
+quantizers keep them.
 
 ONNX Runtime computes the outputs on the CPU, Q/DQ nodes as they are defined, as it does where TensorRT's engines are
 emulated; also where there is a device: that needs no plan for each set of nodes.
@@ -30,7 +30,7 @@ _HEAVY = MATMULS | CONVOLUTIONS
 class QDQSurgery:
     """See `backends.base.Surgery`. Files are read anew for each set of nodes: memory holds no graph in between."""
 
-    sources: ClassVar[tuple[str, ...]] = ("backends.trt.rank",)
+    sources: ClassVar[tuple[str, ...]] = ("backends.qdq_surgery",)
 
     def __init__(self, quantized: Graph, plain: Graph) -> None:
         self._graph, self._plain = quantized, plain
@@ -54,11 +54,15 @@ class QDQSurgery:
         model = onnx.load(str(self._graph.path))
         name_nodes(model.graph.node)
         if names:
-            _restore(model.graph, self._plain, set(names))
+            self._restore(model.graph, set(names))
             tidy(model)
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
             return write_graph(model, target.name, Path(folder), target.parent)
+
+    def _restore(self, graph: onnx.GraphProto, names: set[str]) -> None:
+        """Lets the nodes `names` compute in float, as in the float graph."""
+        _restore(graph, self._plain, names)
 
 
 def _is_quantized(graph: OnnxGraph, node: onnx.NodeProto) -> bool:
