@@ -272,7 +272,7 @@ def run_parity(
         if not any(can_rank(name) for name in backends):
             raise PqkError(
                 f"--explain puts nodes of quantized graphs back to float, which no backend of {', '.join(backends)} "
-                "can do: add openvino or trt"
+                "can do: add openvino, onnxruntime or trt"
             )
     root, folder, errors, began = _begin("parity")
     result = parity(request, backends, quantizers, root, _progress(errors), _teller(errors))

@@ -14,6 +14,7 @@ import torch
 from backend_toys import Calibration, error, image, linear_graph, magnitudes_seen, quantized, refused, toy_flops
 from contract_toys import network, write_graph
 from onnx import numpy_helper
+from onnxruntime import InferenceSession
 from torch import nn
 
 from backends import registry
@@ -129,6 +130,38 @@ def test_the_first_and_the_last_convolution_stay_in_float(made: tuple[Graph, ORT
     assert {"/conv1/Conv", "/conv2/Conv"} <= set(made[1].report.quantized)
     assert BORDER in made[1].notes()
     assert {"tokens", "map"}.isdisjoint(pairs_of(made[0]))
+
+
+def test_they_would_cost_a_third_of_the_error(
+    made: tuple[Graph, ORTQuantizer], source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("backends.ort.quantizer.border_convolutions", lambda model: set())
+    graph = quantized(ORTQuantizer(), SPEC, source, tmp_path)
+    for name in ("tokens", "map"):
+        assert apart(source, made[0], name) < 0.7 * apart(source, graph, name)
+
+
+@pytest.mark.parametrize(("percent", "least", "most"), [(99.99, 0.92, 1.08), (99.9, 1.05, 2.0)])
+def test_the_extremes_are_as_good_as_percentiles(
+    percent: float, least: float, most: float, source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Errors with percentiles over those with the extremes."""
+    spec = dataclasses.replace(SPEC, calibration_samples=16)
+    extremes = quantized(ORTQuantizer(), spec, source, tmp_path / "extremes")
+
+    def measured(path: Path, inputs: Any, tensors: list[str], items: Any) -> dict[str, tuple[float, float]]:
+        model = onnx.load(str(path))
+        del model.graph.output[:]
+        model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in tensors)
+        session = InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+        values = [np.stack(one) for one in zip(*(session.run(list(tensors), item) for item in items), strict=True)]
+        found = [np.percentile(one, [100 - percent, percent]) for one in values]
+        return {name: (min(low, 0.0), max(high, 0.0)) for name, (low, high) in zip(tensors, found, strict=True)}
+
+    monkeypatch.setattr("backends.ort.quantizer.tensor_ranges", measured)
+    graph = quantized(ORTQuantizer(), spec, source, tmp_path / "percentiles")
+    for name in ("tokens", "map"):
+        assert least < apart(source, graph, name) / apart(source, extremes, name) < most
 
 
 def test_the_keep_list_is_followed(source: Source, tmp_path: Path) -> None:

@@ -163,7 +163,7 @@ def test_explain_of_an_emulated_backend_has_no_time(compared: tuple[Path, Outcom
 def test_explain_needs_a_backend_that_can(copy_of: Copy) -> None:
     outcome = pqk(copy_of(), "parity", "B1", "--backends", "reference", "--explain")
     assert outcome.code == 2
-    assert "no backend of reference can do: add openvino or trt" in outcome.sentence
+    assert "no backend of reference can do: add openvino, onnxruntime or trt" in outcome.sentence
     assert "…" not in outcome.err
 
 
