@@ -11,6 +11,7 @@ The tool places the Q/DQ nodes and rounds weights and biases. Which tensors get 
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -115,9 +116,15 @@ class ORTQuantizer:
 
 
 def _linked(graph: Graph, folder: Path) -> Path:
-    """Returns a link to the graph in `folder`, its data files beside it: the ranges are measured on a file there."""
+    """Returns the graph's file in `folder`, its data files beside it: the ranges are measured on a file there.
+
+    ONNX Runtime refuses data behind a symbolic link that leads out of the folder.
+    """
     for file in graph.files():
-        (folder / file.name).symlink_to(file.resolve())
+        try:
+            (folder / file.name).hardlink_to(file.resolve())
+        except OSError:  # another file system, or one without hard links
+            shutil.copyfile(file, folder / file.name)
     return folder / graph.path.name
 
 

@@ -9,6 +9,7 @@ all that is neither matmul nor convolution, and int8 weights are stored as int8.
 from __future__ import annotations
 
 import re
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -165,8 +166,8 @@ def _modelopt(graph: Graph, number_format: str, items: CalibrationItems, kept: l
     given, made = folder / "given.onnx", folder / "made.onnx"
     model = onnx.load(str(graph.path), load_external_data=False)
     name_nodes(model.graph.node)
-    for file in graph.files()[1:]:
-        (folder / file.name).symlink_to(file.resolve())
+    for file in graph.files()[1:]:  # onnx refuses hard links to it, and ONNX Runtime symbolic ones
+        shutil.copyfile(file, folder / file.name)
     onnx.save(model, str(given))
     del model
     names = [f"^{re.escape(name)}$" for name in kept]  # ModelOpt reads them as regular expressions

@@ -99,6 +99,24 @@ def test_the_same_input_gives_the_same_bytes(made: tuple[Graph, ORTQuantizer], s
     assert again.size_bytes < 0.5 * source.graph.size_bytes
 
 
+@pytest.mark.parametrize(("backend", "tool"), [("onnxruntime", "ort"), ("trt", "modelopt")])
+def test_weights_in_a_file_of_their_own(source: Source, backend: str, tool: str, tmp_path: Path) -> None:
+    """As those of large graphs are; calibration runs on a graph beside them."""
+    if not registry.get(backend).availability().available:
+        pytest.skip(registry.get(backend).availability().reason)
+    assert source.module is not None
+    names = list(source.output_names)
+    graph = export(source.module, source.example, names, tmp_path / "f.onnx", exporter="torchscript", external_above=0)
+    assert [p.name for p in graph.files()] == ["f.onnx", "f.onnx.data"]
+    quantizer = registry.get(backend).quantizers()[tool]
+    made, plain = (
+        quantized(quantizer, SPEC, each, tmp_path / folder)
+        for folder, each in (("large", dataclasses.replace(source, graph=graph)), ("small", source))
+    )
+    assert pairs_of(made) == pairs_of(plain)  # names and scales of what is rounded
+    assert [p.name for p in (tmp_path / "large").iterdir()] == ["q.onnx"]
+
+
 def test_ranges_are_those_of_the_whole_set(made: tuple[Graph, ORTQuantizer], source: Source) -> None:
     scales = pairs_of(made[0])
     assert len(scales) > 10
