@@ -118,6 +118,19 @@ def test_toolchains_are_compared_with_it(ran: tuple[Path, Outcome], tiny_model: 
         assert 1e-4 < row["pts3d_1.relative"] < 0.5
 
 
+def test_explain_ranks_its_nodes(ran: tuple[Path, Outcome], tiny_model: Path) -> None:
+    command = ("parity", "B1", "--backends", "onnxruntime", "--explain", "--json", "--model", tiny_model)
+    outcome = pqk(ran[0], *command)
+    assert outcome.code in (0, 1, 4), outcome.err
+    found = json.loads(outcome.out.splitlines()[-1])["explanation"]["onnxruntime/ort"]
+    assert found["parted"] == {"encoder": None, "decoder": None}
+    shares = [row["of_all"] for row in found["groups"]]
+    assert len(shares) > 3
+    assert shares == sorted(shares, reverse=True)
+    assert 0 < shares[0] <= 1
+    assert all(value > 0 for name, value in found["proof"].items() if name.startswith("t_pair"))
+
+
 def test_a_profile_shows_its_kernels(ran: tuple[Path, Outcome], tiny_model: Path) -> None:
     outcome = pqk(ran[0], "profile", "B1", *BACKEND, "--model", tiny_model, "--json")
     assert outcome.code == 0, outcome.err
