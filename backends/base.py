@@ -2,7 +2,7 @@
 
 A backend must provide: `name`, `sources`, `availability()`, `quantizers()`, `float_precisions()`,
 `compile(graph, precision, options)`, `kept_in_int8(engine, keep, kernels)`. What it may leave out is read through
-`baselines_of`, `rests_of` and `surgery_of`, which say what its absence means.
+`baselines_of`, `rests_of`, `forms_of`, `surgery_of` and `pieces_of`, which say what its absence means.
 A quantizer must provide: `name`, `quantize(source, spec, calibration)`.
 An engine must provide: `_infer(feeds)`, `kernels()`, `close()`; everything else is inherited. One that runs on a device
 with memory of its own may set `on_device`, `last_device_ms` and override `infer_on_device`.
@@ -270,7 +270,7 @@ class Backend(Protocol):
     """A toolchain: quantizes, compiles and runs graphs. Knows nothing of models, cards or logs.
 
     `sources` names the Python modules whose code decides what its engines compute and report, for caches. Optional
-    members: see `baselines_of`, `rests_of`, `forms_of` and `surgery_of`.
+    members: see `baselines_of`, `rests_of`, `forms_of`, `surgery_of` and `pieces_of`.
     """
 
     name: str
@@ -318,6 +318,39 @@ class Surgery(Protocol):
         ...
 
 
+class Piece(Protocol):
+    """A part of a graph that can be timed alone."""
+
+    @property
+    def key(self) -> str:
+        """Returns a text that is equal for parts of equal work."""
+        ...
+
+    @property
+    def words(self) -> str:
+        """Returns what the part does, for a reader."""
+        ...
+
+    def write(self, path: Path) -> Graph:
+        """Writes the part as a graph of its own."""
+        ...
+
+
+class Pieces(Protocol):
+    """Cuts graphs into parts and times them: what the prediction of a speed needs. `sources`: as of `Backend`."""
+
+    sources: ClassVar[tuple[str, ...]]
+
+    def cut(self, graph: Graph, precision: Precision, keep: Sequence[str]) -> Mapping[str, Sequence[tuple[int, Piece]]]:
+        """Returns the parts of a float graph as it would run at a precision, and how often each occurs, for each form
+        that it may have (see `forms_of`). keep: what stays in float where the precision is lower."""
+        ...
+
+    def time(self, graph: Path, rest: Precision) -> list[float]:
+        """Returns the milliseconds of each run of a part that was written to a file. rest: its float precision."""
+        ...
+
+
 def baselines_of(backend: Backend) -> list[Precision]:
     """Returns the float precisions that deserve a row of results: the backend's `baselines()`, or all of them."""
     return [Precision(p) for p in getattr(backend, "baselines", backend.float_precisions)()]
@@ -340,6 +373,12 @@ def forms_of(backend: Backend, graph: Graph) -> Mapping[str, Mapping[str, Any]]:
 def surgery_of(backend: Backend) -> type[Surgery] | None:
     """Returns the class that puts nodes of quantized graphs back to float (the backend's `surgery()`), or None."""
     found: type[Surgery] | None = getattr(backend, "surgery", lambda: None)()
+    return found
+
+
+def pieces_of(backend: Backend) -> Pieces | None:
+    """Returns what predicts the speed of graphs from that of their parts (the backend's `pieces()`), or None."""
+    found: Pieces | None = getattr(backend, "pieces", lambda: None)()
     return found
 
 

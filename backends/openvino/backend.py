@@ -7,7 +7,18 @@ from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
-from backends.base import Availability, BackendError, Engine, Graph, Kernel, Precision, Quantizer, Surgery, Unavailable
+from backends.base import (
+    Availability,
+    BackendError,
+    Engine,
+    Graph,
+    Kernel,
+    Pieces,
+    Precision,
+    Quantizer,
+    Surgery,
+    Unavailable,
+)
 from backends.cpu import instruction_sets
 
 REMEDY = 'pip install -e ".[openvino]"'
@@ -86,6 +97,12 @@ class OpenVINOBackend:
         from backends.openvino.rank import IRSurgery
 
         return IRSurgery
+
+    def pieces(self) -> Pieces:
+        """Returns what cuts graphs into parts that are timed alone."""
+        from backends.openvino.pieces import OpenVINOPieces
+
+        return OpenVINOPieces()
 
     def _require(self) -> None:
         found = self.availability()

@@ -207,23 +207,40 @@ class OpenVINOEngine(Engine):
         Unless the engine was made with `perf_count`, the first call compiles the model a second time, and `close` frees
         it. The first run of a compiled model is slow: who compares times leaves the first call out.
         """
-        import openvino as ov
-
-        if self._request is None:
-            raise BackendError("this engine is closed")
-        source = self._read()
-        if self._profiled is None:
-            self._profiled = self._compiled if self.options["perf_count"] else self._compile(source, perf_count=True)
-        request = self._profiled.create_infer_request()
         zeros = {t.name: np.zeros(t.shape, t.dtype) for t in self.inputs}
         spent: dict[str, float] = {}
-        for _ in range(_PROFILED_RUNS):
-            request.infer(zeros)
+        for run in self.node_times(zeros, _PROFILED_RUNS):
+            for name, microseconds in run.items():
+                spent[name] = spent.get(name, 0.0) + microseconds / _PROFILED_RUNS
+        return executed_kernels(self.runtime_model(), spent, self._read(), str(self.rest))
+
+    def node_times(self, feeds: Feeds, runs: int) -> list[dict[str, float]]:
+        """Returns for each run the microseconds of the executed nodes by their names; compiles as `kernels` does."""
+        import openvino as ov
+
+        request = self._counting().create_infer_request()
+        found = []
+        for _ in range(runs):
+            request.infer(feeds)
+            run: dict[str, float] = {}
             for node in request.profiling_info:
                 if node.status == ov.ProfilingInfo.Status.EXECUTED:
-                    microseconds = node.real_time.total_seconds() * 1e6
-                    spent[node.node_name] = spent.get(node.node_name, 0.0) + microseconds / _PROFILED_RUNS
-        return executed_kernels(self._profiled.get_runtime_model(), spent, source, str(self.rest))
+                    run[node.node_name] = run.get(node.node_name, 0.0) + node.real_time.total_seconds() * 1e6
+            found.append(run)
+        return found
+
+    def runtime_model(self) -> Any:
+        """Returns the ov.Model of the nodes that are executed; compiles as `kernels` does."""
+        return self._counting().get_runtime_model()
+
+    def _counting(self) -> Any:
+        """Returns the model, compiled to count times."""
+        if self._request is None:
+            raise BackendError("this engine is closed")
+        if self._profiled is None:
+            counts = self.options["perf_count"]
+            self._profiled = self._compiled if counts else self._compile(self._read(), perf_count=True)
+        return self._profiled
 
     def planned_flops(self) -> float | None:
         return planned_flops(self._read())

@@ -23,7 +23,7 @@ from backends.cpu import instruction_sets
 from pqk import paths
 from pqk.bench.engine_child import flops_of
 from pqk.bench.whole import export_whole
-from pqk.engines.calls import Counting, Engines, Recorder
+from pqk.engines.calls import calls_of
 from pqk.engines.variant import graph_to_json
 from pqk.errors import PqkError
 from pqk.files import temporary_folder, write_json
@@ -137,7 +137,8 @@ def _variants(candidate: Candidate, folder: Path) -> tuple[dict[str, dict[str, A
     """Returns what each variant's process is asked, by the variant's name, and the FLOPs of one sample."""
     from backends.openvino.engine import best_float, read_model
 
-    experiment, floats, calls = candidate.experiment, candidate.onnx_float.graphs, _calls(candidate)
+    experiment, floats = candidate.experiment, candidate.onnx_float.graphs
+    calls = calls_of(experiment.family, experiment.workload, floats)
     fed = {**experiment.fed, "samples": candidate.validation.to_json()}
     torch_model = {**fed, "kind": "torch", "model": candidate.model}
     found: dict[str, dict[str, Any]] = {
@@ -163,15 +164,6 @@ def _variants(candidate: Candidate, folder: Path) -> tuple[dict[str, dict[str, A
         name = f"pqk {'student ' if variant.name.startswith('student') else ''}{precision}"
         found[name] = {**fed, "kind": "variant", "variant": variant.to_json()}
     return found, flops
-
-
-def _calls(candidate: Candidate) -> Mapping[str, int]:
-    """Returns how often each graph runs for one sample."""
-    of, workload = candidate.experiment.family, candidate.experiment.workload
-    with Engines({}) as none:
-        counting = Counting(Recorder("", none, candidate.onnx_float.graphs))
-        of.predict_part().predict(counting, of.data_part().example(workload), workload, 0)
-    return counting.calls
 
 
 def _timed(

@@ -248,7 +248,10 @@ def optimize(
 
 @app.command()
 def profile(
-    card: Annotated[str, typer.Argument(help="task card that quantizes, for example B1")],
+    card: Annotated[str, typer.Argument(help="task card, for example B1; without --predict one that quantizes")],
+    predict: Annotated[
+        bool, typer.Option("--predict", help="predict the speed of its rows instead, before they are made")
+    ] = False,
     rounds: Annotated[int, typer.Option(min=3, help="how often each engine is profiled")] = 7,
     backend: Annotated[str | None, typer.Option(help="as in `pqk run`; one that runs here, not emulated")] = None,
     quantizer: _Quantizer = None,
@@ -256,16 +259,17 @@ def profile(
     setting: _Setting = None,
     json_line: _Json = False,
 ) -> None:
-    """Show where the time of a card's f32 and int8 engines goes, and why int8 is as fast as it is here.
+    """Show where the time of a card's f32 and int8 engines goes, and why int8 is as fast as it is here; with --predict
+    how fast its rows will be, from the times of their parts, and what this machine measured of them.
 
     Exit codes: 0 ok, 2 wrong input, 3 backend or method unavailable.
     """
-    from pqk.cli.run_output import choose_backend, run_profile, settings_of
+    from pqk.cli.run_output import choose_backend, run_predict, run_profile, settings_of
     from pqk.recipe.request import Request
 
     given = settings_of(setting or [])
     request = Request(card, choose_backend(backend), quantizer, model, settings=given, qat=False)
-    raise typer.Exit(run_profile(request, rounds, json_line))
+    raise typer.Exit(run_predict(request, json_line) if predict else run_profile(request, rounds, json_line))
 
 
 @app.command()

@@ -38,6 +38,7 @@ _DOING = {
     "distilled": "distillation",
     "reduced": "less work without training",
     "rates": "largest rates of this machine",
+    "student": "shapes of the student, untrained",
     "quantized": "quantization",
     "forms": "choice of the fastest form of each quantized graph",
     "qat": "quantization-aware training",
@@ -361,6 +362,18 @@ def run_profile(request: Request, rounds: int, as_json: bool) -> int:
     written = write_profile(found, folder)
     print_profile(found, Console(stderr=as_json))
     _finish(errors, began, written, found if as_json else None)
+    return EXIT_OK
+
+
+def run_predict(request: Request, as_json: bool) -> int:
+    """Runs `pqk profile --predict`: prints the table and writes reports/profile/CARD.predict.json; returns 0."""
+    from pqk.bench.predict_card import predict_card, print_prediction, write_prediction
+
+    root, folder, errors, began = _begin("profile")
+    found = predict_card(request, root, _progress(errors), _teller(errors))
+    written = write_prediction(found, folder)
+    print_prediction(found, Console(stderr=as_json))
+    _finish(errors, began, [written], found if as_json else None)
     return EXIT_OK
 
 

@@ -24,7 +24,8 @@ from pqk.families.contract import Call
 from pqk.lru import Lru
 
 if TYPE_CHECKING:
-    from pqk.families.contract import GraphSpec
+    from pqk.families.contract import Family, GraphSpec
+    from pqk.settings.workload import Workload
 
 Outputs = dict[str, Any]
 
@@ -225,6 +226,14 @@ class Replaying:
         if graph in self._engines.engines:
             return self._engines(graph, feeds, stay=stay)
         return _zeros(self._graphs[graph])
+
+
+def calls_of(of: Family, workload: Workload, graphs: Mapping[str, Graph]) -> dict[str, int]:
+    """Returns how often each graph runs for one sample; none is run for it."""
+    with Engines({}) as none:
+        counting = Counting(Recorder("", none, graphs))
+        of.predict_part().predict(counting, of.data_part().example(workload), workload, 0)
+    return dict(counting.calls)
 
 
 def _zeros(graph: Graph) -> Outputs:

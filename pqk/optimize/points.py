@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any
 
 from pqk.stats.intervals import Interval
@@ -52,7 +53,8 @@ class Point:
 @dataclass(frozen=True)
 class Found:
     """A measured point. drop: on validation samples, in percent. speedup: against the Teacher in f32; faster: against
-    its best float precision. guards: losses of the guard metrics, in percent. ms: the median of a sample.
+    its best float precision. guards: losses of the guard metrics, in percent. ms: the median of a sample. foretold:
+    the speed against the Teacher in f32 that was predicted before; None without a prediction.
     """
 
     point: Point
@@ -61,10 +63,31 @@ class Found:
     faster: Interval
     guards: Mapping[str, Interval] = field(default_factory=dict)
     ms: float = 0.0
+    foretold: float | None = None
 
     def within(self, max_drop: float, most: float) -> bool:
         """Returns whether drop and guard metrics are within their limits, by their values."""
         return self.drop.value <= max_drop and all(lost.value <= most for lost in self.guards.values())
+
+
+class Status(StrEnum):
+    """Why a point was not measured."""
+
+    IMPOSSIBLE = "impossible here"
+    NEEDLESS = "needless"
+    RULED_OUT = "ruled out by prediction"
+    NO_BUDGET = "budget used up"
+    STOPPED = "stopped"
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A point that was not measured, and why. foretold: see `Found`."""
+
+    point: Point
+    status: Status
+    why: str
+    foretold: float | None = None
 
 
 def points_of(letters: Sequence[str]) -> list[Point]:
@@ -118,6 +141,19 @@ def needless(
     if best is not None and speed is not None and speed <= best.speedup.value:
         return f"its parts predict {speed:.2f}x, and {best.point.name} has {best.speedup.value:.2f}x"
     return None
+
+
+def too_slow(foretold: float | None, best: Found | None, error_pct: float) -> str | None:
+    """Returns why a point cannot be the fastest although its predicted speed may err by so many percent, or None."""
+    if foretold is None or best is None:
+        return None
+    most = foretold * (1 + error_pct / 100)
+    if most >= best.speedup.value:
+        return None
+    return (
+        f"{foretold:.2f}x is predicted, {most:.2f}x with its error of {error_pct:g} %, and {best.point.name} has "
+        f"{best.speedup.value:.2f}x"
+    )
 
 
 def front(found: Sequence[Found]) -> list[Found]:

@@ -34,7 +34,16 @@ def as_data(found: Optimized) -> dict[str, Any]:
         "test": found.final,
         "bundle": None if found.bundle is None else str(found.bundle),
         "points": [_row(one, found) for one in found.found],
-        "not_measured": [{"recipe": list(p.letters), "settings": p.settings, "why": why} for p, why in found.skipped],
+        "not_measured": [
+            {
+                "recipe": list(one.point.letters),
+                "settings": one.point.settings,
+                "status": str(one.status),
+                "why": one.why,
+                "predicted_speedup": one.foretold,
+            }
+            for one in found.skipped
+        ],
         "seconds": round(found.seconds, 1),
     }
 
@@ -48,6 +57,7 @@ def _row(one: Found, found: Optimized) -> dict[str, Any]:
         "validation_drop_interval": one.drop.ends(),
         "guard_drops_pct": {name: lost.value for name, lost in one.guards.items()},
         "speedup_vs_teacher_f32": one.speedup.value,
+        "predicted_speedup": one.foretold,
         "speedup_interval": one.speedup.ends(),
         "speedup_vs_best_float": one.faster.value,
         "t_pair_p50_ms": one.ms,
@@ -68,6 +78,7 @@ def write_optimized(found: Optimized, folder: Path) -> list[Path]:
         "name",
         "validation_drop_pct",
         "speedup_vs_teacher_f32",
+        "predicted_speedup",
         "speedup_vs_best_float",
         "t_pair_p50_ms",
         "within",
@@ -88,7 +99,7 @@ def print_optimized(found: Optimized, console: Console) -> None:
     )
     table.box, table.pad_edge = None, False
     table.add_column("recipe", overflow="fold")
-    for name in ("drop %", "x f32", "x best float", "guards %"):
+    for name in ("drop %", "x f32", "predicted", "x best float", "guards %"):
         table.add_column(name, justify="right", no_wrap=True)
     for name in ("within", "front", ""):
         table.add_column(name, no_wrap=True)
@@ -99,6 +110,7 @@ def print_optimized(found: Optimized, console: Console) -> None:
             escape(one.point.name),
             f"{one.drop.value:+.2f}{half}",
             f"{one.speedup.value:.2f}",
+            "–" if one.foretold is None else f"{one.foretold:.2f}",
             f"{one.faster.value:.2f}",
             f"{max((lost.value for lost in one.guards.values()), default=0):+.1f}",
             "yes" if one.within(found.max_drop, found.guard_limit) else "",
@@ -109,8 +121,9 @@ def print_optimized(found: Optimized, console: Console) -> None:
     console.print()
     if found.found:
         console.print(table)
-    for point, why in found.skipped:
-        console.print(f"[dim]{escape(point.name)}: {escape(why)}[/]", highlight=False, soft_wrap=True)
+    for left in found.skipped:
+        said = escape(f"{left.point.name}: {left.status}: {left.why}")
+        console.print(f"[dim]{said}[/]", highlight=False, soft_wrap=True)
     colour = _COLOURS.get(found.verdict, "yellow")
     console.print(f"verdict: [bold {colour}]{found.verdict}[/]")
     for why in found.why:

@@ -13,11 +13,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from backends.base import BackendError
+from pqk.bench.predict_speed import ERROR_PCT, Predictor, Unpredictable
 from pqk.errors import NotBuilt, PqkError
 from pqk.export.export import export
 from pqk.export.target import target_of
 from pqk.measure.scores import drop_of
-from pqk.optimize.points import LETTERS, Found, Point, front, needless, points_of
+from pqk.optimize.points import LETTERS, Found, Point, Skipped, Status, front, needless, points_of, too_slow
 from pqk.recipe.candidate import Candidate, make
 from pqk.recipe.columns import interval_of
 from pqk.recipe.reduce import check_reducing
@@ -53,7 +55,7 @@ class Optimized:
     max_drop: float
     guard_limit: float
     found: Sequence[Found]
-    skipped: Sequence[tuple[Point, str]]
+    skipped: Sequence[Skipped]
     winner: Found | None
     final: dict[str, Any] | None
     verdict: str
@@ -89,20 +91,25 @@ def optimize(
     known: dict[Point, Found] = {}
     best: Found | None = None
     candidate: Candidate | None = None
+    predictor = _predictor(request, root, on_event, say)
     for point in points_of(asked):
+        status, foretold = Status.NEEDLESS, None
         reason = needless(point, known, best, max_drop, most)
         if reason is None and time.monotonic() - began > budget_s:
-            reason = "the budget is used up"
+            status, reason = Status.NO_BUDGET, "the budget is used up"
+        if reason is None and predictor is not None:
+            foretold = _foretold(predictor, request, point, root, say)
+            status, reason = Status.RULED_OUT, too_slow(foretold, best, ERROR_PCT)
         if reason is not None:
-            skipped.append((point, reason))
-            say(f"{point.name}: not measured, {reason}")
+            skipped.append(Skipped(point, status, reason, foretold))
+            say(f"{point.name}: not measured, {status}: {reason}")
             continue
-        say(f"{point.name}:")
+        say(f"{point.name}:" + ("" if foretold is None else f" {foretold:.2f}x of f32 is predicted"))
         candidate = make(_at(request, point), root, on_event, say).candidate
         if candidate.trained and candidate.trained[-1].failed:
-            skipped.append((point, str(candidate.trained[-1].reason)))
+            skipped.append(Skipped(point, Status.STOPPED, str(candidate.trained[-1].reason), foretold))
             continue
-        known[point] = _measured(point, candidate)
+        known[point] = replace(_measured(point, candidate), foretold=foretold)
         if _faster(best, known[point], max_drop, most):
             best = known[point]
         say(_line(known[point], best is known[point]))
@@ -134,14 +141,15 @@ def optimize(
     )
 
 
-def _letters(request: Request, asked: Sequence[str] | None, root: Path) -> tuple[list[str], list[tuple[Point, str]]]:
+def _letters(request: Request, asked: Sequence[str] | None, root: Path) -> tuple[list[str], list[Skipped]]:
     """Returns the letters to use, and those that are impossible here with the reason.
 
     Raises the reason where the user asked for such a letter.
     """
     experiment = asked_experiment(request, root)
     backend = usable_backend(request.backend)
-    possible, skipped = [], []
+    possible: list[str] = []
+    skipped: list[Skipped] = []
     for letter in LETTERS if asked is None else asked:
         if letter not in LETTERS:
             raise PqkError(f"--letters must hold letters out of {', '.join(LETTERS)}, and {letter!r} is not one")
@@ -153,14 +161,34 @@ def _letters(request: Request, asked: Sequence[str] | None, root: Path) -> tuple
         except (NotBuilt, PqkError) as error:
             if asked is not None:
                 raise
-            skipped.append((Point((letter,)), str(error)))
+            skipped.append(Skipped(Point((letter,)), Status.IMPOSSIBLE, str(error)))
             continue
         if letter in possible:
             raise PqkError(f"--letters holds {letter} twice")
         possible.append(letter)
     if not possible:
-        raise PqkError(f"no letter can be used here: {skipped[0][1]}")
+        raise PqkError(f"no letter can be used here: {skipped[0].why}")
     return possible, skipped
+
+
+def _predictor(request: Request, root: Path, on_event: OnEvent, say: Callable[[str], None]) -> Predictor | None:
+    """Returns what predicts the speeds of points; None, and says why, where nothing does."""
+    try:
+        return Predictor(request, root, on_event, say)
+    except Unpredictable as error:
+        say(str(error))
+        return None
+
+
+def _foretold(
+    predictor: Predictor, request: Request, point: Point, root: Path, say: Callable[[str], None]
+) -> float | None:
+    """Returns the predicted speed of a point against the Teacher in f32; None, and says why, where there is none."""
+    try:
+        return predictor.speedup(asked_experiment(_at(request, point), root))
+    except (Unpredictable, BackendError) as error:
+        say(f"{point.name}: no prediction, {error}")
+        return None
 
 
 def _at(request: Request, point: Point) -> Request:

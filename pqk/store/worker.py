@@ -123,6 +123,7 @@ TASKS = {
     "parts": "pqk.measure.block_profile:profile",
     "memory": "pqk.measure.memory:measure_memory",
     "forms": "pqk.measure.forms:choose_forms",
+    "pieces": "pqk.measure.pieces:time_pieces",
     "quantize": "pqk.compress.tasks.quantize:quantize_graphs",
     "prune": "pqk.compress.tasks.pruned:train_pruned",
     "distill": "pqk.compress.tasks.distilled:train_distilled",
