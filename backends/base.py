@@ -14,7 +14,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -346,8 +346,11 @@ class Pieces(Protocol):
         that it may have (see `forms_of`). keep: what stays in float where the precision is lower."""
         ...
 
-    def time(self, graph: Path, rest: Precision) -> list[float]:
-        """Returns the milliseconds of each run of a part that was written to a file. rest: its float precision."""
+    def opened(self, graph: Path, rest: Precision) -> Callable[[], float]:
+        """Compiles a part that was written to a file; each call runs it and returns the milliseconds it took.
+
+        rest: its float precision.
+        """
         ...
 
 

@@ -13,7 +13,7 @@ at the ends, which a model does not have.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 PLAIN, CONVOLVED = "plain", "linear layers as 1x1 convolutions"
 _STAND_IN = "stand-in"
 _MOVES = {"Reshape", "Transpose", "Squeeze", "Unsqueeze"}
-_WARMUP, _LEAST_RUNS, _MOST_RUNS, _SECONDS = 3, 9, 60, 0.25
 _HASHED = 1 << 16  # elements: larger tables of integers are told apart by their shapes alone
 
 Value = tuple[str, int]
@@ -73,11 +72,13 @@ class OpenVINOPieces:
                 found[CONVOLVED] = _cut(model)
         return found
 
-    def time(self, graph: Path, rest: Precision) -> list[float]:
-        """Returns the milliseconds of each run of a piece that was written to `graph`. rest: its float precision."""
+    def opened(self, graph: Path, rest: Precision) -> Callable[[], float]:
+        """Compiles a piece that was written to `graph`; each call runs it and returns its milliseconds.
+
+        rest: its float precision.
+        """
         described = describe_ir(graph)
         rounds = any(op.get_type_name() == "FakeQuantize" for op in read_model(graph).get_ops())
-        options = {"perf_count": True, "rest": str(rest)}
         random = np.random.default_rng(0)
         feeds = {
             info.name: random.standard_normal(info.shape).astype(info.dtype)
@@ -85,13 +86,10 @@ class OpenVINOPieces:
             else np.zeros(info.shape, info.dtype)
             for info in described.inputs
         }
-        with OpenVINOEngine(described, Precision.INT8 if rounds else rest, options) as engine:
-            counted = _counted(engine.runtime_model())
-            runs = engine.node_times(feeds, _WARMUP + _LEAST_RUNS)[_WARMUP:]
-            spent = sum(sum(run.values()) for run in runs) / len(runs) / 1e6
-            more = min(_MOST_RUNS, int(_SECONDS / max(spent, 1e-6))) - _LEAST_RUNS
-            runs += engine.node_times(feeds, max(0, more))
-        return [sum(us for name, us in run.items() if name in counted) / 1e3 for run in runs]
+        options = {"perf_count": True, "rest": str(rest)}
+        engine = OpenVINOEngine(described, Precision.INT8 if rounds else rest, options)
+        counted = _counted(engine.runtime_model())
+        return lambda: sum(us for name, us in engine.node_times(feeds, 1)[0].items() if name in counted) / 1e3
 
 
 def _model_of(graph: Graph, precision: Precision, keep: Sequence[str]) -> ov.Model:

@@ -241,8 +241,7 @@ class _Table:
         self.missing = [part for part in parts if not self._folder(part).exists() or ctx.store.fresh]
 
     def times(self, part: Piece) -> list[float]:
-        """Returns the milliseconds of each run of a part. One that was timed under load is timed again when there is
-        none."""
+        """Returns the milliseconds of each run of a part. One that was timed under load is timed again without it."""
 
         def make(folder: Path) -> None:
             if part.key not in self._fresh:
