@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,12 +12,12 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from run_toys import TINY, Outcome, make_project, pqk
+from run_toys import TINY, Outcome, environment, make_project, pqk
 
 from pqk.cli.run_output import seconds_of
 from pqk.errors import PqkError
 from pqk.models import build_model, save_model
-from pqk.optimize.points import LETTERS, Found, Point, front, needless, points_of, predicted
+from pqk.optimize.points import LETTERS, Found, Point, front, needless, points_of, predicted, too_slow
 from pqk.optimize.search import implausible, judge
 from pqk.settings.recipe import check_stages
 from pqk.stats.intervals import Interval
@@ -68,6 +70,14 @@ def test_what_its_parts_rule_out_is_not_measured() -> None:
     assert needless(both, known, None, 1.0, 5.0) == "Q alone loses 9.0 % in chamfer"
     assert needless(T50, {TAIL: found(TAIL, 3.0, 1.2)}, None, 1.0, 5.0) == "T, tail alone drops 3.00 %"
     assert needless(TAIL, {T50: found(T50, 3.0, 1.2)}, None, 1.0, 5.0) is None  # fewer merged tokens may lose less
+
+
+def test_what_a_prediction_rules_out() -> None:
+    """Only what is too slow even where the prediction errs by all of its 15 percent."""
+    best = found(TAIL, 0.4, 2.0)
+    assert too_slow(1.7, best, 15.0) == ("1.70x is predicted, 1.95x with its error of 15 %, and T, tail has 2.00x")
+    assert too_slow(1.74, best, 15.0) is None and too_slow(1.7, best, 20.0) is None
+    assert too_slow(0.1, None, 15.0) is None and too_slow(None, best, 15.0) is None
 
 
 @given(st.lists(st.tuples(st.floats(-2, 5), st.floats(0.5, 4)), min_size=1, max_size=8))
@@ -154,7 +164,10 @@ def test_a_search_from_checkpoint_to_bundle(project: Path) -> None:
     data = json.loads(outcome.out.splitlines()[-1])
     assert data["verdict"] in ("accept", "undecided", "regression"), outcome.err
     assert outcome.code == {"accept": 0, "undecided": 4}.get(data["verdict"], 1)
-    assert [row["settings"]["reduce.tokens"] for row in data["points"]] == [0.5, 0.3, 0.0]
+    shares = [row["settings"]["reduce.tokens"] for row in data["points"]]
+    ruled_out = [row for row in data["not_measured"] if row["status"] == "ruled out by prediction"]
+    assert shares[0] == 0.5 and {*shares, *(row["settings"]["reduce.tokens"] for row in ruled_out)} == {0.5, 0.3, 0.0}
+    assert all(row["predicted_speedup"] > 0 for row in (*data["points"], *ruled_out))
     within = [row for row in data["points"] if row["within"] and row["speedup_vs_best_float"] > 1]
     assert data["winner"] == max(within, key=lambda row: row["speedup_vs_teacher_f32"])
     assert data["test"]["combo"] == "T-only" and data["test"]["quality_drop_pct"] is not None
@@ -164,6 +177,38 @@ def test_a_search_from_checkpoint_to_bundle(project: Path) -> None:
         assert (project / "reports" / "optimize" / f"toy.{ending}").stat().st_size > 0
     again = optimized(project, "--max-drop", "50", "--set", "eval.thresholds.guard_drop_pct=5")
     assert json.loads(again.out.splitlines()[-1])["points"] == data["points"] and "… " not in again.err
+
+
+FORETOLD = """
+import sys
+from pqk.bench.predict_speed import Predictor
+from pqk.cli.app import main
+from pqk.optimize import search
+search._faster = lambda best, found, *limits: best is None  # the first one, whatever a toy's times are
+Predictor.speedup = lambda self, experiment: {0.5: 9.0, 0.3: 0.01}.get(experiment.reduce.tokens, 9.0)
+sys.exit(main())
+"""
+
+
+def test_a_point_that_is_predicted_to_be_slow_is_passed_over_and_told(project: Path, tmp_path: Path) -> None:
+    """A second call, as after a kill, decides alike."""
+    script = tmp_path / "optimize.py"
+    script.write_text(FORETOLD)
+    arguments = ["optimize", "models/toy", "--backend", "openvino", "--letters", "T", "--json", "--max-drop", "1000"]
+    arguments += ["--set", "eval.thresholds.guard_drop_pct=5"]
+    seen = []
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, str(script), *arguments], cwd=project, env=environment(), capture_output=True, text=True
+        )
+        data = json.loads(done.stdout.splitlines()[-1])
+        (left,) = data["not_measured"]
+        assert (left["settings"], left["status"]) == ({"reduce.tokens": 0.3}, "ruled out by prediction")
+        assert left["why"].startswith("0.01x is predicted, 0.01x with its error of 15 %, and T, tail and 50 %")
+        assert "T, tail and 30 % of the tokens: ruled out by prediction: 0.01x is predicted" in done.stderr
+        assert [row["predicted_speedup"] for row in data["points"]] == [9.0, 9.0]
+        seen.append(data["not_measured"])
+    assert seen[0] == seen[1]
 
 
 def test_nothing_is_within_an_impossible_limit(project: Path) -> None:
