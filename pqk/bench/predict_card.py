@@ -18,12 +18,16 @@ from pqk.store.store import OnEvent
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a card's results: its model and precision, and the prediction. engine: hash of its float graphs."""
+    """A row of a card's results: its model, its precision, and the prediction."""
 
-    model: str
+    shaped: Shaped
     precision: Precision
     predicted: Predicted
-    engine: str
+
+    @property
+    def engine(self) -> str:
+        """Returns the hash by which a record names its engine; of a quantized row, that of its float graphs."""
+        return sha256_json({name: graph.sha256 for name, graph in self.shaped.graphs.items()})
 
 
 def predict_card(request: Request, root: Path, on_event: OnEvent, say: Callable[[str], None]) -> dict[str, Any]:
@@ -42,7 +46,7 @@ def predict_card(request: Request, root: Path, on_event: OnEvent, say: Callable[
         asked += own
         if quantizes(experiment.card.recipe):
             asked.append((shaped, Precision.INT8))
-    rows = [Row(one.name, precision, predictor.of_shaped(one, precision), _hash_of(one)) for one, precision in asked]
+    rows = [Row(one, precision, predictor.of_shaped(one, precision)) for one, precision in asked]
     measured = _measured(rows, experiment.card.id, predictor, root)
     return {
         "card": experiment.card.id,
@@ -53,15 +57,10 @@ def predict_card(request: Request, root: Path, on_event: OnEvent, say: Callable[
     }
 
 
-def _hash_of(shaped: Shaped) -> str:
-    """Returns the hash by which a record names its engine; of a quantized row, that of its float graphs."""
-    return sha256_json({name: graph.sha256 for name, graph in shaped.graphs.items()})
-
-
 def _as_data(row: Row, record: Mapping[str, Any] | None) -> dict[str, Any]:
     found, measured = row.predicted, None if record is None else record["t_pair_p50_ms"]
     return {
-        "model": row.model,
+        "model": row.shaped.name,
         "precision": str(row.precision),
         "predicted_p50_ms": found.ms,
         "predicted_spread_ms": [found.low, found.high],
@@ -96,9 +95,9 @@ def _measured(rows: list[Row], card: str, predictor: Predictor, root: Path) -> d
         floats = [r for r in mine if (r["hashes"] or {}).get("engine") == row.engine and r["quantizer"] is None]
         if row.precision is Precision.INT8:
             runs = {r["run_id"] for r in floats}
-            keep = list(predictor.shaped(predictor.experiment).experiment.quant.ptq.keep_list)
+            keep = list(row.shaped.experiment.quant.ptq.keep_list)
             same = [r for r in mine if r["run_id"] in runs and r["exp_id"] == card and r["precision"] == "int8"]
-            floats = [r for r in same if r["keep_list"] == keep and r["model"] == row.model]
+            floats = [r for r in same if r["keep_list"] == keep and r["model"] == row.shaped.name]
         else:
             floats = [r for r in floats if r["precision"] == str(row.precision)]
         if floats:

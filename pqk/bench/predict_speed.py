@@ -8,6 +8,7 @@ lowers follows from the keep-list. Which units P leaves is known only when it is
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -51,6 +52,7 @@ from pqk.store.store import OnEvent
 ERROR_PCT = 15.0
 """A prediction is meant to lie within these percent of what is then measured."""
 _BATCH = 24  # parts that one process times
+_TIMES = "times.json"
 
 
 class Unpredictable(PqkError):
@@ -235,10 +237,12 @@ class _Table:
         most_load: float,
     ) -> None:
         self._ctx = replace(ctx, on_event=lambda *_: None)  # a line for each would be a hundred
-        self._backend, self._rest, self._parts, self._most = backend, rest, parts, most_load
+        self._backend, self._rest, self._parts = backend, rest, parts
         self._code = ("pqk.measure.pieces", Top(type(registry.get(backend)).__module__), *sources)
         self._fresh: dict[str, dict[str, Any]] = {}
-        self.missing = [part for part in parts if not self._folder(part).exists() or ctx.store.fresh]
+        self._disturbed = self._timed_under_load(most_load)
+        absent = [part for part in parts if ctx.store.fresh or not self._folder(part).exists()]
+        self.missing = [*absent, *(part for part in parts if part.key in self._disturbed)]
 
     def times(self, part: Piece) -> list[float]:
         """Returns the milliseconds of each run of a part. One that was timed under load is timed again without it."""
@@ -246,14 +250,22 @@ class _Table:
         def make(folder: Path) -> None:
             if part.key not in self._fresh:
                 self._measure(part)
-            write_json(folder / "times.json", self._fresh[part.key])
+            write_json(folder / _TIMES, self._fresh[part.key])
 
-        def stale(folder: Path) -> bool:
-            return bool(_read(folder)["load"] > self._most and load_now() <= self._most)
-
-        made = self._ctx.make("pieces", self._code, self._inputs(part), make, stale=stale)
-        found: list[float] = _read(made.path)["ms"]
+        made = self._ctx.make(
+            "pieces", self._code, self._inputs(part), make, stale=lambda folder: part.key in self._disturbed
+        )
+        found: list[float] = json.loads((made.path / _TIMES).read_text())["ms"]
         return found
+
+    def _timed_under_load(self, most_load: float) -> set[str]:
+        """Returns the keys of parts that were timed while others used more cores; none where they still do."""
+        found = set()
+        for part in self._parts:
+            with contextlib.suppress(OSError, ValueError, KeyError):  # absent, or damaged: then it is made anyway
+                if json.loads((self._folder(part) / _TIMES).read_text())["load"] > most_load:
+                    found.add(part.key)
+        return found if found and load_now() <= most_load else set()
 
     def _inputs(self, part: Piece) -> dict[str, Any]:
         machine = dict(self._ctx.machine)
@@ -270,8 +282,3 @@ class _Table:
             found = worker.call("pieces", {"backend": self._backend, "rest": str(self._rest), "graphs": graphs})
         for part, ms in zip(batch, found["times"], strict=True):
             self._fresh[part.key] = {"words": part.words, "ms": ms, "load": found["load"]}
-
-
-def _read(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "times.json").read_text())
-    return found
