@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import openvino as ov
 
 PLAIN, CONVOLVED = "plain", "linear layers as 1x1 convolutions"
-_STAND_IN = "stand-in"
+_STAND_IN, _INPUT = "stand-in", "input_"
 _MOVES = {"Reshape", "Transpose", "Squeeze", "Unsqueeze"}
 _HASHED = 1 << 16  # elements: larger tables of integers are told apart by their shapes alone
 
@@ -174,12 +174,12 @@ def _described(group: list[ov.Node], number: int, member: Mapping[str, int], inp
                 operands.append(f"{places[node.get_name()]}.{value.get_index()}")
             elif node.get_name() in member or node.get_name() in inputs:
                 which = outside.setdefault((node.get_name(), value.get_index()), len(outside))
-                kind = _limits(node) if node.get_type_name() == "FakeQuantize" else ""
-                operands.append(f"in{which}:{_type_of(value)}{kind}")
+                rounding = _rounding(value)
+                operands.append(f"in{which}:{_type_of(value)}{_limits(rounding) if rounding else ''}")
             else:
                 operands.append(_constant(value))
         goes = [
-            f"{output.get_index()}>{'int8' if op.get_type_name() == 'FakeQuantize' else ''}"
+            f"{output.get_index()}>{'int8' if _rounding(output) else ''}"
             for output in op.outputs()
             if any(member.get(port.get_node().get_name()) != number for port in output.get_target_inputs())
         ]
@@ -188,6 +188,14 @@ def _described(group: list[ov.Node], number: int, member: Mapping[str, int], inp
         out = [_type_of(output) for output in op.outputs()]
         lines.append(f"{op.get_type_name()}{kind} {about} {operands} {out} {goes}")
     return "\n".join(lines)
+
+
+def _rounding(value: ov.Output) -> ov.Node | None:
+    """Returns the FakeQuantize that a value comes from, through moves of values; None for another one."""
+    node = value.get_node()
+    while node.get_type_name() in _MOVES:
+        node = node.input_value(0).get_node()
+    return node if node.get_type_name() == "FakeQuantize" else None
 
 
 def _type_of(value: ov.Output) -> str:
@@ -246,17 +254,16 @@ def _separate(
                 continue
             key = name, value.get_index()
             if key not in given:
-                rounded = value.get_node().get_type_name() == "FakeQuantize"
+                rounding = _rounding(value)
                 parameter = ops.parameter(list(value.get_shape()), value.get_element_type())
-                parameter.set_friendly_name(f"input_{len(parameters)}")
-                parameter.output(0).set_names({f"input_{len(parameters)}"})
+                parameter.set_friendly_name(f"{_INPUT}{len(parameters)}")
+                parameter.output(0).set_names({f"{_INPUT}{len(parameters)}"})
                 parameters.append(parameter)
-                given[key] = _stand_in(value.get_node(), parameter) if rounded else parameter.output(0)
+                given[key] = _stand_in(rounding, parameter) if rounding else parameter.output(0)
             port.replace_source_output(given[key])
     results = []
     for place, value in enumerate(ends):
-        sink = _reader(value) if value.get_node().get_type_name() == "FakeQuantize" else value
-        result = ops.result(sink)
+        result = ops.result(_reader(value) if _rounding(value) else value)
         result.output(0).set_names({f"output_{place}"})
         results.append(result)
     return ov.Model(results, parameters, "piece")
@@ -300,7 +307,9 @@ def _counted(runtime: ov.Model) -> set[str]:
         kind = str(info["layerType"].astype(str))
         originals = [name for name in str(info["originalLayersNames"].astype(str)).split(",") if name]
         named = originals or [op.get_friendly_name()]
-        outer = kind in ("Input", "Parameter", "Output", "Result") or all(n.startswith(_STAND_IN) for n in named)
+        outer = kind in ("Input", "Parameter", "Output", "Result") or all(
+            n.startswith((_STAND_IN, _INPUT)) for n in named
+        )
         if outer:
             left.add(op.get_friendly_name())
     for op in runtime.get_ordered_ops():
