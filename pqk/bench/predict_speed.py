@@ -51,7 +51,7 @@ from pqk.store.store import OnEvent
 
 ERROR_PCT = 15.0
 """A prediction is meant to lie within these percent of what is then measured."""
-_BATCH = 24  # parts that one process times
+_BATCH = 64  # parts that one process times
 _TIMES = "times.json"
 
 
@@ -213,7 +213,8 @@ class Predictor:
     def _time(self, parts: Sequence[Piece], rest: Precision) -> None:
         """Times the parts that are not known yet, or takes their times from the store."""
         parts = [part for part in parts if f"{rest} {part.key}" not in self._known]
-        table = _Table(self.ctx, self.backend.name, self._tool.sources, rest, parts, self._most_load)
+        quiet = replace(self.ctx, on_event=lambda *_: None)  # a line for each would be a hundred
+        table = Table(quiet, self.backend.name, self._tool.sources, rest, parts, self._most_load)
         if table.missing:
             self._say(f"timing {len(table.missing)} parts of graphs alone in {rest}, once on this machine")
         for part in parts:
@@ -224,7 +225,7 @@ class Predictor:
         return self.experiment.evaluation.efficiency.max_load
 
 
-class _Table:
+class Table:
     """The times of parts of graphs: an artifact each. What is missing is timed in batches, in a process of its own."""
 
     def __init__(
@@ -236,8 +237,7 @@ class _Table:
         parts: Sequence[Piece],
         most_load: float,
     ) -> None:
-        self._ctx = replace(ctx, on_event=lambda *_: None)  # a line for each would be a hundred
-        self._backend, self._rest, self._parts = backend, rest, parts
+        self._ctx, self._backend, self._rest, self._parts = ctx, backend, rest, parts
         self._code = ("pqk.measure.pieces", Top(type(registry.get(backend)).__module__), *sources)
         self._fresh: dict[str, dict[str, Any]] = {}
         self._disturbed = self._timed_under_load(most_load)

@@ -14,12 +14,15 @@ import sys
 import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from run_toys import REPOSITORY, scene_samples
 
 from backends.base import Graph, Precision
+from backends.openvino.pieces import OpenVINOPieces
+from pqk.bench.predict_speed import Table
 from pqk.engines.variant import Variant
 from pqk.errors import PqkError
 from pqk.families.registry import family
@@ -108,6 +111,11 @@ def _joint(ctx: Context) -> Any:
     return join(ctx, _experiment("G1"), "openvino", "nncf", TEACHER, GRAPHS, SAMPLES, SAMPLES)
 
 
+def _pieces(ctx: Context) -> Any:
+    part = SimpleNamespace(key="sha", words="a part")
+    return Table(ctx, "openvino", OpenVINOPieces.sources, Precision.F32, [part], 0.25).times(part)
+
+
 STAGES: dict[str, Callable[[Context], Any]] = {
     "scenes": _scenes,
     "graphs": lambda ctx: stages.export_graphs(ctx, _experiment(), None, "sha"),  # type: ignore[arg-type]
@@ -120,6 +128,7 @@ STAGES: dict[str, Callable[[Context], Any]] = {
     "predictions": lambda ctx: _scores(ctx),
     "scores": lambda ctx: _scores(ctx),
     "timing": lambda ctx: stages.timing(ctx, _experiment(), [variant()], SAMPLES),
+    "pieces": _pieces,
     "memory": lambda ctx: stages.memory(ctx, _experiment(), variant()),
     "parts": lambda ctx: changes(ctx, _experiment(), variant(), variant(), TEACHER, TEACHER),
 }
