@@ -346,6 +346,10 @@ class Pieces(Protocol):
         that it may have (see `forms_of`). keep: what stays in float where the precision is lower."""
         ...
 
+    def yardstick(self, path: Path) -> Graph:
+        """Writes a graph of fixed work to `path`: its time is the unit of those that are timed in turns with it."""
+        ...
+
     def opened(self, graph: Path, rest: Precision) -> Callable[[], float]:
         """Compiles a part that was written to a file; each call runs it and returns the milliseconds it took.
 

@@ -72,6 +72,24 @@ class OpenVINOPieces:
                 found[CONVOLVED] = _cut(model)
         return found
 
+    def yardstick(self, path: Path) -> Graph:
+        """Writes a linear layer, a convolution and a sum of large maps: what takes time in most models, a few ms."""
+        import openvino as ov
+        import openvino.opset13 as ops
+
+        tokens, image = ops.parameter((1, 512, 512), np.float32), ops.parameter((1, 64, 64, 64), np.float32)
+        inputs = [tokens, image]
+        for place, one in enumerate(inputs):
+            one.output(0).set_names({f"{_INPUT}{place}"})
+        linear = ops.matmul(tokens, ops.constant(np.full((512, 512), 1e-3, np.float32)), False, True)
+        kernel = ops.constant(np.full((64, 64, 3, 3), 1e-3, np.float32))
+        conv = ops.convolution(image, kernel, [1, 1], [1, 1], [1, 1], [1, 1])
+        large = ops.interpolate(conv, np.array([256, 256]), "linear_onnx", "sizes", axes=np.array([2, 3]))
+        results = [ops.result(value) for value in (linear, ops.sqrt(ops.abs(large)))]
+        for place, one in enumerate(results):
+            one.output(0).set_names({f"output_{place}"})
+        return write_ir(ov.Model(results, inputs, "yardstick"), path)
+
     def opened(self, graph: Path, rest: Precision) -> Callable[[], float]:
         """Compiles a piece that was written to `graph`; each call runs it and returns its milliseconds.
 

@@ -53,6 +53,7 @@ def predict_card(request: Request, root: Path, on_event: OnEvent, say: Callable[
         "backend": predictor.backend.name,
         "device": predictor.ctx.machine["device"],
         "factors": {str(rest): predictor.factor(rest) for rest in dict.fromkeys(row.predicted.rest for row in rows)},
+        "disturbed": predictor.disturbed,
         "rows": [_as_data(row, measured.get(number)) for number, row in enumerate(rows)],
     }
 
@@ -135,8 +136,10 @@ def print_prediction(found: Mapping[str, Any], console: Any) -> None:
         )
     console.print(table)
     for rest, factor in found["factors"].items():
-        said = f"calibrated in {rest} by {factor:.2f}: the Teacher's own time over the sum of its parts"
+        said = f"calibrated in {rest} by the Teacher's own time: a yardstick of its parts is {factor:.2f} ms"
         console.print(said, highlight=False)
+    if found["disturbed"]:
+        console.print("parts were timed while other processes used the cores; run it again on a quiet machine")
     if any(row["measured_p50_ms"] is None for row in found["rows"]):
         console.print(f"– : logs/ has no record of this machine; `pqk run {found['card']}` measures", highlight=False)
     far = [row for row in found["rows"] if row["error_pct"] is not None and abs(row["error_pct"]) > ERROR_PCT]

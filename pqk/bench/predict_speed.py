@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from backends import registry
-from backends.base import Graph, Piece, Precision, lowered_to, pieces_of, rests_of
+from backends.base import Graph, Piece, Pieces, Precision, lowered_to, pieces_of, rests_of
 from pqk.compress.cut.student import make_student
 from pqk.compress.train.data import TrainingData
 from pqk.compress.train.trained import MODEL
@@ -61,7 +61,7 @@ class Unpredictable(PqkError):
 
 @dataclass(frozen=True)
 class Predicted:
-    """The time of a sample, milliseconds: medians of all parts, added up, and their quartiles.
+    """The time of a sample in milliseconds: medians of all parts, added up, and their quartiles.
 
     rest: the float precision. forms: the form of each graph that is predicted to be the fastest. parts: how many
     different ones were timed.
@@ -104,6 +104,7 @@ class Predictor:
         self.experiment = asked_experiment(request, root)
         self.teacher, module = load_teacher(request.model, root)
         self._known: dict[str, list[float]] = {}
+        self.disturbed = False  # some part was timed while others used the cores, and they still do
         self.graphs = stages.export_graphs(self.ctx, self.experiment, module, self.teacher.sha256)
 
     def shaped(self, experiment: Experiment) -> Shaped:
@@ -146,7 +147,7 @@ class Predictor:
         return teacher.ms * self.factor(Precision.F32) / (mine.ms * self.factor(mine.rest))
 
     def factor(self, rest: Precision) -> float:
-        """Returns the Teacher's measured time in a float precision over the sum of its parts."""
+        """Returns the Teacher's measured time in a float precision over the sum of its parts: ms of a yardstick."""
         if rest not in self._measured:
             raise Unpredictable(f"the Teacher has no time in {rest} here, with which a prediction is calibrated")
         return self._measured[rest] / self._sum(self.graphs, rest, rest, ()).ms
@@ -191,7 +192,7 @@ class Predictor:
     def _sum(
         self, graphs: Mapping[str, Graph], precision: Precision, rest: Precision, keep: Sequence[str]
     ) -> Predicted:
-        """Returns the sum over all parts, each graph in its fastest form."""
+        """Returns the sum over all parts in yardsticks, each graph in its fastest form."""
         of, workload = self.experiment.family, self.experiment.workload
         calls = calls_of(of, workload, graphs)
         cut = {name: self._tool.cut(graph, precision, keep_for(keep, name)) for name, graph in graphs.items()}
@@ -214,11 +215,12 @@ class Predictor:
         """Times the parts that are not known yet, or takes their times from the store."""
         parts = [part for part in parts if f"{rest} {part.key}" not in self._known]
         quiet = replace(self.ctx, on_event=lambda *_: None)  # a line for each would be a hundred
-        table = Table(quiet, self.backend.name, self._tool.sources, rest, parts, self._most_load)
+        table = Table(quiet, self.backend.name, self._tool, rest, parts, self._most_load)
         if table.missing:
             self._say(f"timing {len(table.missing)} parts of graphs alone in {rest}, once on this machine")
         for part in parts:
             self._known[f"{rest} {part.key}"] = table.times(part)
+        self.disturbed |= table.disturbed
 
     @property
     def _most_load(self) -> float:
@@ -232,20 +234,25 @@ class Table:
         self,
         ctx: Context,
         backend: str,
-        sources: Sequence[str],
+        tool: Pieces,
         rest: Precision,
         parts: Sequence[Piece],
         most_load: float,
     ) -> None:
         self._ctx, self._backend, self._rest, self._parts = ctx, backend, rest, parts
-        self._code = ("pqk.measure.pieces", Top(type(registry.get(backend)).__module__), *sources)
+        self._tool = tool
+        self._code = ("pqk.measure.pieces", Top(type(registry.get(backend)).__module__), *tool.sources)
         self._fresh: dict[str, dict[str, Any]] = {}
-        self._disturbed = self._timed_under_load(most_load)
+        self._most_load, self.disturbed = most_load, False
+        self._stale = self._timed_under_load()
         absent = [part for part in parts if ctx.store.fresh or not self._folder(part).exists()]
-        self.missing = [*absent, *(part for part in parts if part.key in self._disturbed)]
+        self.missing = [*absent, *(part for part in parts if part.key in self._stale)]
 
     def times(self, part: Piece) -> list[float]:
-        """Returns the milliseconds of each run of a part. One that was timed under load is timed again without it."""
+        """Returns the time of each run of a part in yardsticks (`pqk.measure.pieces`).
+
+        One that was timed under load is timed again without it, or makes the table `disturbed`.
+        """
 
         def make(folder: Path) -> None:
             if part.key not in self._fresh:
@@ -253,19 +260,20 @@ class Table:
             write_json(folder / _TIMES, self._fresh[part.key])
 
         made = self._ctx.make(
-            "pieces", self._code, self._inputs(part), make, stale=lambda folder: part.key in self._disturbed
+            "pieces", self._code, self._inputs(part), make, stale=lambda folder: part.key in self._stale
         )
-        found: list[float] = json.loads((made.path / _TIMES).read_text())["ms"]
-        return found
+        found: dict[str, Any] = json.loads((made.path / _TIMES).read_text())
+        self.disturbed |= found["load"] > self._most_load
+        return list(found["yards"])
 
-    def _timed_under_load(self, most_load: float) -> set[str]:
+    def _timed_under_load(self) -> set[str]:
         """Returns the keys of parts that were timed while others used more cores; none where they still do."""
         found = set()
         for part in self._parts:
             with contextlib.suppress(OSError, ValueError, KeyError):  # absent, or damaged: then it is made anyway
-                if json.loads((self._folder(part) / _TIMES).read_text())["load"] > most_load:
+                if json.loads((self._folder(part) / _TIMES).read_text())["load"] > self._most_load:
                     found.add(part.key)
-        return found if found and load_now() <= most_load else set()
+        return found if found and load_now() <= self._most_load else set()
 
     def _inputs(self, part: Piece) -> dict[str, Any]:
         machine = dict(self._ctx.machine)
@@ -279,6 +287,9 @@ class Table:
         batch = [first, *others[: _BATCH - 1]]
         with temporary_folder("pieces") as folder:
             graphs = [str(part.write(folder / f"{place}.xml").path) for place, part in enumerate(batch)]
-            found = worker.call("pieces", {"backend": self._backend, "rest": str(self._rest), "graphs": graphs})
-        for part, ms in zip(batch, found["times"], strict=True):
-            self._fresh[part.key] = {"words": part.words, "ms": ms, "load": found["load"]}
+            yardstick = str(self._tool.yardstick(folder / "yardstick.xml").path)
+            asked = {"backend": self._backend, "rest": str(self._rest), "graphs": graphs, "yardstick": yardstick}
+            found = worker.call("pieces", asked)
+        about = {name: found[name] for name in ("yardstick_ms", "load")}
+        for part, yards in zip(batch, found["times"], strict=True):
+            self._fresh[part.key] = {"words": part.words, "yards": yards, **about}

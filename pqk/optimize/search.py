@@ -100,6 +100,9 @@ def optimize(
         if reason is None and predictor is not None:
             foretold = _foretold(predictor, request, point, root, say)
             status, reason = Status.RULED_OUT, too_slow(foretold, best, ERROR_PCT)
+            if reason is not None and predictor.disturbed:
+                say(f"{point.name}: {reason}, but its parts were timed while other processes used the cores: measured")
+                reason = None
         if reason is not None:
             skipped.append(Skipped(point, status, reason, foretold))
             say(f"{point.name}: not measured, {status}: {reason}")

@@ -113,7 +113,7 @@ def _joint(ctx: Context) -> Any:
 
 def _pieces(ctx: Context) -> Any:
     part = SimpleNamespace(key="sha", words="a part")
-    return Table(ctx, "openvino", OpenVINOPieces.sources, Precision.F32, [part], 0.25).times(part)
+    return Table(ctx, "openvino", OpenVINOPieces(), Precision.F32, [part], 0.25).times(part)
 
 
 STAGES: dict[str, Callable[[Context], Any]] = {

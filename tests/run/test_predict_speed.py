@@ -70,7 +70,7 @@ def test_a_part_that_was_disturbed_is_timed_again_on_a_quiet_machine(
 
     def call(task: str, request: dict[str, Any]) -> dict[str, Any]:
         asked.append(len(request["graphs"]))
-        return {"times": [[1.0, 1.0, 1.0] for _ in request["graphs"]], "load": -2.0}
+        return {"times": [[1.0, 1.0, 1.0] for _ in request["graphs"]], "yardstick_ms": 1.0, "load": -2.0}
 
     monkeypatch.setattr(module.worker, "call", call)
     again = predictor(root, tiny_model)[0]._added_up(teacher, Precision.F32)
