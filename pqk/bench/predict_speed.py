@@ -25,6 +25,7 @@ from pqk.engines.calls import calls_of
 from pqk.engines.variant import Variant
 from pqk.errors import PqkError
 from pqk.files import temporary_folder, write_json
+from pqk.heap import trim
 from pqk.measure.noise import load_now
 from pqk.models import load_model, save_model
 from pqk.recipe import stages
@@ -106,6 +107,8 @@ class Predictor:
         self._known: dict[str, list[float]] = {}
         self.disturbed = False  # some part was timed while others used the cores, and they still do
         self.graphs = stages.export_graphs(self.ctx, self.experiment, module, self.teacher.sha256)
+        del module
+        trim()
 
     def shaped(self, experiment: Experiment) -> Shaped:
         """Returns the graphs of a card's recipe before it is trained or quantized.

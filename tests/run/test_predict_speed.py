@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from shutil import copytree
 from typing import Any
@@ -59,12 +58,12 @@ def test_a_part_that_was_disturbed_is_timed_again_on_a_quiet_machine(
 ) -> None:
     first, _ = predictor(root, tiny_model)
     teacher = module.Shaped(first.experiment, "teacher", first.graphs)
-    before = first.of_shaped(teacher, Precision.F32)
+    before = first._added_up(teacher, Precision.F32)
+    assert not first.disturbed
     monkeypatch.setattr(Predictor, "_most_load", -1.0)  # no machine is as quiet as that
     monkeypatch.setattr(module, "load_now", lambda: 0.0)
-    assert predictor(root, tiny_model)[0]._added_up(teacher, Precision.F32) == replace(
-        before, **{name: getattr(before, name) / first.factor(Precision.F32) for name in ("ms", "low", "high")}
-    )
+    busy = predictor(root, tiny_model)[0]
+    assert busy._added_up(teacher, Precision.F32) == before and busy.disturbed
     monkeypatch.setattr(module, "load_now", lambda: -2.0)
     asked: list[int] = []
 
@@ -73,8 +72,9 @@ def test_a_part_that_was_disturbed_is_timed_again_on_a_quiet_machine(
         return {"times": [[1.0, 1.0, 1.0] for _ in request["graphs"]], "yardstick_ms": 1.0, "load": -2.0}
 
     monkeypatch.setattr(module.worker, "call", call)
-    again = predictor(root, tiny_model)[0]._added_up(teacher, Precision.F32)
-    assert sum(asked) == again.parts and again.low == again.high
+    quiet = predictor(root, tiny_model)[0]
+    again = quiet._added_up(teacher, Precision.F32)
+    assert sum(asked) == again.parts and again.low == again.high and not quiet.disturbed
 
 
 def test_a_prediction_is_calibrated_by_the_teacher(root: Path, tiny_model: Path) -> None:
