@@ -56,8 +56,8 @@ def test_starting_imports_nothing_heavy(start: str) -> None:
 
 
 def test_help_imports_nothing_heavy_and_answers_at_once() -> None:
-    """CPU time beside that of the library that makes the command line, each the best of five: neither a slow machine
-    nor other work on it must decide. With rich, whose layout typer takes unless asked not to, it was twice as much.
+    """CPU time beside that of the library that makes the command line, five runs of each in turns: neither a slow
+    machine nor other work on it must decide. With rich, whose layout typer takes unless asked not to, it was twice as much.
     """
     code = (
         "import sys\nfrom pqk.cli import main\nsys.argv = ['pqk', '--help']\n"
@@ -75,7 +75,7 @@ def test_help_imports_nothing_heavy_and_answers_at_once() -> None:
             subprocess.run([sys.executable, "-c", ran], cwd=REPOSITORY, stdout=subprocess.DEVNULL, check=True)
             after = os.times()
             spent.append(after.children_user + after.children_system - before.children_user - before.children_system)
-    assert min(seconds[code]) < 2.7 * min(seconds["import typer"]), seconds
+    assert sum(seconds[code]) < 3 * sum(seconds["import typer"]), seconds
 
 
 def test_help_names_every_verb_with_a_whole_sentence() -> None:
