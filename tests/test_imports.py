@@ -57,7 +57,8 @@ def test_starting_imports_nothing_heavy(start: str) -> None:
 
 def test_help_imports_nothing_heavy_and_answers_at_once() -> None:
     """CPU time beside that of the library that makes the command line, five runs of each in turns: neither a slow
-    machine nor other work on it must decide. With rich, whose layout typer takes unless asked not to, it was twice as much.
+    machine nor other work on it must decide. With rich, whose layout typer takes unless asked not to, it was twice as
+    much.
     """
     code = (
         "import sys\nfrom pqk.cli import main\nsys.argv = ['pqk', '--help']\n"

@@ -92,7 +92,7 @@ def _calls(candidate: Candidate, found: SampleSet) -> Mapping[str, int]:
     """Returns how often each graph is computed over all samples; calls that samples of a scene share count once."""
     of, workload = candidate.experiment.family, candidate.experiment.workload
     with Engines({}) as none:
-        counting = Counting(Recorder("", none, candidate.variants[0].graphs))
+        counting = Counting(Recorder((), none, candidate.variants[0].graphs))
         shared, group = Remembering(counting, 2**31), -1
         for sample in of.data_part().samples(found, workload, workload.seeds.eval):
             if sample.group != group:

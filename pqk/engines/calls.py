@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -189,21 +189,21 @@ class Stopwatch:
 
 
 class Recorder:
-    """A call that keeps the inputs of one graph. Graphs that do not affect them are not run; they return zeros.
+    """A call that keeps the inputs of some graphs. Graphs that do not affect them are not run; they return zeros.
 
-    graph: the recorded one. engines: those of the graphs that must run (`GraphUse.after`). graphs: all of them, for the
-    output shapes of those that are not run. `feeds`: numpy arrays, in the order of the calls.
+    recorded: their names. engines: those of the graphs that must run (`GraphUse.after`). graphs: all of them, for the
+    output shapes of those that are not run. `feeds`: by graph numpy arrays, in the order of the calls.
     """
 
-    def __init__(self, graph: str, engines: Engines, graphs: Mapping[str, Graph]) -> None:
-        self._graph, self._engines, self._graphs = graph, engines, graphs
-        self.feeds: list[dict[str, np.ndarray]] = []
+    def __init__(self, recorded: Iterable[str], engines: Engines, graphs: Mapping[str, Graph]) -> None:
+        self._engines, self._graphs = engines, graphs
+        self.feeds: dict[str, list[dict[str, np.ndarray]]] = {name: [] for name in recorded}
 
     def __call__(
         self, graph: str, feeds: Mapping[str, Any], *, reuse: Hashable | None = None, stay: bool = False
     ) -> Outputs:
-        if graph == self._graph:
-            self.feeds.append({name: on_host(array) for name, array in feeds.items()})
+        if graph in self.feeds:
+            self.feeds[graph].append({name: on_host(array) for name, array in feeds.items()})
         if graph in self._engines.engines:
             return self._engines(graph, feeds, stay=stay)
         return _zeros(self._graphs[graph])
@@ -231,7 +231,7 @@ class Replaying:
 def calls_of(of: Family, workload: Workload, graphs: Mapping[str, Graph]) -> dict[str, int]:
     """Returns how often each graph runs for one sample; none is run for it."""
     with Engines({}) as none:
-        counting = Counting(Recorder("", none, graphs))
+        counting = Counting(Recorder((), none, graphs))
         of.predict_part().predict(counting, of.data_part().example(workload), workload, 0)
     return dict(counting.calls)
 

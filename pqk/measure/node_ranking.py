@@ -41,9 +41,9 @@ class _Looked:
     def feeds(self, graph: str) -> list[Feeds]:
         """Returns the inputs of a graph, call by call; only the graphs before it run."""
         with on_reference({name: self.floats[name] for name in self.before(graph)}) as engines:
-            recorder = Recorder(graph, engines, self.floats)
+            recorder = Recorder((graph,), engines, self.floats)
             self.predict(recorder)
-        return recorder.feeds
+        return list(recorder.feeds[graph])
 
     def before(self, graph: str) -> tuple[str, ...]:
         """Returns the graphs whose outputs reach the inputs of `graph`."""
