@@ -20,7 +20,8 @@ from typing import Any
 from backends import registry
 from backends.base import BackendError, Precision
 from backends.cpu import saturates
-from pqk.engines.variant import Variant
+from backends.qdq import with_half_range
+from pqk.engines.variant import Variant, graphs_to_json
 from pqk.errors import PqkError, nearest
 from pqk.files import write_json
 from pqk.recipe import stages
@@ -231,7 +232,13 @@ def _shared_level(candidates: Mapping[tuple[str, str], Candidate], compare: _Com
         verdict.sentences.append("no quantizer that ran here writes a Q/DQ ONNX graph (modelopt does: backend trt)")
         return [Row("shared", "–", note=verdict.sentences[0])], verdict
     (owner, tool), graph = shared
-    full_range = candidates[owner, tool].experiment.quant.ptq.weight_range != "half"
+    note = f"graph of {owner}/{tool}"
+    less = _half_range(compare.candidate, graph) if saturates() else None
+    if less is not None:  # ONNX Runtime's and OpenVINO's int8 kernels saturate differently
+        graph, note = less, f"{note}, its weights at 7 of their 8 bits: int8 sums saturate on this CPU (no VNNI)"
+        verdict.sentences.append(
+            "weights have 7 bits here, as int8 sums saturate on this CPU in each runtime otherwise"
+        )
     # Where a runtime of ours reads ONNX: the reference, and openvino when it took part. trt without a GPU computes by
     # the reference itself, so it would only be compared with itself.
     readers = [RUNTIME, *(name for name in ("openvino",) if registry.get(name).availability().available)]
@@ -243,9 +250,6 @@ def _shared_level(candidates: Mapping[tuple[str, str], Candidate], compare: _Com
     for (name, variant), heads in zip(sides.items(), compare.heads(float_side, list(sides.values())), strict=True):
         errors[name] = sum(_relative(head) for head in heads.values()) / len(heads)
         metrics[name] = compare.score(variant)
-        note = f"graph of {owner}/{tool}"
-        if saturates() and full_range:  # differently in ONNX Runtime's and OpenVINO's int8 kernels
-            note += "; its int8 sums saturate on this CPU (no VNNI), which ptq.weight_range: half would avoid"
         rows.append(Row("shared", f"{name} int8", f"{RUNTIME} fp32", None, heads, metrics[name], None, note))
     for name in readers[1:]:
         limits = compare.limits
@@ -266,6 +270,18 @@ def _shared_level(candidates: Mapping[tuple[str, str], Candidate], compare: _Com
     if len(readers) == 1:
         verdict.sentences.append("only one runtime here reads the graph")
     return rows, verdict
+
+
+def _half_range(candidate: Candidate, variant: Variant) -> Variant | None:
+    """Returns Q/DQ graphs with weights of 7 bits, None where all have them already."""
+
+    def make(folder: Path) -> None:
+        made = {name: with_half_range(graph, folder) for name, graph in variant.graphs.items()}
+        stages.keep_graphs(folder, graphs_to_json({name: graph for name, graph in made.items() if graph}))
+
+    made = candidate.ctx.make("half_range", ("backends.qdq",), {"graphs": variant.hashes}, make)
+    changed = stages.read_graphs(made.path)
+    return replace(variant, graphs={**variant.graphs, **changed}) if changed else None
 
 
 def _recipe_level(candidates: Mapping[tuple[str, str], Candidate], compare: _Comparer) -> Level:

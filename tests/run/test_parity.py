@@ -14,6 +14,7 @@ from openpyxl import load_workbook
 from run_toys import Outcome, pqk, start
 
 from backends import registry
+from backends.cpu import saturates
 from pqk.parity.parity import Verdict
 
 Copy = Callable[[], Path]
@@ -158,6 +159,11 @@ def test_explain_of_an_emulated_backend_has_no_time(compared: tuple[Path, Outcom
         "t_pair_p50_after_ms": None,
     }
     assert "was not measured, as these engines are emulated" in found["sentence"]
+    # its graph has weights of 8 bits, which int8 kernels of a CPU without VNNI cannot all sum
+    shared = [row["note"] for row in data(outcome)["rows"] if row["level"] == "shared"]
+    assert ["its weights at 7 of their 8 bits" in note for note in shared] == [saturates()] * 2
+    (level,) = [verdict for verdict in data(outcome)["verdicts"] if verdict["level"] == "shared"]
+    assert ("weights have 7 bits here" in level["sentences"][0]) == saturates()
 
 
 def test_explain_needs_a_backend_that_can(copy_of: Copy) -> None:
