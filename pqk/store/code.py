@@ -7,22 +7,19 @@ that it `loaded`, and its parent refuses a result of other code than that of the
 
 from __future__ import annotations
 
-import ast
-import gc
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from hashlib import sha256
-from typing import NamedTuple
 
 from pqk.errors import PqkError
 from pqk.files import sha256_json
+from pqk.store.facts import Import, facts, keep_facts
 from pqk.store.sources import ROOTS, on_disk, source_file, source_of
 
 Reader = Callable[[str], bytes | None]
 """Returns the source of a module by its name, None when there is no such module."""
 
-_BLOCKS = ("body", "orelse", "finalbody", "handlers", "cases")
 _hashed: dict[str, str] = {}
 """Digests, by module, of everything that `code_of` has hashed in this process."""
 _known: dict[str, str] = {}
@@ -42,9 +39,11 @@ def code_of(*modules: str, read: Reader = source_of) -> str:
 
     Raises PqkError when one of `modules` has no source file.
     """
-    found = {name: digest(source) for name, source in closure(*modules, read=read).items()}
+    sources = closure(*modules, read=read)
+    found = {name: digest(source) for name, source in sources.items()}
     if read is source_of:
         _hashed.update(found)
+        keep_facts(sources.values())
     return sha256_json(found)
 
 
@@ -73,7 +72,7 @@ def closure(*modules: str, read: Reader = source_of) -> dict[str, bytes]:
         found[str(name)] = source
         if not isinstance(name, Top):
             whole.add(name)
-        for statement in _facts(source).imports:
+        for statement in facts(source).imports:
             if statement.top or not isinstance(name, Top):
                 waiting += [m for m in _modules(statement, name) if m.partition(".")[0] in roots]
         parts = name.split(".")
@@ -86,7 +85,7 @@ def digest(source: bytes) -> str:
     imports for the type checker. A source that cannot be parsed counts byte for byte.
     """
     told = _known.get(sha256(source).hexdigest()) if _known else None
-    return told or _facts(source).digest
+    return told or facts(source).digest
 
 
 def known() -> dict[str, str]:
@@ -137,84 +136,8 @@ def _changed(modules: list[str], task: str) -> str:
     return f"the code changed while the {task} process ran ({modules[0]}{more}): its result is not kept, run again"
 
 
-class _Import(NamedTuple):
-    """An import statement: the dots and the module behind `from` (0 and '' for a plain import), the imported names, and
-    whether it runs when the module is loaded, not when a function is called."""
-
-    level: int
-    origin: str
-    names: tuple[str, ...]
-    top: bool
-
-
-class _Facts(NamedTuple):
-    digest: str
-    imports: tuple[_Import, ...]
-
-
 @cache
-def _facts(source: bytes) -> _Facts:
-    """Returns digest and imports of a source. The syntax tree is not cached: it takes megabytes, and a worker may be
-    measuring its memory.
-    """
-    collects = gc.isenabled()
-    gc.disable()  # it would look for cycles among the nodes again and again: a third of the time without
-    try:
-        tree = ast.parse(source)
-        _strip(tree)
-        text = ast.dump(tree).encode("utf-8", "surrogatepass")
-        return _Facts(sha256(text).hexdigest(), tuple(_imports(tree, True)))
-    except (SyntaxError, ValueError, RecursionError):
-        return _Facts(sha256(source).hexdigest(), ())
-    finally:
-        if collects:
-            gc.enable()
-
-
-def _strip(node: ast.AST) -> None:
-    """Removes from a syntax tree the statements that do nothing when a program runs."""
-    for name in _BLOCKS:
-        listed = getattr(node, name, None)
-        if isinstance(listed, list):
-            setattr(node, name, list(_running(listed)))
-    for child in _children(node):
-        _strip(child)
-
-
-def _children(node: ast.AST) -> Iterator[ast.AST]:
-    """Yields the statements, handlers and cases inside a statement."""
-    for name in _BLOCKS:
-        listed = getattr(node, name, None)
-        if isinstance(listed, list):
-            yield from listed
-
-
-def _running(statements: Iterable[ast.AST]) -> Iterator[ast.AST]:
-    """Yields the statements that do something when a program runs."""
-    for statement in statements:
-        if isinstance(statement, ast.If) and _for_type_checkers(statement.test):
-            yield from _running(statement.orelse)
-        elif not (isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)):
-            yield statement
-
-
-def _for_type_checkers(test: ast.expr) -> bool:
-    name = test.id if isinstance(test, ast.Name) else test.attr if isinstance(test, ast.Attribute) else ""
-    return name == "TYPE_CHECKING"
-
-
-def _imports(node: ast.AST, top: bool) -> Iterator[_Import]:
-    for child in _children(node):
-        if isinstance(child, ast.Import):
-            yield _Import(0, "", tuple(alias.name for alias in child.names), top)
-        elif isinstance(child, ast.ImportFrom):
-            yield _Import(child.level, child.module or "", tuple(alias.name for alias in child.names), top)
-        else:
-            yield from _imports(child, top and not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef))
-
-
-@cache
-def _modules(found: _Import, module: str) -> list[str]:
+def _modules(found: Import, module: str) -> list[str]:
     """Returns names that an import of `module` may load: an imported name is a module of its package or an object."""
     if not found.level and not found.origin:
         return list(found.names)

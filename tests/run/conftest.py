@@ -11,6 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import preloaded
 from run_toys import Outcome, make_model, make_project, pqk
 
 
@@ -47,10 +48,27 @@ def copy_of(finished: tuple[Path, Outcome], tmp_path: Path) -> Callable[[], Path
 
 
 @pytest.fixture(scope="session")
-def exported(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+def begun(finished: tuple[Path, Outcome]) -> Callable[[Path], Path]:
+    """Makes projects in which nothing has run, but whose store has what B1 made: other cards need most of it, too."""
+
+    def copy(root: Path) -> Path:
+        logs = shutil.ignore_patterns("B1-*", "runs")
+        return shutil.copytree(finished[0], root, symlinks=True, ignore=logs)
+
+    return copy
+
+
+@pytest.fixture
+def forked_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers that pqk starts in this process are forks, too."""
+    monkeypatch.setattr(sys, "executable", preloaded.python())
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, begun: Callable[[Path], Path]) -> Path:
     """A small project with B1's int8 engines exported to `int8` and the float graphs to `onnx`. Read-only for tests."""
     pytest.importorskip("openvino")
-    root = make_project(tmp_path_factory.mktemp("exported") / "project")
+    root = begun(tmp_path_factory.mktemp("exported") / "project")
     made = pqk(root, "export", "B1", "--backend", "openvino", "--model", tiny_model, "-o", "int8")
     assert (made.code, made.out) == (0, "int8\n"), made.err
     made = pqk(

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from pqk.families.contract import SampleSet
     from pqk.recipe.experiment import Experiment
 
+import preloaded
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 # Widths are multiples of 64, and a head is 32 wide: what int8 kernels of a CPU want.
@@ -110,8 +112,10 @@ class Outcome:
 
 
 def environment() -> dict[str, str]:
-    """The tests' environment, wide enough a terminal that no message is wrapped."""
-    return {**os.environ, "COLUMNS": "500", "PYTHONPATH": str(REPOSITORY), "NO_COLOR": "1"}
+    """The tests' environment, wide enough a terminal that no message is wrapped; Python keeps what it compiled."""
+    variables = {**os.environ, "COLUMNS": "500", "PYTHONPATH": str(REPOSITORY), "NO_COLOR": "1"}
+    variables.pop("PYTHONDONTWRITEBYTECODE", None)
+    return variables
 
 
 def hear_ctrl_c() -> None:
@@ -119,9 +123,9 @@ def hear_ctrl_c() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def start(arguments: Sequence[str | Path], root: Path) -> subprocess.Popen[str]:
+def start(arguments: Sequence[str | Path], root: Path, python: str = sys.executable) -> subprocess.Popen[str]:
     """`pqk ...` as a process in `root`."""
-    command = [sys.executable, "-m", "pqk.cli", *map(str, arguments)]
+    command = [python, "-m", "pqk.cli", *map(str, arguments)]
     return subprocess.Popen(
         command,
         cwd=root,
@@ -135,7 +139,7 @@ def start(arguments: Sequence[str | Path], root: Path) -> subprocess.Popen[str]:
 
 def pqk(root: Path, *arguments: str | Path) -> Outcome:
     """Run `pqk ...` in `root` to its end."""
-    process = start(arguments, root)
+    process = start(arguments, root, preloaded.python())
     out, err = process.communicate(timeout=240)
     return Outcome(process.returncode, out, err)
 

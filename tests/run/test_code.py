@@ -6,7 +6,6 @@ Every file of pqk and backends is edited in turn, as it is read for the key of e
 from __future__ import annotations
 
 import ast
-import os
 import re
 import shutil
 import subprocess
@@ -18,7 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from run_toys import REPOSITORY, scene_samples
+from run_toys import REPOSITORY, environment, scene_samples
 
 from backends.base import Graph, Precision
 from backends.openvino.pieces import OpenVINOPieces
@@ -381,7 +380,7 @@ def tree(tmp_path: Path) -> Path:
 
 
 def ran(tree: Path, script: str, *arguments: str) -> str:
-    variables = {**os.environ, "PYTHONPATH": str(tree)}
+    variables = environment() | {"PYTHONPATH": str(tree)}
     command = [sys.executable, "-P", "-c", script, *arguments]
     return subprocess.run(command, env=variables, capture_output=True, text=True, check=True, cwd=tree).stdout.strip()
 
@@ -458,3 +457,24 @@ def test_an_edited_loader_makes_new_graphs(tree: Path) -> None:
         assert text.count(old) == 1
         path.write_text(text.replace(old, new), "utf-8")
         assert (ran(tree, script, *code) == before) is same, new
+
+
+def test_a_module_is_parsed_once_and_never_by_what_it_said_before(tree: Path) -> None:
+    """What one process has found in the sources, the next one reads, unless it is damaged."""
+    script = """
+    import ast
+    parse, parsed = ast.parse, []
+    ast.parse = lambda source: parsed.append(source) or parse(source)
+    from pqk.store.code import code_of
+    print(code_of("pqk.store.worker"), len(parsed))
+    """
+    code, count = ran(tree, textwrap.dedent(script)).split()
+    assert int(count) > 10
+    assert ran(tree, textwrap.dedent(script)).split() == [code, "0"]
+    (kept,) = (tree / "pqk" / "store" / "__pycache__").glob("facts.*.json")
+    kept.write_text(kept.read_text()[:-9])
+    assert ran(tree, textwrap.dedent(script)).split() == [code, count]
+    toy = tree / "pqk" / "store" / "progress.py"
+    toy.write_text(f"{toy.read_text()}MORE = 1\n")
+    other, edited = ran(tree, textwrap.dedent(script)).split()
+    assert other != code and edited == "1"

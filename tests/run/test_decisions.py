@@ -6,11 +6,11 @@ import json
 import os
 import re
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import preloaded
 import pytest
 from run_toys import Outcome, environment, pqk, written
 
@@ -56,7 +56,7 @@ def watched(tmp_path: Path) -> Watched:
         log.unlink(missing_ok=True)
         known = environment()
         known |= {"PYTHONPATH": f"{site}{os.pathsep}{known['PYTHONPATH']}", "PQK_TEST_WATCH": str(log)}
-        command = [sys.executable, "-m", "pqk.cli", *map(str, words)]
+        command = [preloaded.python(), "-m", "pqk.cli", *map(str, words)]
         done = subprocess.run(command, cwd=root, env=known, capture_output=True, text=True)
         lines = log.read_text().splitlines() if log.exists() else []
         return Outcome(done.returncode, done.stdout, done.stderr), {line.split("\t")[0] for line in lines}

@@ -7,10 +7,10 @@ import os
 import re
 import statistics
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import preloaded
 import pytest
 import yaml
 from run_toys import REPOSITORY, Outcome, environment, make_project
@@ -30,7 +30,7 @@ class Project:
     def _run(self, *words: str | Path) -> subprocess.CompletedProcess[str]:
         places = [str(REPOSITORY), str(self.packages)]
         env = {**environment(), "PYTHONPATH": os.pathsep.join(places)}
-        command = [sys.executable, *map(str, words)]
+        command = [preloaded.python(), *map(str, words)]
         return subprocess.run(command, cwd=self.root, env=env, text=True, capture_output=True, timeout=240)
 
     def pqk(self, *arguments: str | Path, code: int | tuple[int, ...] = 0) -> Outcome:

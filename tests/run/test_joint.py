@@ -6,6 +6,7 @@ import json
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -28,16 +29,18 @@ def artifact(root: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> tuple[Path, Outcome]:
+def joined(
+    tmp_path_factory: pytest.TempPathFactory, begun: Callable[[Path], Path], tiny_model: Path
+) -> tuple[Path, Outcome]:
     """A project in which G1 has run, undisturbed."""
-    root = make_project(tmp_path_factory.mktemp("joint") / "project")
+    root = begun(tmp_path_factory.mktemp("joint") / "project")
     outcome = pqk(root, *COMMAND, "--model", tiny_model)
     assert outcome.code in (0, 1, 4), outcome.err
     return root, outcome
 
 
-def test_one_run_makes_a_smaller_int8_engine(finished: tuple[Path, Outcome], tiny_model: Path) -> None:
-    root, outcome = finished
+def test_one_run_makes_a_smaller_int8_engine(joined: tuple[Path, Outcome], tiny_model: Path) -> None:
+    root, outcome = joined
     record = outcome.record
     rows = {(r["role"], r["precision"]): r for r in written(root)}
     teacher, student = rows["teacher", "f32"], rows["baseline", "f32"]
@@ -61,10 +64,10 @@ def test_one_run_makes_a_smaller_int8_engine(finished: tuple[Path, Outcome], tin
 
 
 def test_killed_in_both_phases_and_started_again(
-    finished: tuple[Path, Outcome], tiny_model: Path, tmp_path: Path
+    joined: tuple[Path, Outcome], tiny_model: Path, tmp_path: Path
 ) -> None:
     """SIGKILL while gates close, again after the cut, then to the end: the very engine of the undisturbed run."""
-    root = Path(shutil.copytree(finished[0], tmp_path / "copy"))
+    root = Path(shutil.copytree(joined[0], tmp_path / "copy"))
     whole = {p.name: sha256_file(p) for p in artifact(root).glob("*coder.*")}
     assert set(whole) == {"encoder.xml", "encoder.bin", "decoder.xml", "decoder.bin"}
     shutil.rmtree(root / "outputs" / "store" / "joint")
@@ -83,7 +86,7 @@ def test_killed_in_both_phases_and_started_again(
     assert {p.name: sha256_file(p) for p in artifact(root).glob("*coder.*")} == whole
     assert not list(scratch.glob("*"))
     same = ("absrel", "params", "size_MB", "hashes")
-    assert [outcome.record[name] for name in same] == [finished[1].record[name] for name in same]
+    assert [outcome.record[name] for name in same] == [joined[1].record[name] for name in same]
 
 
 def test_what_it_cannot_do_is_refused_before_anything_is_made(tmp_path: Path, tiny_model: Path) -> None:

@@ -1,12 +1,18 @@
 """Tests a model of which one graph is left in float as a whole, on both toolchains."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from run_toys import pqk
 
 KEPT = ("--set", "quant.ptq.keep_list=['encoder:.*']")
+
+
+@pytest.fixture
+def project(tmp_path: Path, begun: Callable[[Path], Path]) -> Path:
+    return begun(tmp_path / "project")
 
 
 @pytest.mark.parametrize("backend", ["openvino", "trt"])

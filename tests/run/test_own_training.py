@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from run_toys import Outcome, make_project, pqk
+from run_toys import Outcome, pqk
 
 from pqk.data.render.generate import ScenePlan, make_scenes
 from pqk.data.scenes.open import open_scenes
@@ -36,8 +37,8 @@ def photos(scenes: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_project(tmp_path_factory.mktemp("own-project") / "project")
+def root(tmp_path_factory: pytest.TempPathFactory, begun: Callable[[Path], Path]) -> Path:
+    return begun(tmp_path_factory.mktemp("own-project") / "project")
 
 
 def run(root: Path, card: str, model: Path, *more: str | Path) -> Outcome:

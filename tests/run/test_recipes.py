@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_toys import Outcome, make_project, pqk, start, times_as_fast, written
+from run_toys import Outcome, pqk, start, times_as_fast, written
 
 from pqk.files import sha256_file
 from pqk.models import load_model
@@ -37,9 +37,11 @@ def made(outcome: Outcome) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def distilled(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> tuple[Path, Outcome]:
+def distilled(
+    tmp_path_factory: pytest.TempPathFactory, begun: Callable[[Path], Path], tiny_model: Path
+) -> tuple[Path, Outcome]:
     """A project in which A1 has run, undisturbed."""
-    root = make_project(tmp_path_factory.mktemp("recipes") / "project")
+    root = begun(tmp_path_factory.mktemp("recipes") / "project")
     outcome = run(root, "A1", tiny_model, "--no-rollback")
     assert outcome.code in (0, 1, 4), outcome.err
     return root, outcome

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import preloaded
 import pytest
 from run_toys import environment
 
@@ -20,7 +20,7 @@ def result_of(root: Path, *words: str) -> tuple[int, dict[str, Any]]:
     """`pqk WORDS` as a process that is asked for its result."""
     answer = root / "answer.json"
     variables = environment() | {VARIABLE: str(answer)}
-    command = [sys.executable, "-m", "pqk.cli", *words]
+    command = [preloaded.python(), "-m", "pqk.cli", *words]
     done = subprocess.run(command, cwd=root, env=variables, capture_output=True, text=True)
     return done.returncode, json.loads(answer.read_text())
 

@@ -6,10 +6,10 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import preloaded
 import pytest
 from run_toys import REPOSITORY, Outcome, environment
 
@@ -22,7 +22,7 @@ OWN = ("--set", "quant.ptq.keep_list=[]")
 def pqk(root: Path, *arguments: str | Path, **variables: str) -> Outcome:
     """Run `pqk ...` where the other package is installed."""
     done = subprocess.run(
-        [sys.executable, "-m", "pqk.cli", *map(str, arguments)],
+        [preloaded.python(), "-m", "pqk.cli", *map(str, arguments)],
         cwd=root,
         env={**environment(), **variables, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(PACKAGES)])},
         text=True,

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from run_toys import make_project, pqk
+from run_toys import pqk
 
 from backends import registry
 from backends.base import BackendError, Unavailable
@@ -26,9 +27,8 @@ W4A16 = ("--set", "quant.ptq.bits_w=4", "--set", "quant.ptq.bits_a=16")
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
-    """A small project whose float graphs and scenes the first test makes and the others reuse."""
-    return make_project(tmp_path_factory.mktemp("formats") / "project")
+def root(tmp_path_factory: pytest.TempPathFactory, begun: Callable[[Path], Path]) -> Path:
+    return begun(tmp_path_factory.mktemp("formats") / "project")
 
 
 @pytest.mark.parametrize(

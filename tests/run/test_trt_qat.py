@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,7 @@ from pqk.settings.quant import load_quant
 from pqk.stats.intervals import Interval
 
 FOUND = registry.get("trt").availability()
-pytestmark = pytest.mark.skipif(not FOUND.available, reason=FOUND.reason)
+pytestmark = [pytest.mark.skipif(not FOUND.available, reason=FOUND.reason), pytest.mark.usefixtures("forked_workers")]
 QUICK = {"quant.trt.optimization_level": 1}
 
 
@@ -37,6 +38,11 @@ def run(root: Path, quantizer: str, model: Path, settings: dict[str, Any]) -> Do
 
     request = Request("B1", "trt", quantizer, str(model), settings=QUICK | settings, qat=True)
     return runner.run(request, root, on_event, said.append).records, "\n".join(said), made
+
+
+@pytest.fixture
+def project(tmp_path: Path, begun: Callable[[Path], Path]) -> Path:
+    return begun(tmp_path / "project")
 
 
 @pytest.fixture

@@ -1,0 +1,144 @@
+"""Run as a program: imports the large libraries, then forks for each program that `fork_door.py` asks for.
+
+    forks.py SOCKET PYTHON      PYTHON: what the forks take for Python when they start processes
+
+Prints a line when it can be asked, and ends when its stdin does. A fork has the descriptors, the folder, the variables
+and the arguments of the door, and runs the module that is asked for. It is killed when the door is.
+"""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import importlib
+import json
+import os
+import runpy
+import select
+import signal
+import socket
+import sys
+import tempfile
+import traceback
+from contextlib import suppress
+from pathlib import Path
+
+LIBRARIES = (
+    "PIL.Image",
+    "filelock",
+    "jsonschema",
+    "matplotlib.pyplot",
+    "nncf",
+    "onnxscript",
+    "openvino",
+    "psutil",
+    "pydantic.fields",
+    "rich.console",
+    "rich.progress",
+    "rich.table",
+    "safetensors.torch",
+    "scipy.special",
+    "torch.onnx",
+    "typer",
+    "yaml",
+)
+WORKER = "pqk.store.worker"
+
+
+def main() -> None:
+    """Serves until stdin ends; in a fork returns from there, and is the program that was asked for."""
+    address, python = sys.argv[1:]
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # as backends/openvino does
+    for name in LIBRARIES:
+        with suppress(ImportError):  # a toolchain that is not installed
+            importlib.import_module(name)
+    gc.freeze()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listening:
+        listening.bind(address)
+        listening.listen()
+        print("ready", flush=True)
+        module = asked_module(listening)
+    if module:
+        sys.executable = python
+        os._exit(exit_code(module))  # to take the libraries down, too, costs a second
+
+
+def exit_code(module: str) -> int:
+    """Runs a module as a program, and what it wants done at its end; returns the exit code."""
+    code: object = 0
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        code = end.code or 0
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    assert isinstance(code, int)
+    return code
+
+
+def asked_module(listening: socket.socket) -> str | None:
+    """In this process None, once stdin has ended; in each fork the name of the module that it has to run."""
+    while sys.stdin not in (ready := select.select([listening, sys.stdin], [], [])[0]):
+        assert listening in ready
+        door, _ = listening.accept()
+        with door:
+            module = forked(door) if os.fork() == 0 else None
+        if module:
+            return module
+        with suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+    return None
+
+
+def forked(door: socket.socket) -> str:
+    """Forks once more: the fork is set up and returns its module, this process waits for it and tells the door."""
+    message, descriptors, _, _ = socket.recv_fds(door, 1 << 20, 4)
+    child = os.fork()
+    if child == 0:
+        return become(*json.loads(message), *descriptors)
+    for descriptor in descriptors:
+        os.close(descriptor)
+    process = os.pidfd_open(child)
+    if process not in select.select([process, door], [], [])[0]:  # the door was killed
+        os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    with suppress(OSError):
+        door.send(str(os.waitstatus_to_exitcode(status)).encode())
+    os._exit(0)
+
+
+def become(arguments: list[str], variables: dict[str, str], *descriptors: int) -> str:
+    """Takes what the door sent: arguments and variables, standard streams and current folder; returns the module."""
+    *streams, folder = descriptors
+    for number, descriptor in enumerate(streams):
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+    sys.stdin, sys.stdout = open(0, closefd=False), open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
+    os.fchdir(folder)
+    os.close(folder)
+    os.environ.clear()
+    os.environ.update(variables)
+    tempfile.tempdir = None  # TMPDIR may be another
+    sys.dont_write_bytecode = "PYTHONDONTWRITEBYTECODE" in variables
+    safe = arguments[0] == "-P"
+    places = [place for place in variables.get("PYTHONPATH", "").split(os.pathsep) if place]
+    sys.path[:0] = [*([] if safe else [str(Path.cwd())]), *places]
+    _, module, *rest = arguments[safe:]
+    if module == WORKER:
+        rest[-1] = str(os.getppid())  # a worker dies with the parent that it is told
+    sys.argv[:] = [module, *rest]
+    importlib.invalidate_caches()
+    sys.modules.pop("sitecustomize", None)
+    with suppress(ImportError):  # as when Python starts
+        importlib.import_module("sitecustomize")
+    return module
+
+
+if __name__ == "__main__":
+    main()
