@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -58,10 +58,12 @@ def begun(finished: tuple[Path, Outcome]) -> Callable[[Path], Path]:
     return copy
 
 
-@pytest.fixture
-def forked_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def forked_workers() -> Iterator[None]:
     """Workers that pqk starts in this process are forks, too."""
-    monkeypatch.setattr(sys, "executable", preloaded.python())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "executable", preloaded.python())
+        yield
 
 
 @pytest.fixture(scope="session")

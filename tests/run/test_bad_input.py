@@ -23,6 +23,8 @@ from pqk.files import write_text
 from pqk.recipe import stages
 from pqk.store.store import Store
 
+pytestmark = pytest.mark.usefixtures("forked_workers")
+
 Copy = Callable[[], Path]
 Refused = Callable[..., str]
 

@@ -12,6 +12,8 @@ from pqk.bench.teacher import bench_teacher
 from pqk.cli.legacy_scripts import baseline
 from pqk.errors import PqkError
 
+pytestmark = pytest.mark.usefixtures("forked_workers")
+
 
 @pytest.mark.slow
 def test_the_figures_are_those_of_a_run(project: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

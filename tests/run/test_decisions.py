@@ -19,6 +19,8 @@ from pqk.recipe import recover
 from pqk.recipe.candidate import Choice
 from pqk.recipe.request import Request
 
+pytestmark = pytest.mark.usefixtures("forked_workers")
+
 WATCH = """
 import os, sys
 

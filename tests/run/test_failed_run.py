@@ -22,6 +22,8 @@ from pqk.store.worker import WorkerCrashed
 
 pytest.importorskip("openvino")
 pytest.importorskip("nncf")
+
+pytestmark = pytest.mark.usefixtures("forked_workers")
 CRASH = WorkerCrashed("the quantize process ended with SIGSEGV:\nTraceback ...\nlast words")
 
 

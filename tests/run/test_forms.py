@@ -20,6 +20,8 @@ from pqk.recipe import forms
 from pqk.recipe.stages import Context, identity
 from pqk.store.store import Store
 
+pytestmark = pytest.mark.usefixtures("forked_workers")
+
 PORT = (TensorInfo("x", (1, 4), "float32"),)
 FORM = "another order of loops"
 

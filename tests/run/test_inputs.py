@@ -22,6 +22,8 @@ from pqk.families.scenes.frames import CalibrationImages, Frames, load_frames
 from pqk.recipe import stages
 from pqk.store.store import Store
 
+pytestmark = pytest.mark.usefixtures("forked_workers")
+
 NEIGHBOURS = PairGraph(kind="neighbor", k=4, symmetrize=True)
 
 

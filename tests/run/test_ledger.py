@@ -27,6 +27,8 @@ from pqk.record.ledger import read_rows
 from pqk.study.checkpoints import finalize, open_checkpoint
 from pqk.study.ledger_eval import Asked, Bench
 
+pytestmark = pytest.mark.usefixtures("forked_workers")
+
 ABOUT = described_metrics(KNOWN)
 METRICS = (*ABOUT, "absrel_p95")
 Pqk = Callable[..., tuple[int, str, str]]

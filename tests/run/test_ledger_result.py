@@ -23,6 +23,8 @@ METRICS = (*ABOUT, "absrel_p95")
 pytest.importorskip("openvino")
 pytest.importorskip("nncf")
 
+pytestmark = pytest.mark.usefixtures("forked_workers")
+
 
 Ledger = Callable[..., Outcome]
 

@@ -29,6 +29,8 @@ from pqk.recipe import stages
 from pqk.recipe.stages import Context
 from pqk.store.store import Store
 
+pytestmark = pytest.mark.usefixtures("forked_workers")
+
 AGAIN = ("artifact", "measured_at")
 FED = {
     "workload.pair_graph": {"kind": "neighbor", "k": 4, "symmetrize": False},

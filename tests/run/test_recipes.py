@@ -110,7 +110,7 @@ def test_the_changes_by_a_cut_are_shown_part_by_part(distilled: tuple[Path, Outc
 def test_recipes_share_their_stages(copied: Callable[[], Path], tiny_model: Path) -> None:
     """D1 quantizes the student that A1 made; F1 distils and quantizes what C1 pruned."""
     root = copied()
-    outcome = run(root, "D1", tiny_model, "--no-rollback")
+    outcome = run(root, "D1", tiny_model, "--no-rollback", "--no-qat")
     assert outcome.code in (0, 1, 4), outcome.err
     assert "distillation" not in made(outcome) and "quantization" in made(outcome)
     record = outcome.record

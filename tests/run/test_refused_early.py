@@ -19,6 +19,8 @@ from pqk.recipe import stages
 from pqk.recipe.request import Request
 from pqk.record.schema import empty_record
 
+pytestmark = pytest.mark.usefixtures("forked_workers")
+
 
 @pytest.fixture
 def no_stage(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from pqk.recipe import candidate, stages
 from pqk.recipe.request import Request
 
 FOUND = registry.get("trt").availability()
-pytestmark = pytest.mark.skipif(not FOUND.available, reason=FOUND.reason)
+pytestmark = [pytest.mark.skipif(not FOUND.available, reason=FOUND.reason), pytest.mark.usefixtures("forked_workers")]
 QUICK = ("--set", "quant.trt.optimization_level=1")
 W4A16 = ("--set", "quant.ptq.bits_w=4", "--set", "quant.ptq.bits_a=16")
 
