@@ -38,6 +38,7 @@ LIBRARIES = (
     "rich.table",
     "safetensors.torch",
     "scipy.special",
+    "torch._dynamo",  # which every optimizer imports
     "torch.onnx",
     "typer",
     "yaml",
