@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import io
 import json
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from run_toys import TINY, Outcome, environment, make_project, pqk
+from rich.console import Console
+from run_toys import TINY, Outcome, make_project, pqk
 
+from pqk.bench.predict_speed import Unpredictable
 from pqk.cli.run_output import seconds_of
 from pqk.errors import PqkError
 from pqk.models import build_model, save_model
+from pqk.optimize import search
 from pqk.optimize.points import LETTERS, Found, Point, front, needless, points_of, predicted, too_slow
+from pqk.optimize.report import as_data, print_optimized
 from pqk.optimize.search import implausible, judge
+from pqk.recipe.request import Request
 from pqk.settings.recipe import check_stages
 from pqk.stats.intervals import Interval
 
@@ -179,36 +184,56 @@ def test_a_search_from_checkpoint_to_bundle(project: Path) -> None:
     assert json.loads(again.out.splitlines()[-1])["points"] == data["points"] and "… " not in again.err
 
 
-FORETOLD = """
-import sys
-from pqk.bench.predict_speed import Predictor
-from pqk.cli.app import main
-from pqk.optimize import search
-search._faster = lambda best, found, *limits: best is None  # the first one, whatever a toy's times are
-Predictor.speedup = lambda self, experiment: {0.5: 9.0, 0.3: 0.01}.get(experiment.reduce.tokens, 9.0)
-sys.exit(main())
-"""
+class Foretelling:
+    """A predictor whose speeds are given, by the share of merged tokens."""
+
+    def __init__(self, speeds: dict[float, float | None], disturbed: bool = False) -> None:
+        self._speeds, self.disturbed = speeds, disturbed
+
+    def speedup(self, experiment: Any) -> float:
+        speed = self._speeds[experiment.reduce.tokens]
+        if speed is None:
+            raise Unpredictable("nobody knows")
+        return speed
 
 
-def test_a_point_that_is_predicted_to_be_slow_is_passed_over_and_told(project: Path, tmp_path: Path) -> None:
-    """A second call, as after a kill, decides alike."""
-    script = tmp_path / "optimize.py"
-    script.write_text(FORETOLD)
-    arguments = ["optimize", "models/toy", "--backend", "openvino", "--letters", "T", "--json", "--max-drop", "1000"]
-    arguments += ["--set", "eval.thresholds.guard_drop_pct=5"]
-    seen = []
-    for _ in range(2):
-        done = subprocess.run(
-            [sys.executable, str(script), *arguments], cwd=project, env=environment(), capture_output=True, text=True
-        )
-        data = json.loads(done.stdout.splitlines()[-1])
-        (left,) = data["not_measured"]
-        assert (left["settings"], left["status"]) == ({"reduce.tokens": 0.3}, "ruled out by prediction")
-        assert left["why"].startswith("0.01x is predicted, 0.01x with its error of 15 %, and T, tail and 50 %")
-        assert "T, tail and 30 % of the tokens: ruled out by prediction: 0.01x is predicted" in done.stderr
-        assert [row["predicted_speedup"] for row in data["points"]] == [9.0, 9.0]
-        seen.append(data["not_measured"])
-    assert seen[0] == seen[1]
+@pytest.mark.parametrize("disturbed", [False, True])
+def test_a_point_that_is_predicted_to_be_slow_is_passed_over_and_told(
+    project: Path, monkeypatch: pytest.MonkeyPatch, disturbed: bool
+) -> None:
+    """Not by parts that were timed under load, and not where there is no prediction."""
+    measured = {0.5: 2.0, 0.3: 1.6, 0.0: 1.2}
+    foretelling = Foretelling({0.5: None, 0.3: 1.5, 0.0: 2.5}, disturbed)
+    candidate = SimpleNamespace(trained=[], metric="absrel", teacher=SimpleNamespace(name="toy"))
+    monkeypatch.setattr(search, "_predictor", lambda *_: foretelling)
+    monkeypatch.setattr(search, "make", lambda *_: SimpleNamespace(candidate=candidate))
+    monkeypatch.setattr(search, "_measured", lambda point, _: found(point, 0.1, measured[point.tokens]))
+    monkeypatch.setattr(search, "_verified", lambda *_: ({}, "accept", []))
+    said: list[str] = []
+    asked = Request("AUTO", "openvino", model=str(project / "models" / "toy"))
+    result = search.optimize(asked, ["T"], 1.0, 60.0, None, None, project, lambda *_: None, said.append)
+    data = as_data(result)
+    assert "T, tail and 50 % of the tokens: no prediction, nobody knows" in said
+    shares = [row["settings"]["reduce.tokens"] for row in data["points"]]
+    why = "1.50x is predicted, 1.72x with its error of 15 %, and T, tail and 50 % of the tokens has 2.00x"
+    if disturbed:
+        assert shares == [0.5, 0.3, 0.0] and not data["not_measured"]
+        assert any(line.startswith(f"T, tail and 30 % of the tokens: {why}, but its parts") for line in said)
+        return
+    assert shares == [0.5, 0.0]
+    assert [row["predicted_speedup"] for row in data["points"]] == [None, 2.5]
+    (left,) = data["not_measured"]
+    assert left == {
+        "recipe": ["T"],
+        "settings": {"reduce.tokens": 0.3},
+        "status": "ruled out by prediction",
+        "why": why,
+        "predicted_speedup": 1.5,
+    }
+    console = Console(file=io.StringIO(), width=300)
+    print_optimized(result, console)
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert f"T, tail and 30 % of the tokens: ruled out by prediction: {why}" in shown
 
 
 def test_nothing_is_within_an_impossible_limit(project: Path) -> None:
