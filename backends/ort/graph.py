@@ -42,18 +42,26 @@ def loaded(graph: Graph) -> onnx.ModelProto:
 
 
 def lowered_nodes(model: onnx.ModelProto, original: OnnxGraph) -> list[str]:
-    """Returns the names of the nodes for which there are int8 kernels, in order."""
+    """Returns the names of the nodes that int8 kernels can compute well, in order."""
     shapes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
     found = []
     for node in model.graph.node:
         if node.op_type not in LOWERED or node.input[0] not in original.live:
             continue
         weight = node.input[1]
-        live = node.op_type == "MatMul" and weight in original.live
+        live = node.op_type == "MatMul" and weight in original.live and not _of_softmax(node.input[0], original)
         fixed = weight in shapes and (node.op_type == "Conv" or len(shapes[weight]) == 2)
         if (live or fixed) and all(name in shapes for name in node.input[2:] if name):
             found.append(node.name)
     return found
+
+
+def _of_softmax(tensor: str, graph: OnnxGraph) -> bool:
+    """Returns whether a tensor holds probabilities: of a thousand, most are smaller than a step of int8."""
+    node = graph.maker.get(tensor)
+    while node is not None and node.op_type in MOVES:
+        node = graph.maker.get(node.input[0])
+    return node is not None and node.op_type == "Softmax"
 
 
 def border_convolutions(model: onnx.ModelProto) -> set[str]:

@@ -7,6 +7,7 @@ The tool places the Q/DQ nodes and rounds weights and biases. Which tensors get 
   int8 kernel of a convolution writes int8. So a convolution that reads an input of the graph, or after which no other
   product comes, stays in float: its int8 result would be the residual stream of all blocks, or the prediction.
 - Transposed convolutions, and products whose first operand is constant, stay in float: there are no int8 kernels.
+- The product of attention's probabilities with the values stays in float: they are smaller than a step of int8.
 - A range is from the least to the largest value over all items. Of the tool's own ways, entropy finds the same on the
   toy of the tests; percentiles are no better there (`tests/backends/test_ort.py`) and worse on the shipped model. The
   tool keeps the activations of all items for both; here one pass reduces each tensor to three numbers in the graph.

@@ -63,7 +63,7 @@ def test_what_is_planned_runs_in_int8(made: tuple[Graph, ORTQuantizer], source: 
         assert BACKEND.kept_in_int8(engine, ("fc1/MatMul",), kernels)
     assert planned is not None
     assert sum(k.flops for k in kernels) == toy_flops()
-    assert sum(k.flops for k in kernels if k.precision == "int8") == planned > 0.9 * toy_flops()
+    assert sum(k.flops for k in kernels if k.precision == "int8") == planned > 0.8 * toy_flops()
     ran = {name for k in kernels if k.precision == "int8" for name in k.originals}
     assert ran == set(quantizer.report.quantized)
     # one Gemm of product and bias, with the bias in int32; convolutions write int8
@@ -87,7 +87,8 @@ def test_any_session_runs_it_in_int8(made: tuple[Graph, ORTQuantizer], tmp_path:
     onnxruntime.InferenceSession(str(made[0].path), settings, providers=["CPUExecutionProvider"])
     kinds = {n.name: n.op_type for n in onnx.load(settings.optimized_model_filepath).graph.node}
     assert kinds["/blocks.0/fc1/MatMul/MatMulAddFusion"] == "QGemm"
-    assert sorted(kind for kind in kinds.values() if kind in ("Gemm", "MatMul")) == []  # FusedMatMul: the kept scores
+    floats = [name for name, kind in kinds.items() if kind in ("Gemm", "MatMul")]  # FusedMatMul: the kept scores
+    assert sorted(floats) == ["/blocks.0/MatMul_1", "/blocks.1/MatMul_1"]  # products of the probabilities
 
 
 def test_the_same_input_gives_the_same_bytes(made: tuple[Graph, ORTQuantizer], source: Source, tmp_path: Path) -> None:
@@ -184,8 +185,8 @@ def test_the_extremes_are_as_good_as_percentiles(
 
 def test_the_keep_list_is_followed(source: Source, tmp_path: Path) -> None:
     quantizer = ORTQuantizer()
-    graph = quantized(quantizer, SPEC, source, tmp_path, keep=("Softmax", r"blocks\.0/", "MatMul_1"))
-    assert not any("blocks.0" in name or "MatMul_1" in name for name in quantizer.report.quantized)
+    graph = quantized(quantizer, SPEC, source, tmp_path, keep=("Softmax", r"blocks\.0/", "fc1/MatMul"))
+    assert not any("blocks.0" in name or "fc1" in name or "MatMul_1" in name for name in quantizer.report.quantized)
     assert "/blocks.1/MatMul" in quantizer.report.quantized  # AttentionScales was left out
     found = OnnxGraph(graph.path)
     assert {n.name for n in found.work() if found.flops(n) and found.precision(n) == "int8"} == set(
@@ -316,7 +317,7 @@ def test_products_under_other_names_are_found_by_their_size(tmp_path: Path) -> N
 
 @pytest.fixture(scope="module")
 def everything(source: Source, tmp_path_factory: pytest.TempPathFactory) -> Graph:
-    """Scores and probabilities are quantized too."""
+    """Scores are quantized too."""
     return quantized(ORTQuantizer(), SPEC, source, tmp_path_factory.mktemp("everything"), keep=())
 
 

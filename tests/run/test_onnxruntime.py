@@ -136,7 +136,7 @@ def test_a_profile_shows_its_kernels(ran: tuple[Path, Outcome], tiny_model: Path
     assert outcome.code == 0, outcome.err
     found = json.loads(outcome.out.splitlines()[-1])
     kernels = found["kernels"]["int8"]
-    assert {"QGemm", "QLinearMatMul"} <= {kernel["implementation"] for kernel in kernels}
+    assert {"QGemm", "QuantizeLinear"} <= {kernel["implementation"] for kernel in kernels}
     for name in ("linear layers", "attention"):
         assert found["classes"][name]["int8_ms"] > 0
     flops = {side: sum(kernel["flops"] for kernel in found["kernels"][side]) for side in ("f32", "int8")}
