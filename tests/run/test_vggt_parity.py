@@ -42,7 +42,7 @@ TOY = {
 }
 
 
-def together(self: Attention, x: Tensor, tokens: int, rope: Any) -> Tensor:
+def together(self: Attention, x: Tensor, tokens: int, rope: Any, bias: None = None) -> Tensor:
     """Attention as it is usually written: one five-dimensional reshape of queries, keys and values."""
     parts = self.qkv(x).reshape(-1, tokens, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
     q, k, v = self.q_norm(parts[0]), self.k_norm(parts[1]), parts[2]

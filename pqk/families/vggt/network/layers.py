@@ -70,11 +70,12 @@ class Attention(nn.Module):
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.head_dim**-0.5)
         return mixed.transpose(1, 2).reshape(-1, tokens, self.inner)
 
-    def paid(self, x: Tensor, tokens: int, rope: Rope | None) -> Tensor:
+    def paid(self, x: Tensor, tokens: int, rope: Rope | None, bias: Tensor | None = None) -> Tensor:
         """x (B, tokens, dim) -> ln of the attention each token pays to every other, (B, heads, tokens, tokens)."""
         q, k, _ = (self._split_heads(part, tokens) for part in self.qkv(x).split(self.inner, dim=-1))
         q, k = self.turned(q, k, rope)
-        return (q @ k.transpose(-1, -2) * self.head_dim**-0.5).float().log_softmax(-1)
+        scores = q @ k.transpose(-1, -2) * self.head_dim**-0.5
+        return (scores if bias is None else scores + bias).float().log_softmax(-1)
 
     def turned(self, q: Tensor, k: Tensor, rope: Rope | None) -> tuple[Tensor, Tensor]:
         """Queries and keys (B, heads, tokens, head_dim) as they are compared: normalised, then rotated."""
