@@ -14,19 +14,17 @@ from pathlib import Path
 
 from pqk import paths
 from pqk.engines.variant import Variant
-from pqk.errors import PqkError
 from pqk.recipe.candidate import Candidate
 from pqk.recipe.experiment import quant_loader
 from pqk.recipe.ranking import MIXED, quantized_nodes, times_beside, with_floats
 from pqk.recipe.recover import choose
 from pqk.recipe.request import Request
-from pqk.recipe.runner import run
 from pqk.recipe.verdict import UNDECIDED, judge_drop
 from pqk.stats.intervals import Interval
 from pqk.stats.latency import speedup
 from pqk.store.store import OnEvent
 from pqk.tune.search import write_quant_yaml
-from pqk.tune.tune_card import by_graph, check, score_final, use_command
+from pqk.tune.tune_card import by_graph, score_final, start, use_command
 
 Nodes = Mapping[str, tuple[str, ...]]
 """Names of nodes, `GRAPH:NODE`, by the name of their region."""
@@ -83,14 +81,7 @@ def place(
 
     Raises PqkError as `pqk.tune.tune_card.tune` does.
     """
-    base = check(request, max_drop, max_evaluations, out, root)
-    candidate = run(request, root, on_event, say)
-    record = candidate.records[-1]
-    if record["measured"] == "emulated":  # known only after the run
-        raise PqkError("pqk tune needs times, but these engines are emulated: they have none")
-    plain = candidate.drop(candidate.variants[-1])
-    if plain is None:
-        raise PqkError(f"pqk tune needs a drop, but without ground truth {record['main_metric']} gives none")
+    base, candidate, _ = start(request, max_drop, max_evaluations, out, root, on_event, say)
     found = quantized_nodes(candidate)
     regions = regions_of(found)
 
@@ -117,7 +108,7 @@ def place(
         verdict, use = "fail", f"the fastest model here is the float one, in {best}"
     return Placed(
         candidate.experiment.card.id,
-        record["main_metric"],
+        candidate.metric,
         max_drop,
         regions,
         tried,

@@ -95,15 +95,8 @@ def tune(
     emulated, a limit that is not finite, fewer than two evaluations, a keep-list that the card or a setting overrides,
     and a file that cannot be written; afterwards when the card's metric gives no drop.
     """
-    base = check(request, max_drop, max_evaluations, out, root)
-    candidate = run(request, root, on_event, say)
+    base, candidate, plain = start(request, max_drop, max_evaluations, out, root, on_event, say)
     record = candidate.records[-1]
-    if record["measured"] == "emulated":
-        # known only after the run
-        raise PqkError("pqk tune needs times, but these engines are emulated: they have none")
-    plain = candidate.drop(candidate.variants[-1])
-    if plain is None:
-        raise PqkError(f"pqk tune needs a drop, but without ground truth {record['main_metric']} gives none")
     # Plain int8 that is good enough needs no ranking, which takes as long as several measurements.
     ranked = [] if plain.value <= max_drop else units_of(ranking(candidate))
     units = {unit.name: unit for unit in ranked}
@@ -155,7 +148,31 @@ def tune(
     return replace(tuned, confirmed=confirmed, quant_yaml=out, final=final, verdict=verdict, sentences=sentences)
 
 
-def check(request: Request, max_drop: float, max_evaluations: int, out: Path, root: Path) -> Path:
+def start(
+    request: Request,
+    max_drop: float,
+    max_evaluations: int,
+    out: Path,
+    root: Path,
+    on_event: OnEvent,
+    say: Callable[[str], None],
+) -> tuple[Path, Candidate, Interval]:
+    """Checks the request, and runs or reuses its card; returns quant.yaml to start from, the candidate and its drop.
+
+    The drop is that of plain int8 on validation samples. Raises PqkError as `tune` does.
+    """
+    base = _check(request, max_drop, max_evaluations, out, root)
+    candidate = run(request, root, on_event, say)
+    record = candidate.records[-1]
+    if record["measured"] == "emulated":  # known only after the run
+        raise PqkError("pqk tune needs times, but these engines are emulated: they have none")
+    plain = candidate.drop(candidate.variants[-1])
+    if plain is None:
+        raise PqkError(f"pqk tune needs a drop, but without ground truth {record['main_metric']} gives none")
+    return base, candidate, plain
+
+
+def _check(request: Request, max_drop: float, max_evaluations: int, out: Path, root: Path) -> Path:
     """Checks the request before the long stages, and returns the quant.yaml to start from. Raises PqkError."""
     backend = usable_backend(request.backend)
     if not can_rank(backend.name):

@@ -32,7 +32,7 @@ MAY_DIFFER = TIMED | {
 
 
 def lasting(record: dict[str, Any]) -> dict[str, Any]:
-    notes = re.sub(r"took at most [\d.]+ GB", "", record["notes"])  # the memory of a fork is another
+    notes = re.sub(r"took at most [\d.]+ GB", "took at most N GB", record["notes"])  # peak_memory_GB in words
     return {name: value for name, value in {**record, "notes": notes}.items() if name not in MAY_DIFFER}
 
 
