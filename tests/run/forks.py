@@ -1,4 +1,4 @@
-"""Run as a program: imports the large libraries, then forks for each program that `fork_door.py` asks for.
+"""Run as a program: imports pqk and large libraries, then forks for each program that `fork_door.py` asks for.
 
     forks.py SOCKET PYTHON      PYTHON: what the forks take for Python when they start processes
 
@@ -13,6 +13,7 @@ import gc
 import importlib
 import json
 import os
+import pkgutil
 import runpy
 import select
 import signal
@@ -43,6 +44,8 @@ LIBRARIES = (
     "typer",
     "yaml",
 )
+ROOTS = ("pqk", "backends")
+REPOSITORY = Path(__file__).resolve().parents[2]
 WORKER = "pqk.store.worker"
 
 
@@ -53,6 +56,7 @@ def main() -> None:
     for name in LIBRARIES:
         with suppress(ImportError):  # a toolchain that is not installed
             importlib.import_module(name)
+    import_pqk()
     gc.freeze()
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listening:
         listening.bind(address)
@@ -62,6 +66,27 @@ def main() -> None:
     if module:
         sys.executable = python
         os._exit(exit_code(module))  # to take the libraries down, too, costs a second
+
+
+def import_pqk() -> None:
+    """Imports every module of pqk and of backends, and parses their sources for the keys of artifacts."""
+    sys.path.insert(0, str(REPOSITORY))
+    for root in ROOTS:
+        for module in pkgutil.walk_packages([str(REPOSITORY / root)], f"{root}."):
+            if module.name != WORKER and not module.name.endswith("__main__"):  # run as the main module
+                with suppress(ImportError):
+                    importlib.import_module(module.name)
+    importlib.import_module("pqk.store.code").loaded()
+    sys.path.pop(0)
+
+
+def forget_other_pqk() -> None:
+    """Forgets pqk and backends where the path of this fork leads to others."""
+    first = next((p for place in sys.path if (p := Path(place, "pqk", "__init__.py")).is_file()), None)
+    if first is None or not first.samefile(REPOSITORY / "pqk" / "__init__.py"):
+        for name in list(sys.modules):
+            if name.partition(".")[0] in ROOTS:
+                del sys.modules[name]
 
 
 def exit_code(module: str) -> int:
@@ -135,6 +160,7 @@ def become(arguments: list[str], variables: dict[str, str], *descriptors: int) -
         rest[-1] = str(os.getppid())  # a worker dies with the parent that it is told
     sys.argv[:] = [module, *rest]
     importlib.invalidate_caches()
+    forget_other_pqk()
     sys.modules.pop("sitecustomize", None)
     with suppress(ImportError):  # as when Python starts
         importlib.import_module("sitecustomize")

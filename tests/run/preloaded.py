@@ -1,8 +1,9 @@
-"""Starts commands and workers of pqk in processes that have imported the large libraries already, see `python`.
+"""Starts commands and workers of pqk in processes that have imported all that they may need already, see `python`.
 
-Importing torch, OpenVINO and NNCF takes five seconds, and a toy's work in a worker often less than one. A process,
-`forks.py`, imports them once, but nothing of pqk or backends, and each command is a fork of it. Its memory is then that
-of all these libraries. `start` of run_toys, and tests that say `sys.executable`, start Python as users do.
+Importing torch, OpenVINO and NNCF takes five seconds, pqk a quarter of one, and a toy's work in a worker often less
+than one. A process, `forks.py`, imports them once, and each command is a fork of it; where PYTHONPATH leads to another
+pqk, the fork imports that one. Its memory is that of all these libraries. `start` of run_toys, and tests that say
+`sys.executable`, start Python as users do.
 """
 
 from __future__ import annotations

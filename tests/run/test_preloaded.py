@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -23,6 +24,17 @@ def test_other_programs_are_python_itself(tmp_path: Path) -> None:
     script = "import os, sys; print(os.getcwd(), sys.executable, 'torch' in sys.modules); sys.exit(7)"
     done = subprocess.run([preloaded.python(), "-c", script], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (7, f"{tmp_path} {sys.executable} False\n")
+
+
+def test_another_pqk_on_the_path_is_the_one_that_runs(tmp_path: Path) -> None:
+    command = tmp_path / "pqk" / "cli"
+    command.mkdir(parents=True)
+    for folder in (command.parent, command):
+        (folder / "__init__.py").touch()
+    (command / "__main__.py").write_text("import pqk.cli; print(pqk.cli.__file__)")
+    other = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([preloaded.python(), "-m", "pqk.cli"], env=other, cwd="/", capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"{command / '__init__.py'}\n"), done.stderr
 
 
 def test_a_fork_and_its_workers_die_with_the_door(project: Path, tiny_model: Path) -> None:
