@@ -15,7 +15,7 @@ from backends import registry
 from backends.base import Engine, Feeds, Graph, Kernel, Precision, TensorInfo
 from pqk.engines.calls import compiled
 from pqk.engines.variant import Variant
-from pqk.measure.forms import LEAST_ROUNDS, choose_forms
+from pqk.measure.forms import FEWEST_ROUNDS, LEAST_ROUNDS, choose_forms
 from pqk.recipe import forms
 from pqk.recipe.stages import Context, identity
 from pqk.store.store import Store
@@ -70,6 +70,14 @@ def test_the_faster_form_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert about["form"] == FORM and about["options"] == {"seconds": 0.001, "nodes": ["n"]}
     assert 1 < about["low"] <= about["speedup"] <= about["high"] < 5 and about["rounds"] >= LEAST_ROUNDS
     assert {name for name, _ in backend.compiled} == {"b.xml"}
+
+
+def test_a_slow_graph_is_chosen_from_the_fewest_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pqk.measure.forms.MOST_SECONDS", 0.0)
+    about = choose_forms({"variant": variant_with(Toy(0.001), monkeypatch).to_json()})["graphs"]["b"]
+    assert (about["form"], about["rounds"]) == (FORM, FEWEST_ROUNDS)
+    equal = choose_forms({"variant": variant_with(Toy(0.004), monkeypatch).to_json()})["graphs"]["b"]
+    assert equal["rounds"] == FEWEST_ROUNDS and None not in (equal["low"], equal["high"])
 
 
 @pytest.mark.parametrize("other_s", [0.004, 0.012])
