@@ -133,7 +133,7 @@ def test_the_parts_add_up_to_the_graph(tmp_path: Path) -> None:
         total += count * float(np.median(runs))
     with OpenVINOEngine(graph, Precision.F32, {"perf_count": True}) as engine:
         feeds = {"x": np.random.default_rng(0).standard_normal((1, 512, 256)).astype("f4")}
-        runs = [sum(run.values()) / 1e3 for run in engine.node_times(feeds, 15)][3:]
+        runs = [sum(engine.node_times(feeds, 1).values()) / 1e3 for _ in range(15)][3:]
     assert 0.5 < total / float(np.median(runs)) < 2.0
 
 
@@ -148,5 +148,5 @@ def test_stand_ins_do_not_count(tmp_path: Path) -> None:
     with OpenVINOEngine(written, Precision.INT8, {"perf_count": True}) as engine:
         kinds = {k.type: k.precision for k in engine.kernels() if k.flops > 0}
         assert "int8" in kinds.values()
-        whole = sum(engine.node_times({"input_0": np.zeros((1, 512, 256), "f4")}, 1)[0].values()) / 1e3
+        whole = sum(engine.node_times({"input_0": np.zeros((1, 512, 256), "f4")}, 1).values()) / 1e3
     assert 0 < tool.opened(written.path, Precision.F32)() < 10 * whole
