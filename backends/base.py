@@ -270,7 +270,7 @@ class Backend(Protocol):
     """A toolchain: quantizes, compiles and runs graphs. Knows nothing of models, cards or logs.
 
     `sources` names the Python modules whose code decides what its engines compute and report, for caches. Optional
-    members: see `baselines_of`, `rests_of`, `forms_of`, `surgery_of` and `pieces_of`.
+    members: see `baselines_of`, `rests_of`, `forms_of`, `counting_of`, `surgery_of` and `pieces_of`.
     """
 
     name: str
@@ -374,6 +374,15 @@ def forms_of(backend: Backend, graph: Graph) -> Mapping[str, Mapping[str, Any]]:
     They are the backend's `forms(graph)`, of which a measurement chooses; none where it has no such member.
     """
     found: Mapping[str, Mapping[str, Any]] = getattr(backend, "forms", lambda graph: {})(graph)
+    return found
+
+
+def counting_of(backend: Backend) -> Mapping[str, Any]:
+    """Returns the options of an engine that counts its kernels while it runs: the backend's `counting`, or none.
+
+    `kernels()` of such an engine gives the mean times of the runs so far, instead of running once more for it.
+    """
+    found: Mapping[str, Any] = getattr(backend, "counting", {})
     return found
 
 

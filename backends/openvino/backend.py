@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping, Sequence
 from importlib import metadata
-from typing import Any
+from typing import Any, ClassVar
 
 from backends.base import (
     Availability,
@@ -30,6 +30,7 @@ class OpenVINOBackend:
 
     name = "openvino"
     sources: tuple[str, ...] = ("backends.openvino.engine", "backends.openvino.flops", "backends.cpu")
+    counting: ClassVar[Mapping[str, Any]] = {"perf_count": True}
 
     def availability(self) -> Availability:
         """Returns versions, devices, the CPU's name and instructions, OpenVINO's capabilities; or what to install."""

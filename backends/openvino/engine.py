@@ -36,7 +36,7 @@ OPTIONS: dict[str, Any] = {
     "threads": None,  # None: all cores that the process may use
     "rest": "best",  # float precision of what an int8 graph leaves unquantized: best, bf16 or f32
     "cache_dir": None,  # folder of compiled models; None: no cache
-    "perf_count": False,  # count times in the engine itself (kernels() compiles its own otherwise)
+    "perf_count": False,  # count kernels while the engine runs (kernels() compiles its own engine otherwise)
     "as_convolutions": (),  # names of MatMuls that run as 1x1 convolutions, see backends.openvino.linear
     "snippets": True,  # False: no fused subgraphs, should a runtime version compute one wrongly
 }
@@ -114,8 +114,9 @@ class OpenVINOEngine(Engine):
         _check_quantized(model, graph, precision)
         self._compiled: Any = self._compile(model, perf_count=bool(self.options["perf_count"]))
         self._request: Any = self._compiled.create_infer_request()
-        self._profiled: Any = None  # the same model, compiled to count times
-        self._counter: Any = None  # its request
+        counts = self.options["perf_count"]
+        self._profiled: Any = self._compiled if counts else None  # the same model, compiled to count times
+        self._counter: Any = self._request if counts else None  # its request
         self._counted = 0  # runs that it counted
         self._executed: tuple[str, ...] = ()
         self._counted = 0  # its runs
@@ -151,7 +152,7 @@ class OpenVINOEngine(Engine):
         }
         if self.options["threads"]:
             settings["INFERENCE_NUM_THREADS"] = int(self.options["threads"])
-        if self.options["cache_dir"] and not perf_count:
+        if self.options["cache_dir"] and not perf_count:  # a model from the cache has lost the names of what was fused
             # A folder per model, so that its files are not mixed with those of another model.
             about = f"{self.graph.sha256} {sorted(settings.items())} {list(self.options['as_convolutions'])}"
             key = sha256(about.encode()).hexdigest()[:16]
@@ -192,7 +193,8 @@ class OpenVINOEngine(Engine):
         # Inputs are read in place; outputs live in the request, so they are copied out.
         arrays = {name: np.ascontiguousarray(array) for name, array in feeds.items()}
         self._request.infer(arrays, share_inputs=True, share_outputs=True)
-        self._counted += bool(self.options["perf_count"])
+        if self.options["perf_count"]:
+            self._count_run()
         found = {}
         for index, info in enumerate(self.outputs):
             array = self._request.get_output_tensor(index).data
@@ -210,13 +212,17 @@ class OpenVINOEngine(Engine):
         return int(self._compiled.get_property("INFERENCE_NUM_THREADS"))
 
     def kernels(self) -> list[Kernel]:
-        """Returns executed nodes with their precision, mean time of a few runs on zeros (microseconds) and FLOPs.
+        """Returns executed nodes with their precision, mean time (microseconds) and FLOPs.
 
-        Unless the engine was made with `perf_count`, the first call compiles the model a second time, and `close` frees
-        it. The first run of a compiled model is slow: who compares times leaves the first call out.
+        An engine that counts while it runs (`perf_count`) has the times of its runs so far. Others, and one that has
+        not run, time a few runs on zeros: the first call compiles the model a second time, and `close` frees it. The
+        first run of a compiled model is slow: who compares times leaves the first call out.
         """
-        zeros = {t.name: np.zeros(t.shape, t.dtype) for t in self.inputs}
-        spent = self.node_times(zeros, _PROFILED_RUNS)
+        if self.options["perf_count"] and self._counted:
+            totals = self._totals()
+            spent = {name: totals[name] / self._counted for name in self._executed}
+        else:
+            spent = self.node_times({t.name: np.zeros(t.shape, t.dtype) for t in self.inputs}, _PROFILED_RUNS)
         return executed_kernels(self.runtime_model(), spent, self._read(), str(self.rest))
 
     def node_times(self, feeds: Feeds, runs: int) -> dict[str, float]:
@@ -231,10 +237,14 @@ class OpenVINOEngine(Engine):
         before = self._totals()
         for _ in range(runs):
             self._counter.infer(feeds, share_inputs=True, share_outputs=True)
-            self._counted += 1
-            self._executed = self._executed or tuple(name for name, spent in self._totals().items() if spent)
+            self._count_run()
         after = self._totals()
         return {name: max(0.0, after[name] - before[name]) / runs for name in self._executed}
+
+    def _count_run(self) -> None:
+        self._counted += 1
+        if not self._executed:
+            self._executed = tuple(name for name, spent in self._totals().items() if spent)
 
     def _totals(self) -> Counter[str]:
         """Returns the microseconds of all counted runs by node."""
@@ -252,8 +262,7 @@ class OpenVINOEngine(Engine):
         if self._request is None:
             raise BackendError("this engine is closed")
         if self._profiled is None:
-            counts = self.options["perf_count"]
-            self._profiled = self._compiled if counts else self._compile(self._read(), perf_count=True)
+            self._profiled = self._compile(self._read(), perf_count=True)
         return self._profiled
 
     def planned_flops(self) -> float | None:
@@ -281,7 +290,7 @@ _SEAL = "sha256.json"
 
 
 def _drop_untrusted(folder: Path) -> None:
-    """Emptys a folder of compiled models unless every file is what `_seal` wrote down.
+    """Empties a folder of compiled models unless every file is what `_seal` wrote down.
 
     The runtime does not look whether a compiled model is damaged: with a flipped byte it loads, and computes nonsense.
     """

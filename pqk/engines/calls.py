@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from backends import registry
-from backends.base import Array, DeviceArray, Engine, Graph, Kernel, TensorInfo
+from backends.base import Array, DeviceArray, Engine, Graph, Kernel, TensorInfo, counting_of
 from backends.reference import OnnxRuntimeEngine, TorchEngine
 from pqk.engines.variant import Variant
 from pqk.errors import PqkError
@@ -85,12 +85,13 @@ class Engines:
         return kernels
 
 
-def compiled(variant: Variant) -> Engines:
-    """Returns the compiled engines of a variant."""
+def compiled(variant: Variant, counting: bool = False) -> Engines:
+    """Returns the compiled engines of a variant. counting: they count their kernels while they run, where they can."""
     backend = registry.get(variant.backend)
+    counts = counting_of(backend) if counting else {}
 
     def opener(name: str, graph: Graph) -> Callable[[], Engine]:
-        return lambda: backend.compile(graph, variant.precision, variant.options_of(name))
+        return lambda: backend.compile(graph, variant.precision, {**variant.options_of(name), **counts})
 
     return Engines({name: opener(name, graph) for name, graph in variant.graphs.items()})
 

@@ -67,7 +67,7 @@ def run_samples(request: Mapping[str, Any], take: Take) -> dict[str, Any]:
     reference = Variant.from_json(request["reference"]) if request.get("reference") else None
     run = of.predict_part().predict
     with ExitStack() as stack:
-        engines = stack.enter_context(compiled(variant))
+        engines = stack.enter_context(compiled(variant, counting=True))
         mine = Remembering(engines)
         other: Engines | None = None
         if reference is not None and reference != variant:  # a variant against itself needs no second copy in memory

@@ -361,6 +361,26 @@ def test_what_the_engine_itself_ran_is_taken_off(source):
     assert 0 < total < told
 
 
+def test_an_engine_that_counts_while_it_runs_compiles_once(source, tmp_path, monkeypatch):
+    """Not from the cache: a compiled model that is read back has lost the names of what was fused."""
+    feeds = {"image": image().numpy()}
+    with OpenVINOEngine(source.graph, Precision.F32, {"cache_dir": str(tmp_path)}) as engine:
+        want, kernels = engine.infer(feeds), engine.kernels()
+    compiled = []
+    whole = OpenVINOEngine._compile
+    monkeypatch.setattr(OpenVINOEngine, "_compile", lambda *a, **k: compiled.append(1) or whole(*a, **k))
+    with OpenVINOEngine(source.graph, Precision.F32, {"cache_dir": str(tmp_path), "perf_count": True}) as engine:
+        got = [engine.infer(feeds) for _ in range(3)]
+        told = engine.kernels()
+        assert not engine.loaded_from_cache and engine._counted == 3
+    assert len(compiled) == 1
+    for name, array in want.items():
+        np.testing.assert_array_equal(got[0][name], array)
+    assert executed_precision(told) == executed_precision(kernels) == {"f32": 1.0}
+    assert sum(k.flops for k in told) == sum(k.flops for k in kernels)
+    assert sum(k.time_us for k in told) > 0
+
+
 def test_weights_are_saved_in_full_precision(source, tmp_path):
     with OpenVINOEngine(source.graph, Precision.F32) as engine:
         engine.save(tmp_path / "f32.xml")
