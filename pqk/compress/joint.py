@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pqk.compress.cut.cost import FLOPS_SIDE, Costs
+from pqk.compress.cut.cost import Costs
 from pqk.compress.cut.gates import Gated, Layout, Price, fold, kept_units, layouts_of, shut, starting_logits
 from pqk.compress.cut.importance import loss_of, taylor
 from pqk.compress.cut.prune import Removed, removed_units
@@ -199,7 +199,7 @@ def cut_gates(teacher: Any, weights: dict[str, Tensor], plan: GatePlan, gated: G
         params_after=after.params,
         flops_before=before.flops,
         flops_after=after.flops,
-        flops_side=FLOPS_SIDE,
+        flops_side=costs.side,
         gates=len(every),
         undecided=int(((every > 0.05) & (every < 0.95)).sum()),
         gated_cut=float(gated.cut().detach()),

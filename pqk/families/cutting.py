@@ -70,8 +70,11 @@ class CuttingPart(Protocol):
     def tracing(self, net: Any) -> tuple[Callable[[Any, Tensor], Any], Tensor]:
         """Make a network ready for the dependency tracer, in place; returns a forward and its example input."""
 
-    def run_sample(self, net: Any, side: int) -> None:
-        """Run the network once on a sample of square images of this side, all zeros: its FLOPs are counted."""
+    def run_sample(self, net: Any, side: int) -> int:
+        """Run the network once on a sample of square images, all zeros: its FLOPs are counted. Return their side.
+
+        It is `side`, or the next smaller one that the network takes.
+        """
 
     def begin(self, net: Any, batch: Any) -> Any:
         """The part of the forward for a batch that cuts of sizes for which `begins` is False leave as it is."""

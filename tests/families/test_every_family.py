@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from backends.exchange import export
 from backends.reference import OnnxRuntimeEngine
 from pqk.bench.whole import export_whole, images_of
+from pqk.compress.cut.cost import Costs
 from pqk.compress.cut.units import cut, groups_of, slots_of
 from pqk.engines.calls import in_torch
 from pqk.families.contract import Family, Sample
@@ -283,6 +284,9 @@ def test_what_is_silent_can_be_cut_without_a_trace(of: Family) -> None:
         torch.testing.assert_close(rest[name], whole[name], rtol=1e-3, atol=1e-4)
     assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
     assert type(small)(small.config).state_dict().keys() == small.state_dict().keys()
+    costs, own = Costs(model, slots, cutting), Costs(small, [], cutting)
+    assert costs(plan) == own({}) and costs(plan).flops < costs({}).flops  # known before anything is cut
+    assert 480 < costs.side == own.side <= 512
 
 
 def test_blocks_go_as_far_as_the_heads_allow(of: Family) -> None:

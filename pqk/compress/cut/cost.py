@@ -17,7 +17,7 @@ from pqk.compress.cut.units import Slot
 from pqk.families.cutting import CuttingPart, Plan
 
 FLOPS_SIDE = 512
-"""FLOPs are those of one sample of square images of this side."""
+"""FLOPs are those of one sample of square images of this side, or of the next smaller one that a network takes."""
 
 
 class Cost(NamedTuple):
@@ -28,12 +28,12 @@ class Cost(NamedTuple):
 
 
 class Costs:
-    """The costs of a network after any plan: costs(plan)."""
+    """The costs of a network after any plan: costs(plan). side: of the images of which FLOPs are counted."""
 
     def __init__(self, model: nn.Module, slots: Sequence[Slot], cutting: CuttingPart) -> None:
         self.slots = {slot.name: slot for slot in slots}
         self.shapes = {key: tuple(weight.shape) for key, weight in model.named_parameters()}
-        self.flops = _flops_of_modules(model, cutting)
+        self.side, self.flops = _flops_of_modules(model, cutting)
 
     def __call__(self, plan: Plan) -> Cost:
         lengths: dict[tuple[str, int], int] = {}  # new ones, of axes
@@ -64,8 +64,10 @@ class Costs:
         return Cost(params, flops)
 
 
-def _flops_of_modules(model: Any, cutting: CuttingPart) -> dict[str, int]:
-    """Returns the FLOPs of one sample in each module, without those of the modules inside it and without zeros.
+def _flops_of_modules(model: Any, cutting: CuttingPart) -> tuple[int, dict[str, int]]:
+    """Returns the side of the images, and the FLOPs of a sample in each module without those of the modules inside it.
+
+    Modules without FLOPs are left out.
 
     The FLOPs of an attention itself (the module of a group of heads) are proportional to its number of heads: each
     token with each token that it attends to.
@@ -95,5 +97,5 @@ def _flops_of_modules(model: Any, cutting: CuttingPart) -> dict[str, int]:
         for name, module in net.named_modules():
             module.register_forward_pre_hook(enter)
             module.register_forward_hook(partial(leave, name))
-        cutting.run_sample(net, FLOPS_SIDE)
-    return found
+        side = cutting.run_sample(net, FLOPS_SIDE)
+    return side, found

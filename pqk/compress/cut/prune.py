@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from pqk.compress.cut.cost import FLOPS_SIDE, Costs
+from pqk.compress.cut.cost import Costs
 from pqk.compress.cut.importance import loss_of, norms, taylor
 from pqk.compress.cut.refit import moments, refit
 from pqk.compress.cut.sensitivity import Probe, Scores, even_steps, kept, scan, spend, steps_by_scan
@@ -170,7 +170,7 @@ def prune(
         params_after=costs(plan).params,
         flops_before=costs({}).flops,
         flops_after=costs(plan).flops,
-        flops_side=FLOPS_SIDE,
+        flops_side=costs.side,
         error_before=probe.error if probe else None,
         error_after=after.error if after else None,
         shift_pct=100 * after.shift if after else None,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pqk.families.cutting import Channels, Plan, Size
 from pqk.families.dust3r.batches import Pairs
@@ -140,10 +140,12 @@ def _queries(q: Tensor, k: Tensor, v: Tensor, q_rope: Rope, k_rope: Rope) -> Ten
     return q
 
 
-def run_sample(net: nn.Module, side: int) -> None:
-    """See `CuttingPart`."""
+def run_sample(net: Dust3r, side: int) -> int:
+    """See `CuttingPart`: a pair."""
+    side -= side % net.sizes.patch_size
     image = torch.zeros(1, 3, side, side)
     net(image, image)
+    return side
 
 
 def begin(net: Dust3r, batch: Pairs) -> Tensor:

@@ -133,9 +133,11 @@ def _queries(q: Tensor, k: Tensor, v: Tensor, tokens: int, rope: Rope | None, bi
     return q
 
 
-def run_sample(net: Vggt, side: int) -> None:
+def run_sample(net: Vggt, side: int) -> int:
     """See `CuttingPart`: two frames."""
+    side -= side % net.sizes.patch_size
     net(torch.zeros(1, TRACED_FRAMES, 3, side, side))
+    return side
 
 
 def begin(net: Vggt, batch: Sets) -> Tensor:
