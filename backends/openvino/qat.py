@@ -264,7 +264,7 @@ def _ignored(
         )
     nodes = iter(heavy)
     ignored, able = [], []
-    for name, kind in _heavy_torch(module, example):
+    for name, kind in _heavy_torch(module, example, source.name):
         twins = [next(nodes, ("", "", ""))]
         if kind == "scaled_dot_product_attention":
             twins.append(next(nodes, ("", "", "")))
@@ -289,12 +289,17 @@ def _heavy_onnx(path: Path) -> list[tuple[str, str, str]]:
     return [(n.name, n.op_type, n.output[0] if n.output[0] in outputs else "") for n in heavy]
 
 
-def _heavy_torch(module: nn.Module, example: tuple[torch.Tensor, ...]) -> list[tuple[str, str]]:
+def _heavy_torch(module: nn.Module, example: tuple[torch.Tensor, ...], of: str) -> list[tuple[str, str]]:
+    import nncf
     from nncf.torch.function_hook import wrap_model
     from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import build_nncf_graph
 
-    with quiet(), torch.no_grad():
-        graph = build_nncf_graph(wrap_model(copy.deepcopy(module)).eval(), example if len(example) > 1 else example[0])
+    try:
+        with quiet(), torch.no_grad():
+            wrapped = wrap_model(copy.deepcopy(module)).eval()
+            graph = build_nncf_graph(wrapped, example if len(example) > 1 else example[0])
+    except (ValueError, RuntimeError, nncf.InternalError) as error:  # e.g. a cat of weights in a tuple, not a list
+        raise BackendError(f"{of}: NNCF cannot trace the module: {error}") from error
     nodes = sorted(graph.get_all_nodes(), key=lambda node: node.node_id)
     return [(node.node_name, node.node_type) for node in nodes if node.node_type in _HEAVY]
 

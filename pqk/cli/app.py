@@ -123,7 +123,8 @@ def parity(
 ) -> None:
     """Compare one recipe on every toolchain: quality, speed and difference of the outputs, with a verdict per level.
 
-    Exit codes: 0 all compared levels agree, 1 one differs, 2 wrong input, 3 nothing could be run.
+    Exit codes: 0 all compared levels agree, 1 one differs, 2 wrong input, 3 nothing could be run, 4 one is undecided:
+    too few scenes to say whether the metric agrees.
     """
     from pqk.cli.run_output import run_parity, settings_of
     from pqk.recipe.request import Request

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pqk import paths
 from pqk.errors import EXIT_OK, PqkError, nearest
+from pqk.families.contract import Family
 from pqk.families.registry import family, names
 from pqk.recipe.experiment import config_file, config_loaders, resolve
 from pqk.settings.card import TEMPLATE, Card, list_cards, load_card, read_card
@@ -53,8 +54,9 @@ def _problems(root: Path) -> Iterator[str]:
         return
     yield from _beyond_model(teacher)
     others = [name for name in names() if name != of.name and (paths.configs(root) / name).is_dir()]
+    families = [of, *map(family, others)]
     right = set()  # families whose configs can be read, so that cards can be resolved with them
-    for known in (of, *map(family, others)):
+    for known in families:
         problems: list[str] = []
         for name, load in config_loaders(known).items():
             try:
@@ -73,13 +75,12 @@ def _problems(root: Path) -> Iterator[str]:
             continue
         try:
             card = read_card(path) if name == TEMPLATE else load_card(name, root)
-            meant = of if card.family is None else family(card.family)
-            if meant.name in right:
-                resolve(card, root, of=meant)
-                for axis, point in card.points():
-                    settings, where = card.matrix[axis].points[point], f"{paths.shown(path)}: {axis}: {point}"
-                    resolve(card.at(axis, point), root, of=meant, settings=settings, origin=where)
             cards[name] = card
+            for meant in families if card.family is None else [family(card.family)]:
+                if meant.name in right:
+                    _resolve_all(
+                        card, root, meant, paths.shown(path), "" if meant is of else f", for {meant.name} models"
+                    )
         except PqkError as error:
             yield from _each(error)
     if not cards:
@@ -91,6 +92,17 @@ def _problems(root: Path) -> Iterator[str]:
         except PqkError as error:
             yield from _each(error)
     yield from _virtual_record(root)
+
+
+def _resolve_all(card: Card, root: Path, of: Family, where: Path | str, whose: str) -> None:
+    """Resolves a card and every point of its matrix for models of a family. Raises PqkError, whose messages end so."""
+    try:
+        resolve(card, root, of=of)
+        for axis, point in card.points(of.name):
+            settings = card.matrix[axis].points[point]
+            resolve(card.at(axis, point), root, of=of, settings=settings, origin=f"{where}: {axis}: {point}")
+    except PqkError as error:
+        raise SpecError([f"{problem}{whose}" for problem in _each(error)]) from error
 
 
 def _each(error: PqkError) -> tuple[str, ...]:

@@ -262,7 +262,10 @@ def _finish(errors: Console, began: float, written: Iterable[Path], data: Mappin
 def run_parity(
     request: Request, backends: list[str], quantizers: list[str] | None, explained: bool, as_json: bool
 ) -> int:
-    """Runs `pqk parity`: prints table and verdicts, writes reports/parity/CARD.*; returns 1 when a level differs."""
+    """Runs `pqk parity`: prints table and verdicts, writes reports/parity/CARD.*; returns the exit code.
+
+    1: a level differs, 4: none does, but one is undecided.
+    """
     from pqk.parity.explain import explain_all
     from pqk.parity.parity import check_names, parity
     from pqk.parity.report import as_data, print_parity, write_parity
@@ -281,7 +284,8 @@ def run_parity(
         result = replace(result, explanation=explain_all(result.candidates))
     print_parity(result, Console(stderr=as_json))
     _finish(errors, began, write_parity(result, folder), as_data(result) if as_json else None)
-    return EXIT_CHECK_FAILED if any(v.verdict == "differ" for v in result.verdicts) else EXIT_OK
+    found = {v.verdict for v in result.verdicts}
+    return EXIT_CHECK_FAILED if "differ" in found else EXIT_UNDECIDED if "undecided" in found else EXIT_OK
 
 
 def run_tune(

@@ -24,6 +24,7 @@ from backends.qdq import with_half_range
 from pqk.engines.variant import Variant, graphs_to_json
 from pqk.errors import PqkError, nearest
 from pqk.files import write_json
+from pqk.measure.scores import drop_of
 from pqk.recipe import stages
 from pqk.recipe.candidate import Candidate
 from pqk.recipe.request import Request, asked_experiment
@@ -31,6 +32,7 @@ from pqk.recipe.runner import run
 from pqk.report.cells import value_of
 from pqk.settings.evaluation import Parity
 from pqk.settings.recipe import quantizes
+from pqk.stats.intervals import groups_to_decide, within
 from pqk.store import worker
 from pqk.store.store import OnEvent
 
@@ -55,21 +57,23 @@ class Row:
     note: str | None = None  # why there is no result, or a remark
 
 
+VERDICTS = ("not compared", "agree", "undecided", "differ")
+"""From the best to the worst."""
+
+
 @dataclass
 class Verdict:
-    """The verdict of a level: agree, differ, or 'not compared', with a sentence per comparison."""
+    """The verdict of a level: agree, differ, undecided or 'not compared', with a sentence per comparison."""
 
     level: str
     verdict: str = "not compared"
     sentences: list[str] = field(default_factory=list)
 
-    def judge(self, ok: bool, sentence: str) -> None:
-        """Adds one comparison; a single failed one makes the level differ."""
-        self.sentences.append(f"{'ok' if ok else 'DIFFERS'}: {sentence}")
-        if not ok:
-            self.verdict = "differ"
-        elif self.verdict != "differ":
-            self.verdict = "agree"
+    def judge(self, ok: bool | None, sentence: str) -> None:
+        """Adds one comparison, None: undecided. The worst of all is the verdict."""
+        word, verdict = {True: ("ok", "agree"), None: ("undecided", "undecided"), False: ("DIFFERS", "differ")}[ok]
+        self.sentences.append(f"{word}: {sentence}")
+        self.verdict = max(self.verdict, verdict, key=VERDICTS.index)
 
 
 @dataclass(frozen=True)
@@ -186,10 +190,31 @@ class _Comparer:
         heads: list[Heads] = json.loads((made.path / "agreement.json").read_text())["heads"]
         return heads
 
-    def score(self, variant: Variant) -> float | None:
-        """Returns the main metric of a variant over all validation pairs."""
-        found: float | None = self.candidate.score(variant, ())["summary"].get(self.metric)
-        return found
+    def judge_metric(
+        self, verdict: Verdict, limit: float, first: tuple[str, dict[str, Any]], other: tuple[str, dict[str, Any]]
+    ) -> None:
+        """Judges how far the main metric of one side is from that of another, scored on the same samples.
+
+        first, other: names and scores. The difference is in percent of `first`; its interval over groups must lie
+        within `limit` for a pass and outside for a failure. Nothing is judged where the metric was not measured.
+        """
+        (name, base), (its, mine) = first, other
+        a, b = base["summary"].get(self.metric), mine["summary"].get(self.metric)
+        if a is None or b is None:
+            return
+        said = f"{self.metric}: {name} {a:.5g}, {its} {b:.5g}"
+        if not a:
+            verdict.judge(b == a, said)
+            return
+        gap = drop_of(self.candidate.experiment.metric, mine, base, truthful=True)
+        assert gap is not None  # both were measured
+        ok = within(gap, limit)
+        said += f", {abs(gap.value):.2g} % apart"
+        if gap.half is not None:
+            said += f" ± {gap.half:.2g}"
+        said += f" (at most {limit:g} %)"
+        needed = groups_to_decide(replace(gap, value=abs(gap.value)), limit) if ok is None else None
+        verdict.judge(ok, f"{said}; about {needed} scenes would decide" if needed else said)
 
 
 Level = tuple[list[Row], Verdict]
@@ -246,11 +271,12 @@ def _shared_level(candidates: Mapping[tuple[str, str], Candidate], compare: _Com
     if "openvino" in sides:
         sides["openvino"] = replace(sides["openvino"], options={"rest": "f32"})
     float_side = compare.candidate.onnx_float
-    errors, metrics, rows = {}, {}, []
+    errors, scores, rows = {}, {}, []
     for (name, variant), heads in zip(sides.items(), compare.heads(float_side, list(sides.values())), strict=True):
         errors[name] = sum(_relative(head) for head in heads.values()) / len(heads)
-        metrics[name] = compare.score(variant)
-        rows.append(Row("shared", f"{name} int8", f"{RUNTIME} fp32", None, heads, metrics[name], None, note))
+        scores[name] = compare.candidate.score(variant, ())
+        metric = scores[name]["summary"].get(compare.metric)
+        rows.append(Row("shared", f"{name} int8", f"{RUNTIME} fp32", None, heads, metric, None, note))
     for name in readers[1:]:
         limits = compare.limits
         gap = _gap_pct(errors[RUNTIME], errors[name])
@@ -259,14 +285,7 @@ def _shared_level(candidates: Mapping[tuple[str, str], Candidate], compare: _Com
             f"mean error against f32: {RUNTIME} {errors[RUNTIME]:.3g}, {name} {errors[name]:.3g}, "
             f"{gap:.2g} % apart (at most {limits.shared_error_pct:g} %)",
         )
-        a, b = metrics[RUNTIME], metrics[name]
-        if a is not None and b is not None:
-            gap = _gap_pct(a, b)
-            verdict.judge(
-                gap <= limits.shared_metric_pct,
-                f"{compare.metric}: {RUNTIME} {a:.5g}, {name} {b:.5g}, {gap:.2g} % apart "
-                f"(at most {limits.shared_metric_pct:g} %)",
-            )
+        compare.judge_metric(verdict, limits.shared_metric_pct, (RUNTIME, scores[RUNTIME]), (name, scores[name]))
     if len(readers) == 1:
         verdict.sentences.append("only one runtime here reads the graph")
     return rows, verdict
@@ -289,22 +308,18 @@ def _recipe_level(candidates: Mapping[tuple[str, str], Candidate], compare: _Com
     verdict, rows = Verdict("recipe"), []
     variants = [candidate.variants[-1] for candidate in candidates.values()]
     against = [None, *compare.heads(variants[0], variants[1:])]
-    first: tuple[str, float | None] | None = None
+    first: tuple[str, dict[str, Any]] | None = None
     for ((backend, quantizer), candidate), heads in zip(candidates.items(), against, strict=True):
         record = candidate.records[-1]
         name = f"{backend}/{quantizer} {record['precision']}"
         metric, drop = _quality(record, compare.metric)
         note = "emulated by ONNX Runtime, not timed" if record["measured"] == "emulated" else None
         rows.append(Row("recipe", name, first[0] if first else None, record, heads, metric, drop, note))
-        if first is None:
-            first = (name, metric)
-        elif metric is not None and first[1] is not None:
-            gap, limit = _gap_pct(first[1], metric), compare.limits.recipe_metric_pct
-            verdict.judge(
-                gap <= limit,
-                f"{compare.metric}: {first[0]} {first[1]:.5g}, {name} {metric:.5g}, {gap:.2g} % apart "
-                f"(at most {limit:g} %)",
-            )
+        if metric is not None and len(candidates) > 1:
+            scored = (name, candidate.score(candidate.variants[-1], on=candidate.test))
+            if first is not None:
+                compare.judge_metric(verdict, compare.limits.recipe_metric_pct, first, scored)
+            first = first or scored
     if len(candidates) == 1:
         verdict.sentences.append("only one quantizer ran")
     return rows, verdict

@@ -9,6 +9,7 @@ from typing import Any
 
 from backends.base import BackendError
 from pqk.errors import PqkError
+from pqk.recipe.experiment import experiment_family
 from pqk.recipe.request import Request, asked_experiment
 from pqk.recipe.runner import run
 from pqk.settings.card import Card
@@ -35,14 +36,19 @@ def run_matrix(
 ) -> MatrixResult:
     """Runs every point of the named axes, or of all axes where none is named.
 
-    Finished artifacts are reused, so an interrupted matrix continues where it was. A failed point is reported, and the
-    others still run.
+    Axes for models of another family than the request's are left out, and a message says so. Finished artifacts are
+    reused, so an interrupted matrix continues where it was. A failed point is reported, and the others still run.
 
-    Raises PqkError, before anything runs, for an unknown axis and for a point whose settings are wrong.
+    Raises PqkError, before anything runs, for an unknown axis, for one of another family that is named, and for a point
+    whose settings are wrong.
     """
+    of = experiment_family(request.model, root).name
     for axis in axes:
-        card.at(axis, next(iter(card.matrix[axis].points), "") if axis in card.matrix else "")
-    points = [(axis, point) for axis, point in card.points() if not axes or axis in axes]
+        card.at(axis, next(iter(card.matrix[axis].points), "") if axis in card.matrix else "", of)
+    points = [found for found in card.points() if found[0] in axes] if axes else card.points(of)
+    others = [] if axes else [axis for axis, found in card.matrix.items() if found.family not in (None, of)]
+    if others:
+        say(f"left out, as {of} is another family: {', '.join(others)}")
     for which in points:
         asked_experiment(replace(request, point=which), root)
     result = MatrixResult(card, {})

@@ -96,10 +96,11 @@ class Request:
 def asked_experiment(request: Request, root: Path) -> Experiment:
     """Returns the card with its configs, and the command line's settings applied to them. Raises PqkError."""
     card, origin, settings = load_card(request.card, root), "command line", dict(request.settings)
+    of = experiment_family(request.model, root)
     if request.point is not None:
         axis, point = request.point
         settings = {**card.matrix[axis].points[point], **settings} if axis in card.matrix else settings
-        card, origin = card.at(axis, point), f"card {card.id}, {axis}: {point}"
+        card, origin = card.at(axis, point, of.name), f"card {card.id}, {axis}: {point}"
     elif card.matrix:
         raise PqkError(
             f"card {card.id} is a matrix of {len(card.points())} experiments; only `pqk run` runs all of them"
@@ -117,7 +118,6 @@ def asked_experiment(request: Request, root: Path) -> Experiment:
         "joint": request.joint,
         "reduce": request.reduce,
     }
-    of = experiment_family(request.model, root)
     return resolve(card, root, of=of, files=files, settings=settings, origin=origin)
 
 

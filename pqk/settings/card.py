@@ -55,18 +55,32 @@ class Budget(Section):
     gpu_hours: Annotated[float, Field(gt=0, le=10_000)]
 
 
+OfFamily = Annotated[str | None, Field(min_length=1, max_length=40)]
+
+
+def _without_family(values: dict[str, Any]) -> dict[str, Any]:
+    """Drops a family that is not given: sha256 sums from before there was one stay as they are."""
+    return {name: value for name, value in values.items() if name != "family" or value is not None}
+
+
 class Axis(Section):
     """One question of an ablation: its points differ in the named settings alone, for example
-    {"128": {quant.ptq.calibration_images: 128}, "256": ...}. `recipe`: another one than the card's.
+    {"128": {quant.ptq.calibration_images: 128}, "256": ...}. `recipe`: another one than the card's. family: of the
+    models that it asks of, where its settings fit no other.
     """
 
     recipe: Annotated[tuple[str, ...] | None, Field(strict=False)] = None
+    family: OfFamily = None
     points: Annotated[dict[PointName, dict[str, Any]], Field(min_length=1, max_length=100)]
 
     @field_validator("recipe")
     @classmethod
     def _known_stages(cls, stages: tuple[str, ...] | None) -> tuple[str, ...] | None:
         return None if stages is None else check_stages(stages)
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return _without_family(handler(self))
 
 
 class Card(Spec):
@@ -82,7 +96,7 @@ class Card(Spec):
     combo: Annotated[str, Field(min_length=1, max_length=40)]
     recipe: Annotated[tuple[str, ...], Field(strict=False)]
     goal: Annotated[str, Field(min_length=1)]
-    family: Annotated[str | None, Field(min_length=1, max_length=40)] = None
+    family: OfFamily = None
     requires: Annotated[tuple[CardId, ...], Field(strict=False)] = ()
     overrides: Overrides = Field(default_factory=Overrides)
     thresholds: dict[str, float] = Field(default_factory=dict)
@@ -94,9 +108,8 @@ class Card(Spec):
     _prose: str = PrivateAttr(default="")
 
     @model_serializer(mode="wrap")
-    def _without_family(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        values: dict[str, Any] = handler(self)
-        return {name: value for name, value in values.items() if name != "family" or value is not None}
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return _without_family(handler(self))
 
     @field_validator("recipe")
     @classmethod
@@ -115,19 +128,23 @@ class Card(Spec):
             raise ValueError(f"requires names the card itself, {self.id!r}")
         return self
 
-    def points(self) -> list[tuple[str, str]]:
-        """Returns (axis, point) of the matrix, in the order of the card."""
-        return [(axis, point) for axis, found in self.matrix.items() for point in found.points]
+    def points(self, of: str | None = None) -> list[tuple[str, str]]:
+        """Returns (axis, point) of the matrix, in the order of the card; of: of the axes for models of this family."""
+        axes = {axis: found for axis, found in self.matrix.items() if of is None or found.family in (None, of)}
+        return [(axis, point) for axis, found in axes.items() for point in found.points]
 
-    def at(self, axis: str, point: str) -> Card:
+    def at(self, axis: str, point: str, of: str | None = None) -> Card:
         """Returns the card of one point: its name after the id, the axis' recipe, no matrix.
 
-        `resolve` lays its settings over it. Raises PqkError for an axis or a point that the matrix does not have.
+        of: the model's family. `resolve` lays its settings over it. Raises PqkError for an axis or a point that the
+        matrix does not have, and for an axis for models of another family.
         """
         if axis not in self.matrix:
             known = ", ".join(self.matrix) or "none"
             raise PqkError(f"card {self.id} has no axis {axis!r}{nearest(axis, self.matrix)}; axes: {known}")
         found = self.matrix[axis]
+        if of is not None and found.family not in (None, of):
+            raise PqkError(f"axis {axis} of card {self.id} is for models of family {found.family!r}, not {of!r}")
         if point not in found.points:
             raise PqkError(f"axis {axis} of card {self.id} has no point {point!r}{nearest(point, found.points)}")
         return self.model_copy(

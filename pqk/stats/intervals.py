@@ -114,6 +114,18 @@ def median_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
     return Interval(middle, ordered[rank], ordered[count - 1 - rank], count)
 
 
+def within(found: Interval, limit: float) -> bool | None:
+    """Says whether a value is at most `limit` away from 0, by its whole interval; None where it may or may not be.
+
+    Where the interval is unknown the value alone decides.
+    """
+    if found.low is None or found.high is None:
+        return abs(found.value) <= limit
+    if max(abs(found.low), abs(found.high)) <= limit:
+        return True
+    return None if found.low <= limit and found.high >= -limit else False
+
+
 def groups_to_decide(interval: Interval, limit: float) -> int | None:
     """Says about how many groups would put `limit` outside of the interval, if the value stays as it is.
 

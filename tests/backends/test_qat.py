@@ -219,6 +219,26 @@ def test_a_source_without_its_module_is_refused(source, tmp_path):
         NNCFQuantizer().prepare(dataclasses.replace(source, module=None), spec_for(tmp_path), Calibration(ITEMS))
 
 
+class Joined(torch.nn.Module):
+    """Joins weights in a tuple, of which NNCF's tracer loses where they come from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.halves = torch.nn.ParameterList([torch.ones(4, 8), torch.ones(4, 8)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ torch.cat((self.halves[0], self.halves[1]))
+
+
+def test_a_module_that_cannot_be_traced_is_named(tmp_path):
+    module, x = Joined().eval(), torch.randn(2, 8)
+    graph = export(module, {"x": x}, ["y"], tmp_path / "joined.onnx")
+    source, out = Source("joined", module, {"x": x}, ("y",), graph), tmp_path / "out"
+    out.mkdir()
+    with refused("joined: NNCF cannot trace the module", out):
+        NNCFQuantizer().prepare(source, spec_for(out, calibration_samples=1, keep=()), [{"x": x.numpy()}])
+
+
 def test_a_source_of_another_module_is_refused(source, tmp_path):
     with refused("in its graph", tmp_path):
         other = dataclasses.replace(source, module=toy(depth=1), name="other")

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from backends.base import Precision, QuantSpec, Source
 from backends.exchange import export
 from backends.reference import OnnxRuntimeEngine
 from pqk.bench.whole import export_whole, images_of
@@ -136,6 +137,35 @@ def test_graphs_exported_alone_give_what_the_network_gives(of: Family, tmp_path:
         assert tuple(t.name for t in graph.inputs) == spec.input_names
         assert tuple(t.name for t in graph.outputs) == spec.output_names
         assert all(of.settings_part().part_of(f"/{key}/MatMul") is not None for key in _blocks(spec.module))
+
+
+def test_every_graph_can_be_trained_in_int8(of: Family, tmp_path: Path) -> None:
+    """NNCF traces the modules; the engine of what it prepared computes what the prepared module does."""
+    pytest.importorskip("nncf")
+    pytest.importorskip("openvino")
+    from backends.openvino.engine import OpenVINOEngine
+    from backends.openvino.nncf import NNCFQuantizer
+
+    for name, spec in of.model_part().graphs(toy(of), workload(of)).items():
+        graph = export(spec.module, spec.inputs, spec.output_names, tmp_path / f"{name}.onnx")
+        source = Source(name, spec.module, spec.inputs, tuple(spec.output_names), graph)
+        asked_for = QuantSpec(
+            keep=("LayerNorm", "Softmax"),
+            calibration_samples=2,
+            output_dir=tmp_path / "int8",
+            smooth_quant_alpha=None,
+            bias_correction="none",
+        )
+        feeds = {key: np.asarray(value) for key, value in spec.inputs.items()}
+        quantizer = NNCFQuantizer()
+        prepared = quantizer.prepare(source, asked_for, [feeds, feeds])
+        with torch.no_grad():
+            want = prepared(*(torch.from_numpy(value) for value in feeds.values()))
+        with OpenVINOEngine(quantizer.finish(prepared, source, asked_for), Precision.INT8, {"rest": "f32"}) as engine:
+            found = engine.infer(feeds)
+        for output, value in zip(spec.output_names, _tensors(want), strict=True):
+            array = value.numpy()
+            assert np.abs(found[output] - array).mean() < 0.05 * np.abs(array).mean(), (name, output)
 
 
 def test_the_graphs_joined_to_one_give_what_the_glue_gives(of: Family, tmp_path: Path) -> None:

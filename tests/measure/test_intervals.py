@@ -17,6 +17,7 @@ from pqk.stats.intervals import (
     groups_to_decide,
     mean_interval,
     median_interval,
+    within,
 )
 
 TRUE_DROP = 0.8
@@ -140,3 +141,14 @@ def test_how_many_scenes_would_decide() -> None:
     assert needed == math.ceil(4 * (found.half / abs(found.value - 1.0)) ** 2)
     assert groups_to_decide(found, found.value) is None
     assert groups_to_decide(Interval(1e-200, 1e-200, 1.0, 8), 0.0) is None  # the ratio's square is no float
+
+
+@given(st.floats(-5, 5), st.floats(0, 3), st.floats(0.01, 4))
+def test_within_asks_the_whole_interval(value: float, half: float, limit: float) -> None:
+    found = within(Interval(value, value - half, value + half, 9), limit)
+    inside = [abs(value + part * half) <= limit for part in np.linspace(-1, 1, 1001)]
+    if found is None:
+        assert value - half <= limit and value + half >= -limit and not (inside[0] and inside[-1])
+    else:
+        assert set(inside) == {found}
+    assert within(Interval(value, None, None, 1), limit) is (abs(value) <= limit)

@@ -189,4 +189,10 @@ def test_one_failed_comparison_decides_a_level() -> None:
     verdict.judge(False, "b")
     verdict.judge(True, "c")
     assert verdict.verdict == "differ"
-    assert verdict.sentences == ["ok: a", "DIFFERS: b", "ok: c"]
+    verdict.judge(None, "d")
+    assert verdict.verdict == "differ"
+    assert verdict.sentences == ["ok: a", "DIFFERS: b", "ok: c", "undecided: d"]
+    other = Verdict("recipe")
+    other.judge(None, "a")
+    other.judge(True, "b")
+    assert other.verdict == "undecided"

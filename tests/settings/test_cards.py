@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from pqk.cli.check import dry_run, main
 from pqk.errors import PqkError
+from pqk.families.registry import family
 from pqk.paths import project_root, shown
 from pqk.recipe.experiment import resolve
 from pqk.settings.card import list_cards, load_card
@@ -63,14 +64,18 @@ def test_the_shipped_cards(project: Path) -> None:
 
 def test_every_point_of_the_shipped_matrix_is_an_experiment(project: Path) -> None:
     card = load_card("H1")
-    assert list(card.matrix) == ["loss", "keep-list", "calibration", "pair-graph", "input"]
-    seen = set()
-    for axis, point in card.points():
-        mine = card.at(axis, point)
-        assert (mine.recipe, mine.combo, mine.matrix) == (card.matrix[axis].recipe or ("Q",), "Ablation", {})
-        found = resolve(mine, settings=card.matrix[axis].points[point], origin="a point")
-        seen.add(tuple(getattr(found, name).sha256 for name in ("workload", "quant", "distill")))
-    assert len(seen) == len(card.points()) - 4  # every axis holds the default once
+    shared = ["loss", "keep-list", "calibration"]
+    assert list(card.matrix) == [*shared, "pair-graph", "input", "frames", "size"]
+    for name, own in (("dust3r", ["pair-graph", "input"]), ("vggt", ["frames", "size"])):
+        points = card.points(name)
+        assert list(dict.fromkeys(axis for axis, _ in points)) == [*shared, *own]
+        seen = set()
+        for axis, point in points:
+            mine = card.at(axis, point, name)
+            assert (mine.recipe, mine.combo, mine.matrix) == (card.matrix[axis].recipe or ("Q",), "Ablation", {})
+            found = resolve(mine, of=family(name), settings=card.matrix[axis].points[point], origin="a point")
+            seen.add(tuple(getattr(found, part).sha256 for part in ("workload", "quant", "distill")))
+        assert len(seen) == len(points) - 4  # every axis holds the default once
 
 
 @pytest.mark.parametrize(
@@ -95,6 +100,12 @@ def test_the_dry_run_looks_at_every_point(project: Path) -> None:
     assert said.startswith(f"{where}: unknown key 'workload.pair_graph.kk' (did you mean 'k'?)")
 
 
+def test_the_dry_run_resolves_a_card_for_every_family_that_it_is_for(project: Path) -> None:
+    edit(card_file(project, "H1"), "  pair-graph:\n    family: dust3r\n", "  pair-graph:\n")
+    (said,) = (found.message for found in dry_run(project) if "H1" in found.message)
+    assert "unknown key 'workload.pair_graph'" in said and said.endswith(", for vggt models")
+
+
 def test_an_axis_or_point_that_is_not_there(project: Path) -> None:
     card = load_card("H1")
     with pytest.raises(PqkError, match=r"^card H1 has no axis 'los' \(did you mean 'loss'\?\); axes: loss, keep-list"):
@@ -103,6 +114,8 @@ def test_an_axis_or_point_that_is_not_there(project: Path) -> None:
         card.at("loss", "KL onli")
     with pytest.raises(PqkError, match=r"^card B1 has no axis 'loss'; axes: none"):
         load_card("B1").at("loss", "KL only")
+    with pytest.raises(PqkError, match=r"^axis frames of card H1 is for models of family 'vggt', not 'dust3r'"):
+        card.at("frames", "2 frames", "dust3r")
 
 
 def test_which_recipes_end_quantized(project: Path) -> None:

@@ -69,7 +69,9 @@ class EncoderGraph(Sized):
         self.cells = cells_of(self.sizes, grid, self.camera_token.device)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        special = torch.cat((self.camera_token, self.register_token), dim=2)[0]
+        special = torch.cat([self.camera_token, self.register_token], dim=2)[
+            0
+        ]  # a list: NNCF traces no tuple of weights
         table = self.folded if self.folds else None
         return self.patch_embed(normalise(image), self.grid, table, self.cells), special
 

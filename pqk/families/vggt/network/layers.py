@@ -159,7 +159,7 @@ class Dino(nn.Module):
         table = self.table(grid) if table is None else table
         patches = self.patch_embed(image, grid) + table[:, 1:]
         frames = batch_of(patches)
-        leaders = torch.cat((self.cls_token + table[:, :1], self.register_tokens), dim=1)
+        leaders = torch.cat([self.cls_token + table[:, :1], self.register_tokens], dim=1)
         leading = 1 + DINO_REGISTERS
         merged = None if cells is None else cells(patches)
         left, bias = (patches, None) if merged is None else (merged.tokens, key_bias(merged.rope, leading))

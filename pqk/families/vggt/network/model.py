@@ -59,7 +59,7 @@ class Aggregator(nn.Module):
 
     def special(self) -> Tensor:
         """The camera token and the registers: (2, 1 + registers, C), those of a first frame, then of any other."""
-        return torch.cat((self.camera_token, self.register_token), dim=2)[0]
+        return torch.cat([self.camera_token, self.register_token], dim=2)[0]
 
     def with_special(self, patches: Tensor, special: Tensor, batch: int, frames: int) -> Tensor:
         """Patch tokens (batch * frames, N, C) -> tokens (batch * frames, P, C): camera, registers, patches.
