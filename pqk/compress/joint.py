@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,10 @@ class JointReport:
         return asdict(self)
 
 
+Names = Mapping[str, Mapping[str, str]]
+"""Of the module of each graph: what its weights are called in the network, by their names in the module."""
+
+
 class GatePlan:
     """The gates of a network: their units, ordered by importance, and their initial logits.
 
@@ -97,10 +102,10 @@ class GatePlan:
         some, drawn = self.spec.samples, self.data.batches(self.spec.train, torch.device("cpu"), self.seed)
         return (drawn.train(index, 1, some.size) for index in range(some.pairs))
 
-    def into(self, parts: Mapping[str, nn.Module]) -> Gated:
-        """Puts the gates into the prepared modules."""
+    def into(self, parts: Mapping[str, nn.Module], names: Names) -> Gated:
+        """Puts the gates into the prepared modules. Raises PqkError when they lack a layer that gates belong before."""
         pace = self.spec.gates.rate / self.spec.train.learning_rate
-        return Gated(self.layouts, tuple(parts.values()), self.total, self.starts, pace)
+        return Gated(self.layouts, partial(_layer, parts, names), self.total, self.starts, pace)
 
 
 def phases(spec: Joint) -> tuple[Rounded, Rounded]:
@@ -113,6 +118,7 @@ def phases(spec: Joint) -> tuple[Rounded, Rounded]:
 
 def close_gates(
     parts: Mapping[str, nn.Module],
+    names: Names,
     plan: GatePlan,
     teacher: Any,
     data: TrainingData,
@@ -124,14 +130,15 @@ def close_gates(
 ) -> tuple[Fitted, Gated, dict[str, Tensor]]:
     """Trains the prepared modules with gates, in place, until plan.spec.flops_cut is cut (phase 1).
 
-    parts: the modules that a quantizer's `prepare` returned for the graphs, without gates. The loss is that of
+    parts: the modules that a quantizer's `prepare` returned for the graphs, without gates. names: see `names_in`, of
+    the modules before. The loss is that of
     `pqk.compress.qat`, plus the price of the FLOPs that are still to be cut. The target share rises linearly from the
     initial cut of the gates to flops_cut, which it reaches at gates.ramp of the phase; the slope rises geometrically
     over the whole phase. Returns the result of `fit`, the gates in their final state, and the averaged float weights
     by their names in the Teacher.
     """
     spec, training = plan.spec, phases(plan.spec)[0]
-    gated, price = plan.into(parts), Price(spec.gates.penalty, spec.gates.dual_rate)
+    gated, price = plan.into(parts, names), Price(spec.gates.penalty, spec.gates.dual_rate)
     model, began = nn.ModuleDict(parts), float(gated.cut().detach())
     imitate = rounded_loss(training, data)
 
@@ -158,16 +165,43 @@ def close_gates(
     )
     model.cpu().load_state_dict(fitted.last)  # not the best weights: those had open gates
     gated.steepen(spec.gates.slope)
-    return fitted, gated, float_weights(model, teacher)
+    return fitted, gated, float_weights(model, names, teacher)
 
 
-def float_weights(parts: nn.ModuleDict, like: Any) -> dict[str, Tensor]:
+def names_in(network: nn.Module, parts: Mapping[str, nn.Module]) -> Names:
+    """Returns for each part what its weights are called in the network whose layers it holds, by their names in it."""
+
+    def weights(module: nn.Module) -> dict[str, Tensor]:
+        return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+    own = {id(value): name for name, value in weights(network).items()}
+    return {
+        part: {name: own[id(value)] for name, value in weights(module).items() if id(value) in own}
+        for part, module in parts.items()
+    }
+
+
+def float_weights(parts: Mapping[str, nn.Module] | nn.ModuleDict, names: Names, like: Any) -> dict[str, Tensor]:
     """Returns the weights of the prepared modules without quantizers, by their names in a model of the same sizes.
 
     Weights that are in no graph are taken from `like`.
     """
-    found = {name: value for part in parts.values() for name, value in part.state_dict().items()}
+    found = {
+        names[part][name]: value
+        for part, module in parts.items()
+        for name, value in module.state_dict().items()
+        if name in names[part]
+    }
     return {name: found.get(name, value).detach().cpu().clone() for name, value in like.state_dict().items()}
+
+
+def _layer(parts: Mapping[str, nn.Module], names: Names, weight: str) -> nn.Module:
+    """Returns the layer of a weight, by the weight's name in the network."""
+    for part, known in names.items():
+        for name, called in known.items():
+            if called == weight:
+                return parts[part].get_submodule(name.rpartition(".")[0])
+    raise PqkError(f"the prepared modules have no weight {weight!r} to put gates before")
 
 
 def cut_gates(teacher: Any, weights: dict[str, Tensor], plan: GatePlan, gated: Gated) -> tuple[Any, JointReport]:

@@ -17,7 +17,7 @@ from backends.exchange import export
 from pqk.compress.cut.cost import Costs
 from pqk.compress.cut.gates import Gate, Gated, Price, fold, kept_units, owners, shut, starting_logits
 from pqk.compress.cut.units import cut
-from pqk.compress.joint import GatePlan, Whole, close_gates, cut_gates, float_weights, phases
+from pqk.compress.joint import GatePlan, Whole, close_gates, cut_gates, float_weights, names_in, phases
 from pqk.compress.train import fit as fit_module
 from pqk.compress.train.data import TrainingData
 from pqk.compress.train.loop import Progress, Trainer
@@ -103,6 +103,10 @@ def modules(teacher) -> nn.ModuleDict:
     return nn.ModuleDict({name: graph.module for name, graph in copy.deepcopy(teacher).graphs(SIZE, SIZE).items()})
 
 
+def names_of(teacher) -> dict[str, dict[str, str]]:
+    return names_in(teacher, {name: graph.module for name, graph in teacher.graphs(SIZE, SIZE).items()})
+
+
 def plain(model, pairs: PicturePairs) -> dict[str, torch.Tensor]:
     """Both orders through the model itself instead of its graphs."""
     return cutting.finish(model, cutting.begin(model, pairs), pairs)
@@ -141,7 +145,7 @@ def test_every_unit_has_one_factor_and_the_most_important_ones_none(plan):
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_gates_of_0_and_1_cost_what_the_cut_network_costs(teacher, plan, seed):
     stays = masks(plan, seed)
-    gated = plan.into(modules(teacher))
+    gated = plan.into(modules(teacher), names_of(teacher))
     put(gated, [torch.where(stays[layout.slot.name][1:], 60.0, -60.0) for layout in plan.layouts])
     units, keep = kept_units(plan.layouts, stays)
     after = Costs(teacher, plan.slots, cutting)(units)
@@ -153,14 +157,14 @@ def test_shut_gates_compute_what_the_cut_network_does(teacher, plan):
     """Gates of 0, 1 and between, in the prepared modules, folded into the weights, and cut out."""
     stays = masks(plan, 3)
     parts = modules(teacher)
-    gated = plan.into(parts)
+    gated = plan.into(parts, names_of(teacher))
     generator = torch.Generator().manual_seed(1)
     part = [torch.randn(len(layout.flops), generator=generator) for layout in plan.layouts]
     put(
         gated,
         [torch.where(stays[lay.slot.name][1:], open_, -90.0) for lay, open_ in zip(plan.layouts, part, strict=True)],
     )
-    folded = build_model(teacher.family, teacher.config, float_weights(parts, teacher)).eval()
+    folded = build_model(teacher.family, teacher.config, float_weights(parts, names_of(teacher), teacher)).eval()
     fold(folded, plan.layouts, gated.factors())
     pairs = PicturePairs(torch.rand(1, 2, 3, SIZE, SIZE) * 2 - 1)
     with torch.no_grad():
@@ -175,7 +179,7 @@ def test_shut_gates_compute_what_the_cut_network_does(teacher, plan):
 
 def test_a_copy_has_gates_of_its_own(teacher, plan):
     parts = modules(teacher)
-    gated, encoder = plan.into(parts), parts["encoder"]
+    gated, encoder = plan.into(parts, names_of(teacher)), parts["encoder"]
     image = torch.rand(1, 3, SIZE, SIZE)
     with torch.no_grad():
         before = encoder(image)
@@ -200,12 +204,12 @@ def test_open_gates_leave_a_prepared_module_as_it_is(teacher, plan, tmp_path):
     with torch.no_grad():
         before = prepared(image)
         parts = nn.ModuleDict({**modules(teacher), "encoder": prepared})
-        gated = plan.into(parts)
+        gated = plan.into(parts, names_of(teacher))
         put(gated, [torch.full_like(gate.start, 50.0) for gate in gated.gates])
         assert torch.equal(prepared(image), before)
         put(gated, [torch.full_like(gate.start, -50.0) for gate in gated.gates])
         assert not torch.allclose(prepared(image), before)
-    names = float_weights(parts, teacher)
+    names = float_weights(parts, names_of(teacher), teacher)
     assert names.keys() == teacher.state_dict().keys()
 
 
@@ -272,7 +276,9 @@ class Killed(Exception):
 
 def closed(teacher, folder, **more):
     plan = planned(teacher, small())
-    fitted, gated, weights = close_gates(modules(teacher), plan, teacher, DATA, scratch=folder, **more)
+    fitted, gated, weights = close_gates(
+        modules(teacher), names_of(teacher), plan, teacher, DATA, scratch=folder, **more
+    )
     return fitted, gated, weights, plan
 
 

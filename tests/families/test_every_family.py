@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from backends.reference import OnnxRuntimeEngine
 from pqk.bench.whole import export_whole, images_of
 from pqk.compress.cut.cost import Costs
 from pqk.compress.cut.units import cut, groups_of, slots_of
+from pqk.compress.joint import float_weights, names_in
 from pqk.engines.calls import in_torch
 from pqk.families.contract import Family, Sample
 from pqk.families.registry import BUILT_IN, family
@@ -317,6 +319,25 @@ def test_what_is_silent_can_be_cut_without_a_trace(of: Family) -> None:
     costs, own = Costs(model, slots, cutting), Costs(small, [], cutting)
     assert costs(plan) == own({}) and costs(plan).flops < costs({}).flops  # known before anything is cut
     assert 480 < costs.side == own.side <= 512
+
+
+def test_what_the_graphs_learn_comes_back_under_the_names_of_the_network(of: Family) -> None:
+    model = toy(of)
+    modules = {name: spec.module for name, spec in of.model_part().graphs(model, workload(of)).items()}
+    names = names_in(model, modules)
+    held = [called for known in names.values() for called in known.values()]
+    assert len(held) == len(set(held)) and set(held) >= {
+        name for name, _ in model.named_parameters() if name.endswith(".weight")
+    }
+    parts = copy.deepcopy(modules)
+    with torch.no_grad():
+        for part in parts.values():
+            for weight in part.parameters():
+                weight += 1
+    found, before = float_weights(parts, names, model), model.state_dict()
+    assert found.keys() == before.keys()
+    for name in held:
+        assert torch.equal(found[name], before[name] + 1) or name not in dict(model.named_parameters())
 
 
 def test_blocks_go_as_far_as_the_heads_allow(of: Family) -> None:

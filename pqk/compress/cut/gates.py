@@ -7,7 +7,7 @@ already; then the gates add no rounding.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,7 +104,7 @@ class _Before(nn.Module):
 
 
 class Gated:
-    """Gates in the layers of one or more modules that hold the network's layers under their own names.
+    """Gates in the layers of one or more modules that hold the network's layers.
 
     The modules own the gates, so gates are trained, averaged, saved and copied with them; `Gated` only refers to them.
     """
@@ -112,20 +112,20 @@ class Gated:
     def __init__(
         self,
         layouts: Sequence[Layout],
-        modules: Sequence[nn.Module],
+        layer_of: Callable[[str], nn.Module],
         total_flops: int,
         starts: Sequence[Tensor],
         pace: float,
     ) -> None:
-        """Puts the gates into the modules. starts: logits (gates,) of each layout.
+        """Puts the gates into the modules. layer_of: returns the layer of a weight by the weight's name in the network.
 
-        Raises PqkError when no module has a layer of that name.
+        starts: logits (gates,) of each layout.
         """
         self.layouts, self.total = list(layouts), total_flops
         self.gates = [Gate(start, pace) for start in starts]
         for layout, gate in zip(self.layouts, self.gates, strict=True):
             for key, owner in owners(layout).items():
-                layer = _layer(modules, key.removesuffix(".weight"))
+                layer = layer_of(key)
                 before = _Before(gate, owner)
                 layer.add_module("gates", before)
                 layer.register_forward_pre_hook(before)
@@ -253,12 +253,3 @@ def fold(model: nn.Module, layouts: Sequence[Layout], factors: Sequence[Tensor])
     for layout, factor in zip(layouts, factors, strict=True):
         for key, owner in owners(layout).items():
             weights[key].mul_(factor[owner].to(weights[key]))
-
-
-def _layer(modules: Sequence[nn.Module], name: str) -> nn.Module:
-    for module in modules:
-        try:
-            return module.get_submodule(name)
-        except AttributeError:
-            continue
-    raise PqkError(f"the prepared modules have no layer {name!r} to put gates before")

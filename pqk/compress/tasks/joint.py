@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from backends import exchange
-from pqk.compress.joint import GatePlan, Whole, close_gates, cut_gates, float_weights, settle
+from pqk.compress.joint import GatePlan, Names, Whole, close_gates, cut_gates, float_weights, names_in, settle
 from pqk.compress.tasks.qat import finished, prepare
 from pqk.compress.tasks.quantize import Calibrated, Each
 from pqk.compress.train.data import opened_training
@@ -79,11 +79,12 @@ def _gates(request: Mapping[str, Any], spec: Joint, teacher: Any, cut: Path) -> 
     tell({"text": "ranges of the network with gates", "share": 0.0})
     ptq = request["ptq"]
     few = {**ptq, "calibration_images": min(ptq["calibration_images"], spec.gates.calibration_images)}
-    prepared = _prepared({**request, "ptq": few, "model": request["teacher"]})[0]
+    prepared, job = _prepared({**request, "ptq": few, "model": request["teacher"]})
     phase = Whole(spec, gates=True)
     tell_phase = tell_training(data.family)
     fitted, gated, weights = close_gates(
         prepared.made,
+        _names(job),
         plan,
         teacher,
         data,
@@ -146,7 +147,7 @@ def _settled(
             "history": end.history,
         }
         trained: Any = fitted.model
-        small = build_model(small.family, small.config, float_weights(trained, small))
+        small = build_model(small.family, small.config, float_weights(trained, _names(job), small))
         if not told["failed"]:
             made = finished(job, trained)
             told |= {**calibrated, "graphs": graphs_to_json(made), "peak_bytes": peak_ram_bytes()}
@@ -157,6 +158,12 @@ def _prepared(request: dict[str, Any]) -> tuple[Each[Any], Calibrated]:
     """Returns the modules of request['model'] as the quantizer prepares them, and the job that can finish them."""
     job = Calibrated(request, modules=True)
     return prepare(job), job
+
+
+def _names(job: Calibrated) -> Names:
+    """Returns what the weights of the graphs' modules are called in their network."""
+    assert job.model is not None  # they were asked for as modules
+    return names_in(job.model, {name: graph.module for name, graph in job.modules.items()})
 
 
 def _whole_stop(phase: Whole, rules: Mapping[str, Any]) -> Any:
