@@ -118,9 +118,7 @@ class OpenVINOEngine(Engine):
         self._profiled: Any = self._compiled if counts else None  # the same model, compiled to count times
         self._counter: Any = self._request if counts else None  # its request
         self._counted = 0  # runs that it counted
-        self._executed: tuple[str, ...] = ()
-        self._counted = 0  # its runs
-        self._seen: tuple[str, ...] = ()  # its nodes that take time
+        self._executed: tuple[str, ...] = ()  # its nodes that take time
 
     def _read(self) -> Any:
         model = read_model(self.graph.path)

@@ -76,6 +76,9 @@ def _problems(root: Path) -> Iterator[str]:
         try:
             card = read_card(path) if name == TEMPLATE else load_card(name, root)
             cards[name] = card
+            for axis in card.matrix.values():
+                if axis.family is not None:
+                    family(axis.family)  # raises for a name that there is not
             for meant in families if card.family is None else [family(card.family)]:
                 if meant.name in right:
                     _resolve_all(

@@ -131,11 +131,10 @@ def close_gates(
     """Trains the prepared modules with gates, in place, until plan.spec.flops_cut is cut (phase 1).
 
     parts: the modules that a quantizer's `prepare` returned for the graphs, without gates. names: see `names_in`, of
-    the modules before. The loss is that of
-    `pqk.compress.qat`, plus the price of the FLOPs that are still to be cut. The target share rises linearly from the
-    initial cut of the gates to flops_cut, which it reaches at gates.ramp of the phase; the slope rises geometrically
-    over the whole phase. Returns the result of `fit`, the gates in their final state, and the averaged float weights
-    by their names in the Teacher.
+    the modules before. The loss is that of `pqk.compress.qat`, plus the price of the FLOPs that are still to be cut.
+    The target share rises linearly from the initial cut of the gates to flops_cut, which it reaches at gates.ramp of
+    the phase; the slope rises geometrically over the whole phase. Returns the result of `fit`, the gates in their final
+    state, and the averaged float weights by their names in the Teacher.
     """
     spec, training = plan.spec, phases(plan.spec)[0]
     gated, price = plan.into(parts, names), Price(spec.gates.penalty, spec.gates.dual_rate)

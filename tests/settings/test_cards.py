@@ -104,6 +104,8 @@ def test_the_dry_run_resolves_a_card_for_every_family_that_it_is_for(project: Pa
     edit(card_file(project, "H1"), "  pair-graph:\n    family: dust3r\n", "  pair-graph:\n")
     (said,) = (found.message for found in dry_run(project) if "H1" in found.message)
     assert "unknown key 'workload.pair_graph'" in said and said.endswith(", for vggt models")
+    edit(card_file(project, "H1"), "  frames:\n    family: vggt\n", "  frames:\n    family: vgtt\n")
+    assert any("'vgtt'" in found.message and "did you mean 'vggt'" in found.message for found in dry_run(project))
 
 
 def test_an_axis_or_point_that_is_not_there(project: Path) -> None:
