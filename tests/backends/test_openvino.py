@@ -344,7 +344,7 @@ def test_the_times_are_those_of_the_runs_that_were_asked_for(source):
         times = [engine.node_times({}, runs) for runs in (1, 1, 1, 1, 1, 2)]
     slow = [time["slow"] for time in times]
     assert slow == pytest.approx([9000, 100, 110, 90, 500, 100], abs=7)
-    assert all(set(time) == {"slow", "light"} and time["light"] >= 0 for time in times)
+    assert all(set(time) == {"slow", "light"} for time in times)
 
 
 def test_what_the_engine_itself_ran_is_taken_off(source):
@@ -352,13 +352,14 @@ def test_what_the_engine_itself_ran_is_taken_off(source):
     with OpenVINOEngine(source.graph, Precision.F32, {"perf_count": True}) as engine:
         for _ in range(5):
             engine.infer(feeds)
-        total, names = 0.0, set()
+        before, total = engine._totals(), 0.0
         for runs in (1, 3, 2):
             times = engine.node_times(feeds, runs)
-            total, names = total + runs * sum(times.values()), names | {tuple(times)}
-        told = sum(engine._totals()[name] for name in times)
-    assert engine._counted == 11 and len(names) == 1
-    assert 0 < total < told
+            total += runs * sum(times.values())
+        told = sum(engine._totals()[name] - before[name] for name in times)
+        assert all(kernel.time_us >= 0 for kernel in engine.kernels())
+    assert engine._counted == 11
+    assert 0 < total == pytest.approx(told)
 
 
 def test_an_engine_that_counts_while_it_runs_compiles_once(source, tmp_path, monkeypatch):
