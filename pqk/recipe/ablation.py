@@ -55,18 +55,21 @@ def _csv_rows(points: Points) -> list[list[Any]]:
 
 
 def print_matrix(result: MatrixResult, console: Console) -> None:
-    """Prints a table per axis, and a sentence for each failed point."""
+    """Prints two tables per axis, quality and speed, that fit 80 columns; and a sentence for each failed point."""
     from rich.markup import escape
     from rich.table import Table
 
     for axis, points in result.records.items():
         heading, *rows = rows_of(points)
-        table = Table(title=f"{result.card.id} {axis}", title_justify="left")
-        for number, name in enumerate(heading):
-            table.add_column(name, justify="left" if number == 0 else "right", no_wrap=number > 0)
-        for row in rows:
-            table.add_row(*map(escape, row))
-        console.print(table)
+        split = len(heading) - len(_BESIDE)
+        for name, shown in (("quality", range(1, split)), ("speed and size", range(split, len(heading)))):
+            table = Table(title=f"{result.card.id} {axis}: {name}", title_justify="left", box=None)
+            table.add_column(heading[0], min_width=min(24, max(len(row[0]) for row in rows)), overflow="fold")
+            for place in shown:
+                table.add_column(heading[place], justify="right", no_wrap=True)
+            for row in rows:
+                table.add_row(*map(escape, (row[0], *(row[place] for place in shown))))
+            console.print(table)
     for (axis, point), why in result.failures.items():
         console.print(f"{escape(axis)}: {escape(point)} failed: {escape(why)}", highlight=False)
 

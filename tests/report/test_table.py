@@ -510,3 +510,27 @@ def test_ablation_tables_have_intervals(tmp_path, make_record):
         ("", "", ""),
     ]
     assert rows[1]["point"] == "'=2;'=3" and "| +0.50 ±0.25 |" in (tmp_path / "size.md").read_text()
+
+
+def test_ablations_can_be_read_in_a_terminal_of_80_columns(make_record):
+    from io import StringIO
+
+    from rich.console import Console
+
+    from pqk.recipe.ablation import print_matrix
+    from pqk.recipe.matrix import MatrixResult
+    from pqk.settings.card import load_card
+
+    points = {
+        "without AttentionScales": make_record(quality_drop_pct=-0.5, intervals={"quality_drop_pct": [-1.75, 0.75]}),
+        "[b]": None,
+    }
+    said = StringIO()
+    failed = {("size", "[b]"): "too large"}
+    print_matrix(MatrixResult(load_card("H1", ROOT), {"size": points}, failed), Console(file=said, width=80))
+    lines = said.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80 and "…" not in said.getvalue()
+    assert sum(" without AttentionScales " in line for line in lines) == 2  # quality, and speed and size
+    assert any("-0.50 ±1.25" in line for line in lines) and any("verdict" in line for line in lines)
+    assert any(line.startswith(" [b]") and line.rstrip().endswith("failed") for line in lines)
+    assert "size: [b] failed: too large" in said.getvalue()
