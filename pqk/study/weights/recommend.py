@@ -1,0 +1,81 @@
+"""Recommends a scheme for each scenario of a study by a stated rule on measured rows: `recommend`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Row = Mapping[str, Any]
+CLOSE, USABLE = 0.05, 0.10
+"""Limits of the worst relative error over all outputs: excellent in the guide's ranges, and twice that."""
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What a scenario is best served with. chosen: name of a row; None when no row meets the rule."""
+
+    scenario: str
+    rule: str
+    chosen: str | None
+    why: str
+
+
+def worst_error(row: Row) -> float | None:
+    """Returns the largest relative error over the outputs (a ratio); None where there is none."""
+    found = [each["relative_error"] for each in row["outputs"].values() if each["relative_error"] is not None]
+    return max(found, default=None)
+
+
+def recommend(rows: Sequence[Row]) -> list[Advice]:
+    """Returns the advice for four scenarios. rows: all of a study, the float model among them is never chosen."""
+    known = [row for row in rows if row["scheme"] is not None and worst_error(row) is not None]
+    close = [row for row in known if _error(row) <= CLOSE]
+    usable = [row for row in known if _error(row) <= USABLE]
+    faster = [row for row in close if _faster(row)]
+
+    def size(row: Row) -> float:
+        return float(row["size_bytes"])
+
+    return [
+        _advice(
+            "production",
+            f"worst relative error at most {CLOSE:.0%}; the fastest engine where one is faster than float for sure "
+            "(interval above 1), else the smallest file",
+            faster or close,
+            (lambda row: -row["engine"]["speedup"]["value"]) if faster else size,
+        ),
+        _advice("edge device", f"worst relative error at most {USABLE:.0%}; the smallest file", usable, size),
+        _advice("highest precision", "the smallest worst relative error", known, _error),
+        _advice(
+            "quick prototype",
+            f"worst relative error at most {USABLE:.0%}; the shortest quantization",
+            [row for row in usable if row["quantize_s"] is not None],
+            lambda row: float(row["quantize_s"]),
+        ),
+    ]
+
+
+def _advice(scenario: str, rule: str, rows: Sequence[Row], key: Callable[[Row], float]) -> Advice:
+    if not rows:
+        return Advice(scenario, rule, None, "no scheme meets the rule")
+    best = min(rows, key=key)
+    engine = best["engine"]
+    speed = "no engine runs it" if engine is None else f"{engine['speedup']['value']:.2f}x of the float engine"
+    return Advice(
+        scenario,
+        rule,
+        best["name"],
+        f"worst relative error {_error(best):.2%}, {best['compression']:.2f}x smaller, {speed}",
+    )
+
+
+def _error(row: Row) -> float:
+    found = worst_error(row)
+    assert found is not None
+    return found
+
+
+def _faster(row: Row) -> bool:
+    engine = row["engine"]
+    return engine is not None and engine["speedup"]["low"] is not None and engine["speedup"]["low"] > 1
