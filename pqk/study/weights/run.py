@@ -1,0 +1,305 @@
+"""Runs the study of weight quantization of one model: `study_weights`.
+
+Each scheme is rounded, packed and written to a file, whose size is what is reported; read back and dequantized, it
+predicts the samples in torch, in f32, so that its errors are those of the weights alone. Where an engine computes a
+scheme with packed weights, it is timed beside the float engine.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from backends.cpu import instruction_sets
+from pqk.compress.weights import files
+from pqk.compress.weights.model import QuantizedWeights, quantize_weights
+from pqk.compress.weights.schemes import SCHEMES, Scheme
+from pqk.engines.calls import in_torch
+from pqk.errors import PqkError
+from pqk.families.contract import Family, Sample, SampleSet
+from pqk.files import temporary_folder, write_text
+from pqk.measure.scores import drop_of
+from pqk.measure.scoring import summary_of
+from pqk.recipe.experiment import Experiment
+from pqk.recipe.request import Model, Request, asked_experiment, context, count_parameters, load_teacher, usable_backend
+from pqk.recipe.splits import test_split
+from pqk.recipe.stages import export_graphs
+from pqk.store.store import OnEvent
+from pqk.study.weights.closeness import METRICS, Closeness
+from pqk.study.weights.engines import FLOAT, Timed, timed, variants_of, worst_errors
+from pqk.study.weights.grades import SOURCE, grade
+from pqk.study.weights.recommend import recommend
+
+BASELINE = "Baseline_FP32"
+Arrays = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The arguments of `pqk study weights`. rounds: of the timing; below 3 nothing is timed."""
+
+    request: Request
+    images: int
+    device: str
+    rounds: int
+    schemes: Sequence[str] = tuple(SCHEMES)
+
+
+@dataclass
+class _Bench:
+    """What every row needs: the model, its samples and their scores in float."""
+
+    of: Family
+    experiment: Experiment
+    model: nn.Module
+    found: SampleSet
+    count: int  # samples
+    reference: list[Arrays]  # predictions of the float model
+    scores: dict[str, Any]
+
+    def samples(self) -> Iterator[Sample]:
+        """Yields the samples of the study, always the same ones."""
+        workload = self.experiment.workload
+        found = self.of.data_part().samples(self.found, workload, workload.seeds.eval)
+        yield from (sample for sample, _ in zip(found, range(self.count)))
+
+
+def study_weights(asked: Asked, root: Path, out: Path, on_event: OnEvent, say: Callable[[str], None]) -> dict[str, Any]:
+    """Returns the results, in the form of `pqk.study.weights.result`; the packed weights stay in `out`/weights.
+
+    Raises PqkError for unknown schemes, a device that is not there, and as a run does.
+    """
+    unknown = [name for name in asked.schemes if name not in SCHEMES]
+    if unknown:
+        raise PqkError(f"unknown scheme {unknown[0]!r}; known are {', '.join(SCHEMES)}")
+    device = _device(asked.device)
+    request = asked.request
+    experiment = asked_experiment(request, root)
+    ctx = context(request, usable_backend("openvino"), root, on_event)
+    teacher, model = load_teacher(request.model, root)
+    found = test_split(ctx, request, experiment, root)
+    model.eval().to(device)
+    bench = _opened(experiment, model, found, asked.images)
+    rows = [_baseline(bench, out)]
+    for name in asked.schemes:
+        say(f"{name}: rounding, writing, reading back, predicting {bench.count} samples")
+        rows.append(_row(bench, name, SCHEMES[name], out / "weights", rows[0]["size_bytes"]))
+    if asked.rounds >= 3:
+        graphs = export_graphs(ctx, experiment, model.cpu(), teacher.sha256)
+        say("engines with packed weights: compiling, comparing, timing them in turns")
+        for row, engine in _timings(bench, asked, graphs, rows).items():
+            next(each for each in rows if each["name"] == row)["engine"] = engine.to_json()
+    return {
+        "schema": "weights-1",
+        "made": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
+        "commit": ctx.store.commit,
+        "model": _about(teacher, experiment, model),
+        "data": {
+            "samples": bench.count,
+            "sha256": found.sha256,
+            "truthful": found.truthful,
+            "about": f"{bench.count} samples of {', '.join(found.groups[:3])}{' ...' if len(found.groups) > 3 else ''}",
+        },
+        "machine": {
+            "device": str(ctx.machine["device"]) if device.type == "cpu" else torch.cuda.get_device_name(device),
+            "isa": list(instruction_sets()),
+            "versions": dict(ctx.machine["versions"]),
+        },
+        "grades_from": SOURCE,
+        "rows": rows,
+        "advice": [asdict(advice) for advice in recommend(rows)],
+    }
+
+
+def _device(name: str) -> torch.device:
+    if name not in ("cpu", "cuda"):
+        raise PqkError(f"--device {name}: cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise PqkError("--device cuda: torch finds no CUDA device here; use --device cpu")
+    return torch.device(name)
+
+
+def _opened(experiment: Experiment, model: nn.Module, found: SampleSet, images: int) -> _Bench:
+    """Predicts in float until `images` images were seen, or as many samples."""
+    of, workload = experiment.family, experiment.workload
+    bench = _Bench(of, experiment, model, found, images, [], {})
+    seen: set[Any] = set()
+    reference = []
+    with in_torch(of.model_part().graphs(model, workload)) as engines:
+
+        def call(graph: str, feeds: Mapping[str, Any], *, reuse: Any = None, stay: bool = False) -> dict[str, Any]:
+            seen.update([(sample.group, reuse)] if reuse is not None else [])
+            return engines(graph, feeds, reuse=reuse, stay=stay)
+
+        for sample in bench.samples():
+            reference.append(of.predict_part().predict(call, sample, workload, workload.seeds.eval))
+            if len(seen) >= images:
+                break
+    if not reference:
+        raise PqkError("there is no sample to predict")
+    bench.count, bench.reference = len(reference), reference
+    bench.scores = _scores(bench, reference)
+    return bench
+
+
+def _scores(bench: _Bench, predictions: Iterable[Arrays]) -> dict[str, Any]:
+    """Scores predictions against ground truth, or against those of the float model where there is none."""
+    part, options = bench.of.scoring_part(), bench.experiment.evaluation.quality.model_dump(mode="json")
+    options = {name: value for name, value in options.items() if name not in ("main_metric", "metrics")}
+    config, rows = dict(getattr(bench.model, "config", {})), []
+    for sample, prediction, reference in zip(bench.samples(), predictions, bench.reference, strict=True):
+        truth = sample if bench.found.truthful else part.as_truth(reference, sample, config)
+        evidence = part.score(prediction, truth, options, bench.experiment.workload.seeds.eval)
+        if evidence is not None:
+            rows.append({"group": sample.group, "sample": sample.name, **evidence})
+    return {"samples": rows, "summary": summary_of(part.summarise, rows) if rows else {}, "groups": bench.found.groups}
+
+
+def _predicted(bench: _Bench) -> Iterator[Arrays]:
+    """Predicts every sample with the model as it is now."""
+    of, workload = bench.of, bench.experiment.workload
+    with in_torch(of.model_part().graphs(bench.model, workload)) as call:
+        for sample in bench.samples():
+            yield of.predict_part().predict(call, sample, workload, workload.seeds.eval)
+
+
+def _baseline(bench: _Bench, out: Path) -> dict[str, Any]:
+    """Returns the row of the float model; its size is that of a file with all weights in float32."""
+    from safetensors.torch import save_model
+
+    with temporary_folder("weights") as folder:
+        path = folder / "float.safetensors"
+        save_model(bench.model, str(path))
+        size = path.stat().st_size
+    sums = _compared(bench, bench.reference)
+    return _entry(BASELINE, None, "f32", size, None, None, sums, bench, bench.scores, size)
+
+
+def _row(bench: _Bench, name: str, scheme: Scheme, folder: Path, float_bytes: int) -> dict[str, Any]:
+    """Returns the row of a scheme."""
+    began = time.perf_counter()
+    weights = quantize_weights(bench.model, scheme)
+    seconds = time.perf_counter() - began
+    path = files.save(weights, folder / f"{name}.safetensors")
+    theory = weights.theory
+    del weights
+    read = files.load(path)
+    with using(bench.model, read):
+        del read
+        predictions = list(_predicted(bench))
+    gc.collect()
+    sums = _compared(bench, predictions)
+    scores = _scores(bench, predictions)
+    compute = "f32 in torch, weights dequantized when they are loaded"
+    return _entry(name, scheme, compute, path.stat().st_size, theory, seconds, sums, bench, scores, float_bytes)
+
+
+def _entry(
+    name: str,
+    scheme: Scheme | None,
+    compute: str,
+    size: int,
+    theory: int | None,
+    seconds: float | None,
+    outputs: dict[str, dict[str, float | None]],
+    bench: _Bench,
+    scores: Mapping[str, Any],
+    float_bytes: int,
+) -> dict[str, Any]:
+    main = bench.of.settings_part().METRICS[0]
+    chosen = bench.experiment.evaluation.quality.main_metric
+    main = next((metric for metric in bench.of.settings_part().METRICS if metric.name == chosen), main)
+    drop = None if scheme is None or not scores["samples"] else drop_of(main, scores, bench.scores, bench.found.truthful)
+    return {
+        "name": name,
+        "scheme": None if scheme is None else _scheme(scheme),
+        "compute": compute,
+        "size_bytes": size,
+        "theory_bytes": theory,
+        "compression": float_bytes / size,
+        "quantize_s": seconds,
+        "outputs": outputs,
+        "grades": {output: {metric: grade(metric, found[metric]) for metric in METRICS} for output, found in outputs.items()},
+        "quality": dict(scores["summary"]) if bench.found.truthful and scores["samples"] else None,
+        "drop_pct": None if drop is None else {"value": drop.value, "low": drop.low, "high": drop.high},
+        "engine": None,
+        "note": None,
+    }
+
+
+def _scheme(scheme: Scheme) -> dict[str, Any]:
+    """Returns a scheme in the words of the guide."""
+    kind = f"int{scheme.bits}_" + ("group" if scheme.group_size else f"per_{scheme.granularity}_{'sym' if scheme.symmetric else 'asym'}")
+    return {
+        "quant_type": kind,
+        "bits": scheme.bits,
+        "symmetric": scheme.symmetric,
+        "per_channel": scheme.granularity == "channel",
+        "group_size": scheme.group_size,
+    }
+
+
+def _compared(bench: _Bench, predictions: Sequence[Arrays]) -> dict[str, dict[str, float | None]]:
+    sums = {name: Closeness(kind) for name, kind in bench.of.scoring_part().OUTPUTS.items()}
+    for own, expected in zip(predictions, bench.reference, strict=True):
+        for name, each in sums.items():
+            each.add(own[name], expected[name])
+    return {name: each.result() for name, each in sums.items()}
+
+
+def _timings(bench: _Bench, asked: Asked, graphs: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Timed]:
+    efficiency = bench.experiment.evaluation.efficiency.model_dump(mode="json")
+    efficiency |= {"min_rounds": asked.rounds, "min_seconds": 0, "max_seconds": 1e6, "enough_pct": None}
+    with temporary_folder("engines") as folder:
+        variants = variants_of({name: SCHEMES[name] for name in asked.schemes}, graphs, folder)
+        errors = worst_errors(variants, bench.of, bench.experiment.workload, bench.samples, bench.reference)
+        found = timed(variants, bench.experiment.fed, bench.found, efficiency, errors)
+    return {BASELINE if name == FLOAT else name: engine for name, engine in found.items()}
+
+
+@contextmanager
+def using(model: nn.Module, weights: QuantizedWeights) -> Iterator[None]:
+    """Lets a model compute with dequantized weights; its own come back afterwards."""
+    state = weights.state_dict()
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    kept = {name: tensor.data for name, tensor in tensors}
+    try:
+        for name, tensor in tensors:
+            tensor.data = state.pop(name, tensor.data).to(tensor.dtype).to(tensor.device)
+        del state
+        yield
+    finally:
+        for name, tensor in tensors:
+            tensor.data = kept[name]
+
+
+def _about(teacher: Model, experiment: Experiment, model: nn.Module) -> dict[str, Any]:
+    return {
+        "name": teacher.name,
+        "family": experiment.family.name,
+        "parameters": count_parameters(model),
+        "sha256": teacher.sha256,
+    }
+
+
+def write_all(results: Mapping[str, Any], out: Path, stem: str, title: str) -> list[Path]:
+    """Writes `stem`_results.json, _report.txt and _visualizations.png; returns the paths."""
+    from pqk.report.weights import draw_study
+    from pqk.study.weights.result import write_results
+    from pqk.study.weights.text import report
+
+    paths = [out / f"{stem}_results.json", out / f"{stem}_report.txt", out / f"{stem}_visualizations.png"]
+    write_results(paths[0], results)
+    write_text(paths[1], report(results, title))
+    draw_study(paths[2], results["rows"], title)
+    return paths
