@@ -1,0 +1,1 @@
+"""Quantizes the weights of any torch model, really packed: schemes, quantizers, packed layers, files, methods."""
