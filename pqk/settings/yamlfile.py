@@ -6,11 +6,13 @@ aliases, merge keys, dates and tags are refused, so that the values of a file ar
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 import types
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, Union, get_args, get_origin
 
@@ -140,8 +142,15 @@ def read_text(path: Path | str) -> str:
 def parse_yaml(text: str, where: str, first_line: int = 1) -> Document:
     """Parses one YAML mapping; `first_line` is the file's line number of the first line of `text`.
 
-    Raises PqkError naming `where` and the line.
+    A text is parsed once: a card is resolved from the same few files as the others. Raises PqkError naming `where` and
+    the line.
     """
+    found = _parsed(text, where, first_line)
+    return replace(found, values=copy.deepcopy(found.values))
+
+
+@lru_cache(maxsize=256)
+def _parsed(text: str, where: str, first_line: int) -> Document:
     try:
         loader = _Loader(text)
         try:
