@@ -11,6 +11,7 @@ import typer
 
 from pqk.cli.help import finish, group
 from pqk.cli.ledger import app as ledger_app
+from pqk.cli.study import app as study_app
 
 app = group("A bench for compressing feed-forward 3D transformers.")
 train_app = group("Train models.")
@@ -20,6 +21,7 @@ app.add_typer(train_app, name="train")
 app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
 app.add_typer(ledger_app, name="ledger")
+app.add_typer(study_app, name="study")
 
 
 _Quantizer = Annotated[str | None, typer.Option(help="quantizer of the backend; default: its first")]
@@ -528,7 +530,7 @@ def bench_teacher(
     measure(model, write, "pqk " + " ".join(sys.argv[1:]))
 
 
-finish(app, train_app, data_app, bench_app, ledger_app)
+finish(app, train_app, data_app, bench_app, ledger_app, study_app)
 
 
 def main() -> None:

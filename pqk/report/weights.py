@@ -39,7 +39,7 @@ def draw_comparison(path: Path, rows: Sequence[Row], title: str) -> None:
 
 def main_map(rows: Sequence[Row]) -> str | None:
     """Returns the first output that has maps: depth, or the first point map (its z)."""
-    compared = next((row["outputs"] for row in rows if row["outputs"]), {})
+    compared: Mapping[str, Any] = next((row["outputs"] for row in rows if row["outputs"]), {})
     return next((name for name, found in compared.items() if found["ssim"] is not None), None)
 
 

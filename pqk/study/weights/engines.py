@@ -110,4 +110,4 @@ def worst_errors(
 def _what(name: str, variant: Variant) -> str:
     if name == FLOAT:
         return "OpenVINO f32"
-    return f"OpenVINO f32 with weights packed by NNCF compress_weights, activations not quantized"
+    return "OpenVINO f32 with weights packed by NNCF compress_weights, activations not quantized"

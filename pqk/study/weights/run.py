@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,14 @@ import torch
 from torch import nn
 
 from backends.cpu import instruction_sets
-from pqk.compress.weights import files
+from pqk.compress.weights.files import load_weights, save_weights
 from pqk.compress.weights.model import QuantizedWeights, quantize_weights
 from pqk.compress.weights.schemes import SCHEMES, Scheme
+from pqk.compress.weights.torch_dynamic import COMPUTE, torch_dynamic
 from pqk.engines.calls import in_torch
 from pqk.errors import PqkError
-from pqk.families.contract import Family, Sample, SampleSet
-from pqk.files import temporary_folder, write_text
+from pqk.families.contract import Family, Metric, Sample, SampleSet
+from pqk.files import temporary_folder
 from pqk.measure.scores import drop_of
 from pqk.measure.scoring import summary_of
 from pqk.recipe.experiment import Experiment
@@ -35,6 +37,7 @@ from pqk.recipe.request import Model, Request, asked_experiment, context, count_
 from pqk.recipe.splits import test_split
 from pqk.recipe.stages import export_graphs
 from pqk.store.store import OnEvent
+from pqk.study.weights import dynamic
 from pqk.study.weights.closeness import METRICS, Closeness
 from pqk.study.weights.engines import FLOAT, Timed, timed, variants_of, worst_errors
 from pqk.study.weights.grades import SOURCE, grade
@@ -53,10 +56,11 @@ class Asked:
     device: str
     rounds: int
     schemes: Sequence[str] = tuple(SCHEMES)
+    dynamic: bool = True  # PyTorch's dynamic quantization too; on the CPU alone
 
 
 @dataclass
-class _Bench:
+class Bench:
     """What every row needs: the model, its samples and their scores in float."""
 
     of: Family
@@ -71,7 +75,7 @@ class _Bench:
         """Yields the samples of the study, always the same ones."""
         workload = self.experiment.workload
         found = self.of.data_part().samples(self.found, workload, workload.seeds.eval)
-        yield from (sample for sample, _ in zip(found, range(self.count)))
+        yield from islice(found, self.count)
 
 
 def study_weights(asked: Asked, root: Path, out: Path, on_event: OnEvent, say: Callable[[str], None]) -> dict[str, Any]:
@@ -89,11 +93,14 @@ def study_weights(asked: Asked, root: Path, out: Path, on_event: OnEvent, say: C
     teacher, model = load_teacher(request.model, root)
     found = test_split(ctx, request, experiment, root)
     model.eval().to(device)
-    bench = _opened(experiment, model, found, asked.images)
+    bench = opened_bench(experiment, model, found, asked.images, asked.images)
     rows = [_baseline(bench, out)]
     for name in asked.schemes:
         say(f"{name}: rounding, writing, reading back, predicting {bench.count} samples")
         rows.append(_row(bench, name, SCHEMES[name], out / "weights", rows[0]["size_bytes"]))
+    if asked.dynamic and device.type == "cpu":
+        say(f"{dynamic.NAME}: predicting {bench.count} samples, timing torch")
+        rows.append(_dynamic(bench, rows[0]["size_bytes"], asked.rounds))
     if asked.rounds >= 3:
         graphs = export_graphs(ctx, experiment, model.cpu(), teacher.sha256)
         say("engines with packed weights: compiling, comparing, timing them in turns")
@@ -129,10 +136,10 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _opened(experiment: Experiment, model: nn.Module, found: SampleSet, images: int) -> _Bench:
-    """Predicts in float until `images` images were seen, or as many samples."""
+def opened_bench(experiment: Experiment, model: nn.Module, found: SampleSet, most: int, images: int | None) -> Bench:
+    """Predicts in float until `images` images were seen (None: any number), or `most` samples were predicted."""
     of, workload = experiment.family, experiment.workload
-    bench = _Bench(of, experiment, model, found, images, [], {})
+    bench = Bench(of, experiment, model, found, most, [], {})
     seen: set[Any] = set()
     reference = []
     with in_torch(of.model_part().graphs(model, workload)) as engines:
@@ -143,16 +150,16 @@ def _opened(experiment: Experiment, model: nn.Module, found: SampleSet, images: 
 
         for sample in bench.samples():
             reference.append(of.predict_part().predict(call, sample, workload, workload.seeds.eval))
-            if len(seen) >= images:
+            if images is not None and len(seen) >= images:
                 break
     if not reference:
         raise PqkError("there is no sample to predict")
     bench.count, bench.reference = len(reference), reference
-    bench.scores = _scores(bench, reference)
+    bench.scores = scores_of(bench, reference)
     return bench
 
 
-def _scores(bench: _Bench, predictions: Iterable[Arrays]) -> dict[str, Any]:
+def scores_of(bench: Bench, predictions: Iterable[Arrays]) -> dict[str, Any]:
     """Scores predictions against ground truth, or against those of the float model where there is none."""
     part, options = bench.of.scoring_part(), bench.experiment.evaluation.quality.model_dump(mode="json")
     options = {name: value for name, value in options.items() if name not in ("main_metric", "metrics")}
@@ -165,15 +172,15 @@ def _scores(bench: _Bench, predictions: Iterable[Arrays]) -> dict[str, Any]:
     return {"samples": rows, "summary": summary_of(part.summarise, rows) if rows else {}, "groups": bench.found.groups}
 
 
-def _predicted(bench: _Bench) -> Iterator[Arrays]:
-    """Predicts every sample with the model as it is now."""
+def predicted(bench: Bench, model: nn.Module) -> Iterator[Arrays]:
+    """Predicts every sample with a model as it is now."""
     of, workload = bench.of, bench.experiment.workload
-    with in_torch(of.model_part().graphs(bench.model, workload)) as call:
+    with in_torch(of.model_part().graphs(model, workload)) as call:
         for sample in bench.samples():
             yield of.predict_part().predict(call, sample, workload, workload.seeds.eval)
 
 
-def _baseline(bench: _Bench, out: Path) -> dict[str, Any]:
+def _baseline(bench: Bench, out: Path) -> dict[str, Any]:
     """Returns the row of the float model; its size is that of a file with all weights in float32."""
     from safetensors.torch import save_model
 
@@ -185,51 +192,74 @@ def _baseline(bench: _Bench, out: Path) -> dict[str, Any]:
     return _entry(BASELINE, None, "f32", size, None, None, sums, bench, bench.scores, size)
 
 
-def _row(bench: _Bench, name: str, scheme: Scheme, folder: Path, float_bytes: int) -> dict[str, Any]:
+def _row(bench: Bench, name: str, scheme: Scheme, folder: Path, float_bytes: int) -> dict[str, Any]:
     """Returns the row of a scheme."""
     began = time.perf_counter()
     weights = quantize_weights(bench.model, scheme)
     seconds = time.perf_counter() - began
-    path = files.save(weights, folder / f"{name}.safetensors")
+    path = save_weights(weights, folder / f"{name}.safetensors")
     theory = weights.theory
     del weights
-    read = files.load(path)
+    read = load_weights(path)
     with using(bench.model, read):
         del read
-        predictions = list(_predicted(bench))
+        predictions = list(predicted(bench, bench.model))
     gc.collect()
     sums = _compared(bench, predictions)
-    scores = _scores(bench, predictions)
+    scores = scores_of(bench, predictions)
     compute = "f32 in torch, weights dequantized when they are loaded"
-    return _entry(name, scheme, compute, path.stat().st_size, theory, seconds, sums, bench, scores, float_bytes)
+    return _entry(
+        name, _scheme(scheme), compute, path.stat().st_size, theory, seconds, sums, bench, scores, float_bytes
+    )
+
+
+def _dynamic(bench: Bench, float_bytes: int, rounds: int) -> dict[str, Any]:
+    """Returns the row of PyTorch's dynamic quantization, which torch itself computes in int8."""
+    began = time.perf_counter()
+    made = torch_dynamic(bench.model)
+    seconds = time.perf_counter() - began
+    predictions = list(predicted(bench, made))
+    sums, size = _compared(bench, predictions), dynamic.file_bytes(made)
+    scores = scores_of(bench, predictions)
+    row = _entry(dynamic.NAME, dynamic.SCHEME, COMPUTE, size, None, seconds, sums, bench, scores, float_bytes)
+    if rounds >= 3:
+        sample, workload = next(bench.samples()), bench.experiment.workload
+        took = dynamic.timed_in_torch({FLOAT: bench.model, "own": made}, bench.of, workload, sample, rounds)
+        row["engine"] = dynamic.engine_entry(took[FLOAT], took["own"], size, _worst(sums))
+    return row
+
+
+def _worst(sums: Mapping[str, Mapping[str, float | None]]) -> float | None:
+    return max((each["relative_error"] for each in sums.values() if each["relative_error"] is not None), default=None)
 
 
 def _entry(
     name: str,
-    scheme: Scheme | None,
+    scheme: Mapping[str, Any] | None,
     compute: str,
     size: int,
     theory: int | None,
     seconds: float | None,
     outputs: dict[str, dict[str, float | None]],
-    bench: _Bench,
+    bench: Bench,
     scores: Mapping[str, Any],
     float_bytes: int,
 ) -> dict[str, Any]:
-    main = bench.of.settings_part().METRICS[0]
-    chosen = bench.experiment.evaluation.quality.main_metric
-    main = next((metric for metric in bench.of.settings_part().METRICS if metric.name == chosen), main)
-    drop = None if scheme is None or not scores["samples"] else drop_of(main, scores, bench.scores, bench.found.truthful)
+    drop = None
+    if scheme is not None and scores["samples"]:
+        drop = drop_of(main_metric(bench), scores, bench.scores, bench.found.truthful)
     return {
         "name": name,
-        "scheme": None if scheme is None else _scheme(scheme),
+        "scheme": None if scheme is None else dict(scheme),
         "compute": compute,
         "size_bytes": size,
         "theory_bytes": theory,
         "compression": float_bytes / size,
         "quantize_s": seconds,
         "outputs": outputs,
-        "grades": {output: {metric: grade(metric, found[metric]) for metric in METRICS} for output, found in outputs.items()},
+        "grades": {
+            output: {metric: grade(metric, found[metric]) for metric in METRICS} for output, found in outputs.items()
+        },
         "quality": dict(scores["summary"]) if bench.found.truthful and scores["samples"] else None,
         "drop_pct": None if drop is None else {"value": drop.value, "low": drop.low, "high": drop.high},
         "engine": None,
@@ -237,9 +267,17 @@ def _entry(
     }
 
 
+def main_metric(bench: Bench) -> Metric:
+    """Returns the metric whose drop is judged."""
+    chosen = bench.experiment.evaluation.quality.main_metric
+    return next(metric for metric in bench.of.settings_part().METRICS if metric.name == chosen)
+
+
 def _scheme(scheme: Scheme) -> dict[str, Any]:
     """Returns a scheme in the words of the guide."""
-    kind = f"int{scheme.bits}_" + ("group" if scheme.group_size else f"per_{scheme.granularity}_{'sym' if scheme.symmetric else 'asym'}")
+    kind = f"int{scheme.bits}_" + (
+        "group" if scheme.group_size else f"per_{scheme.granularity}_{'sym' if scheme.symmetric else 'asym'}"
+    )
     return {
         "quant_type": kind,
         "bits": scheme.bits,
@@ -249,7 +287,7 @@ def _scheme(scheme: Scheme) -> dict[str, Any]:
     }
 
 
-def _compared(bench: _Bench, predictions: Sequence[Arrays]) -> dict[str, dict[str, float | None]]:
+def _compared(bench: Bench, predictions: Sequence[Arrays]) -> dict[str, dict[str, float | None]]:
     sums = {name: Closeness(kind) for name, kind in bench.of.scoring_part().OUTPUTS.items()}
     for own, expected in zip(predictions, bench.reference, strict=True):
         for name, each in sums.items():
@@ -257,7 +295,9 @@ def _compared(bench: _Bench, predictions: Sequence[Arrays]) -> dict[str, dict[st
     return {name: each.result() for name, each in sums.items()}
 
 
-def _timings(bench: _Bench, asked: Asked, graphs: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Timed]:
+def _timings(
+    bench: Bench, asked: Asked, graphs: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
+) -> dict[str, Timed]:
     efficiency = bench.experiment.evaluation.efficiency.model_dump(mode="json")
     efficiency |= {"min_rounds": asked.rounds, "min_seconds": 0, "max_seconds": 1e6, "enough_pct": None}
     with temporary_folder("engines") as folder:
@@ -290,16 +330,3 @@ def _about(teacher: Model, experiment: Experiment, model: nn.Module) -> dict[str
         "parameters": count_parameters(model),
         "sha256": teacher.sha256,
     }
-
-
-def write_all(results: Mapping[str, Any], out: Path, stem: str, title: str) -> list[Path]:
-    """Writes `stem`_results.json, _report.txt and _visualizations.png; returns the paths."""
-    from pqk.report.weights import draw_study
-    from pqk.study.weights.result import write_results
-    from pqk.study.weights.text import report
-
-    paths = [out / f"{stem}_results.json", out / f"{stem}_report.txt", out / f"{stem}_visualizations.png"]
-    write_results(paths[0], results)
-    write_text(paths[1], report(results, title))
-    draw_study(paths[2], results["rows"], title)
-    return paths

@@ -1,0 +1,126 @@
+"""`pqk study weights` in whole commands: packed files, errors, engines, report, and the scripts of the lab's guide."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from PIL import Image
+from run_toys import REPOSITORY, Outcome, environment, pqk
+
+from pqk.compress.weights.files import load_weights
+from pqk.compress.weights.schemes import SCHEMES
+from pqk.study.weights.result import SCHEMA
+
+pytest.importorskip("skimage")
+pytest.importorskip("nncf")
+
+
+@pytest.fixture(scope="module")
+def studied(tmp_path_factory: pytest.TempPathFactory, begun: Callable[[Path], Path], tiny_model: Path) -> Path:
+    root = begun(tmp_path_factory.mktemp("study") / "project")
+    words = ("study", "weights", "--model", tiny_model, "--max-images", "4", "--rounds", "6", "-o", "out")
+    made = pqk(root, *words, "--methods", "--samples", "4", "--calibration", "4")
+    assert made.code == 0, made.err
+    assert made.out.splitlines()[-1] == "out/methods.txt"
+    return root
+
+
+@pytest.fixture(scope="module")
+def results(studied: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((studied / "out" / "comprehensive_results.json").read_text())
+    return found
+
+
+def test_every_claimed_byte_is_on_disk(studied: Path, results: dict[str, Any]) -> None:
+    jsonschema.validate(results, SCHEMA)
+    rows = {row["name"]: row for row in results["rows"]}
+    assert list(rows) == ["Baseline_FP32", *SCHEMES, "PyTorch_Dynamic"]
+    for name in SCHEMES:
+        path = studied / "out" / "weights" / f"{name}.safetensors"
+        assert rows[name]["size_bytes"] == path.stat().st_size
+        assert load_weights(path).theory == rows[name]["theory_bytes"] < rows[name]["size_bytes"]
+        assert rows[name]["compression"] == pytest.approx(rows["Baseline_FP32"]["size_bytes"] / path.stat().st_size)
+
+
+def test_fewer_bits_err_more_and_the_float_model_errs_not(results: dict[str, Any]) -> None:
+    rows = {row["name"]: row for row in results["rows"]}
+    for output, found in rows["Baseline_FP32"]["outputs"].items():
+        assert (found["mae"], found["psnr"], found["ce"]) == (0.0, None, None)
+        errors = [rows[name]["outputs"][output]["mae"] for name in ("INT8_Per_Channel_Symmetric", "INT4_Group_128")]
+        assert 0 < errors[0] < errors[1]
+    assert rows["Baseline_FP32"]["outputs"]["pts3d_1"]["ssim"] == pytest.approx(1.0)
+    assert rows["INT4_Group_32"]["drop_pct"] is not None and rows["INT4_Group_32"]["quality"]
+
+
+def test_engines_compute_what_the_files_hold(results: dict[str, Any]) -> None:
+    rows = {row["name"]: row for row in results["rows"]}
+    assert rows["INT8_Per_Tensor_Symmetric"]["engine"] is None  # no engine has one scale for a whole matrix
+    for name in ("INT8_Per_Channel_Symmetric", "INT4_Group_32"):
+        row, engine = rows[name], rows[name]["engine"]
+        worst = max(found["relative_error"] for found in row["outputs"].values())
+        assert engine["rounds"] == 6 and engine["speedup"]["low"] < engine["speedup"]["value"]
+        assert 0.2 * worst < engine["relative_error"] < 5 * worst, name
+    assert rows["Baseline_FP32"]["engine"]["relative_error"] < 1e-4
+    assert "dynamic int8" in rows["PyTorch_Dynamic"]["engine"]["what"]
+
+
+def test_report_and_charts(studied: Path, results: dict[str, Any]) -> None:
+    text = (studied / "out" / "comprehensive_report.txt").read_text()
+    for words in ("Size and time", "pts3d_1: against the float model", "Grades", "edge device", "rule: "):
+        assert words in text
+    for row in results["rows"]:
+        assert row["name"] in text
+    with Image.open(studied / "out" / "comprehensive_visualizations.png") as picture:
+        assert picture.width > 1200 and len(set(picture.convert("L").resize((64, 64)).getdata())) > 8
+
+
+def test_the_table_of_methods(studied: Path) -> None:
+    found = json.loads((studied / "out" / "methods.json").read_text())
+    cells = {(cell["method"], cell["column"]): cell for cell in found["cells"]}
+    assert {column for _, column in cells} == {"W8A8", "W4A16", "W4A4"}
+    assert found["columns"]["W4A4"]["emulated"] and not found["columns"]["W4A16"]["emulated"]
+    assert all(cell["drop_pct"] is not None for cell in cells.values())
+    assert cells["round to nearest", "W4A16"]["gain_pct"] is None
+    gain, drops = (
+        cells["GPTQ", "W4A16"]["gain_pct"],
+        [cells[name, "W4A16"]["drop_pct"]["value"] for name in ("round to nearest", "GPTQ")],
+    )
+    assert gain["value"] == pytest.approx(drops[1] - drops[0], abs=1e-6)
+    assert "(emulated)" in (studied / "out" / "methods.txt").read_text()
+
+
+def test_the_script_of_the_short_comparison_runs_on_pictures(studied: Path, tiny_model: Path, pictures: Path) -> None:
+    command = [sys.executable, REPOSITORY / "scripts" / "compare_quantization.py", "--model_name", tiny_model]
+    words = ["--image_folder", pictures, "--max_images", "2", "--output_dir", "short"]
+    done = subprocess.run(
+        [*map(str, command), *map(str, words)], cwd=studied, env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads((studied / "short" / "comparison_report.json").read_text())
+    jsonschema.validate(found, SCHEMA)
+    assert not found["data"]["truthful"] and found["rows"][1]["quality"] is None
+    assert found["rows"][1]["drop_pct"] is not None  # against the float model
+    assert (studied / "short" / "comparison_summary.txt").is_file()
+    assert (studied / "short" / "comparison_plots.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--device", "cuda"), "torch finds no CUDA device here"),
+        (("--device", "tpu"), "--device tpu: cpu or cuda"),
+        (("--model", "nobody/nothing"), "download model.safetensors and config.json of https://huggingface.co/nobody/"),
+        (("--methods", "--images", "here"), "--methods compares drops against ground truth"),
+    ],
+)
+def test_wrong_words_are_one_sentence(studied: Path, words: tuple[str, ...], said: str) -> None:
+    outcome: Outcome = pqk(studied, "study", "weights", *words, "-o", "refused")
+    assert outcome.code == 2 and said in outcome.sentence
+    assert not (studied / "refused").exists() or not list((studied / "refused").iterdir())
