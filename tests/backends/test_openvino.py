@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import subprocess
@@ -231,6 +232,11 @@ def test_the_same_input_gives_the_same_bytes_in_any_process(source, kept, tmp_pa
     assert len(found) == 1
     text = kept[0].path.read_text(encoding="utf-8")
     assert str(source.graph.path.parent) not in text
+
+
+def test_the_quick_search_for_patterns_finds_what_the_plain_one_does(source, kept, tmp_path, monkeypatch):
+    monkeypatch.setattr("backends.openvino.nncf.quick_matching", contextlib.nullcontext)
+    assert quantize(source, tmp_path)[0].sha256 == kept[0].sha256
 
 
 def test_precision_and_graph_must_fit(kept, source):
