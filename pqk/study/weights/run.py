@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from pqk.compress.weights.model import QuantizedWeights, quantize_weights
 from pqk.compress.weights.schemes import SCHEMES, Scheme
 from pqk.compress.weights.torch_dynamic import COMPUTE, torch_dynamic
 from pqk.engines.calls import in_torch
-from pqk.errors import PqkError
+from pqk.errors import NotBuilt, PqkError
 from pqk.families.contract import Family, Metric, Sample, SampleSet
 from pqk.files import temporary_folder
 from pqk.measure.scores import drop_of
@@ -81,8 +82,10 @@ class Bench:
 def study_weights(asked: Asked, root: Path, out: Path, on_event: OnEvent, say: Callable[[str], None]) -> dict[str, Any]:
     """Returns the results, in the form of `pqk.study.weights.result`; the packed weights stay in `out`/weights.
 
-    Raises PqkError for unknown schemes, a device that is not there, and as a run does.
+    Raises PqkError for unknown schemes, a device that is not there, and as a run does, NotBuilt without scikit-image.
     """
+    if find_spec("skimage") is None:
+        raise NotBuilt("SSIM needs scikit-image, which is not installed; pip install 'pqk[study]' brings it")
     unknown = [name for name in asked.schemes if name not in SCHEMES]
     if unknown:
         raise PqkError(f"unknown scheme {unknown[0]!r}; known are {', '.join(SCHEMES)}")
