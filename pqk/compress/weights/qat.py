@@ -29,7 +29,9 @@ Loss = Callable[[nn.Module, Any], Tensor]
 
 @dataclass(frozen=True)
 class Training:
-    """What the training needs: batches (used again from the first when they run out), the loss, steps and AdamW's rate.
+    """What the training needs: batches (used again from the first when they run out), the loss and the steps.
+
+    learning_rate: AdamW's in the first step; it falls to 0 in a straight line.
 
     Raises PqkError for values that are not above 0.
     """
@@ -83,6 +85,8 @@ def fine_tuned(
         loss = training.loss(found, batch)
         if not bool(torch.isfinite(loss)):
             raise PqkError(f"the loss of step {steps + 1} is not finite; take a smaller learning_rate")
+        for group in optimizer.param_groups:
+            group["lr"] = training.learning_rate * (1 - steps / training.steps)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

@@ -6,13 +6,15 @@ A value x of a block becomes `q = clamp(round(x / scale) + zero_point, low, high
 | | scale | zero point | codes |
 | --- | --- | --- | --- |
 | symmetric, 8 bits | max(-a, b) / 127 | none | -127..127 |
-| symmetric, 4 bits | -m / 8, m the one of a and b that is further from 0 | none | -8..7 |
+| symmetric, 4 bits | -sign(m) max(abs(m) / 8, abs(o) / 7.5) | none | -8..7 |
 | asymmetric | (max(b, 0) - min(a, 0)) / (2^bits - 1) | round(-min(a, 0) / scale) | 0..2^bits - 1 |
 
-8 bits leave -128 unused, as the integer kernels of engines want it (Jacob et al., CVPR 2018, appendix B; NVIDIA,
-arXiv 2004.09602, section 3.1). With 4 bits that would be one level in 16, so the value furthest from 0 gets the code -8
-and the scale its sign (as the 4-bit formats of ggml and NNCF have it). The asymmetric range always holds 0, or the zero
-point would be no code (Jacob et al., section 2.3). Codes are computed from the scale as it is stored.
+m is the one of min(a, 0) and max(b, 0) that is further from 0, o the other one. 8 bits leave -128 unused, as integer
+kernels want it (Jacob et al., CVPR 2018, appendix B; Wu et al., arXiv 2004.09602, section 3.1). With 4 bits that would
+be one level in 16, so m gets the code -8 and the scale its sign, as in the 4-bit formats of ggml and NNCF; but these
+take abs(m) / 8 alone, which cuts up to a step off the other side and shrinks weights. With o / 7.5 no value is off by
+more than half a step. The asymmetric range always holds 0, or the zero point would be no code (Jacob et al., section
+2.1). Codes are computed from the scale as it is stored.
 """
 
 from __future__ import annotations
@@ -47,7 +49,11 @@ def grid_of(matrix: Tensor, scheme: Scheme, dtype: torch.dtype | None = None) ->
 def _grid_between(low: Tensor, high: Tensor, scheme: Scheme, dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
     if scheme.symmetric:
         if scheme.full_range:
-            scale = torch.where(-low >= high, low, high) / scheme.low
+            below, above = -low.clamp(max=0), high.clamp(min=0)
+            size = torch.maximum(
+                torch.maximum(below, above) / -scheme.low, torch.minimum(below, above) / (scheme.high + 0.5)
+            )
+            scale = torch.where(below >= above, size, -size)
         else:
             scale = torch.maximum(-low, high) / scheme.high
     else:

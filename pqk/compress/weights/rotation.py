@@ -2,7 +2,7 @@
 
 The rotation of n columns is `R = diag(signs) (H kron C)`, orthogonal: H the normalized Walsh-Hadamard matrix of the
 largest power of two that divides n, C the orthonormal cosine transform (DCT-II) of what is left, signs random ones of a
-seed. A layer computes `(W R) (R^T x) = W x`. The idea is that of QuaRot (Ashkboos et al., NeurIPS 2024, section 3),
+seed. A layer computes `(W R) (R^T x) = W x`. The idea is that of QuaRot (Ashkboos et al., NeurIPS 2024),
 which needs a tabulated Hadamard matrix for n that is no power of two; the cosine transform serves any n.
 """
 
@@ -16,6 +16,8 @@ from torch import Tensor
 
 FACTOR = 64
 """Largest Hadamard factor that is one matrix product: 64 x 64 is quick, and 4096 columns take two."""
+CHUNK = 2**18
+"""Values that are rotated at once: 1 MB in float32 stays in a core's cache."""
 
 
 def rotate(matrix: Tensor, seed: int) -> Tensor:
@@ -65,13 +67,17 @@ def _parts(size: int, seed: int) -> tuple[tuple[Tensor, ...], Tensor]:
 
 
 def _kron(matrix: Tensor, factors: tuple[Tensor, ...]) -> Tensor:
-    """Returns `matrix @ (F0 kron F1 kron ...)` over the last dimension."""
-    shape, columns = matrix.shape, matrix.shape[-1]
-    before, found = 1, matrix.reshape(-1, columns)
-    for factor in factors:
-        size = factor.shape[0]
-        after = columns // (before * size)
-        found = torch.matmul(factor.T.to(found), found.reshape(-1, size, after))
-        before *= size
-        found = found.reshape(-1, columns)
-    return found.reshape(shape)
+    """Returns `matrix @ (F0 kron F1 kron ...)` over the last dimension; works on a few rows at a time."""
+    columns = matrix.shape[-1]
+    flat, found = matrix.reshape(-1, columns), torch.empty(matrix.shape, dtype=matrix.dtype, device=matrix.device)
+    last_first = [factor.to(matrix) for factor in reversed(factors)]
+    out, step = found.view(-1, columns), max(1, CHUNK // columns)
+    for start in range(0, flat.shape[0], step):
+        part = flat[start : start + step]
+        rows = part.shape[0]
+        for factor in last_first:  # the last index is summed over and becomes the first one
+            size = factor.shape[0]
+            turned = (part.reshape(-1, size) @ factor).reshape(rows, columns // size, size)
+            part = turned.transpose(1, 2).reshape(rows, columns)
+        out[start : start + step] = part
+    return found

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from weight_toys import IMAGE, layers, mixed, relative
 
+import pqk.compress
 from pqk.compress import (
     Activations,
     AdvancedQuantConfig,
@@ -23,10 +24,12 @@ from pqk.compress import (
     quantize_model_weights,
     size_bytes,
 )
+from pqk.compress.weights.files import load_weights, save_weights
 from pqk.compress.weights.layers import IntegerLinear, PackedConv2d, PackedConvTranspose2d, PackedLinear, PackedWeight
 from pqk.compress.weights.model import matches, quantize_weights, quantized_model, targets
 from pqk.compress.weights.schemes import SCHEMES, Scheme
 from pqk.errors import PqkError
+from pqk.models import load_model
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 
@@ -155,11 +158,11 @@ def test_the_sample_of_qat_asks_for_data_and_then_trains() -> None:
 
     plain = quantize_model_advanced(model, AdvancedQuantConfig(quant_type="int4_group", group_size=32))
     before = copy.deepcopy(model.state_dict())
-    config.training = Training(batches, loss, steps=60, learning_rate=1e-3)
+    config.training = Training(batches, loss, steps=60, learning_rate=1e-4)
     trained = quantize_model_advanced(model, config)
     unseen = torch.randn(256, 32, generator=torch.Generator().manual_seed(99))
     with torch.no_grad():
-        assert relative(trained(unseen), model(unseen)) < 0.8 * relative(plain(unseen), model(unseen))
+        assert relative(trained(unseen), model(unseen)) < 0.85 * relative(plain(unseen), model(unseen))
     assert isinstance(trained[0], PackedLinear)  # type: ignore[index]
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
@@ -306,7 +309,7 @@ def test_settings_that_are_wrong(wrong: dict[str, Any], said: str) -> None:
 
 def test_weights_of_another_model_are_refused() -> None:
     weights = quantize_weights(layers(64), SCHEMES["INT4_Group_32"])
-    with pytest.raises(PqkError, match=r"0.weight has the shape \[64, 32\] in the model, quantized \[128, 64\]"):
+    with pytest.raises(PqkError, match=r"0\.bias has the shape \[64\] in the model, quantized \[128\]"):
         quantized_model(layers(32), weights)
     with pytest.raises(PqkError, match="another model"):
         quantized_model(mixed(), weights)
@@ -317,11 +320,28 @@ def test_weights_of_another_model_are_refused() -> None:
 
 
 def test_importing_the_room_imports_no_torch() -> None:
-    code = (
-        "import sys, pqk.compress\nassert 'torch' not in sys.modules\n"
-        "from pqk.compress import SymmetricQuantizer, SCHEMES\nassert 'torch' in sys.modules and len(SCHEMES) == 7\n"
-        "assert all(getattr(pqk.compress, name) for name in pqk.compress.__all__)\n"
-        "try:\n    pqk.compress.nothing\nexcept AttributeError:\n    print('none')\n"
-    )
+    code = "import sys, pqk.compress\nprint('torch' in sys.modules, *pqk.compress.__all__)"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
-    assert done.stdout == "none\n"
+    loaded, *names = done.stdout.split()
+    assert loaded == "False" and names == sorted(
+        names, key=lambda name: (not name.isupper(), not name[0].isupper(), name)
+    )
+    assert all(
+        getattr(pqk.compress, name).__module__.startswith("pqk.compress") for name in names if not name.isupper()
+    )
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        pqk.compress.nothing  # noqa: B018
+
+
+def test_a_shipped_model_keeps_its_predictions(tmp_path: Path) -> None:
+    model = load_model(REPOSITORY / "models" / "dust3r-tiny")
+    pictures = [torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(seed)) * 2 - 1 for seed in (0, 1)]
+    weights = quantize_weights(
+        model, SCHEMES["INT4_Group_64"], overrides=[("head", SCHEMES["INT8_Per_Channel_Symmetric"])]
+    )
+    assert 6 < weights.ratio < 7.6 and 0.05 < weights.error(model) < 0.12
+    found = load_weights(save_weights(weights, tmp_path / "w.safetensors"))
+    with torch.no_grad():
+        expected, rounded = model(*pictures), quantized_model(model, found)(*pictures)
+    for name, value in expected.items():
+        assert 0 < relative(rounded[name], value) < 0.3

@@ -16,7 +16,7 @@ from pqk.errors import PqkError
 EVERY = [*SCHEMES.values(), Scheme(4, False, "group", 8), Scheme(4, False, "channel")]
 
 
-@given(st.lists(st.integers(0, 15)))
+@given(st.lists(st.integers(0, 15), max_size=9))
 def test_packing_loses_nothing(numbers: list[int]) -> None:
     packed = pack_int4(torch.tensor(numbers, dtype=torch.uint8))
     assert packed.numel() == (len(numbers) + 1) // 2

