@@ -80,7 +80,7 @@ def random_set(random, images=12, objects=6, extra=6, jitter=6.0, ties=False):
         near = np.concatenate([near, np.concatenate([corner, corner + 40], 1)])
         near[:, 2:] = np.maximum(near[:, 2:], near[:, :2])
         guessed = np.concatenate([labels[copies], random.integers(0, 3, len(corner))])
-        scores = random.uniform(size=len(near))
+        scores = random.uniform(size=len(near)) + 0.4 * (np.arange(len(near)) < len(copies))
         detections.append(found(near, scores.round(1) if ties else scores, guessed))
     return truths, detections
 
@@ -335,7 +335,7 @@ def test_intervals_hold_the_value_and_narrow_with_more_images():
     random = np.random.default_rng(2)
     widths = []
     for images in (16, 144):
-        matches = matched(*random_set(random, images=images))
+        matches = matched(*random_set(random, images=images, jitter=1.5))
         intervals = ap_intervals(matches, NAMES, resamples=200)
         assert intervals == ap_intervals(matches[::-1], NAMES, resamples=200)
         for name in ("AP", "AP50", "AP75"):
@@ -350,7 +350,7 @@ def test_intervals_hold_the_value_and_narrow_with_more_images():
 def test_an_interval_covers_what_more_images_show():
     """Of 24 sets of 25 images, about 95 % of the intervals of AP hold the AP of 600; fewer than 18 would be odd."""
     random = np.random.default_rng(7)
-    truths, detections = random_set(random, images=600)
+    truths, detections = random_set(random, images=600, jitter=1.5)
     matches = matched(truths, detections)
     whole = average_precision(matches, NAMES).values["AP"]
     parts = [ap_intervals(matches[i : i + 25], NAMES, resamples=100)["AP"] for i in range(0, 600, 25)]
@@ -359,7 +359,7 @@ def test_an_interval_covers_what_more_images_show():
 
 def test_differences_are_paired():
     random = np.random.default_rng(3)
-    truths, detections = random_set(random, images=60)
+    truths, detections = random_set(random, images=60, jitter=1.5)
     one = matched(truths, detections)
     same = ap_differences(one, one, NAMES, resamples=50)
     assert all((each.value, each.low, each.high) == (0, 0, 0) for each in same.values())

