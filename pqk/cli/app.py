@@ -15,7 +15,7 @@ from pqk.cli.study import app as study_app
 
 app = group("A bench for compressing feed-forward 3D transformers.")
 train_app = group("Train models.")
-data_app = group("Make scenes.")
+data_app = group("Make scenes and sets of images with boxes.")
 bench_app = group("Run long measurements.")
 app.add_typer(train_app, name="train")
 app.add_typer(data_app, name="data")
@@ -376,18 +376,31 @@ def env(json_line: Annotated[bool, typer.Option("--json", help="print one JSON o
 
 @data_app.command("make")
 def data_make(
-    out: Annotated[Path, typer.Option("-o", "--out", help="folder for the scenes")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="folder for the scenes, or for the set")],
+    kind: Annotated[
+        Literal["scenes", "detection"], typer.Option(help="scenes with depth, or images with boxes in COCO's format")
+    ] = "scenes",
     split: Annotated[str, typer.Option(help="test, validation, calibration or train")] = "test",
-    count: Annotated[int, typer.Option(min=1, help="number of scenes")] = 8,
-    views: Annotated[int, typer.Option(help="views per scene")] = 6,
-    size: Annotated[int, typer.Option(help="image side in pixels")] = 512,
     seed: Annotated[int, typer.Option(min=0, help="base seed of the split")] = 0,
+    count: Annotated[int | None, typer.Option(min=1, help="number of scenes; default: 8")] = None,
+    views: Annotated[int | None, typer.Option(help="views per scene; default: 6")] = None,
+    size: Annotated[int | None, typer.Option(help="image side of a scene in pixels; default: 512")] = None,
+    images: Annotated[int | None, typer.Option(min=1, help="with --kind detection: images; default: 500")] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="processes; default: one per allowed core")] = None,
 ) -> None:
-    """Render procedural scenes with exact depth in the COLMAP + depth layout that real scenes have."""
-    from pqk.cli.run_output import make_data
+    """Render procedural scenes with exact depth in the COLMAP + depth layout that real scenes have.
 
-    make_data(split, count, views, size, seed, out, jobs)
+    With --kind detection: images of 320x240 pixels of rooms with balls, boxes and cylinders, and their exact boxes.
+    """
+    from pqk.cli.run_output import make_data, make_detection, refuse_options
+
+    if kind == "detection":
+        refuse_options("--kind detection takes --images", {"--count": count, "--views": views, "--size": size})
+        make_detection(split, 500 if images is None else images, seed, out, jobs)
+    else:
+        refuse_options("--kind scenes takes --count, --views and --size", {"--images": images})
+        given = (8 if count is None else count, 6 if views is None else views, 512 if size is None else size)
+        make_data(split, *given, seed, out, jobs)
 
 
 @train_app.command("teacher")

@@ -421,3 +421,25 @@ def make_data(split: str, count: int, views: int, size: int, seed: int, out: Pat
     plans = [ScenePlan(split, seed, index, views, size) for index in range(count)]
     folders = make_scenes(out, plans, jobs, lambda name: errors.print(f"  [green]✓[/] {name}"))
     print(f"{len(folders)} scenes, {len(folders) * views} views in {out} ({time.monotonic() - began:.1f} s)")
+
+
+def make_detection(split: str, images: int, seed: int, out: Path, jobs: int | None) -> None:
+    """Runs `pqk data make --kind detection`."""
+    from pqk.data.detection.generate import SetPlan, make_set
+
+    began = time.monotonic()
+    errors = Console(stderr=True, highlight=False)
+
+    def show(count: int) -> None:
+        if count % 100 == 0 or count == images:
+            errors.print(f"  [green]✓[/] {count} of {images} images")
+
+    folder = make_set(out, SetPlan(split, seed, images), jobs, show)
+    print(f"{images} images in {folder} ({time.monotonic() - began:.1f} s)")
+
+
+def refuse_options(rule: str, given: Mapping[str, object]) -> None:
+    """Raises PqkError for options that are given, but belong to another kind; `rule` says which fit."""
+    for name, value in given.items():
+        if value is not None:
+            raise PqkError(f"{name} is given, but {rule}")
