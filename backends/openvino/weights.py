@@ -98,14 +98,17 @@ def _transpose(model: ov.Model) -> None:
     """Stores the weights of products as (outputs, inputs), as torch does: NNCF's GPTQ takes no other order."""
     import openvino.opset13 as ops
 
+    made: dict[str, ov.Node] = {}  # a weight that several products share stays one
     for op in model.get_ordered_ops():
         if op.get_type_name() != "MatMul" or op.get_attributes()["transpose_b"]:
             continue
         weight = op.input_value(1).get_node()
         if weight.get_type_name() != "Constant" or len(weight.get_output_shape(0)) != 2:
             continue
-        turned = ops.constant(np.ascontiguousarray(weight.get_data().T))
-        made = ops.matmul(op.input_value(0), turned, op.get_attributes()["transpose_a"], True)
-        made.set_friendly_name(op.get_friendly_name())
-        turned.set_friendly_name(weight.get_friendly_name())
-        op.output(0).replace(made.output(0))
+        turned = made.get(weight.get_name())
+        if turned is None:
+            turned = made[weight.get_name()] = ops.constant(np.ascontiguousarray(weight.get_data().T))
+            turned.set_friendly_name(weight.get_friendly_name())
+        product = ops.matmul(op.input_value(0), turned, op.get_attributes()["transpose_a"], True)
+        product.set_friendly_name(op.get_friendly_name())
+        op.output(0).replace(product.output(0))

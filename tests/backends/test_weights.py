@@ -71,6 +71,22 @@ def test_gptq_reads_the_feeds_and_errs_less_on_them(graph: Graph, tmp_path: Path
     assert error(graph, learned) < error(graph, nearest)
 
 
+def test_a_weight_that_two_products_share_is_packed_once(tmp_path: Path) -> None:
+    class Twice(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(WIDE, WIDE)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            found: torch.Tensor = self.layer(torch.relu(self.layer(x)))
+            return found
+
+    graph = export(Twice(), {"x": torch.randn(1, 8, WIDE)}, ("y",), tmp_path / "twice.onnx")
+    made = compress_weights(graph, WeightSpec(4, group=32), tmp_path / "int4.xml")
+    assert weights_of(made)["i4"] == WIDE * WIDE
+    assert error(graph, made) < 0.2
+
+
 @pytest.mark.parametrize(
     ("spec", "why"),
     [
