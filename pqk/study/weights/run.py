@@ -302,7 +302,7 @@ def _timings(
     bench: Bench, asked: Asked, graphs: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
 ) -> dict[str, Timed]:
     efficiency = bench.experiment.evaluation.efficiency.model_dump(mode="json")
-    efficiency |= {"min_rounds": asked.rounds, "min_seconds": 0, "max_seconds": 1e6, "enough_pct": None}
+    efficiency |= {"min_rounds": asked.rounds, "min_seconds": 0, "max_seconds": 30, "enough_pct": None}
     with temporary_folder("engines") as folder:
         variants = variants_of({name: SCHEMES[name] for name in asked.schemes}, graphs, folder)
         errors = worst_errors(variants, bench.of, bench.experiment.workload, bench.samples, bench.reference)
