@@ -289,9 +289,36 @@ def test_a_real_7z_archive(tmp_path: Path) -> None:
     files = unpack(SAMPLE_7Z, target(tmp_path), inside="courtyard")
     assert sorted(path.as_posix() for path in files) == ["courtyard/empty.txt", "courtyard/images/a.txt"]
     assert (tmp_path / "target" / "courtyard" / "images" / "a.txt").read_bytes() == b"a picture, in words\n" * 50
-    data = bytearray(SAMPLE_7Z.read_bytes())
-    data[40] ^= 0xFF  # of the packed bytes
-    (tmp_path / "broken.7z").write_bytes(data)
-    (tmp_path / "other").mkdir()
-    with pytest.raises(PqkError, match=r"broken\.7z"):
-        unpack(tmp_path / "broken.7z", tmp_path / "other")
+
+
+def test_real_7z_archives_that_are_refused(tmp_path: Path) -> None:
+    py7zr = pytest.importorskip("py7zr")
+    broken, folder = tmp_path / "broken.7z", target(tmp_path)
+    (tmp_path / "file").write_bytes(bytes(range(256)) * 40)
+    (tmp_path / "link").symlink_to("/etc/passwd")
+    with py7zr.SevenZipFile(broken, "w") as archive:
+        archive.write(tmp_path / "file", "s/file")
+        archive.write(tmp_path / "link", "s/link")
+    with pytest.raises(PqkError, match="s/link is a link"):
+        unpack(broken, folder)
+    with py7zr.SevenZipFile(broken, "w") as archive:
+        archive.writestr(bytes(20_000_000), "s/zeros")
+    with pytest.raises(PqkError, match="bytes unpack to 20000000, more than 200 times as many"):
+        unpack(broken, folder)
+    with py7zr.SevenZipFile(broken, "w") as archive:
+        archive.writestr("x", "C:/x")
+    with pytest.raises(PqkError, match="'C:/x' would leave the folder"):
+        unpack(broken, folder)
+    assert list(folder.iterdir()) == []
+    data = SAMPLE_7Z.read_bytes()
+    for number, damaged in enumerate([data[:-5], data[:60], data[:40] + b"\xff" + data[41:]]):
+        broken.write_bytes(damaged)
+        (tmp_path / str(number)).mkdir()
+        with pytest.raises(PqkError, match=r"broken\.7z: the archive is damaged"):
+            unpack(broken, tmp_path / str(number))
+    with py7zr.SevenZipFile(broken, "w", filters=[{"id": py7zr.FILTER_COPY}]) as archive:
+        archive.write(tmp_path / "file", "s/file")
+    broken.write_bytes(broken.read_bytes().replace(bytes(range(256)), bytes(256), 1))
+    (tmp_path / "last").mkdir()
+    with pytest.raises(PqkError, match="the checksum of s/file is wrong"):
+        unpack(broken, tmp_path / "last")

@@ -251,6 +251,8 @@ def _open_7z(archive: Path) -> Iterator[Archive]:
             yield _SevenZip(archive, py7zr, opened)
     except (PqkError, OSError, MemoryError):
         raise
+    except py7zr.exceptions.CrcError as error:
+        raise PqkError(f"{archive}: the archive is damaged: the checksum of {error.args[2]} is wrong") from error
     except Exception as error:  # lzma's, struct's and a dozen of the library's own
         raise _damaged(archive, error) from error
 
