@@ -367,6 +367,23 @@ def table(
 
 
 @app.command()
+def show(
+    images: Annotated[Path, typer.Option(help="folder of pictures of one scene, in the order of their names")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="folder of the figures; older ones in it are replaced")],
+    model: _Model = None,
+    against: Annotated[str | None, typer.Option(help="another model of the family, or a file of quantized weights, drawn beside it")] = None,
+    max_images: Annotated[int, typer.Option(min=2, help="take the first pictures only")] = 4,
+) -> None:
+    """Draw what a model predicts of pictures: depth, points (also as PLY) and cameras, beside another model.
+
+    Exit codes: 0 ok, 2 wrong input, 3 predictions of this family cannot be drawn.
+    """
+    from pqk.cli.show_output import show_pictures
+
+    raise typer.Exit(show_pictures(model, against, images, max_images, out))
+
+
+@app.command()
 def env(json_line: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False) -> None:
     """Show every backend with versions, devices and instruction sets, or why it is unavailable and how to fix that."""
     from pqk.env import show_environment

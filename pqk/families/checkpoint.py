@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -55,18 +54,6 @@ def load_model(path: Path | str, **settings: Any) -> Any:
         raise PqkError(f"{path}: {error}") from error
     load_weights(model, weights, str(origin))
     return model.eval()
-
-
-def model_name(path: Path | str) -> str:
-    """The name of a model's file or folder as the user knows it: links are not followed.
-
-    A cache of the Hugging Face Hub links snapshots/REVISION/FILE to a blob that is named by its hash. A folder that is
-    such a snapshot has the name of its repository's folder, models--ORGANISATION--NAME.
-    """
-    absolute = Path(os.path.normpath(Path(path).absolute()))
-    if absolute.parent.name == "snapshots" and absolute.parents[1].name.startswith("models--"):
-        return absolute.parents[1].name
-    return absolute.name
 
 
 def save_model(model: Any, folder: Path | str, dtype: str = "float32", card: dict[str, Any] | None = None) -> Path:

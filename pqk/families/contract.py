@@ -14,7 +14,7 @@ The heart is `predict`: the glue between the graphs, written once against a `cal
 | a counter | calls per sample: FLOPs, executed precision |
 
 `learning`, `cutting` and `reducing` start as None: such a family has Q, parity, export, timing and the ledger, and none
-of P, K and T.
+of P, K and T. Without `view` its predictions are not drawn (`pqk show`).
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from pqk.families.cutting import CuttingPart
     from pqk.families.reducing import ReducingPart
+    from pqk.families.viewing import ViewPart
     from pqk.settings.evaluation import Evaluation
     from pqk.settings.quant import Quant
     from pqk.settings.training import Training
@@ -490,6 +491,7 @@ class Family:
     reducing: str | None = None
     export: str | None = None
     vectors: str | None = None
+    view: str | None = None
 
     def settings_part(self) -> SettingsPart:
         return cast(SettingsPart, import_module(self.settings))
@@ -522,3 +524,9 @@ class Family:
 
     def export_part(self) -> ExportPart | None:
         return None if self.export is None else cast(ExportPart, import_module(self.export))
+
+    def view_part(self) -> ViewPart:
+        """Raises NotBuilt (exit code 3) for a family whose predictions are not drawn."""
+        if self.view is None:
+            raise NotBuilt(f"predictions of the family {self.name} cannot be drawn here: it has no view part")
+        return cast("ViewPart", import_module(self.view))

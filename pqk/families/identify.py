@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,18 @@ def family_of(path: Path | str) -> str:
 
         return official_family(path)
     raise PqkError(f"no such model: {path} is neither a file nor a folder (nor {RANDOM}NAME)")
+
+
+def model_name(path: Path | str) -> str:
+    """The name of a model's file or folder as the user knows it: links are not followed.
+
+    A cache of the Hugging Face Hub links snapshots/REVISION/FILE to a blob that is named by its hash. A folder that is
+    such a snapshot has the name of its repository's folder, models--ORGANISATION--NAME.
+    """
+    absolute = Path(os.path.normpath(Path(path).absolute()))
+    if absolute.parent.name == "snapshots" and absolute.parents[1].name.startswith("models--"):
+        return absolute.parents[1].name
+    return absolute.name
 
 
 def named(name: str) -> tuple[str, Mapping[str, Any]]:

@@ -20,7 +20,8 @@ from backends.quantspec import check_installed, check_settings
 from pqk import __version__, paths
 from pqk.cores import affinity_cores, cpu_quota
 from pqk.errors import PqkError, nearest
-from pqk.families.checkpoint import load_model, model_name
+from pqk.families.checkpoint import load_model
+from pqk.families.identify import model_name
 from pqk.families.registry import family
 from pqk.files import matching, sha256_file, sha256_json, sweep_temporary
 from pqk.recipe import stages

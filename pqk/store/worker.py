@@ -118,6 +118,7 @@ def _no_answer(task: str, code: int, said: str) -> Exception:
 
 TASKS = {
     "predictions": "pqk.measure.predict:predict",
+    "shown": "pqk.measure.shown:predict",
     "quality": "pqk.measure.evaluate:evaluate",
     "timing": "pqk.measure.timing:time_variants",
     "parts": "pqk.measure.block_profile:profile",

@@ -15,7 +15,8 @@ from backends.base import Graph, sha256_files
 from pqk import paths
 from pqk.engines.variant import graph_from_json, graph_to_json
 from pqk.errors import PqkError
-from pqk.families.checkpoint import CARD, CONFIG, load_model, model_name
+from pqk.families.checkpoint import CARD, CONFIG, load_model
+from pqk.families.identify import model_name
 from pqk.files import (
     below,
     check_readable,

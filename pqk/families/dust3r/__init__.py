@@ -14,4 +14,5 @@ FAMILY = Family(
     reducing="pqk.families.dust3r.reduce",
     export="pqk.families.dust3r.export",
     vectors="pqk.families.dust3r.vectors",
+    view="pqk.families.dust3r.view",
 )

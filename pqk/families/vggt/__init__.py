@@ -14,4 +14,5 @@ FAMILY = Family(
     reducing="pqk.families.vggt.reduce",
     export="pqk.families.vggt.export",
     vectors="pqk.families.vggt.vectors",
+    view="pqk.families.vggt.view",
 )

@@ -1,0 +1,1 @@
+"""Draws predictions of one scene: depth maps, points and cameras. Arrays in, files out."""

@@ -1,0 +1,103 @@
+"""`pqk show` and scripts/visualize_results.py: from pictures to figures, with the network in a process of its own."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from run_toys import REPOSITORY, pqk
+
+from pqk.cli.show_output import visualize
+from pqk.errors import NotBuilt, PqkError
+from pqk.families.registry import family
+from pqk.measure.shown import predict
+from pqk.models import build_model, save_model
+from pqk.show import show as module
+from pqk.show.show import show
+
+FILES = {"depth.png", "cloud.png", "trajectory.png", "show.json", "cloud.ply"}
+NETWORK = {
+    "img_size": 56,
+    "embed_dim": 32,
+    "depth": 5,
+    "num_heads": 2,
+    "init_values": 0.5,
+    "dino": {"depth": 2},
+    "camera": {"trunk_depth": 2},
+    "dpt": {"features": 16, "out_channels": [8, 12, 16, 16]},
+}
+
+
+def pictures(folder: Path, count: int = 3) -> Path:
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    for place in range(count):
+        Image.fromarray(random.integers(0, 255, (72, 96, 3), dtype=np.uint8)).save(folder / f"{place}.png")
+    return folder
+
+
+def test_a_model_in_a_process_of_its_own(project: Path, tmp_path: Path) -> None:
+    """The shipped model on pictures of 64 pixels: points of random weights would fit no camera."""
+    images = pictures(tmp_path / "a scene" / "images")
+    shipped = REPOSITORY / "models" / "dust3r-tiny"
+    done = pqk(project, "show", "--model", shipped, "--images", images, "-o", "seen", "--max-images", "3")
+    assert done.code == 0, done.err
+    assert {path.name for path in (project / "seen").iterdir()} == FILES
+    about = json.loads((project / "seen" / "show.json").read_text())
+    assert about["pictures"] == ["0.png", "1.png", "2.png"]
+    assert (about["models"], about["comparison"]) == (["dust3r-tiny"], None)
+    names = ("depth.png", "cloud.png", "trajectory.png", "show.json", "cloud.ply")
+    assert done.out.splitlines() == [f"seen/{name}" for name in names]
+    assert done.err == "predicting 2 samples with dust3r-tiny\n"
+
+
+def test_the_script_and_a_model_beside_another_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Here in this process: that of the network is in the test above."""
+    monkeypatch.setattr(module, "call", lambda task, request: predict(request))
+    model = build_model("vggt", NETWORK, generator=torch.Generator().manual_seed(0))
+    save_model(model, tmp_path / "one" / "net")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter *= 1.001
+    save_model(model, tmp_path / "other" / "net")
+    words = ["--model_name", str(tmp_path / "one" / "net"), "--image_folder", str(pictures(tmp_path / "scene"))]
+    more = ["--against", str(tmp_path / "other" / "net"), "--max_images", "2", "--device", "cpu"]
+    assert visualize([*words, *more, "--output_dir", str(tmp_path / "out")]) == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {*FILES, "cloud-against.ply"}
+    about = json.loads((tmp_path / "out" / "show.json").read_text())
+    assert (about["pictures"], about["models"]) == (["0.png", "1.png"], ["one/net", "other/net"])
+    found = about["comparison"]
+    assert 0 < found["depth_mean_relative_difference"] < 0.5
+    assert len(found["depth_relative_difference"]) == len(found["rotation_difference_deg"]) == 2
+    expected = (
+        f"depth differs by {100 * found['depth_mean_relative_difference']:.3g} % on average, lengths by the factor"
+    )
+    assert capsys.readouterr().out.startswith(expected)
+    assert visualize([*words, "--max_images", "1"]) == 2
+    assert capsys.readouterr().err.endswith("pqk: --max_images 1: at least 2 pictures are shown\n")
+
+
+def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = [str(REPOSITORY / "models" / name) for name in ("dust3r-tiny", "vggt-tiny")]
+    out = tmp_path / "out"
+    images = pictures(tmp_path / "both" / "a")
+    with pytest.raises(PqkError, match=r"of the family dust3r, and .* of vggt: compare two of one"):
+        show(tiny[0], tiny[1], images, 3, out, REPOSITORY)
+    pictures(tmp_path / "both" / "b")
+    with pytest.raises(PqkError, match=r"both holds 2 scenes \(a, b\); name the folder of one of them"):
+        show(tiny[0], None, tmp_path / "both", 3, out, REPOSITORY)
+    with pytest.raises(PqkError, match=r"no such model: .*none is neither a file nor a folder"):
+        show(tiny[0], str(tmp_path / "none"), images, 3, out, REPOSITORY)
+    with pytest.raises(PqkError, match="needs at least 2 images, found 1"):
+        show(tiny[1], None, pictures(tmp_path / "one", 1), 3, out, REPOSITORY)
+    monkeypatch.setattr(module, "family", lambda name: replace(family(name), view=None))
+    with pytest.raises(NotBuilt, match="predictions of the family vggt cannot be drawn here"):
+        show(tiny[1], None, images, 3, out, REPOSITORY)
+    assert not out.exists()
