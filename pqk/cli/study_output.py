@@ -57,7 +57,7 @@ def run_weights(
         raise PqkError(
             "--methods compares drops against ground truth, which --images has not; give --scenes or neither"
         )
-    check_writable(out / "comprehensive_results.json")
+    check_writable(out)
 
     def say(text: str) -> None:
         errors.print(f"  … {text}", markup=False)

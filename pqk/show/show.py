@@ -80,9 +80,9 @@ def show(
     """Predicts the first `most` pictures of a folder in float, in a process of their own, and draws them into `out`.
 
     model, against: as `load_model` takes them, or names in the hub's cache; default of model: the project's Teacher.
-    against may also be a file of quantized weights of the model (`save_weights`): they are dequantized. Raises PqkError for models of
-    two families, a folder of several scenes or of fewer than two pictures, and NotBuilt (exit code 3) for a family
-    without a view.
+    against may also be a file of quantized weights of the model (`save_weights`): they are dequantized. Raises PqkError
+    for models of two families, a folder of several scenes or of fewer than two pictures, and NotBuilt (exit code 3) for
+    a family without a view.
     """
     first = teacher_path(None if model is None else cached(model), root)
     if against is not None and holds_weights(against):

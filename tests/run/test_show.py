@@ -13,6 +13,9 @@ from PIL import Image
 from run_toys import REPOSITORY, pqk
 
 from pqk.cli.show_output import visualize
+from pqk.compress.weights.files import save_weights
+from pqk.compress.weights.model import quantize_weights
+from pqk.compress.weights.schemes import SCHEMES
 from pqk.errors import NotBuilt, PqkError
 from pqk.families.registry import family
 from pqk.measure.shown import predict
@@ -82,6 +85,24 @@ def test_the_script_and_a_model_beside_another_one(
     assert capsys.readouterr().out.startswith(expected)
     assert visualize([*words, "--max_images", "1"]) == 2
     assert capsys.readouterr().err.endswith("pqk: --max_images 1: at least 2 pictures are shown\n")
+
+
+def test_quantized_weights_beside_the_float_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "call", lambda task, request: predict(request))
+    model = build_model("vggt", NETWORK, generator=torch.Generator().manual_seed(0))
+    save_model(model, tmp_path / "net")
+    differences = {}
+    for name in ("INT8_Per_Channel_Symmetric", "INT4_Group_32"):
+        path = save_weights(quantize_weights(model, SCHEMES[name]), tmp_path / f"{name}.safetensors")
+        drawn = show(str(tmp_path / "net"), str(path), pictures(tmp_path / name), 2, tmp_path / "out", REPOSITORY)
+        assert drawn.comparison is not None
+        differences[name] = drawn.comparison.mean
+        assert json.loads((tmp_path / "out" / "show.json").read_text())["models"] == ["net", name]
+    assert 0 < differences["INT8_Per_Channel_Symmetric"] < differences["INT4_Group_32"]
+    other = build_model("vggt", {**NETWORK, "embed_dim": 64}, generator=torch.Generator().manual_seed(0))
+    save_model(other, tmp_path / "wider")
+    with pytest.raises(PqkError, match=r"INT4_Group_32.safetensors: .*shape"):
+        show(str(tmp_path / "wider"), str(path), tmp_path / name, 2, tmp_path / "never", REPOSITORY)
 
 
 def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
