@@ -78,7 +78,7 @@ def test_report_and_charts(studied: Path, results: dict[str, Any]) -> None:
     for row in results["rows"]:
         assert row["name"] in text
     with Image.open(studied / "out" / "comprehensive_visualizations.png") as picture:
-        assert picture.width > 1200 and len(set(picture.convert("L").resize((64, 64)).getdata())) > 8
+        assert picture.width > 1200 and len(picture.convert("L").resize((64, 64)).getcolors(4096) or []) > 8
 
 
 def test_the_table_of_methods(studied: Path) -> None:
@@ -92,7 +92,7 @@ def test_the_table_of_methods(studied: Path) -> None:
         cells["GPTQ", "W4A16"]["gain_pct"],
         [cells[name, "W4A16"]["drop_pct"]["value"] for name in ("round to nearest", "GPTQ")],
     )
-    assert gain["value"] == pytest.approx(drops[1] - drops[0], abs=1e-6)
+    assert gain["value"] == pytest.approx(drops[0] - drops[1], abs=1e-6)
     assert "(emulated)" in (studied / "out" / "methods.txt").read_text()
 
 
