@@ -32,7 +32,7 @@ def test_times_go_down_to_the_end(steps):
     assert [t for t, _ in pairs] == [int(-1 + 1000 * k / steps + 1e-4) for k in range(steps, 0, -1)]
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(st.integers(0, 999), st.integers(0, 2**31))
 def test_the_noise_in_a_signal_is_found(t, seed):
     generator = torch.Generator().manual_seed(seed)
@@ -79,7 +79,7 @@ def greedy(found, most=0.5):
     return kept
 
 
-@settings(max_examples=50)
+@settings(max_examples=25)
 @given(st.integers(0, 2**31), st.integers(0, 25), st.sampled_from([1, 3, 1024]))
 def test_suppression_is_the_greedy_one_in_blocks_of_any_size(seed, count, block):
     generator = torch.Generator().manual_seed(seed)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pqk.errors import PqkError
 from pqk.families.diffusiondet.network import attention
 from pqk.families.diffusiondet.network.boxes import apply_deltas
 from pqk.families.diffusiondet.network.configs import DiffusionDetConfig, StageSize
@@ -105,7 +106,8 @@ class Stage(nn.Module):
         if added is not None:
             p = p + added
         if self.size.geometry:
-            assert whwh is not None
+            if whwh is None:
+                raise PqkError("a network with geo_feat needs the sizes of the images: give whwh")
             p = p + self.geo_feat(attention.place_waves(boxes, whwh, self.size.dim))
         p = self.norm1(p + self.attended(p, boxes)) if self.size.attends else self.norm1(p)
         p = self.norm2(p + self.inst_interact(p, features))
@@ -114,7 +116,8 @@ class Stage(nn.Module):
         f = p * (1 + scale) + shift
         boxed = self.reg_module(f)
         quality = self.quality_logit(boxed)[..., 0] if self.size.quality else None
-        return self.class_logits(self.cls_module(f)), apply_deltas(boxes, self.bboxes_delta(boxed)), p, quality
+        refined = apply_deltas(boxes, self.bboxes_delta(boxed).float())  # growth times width is too large for float16
+        return self.class_logits(self.cls_module(f)), refined, p, quality
 
     def attended(self, p: Tensor, boxes: Tensor) -> Tensor:
         """Returns the attention among boxes, with the bias and to the neighbours that the configuration asks for."""
@@ -124,6 +127,18 @@ class Stage(nn.Module):
             bias = torch.zeros_like(p[:, None, :, :1]) if bias is None else bias
             bias = bias.masked_fill(others, -torch.inf)
         return self.self_attn(p, bias)
+
+
+class LabelTable(nn.Module):
+    """What each class, and the mask after them, adds to the features of a box: weight (K + 1, C)."""
+
+    def __init__(self, classes: int, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(classes + 1, dim))
+
+    def forward(self, labels: Tensor) -> Tensor:
+        """labels: classes (B, N) int64, or distributions (B, N, K + 1)."""
+        return labels.to(self.weight.dtype) @ self.weight if labels.is_floating_point() else self.weight[labels]
 
 
 class Head(nn.Module):
@@ -136,7 +151,7 @@ class Head(nn.Module):
         self.time_mlp = nn.Sequential(TimeWaves(dim), nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, 4 * dim))
         self.head_series = nn.ModuleList(Stage(sizes.stage) for _ in range(sizes.stages))
         if sizes.label_state is not None:
-            self.label_embed = nn.Embedding(sizes.stage.classes + 1, dim)
+            self.label_embed = LabelTable(sizes.stage.classes, dim)
 
     def forward(
         self,
@@ -156,7 +171,7 @@ class Head(nn.Module):
         """
         listed = [maps[name] for name in MAPS] if isinstance(maps, Mapping) else list(maps)
         table = pyramid(listed)
-        boxes = boxes.to(listed[0].dtype)
+        boxes = boxes.float()
         times = torch.as_tensor(t, device=boxes.device).reshape(-1).expand(boxes.shape[0])
         time = self.time_mlp(times)
         added = self.label_term(labels, boxes)
@@ -172,10 +187,9 @@ class Head(nn.Module):
         """Returns what the class states add to the features of boxes (B, N, C); None without a table of classes."""
         if self.label_state is None:
             return None
-        table = self.label_embed.weight
         if labels is None:
-            return table[-1].expand(*boxes.shape[:2], -1)
-        return labels.to(table.dtype) @ table if labels.is_floating_point() else table[labels]
+            return self.label_embed.weight[-1].expand(*boxes.shape[:2], -1)
+        return self.label_embed(labels)
 
 
 def _tower(dim: int, layers: int) -> nn.Sequential:

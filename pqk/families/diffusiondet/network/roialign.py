@@ -40,7 +40,7 @@ class Pyramid(NamedTuple):
 
 def pyramid(maps: Sequence[Tensor]) -> Pyramid:
     """Returns the maps p2 ... p5, each (B, C, h, w), as one table."""
-    heights, widths = (tuple(map_.shape[axis] for map_ in maps) for axis in (2, 3))
+    heights, widths = (tuple(int(map_.shape[axis]) for map_ in maps) for axis in (2, 3))  # static in a traced graph
     starts, total = [], 0
     for height, width in zip(heights, widths, strict=True):
         starts.append(total)
@@ -79,13 +79,19 @@ def pool(table: Pyramid, boxes: Tensor) -> Tensor:
     places = row[:, :, :, None, :, None] + column[:, :, None, :, None, :]
     weights = row_weight[:, :, :, None, :, None] * column_weight[:, :, None, :, None, :]
     taps = row.shape[-1] * column.shape[-1]
-    found = F.embedding_bag(
-        places.reshape(-1, taps),
-        table.rows,
-        mode="sum",
-        per_sample_weights=weights.reshape(-1, taps).to(table.rows.dtype),
-    )
+    found = _weighted(table.rows, places.reshape(-1, taps), weights.reshape(-1, taps).to(table.rows.dtype))
     return found.view(batch, many, CELLS * CELLS, -1)
+
+
+def _weighted(rows: Tensor, places: Tensor, weights: Tensor) -> Tensor:
+    """Returns weighted sums of rows (R, C): (cells, C). places, weights: (cells, taps).
+
+    In an exported graph they are a gather and a sum, which every runtime has. Elsewhere nothing of the size of all taps
+    is held: 0.4 GB less for 500 boxes of 256 channels.
+    """
+    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+        return (rows[places] * weights[..., None]).sum(dim=1)
+    return F.embedding_bag(places, rows, mode="sum", per_sample_weights=weights)
 
 
 def _taps(start: Tensor, stop: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:

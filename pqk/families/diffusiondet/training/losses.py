@@ -75,6 +75,7 @@ def set_losses(
     with class states, whose variational loss has a weight.
     """
     options = options or LossOptions()
+    logits, boxes = logits.float(), boxes.float()
     found: dict[str, Tensor] = {}
     for stage in range(len(logits)):
         last = stage == len(logits) - 1

@@ -155,8 +155,8 @@ def _step(case: Case, index: int, steps: list[Step], stages: list[tuple[Tensor, 
     for place, what in enumerate(("logits", "boxes")):
         name = f"mid_step{index}.stage_{what}"
         if name in case:
-            values = torch.cat([of_image[place][:-1] for of_image in stages], dim=1)
-            yield case.check(name, values, NETWORK_MARK)
+            before = torch.cat([of_image[place][:-1] for of_image in stages], dim=1)
+            yield case.check(name, before, NETWORK_MARK)
 
 
 def _most(case: Case, name: str, found: Tensor) -> Compared:
