@@ -32,7 +32,7 @@ class Draws(NamedTuple):
 
 
 class Noisy(NamedTuple):
-    """x0: signals (N, 4), truths first. x: the same with noise (N, 4) float64. rows: of the truths, bool (N,).
+    """x0: signals (N, 4), truths first. x: the same with noise (N, 4) float64.
 
     chosen: which truth a row comes from (N,) int64, -1 of a row of nothing.
     """
