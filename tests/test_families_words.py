@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from pqk.families.registry import BUILT_IN
+from pqk.families.registry import BUILT_IN, MODELS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 WORDS = re.compile(
     r"encoder|decoder|tokens_\d|pts3d|\bconf_\d|absrel|abs_rel|chamfer|delta1|reproj|\bause\b|covisib|dust3r"
     r"|lowest_confidence|confidence_loss|symmetricpairs|training_pairs|timed_pair|pairgraph|scene_pairs|symmetrize"
-    r"|vggt|aggregator|pose_enc|depth_conf|world_points|camera_token|register_token|pose_miss|\bauc\d|\br[rt]a_?\d",
+    r"|vggt|aggregator|pose_enc|depth_conf|world_points|camera_token|register_token|pose_miss|\bauc\d|\br[rt]a_?\d"
+    r"|diffusiondet|roi_?align|proposal|renewal|giou|bboxes|class_logits",
     re.IGNORECASE,
 )
 """Names of the families' graphs, tensors and metrics, and of what is done with them. `t_pair_*` and `pairs` are not
@@ -37,14 +38,15 @@ def found() -> dict[str, int]:
 
 def test_no_family_is_named_elsewhere() -> None:
     """Also where views and overlap may be spoken of."""
-    names = re.compile("|".join(map(re.escape, BUILT_IN)), re.IGNORECASE)
+    names = re.compile("|".join(map(re.escape, {**BUILT_IN, **MODELS})), re.IGNORECASE)
     files = (path for path in (REPOSITORY / "pqk").rglob("*.py") if "families" not in path.parts)
     assert not [str(path) for path in files if names.search(path.read_text("utf-8"))]
 
 
 def test_the_walk_sees_something() -> None:
-    path = REPOSITORY / "pqk" / "families" / "dust3r" / "predict.py"
-    assert WORDS.search(path.read_text("utf-8"))
+    families = REPOSITORY / "pqk" / "families"
+    for path in (families / "dust3r" / "predict.py", families / "diffusiondet" / "model.py"):
+        assert WORDS.search(path.read_text("utf-8"))
 
 
 def test_family_words_only_shrink() -> None:

@@ -14,7 +14,8 @@ The heart is `predict`: the glue between the graphs, written once against a `cal
 | a counter | calls per sample: FLOPs, executed precision |
 
 `learning`, `cutting` and `reducing` start as None: such a family has Q, parity, export, timing and the ledger, and none
-of P, K and T. Without `view` its predictions are not drawn (`pqk show`).
+of P, K and T. Without `view` its predictions are not drawn (`pqk show`). A family of settings and model alone has its
+networks loaded and built, and no recipes.
 """
 
 from __future__ import annotations
@@ -483,9 +484,9 @@ class Family:
     name: str
     settings: str
     model: str
-    predict: str
-    data: str
-    scoring: str
+    predict: str | None = None
+    data: str | None = None
+    scoring: str | None = None
     learning: str | None = None
     cutting: str | None = None
     reducing: str | None = None
@@ -500,13 +501,27 @@ class Family:
         return cast(ModelPart, import_module(self.model))
 
     def predict_part(self) -> PredictPart:
-        return cast(PredictPart, import_module(self.predict))
+        """Raises NotBuilt (exit code 3) for a family that has no such part, as the next two do."""
+        return cast(PredictPart, self._needed("predict"))
 
     def data_part(self) -> DataPart:
-        return cast(DataPart, import_module(self.data))
+        return cast(DataPart, self._needed("data"))
 
     def scoring_part(self) -> ScoringPart:
-        return cast(ScoringPart, import_module(self.scoring))
+        return cast(ScoringPart, self._needed("scoring"))
+
+    def check_runs(self) -> None:
+        """Raises NotBuilt (exit code 3) for a family whose models are built and loaded only."""
+        lacking = [part for part in ("predict", "data", "scoring") if getattr(self, part) is None]
+        if lacking:
+            raise NotBuilt(
+                f"models of the family {self.name} can be loaded and built, but not run in recipes yet: "
+                f"the family has no part {' or '.join(lacking)}"
+            )
+
+    def _needed(self, part: str) -> Any:
+        self.check_runs()
+        return import_module(getattr(self, part))
 
     def learning_part(self) -> LearningPart:
         """Raises NotBuilt (exit code 3) for a family that cannot be trained."""

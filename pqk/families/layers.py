@@ -107,7 +107,8 @@ def initialize(module: nn.Module, generator: torch.Generator | None = None) -> N
             nn.init.zeros_(part.bias)
         elif isinstance(part, nn.Linear):
             nn.init.xavier_uniform_(part.weight, generator=generator)
-            nn.init.zeros_(part.bias)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
         elif isinstance(part, nn.Conv2d | nn.ConvTranspose2d):
             nn.init.kaiming_uniform_(part.weight, a=math.sqrt(5), generator=generator)
             if part.bias is not None:

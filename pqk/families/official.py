@@ -33,7 +33,7 @@ def read_official(path: Path) -> Found:
     if path.suffix == ".safetensors":
         _recognised_header(path)
         return _required(recognised(read_safetensors(path), path), path)
-    return _required(recognised(_unpickled(path), path), path)
+    return _required(recognised(read_pickle(path), path), path)
 
 
 def official_family(path: Path) -> str:
@@ -65,6 +65,26 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         raise PqkError(f"{path} is damaged or no safetensors file: {first_line(error)}") from error
 
 
+def read_pickle(path: Path) -> Any:
+    """Returns what a pickle of torch holds, with its tensors on the CPU, mapped into memory where they can be.
+
+    Only tensors, plain data and `_harmless` types are read. Raises PqkError in one sentence for any other file.
+    """
+    check_readable(path)
+    try:
+        with torch.serialization.safe_globals(_harmless()):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None)
+    except pickle.UnpicklingError as error:
+        if "GLOBAL " in str(error):
+            culprit = str(error).split("GLOBAL ")[1].split()[0]
+            raise PqkError(f"{path} is not safe to read: it holds the type {culprit}, not only tensors") from error
+        raise PqkError(f"{path} is damaged or no PyTorch file") from error
+    except (RuntimeError, OSError) as error:
+        raise PqkError(f"{path} is damaged or no PyTorch file: {first_line(error)}") from error
+    except (EOFError, ValueError, LookupError, TypeError, AttributeError) as error:  # from the bytes of a foreign file
+        raise PqkError(f"{path} is damaged or no PyTorch file") from error
+
+
 def _recognised_header(path: Path) -> Found:
     """Returns family, configuration and weights without values of a bare safetensors file."""
     empty = {name: torch.empty(shape, device="meta") for name, shape in weight_shapes(path).items()}
@@ -85,23 +105,6 @@ def _names(content: Any) -> Mapping[Any, Any]:
     """Returns the weights by name, as far as they are where most checkpoints have them."""
     inner = content.get("model") if isinstance(content, Mapping) else None
     return inner if isinstance(inner, Mapping) else content if isinstance(content, Mapping) else {}
-
-
-def _unpickled(path: Path) -> Any:
-    """Returns what a pickle of torch holds, with its tensors on the CPU, mapped into memory where they can be."""
-    check_readable(path)
-    try:
-        with torch.serialization.safe_globals(_harmless()):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None)
-    except pickle.UnpicklingError as error:
-        if "GLOBAL " in str(error):
-            culprit = str(error).split("GLOBAL ")[1].split()[0]
-            raise PqkError(f"{path} is not safe to read: it holds the type {culprit}, not only tensors") from error
-        raise PqkError(f"{path} is damaged or no PyTorch file") from error
-    except (RuntimeError, OSError) as error:
-        raise PqkError(f"{path} is damaged or no PyTorch file: {first_line(error)}") from error
-    except (EOFError, ValueError, LookupError, TypeError, AttributeError) as error:  # from the bytes of a foreign file
-        raise PqkError(f"{path} is damaged or no PyTorch file") from error
 
 
 def _harmless() -> list[Any]:

@@ -89,8 +89,13 @@ def teacher_path(asked: str | None, root: Path) -> str:
 
 
 def experiment_family(model: str | None, root: Path) -> Family:
-    """Returns the family of a model, by default of the project's Teacher. Raises PqkError where it is not found."""
-    return family(default_teacher(root).family if model is None else family_of(model))
+    """Returns the family of a model, by default of the project's Teacher. Raises PqkError where it is not found.
+
+    Raises NotBuilt where it has no recipes.
+    """
+    found = family(default_teacher(root).family if model is None else family_of(model))
+    found.check_runs()
+    return found
 
 
 def quant_loader(of: Family) -> Callable[..., Quant]:

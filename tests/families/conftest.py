@@ -1,11 +1,14 @@
 """The golden cases (small random networks with the official network's answers), and a small configuration."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pqk.families.vectors import Case
+
+sys.path.insert(0, str(Path(__file__).parent))  # for `diffusiondet_toys` under --import-mode=importlib
 
 
 @pytest.fixture

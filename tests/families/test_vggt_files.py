@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusiondet_toys import TINY
 from safetensors.torch import load_file, save_file
 
 from pqk.errors import PqkError
@@ -159,6 +160,8 @@ def test_settings_of_other_models(small_config, tmp_path):
 def test_every_family_has_a_sign_of_its_own(weights, small_config):
     signs = {of.name: of.settings_part().SIGN for of in families()}
     held = {"vggt": set(weights), "dust3r": set(build_model("dust3r", small_config).state_dict())}
+    held["diffusiondet"] = set(build_model("diffusiondet", TINY).state_dict())
+    assert set(held) == set(signs)
     for name, keys in held.items():
         assert [family for family, sign in signs.items() if sign in keys] == [name]
 

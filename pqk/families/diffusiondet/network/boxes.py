@@ -1,0 +1,77 @@
+"""Codes boxes as signals and deltas, and compares them.
+
+Corners are x1, y1, x2, y2; centres are cx, cy, w, h. A signal is a box in [-s, s], as the diffusion moves it. Every
+function takes (..., 4) in any floating dtype.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+DELTA_WEIGHTS = (2.0, 2.0, 1.0, 1.0)
+LARGEST_DELTA = math.log(100_000 / 16)
+"""Upper limit of the logarithm of a growth in one stage."""
+
+
+def to_centres(corners: Tensor) -> Tensor:
+    """Returns x1, y1, x2, y2 as cx, cy, w, h."""
+    low, high = corners[..., :2], corners[..., 2:]
+    return torch.cat(((low + high) / 2, high - low), dim=-1)
+
+
+def to_corners(centres: Tensor) -> Tensor:
+    """Returns cx, cy, w, h as x1, y1, x2, y2."""
+    middle, half = centres[..., :2], centres[..., 2:] / 2
+    return torch.cat((middle - half, middle + half), dim=-1)
+
+
+def as_signal(corners: Tensor, whwh: Tensor, scale: float) -> Tensor:
+    """Returns boxes in pixels as signals: (2 b - 1) s with b = cx, cy, w, h over the image's w, h, w, h.
+
+    Not limited; the sampler limits to [-s, s] (Chen et al. 2023, section 3.3).
+    """
+    return (to_centres(corners / whwh) * 2 - 1) * scale
+
+
+def from_signal(signal: Tensor, whwh: Tensor, scale: float) -> Tensor:
+    """Returns signals as boxes in pixels, after limiting them to [-s, s]. Corners can lie outside of the image."""
+    return to_corners((signal.clamp(-scale, scale) / scale + 1) / 2) * whwh
+
+
+def apply_deltas(boxes: Tensor, deltas: Tensor) -> Tensor:
+    """Returns boxes moved and scaled by deltas dx, dy, dw, dh (Girshick et al. 2014, appendix C).
+
+    Centres move by size * (dx, dy) / 2, sizes grow by exp(min(dw, ln(100000 / 16))). Nothing is clipped to an image.
+    """
+    middle, size = to_centres(boxes).split(2, dim=-1)
+    shift, growth = (deltas / deltas.new_tensor(DELTA_WEIGHTS)).split(2, dim=-1)
+    return to_corners(torch.cat((middle + size * shift, size * growth.clamp(max=LARGEST_DELTA).exp()), dim=-1))
+
+
+def areas(corners: Tensor) -> Tensor:
+    """Returns the areas (...)."""
+    return (corners[..., 2] - corners[..., 0]) * (corners[..., 3] - corners[..., 1])
+
+
+def iou_and_union(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns IoU in [0, 1] and union of boxes that broadcast with each other; two empty boxes have IoU 0."""
+    low = torch.maximum(one[..., :2], other[..., :2])
+    high = torch.minimum(one[..., 2:], other[..., 2:])
+    shared = (high - low).clamp(min=0).prod(dim=-1)
+    union = areas(one) + areas(other) - shared
+    return torch.where(union > 0, shared / torch.where(union > 0, union, 1.0), 0.0), union
+
+
+def giou(one: Tensor, other: Tensor) -> Tensor:
+    """Returns the generalised IoU in [-1, 1] of boxes that broadcast: IoU - (hull - union) / hull.
+
+    Rezatofighi et al. 2019, algorithm 1. Two empty boxes at one place have 0.
+    """
+    iou, union = iou_and_union(one, other)
+    low = torch.minimum(one[..., :2], other[..., :2])
+    high = torch.maximum(one[..., 2:], other[..., 2:])
+    hull = (high - low).clamp(min=0).prod(dim=-1)
+    return torch.where(hull > 0, iou - (hull - union) / torch.where(hull > 0, hull, 1.0), iou)

@@ -1,0 +1,174 @@
+"""Runs the sampler: noisy boxes go through the head, and what it finds becomes the start of the next step.
+
+Song et al. 2021 (DDIM); Chen et al. 2023, section 3.4 (box renewal, ensemble of steps). One image at a time; float64
+between calls of the head. Nothing here knows what the head runs on: it is called as a function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pqk.families.diffusiondet.network.boxes import as_signal, from_signal
+from pqk.families.diffusiondet.network.configs import DiffusionDetConfig
+from pqk.families.diffusiondet.sampling import labels as states
+from pqk.families.diffusiondet.sampling import schedule
+from pqk.families.diffusiondet.sampling.noise import Noise
+from pqk.families.diffusiondet.sampling.selection import LARGEST_IOU, Detections, joined, select, suppress
+
+RENEWAL = 0.5
+"""Score that a box must exceed to be carried to the next step."""
+
+HeadCall = Callable[[Tensor, int, Tensor | None], tuple[Tensor, ...]]
+"""Boxes (N, 4) float32, a time and class states or None -> the last stage's logits (N, K) and boxes (N, 4), and the
+quality logits (N,) of a network that has them."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a sampler runs.
+
+    eta: share of fresh noise in a step, 0 for a deterministic one. renewal: score below which a box is replaced by a
+    fresh one; None: none is, and every box keeps its place. ensemble: detections of several steps are pooled. The
+    others are options of the configuration of that name.
+    """
+
+    steps: int
+    proposals: int
+    scale: float
+    eta: float = 1.0
+    renewal: float | None = RENEWAL
+    ensemble: bool = True
+    largest_iou: float = LARGEST_IOU
+    noise_std: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0)
+    label_state: str | None = None
+    label_diffusion: bool = False
+    label_schedule: str = "linear"
+    quality_scores: bool = False
+    quality_guidance: float = 0.0
+
+    @staticmethod
+    def of(sizes: DiffusionDetConfig, steps: int | None = None, proposals: int | None = None) -> Sampling:
+        """Returns what a configuration says, with other numbers of steps and proposals where they are given."""
+        return Sampling(
+            steps=sizes.steps if steps is None else steps,
+            proposals=sizes.proposals if proposals is None else proposals,
+            scale=sizes.scale,
+            noise_std=sizes.noise_std,
+            label_state=sizes.label_state,
+            label_diffusion=sizes.label_diffusion,
+            label_schedule=sizes.label_schedule,
+            quality_scores=sizes.quality_scores,
+            quality_guidance=sizes.quality_guidance,
+        )
+
+
+class Step(NamedTuple):
+    """What one pair of times did: (N, 4) where no other shape is named.
+
+    x: the noisy boxes as signals. logits (N, K), boxes, quality (N,): of the head's last stage. x0: its boxes as
+    limited signals. noise: estimated in x. keep (N,): boxes that are carried on. x_next: the next noisy boxes; None at
+    the end.
+    """
+
+    t: int
+    after: int
+    x: Tensor
+    logits: Tensor
+    boxes: Tensor
+    quality: Tensor | None
+    x0: Tensor
+    noise: Tensor
+    keep: Tensor
+    x_next: Tensor | None
+
+
+def sample(call: HeadCall, whwh: Tensor, noise: Noise, how: Sampling) -> Iterator[Step]:
+    """Yields the steps of the sampler for one image. whwh: its w, h, w, h (4,), without padding.
+
+    Kept boxes come first in the next step, in their order, fresh ones after them. No gradient goes from one step to the
+    next.
+    """
+    whwh = whwh.double()
+    std = whwh.new_tensor(how.noise_std)
+    x = noise.start().to(whwh) * std
+    state = _StateOfLabels(how, whwh.device)
+    for pair, (t, after) in enumerate(schedule.time_pairs(how.steps)):
+        logits, boxes, *rest = call(from_signal(x, whwh, how.scale).float(), t, state.given)
+        quality = rest[0] if rest else None
+        x0 = as_signal(boxes.detach().double(), whwh, how.scale).clamp(-how.scale, how.scale)
+        found = schedule.noise_in(x, x0, t)
+        keep = _kept(logits.detach(), quality, how)
+        moved = None
+        if after >= 0:
+            many = int(keep.sum())
+            clean, add, fresh = schedule.ddim_coefficients(t, after, how.eta)
+            moved = clean * x0[keep] + add * found[keep]
+            if how.eta:
+                moved = moved + fresh * noise.step(pair, many).to(whwh) * std
+            state.advance(logits.detach(), keep, t, after, lambda count, pair=pair: noise.uniform(pair, count))  # type: ignore[misc]
+            if many < len(keep):
+                moved = torch.cat((moved, noise.renew(pair, len(keep) - many).to(whwh) * std))
+        yield Step(t, after, x, logits, boxes, quality, x0, found, keep, moved)
+        if moved is not None:
+            x = moved
+
+
+def detect(steps: Iterator[Step], how: Sampling) -> Detections:
+    """Returns the detections of a sampler's steps, sorted by score, in pixels of the network's input, not clipped.
+
+    Of several steps all but the last one are pooled, without the last as in the published code; without the ensemble
+    only the last one counts.
+    """
+    pool: list[Detections] = []
+    for step in steps:
+        if how.steps == 1 or (step.after >= 0 if how.ensemble else step.after < 0):
+            pool.append(select(scores_of(step.logits, step.quality, how), step.boxes, how.proposals))
+    return suppress(joined(pool), how.largest_iou)
+
+
+def scores_of(logits: Tensor, quality: Tensor | None, how: Sampling) -> Tensor:
+    """Returns the scores (N, K) that detections are chosen by: of classes, or their geometric mean with the quality."""
+    p = logits.float().sigmoid()
+    if not how.quality_scores or quality is None:
+        return p
+    return (p * quality.float().sigmoid()[:, None]).sqrt()
+
+
+def _kept(logits: Tensor, quality: Tensor | None, how: Sampling) -> Tensor:
+    """Returns which boxes (N,) are carried to the next step: those whose best class has more than the score asked."""
+    if how.renewal is None:
+        return torch.ones(len(logits), dtype=torch.bool, device=logits.device)
+    p = logits.float().sigmoid().amax(dim=1)
+    if how.quality_guidance and quality is not None:
+        p = p * quality.float().sigmoid() ** how.quality_guidance
+    return p > how.renewal
+
+
+class _StateOfLabels:
+    """The class states of the boxes, where the network has them: all masked at first."""
+
+    def __init__(self, how: Sampling, device: torch.device) -> None:
+        self._how, self._device = how, device
+        self.given: Tensor | None = None
+
+    def advance(self, logits: Tensor, keep: Tensor, t: int, after: int, uniform: Callable[[int], Tensor]) -> None:
+        """Moves the states of kept boxes to the next time; fresh ones are masked."""
+        how, (many, classes) = self._how, logits.shape
+        if how.label_state is None or not how.label_diffusion:
+            return
+        clean = states.clean_distribution(logits.float())
+        if how.label_state == "dist":
+            moved = states.mixed(clean, states.share_at(how.label_schedule, after).to(clean.device))
+            masked = torch.zeros_like(moved[:1])
+            masked[0, -1] = 1
+        else:
+            masked = torch.full((1,), classes, device=logits.device)
+            now = masked.expand(many) if self.given is None else self.given
+            moved = states.previous(now, clean, t, after, uniform(many).to(logits.device), how.label_schedule)
+        fresh = masked.expand(many - int(keep.sum()), *masked.shape[1:])
+        self.given = torch.cat((moved[keep], fresh))
