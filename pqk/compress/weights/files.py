@@ -38,12 +38,12 @@ def save_weights(weights: QuantizedWeights, path: Path | str) -> Path:
     """
     path = Path(path)
     tensors: dict[str, Tensor] = {}
-    for name, packed in weights.packed.items():
-        tensors |= {f"{name}{_SEPARATOR}{part}": tensor for part, tensor in packed.tensors().items()}
-    for name, tensor in weights.rest.items():
+    for name in (*weights.packed, *weights.rest):
         if _SEPARATOR in name:
             raise PqkError(f"{name} cannot be saved: its name holds '{_SEPARATOR}'")
-        tensors[name] = tensor
+    for name, packed in weights.packed.items():
+        tensors |= {f"{name}{_SEPARATOR}{part}": tensor for part, tensor in packed.tensors().items()}
+    tensors |= weights.rest
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     meta = {
         "format": FORMAT,
@@ -111,6 +111,9 @@ def _read(text: str, tensors: dict[str, Tensor]) -> QuantizedWeights:
             **parts,  # type: ignore[arg-type]
         )
         packed[name].check()
+    missing = sorted(set(meta["tied"].values()) - {*packed, *tensors})
+    if missing:
+        raise PqkError(f"the file lacks {missing[0]}")
     return QuantizedWeights(packed, tensors, meta["tied"], meta["about"], meta["float_bytes"])
 
 

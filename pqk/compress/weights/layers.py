@@ -189,8 +189,8 @@ def has_vnni() -> bool:
 def integer_product(left: Tensor, right: Tensor) -> Tensor:
     """Returns `left @ right.T` of int8 matrices, exact, in int32: (positions, columns) and (rows, columns).
 
-    left: -127..127. Without VNNI torch's own product takes 20 times as long as a float one, so float32 multiplies the
-    integers in parts whose sums it holds exactly.
+    left: -127..127. Without VNNI torch's own product is far slower than a float one (20 times on AVX2), so float32
+    multiplies the integers in parts whose sums it holds exactly.
     """
     if has_vnni():
         return torch._int_mm(left, right.T)

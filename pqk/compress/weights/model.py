@@ -142,18 +142,11 @@ def quantize_weights(
     """
     if method.needs_inputs and not inputs:
         raise PqkError(f"method {method.name} needs inputs of the layers: run `capture` on calibration batches")
-    found = targets(model, least)
-    if not found:
-        raise PqkError(
-            f"there is nothing to round: the model has no linear layer or convolution of {least} or more weights"
-        )
-    schemes = chosen_schemes([target.layer for target in found], scheme, overrides)
+    found = plan(model, scheme, overrides, least)
     packed: dict[str, PackedTensor] = {}
-    for number, (target, chosen) in enumerate(zip(found, schemes, strict=True)):
+    for number, (target, chosen) in enumerate(found):
         if report is not None:
             report(target.name, number, len(found))
-        if chosen is None:
-            continue
         try:
             packed[target.name] = pack_weight(
                 target.parameter, chosen, target.axis, method, (inputs or {}).get(target.layer)
@@ -169,16 +162,28 @@ def matches(layer: str, pattern: str) -> bool:
     return fnmatchcase(layer, pattern) if set(pattern) & set("*?[") else pattern in layer
 
 
-def chosen_schemes(layers: Sequence[str], scheme: Scheme, overrides: Overrides) -> list[Scheme | None]:
-    """Returns the scheme of every layer, None where it stays in float; see `quantize_weights`.
+def plan(
+    model: nn.Module, scheme: Scheme, overrides: Overrides = (), least: int = LEAST
+) -> list[tuple[Target, Scheme]]:
+    """Returns the weights that are rounded, each with its scheme; see `quantize_weights`.
 
-    Raises PqkError when a pattern matches none of the layers.
+    Raises PqkError when there is none, or a pattern matches no layer.
     """
+    found = targets(model, least)
+    if not found:
+        raise PqkError(
+            f"there is nothing to round: the model has no linear layer or convolution of {least} or more weights"
+        )
+    layers = [target.layer for target in found]
     for pattern, _ in overrides:
         if not pattern or not any(matches(layer, pattern) for layer in layers):
             words = {word for layer in layers for word in layer.split(".") if not word.isdigit()}
             raise PqkError(f"no layer that can be rounded matches {pattern!r}{nearest(pattern, words)}")
-    return [next((other for pattern, other in overrides if matches(layer, pattern)), scheme) for layer in layers]
+    schemes = [next((other for pattern, other in overrides if matches(layer, pattern)), scheme) for layer in layers]
+    planned = [(target, chosen) for target, chosen in zip(found, schemes, strict=True) if chosen is not None]
+    if not planned:
+        raise PqkError("there is nothing to round: every layer is to stay in float")
+    return planned
 
 
 def quantized_model(

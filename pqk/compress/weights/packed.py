@@ -125,6 +125,11 @@ class PackedTensor:
 
     def check(self) -> None:
         """Raises PqkError when sizes or types of the tensors are not those that scheme and shape ask for."""
+        placed = all(size > 0 for size in self.shape) and 0 <= self.axis < max(1, len(self.shape))
+        if not placed or not (self.rotation is None or (type(self.rotation) is int and self.rotation >= 0)):
+            raise PqkError(
+                f"axis {self.axis} or rotation {self.rotation} do not fit {self.scheme.name} of {list(self.shape)}"
+            )
         asked, blocks = payload(self.rows, self.cols, self.scheme), self.scheme.blocks(self.rows, self.cols)
         codes = torch.int8 if self.scheme.symmetric and self.scheme.bits == 8 else torch.uint8
         scales = (torch.float16, torch.float32) if self.scheme.granularity == "group" else (torch.float32,)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from pqk.compress.weights.methods.method import pack_weight
-from pqk.compress.weights.model import LEAST, Overrides, chosen_schemes, targets
+from pqk.compress.weights.model import LEAST, Overrides, plan
 from pqk.compress.weights.schemes import Scheme
 from pqk.errors import PqkError
 
@@ -71,9 +71,7 @@ def fine_tuned(
     Raises PqkError when there is no batch or the loss is not finite.
     """
     found = copy.deepcopy(model)
-    learning = targets(found, least)
-    schemes = chosen_schemes([target.layer for target in learning], scheme, overrides)
-    rounded = [(target, chosen) for target, chosen in zip(learning, schemes, strict=True) if chosen is not None]
+    rounded = plan(found, scheme, overrides, least)
     for target, chosen in rounded:
         hook = StraightThrough(chosen, target.axis)
         parametrize.register_parametrization(target.module, target.key, hook, unsafe=True)

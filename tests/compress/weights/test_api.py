@@ -277,6 +277,8 @@ def test_targets_are_large_weights_of_linear_layers_and_convolutions() -> None:
     assert torch.equal(made["head"].weight, weights.packed["words.weight"].dequantized())  # type: ignore[index]
     with pytest.raises(PqkError, match="no linear layer or convolution of 1024 or more weights"):
         quantize_weights(nn.Linear(8, 8), SCHEMES["INT4_Group_32"])
+    with pytest.raises(PqkError, match="every layer is to stay in float"):
+        quantize_weights(nn.Sequential(nn.Linear(64, 64)), SCHEMES["INT4_Group_32"], overrides=[("*", None)])
     single = nn.Linear(64, 64)
     assert isinstance(quantized_model(single, quantize_weights(single, SCHEMES["INT4_Group_32"])), PackedLinear)
     assert matches("blocks.3.attention", "attention") and matches("blocks.3.attn", "blocks.?.attn")

@@ -70,6 +70,8 @@ def test_sizes_that_do_not_fit_are_noticed() -> None:
         ("scale", packed.scale.double()),
         ("zero_point", torch.zeros(6, dtype=torch.uint8)),
         ("smooth", torch.ones(39, dtype=torch.float16)),
+        ("axis", 2),
+        ("rotation", -1),
     ):
         with pytest.raises(PqkError, match="do not fit INT4_Group_32"):
             type(packed)(**{**packed.__dict__, field: wrong}).check()
