@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pqk.errors import PqkError
-from pqk.families.checkpoint import model_name
 from pqk.families.dust3r.build import parse_constructor
+from pqk.families.identify import model_name
 from pqk.models import build_model, load_model, save_model
 from pqk.recipe.request import load_teacher
 from pqk.study.checkpoints import open_checkpoint
