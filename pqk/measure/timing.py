@@ -31,7 +31,8 @@ def time_variants(request: dict[str, Any], read: Callable[[], Clocks] = read_clo
     """Returns raw times in milliseconds per variant: of a sample, of each call by graph, and of the device where the
     engines measure it.
 
-    Request: family, workload, samples, variants, efficiency (see `why_to_end`). The inputs are the family's `timed`
+    Request: family, workload, samples, variants, efficiency (see `why_to_end`), groups (False: no whole group is timed,
+    and `group_s` is empty). The inputs are the family's `timed`
     samples. Times with the same index are of the same round and the same input. group_s: seconds of the whole group,
     where outputs that its samples share are computed once; measured twice, in two rounds. `timing`: rounds, seconds,
     the condition that ended it, seed of the order, drift in percent (of the variant that drifted most), and loads in
@@ -77,11 +78,14 @@ def time_variants(request: dict[str, Any], read: Callable[[], Clocks] = read_clo
         for sample in samples:
             run(remembering, sample, workload, 0)
 
-    groups = _group_times(dict(zip(names, engines, strict=True)), whole, limit_s, random)
+    timed = request.get("groups", True)
+    groups = _group_times(dict(zip(names, engines, strict=True)), whole, limit_s, random) if timed else {}
     gc.enable()
     drifts = [drift for name in names if (drift := drift_pct(taken[name]["sample"])) is not None]
     return {
-        "variants": {name: {**taken[name], "group_s": groups[name], "group_samples": len(samples)} for name in names},
+        "variants": {
+            name: {**taken[name], "group_s": groups.get(name, []), "group_samples": len(samples)} for name in names
+        },
         "timing": {
             "rounds": rounds,
             "seconds": round(end.wall - begin.wall, 3),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,17 +45,19 @@ def save_weights(weights: QuantizedWeights, path: Path | str) -> Path:
         tensors |= {f"{name}{_SEPARATOR}{part}": tensor for part, tensor in packed.tensors().items()}
     tensors |= weights.rest
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    schemes = list(dict.fromkeys(packed.scheme for packed in weights.packed.values()))
     meta = {
         "format": FORMAT,
         "version": VERSION,
         "float_bytes": weights.float_bytes,
         "tied": weights.tied,
         "about": weights.about,
-        "packed": {name: _described(packed) for name, packed in weights.packed.items()},
+        "schemes": [scheme.to_json() for scheme in schemes],
+        "packed": {name: _described(packed, schemes) for name, packed in weights.packed.items()},
     }
     try:
         meta["sha256"] = _digest(meta, tensors)
-        text = json.dumps(meta, sort_keys=True, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(meta, sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     except (TypeError, ValueError) as error:
         raise PqkError(f"what is said about the weights is no JSON: {first_line(error)}") from error
     with atomic_path(path) as temporary:
@@ -99,15 +101,15 @@ def _read(text: str, tensors: dict[str, Tensor]) -> QuantizedWeights:
     expected = meta.pop("sha256", None)
     if expected != _digest(meta, tensors):
         raise PqkError("the file is damaged: its sha256 is not that of its content")
-    packed = {}
-    for name, described in meta["packed"].items():
+    schemes, packed = [Scheme.from_json(each) for each in meta["schemes"]], {}
+    for name, (scheme, shape, axis, rotation, method) in meta["packed"].items():
         parts = {part: tensors.pop(f"{name}{_SEPARATOR}{part}", None) for part in PARTS}
         packed[name] = PackedTensor(
-            scheme=Scheme.from_json(described["scheme"]),
-            shape=tuple(described["shape"]),
-            axis=described["axis"],
-            rotation=described["rotation"],
-            method=described["method"],
+            schemes[scheme],
+            tuple(shape),
+            axis,
+            rotation=rotation,
+            method=method,
             **parts,  # type: ignore[arg-type]
         )
         packed[name].check()
@@ -117,14 +119,9 @@ def _read(text: str, tensors: dict[str, Tensor]) -> QuantizedWeights:
     return QuantizedWeights(packed, tensors, meta["tied"], meta["about"], meta["float_bytes"])
 
 
-def _described(packed: PackedTensor) -> dict[str, Any]:
-    return {
-        "scheme": packed.scheme.to_json(),
-        "shape": list(packed.shape),
-        "axis": packed.axis,
-        "rotation": packed.rotation,
-        "method": packed.method,
-    }
+def _described(packed: PackedTensor, schemes: Sequence[Scheme]) -> list[Any]:
+    """Returns scheme (its place in `schemes`), shape, axis, rotation and method: short, as there are many."""
+    return [schemes.index(packed.scheme), list(packed.shape), packed.axis, packed.rotation, packed.method]
 
 
 def _digest(meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:

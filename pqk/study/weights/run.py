@@ -97,7 +97,7 @@ def study_weights(asked: Asked, root: Path, out: Path, on_event: OnEvent, say: C
     found = test_split(ctx, request, experiment, root)
     model.eval().to(device)
     bench = opened_bench(experiment, model, found, asked.images, asked.images)
-    rows = [_baseline(bench, out)]
+    rows = [_baseline(bench)]
     for name in asked.schemes:
         say(f"{name}: rounding, writing, reading back, predicting {bench.count} samples")
         rows.append(_row(bench, name, SCHEMES[name], out / "weights", rows[0]["size_bytes"]))
@@ -107,7 +107,7 @@ def study_weights(asked: Asked, root: Path, out: Path, on_event: OnEvent, say: C
     if asked.rounds >= 3:
         graphs = export_graphs(ctx, experiment, model.cpu(), teacher.sha256)
         say("engines with packed weights: compiling, comparing, timing them in turns")
-        for row, engine in _timings(bench, asked, graphs, rows).items():
+        for row, engine in _timings(bench, asked, graphs).items():
             next(each for each in rows if each["name"] == row)["engine"] = engine.to_json()
     return {
         "schema": "weights-1",
@@ -118,7 +118,7 @@ def study_weights(asked: Asked, root: Path, out: Path, on_event: OnEvent, say: C
             "samples": bench.count,
             "sha256": found.sha256,
             "truthful": found.truthful,
-            "about": f"{bench.count} samples of {', '.join(found.groups[:3])}{' ...' if len(found.groups) > 3 else ''}",
+            "about": f"{bench.count} samples from {len(found.groups)} groups, such as {found.groups[0]}",
         },
         "machine": {
             "device": str(ctx.machine["device"]) if device.type == "cpu" else torch.cuda.get_device_name(device),
@@ -183,7 +183,7 @@ def predicted(bench: Bench, model: nn.Module) -> Iterator[Arrays]:
             yield of.predict_part().predict(call, sample, workload, workload.seeds.eval)
 
 
-def _baseline(bench: Bench, out: Path) -> dict[str, Any]:
+def _baseline(bench: Bench) -> dict[str, Any]:
     """Returns the row of the float model; its size is that of a file with all weights in float32."""
     from safetensors.torch import save_model
 
@@ -298,9 +298,7 @@ def _compared(bench: Bench, predictions: Sequence[Arrays]) -> dict[str, dict[str
     return {name: each.result() for name, each in sums.items()}
 
 
-def _timings(
-    bench: Bench, asked: Asked, graphs: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
-) -> dict[str, Timed]:
+def _timings(bench: Bench, asked: Asked, graphs: Mapping[str, Any]) -> dict[str, Timed]:
     efficiency = bench.experiment.evaluation.efficiency.model_dump(mode="json")
     efficiency |= {"min_rounds": asked.rounds, "min_seconds": 0, "max_seconds": 30, "enough_pct": None}
     with temporary_folder("engines") as folder:
