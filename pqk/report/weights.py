@@ -102,7 +102,9 @@ def _time(axes: Axes, rows: Sequence[Row]) -> None:
     engines = [row["engine"] for row in rows]
     values = [engine and engine["p50_ms"] for engine in engines]
     spread = [engine and (engine["p25_ms"], engine["p75_ms"]) for engine in engines]
-    label = "time of a sample in an engine (ms, p50; bar: p25 to p75)"
+    label = "time of a sample (ms, p50; bar: p25 to p75)"
+    if any(row["engine"] and row["engine"]["what"].startswith("torch") for row in rows):
+        label += "\nin OpenVINO; PyTorch's own in torch"
     _bars(axes, values, label, lambda v: f"{v:.4g}", PALETTE[1], spread)
 
 
@@ -120,12 +122,12 @@ def _relative_errors(axes: Axes, rows: Sequence[Row]) -> None:
     if values and max(values) / min(values) > 20:
         axes.set_xscale("log")
         plain_numbers(axes.xaxis)
-    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
 
 
 def _psnr(axes: Axes, rows: Sequence[Row]) -> None:
     _dots(axes, rows, "psnr", 1.0, "PSNR of each output (dB, higher is closer)")
     axes.set_xlim(left=min(0.0, axes.get_xlim()[0]))
+    axes.legend(loc="center left", frameon=False)  # closeness below 30 dB is rare
 
 
 def _dots(axes: Axes, rows: Sequence[Row], metric: str, factor: float, label: str) -> None:
