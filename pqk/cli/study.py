@@ -19,6 +19,9 @@ def weights(
     scenes: Annotated[Path | None, typer.Option(help="folder of scenes with ground truth")] = None,
     max_images: Annotated[int, typer.Option(min=1, help="images that are predicted")] = 10,
     device: Annotated[str, typer.Option(help="of the predictions in torch: cpu or cuda")] = "cpu",
+    only: Annotated[
+        str | None, typer.Option(help="schemes by name, separated by commas; default: all seven and PyTorch's")
+    ] = None,
     rounds: Annotated[int, typer.Option(min=0, help="rounds of the timing of engines; 0: none is timed")] = 11,
     methods: Annotated[
         bool, typer.Option("--methods", help="also compare SmoothQuant, rotation, AWQ and GPTQ; needs ground truth")
@@ -31,5 +34,6 @@ def weights(
     """Round the weights of a model by seven schemes: size on disk, errors of every output, time in real engines."""
     from pqk.cli.study_output import run_weights
 
+    names = [word.strip() for word in (only or "").split(",") if word.strip()]
     asked = (max_images, device, rounds, (samples, calibration) if methods else None)
-    raise typer.Exit(run_weights(model, scenes, images, setting or [], *asked, out=out))
+    raise typer.Exit(run_weights(model, scenes, images, setting or [], *asked, out=out, only=names))

@@ -39,11 +39,12 @@ def run_weights(
     methods: tuple[int, int] | None,
     out: Path,
     short: bool = False,
+    only: Sequence[str] = (),
 ) -> int:
     """Runs the study, prints the report and the files; returns the exit code.
 
     methods: samples and calibration images of the table of methods; None: no such table. short: the schemes and file
-    names of compare_quantization.py.
+    names of compare_quantization.py. only: schemes by name, in place of all and of PyTorch's dynamic quantization.
     """
     from pqk.compress.weights.schemes import SCHEMES
     from pqk.study.weights.run import Asked, study_weights
@@ -66,7 +67,8 @@ def run_weights(
         if kind == "made":
             errors.print(f"  ✓ {stage}  {seconds:.1f} s", markup=False)
 
-    asked = Asked(request, max_images, device, rounds, COMPARED if short else tuple(SCHEMES))
+    schemes = tuple(only) or (COMPARED if short else tuple(SCHEMES))
+    asked = Asked(request, max_images, device, rounds, schemes, dynamic=not only)
     results = study_weights(asked, root, out, on_event, say)
     title = f"Weight quantization of {results['model']['name']}"
     written = (write_comparison if short else write_study)(results, out, title)

@@ -116,6 +116,7 @@ def test_the_script_of_the_short_comparison_runs_on_pictures(studied: Path, tiny
     [
         (("--device", "cuda"), "torch finds no CUDA device here"),
         (("--device", "tpu"), "--device tpu: cpu or cuda"),
+        (("--only", "INT4_Group_12"), "unknown scheme 'INT4_Group_12' (did you mean 'INT4_Group_128'?); known are"),
         (("--model", "nobody/nothing"), "download model.safetensors and config.json of https://huggingface.co/nobody/"),
         (("--methods", "--images", "here"), "--methods compares drops against ground truth"),
     ],

@@ -28,7 +28,7 @@ from pqk.compress.weights.model import QuantizedWeights, quantize_weights
 from pqk.compress.weights.schemes import SCHEMES, Scheme
 from pqk.compress.weights.torch_dynamic import COMPUTE, torch_dynamic
 from pqk.engines.calls import in_torch
-from pqk.errors import NotBuilt, PqkError
+from pqk.errors import NotBuilt, PqkError, nearest
 from pqk.families.contract import Family, Metric, Sample, SampleSet
 from pqk.files import temporary_folder
 from pqk.measure.scores import drop_of
@@ -88,7 +88,8 @@ def study_weights(asked: Asked, root: Path, out: Path, on_event: OnEvent, say: C
         raise NotBuilt("SSIM needs scikit-image, which is not installed; pip install 'pqk[study]' brings it")
     unknown = [name for name in asked.schemes if name not in SCHEMES]
     if unknown:
-        raise PqkError(f"unknown scheme {unknown[0]!r}; known are {', '.join(SCHEMES)}")
+        near = nearest(unknown[0], SCHEMES)
+        raise PqkError(f"unknown scheme {unknown[0]!r}{near}; known are {', '.join(SCHEMES)}")
     device = _device(asked.device)
     request = asked.request
     experiment = asked_experiment(request, root)
