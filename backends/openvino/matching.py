@@ -16,15 +16,15 @@ def quick_matching() -> Iterator[None]:
     can fit, and then whether the nodes do. The second question is the quicker one and mostly answered with no: asked
     first, the search takes a third of the time. Both must hold, so what is found, and its order, stay the same.
     """
-    import networkx.algorithms.isomorphism as isomorphism
     from nncf.common.graph import graph_matching
 
-    class Matcher(isomorphism.MultiDiGraphMatcher):  # type: ignore[misc, unused-ignore]
+    before = graph_matching.ism
+
+    class Matcher(before.MultiDiGraphMatcher):  # type: ignore[name-defined]
         def syntactic_feasibility(self, node: Any, of_pattern: Any) -> bool:
             fits = self.node_match(self.G1.nodes[node], self.G2.nodes[of_pattern])
             return bool(fits and super().syntactic_feasibility(node, of_pattern))
 
-    before = graph_matching.ism
     graph_matching.ism = SimpleNamespace(MultiDiGraphMatcher=Matcher)
     try:
         yield

@@ -38,10 +38,11 @@ def test_variants_are_timed_beside_the_ceilings(copy_of: Callable[[], Path], tin
 
 
 def test_what_cannot_run_says_why(tmp_path: Path) -> None:
-    with Child({"kind": "ceiling", "layer": "matmul", "precision": "f3"}, tmp_path) as child:
+    asked = {"kind": "ceilings", "layers": ["matmul"]}
+    with Child({**asked, "precisions": ["f3"]}, tmp_path) as child:
         assert child.error
-    with Child({"kind": "ceiling", "layer": "matmul", "precision": "f32"}, tmp_path) as child:
-        assert child.error is None and float(child.notes) == 6 * 2 * 1024**3 and child.run() > 0
+    with Child({**asked, "precisions": ["f32"]}, tmp_path) as child:
+        assert child.error is None and json.loads(child.notes)["f32"]["matmul"] > 1 and child.run() >= 0
 
 
 def test_what_is_asked_wrongly_is_refused(copy_of: Callable[[], Path], tiny_model: Path) -> None:
