@@ -12,7 +12,6 @@ from pqk import paths
 from pqk.cli.run_output import settings_of
 from pqk.errors import EXIT_OK, PqkError, told
 from pqk.files import check_writable, write_json, write_text
-from pqk.models.hub import cached
 from pqk.recipe.request import Request
 from pqk.result import note, reported
 from pqk.store.sources import keep_sources
@@ -52,7 +51,6 @@ def run_weights(
     from pqk.study.weights.write import write_comparison, write_study
 
     root, errors = paths.project_root(), Console(stderr=True, highlight=False)
-    model = None if model is None else cached(model)
     request = Request("B1", "openvino", model=model, scenes=scenes, images=images, settings=settings_of(list(settings)))
     if methods is not None and images is not None:
         raise PqkError(

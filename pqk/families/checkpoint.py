@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pqk.errors import PqkError, first_line, nearest
 from pqk.families.build import build_model, empty_model, load_weights
+from pqk.families.hub import cached
 from pqk.families.identify import CONFIG, RANDOM, WEIGHTS, folder_family, named, read_config
 from pqk.families.official import Found, read_official, read_safetensors
 from pqk.families.registry import family
@@ -26,9 +27,9 @@ def load_model(path: Path | str, **settings: Any) -> Any:
     """Loads a network in float32 on the CPU, in eval mode, from whatever `path` names.
 
     path: an official file (a pickle, .pth or .pt, or bare .safetensors where the weights tell the sizes); a folder with
-    config.json and model.safetensors (official hub layout, or written by `save_model`); or "random:NAME" for a named
-    configuration with random weights (always the same ones: seed 0). A folder whose config.json names no family is
-    recognised by its weights, whose shapes fill in what it does not say.
+    config.json and model.safetensors (official hub layout, or written by `save_model`); a name in the hub's local cache
+    (`pqk.families.hub`); or "random:NAME" for a named configuration with random weights (always the same ones: seed 0).
+    A folder whose config.json names no family is recognised by its weights, whose shapes fill in what it does not say.
     settings: keys of the configuration, laid over the stored ones: load_model("model.pt", enable_track=True). Those of
     a section, as dpt={"features": 64}, leave its other keys as they are.
     The training-only settings of official files are undone: plain patch embedding, landscape_only False.
@@ -39,7 +40,7 @@ def load_model(path: Path | str, **settings: Any) -> Any:
         name = str(path)[len(RANDOM) :]
         of, named_config = named(name)
         return build_model(of, _laid_over(named_config, settings), generator=torch.Generator().manual_seed(0)).eval()
-    path = Path(path)
+    path = Path(cached(str(path)))
     if path.is_dir():
         name, config, weights = _read_folder(path)
         origin = path / WEIGHTS

@@ -33,9 +33,10 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from pqk.data.scenes.scene import Scene
     from pqk.families.cutting import CuttingPart
     from pqk.families.reducing import ReducingPart
-    from pqk.families.viewing import ViewPart
+    from pqk.families.viewing import Geometry
     from pqk.settings.evaluation import Evaluation
     from pqk.settings.quant import Quant
     from pqk.settings.training import Training
@@ -474,6 +475,22 @@ class ExportPart(Protocol):
         ...
 
 
+class ViewPart(Protocol):
+    """What is drawn of a family's predictions."""
+
+    def samples(self, scene: Scene, workload: Any, most: int) -> tuple[Any, list[Sample]]:
+        """Returns samples that together show the first `most` pictures of a scene, and the workload that feeds them.
+
+        The workload is the given one, or differs in how many pictures are fed at once. Raises PqkError for fewer than
+        two pictures, and for what their files raise.
+        """
+        ...
+
+    def view(self, samples: Sequence[Sample], predictions: Sequence[Mapping[str, np.ndarray]]) -> Geometry:
+        """Returns what the predictions of `samples` say. Raises PqkError where nothing can be seen in them."""
+        ...
+
+
 @dataclass(frozen=True)
 class Family:
     """A family by the modules of its parts, each given as 'package.module'.
@@ -544,4 +561,4 @@ class Family:
         """Raises NotBuilt (exit code 3) for a family whose predictions are not drawn."""
         if self.view is None:
             raise NotBuilt(f"predictions of the family {self.name} cannot be drawn here: it has no view part")
-        return cast("ViewPart", import_module(self.view))
+        return cast(ViewPart, import_module(self.view))

@@ -10,6 +10,7 @@ from typing import Any
 
 from pqk.errors import PqkError, first_line, nearest
 from pqk.families.header import weight_shapes
+from pqk.families.hub import cached
 from pqk.families.registry import families, names
 from pqk.files import check_readable
 
@@ -23,7 +24,7 @@ def family_of(path: Path | str) -> str:
     """Returns the name of the family of whatever `load_model` takes. Raises PqkError as that does."""
     if str(path).startswith(RANDOM):
         return named(str(path)[len(RANDOM) :])[0]
-    path = Path(path)
+    path = Path(cached(str(path)))
     if path.is_dir():
         return folder_family(path, read_config(path))
     if path.is_file():

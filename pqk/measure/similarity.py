@@ -42,17 +42,55 @@ class HeadAgreement:
 
 
 @dataclass
-class _Sums:
+class Sums:
+    """What the mean errors of one output follow from, over any number of samples; memory does not grow."""
+
     count: int = 0
     absolute: float = 0.0
     square: float = 0.0
-    reference: float = 0.0
     dot: float = 0.0
     norm_a: float = 0.0
     norm_b: float = 0.0
-    largest: float = 0.0
     low: float = math.inf
     high: float = -math.inf
+
+    def add(self, a: Array, b: Array) -> None:
+        """Adds two arrays of one shape, float64; `a` is the reference."""
+        difference = a - b
+        self.count += a.size
+        self.absolute += float(np.abs(difference).sum())
+        self.square += float((difference**2).sum())
+        self.dot += float((a * b).sum())
+        self.norm_a += float((a * a).sum())
+        self.norm_b += float((b * b).sum())
+        self.low, self.high = min(self.low, float(a.min())), max(self.high, float(a.max()))
+
+    @property
+    def mse(self) -> float:
+        return self.square / self.count
+
+    @property
+    def mean_abs(self) -> float:
+        return self.absolute / self.count
+
+    @property
+    def cosine(self) -> float:
+        """Returns that of both as one vector; of two zero vectors 1, of one 0."""
+        norms = math.sqrt(self.norm_a) * math.sqrt(self.norm_b)
+        return min(1.0, self.dot / norms) if norms else float(self.norm_a == self.norm_b)
+
+    @property
+    def psnr_db(self) -> float | None:
+        """Returns 10 log10(range(a)^2 / mse); None when equal (infinite) or when `a` is constant."""
+        span = self.high - self.low
+        return 10 * math.log10(span * span / self.mse) if self.square > 0 and span > 0 else None
+
+
+@dataclass
+class _Head:
+    sums: Sums = field(default_factory=Sums)
+    reference: float = 0.0
+    largest: float = 0.0
     moved: int = 0
     pixels: list[Array] = field(default_factory=list)  # float32 distances, one array per sample
 
@@ -65,7 +103,7 @@ class Agreement:
 
     def __init__(self, outputs: Mapping[str, str]) -> None:
         self._kinds = dict(outputs)
-        self._sums = {head: _Sums() for head in outputs}
+        self._heads = {head: _Head() for head in outputs}
 
     def add(self, a: Mapping[str, Array], b: Mapping[str, Array]) -> None:
         """Adds a sample: `a` is the reference. Raises PqkError for missing outputs, unlike shapes, NaN or infinity."""
@@ -75,42 +113,35 @@ class Agreement:
             x, y = _array(a, head, "reference"), _array(b, head, "prediction")
             if x.shape != y.shape:
                 raise PqkError(f"{head}: the predictions have shapes {x.shape} and {y.shape}")
-            difference = x - y
-            sums = self._sums[head]
-            absolute = np.abs(difference)
-            sums.count += x.size
-            sums.absolute += float(absolute.sum())
-            sums.square += float((difference**2).sum())
-            sums.reference += float(np.abs(x).sum())
-            sums.dot += float((x * y).sum())
-            sums.norm_a += float((x * x).sum())
-            sums.norm_b += float((y * y).sum())
-            sums.largest = max(sums.largest, float(absolute.max()))
-            sums.low, sums.high = min(sums.low, float(x.min())), max(sums.high, float(x.max()))
-            distance = np.linalg.norm(difference, axis=-1) if self._kinds[head] == "points" else absolute
-            if self._kinds[head] == "points":
-                sums.moved += int((distance > MOVED * depth).sum())
-            sums.pixels.append(distance.astype(np.float32).ravel())
+            kept, points = self._heads[head], self._kinds[head] == "points"
+            kept.sums.add(x, y)
+            kept.reference += float(np.abs(x).sum())
+            absolute = np.abs(x - y)
+            kept.largest = max(kept.largest, float(absolute.max()))
+            distance = np.linalg.norm(x - y, axis=-1) if points else absolute
+            if points:
+                kept.moved += int((distance > MOVED * depth).sum())
+            kept.pixels.append(distance.astype(np.float32).ravel())
 
     def result(self) -> dict[str, HeadAgreement]:
         """Returns the agreement of each output. Raises PqkError when no sample was added."""
         found = {}
-        for head, s in self._sums.items():
-            if not s.count:
+        for head, kept in self._heads.items():
+            sums = kept.sums
+            if not sums.count:
                 raise PqkError("nothing to compare: no sample was added")
-            pixels = np.concatenate(s.pixels)
+            pixels = np.concatenate(kept.pixels)
             p50, p99 = (float(q) for q in np.percentile(pixels, [50, 99]))
-            mse, span, norms = s.square / s.count, s.high - s.low, math.sqrt(s.norm_a) * math.sqrt(s.norm_b)
             found[head] = HeadAgreement(
-                max_abs=s.largest,
-                mean_abs=s.absolute / s.count,
-                relative=s.absolute / s.reference if s.reference else (0.0 if s.absolute == 0 else None),
-                cosine=min(1.0, s.dot / norms) if norms else float(s.norm_a == s.norm_b),
-                psnr_db=10 * math.log10(span * span / mse) if mse > 0 and span > 0 else None,
+                max_abs=kept.largest,
+                mean_abs=sums.mean_abs,
+                relative=sums.absolute / kept.reference if kept.reference else (0.0 if sums.absolute == 0 else None),
+                cosine=sums.cosine,
+                psnr_db=sums.psnr_db,
                 p50=p50,
                 p99=p99,
                 max=float(pixels.max()),
-                moved=s.moved / len(pixels) if self._kinds[head] == "points" else None,
+                moved=kept.moved / len(pixels) if self._kinds[head] == "points" else None,
             )
         return found
 

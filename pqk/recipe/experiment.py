@@ -10,6 +10,7 @@ from typing import Any
 from pqk import paths
 from pqk.errors import PqkError, nearest
 from pqk.families.contract import Family, Metric
+from pqk.families.hub import cached
 from pqk.families.identify import family_of
 from pqk.families.registry import family
 from pqk.families.sides import check_sides
@@ -76,10 +77,10 @@ def default_teacher(root: Path) -> DefaultTeacher:
 def teacher_path(asked: str | None, root: Path) -> str:
     """Returns the requested model, else the project's Teacher, as `load_model` takes it.
 
-    Raises PqkError where the Teacher is missing.
+    A name in the hub's cache becomes its folder. Raises PqkError where the Teacher is missing, or a name is not there.
     """
     if asked is not None:
-        return asked
+        return cached(asked)
     found = default_teacher(root).model
     if found.startswith("random:"):
         return found

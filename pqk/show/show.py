@@ -22,7 +22,6 @@ from pqk.families.registry import family
 from pqk.families.viewing import Geometry
 from pqk.files import check_writable, temporary_folder, write_json
 from pqk.measure.predictions import Predictions
-from pqk.models.hub import cached
 from pqk.recipe.experiment import config_file, config_loaders, teacher_path
 from pqk.report.show.cloud import draw_cloud
 from pqk.report.show.depth import MOST_ROWS, draw_depth, relative_difference
@@ -84,12 +83,12 @@ def show(
     for models of two families, a folder of several scenes or of fewer than two pictures, and NotBuilt (exit code 3) for
     a family without a view.
     """
-    first = teacher_path(None if model is None else cached(model), root)
+    first = teacher_path(model, root)
     if against is not None and holds_weights(against):
         with temporary_folder("dequantized") as folder:
             made = dequantized(first, Path(against), folder / Path(against).stem)
             return show(first, str(made), images, most, out, root, say)
-    asked = [first, *([cached(against)] if against is not None else [])]
+    asked = [first, *([against] if against is not None else [])]
     kinds = [family_of(path) for path in asked]
     if len(set(kinds)) > 1:
         raise PqkError(

@@ -150,11 +150,16 @@ def test_what_is_there_stays_and_something_else_is_refused(made, tmp_path):
     with pytest.raises(PqkError, match="holds a set with images 10, asked is 11"):
         make_set(made.parent, replace(PLAN, images=11))
     (tmp_path / "test-3").mkdir()
+    (tmp_path / "test-3" / "mine.txt").touch()
     with pytest.raises(PqkError, match="exists and is no generated set"):
         make_set(tmp_path, PLAN)
     (tmp_path / "test-3" / "set.json").write_text("[")
     with pytest.raises(PqkError, match="is damaged"):
         make_set(tmp_path, PLAN)
+    assert (tmp_path / "test-3" / "mine.txt").exists()
+    (tmp_path / "empty" / "test-3").mkdir(parents=True)
+    with pytest.raises(PqkError, match="exists already"):
+        make_set(tmp_path / "empty", PLAN)
 
 
 @pytest.mark.parametrize(

@@ -221,7 +221,7 @@ def test_full_disk_leaves_nothing(tmp_path, monkeypatch):
 
 def test_as_many_processes_as_allowed_cores(tmp_path, monkeypatch):
     """Not as many as the machine has: a container may be allowed two of 200."""
-    from pqk.data.render import generate
+    from pqk.data.render import pool
 
     asked = []
 
@@ -230,7 +230,7 @@ def test_as_many_processes_as_allowed_cores(tmp_path, monkeypatch):
             asked.append(jobs)
             raise BrokenProcessPool
 
-    monkeypatch.setattr(generate, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(pool, "ProcessPoolExecutor", Pool)
     monkeypatch.setattr(os, "cpu_count", lambda: 200)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 5, 7}, raising=False)
     plans = [replace(PLAN, index=index) for index in range(10)]

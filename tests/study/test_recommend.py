@@ -1,14 +1,9 @@
-"""The advice of a study follows from its rows by the rules that it states; and hub names are looked up in the cache."""
+"""The advice of a study follows from its rows by the rules that it states."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-import pytest
-
-from pqk.errors import PqkError
-from pqk.models.hub import cached
 from pqk.study.weights.recommend import recommend
 from pqk.study.weights.text import table
 
@@ -63,22 +58,3 @@ def test_nothing_is_recommended_where_nothing_meets_the_rule() -> None:
 def test_columns_of_a_table_stand_under_each_other() -> None:
     lines = table(["name", "x"], [["a", "1"], ["long name", "22.5"]])
     assert lines == ["name          x", "---------  ----", "a             1", "long name  22.5"]
-
-
-def test_a_hub_name_is_looked_up_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
-    monkeypatch.setenv("HF_HOME", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(
-        PqkError, match=r"download model.safetensors and config.json of https://huggingface.co/some/model"
-    ):
-        cached("some/model")
-    folder = tmp_path / "hub" / "models--some--model" / "snapshots" / "1"
-    folder.mkdir(parents=True)
-    (folder / "model.safetensors").touch()
-    assert cached("some/model") == str(folder / "model.safetensors")
-    (folder / "config.json").touch()
-    assert cached("some/model") == str(folder)
-    (tmp_path / "some" / "model").mkdir(parents=True)
-    assert cached("some/model") == "some/model"  # what is here is no name
-    assert cached("random:tiny") == "random:tiny" and cached("../up") == "../up"

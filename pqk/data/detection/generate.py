@@ -12,13 +12,9 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context, parent_process
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +24,7 @@ from PIL import Image
 
 from pqk.cores import allowed_cores
 from pqk.data.detection.compose import CLASSES, LEAST_PIXELS, LEAST_SHARE, LEAST_SIDE, render_picture
+from pqk.data.render.pool import in_processes, is_made
 from pqk.data.render.synthetic import texture_bank
 from pqk.errors import PqkError, nearest
 from pqk.files import sha256_file, whole_folder
@@ -70,7 +67,7 @@ def make_set(out: Path, plan: SetPlan, jobs: int | None = None, done: Callable[[
     if out.exists() and not out.is_dir():
         raise PqkError(f"cannot write a set into {out}: it is a file, not a folder")
     target = out / plan.name
-    if _is_made(target, plan):
+    if is_made(target, ABOUT, asdict(plan), "set"):
         return target
     jobs = min(jobs or (allowed_cores() if plan.images >= WORTH else 1), plan.images)
     with whole_folder(target) as folder:
@@ -99,27 +96,6 @@ def _check(plan: SetPlan) -> None:
             raise PqkError(f"the {name} must be from {low} to {high}, got {value}")
 
 
-def _is_made(target: Path, plan: SetPlan) -> bool:
-    """Returns whether the planned set is there. Raises PqkError when something else has its name."""
-    if not os.path.lexists(target):
-        return False
-    about = target / ABOUT
-    if not about.is_file():
-        raise PqkError(f"{target} exists and is no generated set; move it away or choose another folder")
-    try:
-        found = json.loads(about.read_text(encoding="utf-8"))
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise PqkError(f"{about} is damaged; delete its folder to generate the set again")
-    for key, asked in asdict(plan).items():
-        if found.get(key) != asked:
-            raise PqkError(
-                f"{target} holds a set with {key} {found.get(key)}, asked is {asked}; delete it or use another folder"
-            )
-    return True
-
-
 def _file(index: int) -> str:
     return f"{index:06d}.jpg"
 
@@ -129,28 +105,7 @@ def _rendered(plan: SetPlan, jobs: int) -> Iterator[tuple[bytes, dict[str, Any]]
     if jobs == 1:
         yield from (_render(plan, index) for index in range(plan.images))
         return
-    context = get_context("spawn")  # torch's thread pools do not survive a fork
-    try:
-        with ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker) as pool:
-            yield from pool.map(_render, [plan] * plan.images, range(plan.images), chunksize=8)
-    except BrokenProcessPool:
-        raise PqkError(
-            f"one of the {jobs} processes that render images was killed (SIGKILL), probably out of memory; "
-            "fewer at once need less (--jobs 1)"
-        ) from None
-
-
-def _start_worker() -> None:
-    """Sets one thread per process; ends the worker when its parent was killed, where the pool would wait forever."""
-    torch.set_num_threads(1)
-    parent = parent_process()
-
-    def follow() -> None:
-        if parent is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
+    yield from in_processes(partial(_render, plan), range(plan.images), jobs, "images", chunk=8)
 
 
 _banks: list[torch.Tensor] = []

@@ -189,6 +189,7 @@ def _open_zip(archive: Path) -> Iterator[Archive]:
     try:
         with zipfile.ZipFile(archive) as opened:
             yield _Zip(archive, opened)
+    # zipfile says NotImplementedError of a member that is packed in a way it does not know
     except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, ValueError) as error:
         raise _damaged(archive, error) from error
     except OSError as error:

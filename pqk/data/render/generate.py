@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import shutil
-import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +16,7 @@ from PIL import Image
 
 from pqk.cores import allowed_cores
 from pqk.data.render.intersect import SceneBatch
+from pqk.data.render.pool import in_processes, is_made
 from pqk.data.render.raytrace import trace
 from pqk.data.render.synthetic import render, sample_scenes, texture_bank
 from pqk.data.scenes.camera import Camera
@@ -87,7 +83,7 @@ def make_scenes(
         raise PqkError(f"cannot write scenes into {out}: it is a file, not a folder")
     with clear_write_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-    missing = [plan for plan in plans if not _is_made(out / plan.name, plan)]
+    missing = [plan for plan in plans if not is_made(out / plan.name, "scene.json", asdict(plan), "scene")]
     for plan in missing:
         _remove_leftovers(out, plan)
     jobs = min(jobs or (allowed_cores() if len(missing) >= WORTH else 1), max(1, len(missing)))
@@ -97,52 +93,10 @@ def make_scenes(
             if done:
                 done(plan.name)
     else:
-        context = get_context("spawn")  # torch's thread pools do not survive a fork
-        try:
-            with ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker) as pool:
-                for name in pool.map(_write_one, [(out, plan) for plan in missing]):
-                    if done:
-                        done(name)
-        except BrokenProcessPool:
-            raise PqkError(
-                f"one of the {jobs} processes that render scenes was killed (SIGKILL), probably out of memory; "
-                "fewer at once need less (pqk data make --jobs 1)"
-            ) from None
+        for name in in_processes(_write_one, [(out, plan) for plan in missing], jobs, "scenes"):
+            if done:
+                done(name)
     return [out / plan.name for plan in plans]
-
-
-def _start_worker() -> None:
-    """Sets one thread per process; ends the worker when its parent was killed, where the pool would wait forever."""
-    torch.set_num_threads(1)
-    parent = parent_process()
-
-    def follow() -> None:
-        if parent is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
-
-
-def _is_made(folder: Path, plan: ScenePlan) -> bool:
-    """Returns whether the planned scene is there. Raises PqkError when something else has its name."""
-    about = folder / "scene.json"
-    if not about.exists():
-        if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-            raise PqkError(f"{folder} exists and is no generated scene; move it away or choose another folder")
-        return False
-    try:
-        found = json.loads(about.read_text(encoding="utf-8"))
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise PqkError(f"{about} is damaged; delete its folder to generate the scene again")
-    for key, asked in asdict(plan).items():
-        if found.get(key) != asked:
-            raise PqkError(
-                f"{folder} holds a scene with {key} {found.get(key)}, asked is {asked}; delete it or use another folder"
-            )
-    return True
 
 
 def _remove_leftovers(out: Path, plan: ScenePlan) -> None:

@@ -11,6 +11,8 @@ from typing import Literal
 
 import numpy as np
 
+from pqk.measure.similarity import Sums
+
 METRICS = ("mae", "mse", "rmse", "psnr", "ce", "cosine", "relative_error", "ssim")
 Kind = Literal["points", "values"]
 _LEAST_SSIM = 7
@@ -25,14 +27,7 @@ class Closeness:
     """
 
     kind: Kind
-    _count: int = 0
-    _absolute: float = 0.0
-    _squared: float = 0.0
-    _dot: float = 0.0
-    _own: float = 0.0
-    _float: float = 0.0
-    _low: float = math.inf
-    _high: float = -math.inf
+    _sums: Sums = field(default_factory=Sums)
     _relative: list[tuple[float, int]] = field(default_factory=list)
     _ssim: list[float] = field(default_factory=list)
 
@@ -41,15 +36,8 @@ class Closeness:
         if own.shape != reference.shape:
             raise ValueError(f"outputs of shapes {own.shape} and {reference.shape} cannot be compared")
         a, b = own.astype(np.float64), reference.astype(np.float64)
-        difference = a - b
-        self._count += a.size
-        self._absolute += float(np.abs(difference).sum())
-        self._squared += float(np.square(difference).sum())
-        self._dot += float((a * b).sum())
-        self._own += float(np.square(a).sum())
-        self._float += float(np.square(b).sum())
-        self._low, self._high = min(self._low, float(b.min())), max(self._high, float(b.max()))
-        self._relative.append(self._relative_of(difference, b))
+        self._sums.add(b, a)
+        self._relative.append(self._relative_of(a - b, b))
         maps = zip(self._maps(a), self._maps(b), strict=True)
         self._ssim += [found for one, other in maps if (found := _ssim(one, other)) is not None]
 
@@ -62,17 +50,17 @@ class Closeness:
         |own - float| / |float|: an element is a number of a map, a whole point, or a whole vector such as a pose.
         ssim: mean over maps (Wang et al. 2004, IEEE TIP 13(4)), of points the depth z; None without maps.
         """
-        if not self._count:
+        sums = self._sums
+        if not sums.count:
             return dict.fromkeys(METRICS)
-        mse, span = self._squared / self._count, self._high - self._low
         weight = sum(count for _, count in self._relative)
         return {
-            "mae": self._absolute / self._count,
-            "mse": mse,
-            "rmse": math.sqrt(mse),
-            "psnr": 10 * math.log10(span**2 / mse) if mse > 0 and span > 0 else None,
+            "mae": sums.mean_abs,
+            "mse": sums.mse,
+            "rmse": math.sqrt(sums.mse),
+            "psnr": sums.psnr_db,
             "ce": None,
-            "cosine": self._dot / math.sqrt(self._own * self._float) if self._own > 0 and self._float > 0 else None,
+            "cosine": sums.cosine,
             "relative_error": sum(total for total, _ in self._relative) / weight if weight else None,
             "ssim": sum(self._ssim) / len(self._ssim) if self._ssim else None,
         }

@@ -15,18 +15,19 @@ _FILES = ("model.safetensors", "model.pt")
 def cached(asked: str) -> str:
     """Returns the folder or file in the cache for a hub name such as OWNER/NAME; anything else as it is.
 
-    A path that exists is never taken for a name. Raises PqkError for a name that is not in the cache, with what to do.
+    A path that exists, or lies in a folder that does, is never taken for a name. Raises PqkError for a name that is not
+    in the cache, with what to do.
     """
-    if not _NAME.match(asked) or ".." in asked or Path(asked).exists():
+    owner, _, name = asked.partition("/")
+    if not _NAME.match(asked) or ".." in asked or Path(asked).exists() or Path(owner).is_dir():
         return asked
-    owner, name = asked.split("/")
     places = [place / f"models--{owner}--{name}" for place in _caches()]
     found = [path for place in places for path in place.glob("snapshots/*") if any((path / f).exists() for f in _FILES)]
     if not found:
         looked = ", ".join(map(str, _caches()))
         raise PqkError(
-            f"{asked} is neither a file or folder here nor in the hub's cache ({looked}); download model.safetensors "
-            f"and config.json of https://huggingface.co/{asked} into a folder and give its path"
+            f"no such model: {asked} is neither a file nor a folder here, nor in the hub's cache ({looked}); download "
+            f"model.safetensors and config.json of https://huggingface.co/{asked} into a folder and give its path"
         )
     newest = max(found, key=lambda path: path.stat().st_mtime)
     whole = (newest / _FILES[0]).exists() and (newest / "config.json").exists()
