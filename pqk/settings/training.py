@@ -4,11 +4,18 @@ methods.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from pqk.settings.scenery import Scenery
 from pqk.settings.seeds import LIMIT
@@ -82,14 +89,40 @@ class Match(Section):
 
 
 class TrainSpec(Training, Spec):
-    """The training of a teacher. match: for families that have this loss."""
+    """The training of a teacher.
+
+    network: keys of the configuration, laid over those of the named model: an extension of it, for example. rates:
+    factors of the learning rate by a regular expression of the names of weights; 0: not trained. match: for families
+    that have this loss.
+    """
 
     version: str = "1.0"
     model: str
     seed: int = Field(default=0, ge=0, lt=LIMIT)
     steps: int = Field(ge=1)
+    network: dict[str, Any] = Field(default_factory=dict)
+    rates: dict[str, Annotated[float, Field(ge=0, le=10_000)]] = Field(default_factory=dict)
     match: Match | None = None
     validation: Validation = Validation()
+
+    @field_validator("rates")
+    @classmethod
+    def _patterns(cls, rates: dict[str, float]) -> dict[str, float]:
+        for pattern in rates:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"must have regular expressions as keys, and {pattern!r} is none: {error}") from None
+        return rates
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leaves out an empty `network` and `rates`, so that a file without them keeps its former sha256."""
+        values: dict[str, Any] = handler(self)
+        for name in ("network", "rates"):
+            if not values[name]:
+                del values[name]
+        return values
 
 
 class Held(Section):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,12 +62,24 @@ def world() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Returns two groups of parameters: matrices and filters, with weight decay; biases and norms, without."""
-    trained = [p for p in model.parameters() if p.requires_grad]
+def parameter_groups(
+    model: nn.Module, weight_decay: float, factors: Mapping[str, float] | None = None
+) -> list[dict[str, Any]]:
+    """Returns groups of parameters: matrices and filters, with weight decay; biases and norms, without.
+
+    factors: of the learning rate, by a regular expression that is searched in names; the first that is found counts.
+    Parameters with factor 0 are not trained.
+    """
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {(1.0, True): [], (1.0, False): []}
+    for name, parameter in model.named_parameters():
+        factor = next((factor for part, factor in (factors or {}).items() if re.search(part, name)), 1.0)
+        if factor == 0:
+            parameter.requires_grad_(False)
+        if parameter.requires_grad:
+            groups.setdefault((factor, parameter.ndim > 1), []).append(parameter)
     return [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": found, "weight_decay": weight_decay if decays else 0.0, "factor": factor}
+        for (factor, decays), found in groups.items()
     ]
 
 
@@ -88,7 +101,9 @@ class Trainer:
         clip_norm: float,
         ema: float,
         autocast: bool,
+        factors: Mapping[str, float] | None = None,
     ) -> None:
+        """factors: of the learning rate; see `parameter_groups`."""
         self.rank, self.world = world()
         self.device, self.schedule, self.autocast = device, schedule, autocast
         self.clip_norm, self.decay = clip_norm, ema
@@ -96,7 +111,7 @@ class Trainer:
         self.ema = {k: v.detach().clone().float() for k, v in self.model.state_dict().items()}
         self.best: dict[str, torch.Tensor] | None = None  # the average of the best validation, on the CPU
         self.optimizer = torch.optim.AdamW(
-            parameter_groups(self.model, weight_decay),
+            parameter_groups(self.model, weight_decay, factors),
             lr=schedule.learning_rate,
             betas=(0.9, 0.95),
             fused=device.type == "cuda",
@@ -216,7 +231,7 @@ class Trainer:
                 break
             p.learning_rate = self.schedule.rate(p.share)
             for group in self.optimizer.param_groups:
-                group["lr"] = p.learning_rate
+                group["lr"] = p.learning_rate * group.get("factor", 1.0)  # an old checkpoint has no factors
             with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast):
                 loss = loss_of(module, p.step, p.share)
             loss.backward()

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +50,9 @@ def train_teacher(
 
     They are written when the training has ended ('done' or 'early'); a paused training does not change these files.
     Resumes from `out`/checkpoint.pt when it belongs to the same spec; otherwise starts from the weights of `init` (a
-    model that `load_model` reads, of the same configuration), or from random ones. bf16 autocast is on for CUDA. On a
-    CPU it is off unless requested: whether it pays depends on the processor and on the network. Returns the outcome and
-    the last progress.
+    model that `load_model` reads, of the same configuration; what the spec's `network` adds keeps fresh weights), or
+    from random ones. bf16 autocast is on for CUDA. On a CPU it is off unless requested: whether it pays depends on the
+    processor and on the network. Returns the outcome and the last progress.
     Raises PqkError for an unknown model or device, an impossible budget, a batch that the processes cannot share
     equally, a folder that cannot be written or that another process trains in, and a checkpoint that is damaged or of
     another spec.
@@ -111,14 +111,11 @@ def _train(
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
     autocast = where.type == "cuda" if autocast is None else autocast
-    config = of.settings_part().NAMED[spec.model]
+    config = {**of.settings_part().NAMED[spec.model], **spec.network}
     torch.manual_seed(spec.seed)
     model, start = build_model(of.name, config), None
     if init is not None:
-        first = load_model(init)
-        if first.family != of.name or not learning.same_network(first.config, config):
-            raise PqkError(f"{init} has another configuration than {spec.model}; training cannot start from it")
-        model.load_state_dict(first.state_dict())
+        _begin_with(model, learning, init, config, spec)
         start = sha256_state(model.state_dict())
     # the inputs of the convolutions in a transformer's heads have this layout anyway
     model = model.to(memory_format=torch.channels_last)
@@ -131,6 +128,7 @@ def _train(
         clip_norm=spec.clip_norm,
         ema=spec.ema,
         autocast=autocast,
+        factors=spec.rates,
     )
     if rank == 0:
         held.enter_context(_alone(out))
@@ -192,6 +190,22 @@ def _train(
     if grouped:
         torch.distributed.destroy_process_group()
     return outcome, trainer.progress
+
+
+def _begin_with(model: Any, learning: Any, init: str, config: Mapping[str, Any], spec: TrainSpec) -> None:
+    """Fills a fresh model with the weights of `init`; what `spec.network` adds to it keeps its own.
+
+    Raises PqkError where they are of another network.
+    """
+    first = load_model(init)
+    like = first.family == model.family
+    if not spec.network:
+        like = like and learning.same_network(first.config, config)
+    weights, mine = first.state_dict(), model.state_dict()
+    fit = like and all(key in mine and mine[key].shape == value.shape for key, value in weights.items())
+    if not fit:
+        raise PqkError(f"{init} has another configuration than {spec.model}; training cannot start from it")
+    model.load_state_dict({**mine, **weights})
 
 
 def family_of_named(name: str) -> Family:

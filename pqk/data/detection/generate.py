@@ -40,17 +40,23 @@ WORTH = 32  # images; fewer take less time than the start of a process
 
 @dataclass(frozen=True)
 class SetPlan:
-    """The settings of one generated set. width, height: pixels of its images."""
+    """The settings of one generated set. width, height: pixels of its images. first: number of its first image."""
 
     split: str
     seed: int
     images: int
     width: int = 320
     height: int = 240
+    first: int = 0
 
     @property
     def name(self) -> str:
         return f"{self.split}-{self.seed}"
+
+    @property
+    def indices(self) -> range:
+        """Numbers of the images."""
+        return range(self.first, self.first + self.images)
 
 
 def make_set(out: Path, plan: SetPlan, jobs: int | None = None, done: Callable[[int], None] | None = None) -> Path:
@@ -73,11 +79,11 @@ def make_set(out: Path, plan: SetPlan, jobs: int | None = None, done: Callable[[
     with whole_folder(target) as folder:
         (folder / IMAGES).mkdir()
         found: list[dict[str, Any]] = []
-        for index, (data, objects) in enumerate(_rendered(plan, jobs)):
+        for index, (data, objects) in zip(plan.indices, _rendered(plan, jobs), strict=True):
             (folder / IMAGES / _file(index)).write_bytes(data)
             found.append(objects)
             if done:
-                done(index + 1)
+                done(len(found))
         _write(folder / ANNOTATIONS, _coco(plan, found))
         _write(folder / ABOUT, {**asdict(plan), **_about(found, sha256_file(folder / ANNOTATIONS))}, indent=2)
     return target
@@ -88,7 +94,8 @@ def _check(plan: SetPlan) -> None:
         raise PqkError(f"unknown split {plan.split!r}{nearest(plan.split, SPLITS)}; allowed are {', '.join(SPLITS)}")
     for name, value, low, high in (
         ("seed of a set", plan.seed, 0, LIMIT - 1),
-        ("number of images", plan.images, 1, INDICES),
+        ("number of the first image", plan.first, 0, INDICES - 1),
+        ("number of images", plan.images, 1, INDICES - plan.first),
         ("width of an image", plan.width, 64, 2048),
         ("height of an image", plan.height, 64, 2048),
     ):
@@ -103,16 +110,19 @@ def _file(index: int) -> str:
 def _rendered(plan: SetPlan, jobs: int) -> Iterator[tuple[bytes, dict[str, Any]]]:
     """Yields file and objects of every image in order."""
     if jobs == 1:
-        yield from (_render(plan, index) for index in range(plan.images))
+        yield from (render_image(plan, index) for index in plan.indices)
         return
-    yield from in_processes(partial(_render, plan), range(plan.images), jobs, "images", chunk=8)
+    yield from in_processes(partial(render_image, plan), plan.indices, jobs, "images", chunk=8)
 
 
 _banks: list[torch.Tensor] = []
 
 
-def _render(plan: SetPlan, index: int) -> tuple[bytes, dict[str, Any]]:
-    """Returns the JPEG file of one image, and the labels, boxes and visible pixels of its objects."""
+def render_image(plan: SetPlan, index: int) -> tuple[bytes, dict[str, Any]]:
+    """Returns the JPEG file of one image of a set, and `labels`, `boxes` and `areas` of its objects as lists.
+
+    boxes: x1, y1, x2, y2 in pixels. areas: visible pixels.
+    """
     if not _banks:  # once per process
         _banks.append(texture_bank())
     filling = FILLINGS[index % len(FILLINGS)]
@@ -125,11 +135,9 @@ def _render(plan: SetPlan, index: int) -> tuple[bytes, dict[str, Any]]:
 
 def _coco(plan: SetPlan, found: list[dict[str, Any]]) -> dict[str, Any]:
     """Returns the annotations: ids count from 1, boxes are x, y, width, height, areas are visible pixels."""
-    images = [
-        {"id": i + 1, "file_name": _file(i), "width": plan.width, "height": plan.height} for i in range(len(found))
-    ]
+    images = [{"id": i + 1, "file_name": _file(i), "width": plan.width, "height": plan.height} for i in plan.indices]
     annotations: list[dict[str, Any]] = []
-    for i, objects in enumerate(found):
+    for i, objects in zip(plan.indices, found, strict=True):
         for label, (x1, y1, x2, y2), area in zip(objects["labels"], objects["boxes"], objects["areas"], strict=True):
             annotations.append(
                 {

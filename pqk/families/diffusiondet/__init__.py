@@ -10,5 +10,6 @@ FAMILY = Family(
     name="diffusiondet",
     settings="pqk.families.diffusiondet.settings",
     model="pqk.families.diffusiondet.build",
+    learning="pqk.families.diffusiondet.learning",
     vectors="pqk.families.diffusiondet.vectors",
 )

@@ -13,12 +13,12 @@ from pqk.families import layers
 from pqk.families.diffusiondet.checkpoint import official as official
 from pqk.families.diffusiondet.model import DiffusionDet
 from pqk.families.diffusiondet.network import attention
-from pqk.families.diffusiondet.network.backbone import FrozenNorm
+from pqk.families.diffusiondet.network.backbone import Norm
 from pqk.families.diffusiondet.network.head import Head, Stage
 from pqk.families.diffusiondet.sampling import schedule
 from pqk.families.diffusiondet.settings import SIGN
 
-UNDONE: Mapping[str, Any] = {}
+UNDONE: Mapping[str, Any] = {"norm": "frozen"}
 LAYOUT = f"'model' with {SIGN}"
 """What an official checkpoint holds."""
 
@@ -41,7 +41,7 @@ def initialize(model: nn.Module, generator: torch.Generator | None = None) -> No
     layers.initialize(model, generator)
     cast(DiffusionDet, model).fill_schedule()
     for part in model.modules():
-        if isinstance(part, FrozenNorm):
+        if isinstance(part, Norm):
             for buffer, fill in ((part.weight, 1), (part.bias, 0), (part.running_mean, 0), (part.running_var, 1)):
                 buffer.fill_(fill)
         elif isinstance(part, attention.Attention):

@@ -1,4 +1,4 @@
-"""Defines the backbone: a ResNet of bottlenecks with frozen batch norms, and a feature pyramid on it.
+"""Defines the backbone: a ResNet of bottlenecks, whose norms are fixed, and a feature pyramid on it.
 
 He et al. 2016 with the stride in the 3x3 convolutions; Lin et al. 2017 (feature pyramid). Names of all weights are
 those of the official checkpoints.
@@ -13,37 +13,52 @@ from torch import Tensor, nn
 from pqk.families.diffusiondet.network.configs import BackboneSize
 
 NORM_EPS = 1e-5
+MOMENTUM = 0.05
+"""Share of a batch in the averaged statistics of norms that learn."""
 STRIDES = (4, 8, 16, 32)
 """Of the maps p2, p3, p4 and p5 in pixels; sides of an image are multiples of the last one."""
 FROZEN = ("stem", "res2")
 """Parts of the ResNet whose weights are not trained."""
 
 
-class FrozenNorm(nn.Module):
-    """Batch norm with fixed statistics, scale and shift: all four are buffers, and nothing is trained."""
+class Norm(nn.Module):
+    """Batch norm with fixed statistics, scale and shift: all four are buffers, and nothing is trained.
+
+    learns: scale and shift are trained, and in training mode the statistics are those of the batch (Ioffe and Szegedy
+    2015), whose average is kept. Names and result of a trained network are the same.
+    """
 
     weight: Tensor
     bias: Tensor
     running_mean: Tensor
     running_var: Tensor
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, learns: bool) -> None:
         super().__init__()
+        self.learns = learns
         for name, fill in (("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", 1.0)):
-            self.register_buffer(name, torch.full((channels,), fill))
+            values = torch.full((channels,), fill)
+            if learns and name in ("weight", "bias"):
+                self.register_parameter(name, nn.Parameter(values))
+            else:
+                self.register_buffer(name, values)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.learns and self.training:
+            return F.batch_norm(
+                x, self.running_mean, self.running_var, self.weight, self.bias, True, MOMENTUM, NORM_EPS
+            )
         scale = self.weight * (self.running_var + NORM_EPS).rsqrt()
         shift = self.bias - self.running_mean * scale
         return x * scale[:, None, None] + shift[:, None, None]
 
 
 class NormedConv(nn.Conv2d):
-    """A convolution without bias and the frozen norm after it."""
+    """A convolution without bias and the norm after it."""
 
-    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1) -> None:
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, learns: bool) -> None:
         super().__init__(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
-        self.norm = FrozenNorm(outputs)
+        self.norm = Norm(outputs, learns)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(super().forward(x))
@@ -52,12 +67,12 @@ class NormedConv(nn.Conv2d):
 class Bottleneck(nn.Module):
     """1x1, 3x3 and 1x1 convolutions beside a shortcut, which is a convolution where the shape changes."""
 
-    def __init__(self, inputs: int, inner: int, outputs: int, stride: int, first: bool) -> None:
+    def __init__(self, inputs: int, inner: int, outputs: int, stride: int, first: bool, learns: bool) -> None:
         super().__init__()
-        self.shortcut = NormedConv(inputs, outputs, 1, stride) if first else None
-        self.conv1 = NormedConv(inputs, inner, 1)
-        self.conv2 = NormedConv(inner, inner, 3, stride)
-        self.conv3 = NormedConv(inner, outputs, 1)
+        self.shortcut = NormedConv(inputs, outputs, 1, stride, learns) if first else None
+        self.conv1 = NormedConv(inputs, inner, 1, 1, learns)
+        self.conv2 = NormedConv(inner, inner, 3, stride, learns)
+        self.conv3 = NormedConv(inner, outputs, 1, 1, learns)
 
     def forward(self, x: Tensor) -> Tensor:
         inside = self.conv3(F.relu(self.conv2(F.relu(self.conv1(x)))))
@@ -67,32 +82,37 @@ class Bottleneck(nn.Module):
 class Stem(nn.Module):
     """The first convolution and pooling: an image to a map of stride 4."""
 
-    def __init__(self, outputs: int) -> None:
+    def __init__(self, outputs: int, learns: bool) -> None:
         super().__init__()
-        self.conv1 = NormedConv(3, outputs, 7, stride=2)
+        self.conv1 = NormedConv(3, outputs, 7, 2, learns)
 
     def forward(self, image: Tensor) -> Tensor:
         return F.max_pool2d(F.relu(self.conv1(image)), kernel_size=3, stride=2, padding=1)
 
 
 class ResNet(nn.Module):
-    """Image (B, 3, H, W) -> four maps of strides 4, 8, 16 and 32. The weights of `FROZEN` parts need no gradient."""
+    """Image (B, 3, H, W) -> four maps of strides 4, 8, 16 and 32.
+
+    The weights of `FROZEN` parts need no gradient, unless norms learn, as a network does that starts from nothing.
+    """
 
     def __init__(self, size: BackboneSize) -> None:
         super().__init__()
-        self.stem = Stem(size.stem)
+        self.stem = Stem(size.stem, size.learns)
         inputs = size.stem
         for level, blocks in enumerate(size.blocks):
             inner, outputs, stride = size.inner << level, size.res2 << level, 2 if level else 1
             group = nn.Sequential(
                 *(
-                    Bottleneck(outputs if index else inputs, inner, outputs, 1 if index else stride, index == 0)
+                    Bottleneck(
+                        outputs if index else inputs, inner, outputs, 1 if index else stride, index == 0, size.learns
+                    )
                     for index in range(blocks)
                 )
             )
             self.add_module(f"res{level + 2}", group)
             inputs = outputs
-        for name in FROZEN:
+        for name in () if size.learns else FROZEN:
             self.get_submodule(name).requires_grad_(False)
 
     def forward(self, image: Tensor) -> list[Tensor]:

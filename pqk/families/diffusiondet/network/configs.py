@@ -61,8 +61,12 @@ _DEFAULTS: dict[str, Any] = {
     "qfl_beta": 2.0,
     "box_loss_iou_weight_power": 0.0,
     "noise_std": [1.0, 1.0, 1.0, 1.0],
+    "norm": "frozen",
 }
 _IGNORED = ("family",)
+
+NORMS = ("frozen", "batch")
+"""Norms of the backbone: fixed, as of a pretrained one, or learned along with everything else from nothing."""
 
 NAMED: dict[str, dict[str, Any]] = {
     "diffusiondet-r50": {},
@@ -78,6 +82,8 @@ NAMED: dict[str, dict[str, Any]] = {
         "stem_out": 16,
         "res2_out": 64,
         "width_per_group": 16,
+        "num_classes": 3,
+        "norm": "batch",
     },
 }
 """The released COCO models (ResNet-50 is the default of every key, and ResNet-101), and a small one for quick runs."""
@@ -89,6 +95,7 @@ class BackboneSize:
 
     stem, res2: channels out of the first convolution and of the first group; every further group doubles them. inner:
     of the 3x3 convolutions of the first group. blocks: bottlenecks of each group. out: channels of the pyramid.
+    learns: norms and first groups are trained too.
     """
 
     stem: int
@@ -96,6 +103,7 @@ class BackboneSize:
     inner: int
     blocks: tuple[int, ...]
     out: int
+    learns: bool
 
 
 @dataclass(frozen=True)
@@ -192,6 +200,7 @@ def read_config(config: Mapping[str, Any]) -> DiffusionDetConfig:
             inner=count(OF, values, "width_per_group"),
             blocks=_blocks(values["blocks"]),
             out=dim,
+            learns=_choice(values, "norm", NORMS) == "batch",
         ),
         stage=stage,
         stages=stages,

@@ -1,0 +1,309 @@
+"""Teaches the detector (a `LearningPart`): images with boxes, with the losses of a set of boxes."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pqk.families.contract import Batches, SampleSet
+from pqk.families.diffusiondet.batches import Images, Pictured, generator, own, rendered
+from pqk.families.diffusiondet.network.boxes import from_signal, giou, to_centres
+from pqk.families.diffusiondet.network.configs import DiffusionDetConfig, read_config
+from pqk.families.diffusiondet.preprocess import batch_of
+from pqk.families.diffusiondet.sampling import labels as states
+from pqk.families.diffusiondet.sampling import schedule
+from pqk.families.diffusiondet.sampling.selection import Detections, rescale, select, suppress
+from pqk.families.diffusiondet.settings import Workload
+from pqk.families.diffusiondet.training import targets as starts
+from pqk.families.diffusiondet.training.distill import chosen_boxes, class_distance
+from pqk.families.diffusiondet.training.losses import (
+    BOX_WEIGHT,
+    GIOU_WEIGHT,
+    LabelStates,
+    LossOptions,
+    corner_distance,
+    set_losses,
+)
+from pqk.families.layers import initialize
+from pqk.families.losses import feature_loss
+from pqk.settings.training import Training
+
+TERMS = ("task", "kl", "features", "imitation", "probe")
+UNIT = "images"
+SOURCE = "images of procedural rooms rendered as they are needed (pqk.data.detection), split 'train'"
+REMEDY = "use images with objects"
+
+LAST_TIME = schedule.TIMES - 1
+TAUGHT = 50
+"""Boxes of an image, the Teacher's best ones, that a student is compared on."""
+SURE = 0.5
+"""Score from which a Teacher's detection plays the truth."""
+
+Scored = list[list[dict[str, float]]]
+
+
+class HeadPart(nn.Module):
+    """The head as a training runs it: outputs of all stages."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.head, self.sizes = model.head, model.sizes
+
+    def forward(
+        self, maps: Sequence[Tensor], boxes: Tensor, t: Tensor, labels: Tensor | None, whwh: Tensor
+    ) -> tuple[Tensor, ...]:
+        return self.head(maps, boxes, t, labels, whwh)
+
+
+def parts(model: Any) -> dict[str, nn.Module]:
+    """Returns the modules of both graphs, which share the model's weights and take any size."""
+    return {"backbone": model.backbone, "head": HeadPart(model)}
+
+
+def as_exported(parts: Mapping[str, Any], workload: Workload) -> None:
+    """Does nothing: no module holds a size."""
+
+
+def batches(
+    asked: Training,
+    device: torch.device,
+    *,
+    seed: int,
+    held_seed: int,
+    found: SampleSet | None = None,
+    workload: Workload | None = None,
+) -> Batches:
+    """Returns batches of generated images, or of the user's own set or photographs; see `LearningPart`."""
+    if found is not None and found.own:
+        return own(asked, device, seed, found)
+    return rendered(asked, device, seed, held_seed)
+
+
+def forward(parts: Mapping[str, Any], batch: Images, watched: Any = None) -> dict[str, Any]:
+    """Returns the outputs of all stages for B images: logits (S, B, N, K), boxes (S, B, N, 4), and their start.
+
+    Held-out images begin with noise alone at the last time, others with the truth and the noise of a drawn time.
+    watched: the maps are kept under 'features'.
+    """
+    sizes: DiffusionDetConfig = parts["head"].sizes
+    images, whwh = batch_of(batch.images())
+    start = _from_noise if batch.held or not batch.truthful else _from_truth
+    boxes, t, given, labels = start(batch, whwh, sizes)
+    maps = parts["backbone"](images)
+    logits, refined, *rest = parts["head"](maps, boxes, t, given, whwh)
+    out = {
+        "logits": logits,
+        "boxes": refined,
+        "quality": rest[0] if rest else None,
+        "whwh": whwh,
+        "labels": labels,
+        "options": LossOptions.of(sizes),
+    }
+    return out if watched is None else {**out, "features": {f"p{level + 2}": m for level, m in enumerate(maps)}}
+
+
+Starting = tuple[Tensor, Tensor, Tensor | None, LabelStates | None]
+
+
+def _from_noise(batch: Images, whwh: Tensor, sizes: DiffusionDetConfig) -> Starting:
+    """Returns boxes that begin with noise alone, at the last time, with all classes masked."""
+    std = whwh.new_tensor(sizes.noise_std)
+    rows = [torch.randn(sizes.proposals, 4, generator=generator(batch, n)).to(whwh) * std for n in range(len(whwh))]
+    boxes = torch.stack([from_signal(x, size, sizes.scale) for x, size in zip(rows, whwh, strict=True)])
+    return boxes.float(), torch.full((len(whwh),), LAST_TIME, device=whwh.device), None, None
+
+
+def _from_truth(batch: Images, whwh: Tensor, sizes: DiffusionDetConfig) -> Starting:
+    """Returns the truth with noise among boxes of nothing (`training.targets`), the times, and the class states."""
+    noisy, times, clean, uniform = [], [], [], []
+    for number, (target, size) in enumerate(zip(batch.targets(), whwh, strict=True)):
+        random = generator(batch, number)
+        drawn = starts.draw(sizes.proposals, len(target["labels"]), random)
+        noisy.append(starts.noisy_boxes(to_centres(target["boxes"] / size), drawn, sizes.scale, sizes.noise_std))
+        times.append(drawn.t.reshape(()))
+        mask = target["labels"].new_full((1,), sizes.stage.classes)
+        clean.append(torch.cat((target["labels"], mask))[noisy[-1].chosen])
+        uniform.append(torch.rand(sizes.proposals, generator=random))
+    t = torch.stack(times).to(whwh.device)
+    boxes = torch.stack([starts.start_boxes(one, size, sizes.scale) for one, size in zip(noisy, whwh, strict=True)])
+    if sizes.label_state is None or not sizes.label_diffusion:
+        return boxes, t, None, None
+    y0 = torch.stack(clean)
+    at = t[:, None].expand_as(y0)
+    if sizes.label_state == "dist":
+        return boxes, t, states.corrupted_distribution(y0, at, sizes.stage.classes, sizes.label_schedule), None
+    y = states.corrupt(y0, at, torch.stack(uniform).to(y0.device), sizes.stage.classes, sizes.label_schedule)
+    return boxes, t, y, LabelStates(y, t)
+
+
+def losses(
+    out: Mapping[str, Any],
+    batch: Images,
+    teacher: Mapping[str, Any] | None,
+    terms: Collection[str],
+    options: Mapping[str, Any],
+) -> dict[str, Tensor]:
+    """Returns the losses that are asked for; see `LearningPart`.
+
+    task: the sum of `set_losses`. kl: of all stages, the cross-entropy with the Teacher's classes, softened, of its
+    best boxes. imitation: classes and boxes of the last stage.
+    """
+    found: dict[str, Tensor] = {}
+    with torch.autocast(out["logits"].device.type, enabled=False):
+        if "task" in terms:
+            sized = [{**one, "whwh": size} for one, size in zip(batch.targets(), out["whwh"], strict=True)]
+            parts = set_losses(out["logits"], out["boxes"], sized, out["options"], out["quality"], out["labels"])
+            found["task"] = torch.stack(list(parts.values())).sum()
+        if "kl" in terms:
+            assert teacher is not None
+            found["kl"] = softened(out, teacher, options["temperature"])
+        if "imitation" in terms:
+            assert teacher is not None
+            found["imitation"] = torch.stack(apart(out, teacher)).mean()
+        if "probe" in terms:
+            found["probe"] = probe(out)
+    if "features" in terms:
+        assert teacher is not None
+        found["features"] = feature_loss(teacher["features"], out["features"], options["bridges"])
+    return found
+
+
+def softened(out: Mapping[str, Any], teacher: Mapping[str, Any], temperature: float) -> Tensor:
+    """Returns KL(Teacher || student) of the classes at a temperature, times its square, summed over classes: a scalar.
+
+    Mean over the Teacher's best boxes of the last stage. Both began with the same noise, so box n of one is box n of
+    the other (Hinton et al. 2015, section 2, for independent classes).
+    """
+    mine, theirs = out["logits"][-1].float(), teacher["logits"][-1].detach().float()
+    found = []
+    for image in range(len(mine)):
+        index = chosen_boxes(theirs[image], teacher["boxes"][-1][image], TAUGHT)
+        wanted = (theirs[image][index] / temperature).sigmoid()
+        ours = mine[image][index] / temperature
+        entropy = F.binary_cross_entropy_with_logits(theirs[image][index] / temperature, wanted, reduction="none")
+        crossed = F.binary_cross_entropy_with_logits(ours, wanted, reduction="none")
+        found.append((crossed - entropy).sum(dim=1).mean() * temperature**2)
+    return torch.stack(found).mean()
+
+
+def apart(out: Mapping[str, Any], teacher: Mapping[str, Any]) -> list[Tensor]:
+    """Returns how far the last stage of each image is from the Teacher's: classes, corners and overlap of its best
+    boxes, weighted as in the task.
+    """
+    found = []
+    ends = zip(
+        out["logits"][-1].float(), out["boxes"][-1], teacher["logits"][-1].float(), teacher["boxes"][-1], out["whwh"],
+        strict=True,
+    )  # fmt: skip
+    for mine, ours, wanted, theirs, whwh in ends:
+        index = chosen_boxes(wanted, theirs, TAUGHT)
+        box, aim = ours[index], theirs[index].detach()
+        placed = BOX_WEIGHT * corner_distance(box, aim, whwh) + GIOU_WEIGHT * (1 - giou(box, aim))
+        found.append(class_distance(mine, wanted, index) + placed.mean())
+    return found
+
+
+def probe(out: Mapping[str, Any]) -> Tensor:
+    """Returns scores and relative corners of the last stage, projected on random signs: a scalar.
+
+    The squared gradient of it by a weight is on average how far the weight moves the outputs (Hutchinson 1990). The
+    signs are always the same.
+    """
+    signs = torch.Generator().manual_seed(0)
+    total = torch.zeros((), device=out["logits"].device)
+    for values in (out["logits"][-1].float().sigmoid(), out["boxes"][-1] / out["whwh"][:, None]):
+        drawn = torch.randint(2, values.shape, generator=signs).to(values) * 2 - 1
+        total = total + (drawn * values).sum() / values.numel() ** 0.5
+    return total
+
+
+def features(teacher: Any, student: Any, seed: int) -> tuple[Any, Any, nn.ModuleDict]:
+    """Returns that the maps are watched in both, and 1x1 convolutions, weights from the seed, where widths differ."""
+    bridges = nn.ModuleDict()
+    mine, theirs = student.sizes.backbone.out, teacher.sizes.backbone.out
+    if mine != theirs:
+        for level in range(2, 6):
+            bridges[f"p{level}"] = nn.Conv2d(mine, theirs, 1)
+    initialize(bridges, torch.Generator().manual_seed(seed))
+    return True, True, bridges
+
+
+def as_truth(batch: Images, out: Mapping[str, Any], config: Mapping[str, Any]) -> Images:
+    """Returns the images with the Teacher's detections of a score from `SURE` on as their truth."""
+    pictures = []
+    for one, found in zip(batch.pictures, detections(out, batch), strict=True):
+        sure = found.scores >= SURE
+        boxes, labels = found.boxes[sure].cpu().numpy(), found.labels[sure].cpu().numpy()
+        areas = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1, dtype=np.float64)
+        pictures.append(Pictured(one.image, boxes, labels, areas, np.ones(len(boxes), bool)))
+    return replace(batch, pictures=pictures, truthful=True)
+
+
+def detections(out: Mapping[str, Any], batch: Images) -> list[Detections]:
+    """Returns what the last stage finds in each image, in pixels of it, the best first."""
+    found = []
+    for logits, boxes, one in zip(out["logits"][-1].float(), out["boxes"][-1], batch.pictures, strict=True):
+        chosen = suppress(select(logits.sigmoid(), boxes.float(), len(boxes)))
+        size = (one.image.shape[0], one.image.shape[1])
+        found.append(rescale(chosen, size, size))
+    return found
+
+
+def shift(out: Mapping[str, Any], uncut: Mapping[str, Any], batch: Images) -> float:
+    """Returns how far the outputs of a cut network are from those of the uncut one.
+
+    The mean over boxes of the L1 distance of corners, relative to the image, plus that of the scores.
+    """
+    placed = corner_distance(out["boxes"][-1], uncut["boxes"][-1], out["whwh"][:, None]).mean()
+    scored = (out["logits"][-1].float().sigmoid() - uncut["logits"][-1].float().sigmoid()).abs().sum(dim=-1).mean()
+    return float(placed + scored)
+
+
+def distance(out: Mapping[str, Any], teacher: Mapping[str, Any], options: Mapping[str, Any]) -> list[float]:
+    """Returns the loss 'imitation' of each image by itself."""
+    return [float(value) for value in apart(out, teacher)]
+
+
+def same_network(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two configurations describe one network, however completely each is written and its norms are trained."""
+    first, second = (read_config({**config, "norm": "frozen"}) for config in (one, other))
+    return first == second
+
+
+def score(out: Mapping[str, Any], batch: Images) -> Scored:
+    """Returns AP of the batch for each of its images."""
+    from pathlib import Path
+
+    from pqk.data.detection.sample import DetectionSample
+    from pqk.families.metrics.detection_ap import Detections as Found
+    from pqk.families.metrics.detection_ap import average_precision, match_image
+
+    matches = []
+    for k, (one, found) in enumerate(zip(batch.pictures, detections(out, batch), strict=True)):
+        truth = DetectionSample(
+            k,
+            Path("x"),
+            one.image.shape[1],
+            one.image.shape[0],
+            one.boxes,
+            one.labels,
+            one.areas,
+            ~one.counted,
+            np.zeros(len(one.labels), bool),
+        )
+        matches.append(
+            match_image(truth, Found(found.boxes.cpu().numpy(), found.scores.cpu().numpy(), found.labels.cpu().numpy()))
+        )
+    v = average_precision(matches, batch.classes).values
+    row = {"ap": v["AP"], "ap50": v["AP50"], "ap75": v["AP75"]}
+    return [[row] for _ in batch.pictures]
+
+
+def floor(batch: Images) -> Scored:
+    return [[{"ap": 0.0, "ap50": 0.0, "ap75": 0.0}] for _ in batch.pictures]
