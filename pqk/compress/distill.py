@@ -16,6 +16,9 @@ from pqk.compress.train.loop import Progress
 from pqk.errors import PqkError
 from pqk.settings.distill import Distill
 
+SAMPLER = "sampler"
+"""The loss of families that have a sampler, and what their `forward` watches for it, with a number of steps."""
+
 
 def distill(
     teacher: nn.Module,
@@ -40,16 +43,22 @@ def distill(
     terms = ["task"] if data.truthful else []
     terms += ["kl"] if max(loss.beta_start, loss.beta_end) > 0 else []
     terms += ["features"] if loss.gamma > 0 else []
+    terms += [SAMPLER] if spec.sampler is not None else []
     if not terms:
         raise PqkError("without ground truth K learns from the Teacher alone: set distill.loss.beta_start or gamma")
     options: dict[str, Any] = {"alpha": spec.train.alpha, "temperature": loss.temperature}
     watched: tuple[Any, Any] = (None, None)
+    if spec.sampler is not None:
+        if SAMPLER not in data.learning.TERMS:
+            raise PqkError(f"models of the family {data.family.name} have no sampler; leave distill.sampler out")
+        watched = (SAMPLER, spec.sampler.teacher_steps), (SAMPLER, spec.sampler.student_steps)
+        options[SAMPLER] = spec.sampler.model_dump()
     if loss.gamma > 0:
         *watched, options["bridges"] = data.learning.features(teacher, student, seed)  # type: ignore[assignment]
 
     def loss_of(module: nn.Module, batch: Any, aim: Outputs | None, share: float) -> Tensor:
         found = data.learning.losses(module(batch), batch, aim, terms, options)
-        weights = {"task": loss.alpha, "kl": loss.beta_at(share), "features": loss.gamma}
+        weights = {"task": loss.alpha, "kl": loss.beta_at(share), "features": loss.gamma, SAMPLER: 1.0}
         return weighed(found, weights)
 
     return fit(

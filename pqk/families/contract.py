@@ -378,7 +378,8 @@ class LearningPart(Protocol):
     """What P, K, QAT and PQK need: batches, a forward over the graphs' modules, losses, metrics of held-out samples."""
 
     # names of the losses: task, kl, features, imitation; probe: what is cut by without truth; match, where a family has
-    # it: what attention finds in other frames, for which `forward` watches 'match'
+    # it: what attention finds in other frames, for which `forward` watches 'match'; sampler: what a sampler of many
+    # steps finds, for which `forward` watches ('sampler', steps)
     TERMS: tuple[str, ...]
     UNIT: str  # what a batch holds, in the plural
     SOURCE: str  # of generated batches, for the card of a model that was trained on them

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from pqk.settings.training import Fit, Side
 from pqk.settings.yamlfile import Section, Spec, config_loader
@@ -52,13 +52,58 @@ class DistillLoss(Section):
         return self.beta_start + (self.beta_end - self.beta_start) * risen
 
 
+Steps = Annotated[int, Field(ge=1, le=1000)]
+Weight = Annotated[float, Field(ge=0, le=100)]
+
+
+class SamplerLoss(Section):
+    """How a student learns to find in fewer steps of a sampler what its Teacher finds in many.
+
+    teacher_steps: a multiple of student_steps; both run without fresh noise. best: how many of the Teacher's best boxes
+    are compared. classes, boxes: weights of their distances, beside loss.alpha of the task.
+    """
+
+    teacher_steps: Steps
+    student_steps: Steps = 1
+    best: Annotated[int, Field(ge=1, le=10_000)] = 100
+    classes: Weight = 1.0
+    boxes: Weight = 1.0
+
+    @model_validator(mode="after")
+    def _a_multiple(self) -> Self:
+        if self.teacher_steps % self.student_steps:
+            raise ValueError(
+                f"must have teacher_steps that are a multiple of student_steps, and has {self.teacher_steps} and "
+                f"{self.student_steps}"
+            )
+        return self
+
+
 class Distill(Spec):
-    """Settings of method K: the cut of the student, and how it learns from the Teacher."""
+    """Settings of method K: the cut of the student, and how it learns from the Teacher.
+
+    sampler: for families with a sampler; in place of the KL and of features.
+    """
 
     version: Annotated[str, Field(pattern=r"^\d+\.\d+$")]
     student: StudentCut
     loss: DistillLoss
+    sampler: SamplerLoss | None = None
     train: Fit
+
+    @model_validator(mode="after")
+    def _sampler_alone(self) -> Self:
+        if self.sampler is not None and (self.loss.beta_start or self.loss.beta_end or self.loss.gamma):
+            raise ValueError("with a section sampler must have loss.beta_start, loss.beta_end and loss.gamma 0")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leaves out an absent sampler, so that settings without one keep their former sha256."""
+        values: dict[str, Any] = handler(self)
+        if self.sampler is None:
+            del values["sampler"]
+        return values
 
     @model_validator(mode="after")
     def _a_density(self) -> Self:

@@ -12,16 +12,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pqk.families.contract import Batches, SampleSet
-from pqk.families.diffusiondet.batches import Images, Pictured, generator, own, rendered
+from pqk.families.detection.batches import Images, Pictured, batches_of, generator
 from pqk.families.diffusiondet.network.boxes import from_signal, giou, to_centres
 from pqk.families.diffusiondet.network.configs import DiffusionDetConfig, read_config
 from pqk.families.diffusiondet.preprocess import batch_of
 from pqk.families.diffusiondet.sampling import labels as states
 from pqk.families.diffusiondet.sampling import schedule
+from pqk.families.diffusiondet.sampling.noise import GivenNoise
+from pqk.families.diffusiondet.sampling.sampler import Sampling, Step, sample
 from pqk.families.diffusiondet.sampling.selection import Detections, rescale, select, suppress
 from pqk.families.diffusiondet.settings import Workload
 from pqk.families.diffusiondet.training import targets as starts
-from pqk.families.diffusiondet.training.distill import chosen_boxes, class_distance
+from pqk.families.diffusiondet.training.distill import chosen_boxes, class_distance, distill_terms
 from pqk.families.diffusiondet.training.losses import (
     BOX_WEIGHT,
     GIOU_WEIGHT,
@@ -34,7 +36,8 @@ from pqk.families.layers import initialize
 from pqk.families.losses import feature_loss
 from pqk.settings.training import Training
 
-TERMS = ("task", "kl", "features", "imitation", "probe")
+SAMPLER = "sampler"
+TERMS = ("task", "kl", "features", "imitation", "probe", SAMPLER)
 UNIT = "images"
 SOURCE = "images of procedural rooms rendered as they are needed (pqk.data.detection), split 'train'"
 REMEDY = "use images with objects"
@@ -80,32 +83,56 @@ def batches(
     workload: Workload | None = None,
 ) -> Batches:
     """Returns batches of generated images, or of the user's own set or photographs; see `LearningPart`."""
-    if found is not None and found.own:
-        return own(asked, device, seed, found)
-    return rendered(asked, device, seed, held_seed)
+    return batches_of(asked, device, seed, held_seed, found)
 
 
 def forward(parts: Mapping[str, Any], batch: Images, watched: Any = None) -> dict[str, Any]:
     """Returns the outputs of all stages for B images: logits (S, B, N, K), boxes (S, B, N, 4), and their start.
 
     Held-out images begin with noise alone at the last time, others with the truth and the noise of a drawn time.
-    watched: the maps are kept under 'features'.
+    watched: the maps are kept under 'features'; or ('sampler', steps), and the steps of a sampler without fresh noise
+    are kept under this name, of each image. Where nothing learns, as in a Teacher, those are all.
     """
     sizes: DiffusionDetConfig = parts["head"].sizes
     images, whwh = batch_of(batch.images())
+    maps = parts["backbone"](images)
+    kept: dict[str, Any] = {}
+    if isinstance(watched, tuple):
+        kept = {SAMPLER: _sampled(parts["head"], maps, batch, whwh, watched[1])}
+        if not torch.is_grad_enabled():
+            return {**kept, "whwh": whwh}
+    elif watched is not None:
+        kept = {"features": {f"p{level + 2}": each for level, each in enumerate(maps)}}
     start = _from_noise if batch.held or not batch.truthful else _from_truth
     boxes, t, given, labels = start(batch, whwh, sizes)
-    maps = parts["backbone"](images)
     logits, refined, *rest = parts["head"](maps, boxes, t, given, whwh)
-    out = {
+    return {
         "logits": logits,
         "boxes": refined,
         "quality": rest[0] if rest else None,
         "whwh": whwh,
         "labels": labels,
         "options": LossOptions.of(sizes),
+        **kept,
     }
-    return out if watched is None else {**out, "features": {f"p{level + 2}": m for level, m in enumerate(maps)}}
+
+
+def _sampled(head: Any, maps: Sequence[Tensor], batch: Images, whwh: Tensor, steps: int) -> list[list[Step]]:
+    """Returns the steps of a deterministic sampler from each image's noise, without renewal: box n stays box n."""
+    sizes: DiffusionDetConfig = head.sizes
+    found = []
+    for number, size in enumerate(whwh):
+        rows = [each[number : number + 1] for each in maps]
+
+        def call(boxes: Tensor, t: int, labels: Tensor | None, rows: Any = rows, size: Tensor = size) -> Any:
+            at, given = torch.full((1,), t, device=boxes.device), None if labels is None else labels[None]
+            return tuple(each[-1, 0] for each in head(rows, boxes[None], at, given, size[None]))
+
+        std = size.new_tensor(sizes.noise_std)
+        how = replace(Sampling.of(sizes, steps), eta=0.0, renewal=None, ensemble=False)
+        start = torch.randn(sizes.proposals, 4, generator=generator(batch, number)).to(size) * std
+        found.append(list(sample(call, size, GivenNoise(start / std), how)))
+    return found
 
 
 Starting = tuple[Tensor, Tensor, Tensor | None, LabelStates | None]
@@ -168,10 +195,22 @@ def losses(
             found["imitation"] = torch.stack(apart(out, teacher)).mean()
         if "probe" in terms:
             found["probe"] = probe(out)
+        if SAMPLER in terms:
+            assert teacher is not None
+            found[SAMPLER] = _few_steps(out, teacher, options[SAMPLER])
     if "features" in terms:
         assert teacher is not None
         found["features"] = feature_loss(teacher["features"], out["features"], options["bridges"])
     return found
+
+
+def _few_steps(out: Mapping[str, Any], teacher: Mapping[str, Any], options: Mapping[str, Any]) -> Tensor:
+    """Returns how far the student's steps are from the Teacher's at the same times, mean over images; see `distill`."""
+    total = []
+    for mine, theirs, whwh in zip(out[SAMPLER], teacher[SAMPLER], out["whwh"], strict=True):
+        terms = distill_terms(mine, theirs, whwh, options["best"])
+        total.append(options["classes"] * terms.classes + options["boxes"] * terms.boxes)
+    return torch.stack(total).mean()
 
 
 def softened(out: Mapping[str, Any], teacher: Mapping[str, Any], temperature: float) -> Tensor:

@@ -15,11 +15,10 @@ from torch import Tensor
 
 from pqk.data.scenes.picture import read_picture, upright
 from pqk.errors import PqkError
+from pqk.families.detection.inputs import MEAN, STD
 
 SHORT, LONG = 800, 1333
 """Default side of the short side, and the most of the long side, in pixels."""
-MEAN, STD = (123.675, 116.280, 103.530), (58.395, 57.120, 57.375)
-"""Of ImageNet, per colour."""
 MULTIPLE = 32
 
 

@@ -21,9 +21,9 @@ from pqk.data.scenes.names import natural
 from pqk.data.scenes.picture import read_picture, upright
 from pqk.errors import PqkError
 from pqk.families.contract import Given, Maker, Sample, SampleSet
-from pqk.families.diffusiondet.inputs import fit
-from pqk.families.diffusiondet.scoring import Truth
-from pqk.families.diffusiondet.settings import ImageList, TrainList, Workload
+from pqk.families.detection.inputs import fit
+from pqk.families.detection.scoring import Truth
+from pqk.families.detection.settings import ImageList, TrainList, Workload
 from pqk.files import sha256_file, sha256_json
 from pqk.settings.workload import SYNTHETIC
 

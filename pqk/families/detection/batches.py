@@ -18,7 +18,7 @@ from pqk.data.detection.generate import SetPlan, render_image
 from pqk.data.detection.sample import DetectionSample
 from pqk.errors import PqkError
 from pqk.families.contract import SampleSet
-from pqk.families.diffusiondet.data import classes_of, learning_split
+from pqk.families.detection.data import classes_of, learning_split
 from pqk.settings.training import Training
 
 POOL = 2048
@@ -157,6 +157,15 @@ class Drawn:
             yield Images(
                 pictures, self._classes, (self._held_seed, first), self._device, held=True, truthful=self.truthful
             )
+
+
+def batches_of(
+    asked: Training, device: torch.device, seed: int, held_seed: int, found: SampleSet | None
+) -> Drawn:
+    """Returns batches of generated images, or of the user's set or photographs; see `LearningPart.batches`."""
+    if found is not None and found.own:
+        return own(asked, device, seed, found)
+    return rendered(asked, device, seed, held_seed)
 
 
 def rendered(asked: Training, device: torch.device, seed: int, held_seed: int) -> Drawn:
