@@ -10,5 +10,7 @@ FAMILY = Family(
     name="diffusiondet",
     settings="pqk.families.diffusiondet.settings",
     model="pqk.families.diffusiondet.build",
+    predict="pqk.families.diffusiondet.predict",
+    export="pqk.families.diffusiondet.export",
     vectors="pqk.families.diffusiondet.vectors",
 )

@@ -14,6 +14,7 @@ from pqk.families.diffusiondet.network.configs import NAMED as NAMED
 from pqk.families.diffusiondet.parts import ATTENTION as ATTENTION
 from pqk.families.diffusiondet.parts import KINDS as KINDS
 from pqk.families.diffusiondet.parts import LAST_LAYERS as LAST_LAYERS
+from pqk.families.diffusiondet.parts import POOLING
 from pqk.families.diffusiondet.parts import part_of as part_of
 from pqk.settings import evaluation, quant, workload
 from pqk.settings.workload import SYNTHETIC, BaseSeed
@@ -30,8 +31,9 @@ LONGEST = 2048
 
 GRAPHS = (
     GraphUse("backbone", unit="images"),
-    GraphUse("head", after=("backbone",), unit="sets of noisy boxes"),
+    GraphUse("head", after=("backbone", "head"), unit="sets of noisy boxes"),
 )
+"""The boxes of a step are made of what the head found in the step before."""
 
 METRICS = (
     Metric("ap", "", "higher", 100.0, drops=True),
@@ -89,14 +91,22 @@ class Network(Section):
     """What a sampler must know of the network that it runs; an export of another network is refused.
 
     signal_scale: boxes are coded in [-s, s]. noise_std: factors of the noise on cx, cy, w and h. label_state: of a
-    network that diffuses classes.
+    network that diffuses classes, with its number of classes. geo_feat: the network takes the size of the picture.
     """
 
     signal_scale: Annotated[float, Field(gt=0, le=100)] = 2.0
     noise_std: Annotated[tuple[float, ...], Field(strict=False, min_length=4, max_length=4)] = (1.0, 1.0, 1.0, 1.0)
     label_state: Literal["sample", "dist"] | None = None
     label_schedule: Literal["linear", "cosine"] = "linear"
+    classes: Annotated[int | None, Field(ge=1, le=LARGEST_PROPOSALS)] = None
     quality_head: bool = False
+    geo_feat: bool = False
+
+    @model_validator(mode="after")
+    def _counted(self) -> Self:
+        if (self.label_state is None) != (self.classes is None):
+            raise ValueError("label_state and classes belong together: give both, or neither")
+        return self
 
 
 class ImageList(Section):
@@ -159,7 +169,7 @@ class Workload(workload.Workload):
     @model_validator(mode="after")
     def _apart(self) -> Self:
         """Splits of one set need sources of their own: nothing says which images are whose."""
-        named = {
+        named: dict[str, ImageList | TrainList] = {
             "sets.train": self.sets.train,
             "sets.validation": self.sets.validation,
             "sets.test": self.sets.test,
@@ -172,6 +182,13 @@ class Workload(workload.Workload):
             before = seen.setdefault((one.source, one.set), name)
             if before != name:
                 raise ValueError(f"{before} and {name} take the same set; splits share no image")
+        return self
+
+    @model_validator(mode="after")
+    def _has_quality(self) -> Self:
+        """What is scored by quality needs the head that gives it."""
+        if not self.network.quality_head and (self.sampler.scores == "quality" or self.sampler.quality_guidance):
+            raise ValueError("sampler.scores: quality and sampler.quality_guidance need network.quality_head: true")
         return self
 
     @property
@@ -212,10 +229,15 @@ class Evaluation(evaluation.Evaluation):
 class Ptq(quant.Ptq):
     """Post-training quantization.
 
-    Groups for the keep-list: the layers right before classes and boxes, and the products inside attention.
+    Groups for the keep-list: the layers right before classes and boxes, the products inside attention, and the sums
+    over the maps in which boxes are pooled.
     """
 
-    GROUPS: ClassVar[Mapping[str, tuple[str, ...]]] = {"LastLayers": LAST_LAYERS, "AttentionProducts": ATTENTION}
+    GROUPS: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "LastLayers": LAST_LAYERS,
+        "AttentionProducts": ATTENTION,
+        "Pooling": POOLING,
+    }
 
 
 class Quant(quant.Quant):

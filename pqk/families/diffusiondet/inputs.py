@@ -1,0 +1,55 @@
+"""Fits pictures into the static shape of the network's input."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from pqk.errors import PqkError
+from pqk.families.diffusiondet.preprocess import MEAN, STD
+
+
+@dataclass(frozen=True, eq=False)
+class Fed:
+    """What one sample feeds.
+
+    image: (1, 3, H, W) float32, normalised, zeros at the right and below. size: (height, width) of the picture in it.
+    original: (height, width) of the annotated image. number: of the image in its set, which the noise depends on.
+    """
+
+    image: np.ndarray
+    size: tuple[int, int]
+    original: tuple[int, int]
+    number: int
+
+    @property
+    def whwh(self) -> np.ndarray:
+        """Returns width, height, width, height of the picture in the input: (4,) float32, pixels."""
+        return np.array([self.size[1], self.size[0]] * 2, dtype=np.float32)
+
+
+def fitted_size(size: tuple[int, int], height: int, width: int) -> tuple[int, int]:
+    """Returns the largest (height, width) of the shape of `size` that fits into height x width, to whole pixels."""
+    scale = min(height / size[0], width / size[1])
+    tall, wide = (max(1, int(side * scale + 0.5)) for side in size)
+    return min(tall, height), min(wide, width)
+
+
+def fit(picture: np.ndarray, height: int, width: int, number: int) -> Fed:
+    """Returns a picture (h, w, 3) uint8 RGB as it is fed: resized (bilinear, antialiased), normalised, padded.
+
+    height, width: of the network's input. A picture that has the right size already is not resized. Raises PqkError for
+    what is no picture.
+    """
+    if picture.ndim != 3 or picture.shape[2] != 3 or not picture.size or picture.dtype != np.uint8:
+        raise PqkError(f"a picture must be (height, width, 3) uint8, got {picture.shape} {picture.dtype}")
+    original = (picture.shape[0], picture.shape[1])
+    size = fitted_size(original, height, width)
+    if size != original:
+        picture = np.asarray(Image.fromarray(picture).resize((size[1], size[0]), Image.Resampling.BILINEAR))
+    pixels = (picture.astype(np.float32) - np.array(MEAN, np.float32)) / np.array(STD, np.float32)
+    image = np.zeros((1, 3, height, width), dtype=np.float32)
+    image[0, :, : size[0], : size[1]] = pixels.transpose(2, 0, 1)
+    return Fed(image, size, original, number)
