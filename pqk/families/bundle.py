@@ -24,24 +24,17 @@ from PIL import Image, UnidentifiedImageError
 here = Path(__file__).resolve().parent
 about = json.loads((here / "manifest.json").read_text(encoding="utf-8"))
 how = about["preprocessing"]
-if len(sys.argv) != 1 + {count}:
+if len(sys.argv) - 1 not in {counts}:
     sys.exit(__doc__)
 
 
-def load(path):
-    """Scale the picture until it covers the input, crop the centre, normalise: (1, 3, H, W)."""
+{load}
+def opened(path):
+    """Read a picture, upright, as RGB."""
     try:
-        picture, (height, width) = upright(*read_picture(path)).convert("RGB"), how["size"]
+        return upright(*read_picture(path)).convert("RGB")
     except ValueError as error:
         refuse(error)
-    if max(picture.size) > 20 * min(picture.size):
-        refuse(f"{path}: its long side may be at most 20 times the short one, it is {picture.size}")
-    scale = max(height / picture.height, width / picture.width)
-    size = max(width, round(picture.width * scale)), max(height, round(picture.height * scale))
-    kernel = Image.Resampling.LANCZOS if max(picture.size) > max(size) else Image.Resampling.BICUBIC
-    left, top = (size[0] - width) // 2, (size[1] - height) // 2
-    pixels = np.float32(picture.resize(size, kernel))[top : top + height, left : left + width]
-    return ((pixels / np.float32(255) - np.float32(how["mean"])) / np.float32(how["std"])).transpose(2, 0, 1)[None]
 
 
 def refuse(sentence):
@@ -51,6 +44,20 @@ def refuse(sentence):
 
 
 {reading}
+
+'''
+
+_COVER = '''def load(path):
+    """Scale the picture until it covers the input, crop the centre, normalise: (1, 3, H, W)."""
+    picture, (height, width) = opened(path), how["size"]
+    if max(picture.size) > 20 * min(picture.size):
+        refuse(f"{path}: its long side may be at most 20 times the short one, it is {picture.size}")
+    scale = max(height / picture.height, width / picture.width)
+    size = max(width, round(picture.width * scale)), max(height, round(picture.height * scale))
+    kernel = Image.Resampling.LANCZOS if max(picture.size) > max(size) else Image.Resampling.BICUBIC
+    left, top = (size[0] - width) // 2, (size[1] - height) // 2
+    pixels = np.float32(picture.resize(size, kernel))[top : top + height, left : left + width]
+    return ((pixels / np.float32(255) - np.float32(how["mean"])) / np.float32(how["std"])).transpose(2, 0, 1)[None]
 
 '''
 
@@ -86,11 +93,12 @@ def show(outputs):
 _READING = (picture.read_picture, picture.exif_orientation, picture.upright)  # they need Pillow only
 
 
-def sample_source(runtime: str, pictures: str, count: int, run: str) -> str:
+def sample_source(runtime: str, pictures: str, count: int, run: str, load: str = _COVER, optional: int = 0) -> str:
     """Returns the script for 'openvino' or 'onnxruntime'.
 
-    pictures: what the command line takes, for the help; count: how many. run: the last lines; `load(path)` gives an
-    input (1, 3, H, W), `compiled(graph)` a function from arrays to arrays by name, `show(outputs)` prints arrays.
+    pictures: what the command line takes, for the help; count: how many, and `optional` more. run: the last lines;
+    `load(path)` gives an input (1, 3, H, W), `compiled(graph)` a function from arrays to arrays by name,
+    `show(outputs)` prints arrays. load: another `load`, which may call `opened(path)`, an upright RGB picture.
     """
     openvino = runtime == "openvino"
     names = {
@@ -98,7 +106,8 @@ def sample_source(runtime: str, pictures: str, count: int, run: str) -> str:
         "{module}": "openvino as ov" if openvino else "onnxruntime",
         "{reading}": "\n\n".join(inspect.getsource(function) for function in _READING),
         "{pictures}": pictures,
-        "{count}": str(count),
+        "{counts}": str(tuple(range(count, count + optional + 1))),
+        "{load}": load,
     }
     start = _START
     for name, text in names.items():

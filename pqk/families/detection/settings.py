@@ -109,7 +109,7 @@ class Workload(workload.Workload):
     @model_validator(mode="after")
     def _apart(self) -> Self:
         """Splits of one set need sources of their own: nothing says which images are whose."""
-        named = {
+        named: dict[str, ImageList | TrainList] = {
             "sets.train": self.sets.train,
             "sets.validation": self.sets.validation,
             "sets.test": self.sets.test,

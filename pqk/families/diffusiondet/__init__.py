@@ -1,7 +1,6 @@
 """DiffusionDet (Chen et al. 2023): noisy boxes over an image are refined to detections, in one or more steps.
 
-The model is here: network, sampler, losses, official checkpoints. Recipes need more (data, scoring, the glue of
-graphs), so the family is among those of `registry.MODELS`.
+A backbone runs once for an image, a head once for every step.
 """
 
 from pqk.families.contract import Family
@@ -10,6 +9,10 @@ FAMILY = Family(
     name="diffusiondet",
     settings="pqk.families.diffusiondet.settings",
     model="pqk.families.diffusiondet.build",
+    predict="pqk.families.diffusiondet.predict",
+    data="pqk.families.detection.data",
+    scoring="pqk.families.detection.scoring",
     learning="pqk.families.diffusiondet.learning",
+    export="pqk.families.diffusiondet.export",
     vectors="pqk.families.diffusiondet.vectors",
 )

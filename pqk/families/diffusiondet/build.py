@@ -1,15 +1,16 @@
-"""Builds the network of a configuration, fills it with fresh weights, and reads official checkpoints."""
+"""Builds the network of a configuration, reads official checkpoints, and splits the network into its graphs."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from pqk.families import layers
+from pqk.families.contract import GraphSpec
 from pqk.families.diffusiondet.checkpoint import official as official
 from pqk.families.diffusiondet.model import DiffusionDet
 from pqk.families.diffusiondet.network import attention
@@ -17,6 +18,9 @@ from pqk.families.diffusiondet.network.backbone import Norm
 from pqk.families.diffusiondet.network.head import Head, Stage
 from pqk.families.diffusiondet.sampling import schedule
 from pqk.families.diffusiondet.settings import SIGN
+
+if TYPE_CHECKING:
+    from pqk.families.diffusiondet.settings import Workload
 
 UNDONE: Mapping[str, Any] = {"norm": "frozen"}
 LAYOUT = f"'model' with {SIGN}"
@@ -68,3 +72,10 @@ def adapt(weights: Mapping[str, Tensor], expected: Collection[str]) -> dict[str,
 def may_lack(key: str) -> bool:
     """Whether a checkpoint may lack this weight: the tables of the schedule, which are computed anew."""
     return key in schedule.NAMES
+
+
+def graphs(model: nn.Module, workload: Workload) -> dict[str, GraphSpec]:
+    """Returns backbone and head for the input and the boxes of the workload. Raises PqkError where these differ."""
+    from pqk.families.diffusiondet.graphs import graphs_of
+
+    return graphs_of(cast(DiffusionDet, model), workload)

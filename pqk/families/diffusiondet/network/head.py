@@ -17,7 +17,7 @@ from pqk.errors import PqkError
 from pqk.families.diffusiondet.network import attention
 from pqk.families.diffusiondet.network.boxes import apply_deltas
 from pqk.families.diffusiondet.network.configs import DiffusionDetConfig, StageSize
-from pqk.families.diffusiondet.network.roialign import CELLS, Pyramid, pool, pyramid
+from pqk.families.diffusiondet.network.roialign import CELLS, Pooler, Pyramid, pyramid
 
 NORM_EPS = 1e-5
 TIME_BASE = 10_000.0
@@ -41,6 +41,13 @@ class TimeWaves(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         return time_waves(t, self.dim)
+
+
+class Refine(nn.Module):
+    """`apply_deltas` as a module, so that the nodes of an exported graph are named after it."""
+
+    def forward(self, boxes: Tensor, deltas: Tensor) -> Tensor:
+        return apply_deltas(boxes, deltas.float())  # growth times width is too large for float16
 
 
 class DynamicConv(nn.Module):
@@ -69,6 +76,7 @@ class Stage(nn.Module):
         super().__init__()
         dim = size.dim
         self.size = size
+        self.pooler, self.refine = Pooler(), Refine()
         self.self_attn = attention.Attention(dim, size.heads)
         self.inst_interact = DynamicConv(dim, size.dynamic)
         self.linear1 = nn.Linear(dim, size.ffn)
@@ -101,7 +109,7 @@ class Stage(nn.Module):
         the mean of the features in a box. time: embedding (B, 4 C). whwh: sizes of the images (B, 4), which only place
         features need. added: to what is known at first (B, N, C).
         """
-        features = pool(table, boxes)
+        features = self.pooler(table, boxes)
         p = features.mean(dim=2) if known is None else known
         if added is not None:
             p = p + added
@@ -116,7 +124,7 @@ class Stage(nn.Module):
         f = p * (1 + scale) + shift
         boxed = self.reg_module(f)
         quality = self.quality_logit(boxed)[..., 0] if self.size.quality else None
-        refined = apply_deltas(boxes, self.bboxes_delta(boxed).float())  # growth times width is too large for float16
+        refined = self.refine(boxes, self.bboxes_delta(boxed))
         return self.class_logits(self.cls_module(f)), refined, p, quality
 
     def attended(self, p: Tensor, boxes: Tensor) -> Tensor:
@@ -169,6 +177,17 @@ class Head(nn.Module):
         None: all masked. whwh: w, h, w, h of the images (B, 4), needed with `geo_feat` alone. Boxes get no gradient
         from one stage to the next.
         """
+        return tuple(torch.stack(each) for each in zip(*self.stages(maps, boxes, t, labels, whwh), strict=True))
+
+    def stages(
+        self,
+        maps: Sequence[Tensor] | Mapping[str, Tensor],
+        boxes: Tensor,
+        t: Tensor | int,
+        labels: Tensor | None = None,
+        whwh: Tensor | None = None,
+    ) -> list[tuple[Tensor, ...]]:
+        """Returns what `forward` does, stage by stage: logits (B, N, K), boxes (B, N, 4), quality logits (B, N)."""
         listed = [maps[name] for name in MAPS] if isinstance(maps, Mapping) else list(maps)
         table = pyramid(listed)
         boxes = boxes.float()
@@ -181,7 +200,7 @@ class Head(nn.Module):
             logits, refined, known, quality = stage(table, boxes, known, time, whwh, added)
             found.append((logits, refined) if quality is None else (logits, refined, quality))
             boxes, added = refined.detach(), None
-        return tuple(torch.stack(each) for each in zip(*found, strict=True))
+        return found
 
     def label_term(self, labels: Tensor | None, boxes: Tensor) -> Tensor | None:
         """Returns what the class states add to the features of boxes (B, N, C); None without a table of classes."""

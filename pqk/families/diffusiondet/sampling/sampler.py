@@ -6,9 +6,9 @@ between calls of the head. Nothing here knows what the head runs on: it is calle
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from pqk.families.diffusiondet.sampling import labels as states
 from pqk.families.diffusiondet.sampling import schedule
 from pqk.families.diffusiondet.sampling.noise import Noise
 from pqk.families.diffusiondet.sampling.selection import LARGEST_IOU, Detections, joined, select, suppress
+
+if TYPE_CHECKING:
+    from pqk.families.diffusiondet.settings import Workload
 
 RENEWAL = 0.5
 """Score that a box must exceed to be carried to the next step."""
@@ -64,6 +67,26 @@ class Sampling:
             label_schedule=sizes.label_schedule,
             quality_scores=sizes.quality_scores,
             quality_guidance=sizes.quality_guidance,
+        )
+
+    @staticmethod
+    def asked(workload: Workload) -> Sampling:
+        """Returns what the sections `sampler` and `network` of a workload say."""
+        sampler, network = workload.sampler, workload.network
+        return Sampling(
+            steps=sampler.steps,
+            proposals=sampler.boxes,
+            scale=network.signal_scale,
+            eta=sampler.eta,
+            renewal=sampler.renewal,
+            ensemble=sampler.ensemble,
+            largest_iou=sampler.largest_iou,
+            noise_std=network.noise_std,
+            label_state=network.label_state,
+            label_diffusion=network.label_state is not None,
+            label_schedule=network.label_schedule,
+            quality_scores=sampler.scores == "quality",
+            quality_guidance=sampler.quality_guidance,
         )
 
 
@@ -118,7 +141,7 @@ def sample(call: HeadCall, whwh: Tensor, noise: Noise, how: Sampling) -> Iterato
             x = moved
 
 
-def detect(steps: Iterator[Step], how: Sampling) -> Detections:
+def detect(steps: Iterable[Step], how: Sampling) -> Detections:
     """Returns the detections of a sampler's steps, sorted by score, in pixels of the network's input, not clipped.
 
     Of several steps all but the last one are pooled, without the last as in the published code; without the ensemble

@@ -1,0 +1,144 @@
+"""Splits the detector into two graphs of static shape: the backbone, and the head that refines noisy boxes.
+
+| graph | inputs | outputs |
+| --- | --- | --- |
+| backbone | image (1, 3, H, W) | p2 (1, C, H / 4, W / 4), p3, p4, p5 (1, C, H / 32, W / 32) |
+| head | p2 ... p5, boxes (1, N, 4), t (1,), labels, whwh | logits (1, N, K), refined (1, N, 4), quality (1, N) |
+
+The image is normalised. N boxes are corners in pixels; `refined` are those of the last stage. t: a time 0 ... 999.
+labels: class states, of a network that diffuses classes: (1, N) with K as the mask, or distributions (1, N, K + 1).
+whwh: w, h, w, h of the picture in the input (1, 4), of a network with place features. quality: logits, of a network with
+a quality head. Everything is float32. The modules share the network's weights and take batches of any size too.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from pqk.errors import PqkError
+from pqk.families.contract import GraphSpec
+from pqk.families.diffusiondet.model import DiffusionDet
+from pqk.families.diffusiondet.network.backbone import STRIDES
+from pqk.families.diffusiondet.network.configs import DiffusionDetConfig
+from pqk.families.diffusiondet.network.head import MAPS
+
+if TYPE_CHECKING:
+    from pqk.families.diffusiondet.settings import Network, Workload
+
+
+class BackboneGraph(nn.Module):
+    """Normalised images (B, 3, H, W) -> p2, p3, p4 and p5."""
+
+    def __init__(self, model: DiffusionDet) -> None:
+        super().__init__()
+        self.backbone = model.backbone
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.backbone(image))
+
+
+class HeadGraph(nn.Module):
+    """Maps, noisy boxes and times -> logits, boxes and quality logits of the last stage.
+
+    every: of every stage, with the stages as the first axis, as a training needs them.
+    """
+
+    def __init__(self, model: DiffusionDet, every: bool = False) -> None:
+        super().__init__()
+        self.head, self.every = model.head, every
+        self.labelled, self.placed = label_state(model.sizes) is not None, model.sizes.stage.geometry
+        self.numbered = model.sizes.label_state == "sample"
+
+    def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
+        """Takes the inputs in the order of `head_names`."""
+        p2, p3, p4, p5, boxes, t, *more = given
+        labels = more.pop(0) if self.labelled else None
+        if labels is not None and self.numbered:
+            labels = labels.long()
+        whwh = more.pop(0) if self.placed else None
+        maps = (p2, p3, p4, p5)
+        if self.every:
+            return self.head(maps, boxes, t, labels, whwh)
+        return self.head.stages(maps, boxes, t, labels, whwh)[-1]
+
+
+def label_state(sizes: DiffusionDetConfig) -> str | None:
+    """Returns how a network diffuses classes; None: it does not, and all classes are masked."""
+    return sizes.label_state if sizes.label_diffusion else None
+
+
+def head_names(sizes: DiffusionDetConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Returns the names of the inputs and of the outputs of the head's graph."""
+    labels = () if label_state(sizes) is None else ("labels",)
+    whwh = ("whwh",) if sizes.stage.geometry else ()
+    quality = ("quality",) if sizes.stage.quality else ()
+    return (*MAPS, "boxes", "t", *labels, *whwh), ("logits", "refined", *quality)
+
+
+def parts_of(model: DiffusionDet, training: bool = False) -> dict[str, nn.Module]:
+    """Returns the modules of both graphs. training: the head gives the outputs of every stage."""
+    return {"backbone": BackboneGraph(model), "head": HeadGraph(model, every=training)}
+
+
+def check_network(sizes: DiffusionDetConfig, network: Network) -> None:
+    """Raises PqkError where the section `network` of a workload says something else than the model's configuration."""
+    state = label_state(sizes)
+    known: dict[str, object] = {"signal_scale": sizes.scale, "noise_std": sizes.noise_std, "label_state": state}
+    if state is not None:
+        known |= {"label_schedule": sizes.label_schedule, "classes": sizes.stage.classes}
+    known |= {"quality_head": sizes.stage.quality, "geo_feat": sizes.stage.geometry}
+    for key, own in known.items():
+        asked = getattr(network, key)
+        if asked != own:
+            raise PqkError(
+                f"network.{key} of the workload is {_shown(asked)}, but the model has {_shown(own)}; set it to that"
+            )
+
+
+def graphs_of(model: DiffusionDet, workload: Workload) -> dict[str, GraphSpec]:
+    """Returns both graphs for the input and the number of boxes of a workload, with these weights.
+
+    Example inputs are random, from a fixed seed: a normal image, normal maps, boxes of all sizes, also partly outside
+    of the image, and one of size 0. Raises PqkError for a workload of another network (`check_network`).
+    """
+    sizes = model.sizes
+    check_network(sizes, workload.network)
+    height, width, many = workload.input.height, workload.input.width, workload.sampler.boxes
+    random = torch.Generator().manual_seed(0)
+    image = torch.randn((1, 3, height, width), generator=random)
+    inputs, outputs = head_names(sizes)
+    feeds = {
+        name: torch.randn((1, sizes.stage.dim, height // stride, width // stride), generator=random)
+        for name, stride in zip(MAPS, STRIDES, strict=True)
+    }
+    feeds["boxes"] = example_boxes(many, height, width, random)[None]
+    feeds["t"] = torch.tensor([999.0])
+    classes = sizes.stage.classes
+    if label_state(sizes) == "sample":
+        feeds["labels"] = torch.randint(0, classes + 1, (1, many), generator=random).float()
+    elif label_state(sizes) == "dist":
+        feeds["labels"] = torch.rand((1, many, classes + 1), generator=random).softmax(dim=-1)
+    if sizes.stage.geometry:
+        feeds["whwh"] = torch.tensor([[width, height] * 2], dtype=torch.float32)
+    parts = parts_of(model)
+    return {
+        "backbone": GraphSpec(parts["backbone"], {"image": image}, ("image",), MAPS),
+        "head": GraphSpec(parts["head"], feeds, inputs, outputs),
+    }
+
+
+def example_boxes(many: int, height: int, width: int, random: torch.Generator) -> Tensor:
+    """Returns boxes (many, 4): sides from a hundredth of the image's on, centres in it, the first of size 0."""
+    whole = torch.tensor([width, height])
+    sides = 100.0 ** -torch.rand((many, 2), generator=random) * whole
+    sides[0] = 0
+    middle = torch.rand((many, 2), generator=random) * whole
+    return torch.cat((middle - sides / 2, middle + sides / 2), dim=-1)
+
+
+def _shown(value: object) -> str:
+    return json.dumps(value)
