@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from pqk.families.registry import BUILT_IN, MODELS
+from pqk.families.registry import BUILT_IN
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 WORDS = re.compile(
@@ -38,7 +38,7 @@ def found() -> dict[str, int]:
 
 def test_no_family_is_named_elsewhere() -> None:
     """Also where views and overlap may be spoken of."""
-    names = re.compile("|".join(map(re.escape, {**BUILT_IN, **MODELS})), re.IGNORECASE)
+    names = re.compile("|".join(map(re.escape, BUILT_IN)), re.IGNORECASE)
     files = (path for path in (REPOSITORY / "pqk").rglob("*.py") if "families" not in path.parts)
     assert not [str(path) for path in files if names.search(path.read_text("utf-8"))]
 

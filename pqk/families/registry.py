@@ -17,27 +17,23 @@ from pqk.errors import PqkError, nearest
 from pqk.families.contract import Family
 
 GROUP = "pqk.families"
-BUILT_IN = {"dust3r": "pqk.families.dust3r:FAMILY", "vggt": "pqk.families.vggt:FAMILY"}
-MODELS = {"diffusiondet": "pqk.families.diffusiondet:FAMILY"}
-"""Families that have a model, and not yet the parts that recipes need: they are loaded, built and checked only."""
+BUILT_IN = {name: f"pqk.families.{name}:FAMILY" for name in ("dust3r", "vggt", "diffusiondet", "detr")}
 
 
 def table() -> dict[str, str]:
     """Family name -> 'module:object'. A built-in name cannot be replaced by an entry point."""
     found = {point.name: point.value for point in metadata.entry_points(group=GROUP)}
-    return {**found, **BUILT_IN, **MODELS}
+    return {**found, **BUILT_IN}
 
 
 def names() -> list[str]:
     """All known families, the built-in ones first."""
-    own = {**BUILT_IN, **MODELS}
-    return [*own, *sorted(set(table()) - set(own))]
+    return [*BUILT_IN, *sorted(set(table()) - set(BUILT_IN))]
 
 
 def family(name: str) -> Family:
     """The family of this name. Raises PqkError for an unknown one, or one that cannot be loaded."""
-    own = {**BUILT_IN, **MODELS}
-    known = own if name in own else table()  # to read the entry points of all packages takes its time
+    known = BUILT_IN if name in BUILT_IN else table()  # to read the entry points of all packages takes its time
     if name not in known:
         raise PqkError(f"unknown model family {name!r}{nearest(name, known)}; known: {', '.join(names())}")
     module, _, attribute = known[name].partition(":")

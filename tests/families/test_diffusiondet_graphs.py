@@ -17,10 +17,10 @@ from PIL import Image
 from backends.base import Precision, QuantSpec, Source
 from backends.exchange import export
 from backends.onnx_graph import OnnxGraph, kept_nodes
+from pqk.families.detection.inputs import fit, fitted_size
 from pqk.families.diffusiondet import parts
 from pqk.families.diffusiondet.build import graphs
 from pqk.families.diffusiondet.graphs import example_boxes, parts_of
-from pqk.families.detection.inputs import fit, fitted_size
 from pqk.families.diffusiondet.network.backbone import STRIDES
 from pqk.families.diffusiondet.network.roialign import FIRST_LEVEL, box_levels, pool, pyramid
 from pqk.families.diffusiondet.preprocess import batch_of

@@ -19,9 +19,9 @@ from backends.reference import OnnxRuntimeEngine
 from pqk.engines.calls import Counting, Engines, Recorder, in_torch
 from pqk.errors import PqkError
 from pqk.families.contract import Sample
+from pqk.families.detection.inputs import fit
 from pqk.families.diffusiondet.build import graphs
 from pqk.families.diffusiondet.export import about_inputs, sample_source
-from pqk.families.detection.inputs import fit
 from pqk.families.diffusiondet.network.configs import read_config
 from pqk.families.diffusiondet.predict import head_call, predict, predict_with
 from pqk.families.diffusiondet.sampling import sampler

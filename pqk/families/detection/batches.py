@@ -159,9 +159,7 @@ class Drawn:
             )
 
 
-def batches_of(
-    asked: Training, device: torch.device, seed: int, held_seed: int, found: SampleSet | None
-) -> Drawn:
+def batches_of(asked: Training, device: torch.device, seed: int, held_seed: int, found: SampleSet | None) -> Drawn:
     """Returns batches of generated images, or of the user's set or photographs; see `LearningPart.batches`."""
     if found is not None and found.own:
         return own(asked, device, seed, found)

@@ -9,7 +9,6 @@ from PIL import Image
 
 from pqk.errors import PqkError
 
-
 MEAN, STD = (123.675, 116.280, 103.530), (58.395, 57.120, 57.375)
 """Of ImageNet, per colour, of values 0 ... 255."""
 

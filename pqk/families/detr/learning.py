@@ -73,9 +73,7 @@ def forward(parts: Mapping[str, nn.Module], batch: Images, watched: Any = None) 
     labels = None
     if batch.truthful and not batch.held:
         size = images.new_tensor([width, height, width, height])
-        labels = [
-            {"class_labels": one["labels"], "boxes": _centres(one["boxes"] / size)} for one in batch.targets()
-        ]
+        labels = [{"class_labels": one["labels"], "boxes": _centres(one["boxes"] / size)} for one in batch.targets()]
     found = parts["detector"](images, labels)
     return {"logits": found.logits, "boxes": found.pred_boxes, "loss": found.loss, "shape": (height, width)}
 

@@ -10,7 +10,10 @@ from torch import Tensor, nn
 
 from pqk.errors import NotBuilt, PqkError
 from pqk.families.contract import GraphSpec
-from pqk.families.defaults import *
+from pqk.families.defaults import LAYOUT as LAYOUT
+from pqk.families.defaults import UNDONE as UNDONE
+from pqk.families.defaults import may_lack as may_lack
+from pqk.families.defaults import official as official
 from pqk.families.detr.settings import Workload
 
 _OWN = "net."

@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from pqk.families.contract import GraphUse
-from pqk.families.defaults import *
+from pqk.families.defaults import KINDS as KINDS
+from pqk.families.defaults import LAST_LAYERS as LAST_LAYERS
+from pqk.families.defaults import Quant as Quant
+from pqk.families.defaults import part_of as part_of
 from pqk.families.detection import settings
 from pqk.families.detection.settings import METRICS as METRICS
 from pqk.families.detection.settings import PATCH as PATCH

@@ -7,13 +7,15 @@
 
 The image is normalised. N boxes are corners in pixels; `refined` are those of the last stage. t: a time 0 ... 999.
 labels: class states, of a network that diffuses classes: (1, N) with K as the mask, or distributions (1, N, K + 1).
-whwh: w, h, w, h of the picture in the input (1, 4), of a network with place features. quality: logits, of a network with
-a quality head. Everything is float32. The modules share the network's weights and take batches of any size too.
+whwh: w, h, w, h of the picture in the input (1, 4), of a network with place features. quality: logits, of a network
+with a quality head. Everything is float32. The modules share the network's weights and take batches of any size too.
 """
 
 from __future__ import annotations
 
+import copy
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,7 +26,7 @@ from pqk.families.contract import GraphSpec
 from pqk.families.diffusiondet.model import DiffusionDet
 from pqk.families.diffusiondet.network.backbone import STRIDES
 from pqk.families.diffusiondet.network.configs import DiffusionDetConfig
-from pqk.families.diffusiondet.network.head import MAPS
+from pqk.families.diffusiondet.network.head import MAPS, Head
 
 if TYPE_CHECKING:
     from pqk.families.diffusiondet.settings import Network, Workload
@@ -44,12 +46,14 @@ class BackboneGraph(nn.Module):
 class HeadGraph(nn.Module):
     """Maps, noisy boxes and times -> logits, boxes and quality logits of the last stage.
 
-    every: of every stage, with the stages as the first axis, as a training needs them.
+    every: of every stage, with the stages as the first axis, as a training needs them. neighbours: see
+    `settings.Network`.
     """
 
-    def __init__(self, model: DiffusionDet, every: bool = False) -> None:
+    def __init__(self, model: DiffusionDet, every: bool = False, neighbours: int | None = None) -> None:
         super().__init__()
-        self.head, self.every = model.head, every
+        self.head = model.head if neighbours is None else rewired(model.head, neighbours)
+        self.sizes, self.every = model.sizes, every
         self.labelled, self.placed = label_state(model.sizes) is not None, model.sizes.stage.geometry
         self.numbered = model.sizes.label_state == "sample"
 
@@ -66,6 +70,19 @@ class HeadGraph(nn.Module):
         return self.head.stages(maps, boxes, t, labels, whwh)[-1]
 
 
+def rewired(head: Head, neighbours: int) -> Head:
+    """Returns a copy of the head with the same weights, whose boxes attend to so many others, the nearest ones."""
+    other = copy.copy(head)
+    other._modules = dict(head._modules)
+    stages = []
+    for stage in head.head_series:
+        new = copy.copy(stage)
+        new.size = replace(stage.size, nearest=neighbours, attends=neighbours > 0)
+        stages.append(new)
+    other.head_series = nn.ModuleList(stages)
+    return other
+
+
 def label_state(sizes: DiffusionDetConfig) -> str | None:
     """Returns how a network diffuses classes; None: it does not, and all classes are masked."""
     return sizes.label_state if sizes.label_diffusion else None
@@ -79,9 +96,9 @@ def head_names(sizes: DiffusionDetConfig) -> tuple[tuple[str, ...], tuple[str, .
     return (*MAPS, "boxes", "t", *labels, *whwh), ("logits", "refined", *quality)
 
 
-def parts_of(model: DiffusionDet, training: bool = False) -> dict[str, nn.Module]:
+def parts_of(model: DiffusionDet, training: bool = False, neighbours: int | None = None) -> dict[str, nn.Module]:
     """Returns the modules of both graphs. training: the head gives the outputs of every stage."""
-    return {"backbone": BackboneGraph(model), "head": HeadGraph(model, every=training)}
+    return {"backbone": BackboneGraph(model), "head": HeadGraph(model, training, neighbours)}
 
 
 def check_network(sizes: DiffusionDetConfig, network: Network) -> None:
@@ -124,7 +141,7 @@ def graphs_of(model: DiffusionDet, workload: Workload) -> dict[str, GraphSpec]:
         feeds["labels"] = torch.rand((1, many, classes + 1), generator=random).softmax(dim=-1)
     if sizes.stage.geometry:
         feeds["whwh"] = torch.tensor([[width, height] * 2], dtype=torch.float32)
-    parts = parts_of(model)
+    parts = parts_of(model, neighbours=workload.network.neighbours)
     return {
         "backbone": GraphSpec(parts["backbone"], {"image": image}, ("image",), MAPS),
         "head": GraphSpec(parts["head"], feeds, inputs, outputs),

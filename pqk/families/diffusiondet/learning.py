@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pqk.families.contract import Batches, SampleSet
 from pqk.families.detection.batches import Images, Pictured, batches_of, generator
+from pqk.families.diffusiondet.graphs import label_state, parts_of
 from pqk.families.diffusiondet.network.boxes import from_signal, giou, to_centres
 from pqk.families.diffusiondet.network.configs import DiffusionDetConfig, read_config
 from pqk.families.diffusiondet.preprocess import batch_of
@@ -51,22 +52,9 @@ SURE = 0.5
 Scored = list[list[dict[str, float]]]
 
 
-class HeadPart(nn.Module):
-    """The head as a training runs it: outputs of all stages."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.head, self.sizes = model.head, model.sizes
-
-    def forward(
-        self, maps: Sequence[Tensor], boxes: Tensor, t: Tensor, labels: Tensor | None, whwh: Tensor
-    ) -> tuple[Tensor, ...]:
-        return self.head(maps, boxes, t, labels, whwh)
-
-
 def parts(model: Any) -> dict[str, nn.Module]:
     """Returns the modules of both graphs, which share the model's weights and take any size."""
-    return {"backbone": model.backbone, "head": HeadPart(model)}
+    return parts_of(model, training=True)
 
 
 def as_exported(parts: Mapping[str, Any], workload: Workload) -> None:
@@ -105,7 +93,7 @@ def forward(parts: Mapping[str, Any], batch: Images, watched: Any = None) -> dic
         kept = {"features": {f"p{level + 2}": each for level, each in enumerate(maps)}}
     start = _from_noise if batch.held or not batch.truthful else _from_truth
     boxes, t, given, labels = start(batch, whwh, sizes)
-    logits, refined, *rest = parts["head"](maps, boxes, t, given, whwh)
+    logits, refined, *rest = parts["head"](*fed(sizes, maps, boxes, t, given, whwh))
     return {
         "logits": logits,
         "boxes": refined,
@@ -126,13 +114,29 @@ def _sampled(head: Any, maps: Sequence[Tensor], batch: Images, whwh: Tensor, ste
 
         def call(boxes: Tensor, t: int, labels: Tensor | None, rows: Any = rows, size: Tensor = size) -> Any:
             at, given = torch.full((1,), t, device=boxes.device), None if labels is None else labels[None]
-            return tuple(each[-1, 0] for each in head(rows, boxes[None], at, given, size[None]))
+            return tuple(each[-1, 0] for each in head(*fed(sizes, rows, boxes[None], at, given, size[None])))
 
         std = size.new_tensor(sizes.noise_std)
         how = replace(Sampling.of(sizes, steps), eta=0.0, renewal=None, ensemble=False)
         start = torch.randn(sizes.proposals, 4, generator=generator(batch, number)).to(size) * std
         found.append(list(sample(call, size, GivenNoise(start / std), how)))
     return found
+
+
+def fed(
+    sizes: DiffusionDetConfig, maps: Sequence[Tensor], boxes: Tensor, t: Tensor, labels: Tensor | None, whwh: Tensor
+) -> list[Tensor]:
+    """Returns the inputs of the head's graph in their order. labels: None where all classes are masked."""
+    given = [*maps, boxes, t]
+    if label_state(sizes) is not None:
+        if labels is None:
+            labels = torch.full(boxes.shape[:2], sizes.stage.classes, device=boxes.device)
+            if sizes.label_state == "dist":
+                labels = F.one_hot(labels, sizes.stage.classes + 1)
+        given.append(labels.float())
+    if sizes.stage.geometry:
+        given.append(whwh)
+    return given
 
 
 Starting = tuple[Tensor, Tensor, Tensor | None, LabelStates | None]
@@ -159,7 +163,7 @@ def _from_truth(batch: Images, whwh: Tensor, sizes: DiffusionDetConfig) -> Start
         uniform.append(torch.rand(sizes.proposals, generator=random))
     t = torch.stack(times).to(whwh.device)
     boxes = torch.stack([starts.start_boxes(one, size, sizes.scale) for one, size in zip(noisy, whwh, strict=True)])
-    if sizes.label_state is None or not sizes.label_diffusion:
+    if label_state(sizes) is None:
         return boxes, t, None, None
     y0 = torch.stack(clean)
     at = t[:, None].expand_as(y0)
