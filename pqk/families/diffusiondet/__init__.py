@@ -11,5 +11,6 @@ FAMILY = Family(
     settings="pqk.families.diffusiondet.settings",
     model="pqk.families.diffusiondet.build",
     learning="pqk.families.diffusiondet.learning",
+    cutting="pqk.families.diffusiondet.cutting",
     vectors="pqk.families.diffusiondet.vectors",
 )
