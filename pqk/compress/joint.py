@@ -1,6 +1,6 @@
 """Prunes, distills and quantizes a network in one training run: `close_gates`, `cut_gates`, `settle`.
 
-Phase 1 drives gates on heads and MLP units from open to shut. The network already rounds like its int8 engine, and
+Phase 1 drives gates on heads and hidden units from open to shut. The network already rounds like its int8 engine, and
 learns from the float Teacher. Then the units with shut gates are cut out. Phase 2 trains the smaller network in the
 same way, with newly calibrated ranges. The toolchain prepares the modules of both phases; see `pqk.recipe.joint`.
 """

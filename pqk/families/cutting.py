@@ -21,7 +21,8 @@ class Channels:
 
     name: of the group of units. heads: how many heads the first `inner` channels make up; 0 where each channel of the
     layer is a unit of its own. fused: how many times `inner` channels lie behind each other in the layer, 3 where it
-    gives queries, keys and values; the units are the same in each.
+    gives queries, keys and values; the units are the same in each. norm: a module behind the layer whose parameters and
+    buffers have a number for each of its channels, and which is left out of what is traced.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Channels:
     heads: int = 0
     inner: int = 0
     fused: int = 1
+    norm: str | None = None
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,9 @@ class Size:
 
     kind: heads, ffn, block, or a kind of the family's own. units: the size now. step: what is cut at a time. groups:
     channels whose number is this size or a fixed share of it; each group chooses which of its units stay. Of a block,
-    which goes as a whole or not at all, the `modules` that go together. follows: layers as wide as this size on both
-    sides that no output depends on.
+    which goes as a whole or not at all, the `modules` that go together: with weights of zero each is only its residual
+    path, or it has a flag `skipped` with which the network runs without it. follows: layers as wide as this size on
+    both sides that no output depends on.
     """
 
     name: str

@@ -13,7 +13,8 @@ Cut = Annotated[float, Field(ge=0, le=0.6)]
 
 
 class StudentCut(Section):
-    """Shares to cut of the Teacher's blocks, heads of attention, MLP widths and widths of the DPT heads; 0: none.
+    """Shares to cut of the Teacher's blocks, heads of attention, MLP widths, widths of the DPT heads and inner widths
+    of convolutional blocks; 0: none.
 
     fold_pairs: number of rendered pairs of fold_size pixels for the refit after the cut, before training; 0: no refit.
     """
@@ -22,8 +23,14 @@ class StudentCut(Section):
     heads: Cut
     ffn: Cut
     dpt: Cut
+    inner: Cut = 0.0
     fold_pairs: Annotated[int, Field(ge=0, le=256)] = 0
     fold_size: Side = 512
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leaves out `inner` where nothing of it is cut, so that a file without it keeps its former sha256."""
+        return {name: value for name, value in handler(self).items() if name != "inner" or value}
 
 
 class DistillLoss(Section):

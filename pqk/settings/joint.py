@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from pqk.settings.prune import Samples
 from pqk.settings.training import Rounded
@@ -13,16 +13,24 @@ from pqk.settings.yamlfile import Section, Spec, config_loader
 
 
 class GatedUnits(Section):
-    """Units with gates: attention heads, groups of hidden units of the MLPs."""
+    """Units with gates: attention heads, groups of hidden units of the MLPs and of inner channels of convolutional
+    blocks.
+    """
 
     heads: bool
     ffn: bool
+    inner: bool = False
 
     @model_validator(mode="after")
     def _any(self) -> Self:
-        if not (self.heads or self.ffn):
-            raise ValueError("must allow at least one of heads and ffn")
+        if not (self.heads or self.ffn or self.inner):
+            raise ValueError("must allow at least one of heads, ffn and inner")
         return self
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leaves out `inner` where it is off, so that a file without it keeps its former sha256."""
+        return {name: value for name, value in handler(self).items() if name != "inner" or value}
 
 
 class Gates(Section):

@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from pqk.settings.training import Fit, Side
 from pqk.settings.yamlfile import Section, Spec, config_loader
 
 
 class Units(Section):
-    """Units that may be cut: attention heads, hidden units of the MLPs, channels of a DPT head, whole blocks."""
+    """Units that may be cut: attention heads, hidden units of the MLPs, channels of a DPT head, inner channels of
+    convolutional blocks, whole blocks.
+    """
 
     heads: bool
     ffn: bool
     dpt: bool
     blocks: bool
+    inner: bool = False
 
     @model_validator(mode="after")
     def _any(self) -> Self:
-        if not (self.heads or self.ffn or self.dpt or self.blocks):
-            raise ValueError("must allow at least one of heads, ffn, dpt and blocks")
+        if not (self.heads or self.ffn or self.dpt or self.inner or self.blocks):
+            raise ValueError("must allow at least one of heads, ffn, dpt, inner and blocks")
         return self
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leaves out `inner` where nothing of it is cut, so that a file without it keeps its former sha256."""
+        return {name: value for name, value in handler(self).items() if name != "inner" or value}
 
 
 class Samples(Section):
@@ -56,7 +64,7 @@ class Prune(Spec):
     """Choice and number of the units to cut, and the fine-tuning that follows.
 
     rho: share of the network's parameters (or FLOPs, see `measure`) to cut; it is reached, and exceeded by less than
-    the last step cuts. refit: correct the layers behind heads and MLP units by least squares.
+    the last step cuts. refit: correct the layers behind heads, MLP units and inner channels by least squares.
     """
 
     version: Annotated[str, Field(pattern=r"^\d+\.\d+$")]

@@ -333,7 +333,7 @@ def test_wrong_settings_are_refused():
     for section, name, value, message in (
         ("gates", "epochs", 10, "fewer gates.epochs than train.epochs"),
         ("train", "warmup", 0.4, "must end train.warmup, 0.4 of 10 epochs, before the 4 of gates.epochs do"),
-        ("units", None, {"heads": False, "ffn": False}, "at least one of heads and ffn"),
+        ("units", None, {"heads": False, "ffn": False}, "at least one of heads, ffn and inner"),
         ("flops_cut", None, 0.95, "less than 0.9"),
     ):
         changed = {**values, section: value if name is None else {**values[section], name: value}}

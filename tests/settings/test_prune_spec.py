@@ -45,7 +45,7 @@ def test_overrides_change_values_and_the_digest() -> None:
         ({"rhoo": 0.1}, "unknown key 'prune.rhoo' .did you mean 'rho'"),
         ({"importance": "l3"}, "must be 'l1', 'l2' or 'taylor'"),
         ({"measure": "size"}, "must be 'params' or 'flops'"),
-        ({"units": {"heads": False, "ffn": False, "dpt": False}}, "must allow at least one of heads, ffn, dpt and bl"),
+        ({"units": {"heads": False, "ffn": False, "dpt": False}}, "must allow at least one of heads, ffn, dpt, inn"),
         ({"units.blocks": True, "sensitivity.enabled": False}, "units.blocks needs sensitivity.enabled"),
         ({"sensitivity.levels": [0.5, 0.25]}, "must be rising shares"),
         ({"sensitivity.levels": [0.5, 1.0]}, "less than 1"),

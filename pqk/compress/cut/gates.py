@@ -1,4 +1,4 @@
-"""Puts gates on attention heads and groups of MLP units, `Gated`; knows their FLOPs, and the price that shuts them.
+"""Puts gates on attention heads and groups of hidden units, `Gated`; knows their FLOPs, and the price that shuts them.
 
 A gate multiplies the outputs of its units before the layer that reads them. A quantizer may have prepared the network
 already; then the gates add no rounding.
@@ -25,20 +25,33 @@ class Layout:
     """The gates of one slot: for each of its groups the units of every gate, the most important ones first.
 
     units: group name -> tensors of indices: of the units that always stay, then of each gate. A gate holds `slot.step`
-    units of every group, so all attentions of a slot lose the same number of heads. flops: FLOPs of each gate's units,
-    for one sample. worth: their importance per FLOP, summed over the groups.
+    units of every group, so all attentions of a slot lose the same number of heads. flops: FLOPs of each gate's units
+    for one sample. worth: their importance per FLOP, summed over the groups. shared: FLOPs of each pair of units, where
+    a layer has them on both sides; in `flops` those of a pair count for either unit.
     """
 
     slot: Slot
     units: Mapping[str, tuple[Tensor, ...]]
     flops: Tensor
     worth: Tensor
+    shared: float = 0.0
+
+    def saved(self, shut: Tensor) -> Tensor:
+        """Returns the FLOPs that are saved when the gates (gates,) are shut by these shares in [0, 1]: a scalar.
+
+        What a pair of units shares is saved once.
+        """
+        saved = (shut * self.flops.to(shut)).sum()
+        if not self.shared:
+            return saved
+        sizes = shut.new_tensor([len(chosen) for chosen in next(iter(self.units.values()))[1:]])
+        return saved - self.shared * (shut * sizes).sum().square()
 
 
 def layouts_of(
     model: nn.Module, slots: Sequence[Slot], importance: Mapping[str, Tensor], cutting: CuttingPart
 ) -> list[Layout]:
-    """Returns the gates of every slot. FLOPs of heads and MLP units add up exactly: each has layers of its own."""
+    """Returns the gates of every slot. FLOPs of different slots add up exactly: each has layers of its own."""
     costs = Costs(model, slots, cutting)
     full, found = costs({}).flops, []
     for slot in slots:
@@ -48,14 +61,18 @@ def layouts_of(
             group.name: torch.sort(importance[group.name], descending=True, stable=True).indices.split(slot.step)
             for group in slot.groups
         }
-        each = (full - costs({slot.name: slot.units - slot.step}).flops) / slot.step
+        # n units save each * n - shared * n^2
+        some, every = (full - costs({slot.name: left}).flops for left in (slot.units - slot.step, 0))
+        bent = slot.units * some - slot.step * every
+        shared = bent / (slot.units * slot.step * (slot.units - slot.step))
+        each = some / slot.step + shared * slot.step
         sizes = [len(chosen) for chosen in next(iter(units.values()))[1:]]
         cost = each * torch.tensor(sizes, dtype=torch.float64)
         worth = [
             sum(float(importance[name][chosen[gate]].sum()) for name, chosen in units.items())
             for gate in range(1, len(sizes) + 1)
         ]
-        found.append(Layout(slot, units, cost, torch.tensor(worth, dtype=torch.float64) / cost))
+        found.append(Layout(slot, units, cost, torch.tensor(worth, dtype=torch.float64) / cost, shared))
     return found
 
 
@@ -100,7 +117,10 @@ class _Before(nn.Module):
         self.register_buffer("owner", owner)
 
     def forward(self, layer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (args[0] * self.gate()[self.owner].to(args[0].dtype), *args[1:])
+        factors = self.gate()[self.owner].to(args[0].dtype)
+        if isinstance(layer, nn.Conv2d):
+            factors = factors[:, None, None]
+        return (args[0] * factors, *args[1:])
 
 
 class Gated:
@@ -132,7 +152,7 @@ class Gated:
 
     def cut(self) -> Tensor:
         """Returns the cut share of the network's FLOPs, differentiable; each gate counts by how far it is shut."""
-        gone = [((1 - gate()[1:]) * layout.flops.to(gate.moved)).sum() for layout, gate in self._both()]
+        gone = [layout.saved(1 - gate()[1:]) for layout, gate in self._both()]
         return torch.stack(gone).sum() / self.total
 
     def steepen(self, slope: float) -> None:
@@ -208,6 +228,14 @@ def shut(layouts: Sequence[Layout], logits: Sequence[Tensor], total_flops: int, 
     may have cut more than was missing. Raises PqkError when shutting all gates does not reach the share.
     """
     stays = {layout.slot.name: torch.ones(1 + len(layout.flops), dtype=torch.bool) for layout in layouts}
+
+    def put(layout: Layout, index: int, stay: bool) -> float:
+        """Opens or shuts a gate; returns the FLOPs that this saves."""
+        gates = stays[layout.slot.name][1:]
+        before = layout.saved((~gates).double())
+        gates[index] = stay
+        return float(layout.saved((~gates).double()) - before)
+
     ranked = sorted(
         (float(value), number, index) for number, found in enumerate(logits) for index, value in enumerate(found)
     )
@@ -217,17 +245,18 @@ def shut(layouts: Sequence[Layout], logits: Sequence[Tensor], total_flops: int, 
         if gone >= aim:
             break
         out.append((layouts[number], index))
-        gone += float(layouts[number].flops[index])
+        gone += put(layouts[number], index, False)
     if gone < aim:
         raise PqkError(
             f"joint.flops_cut {share:g} cannot be reached: all units with gates together are "
             f"{100 * gone / total_flops:.1f} % of the FLOPs; allow more units"
         )
     for layout, index in reversed(out):
-        if gone - float(layout.flops[index]) >= aim:
-            gone -= float(layout.flops[index])
+        opened = put(layout, index, True)
+        if gone + opened >= aim:
+            gone += opened
         else:
-            stays[layout.slot.name][1 + index] = False
+            put(layout, index, False)
     return stays
 
 
@@ -252,4 +281,5 @@ def fold(model: nn.Module, layouts: Sequence[Layout], factors: Sequence[Tensor])
     weights = dict(model.named_parameters())
     for layout, factor in zip(layouts, factors, strict=True):
         for key, owner in owners(layout).items():
-            weights[key].mul_(factor[owner].to(weights[key]))
+            weight = weights[key]
+            weight.mul_(factor[owner].to(weight).reshape(-1, *[1] * (weight.ndim - 2)))

@@ -27,13 +27,13 @@ def norms(model: nn.Module, groups: Sequence[Group], kind: str) -> dict[str, Ten
 
     kind: l1 or l2: that norm of all weights of the unit, both those that compute it and those that read it (Li et al.,
     ICLR 2017, for filters; Fang et al., CVPR 2023, for the group). l2_product: L2 norm of the weights that compute the
-    unit times L2 norm of those that read it.
+    unit times L2 norm of those that read it. Buffers do not count: they are statistics, or norms that are not trained.
     """
     weights = dict(model.named_parameters())
     power = 1 if kind == "l1" else 2
 
     def summed(group: Group, *reads: bool) -> Tensor:
-        parts = [part for part in group.parts if part.reads in reads]
+        parts = [part for part in group.parts if part.reads in reads and part.key in weights]
         return torch.stack([_per_unit(weights[part.key].abs() ** power, part) for part in parts]).sum(0)
 
     if kind == "l2_product":

@@ -25,7 +25,7 @@ from pqk.errors import PqkError
 from pqk.families.cutting import Plan
 from pqk.settings.prune import Prune
 
-REFITTED = ("heads", "ffn")
+REFITTED = ("heads", "ffn", "inner")
 """Kinds of units whose readers are refitted; see `pqk.settings.prune.Prune`."""
 
 

@@ -1,5 +1,5 @@
-"""Builds a smaller network from a Teacher's own layers, `make_student`: fewer blocks, heads, MLP channels and channels
-of its dense heads.
+"""Builds a smaller network from a Teacher's own layers, `make_student`: fewer blocks, heads, MLP channels, channels of
+its dense heads and inner channels of convolutional blocks.
 
 Of each width the units with the largest weights stay: L2 norm of the weights that compute them times L2 norm of the
 weights that read them. Every layer that read a cut unit is refitted on a few samples to predict its values from the
@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from pqk.compress.cut.importance import most_important, norms
 from pqk.compress.cut.refit import Moments, moments, refit
-from pqk.compress.cut.units import Slot, cut, groups_of, silence, slots_of
+from pqk.compress.cut.units import Slot, cut, groups_of, silence, slots_of, weights_of
 from pqk.compress.train.data import TrainingData
 from pqk.families.cutting import CuttingPart
 from pqk.settings.distill import Distill, StudentCut
 from pqk.settings.seeds import INDICES, LIMIT
 
-STEPS = {"heads": 1, "ffn": 16, "dpt": 8}
+STEPS = {"heads": 1, "ffn": 16, "dpt": 8, "inner": 8}
 """Kinds that may be cut; sizes are multiples of these numbers where the Teacher's are, as kernels waste the rest."""
 
 
@@ -84,7 +84,7 @@ def make_student(teacher: Any, spec: Distill, data: TrainingData) -> nn.Module:
     cut_slots = [slot for slot in slots if slot.name in plan and slot.kind != "block"]
     known = _moments(teacher, cut_slots, spec, data)
     working = copy.deepcopy(teacher).cpu()
-    weights = dict(working.named_parameters())
+    weights = weights_of(working)
     keep: dict[str, Tensor] = {}
     for slot in cut_slots:
         for group in slot.groups:  # by its importance after the cuts before it

@@ -25,9 +25,10 @@ from pqk.models import build_model
 
 @dataclass(frozen=True)
 class Part:
-    """One parameter's share in a group: `rows` (units, k) are the indices along `axis` that belong to each unit.
+    """One weight's share in a group: `rows` (units, k) are the indices along `axis` that belong to each unit.
 
-    reads: whether these weights read the unit's output; otherwise they compute it.
+    A weight is a parameter, or a buffer of a norm (`weights_of`). reads: whether these weights read the unit's output;
+    otherwise they compute it.
     """
 
     key: str
@@ -97,8 +98,12 @@ def slots_of(model: Any, kinds: Collection[str], round_to: int, cutting: Cutting
     """
     trace = _Tracer(model, cutting)
 
+    def group(channels: Channels) -> Group:
+        found = trace.group(channels)
+        return found if channels.norm is None else _with_norm(model, found, channels.norm)
+
     def slot(size: Size) -> Slot:
-        groups = [_whole(model, name) for name in size.modules] or [trace.group(channels) for channels in size.groups]
+        groups = [_whole(model, name) for name in size.modules] or [group(channels) for channels in size.groups]
         return Slot(size.name, size.kind, size.units, size.step, tuple(groups), size.follows)
 
     return [slot(size) for size in cutting.sizes(model.config, round_to) if size.kind in kinds]
@@ -109,8 +114,22 @@ def groups_of(slots: Sequence[Slot]) -> list[Group]:
     return [group for slot in slots if slot.kind != "block" for group in slot.groups]
 
 
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """Returns what files hold of a network, by name: parameters, and buffers that are not computed anew."""
+    kept = model.state_dict().keys()
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in kept}
+    return {**dict(model.named_parameters()), **buffers}
+
+
+def _with_norm(model: nn.Module, group: Group, norm: str) -> Group:
+    """Returns the group with the numbers that a norm has for each of its units."""
+    rows = torch.arange(group.units)[:, None]
+    keys = [f"{norm}.{name}" for name in weights_of(model.get_submodule(norm))]
+    return Group(group.name, (*group.parts, *(Part(key, 0, rows, False) for key in keys)))
+
+
 def _whole(model: nn.Module, name: str) -> Group:
-    """Returns a block as one unit that owns all its weights: without them only the residual path is left."""
+    """Returns a block as one unit that owns all its weights."""
     parts = [
         Part(f"{name}.{key}", 0, torch.arange(len(weight))[None], False)
         for key, weight in model.get_submodule(name).named_parameters()
@@ -180,20 +199,26 @@ def silence(weights: Mapping[str, Tensor], group: Group, keep: Tensor) -> None:
 @contextlib.contextmanager
 def silenced(model: nn.Module, slot: Slot, keep: Mapping[str, Tensor]) -> Iterator[None]:
     """Sets the weights of all units of a slot to zero except the kept ones (group name -> indices); restores them
-    afterwards.
+    afterwards. A block that can be skipped is skipped (`Size.modules`).
 
     Inside the context the network computes the same as without these units. Other changes to the weights and biases of
     these layers inside the context are undone as well.
     """
-    weights = dict(model.named_parameters())
+    gone = [model.get_submodule(g.name) for g in slot.groups if slot.kind == "block" and not len(keep[g.name])]
+    skipped: list[Any] = [block for block in gone if hasattr(block, "skipped")]
+    weights = weights_of(model)
     keys = {part.key for group in slot.groups for part in group.parts}
     keys |= {key.removesuffix("weight") + "bias" for key in keys} & weights.keys()
     before = {key: weights[key].detach().clone() for key in keys}
     try:
+        for block in skipped:
+            block.skipped = True
         for group in slot.groups:
             silence(weights, group, keep[group.name])
         yield
     finally:
+        for block in skipped:
+            block.skipped = False
         with torch.no_grad():
             for key, value in before.items():
                 weights[key].copy_(value)
@@ -216,7 +241,7 @@ def cut(model: Any, slots: Sequence[Slot], plan: Plan, keep: Mapping[str, Tensor
             rows = part.rows[keep[group.name].cpu()].flatten().sort().values
             chosen.setdefault(part.key, []).append((part.axis, rows))
     state: dict[str, Tensor] = {}
-    for key, weight in model.named_parameters():
+    for key, weight in weights_of(model).items():
         if key.startswith(dropped):
             continue
         value = weight.detach().cpu()

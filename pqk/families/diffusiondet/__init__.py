@@ -13,6 +13,7 @@ FAMILY = Family(
     data="pqk.families.detection.data",
     scoring="pqk.families.detection.scoring",
     learning="pqk.families.diffusiondet.learning",
+    cutting="pqk.families.diffusiondet.cutting",
     export="pqk.families.diffusiondet.export",
     vectors="pqk.families.diffusiondet.vectors",
 )

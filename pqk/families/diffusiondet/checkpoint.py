@@ -92,11 +92,17 @@ def infer_config(weights: Mapping[str, Any]) -> dict[str, Any]:
         return {int(match[1]) for key in weights if (match := re.match(pattern, key))}
 
     stage, bottom = "head.head_series.0.", "backbone.bottom_up."
+    stages = len(numbers(r"head\.head_series\.(\d+)\."))
+
+    def widths(key: str) -> int | list[int]:
+        found = [shape(f"head.head_series.{index}.{key}")[0] for index in range(stages)]
+        return found[0] if len(set(found)) == 1 else found
+
     config: dict[str, Any] = {
         "hidden_dim": shape(f"{stage}norm1.weight")[0],
-        "dim_feedforward": shape(f"{stage}linear1.weight")[0],
-        "dim_dynamic": shape(f"{stage}inst_interact.norm1.weight")[0],
-        "num_heads": len(numbers(r"head\.head_series\.(\d+)\.")),
+        "dim_feedforward": widths("linear1.weight"),
+        "dim_dynamic": widths("inst_interact.norm1.weight"),
+        "num_heads": stages,
         "num_classes": shape(f"{stage}class_logits.weight")[0],
         "num_cls": len(numbers(re.escape(stage) + r"cls_module\.(\d+)\.bias")),
         "num_reg": len(numbers(re.escape(stage) + r"reg_module\.(\d+)\.bias")),
@@ -105,6 +111,12 @@ def infer_config(weights: Mapping[str, Any]) -> dict[str, Any]:
         "res2_out": shape(f"{bottom}res2.0.conv3.weight")[0],
         "width_per_group": shape(f"{bottom}res2.0.conv1.weight")[0],
     }
+    inner = [
+        [shape(f"{bottom}res{level + 2}.{block}.conv1.weight")[0] for block in range(blocks)]
+        for level, blocks in enumerate(config["blocks"])
+    ]
+    if any(width != config["width_per_group"] << level for level, group in enumerate(inner) for width in group):
+        config["inner"] = inner
     if f"{stage}quality_logit.weight" in weights:
         config["quality_head"] = True
     if f"{stage}geo_feat.0.weight" in weights:

@@ -100,14 +100,14 @@ class ResNet(nn.Module):
         super().__init__()
         self.stem = Stem(size.stem, size.learns)
         inputs = size.stem
-        for level, blocks in enumerate(size.blocks):
-            inner, outputs, stride = size.inner << level, size.res2 << level, 2 if level else 1
+        for level, widths in enumerate(size.inner):
+            outputs, stride = size.res2 << level, 2 if level else 1
             group = nn.Sequential(
                 *(
                     Bottleneck(
                         outputs if index else inputs, inner, outputs, 1 if index else stride, index == 0, size.learns
                     )
-                    for index in range(blocks)
+                    for index, inner in enumerate(widths)
                 )
             )
             self.add_module(f"res{level + 2}", group)

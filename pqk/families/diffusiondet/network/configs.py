@@ -2,14 +2,15 @@
 
 The keys of the plain detector are those of the paper's code in lower case; `num_heads` counts the stages of the
 iterative head and `nheads` the heads of its attention. The switches below `label_state` are extensions; with all of
-them at their defaults the network and its losses are the published ones.
+them at their defaults the network and its losses are the published ones. Of a network that was cut, `dim_feedforward`
+and `dim_dynamic` may be lists with a number for each stage, and `inner` has one for each bottleneck.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pqk.errors import PqkError, nearest
@@ -41,6 +42,7 @@ _DEFAULTS: dict[str, Any] = {
     "stem_out": 64,
     "res2_out": 256,
     "width_per_group": 64,
+    "inner": None,
     "snr_scale": 2.0,
     "sample_step": 1,
     "ota_k": 5,
@@ -94,14 +96,13 @@ class BackboneSize:
     """Sizes of the ResNet and of the feature pyramid on it.
 
     stem, res2: channels out of the first convolution and of the first group; every further group doubles them. inner:
-    of the 3x3 convolutions of the first group. blocks: bottlenecks of each group. out: channels of the pyramid.
-    learns: norms and first groups are trained too.
+    channels inside of each bottleneck, group by group: out of its first and of its 3x3 convolution. out: channels of
+    the pyramid. learns: norms and first groups are trained too.
     """
 
     stem: int
     res2: int
-    inner: int
-    blocks: tuple[int, ...]
+    inner: tuple[tuple[int, ...], ...]
     out: int
     learns: bool
 
@@ -132,8 +133,8 @@ class DiffusionDetConfig:
     """Checked sizes and options of one detector."""
 
     backbone: BackboneSize
-    stage: StageSize
-    stages: int
+    head: tuple[StageSize, ...]
+    """Each stage; they differ in the widths `ffn` and `dynamic` alone."""
     proposals: int
     scale: float
     """Signal scale s: boxes are coded in [-s, s]."""
@@ -151,6 +152,15 @@ class DiffusionDetConfig:
     qfl_beta: float
     iou_power: float
     noise_std: tuple[float, ...]
+
+    @property
+    def stage(self) -> StageSize:
+        """Returns the first stage, for all that the stages have in common."""
+        return self.head[0]
+
+    @property
+    def stages(self) -> int:
+        return len(self.head)
 
 
 def read_config(config: Mapping[str, Any]) -> DiffusionDetConfig:
@@ -179,8 +189,8 @@ def read_config(config: Mapping[str, Any]) -> DiffusionDetConfig:
     stage = StageSize(
         dim=dim,
         heads=heads,
-        ffn=count(OF, values, "dim_feedforward"),
-        dynamic=count(OF, values, "dim_dynamic"),
+        ffn=0,
+        dynamic=0,
         classes=count(OF, values, "num_classes"),
         cls_layers=_layers(values, "num_cls"),
         reg_layers=_layers(values, "num_reg"),
@@ -190,6 +200,7 @@ def read_config(config: Mapping[str, Any]) -> DiffusionDetConfig:
         nearest=count(OF, values, "geo_bias_topk", least=0),
         attends=not _flag(values, "disable_self_attn"),
     )
+    widths = zip(*(_of_stages(values, key, stages) for key in ("dim_feedforward", "dim_dynamic")), strict=True)
     steps = count(OF, values, "sample_step")
     if steps > 1000:
         raise PqkError(f"{OF}: sample_step must be at most 1000, got {steps}")
@@ -197,13 +208,11 @@ def read_config(config: Mapping[str, Any]) -> DiffusionDetConfig:
         backbone=BackboneSize(
             stem=count(OF, values, "stem_out"),
             res2=count(OF, values, "res2_out"),
-            inner=count(OF, values, "width_per_group"),
-            blocks=_blocks(values["blocks"]),
+            inner=_inner(values),
             out=dim,
             learns=_choice(values, "norm", NORMS) == "batch",
         ),
-        stage=stage,
-        stages=stages,
+        head=tuple(replace(stage, ffn=ffn, dynamic=dynamic) for ffn, dynamic in widths),
         proposals=count(OF, values, "num_proposals"),
         scale=_number(values, "snr_scale", above=True),
         steps=steps,
@@ -230,10 +239,39 @@ def _layers(values: Mapping[str, Any], key: str) -> int:
 
 
 def _blocks(given: Any) -> tuple[int, ...]:
-    right = isinstance(given, Sequence) and not isinstance(given, str) and len(given) == LEVELS
-    if not right or not all(is_count(blocks) and blocks <= DEEPEST for blocks in given):
+    if not _is_list(given, LEVELS) or not all(is_count(blocks) and blocks <= DEEPEST for blocks in given):
         raise PqkError(f"{OF}: blocks must be {LEVELS} whole numbers from 1 to {DEEPEST}, got {given!r}")
     return tuple(given)
+
+
+def _of_stages(values: Mapping[str, Any], key: str, stages: int) -> tuple[int, ...]:
+    """Returns the width of each stage: one number for all of them, or a list."""
+    given = values[key]
+    if not isinstance(given, Sequence) or isinstance(given, str):
+        return (count(OF, values, key),) * stages
+    if len(given) != stages or not all(map(is_count, given)):
+        raise PqkError(
+            f"{OF}: {key} must be a whole number from 1 to {LARGEST}, or a list of {stages} (num_heads), got {given!r}"
+        )
+    return tuple(given)
+
+
+def _inner(values: Mapping[str, Any]) -> tuple[tuple[int, ...], ...]:
+    """Returns the inner channels of each bottleneck: those of `inner`, else doubled from group to group."""
+    blocks, width, given = _blocks(values["blocks"]), count(OF, values, "width_per_group"), values["inner"]
+    if given is None:
+        return tuple((width << level,) * many for level, many in enumerate(blocks))
+    right = _is_list(given, LEVELS) and all(_is_list(group, many) for group, many in zip(given, blocks, strict=True))
+    if not right or not all(is_count(channels) for group in given for channels in group):
+        raise PqkError(
+            f"{OF}: inner must be {LEVELS} lists of {', '.join(map(str, blocks))} (blocks) whole numbers from 1 to "
+            f"{LARGEST}, or null, got {given!r}"
+        )
+    return tuple(tuple(group) for group in given)
+
+
+def _is_list(given: Any, entries: int) -> bool:
+    return isinstance(given, Sequence) and not isinstance(given, str) and len(given) == entries
 
 
 def _flag(values: Mapping[str, Any], key: str) -> bool:
@@ -264,7 +302,6 @@ def _number(values: Mapping[str, Any], key: str, above: bool = False) -> float:
 
 
 def _noise_std(given: Any) -> tuple[float, ...]:
-    right = isinstance(given, Sequence) and not isinstance(given, str) and len(given) == 4
-    if not right or not all(_is_number(value) and value > 0 for value in given):
+    if not _is_list(given, 4) or not all(_is_number(value) and value > 0 for value in given):
         raise PqkError(f"{OF}: noise_std must be four numbers above 0, got {given!r}")
     return tuple(float(value) for value in given)

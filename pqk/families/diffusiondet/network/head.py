@@ -75,7 +75,7 @@ class Stage(nn.Module):
     def __init__(self, size: StageSize) -> None:
         super().__init__()
         dim = size.dim
-        self.size = size
+        self.size, self.skipped = size, False  # skipped: the head runs without this stage
         self.pooler, self.refine = Pooler(), Refine()
         self.self_attn = attention.Attention(dim, size.heads)
         self.inst_interact = DynamicConv(dim, size.dynamic)
@@ -157,7 +157,7 @@ class Head(nn.Module):
         dim = sizes.stage.dim
         self.label_state = sizes.label_state
         self.time_mlp = nn.Sequential(TimeWaves(dim), nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, 4 * dim))
-        self.head_series = nn.ModuleList(Stage(sizes.stage) for _ in range(sizes.stages))
+        self.head_series = nn.ModuleList(Stage(size) for size in sizes.head)
         if sizes.label_state is not None:
             self.label_embed = LabelTable(sizes.stage.classes, dim)
 
@@ -197,6 +197,8 @@ class Head(nn.Module):
         known: Tensor | None = None
         found: list[tuple[Tensor, ...]] = []
         for stage in self.head_series:
+            if stage.skipped:
+                continue
             logits, refined, known, quality = stage(table, boxes, known, time, whwh, added)
             found.append((logits, refined) if quality is None else (logits, refined, quality))
             boxes, added = refined.detach(), None
