@@ -20,6 +20,7 @@ from pqk.bench.vectors import run_case
 from pqk.errors import NotBuilt
 from pqk.families.build import build_model, empty_model
 from pqk.families.checkpoint import load_model, save_model
+from pqk.families.detection import inputs
 from pqk.families.diffusiondet import preprocess
 from pqk.families.diffusiondet.checkpoint import averaged, read_backbone
 from pqk.families.diffusiondet.network import backbone, head, roialign
@@ -90,7 +91,7 @@ def stride_in_the_first_convolution(patch):
         ("model_4step", without_aligning),
         ("model_4step", other_values(roialign, CANONICAL_LEVEL=5)),
         ("model_4step", other_values(coding, DELTA_WEIGHTS=(10.0, 10.0, 5.0, 5.0))),
-        ("model_4step", other_values(preprocess, MEAN=(103.53, 116.28, 123.675))),
+        ("model_4step", other_values(inputs, MEAN=(103.53, 116.28, 123.675))),
         ("model_4step", tanh_gelu),
         ("model_4step", cosine_before_sine),
         ("model_4step", without_renewal),
@@ -481,9 +482,9 @@ def test_pictures_are_resized_and_padded(tmp_path):
     assert np.array_equal(preprocess.load_picture(tmp_path / "a.png"), picture)
     assert "does not exist" in sentence_of(preprocess.load_picture, tmp_path / "b.png")
     images = [torch.from_numpy(picture).permute(2, 0, 1), torch.full((3, 40, 20), 128.0)]
-    batch, whwh = preprocess.batch_of(images)
+    batch, whwh = inputs.padded(images)
     assert batch.shape == (2, 3, 64, 64) and whwh.tolist() == [[50, 30, 50, 30], [20, 40, 20, 40]]
     assert (batch[1, :, 40:] == 0).all() and (batch[1, :, :, 20:] == 0).all()
     assert float(batch[1, 0, 0, 0]) == pytest.approx((128 - 123.675) / 58.395, rel=1e-5)
-    assert "shape (3, height, width)" in sentence_of(preprocess.batch_of, [torch.zeros(4, 8, 8)])
-    assert "no images" in sentence_of(preprocess.batch_of, [])
+    assert "shape (3, height, width)" in sentence_of(inputs.padded, [torch.zeros(4, 8, 8)])
+    assert "no images" in sentence_of(inputs.padded, [])

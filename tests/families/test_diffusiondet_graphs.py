@@ -17,13 +17,12 @@ from PIL import Image
 from backends.base import Precision, QuantSpec, Source
 from backends.exchange import export
 from backends.onnx_graph import OnnxGraph, kept_nodes
-from pqk.families.detection.inputs import fit, fitted_size
+from pqk.families.detection.inputs import fit, fitted_size, padded
 from pqk.families.diffusiondet import parts
 from pqk.families.diffusiondet.build import graphs
 from pqk.families.diffusiondet.graphs import example_boxes, parts_of
 from pqk.families.diffusiondet.network.backbone import STRIDES
 from pqk.families.diffusiondet.network.roialign import FIRST_LEVEL, box_levels, pool, pyramid
-from pqk.families.diffusiondet.preprocess import batch_of
 from pqk.families.diffusiondet.settings import load_workload
 from pqk.settings.keep import keep_for
 
@@ -73,7 +72,7 @@ def test_a_fitted_picture_is_normalised_and_padded():
     assert fed.image.shape == (1, 3, 64, 96) and fed.image.dtype == np.float32
     assert not fed.image[:, :, 32:].any()
     small = np.asarray(Image.fromarray(image).resize((96, 32), Image.Resampling.BILINEAR))
-    batch, whwh = batch_of([torch.from_numpy(small.copy()).permute(2, 0, 1)])
+    batch, whwh = padded([torch.from_numpy(small.copy()).permute(2, 0, 1)])
     assert np.array_equal(fed.image[:, :, :32], batch.numpy()) and np.array_equal(fed.whwh, whwh[0].numpy())
 
 
@@ -81,7 +80,7 @@ def test_a_picture_of_the_right_size_is_left_alone():
     image = np.random.default_rng(0).integers(0, 256, (64, 50, 3), dtype=np.uint8)
     fed = fit(image, 64, 96, 0)
     assert fed.size == fed.original == (64, 50)
-    assert np.array_equal(fed.image[:, :, :, :50], batch_of([torch.from_numpy(image).permute(2, 0, 1)])[0][..., :50])
+    assert np.array_equal(fed.image[:, :, :, :50], padded([torch.from_numpy(image).permute(2, 0, 1)])[0][..., :50])
 
 
 @pytest.mark.parametrize("shape", [(5, 5), (5, 5, 4), (0, 5, 3)])

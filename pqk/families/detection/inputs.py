@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
 from pqk.errors import PqkError
+from pqk.families.detection.settings import PATCH
 
 MEAN, STD = (123.675, 116.280, 103.530), (58.395, 57.120, 57.375)
 """Of ImageNet, per colour, of values 0 ... 255."""
@@ -55,3 +59,23 @@ def fit(picture: np.ndarray, height: int, width: int, number: int) -> Fed:
     image = np.zeros((1, 3, height, width), dtype=np.float32)
     image[0, :, : size[0], : size[1]] = pixels.transpose(2, 0, 1)
     return Fed(image, size, original, number)
+
+
+def padded(images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Returns normalised images as one batch (B, 3, H, W), and their own sizes w, h, w, h (B, 4), both float32.
+
+    images: (3, h, w) each, values 0 ... 255. Zeros are added at the right and at the bottom, to multiples of 32 that
+    hold every image. Raises PqkError for what is no such image.
+    """
+    if not len(images):
+        raise PqkError("there are no images to prepare")
+    for image in images:
+        if image.ndim != 3 or image.shape[0] != 3 or not image.numel():
+            raise PqkError(f"an image must have the shape (3, height, width), got {tuple(image.shape)}")
+    height, width = (-(-max(image.shape[axis] for image in images) // PATCH) * PATCH for axis in (1, 2))
+    batch = torch.zeros(len(images), 3, height, width, device=images[0].device)
+    mean, std = (torch.tensor(values, device=batch.device)[:, None, None] for values in (MEAN, STD))
+    for place, image in zip(batch, images, strict=True):
+        place[:, : image.shape[1], : image.shape[2]] = (image.to(batch) - mean) / std
+    sizes = [[image.shape[2], image.shape[1]] * 2 for image in images]
+    return batch, torch.tensor(sizes, dtype=torch.float32, device=batch.device)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,20 +12,19 @@ from torch import Tensor, nn
 
 from pqk.errors import PqkError
 from pqk.families.contract import Batches, SampleSet
-from pqk.families.detection.batches import Images, Pictured, batches_of, padded
-from pqk.families.detection.scoring import batch_floor, batch_scores
+from pqk.families.detection.batches import Images, batches_of
+from pqk.families.detection.inputs import padded
+from pqk.families.detection.learning import REMEDY as REMEDY
+from pqk.families.detection.learning import SOURCE as SOURCE
+from pqk.families.detection.learning import UNIT as UNIT
+from pqk.families.detection.learning import Scored, evidence, taught
+from pqk.families.detection.learning import complete as complete
+from pqk.families.detection.learning import floor as floor
 from pqk.families.detr.predict import boxes_of
 from pqk.families.detr.settings import Workload
 from pqk.settings.training import Training
 
 TERMS = ("task", "kl", "imitation", "probe")
-UNIT = "images"
-SOURCE = "images of procedural rooms rendered as they are needed (pqk.data.detection), split 'train'"
-REMEDY = "use images with objects"
-SURE = 0.5
-"""Score from which a Teacher's detection plays the truth."""
-
-Scored = list[list[dict[str, float]]]
 
 
 class Part(nn.Module):
@@ -133,24 +131,13 @@ def _found(out: Mapping[str, Any], batch: Images) -> list[dict[str, np.ndarray]]
 
 
 def as_truth(batch: Images, out: Mapping[str, Any], config: Mapping[str, Any]) -> Images:
-    """Returns the images with the Teacher's detections of a score from `SURE` on as their truth."""
-    pictures = []
-    for one, found in zip(batch.pictures, _found(out, batch), strict=True):
-        sure = found["scores"] >= SURE
-        boxes = found["boxes"][sure]
-        areas = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1, dtype=np.float64)
-        pictures.append(Pictured(one.image, boxes, found["labels"][sure], areas, np.ones(len(boxes), bool)))
-    return replace(batch, pictures=pictures, truthful=True)
+    """Returns the images with the Teacher's sure detections as their truth."""
+    return taught(batch, _found(out, batch))
 
 
 def score(out: Mapping[str, Any], batch: Images) -> Scored:
-    """Returns the metrics of the batch, as the evaluation has them, for each image."""
-    return batch_scores(_found(out, batch), batch)
-
-
-def floor(batch: Images) -> Scored:
-    """Returns what `score` would of the evaluation's floor."""
-    return batch_floor(batch)
+    """Returns the evidence of each image; see `complete`."""
+    return evidence(_found(out, batch), batch)
 
 
 def shift(out: Mapping[str, Any], uncut: Mapping[str, Any], batch: Images) -> float:

@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pqk.families.cutting import Channels, Plan, Size
+from pqk.families.detection.inputs import padded
+from pqk.families.detection.settings import PATCH
 from pqk.families.diffusiondet.model import DiffusionDet
 from pqk.families.diffusiondet.network.backbone import Norm
 from pqk.families.diffusiondet.network.configs import DiffusionDetConfig, read_config
-from pqk.families.diffusiondet.preprocess import MULTIPLE, batch_of
 from pqk.families.diffusiondet.sampling import schedule
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ def tracing(net: DiffusionDet) -> tuple[Callable[[DiffusionDet, Tensor], list[Te
         mlps: Any = net.head.head_series
         return [*net.backbone(images), *(mlp.linear2(F.relu(mlp.linear1(known))) for mlp in mlps)]
 
-    return forward, torch.zeros(1, 3, 2 * MULTIPLE, 2 * MULTIPLE)
+    return forward, torch.zeros(1, 3, 2 * PATCH, 2 * PATCH)
 
 
 def _unchanged(x: Tensor) -> Tensor:
@@ -100,7 +101,7 @@ def _unchanged(x: Tensor) -> Tensor:
 
 def run_sample(net: DiffusionDet, side: int) -> int:
     """See `CuttingPart`: an image, and the configured number of boxes once through the head."""
-    side -= side % MULTIPLE
+    side -= side % PATCH
     boxes = torch.zeros(1, net.sizes.proposals, 4)
     net(torch.zeros(1, 3, side, side), boxes, schedule.TIMES - 1, whwh=torch.full((1, 4), float(side)))
     return side
@@ -108,7 +109,7 @@ def run_sample(net: DiffusionDet, side: int) -> int:
 
 def begin(net: DiffusionDet, batch: Images) -> list[Tensor]:
     """See `CuttingPart`: the maps p2 ... p5, each (B, C, h, w)."""
-    maps: list[Tensor] = net.backbone(batch_of(batch.images())[0])
+    maps: list[Tensor] = net.backbone(padded(batch.images())[0])
     return maps
 
 

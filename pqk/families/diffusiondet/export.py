@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from pqk.families import bundle
+from pqk.families.detection.inputs import MEAN, STD
 from pqk.families.diffusiondet.predict import MOST
-from pqk.families.diffusiondet.preprocess import MEAN, STD
 from pqk.families.diffusiondet.sampling import schedule
 
 if TYPE_CHECKING:

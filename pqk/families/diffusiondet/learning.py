@@ -12,11 +12,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pqk.families.contract import Batches, SampleSet
-from pqk.families.detection.batches import Images, Pictured, batches_of, generator
+from pqk.families.detection.batches import Images, batches_of, generator
+from pqk.families.detection.inputs import padded
+from pqk.families.detection.learning import REMEDY as REMEDY
+from pqk.families.detection.learning import SOURCE as SOURCE
+from pqk.families.detection.learning import UNIT as UNIT
+from pqk.families.detection.learning import Scored, evidence, taught
+from pqk.families.detection.learning import complete as complete
+from pqk.families.detection.learning import floor as floor
 from pqk.families.diffusiondet.graphs import label_state, parts_of
 from pqk.families.diffusiondet.network.boxes import from_signal, giou, to_centres
 from pqk.families.diffusiondet.network.configs import DiffusionDetConfig, read_config
-from pqk.families.diffusiondet.preprocess import batch_of
 from pqk.families.diffusiondet.sampling import labels as states
 from pqk.families.diffusiondet.sampling import schedule
 from pqk.families.diffusiondet.sampling.noise import GivenNoise
@@ -39,17 +45,10 @@ from pqk.settings.training import Training
 
 SAMPLER = "sampler"
 TERMS = ("task", "kl", "features", "imitation", "probe", SAMPLER)
-UNIT = "images"
-SOURCE = "images of procedural rooms rendered as they are needed (pqk.data.detection), split 'train'"
-REMEDY = "use images with objects"
 
 LAST_TIME = schedule.TIMES - 1
 TAUGHT = 50
 """Boxes of an image, the Teacher's best ones, that a student is compared on."""
-SURE = 0.5
-"""Score from which a Teacher's detection plays the truth."""
-
-Scored = list[list[dict[str, float]]]
 
 
 def parts(model: Any) -> dict[str, nn.Module]:
@@ -82,7 +81,7 @@ def forward(parts: Mapping[str, Any], batch: Images, watched: Any = None) -> dic
     are kept under this name, of each image. Where nothing learns, as in a Teacher, those are all.
     """
     sizes: DiffusionDetConfig = parts["head"].sizes
-    images, whwh = batch_of(batch.images())
+    images, whwh = padded(batch.images())
     maps = parts["backbone"](images)
     kept: dict[str, Any] = {}
     if isinstance(watched, tuple):
@@ -278,14 +277,8 @@ def features(teacher: Any, student: Any, seed: int) -> tuple[Any, Any, nn.Module
 
 
 def as_truth(batch: Images, out: Mapping[str, Any], config: Mapping[str, Any]) -> Images:
-    """Returns the images with the Teacher's detections of a score from `SURE` on as their truth."""
-    pictures = []
-    for one, found in zip(batch.pictures, detections(out, batch), strict=True):
-        sure = found.scores >= SURE
-        boxes, labels = found.boxes[sure].cpu().numpy(), found.labels[sure].cpu().numpy()
-        areas = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1, dtype=np.float64)
-        pictures.append(Pictured(one.image, boxes, labels, areas, np.ones(len(boxes), bool)))
-    return replace(batch, pictures=pictures, truthful=True)
+    """Returns the images with the Teacher's sure detections as their truth."""
+    return taught(batch, _arrays(out, batch))
 
 
 def detections(out: Mapping[str, Any], batch: Images) -> list[Detections]:
@@ -320,33 +313,10 @@ def same_network(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 
 def score(out: Mapping[str, Any], batch: Images) -> Scored:
-    """Returns AP of the batch for each of its images."""
-    from pathlib import Path
-
-    from pqk.data.detection.sample import DetectionSample
-    from pqk.families.metrics.detection_ap import Detections as Found
-    from pqk.families.metrics.detection_ap import average_precision, match_image
-
-    matches = []
-    for k, (one, found) in enumerate(zip(batch.pictures, detections(out, batch), strict=True)):
-        truth = DetectionSample(
-            k,
-            Path("x"),
-            one.image.shape[1],
-            one.image.shape[0],
-            one.boxes,
-            one.labels,
-            one.areas,
-            ~one.counted,
-            np.zeros(len(one.labels), bool),
-        )
-        matches.append(
-            match_image(truth, Found(found.boxes.cpu().numpy(), found.scores.cpu().numpy(), found.labels.cpu().numpy()))
-        )
-    v = average_precision(matches, batch.classes).values
-    row = {"ap": v["AP"], "ap50": v["AP50"], "ap75": v["AP75"]}
-    return [[row] for _ in batch.pictures]
+    """Returns the evidence of each image; see `complete`."""
+    return evidence(_arrays(out, batch), batch)
 
 
-def floor(batch: Images) -> Scored:
-    return [[{"ap": 0.0, "ap50": 0.0, "ap75": 0.0}] for _ in batch.pictures]
+def _arrays(out: Mapping[str, Any], batch: Images) -> list[dict[str, np.ndarray]]:
+    found = (each._asdict() for each in detections(out, batch))
+    return [{name: values.detach().cpu().numpy() for name, values in each.items()} for each in found]

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from pqk.errors import PqkError
+from pqk.families.detection.inputs import padded
 from pqk.families.diffusiondet.network.backbone import Backbone
 from pqk.families.diffusiondet.network.boxes import to_centres
 from pqk.families.diffusiondet.network.configs import LARGEST_PROPOSALS, read_config
 from pqk.families.diffusiondet.network.head import Head
-from pqk.families.diffusiondet.preprocess import batch_of
 from pqk.families.diffusiondet.sampling import labels as states
 from pqk.families.diffusiondet.sampling import schedule
 from pqk.families.diffusiondet.sampling.noise import DrawnNoise, Noise, given_noise
@@ -107,7 +107,7 @@ class DiffusionDet(nn.Module):
         outputs = sizes if output_sizes is None else list(output_sizes)
         _as_many(outputs, listed, "output_sizes")
         device = self.backbone.bottom_up.stem.conv1.weight.device
-        batch, whwh = batch_of([image.to(device) for image in listed])
+        batch, whwh = padded([image.to(device) for image in listed])
         maps = self.backbone(batch)
         found = []
         for index, source in enumerate(sources):
@@ -150,7 +150,7 @@ class DiffusionDet(nn.Module):
 
         images: (3, h, w) each, as for `predict`. draws: the random numbers of each image; default: fresh ones.
         """
-        batch, whwh = batch_of(images)
+        batch, whwh = padded(images)
         sizes = self.sizes
         if draws is None:
             draws = [starts.draw(sizes.proposals, len(one["labels"]), generator) for one in targets]

@@ -1,25 +1,20 @@
-"""Prepares pictures as the detector is fed: the short side to 800, normalised, padded to a multiple of 32.
+"""Prepares pictures as the official detector is fed: the short side to 800.
 
 Pictures are RGB with values 0 ... 255. Sizes are (height, width) everywhere.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 
 from pqk.data.scenes.picture import read_picture, upright
 from pqk.errors import PqkError
-from pqk.families.detection.inputs import MEAN, STD
 
 SHORT, LONG = 800, 1333
 """Default side of the short side, and the most of the long side, in pixels."""
-MULTIPLE = 32
 
 
 def official_size(height: int, width: int, short: int = SHORT, long: int = LONG) -> tuple[int, int]:
@@ -55,23 +50,3 @@ def load_picture(path: Path | str) -> np.ndarray:
     except ValueError as error:
         raise PqkError(str(error)) from error
     return np.asarray(upright(picture.convert("RGB"), orientation))
-
-
-def batch_of(images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Returns normalised images as one batch (B, 3, H, W), and their own sizes w, h, w, h (B, 4), both float32.
-
-    images: (3, h, w) each, values 0 ... 255. Zeros are added at the right and at the bottom, to multiples of 32 that
-    hold every image. Raises PqkError for what is no such image.
-    """
-    if not len(images):
-        raise PqkError("there are no images to prepare")
-    for image in images:
-        if image.ndim != 3 or image.shape[0] != 3 or not image.numel():
-            raise PqkError(f"an image must have the shape (3, height, width), got {tuple(image.shape)}")
-    height, width = (-(-max(image.shape[axis] for image in images) // MULTIPLE) * MULTIPLE for axis in (1, 2))
-    batch = torch.zeros(len(images), 3, height, width, device=images[0].device)
-    mean, std = (torch.tensor(values, device=batch.device)[:, None, None] for values in (MEAN, STD))
-    for place, image in zip(batch, images, strict=True):
-        place[:, : image.shape[1], : image.shape[2]] = (image.to(batch) - mean) / std
-    sizes = [[image.shape[2], image.shape[1]] * 2 for image in images]
-    return batch, torch.tensor(sizes, dtype=torch.float32, device=batch.device)

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from pqk.families.build import build_model, empty_model
 from pqk.families.checkpoint import load_model
+from pqk.families.detection.inputs import padded
 from pqk.families.diffusiondet.checkpoint import averaged, read_backbone
 from pqk.families.diffusiondet.model import DiffusionDet
 from pqk.families.diffusiondet.network.configs import NAMED
 from pqk.families.diffusiondet.network.head import MAPS
-from pqk.families.diffusiondet.preprocess import batch_of
 from pqk.families.diffusiondet.sampling.noise import PARTS, given_noise
 from pqk.families.diffusiondet.sampling.sampler import Sampling, Step, detect, sample
 from pqk.families.diffusiondet.sampling.schedule import time_pairs
@@ -103,7 +103,7 @@ def checkpoint(case: Case) -> Iterator[Compared]:
         yield compare(key, value, state[key], 0.0)
     plain.load_state_dict(backbone, strict=False)
     with torch.inference_mode():
-        batch, _ = batch_of([tensor(case, "in_image")])
+        batch, _ = padded([tensor(case, "in_image")])
         yield case.check("out_backbone_p5", plain.backbone(batch)[-1], NETWORK_MARK)
 
 
@@ -120,7 +120,7 @@ def _run(
     net: DiffusionDet, images: list[Tensor], noise: Mapping[str, Tensor], how: Sampling
 ) -> tuple[list[Tensor], list[list[Step]], Tape]:
     """Returns the maps, the steps of each image, and what the head gave for each image and step."""
-    batch, whwh = batch_of(images)
+    batch, whwh = padded(images)
     maps = net.backbone(batch)
     runs = []
     with Tape(net) as tape:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from pqk.families.detection.inputs import padded
 from pqk.families.diffusiondet import preprocess as pictures
 from pqk.families.diffusiondet.network.boxes import apply_deltas, as_signal, from_signal, to_corners
 from pqk.families.diffusiondet.network.configs import read_config
@@ -167,7 +168,7 @@ def preprocess(case: Case) -> Iterator[Compared]:
         boxes = pictures.resized_boxes(case[f"in_boxes{index}"], (height, width), output)
         yield case.check(f"out_boxes{index}", boxes)
     images = [torch.from_numpy(image.copy()).permute(2, 0, 1) for image in resized[:2]]
-    batch, whwh = pictures.batch_of(images)
+    batch, whwh = padded(images)
     yield case.check("out_batch", batch)
     yield case.check("out_whwh", whwh)
 

@@ -1,0 +1,65 @@
+"""Holds what families of detectors learn alike: the evidence of held-out batches, and a Teacher that plays the truth."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pqk.data.detection.sample import DetectionSample
+from pqk.families.contract import Sample
+from pqk.families.detection import scoring
+from pqk.families.detection.batches import Images, Pictured
+from pqk.families.detection.scoring import complete as complete
+
+UNIT = "images"
+SOURCE = "images of procedural rooms rendered as they are needed (pqk.data.detection), split 'train'"
+REMEDY = "use images with objects"
+
+Scored = list[list[dict[str, Any]]]
+
+
+def evidence(found: Sequence[Mapping[str, np.ndarray]], batch: Images) -> Scored:
+    """Returns the evidence of each image of a batch, given its detections in pixels of the picture."""
+    samples = _samples(batch)
+    return [[_scored(one, sample)] for one, sample in zip(found, samples, strict=True)]
+
+
+def _scored(found: Mapping[str, np.ndarray], sample: Sample) -> dict[str, Any]:
+    scored = scoring.score(found, sample, {}, 0)
+    assert scored is not None  # the batch is known to have a truth
+    return scored
+
+
+def floor(batch: Images) -> Scored:
+    """Returns the evidence of a predictor that ignores its input; see `scoring.floor`."""
+    return [[found] for sample in _samples(batch) if (found := scoring.floor(sample, {})) is not None]
+
+
+def _samples(batch: Images) -> list[Sample]:
+    """Returns the images of a batch as they are scored."""
+    batch.targets()  # raises PqkError where there is no truth
+    samples = []
+    for number, one in enumerate(batch.pictures):
+        name = ".".join(str(part) for part in (*batch.seed, number))
+        height, width = one.image.shape[:2]
+        ignored = np.zeros(len(one.labels), bool)
+        truth = DetectionSample(
+            name, Path(name), width, height, one.boxes, one.labels, one.areas, ~one.counted, ignored
+        )
+        samples.append(Sample(number, name, None, scoring.Truth(truth, batch.classes)))
+    return samples
+
+
+def taught(batch: Images, found: Sequence[Mapping[str, np.ndarray]]) -> Images:
+    """Returns the images with the Teacher's detections, of a score from `scoring.SURE` on, as their truth."""
+    pictures = []
+    for one, each in zip(batch.pictures, found, strict=True):
+        sure = each["scores"] >= scoring.SURE
+        boxes = each["boxes"][sure]
+        areas = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1, dtype=np.float64)
+        pictures.append(Pictured(one.image, boxes, each["labels"][sure], areas, np.ones(len(boxes), bool)))
+    return replace(batch, pictures=pictures, truthful=True)
