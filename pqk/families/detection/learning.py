@@ -1,4 +1,4 @@
-"""Holds what families of detectors learn alike: the evidence of held-out batches, and a Teacher that plays the truth."""
+"""Holds what families of detectors learn alike: the evidence of held-out batches, a Teacher that plays the truth."""
 
 from __future__ import annotations
 
