@@ -10,5 +10,6 @@ FAMILY = Family(
     name="diffusiondet",
     settings="pqk.families.diffusiondet.settings",
     model="pqk.families.diffusiondet.build",
+    scoring="pqk.families.diffusiondet.scoring",
     vectors="pqk.families.diffusiondet.vectors",
 )
