@@ -9,6 +9,7 @@ from typing import Any
 
 from pqk import paths
 from pqk.errors import PqkError
+from pqk.families.evidence import completed
 from pqk.files import write_json
 from pqk.measure.scores import metric_intervals
 from pqk.recipe.candidate import Candidate, make
@@ -64,4 +65,5 @@ def _floor(candidate: Candidate) -> dict[str, float | None]:
     of, workload = candidate.experiment.family, candidate.experiment.workload
     part, options = of.scoring_part(), candidate.experiment.evaluation.quality.model_dump(mode="json")
     samples = of.data_part().samples(candidate.test, workload, workload.seeds.eval)
-    return part.summarise([found for sample in samples if (found := part.floor(sample, options)) is not None])
+    evidence = [found for sample in samples if (found := part.floor(sample, options)) is not None]
+    return part.summarise(completed(part, evidence))

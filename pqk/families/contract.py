@@ -175,11 +175,11 @@ class Maker(Protocol):
 class Metric:
     """A quality metric.
 
-    unit: '' for a ratio. better: which way it improves. perfect: its best value. drops: the distance from `perfect` is
-    itself a relative loss (AbsRel 0.02 against the Teacher's output is a drop of 2 %), where the Teacher plays the
-    truth. threshold: name of the line in eval.yaml's `thresholds` that its rise above the Teacher's must stay below,
-    and meaning: what it tells; None: not judged beside the main metric. guard: its relative loss is judged where a
-    recipe spares work (T), which the main metric may not show. parts: columns that come with it.
+    unit: '' for a ratio. better: which way it improves. perfect: its best value. drops: where the Teacher plays the
+    truth, the distance from `perfect` is itself a relative loss, see `loss_pct` (AbsRel 0.02 against the Teacher's
+    output is a drop of 2 %). threshold: name of the line in eval.yaml's `thresholds` that its rise above the Teacher's
+    must stay below, and meaning: what it tells; None: not judged beside the main metric. guard: its relative loss is
+    judged where a recipe spares work (T), which the main metric may not show. parts: columns that come with it.
     """
 
     name: str
@@ -191,6 +191,14 @@ class Metric:
     meaning: str = ""
     guard: bool = False
     parts: tuple[str, ...] = ()
+
+    def loss(self, value: float) -> float:
+        """Returns how far a value is from the best one, in the metric's unit; negative beyond it."""
+        return self.perfect - value if self.better == "higher" else value - self.perfect
+
+    def loss_pct(self, value: float) -> float:
+        """Returns `loss` in percent of the best value, of 1 where that is 0."""
+        return 100 * self.loss(value) / (abs(self.perfect) or 1.0)
 
 
 class SettingsPart(Protocol):
@@ -333,7 +341,9 @@ class ScoringPart(Protocol):
     def score(self, prediction: Arrays, sample: Sample, options: Mapping[str, Any], seed: int) -> dict[str, Any] | None:
         """Returns the evidence of one sample, plain JSON; None when it has too little truth to be scored.
 
-        options: section `quality` of eval.yaml. Raises PqkError for a prediction that cannot be scored.
+        A number is a metric of the sample, None one that it does not have; anything else is for `complete` and
+        `summarise` alone. options: section `quality` of eval.yaml. Raises PqkError for a prediction that cannot be
+        scored.
         """
         ...
 
@@ -350,8 +360,12 @@ class ScoringPart(Protocol):
         ...
 
     def summarise(self, evidence: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-        """Returns all metrics of a list of evidence."""
+        """Returns all metrics of a list of evidence, which `complete` has seen where there is one."""
         ...
+
+    # Optional: def complete(evidence: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
+    # For metrics that are no mean over samples. Returns the evidence of all samples of a set with a value of each such
+    # metric per sample, whose mean is that of the set (`pqk.stats.jackknife`). Values of an earlier call are replaced.
 
 
 class Batches(Protocol):
@@ -446,6 +460,8 @@ class LearningPart(Protocol):
         to score has an empty list; predictions that the evaluation refuses get the worst value, or NaN.
         """
         ...
+
+    # Optional: complete, that of the scoring part; `score` and `floor` then return evidence of this form.
 
     def shift(self, out: Mapping[str, Any], uncut: Mapping[str, Any], batch: Any) -> float:
         """Returns the mean relative distance of a cut network's outputs to those of the uncut one, over a batch."""

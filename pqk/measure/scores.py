@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pqk.errors import PqkError
-from pqk.families.contract import Metric
-from pqk.measure.scoring import PLACE, summary_of
+from pqk.families.contract import Metric, ScoringPart
+from pqk.measure.scoring import PLACE, scored
 from pqk.stats.intervals import LEVEL, Interval, drop_interval, mean_interval
 
 Scores = Mapping[str, Any]
@@ -24,18 +24,16 @@ def drop_of(metric: Metric, mine: Scores, teacher: Scores, truthful: bool, level
     values, groups = _column(mine, metric.name), [row["group"] for row in mine["samples"]]
     if values is None:
         return None
-    higher = metric.better == "higher"
     if not truthful:
         if not metric.drops:
             return None
-        sign = -1 if higher else 1
-        return mean_interval([100 * sign * (value - metric.perfect) for value in values], groups, level)
+        return mean_interval([metric.loss_pct(value) for value in values], groups, level)
     base = _column(teacher, metric.name)
     if base is None:
         return None
     _refuse_others(mine, teacher)
     try:
-        return drop_interval(values, base, groups, higher, level)
+        return drop_interval(values, base, groups, metric.better == "higher", level)
     except ValueError as error:
         raise PqkError(f"{metric.name}: {error}") from error
 
@@ -65,13 +63,13 @@ def metric_intervals(scores: Scores, metrics: Sequence[str]) -> dict[str, list[f
     return found
 
 
-def together(parts: Sequence[Scores], summarise: Callable[[Sequence[Mapping[str, Any]]], Any]) -> dict[str, Any]:
+def together(parts: Sequence[Scores], scoring: ScoringPart) -> dict[str, Any]:
     """Joins the scores of one variant on several sets of groups; other values are taken from the first set."""
     if len(parts) == 1:
         return dict(parts[0])
     rows = [row for part in parts for row in part["samples"]]
     groups = [name for part in parts for name in part["groups"]]
-    return {**parts[0], "samples": rows, "groups": groups, "summary": summary_of(summarise, rows)}
+    return {**parts[0], "groups": groups, **scored(scoring, rows)}
 
 
 def _column(scores: Scores, metric: str) -> list[float] | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,7 +12,8 @@ import numpy as np
 
 from pqk.cores import allowed_cores
 from pqk.errors import PqkError
-from pqk.families.contract import Sample, SampleSet
+from pqk.families.contract import Sample, SampleSet, ScoringPart
+from pqk.families.evidence import completed
 from pqk.families.registry import family
 from pqk.measure.predict import opened
 from pqk.measure.predictions import Predictions
@@ -20,7 +21,8 @@ from pqk.measure.predictions import Predictions
 _MOST = 4  # samples that are scored at once
 Arrays = Mapping[str, np.ndarray]
 PLACE = ("group", "sample")
-"""Keys of a row that identify its sample. The other keys are its evidence."""
+"""Keys of a row that identify its sample. The other keys are its evidence: metrics, numbers or None, and what their
+`ScoringPart.complete` needs, which is neither."""
 
 
 class Scorer:
@@ -61,7 +63,7 @@ class Scorer:
         if not self._rows:
             wanted = self._part.needs(self._request["quality"])
             raise PqkError(f"there is no sample to evaluate: none of {', '.join(self._groups)} has {wanted}")
-        return {"summary": summary_of(self._part.summarise, self._rows), "samples": self._rows}
+        return scored(self._part, self._rows)
 
     def _collect(self) -> None:
         sample, job = self._waiting.pop(0)
@@ -79,9 +81,15 @@ class Scorer:
         return self._part.score(arrays, sample, self._request["quality"], self._request["seed"])
 
 
-def summary_of(summarise: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Returns all metrics of rows of evidence."""
-    return dict(summarise([{key: value for key, value in row.items() if key not in PLACE} for row in rows]))
+def scored(part: ScoringPart, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns summary (every metric over all samples) and samples (the rows, with the metrics of the set) of a set.
+
+    Called wherever the rows of a set are all there, and again where sets are joined.
+    """
+    evidence = completed(part, [{key: value for key, value in row.items() if key not in PLACE} for row in rows])
+    places = [{key: row[key] for key in PLACE} for row in rows]
+    samples = [{**place, **own} for place, own in zip(places, evidence, strict=True)]
+    return {"summary": dict(part.summarise(evidence)), "samples": samples}
 
 
 def score(request: dict[str, Any]) -> dict[str, Any]:

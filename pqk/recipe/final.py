@@ -112,5 +112,5 @@ def _drop(candidate: Candidate, splits: Sequence[SampleSet], level: float) -> In
 
 
 def _on(candidate: Candidate, variant: Variant, splits: Sequence[SampleSet]) -> dict[str, Any]:
-    summarise = candidate.experiment.family.scoring_part().summarise
-    return together([candidate.score(variant, on=split) for split in splits], summarise)
+    scoring = candidate.experiment.family.scoring_part()
+    return together([candidate.score(variant, on=split) for split in splits], scoring)

@@ -155,9 +155,13 @@ def _placed(sample: Mapping[str, Any]) -> bool:
 
 
 def _named(sample: Mapping[str, Any]) -> Row:
-    """Returns a sample with group and name; for a pair that was kept by its two images, the name has both."""
+    """Returns a sample with group, name and metrics; for a pair that was kept by its two images, the name has both.
+
+    What is no number is not for a table: a metric of the whole set is computed from it (`ScoringPart.complete`).
+    """
     if _PLACE[0] in sample:
         place = {name: str(sample[name]) for name in _PLACE}
     else:
         place = {"group": str(sample["scene"]), "sample": f"{sample['first']}, {sample['second']}"}
-    return {**place, **{name: value for name, value in sample.items() if name not in (*_PLACE, *_PAIR)}}
+    metrics = {name: value for name, value in sample.items() if name not in (*_PLACE, *_PAIR)}
+    return {**place, **{name: value for name, value in metrics.items() if isinstance(value, int | float | None)}}

@@ -18,6 +18,7 @@ from pqk.compress.cut.units import Slot, silenced
 from pqk.compress.train.data import TrainingData
 from pqk.errors import PqkError
 from pqk.families.cutting import Plan
+from pqk.families.evidence import completed
 from pqk.settings.prune import Prune
 
 
@@ -61,10 +62,7 @@ class Probe:
             self.batches = [self._learning.as_truth(batch, out, config) for batch, out in both]
         usable = [any(self._learning.score(out, b)) for out, b in zip(self.uncut, self.batches, strict=True)]
         if not any(usable):
-            raise PqkError(
-                f"none of the {self._learning.UNIT} of the sensitivity scan has anything to score; "
-                f"{self._learning.REMEDY}"
-            )
+            raise self._nothing_to_score()
         self.batches, self.begun, self.uncut = (
             [item for item, fits in zip(items, usable, strict=True) if fits]
             for items in (self.batches, self.begun, self.uncut)
@@ -81,17 +79,23 @@ class Probe:
 
         On few samples the error falls for about half of all small cuts, so the shift compares the outputs with the
         uncut network's (`LearningPart.shift`). same_beginning: the network differs from the uncut one only after its
-        first part, whose outputs are reused.
+        first part, whose outputs are reused. Raises PqkError where no sample has the metric.
         """
         begun = self.begun if same_beginning else self._begin(model)
-        errors: list[float] = []
-        shift, count = 0.0, 0
+        found: list[dict[str, Any]] = []
+        shift = 0.0
         for batch, uncut, cut in zip(self.batches, self.uncut, self._outputs(model, begun), strict=True):
             rows = [row for of_sample in self._learning.score(cut, batch) for row in of_sample]
-            errors += [abs(row[self._metric.name] - self._metric.perfect) for row in rows]
+            found += rows
             shift += len(rows) * self._learning.shift(cut, uncut, batch)
-            count += len(rows)
-        return Score(math.fsum(errors) / len(errors), shift / count)
+        values = [row[self._metric.name] for row in completed(self._learning, found)]
+        if None in values:
+            raise self._nothing_to_score()
+        return Score(math.fsum(map(self._metric.loss, values)) / len(values), shift / len(values))
+
+    def _nothing_to_score(self) -> PqkError:
+        unit, remedy = self._learning.UNIT, self._learning.REMEDY
+        return PqkError(f"none of the {unit} of the sensitivity scan has anything to score; {remedy}")
 
     @torch.no_grad()
     def _begin(self, model: nn.Module) -> list[Any]:

@@ -14,10 +14,11 @@ from torch import nn
 
 from pqk.errors import PqkError
 from pqk.families.contract import Batches, Family, LearningPart, Metric
+from pqk.families.evidence import completed
 from pqk.stats.intervals import Interval, drop_interval, mean_interval
 
-Rows = list[list[dict[str, float]]]
-"""For each sample, the metrics of each of its predictions."""
+Rows = list[list[dict[str, Any]]]
+"""For each sample, the evidence of each of its predictions: its metrics."""
 
 
 class Forward(nn.Module):
@@ -74,9 +75,9 @@ class Judge:
         """
         rows, distances = self._rows(Forward(self._learning, parts_of(self._learning, model.eval())))
         samples, means = self._samples(rows), self.means(rows)
-        perfect = self._metric.perfect
-        total = math.fsum(distances) / len(distances) if distances else abs(means[self._metric.name] - perfect)
-        found = {"score": total, "scores": distances or [abs(value - perfect) for value in samples], **means}
+        loss = self._metric.loss
+        total = math.fsum(distances) / len(distances) if distances else loss(means[self._metric.name])
+        found = {"score": total, "scores": distances or [loss(value) for value in samples], **means}
         drop = self._drop(samples)
         return found if drop is None else {**found, "drop_pct": drop.value, "drop_low": drop.low}
 
@@ -84,17 +85,15 @@ class Judge:
         """Returns the drop against the Teacher. Where the Teacher's outputs are the ground truth, this is the error
         itself, for metrics of which it is a drop; None for others.
         """
-        higher = self._metric.better == "higher"
         if self._base is not None:
-            return drop_interval(mine, self._base, range(len(mine)), higher)
+            return drop_interval(mine, self._base, range(len(mine)), self._metric.better == "higher")
         if self._teacher is None or not self._metric.drops:
             return None
-        sign = -1 if higher else 1
-        return mean_interval([100 * sign * (value - self._metric.perfect) for value in mine], range(len(mine)))
+        return mean_interval([self._metric.loss_pct(value) for value in mine], range(len(mine)))
 
     def floor(self) -> dict[str, float]:
         """Returns the means of the family's metrics for a predictor that ignores its input, as 'constant_NAME'."""
-        rows = [row for batch in self._batches.held_out() for row in self._learning.floor(batch)]
+        rows = self._completed([row for batch in self._batches.held_out() for row in self._learning.floor(batch)])
         return {f"constant_{name}": value for name, value in self.means(rows).items()}
 
     def _rows(self, forward: nn.Module) -> tuple[Rows, list[float]]:
@@ -111,7 +110,12 @@ class Judge:
             if answer is not None and not self._batches.truthful:
                 batch = self._learning.as_truth(batch, answer, self._config)
             rows += self._learning.score(out, batch)
-        return rows, distances
+        return self._completed(rows), distances
+
+    def _completed(self, rows: Rows) -> Rows:
+        """Returns the rows with the metrics of the whole set; see `pqk.families.evidence`."""
+        flat = iter(completed(self._learning, [row for of_sample in rows for row in of_sample]))
+        return [[next(flat) for _ in of_sample] for of_sample in rows]
 
     def _answer(self, number: int, batch: Any) -> dict[str, Any] | None:
         if self._teacher is None or (self._nearest is None and self._batches.truthful):
@@ -123,16 +127,18 @@ class Judge:
 
     def _samples(self, rows: Rows) -> list[float]:
         """Returns the main metric of each sample that has one: the mean over its predictions."""
-        each = [[row[self._metric.name] for row in of_sample] for of_sample in rows if of_sample]
-        return [math.fsum(values) / len(values) for values in each]
+        each = [[row[self._metric.name] for row in of_sample] for of_sample in rows]
+        known = [[value for value in values if value is not None] for values in each]
+        return [math.fsum(values) / len(values) for values in known if values]
 
-    def means(self, rows: Iterable[list[dict[str, float]]]) -> dict[str, float]:
+    def means(self, rows: Iterable[list[dict[str, Any]]]) -> dict[str, float]:
         """Returns the mean of each metric over all predictions. Raises PqkError as `__call__` does."""
         flat = [row for of_sample in rows for row in of_sample]
         unit, name = self._learning.UNIT, self._metric.name
-        if not flat:
+        metrics = [key for key, value in flat[0].items() if isinstance(value, int | float)] if flat else []
+        if name not in metrics:
             raise PqkError(f"none of the held-out {unit} has anything to score; {self._learning.REMEDY}")
-        means = {metric: math.fsum(row[metric] for row in flat) / len(flat) for metric in flat[0]}
+        means = {metric: math.fsum(row[metric] for row in flat) / len(flat) for metric in metrics}
         if not math.isfinite(means[name]):
             raise PqkError(f"{name} of the model in training is not finite on the held-out {unit}; lower learning_rate")
         return means

@@ -32,7 +32,7 @@ from pqk.errors import NotBuilt, PqkError, nearest
 from pqk.families.contract import Family, Metric, Sample, SampleSet
 from pqk.files import temporary_folder
 from pqk.measure.scores import drop_of
-from pqk.measure.scoring import summary_of
+from pqk.measure.scoring import scored
 from pqk.recipe.experiment import Experiment
 from pqk.recipe.request import Model, Request, asked_experiment, context, count_parameters, load_teacher, usable_backend
 from pqk.recipe.splits import test_split
@@ -173,7 +173,7 @@ def scores_of(bench: Bench, predictions: Iterable[Arrays]) -> dict[str, Any]:
         evidence = part.score(prediction, truth, options, bench.experiment.workload.seeds.eval)
         if evidence is not None:
             rows.append({"group": sample.group, "sample": sample.name, **evidence})
-    return {"samples": rows, "summary": summary_of(part.summarise, rows) if rows else {}, "groups": bench.found.groups}
+    return {**(scored(part, rows) if rows else {"samples": [], "summary": {}}), "groups": bench.found.groups}
 
 
 def predicted(bench: Bench, model: nn.Module) -> Iterator[Arrays]:
