@@ -7,8 +7,8 @@
 
 The image is normalised. N boxes are corners in pixels; `refined` are those of the last stage. t: a time 0 ... 999.
 labels: class states, of a network that diffuses classes: (1, N) with K as the mask, or distributions (1, N, K + 1).
-whwh: w, h, w, h of the picture in the input (1, 4), of a network with place features. quality: logits, of a network with
-a quality head. Everything is float32. The modules share the network's weights and take batches of any size too.
+whwh: w, h, w, h of the picture in the input (1, 4), of a network with place features. quality: logits, of a network
+with a quality head. Everything is float32. The modules share the network's weights and take batches of any size too.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class HeadGraph(nn.Module):
         maps = (p2, p3, p4, p5)
         if self.every:
             return self.head(maps, boxes, t, labels, whwh)
-        return self.head.stages(maps, boxes, t, labels, whwh)[-1]
+        return self.head.last(maps, boxes, t, labels, whwh)
 
 
 def label_state(sizes: DiffusionDetConfig) -> str | None:
