@@ -333,7 +333,7 @@ def test_gates_are_shut_until_the_cut_network_is_small_enough(model, slots, cost
 
 @pytest.fixture
 def data() -> TrainingData:
-    pytest.importorskip("pqk.families.diffusiondet.inputs", reason="the detector's samples cannot be opened yet")
+    pytest.importorskip("pqk.families.detection.inputs", reason="the detector's samples cannot be opened yet")
     return TrainingData(family("diffusiondet"))
 
 

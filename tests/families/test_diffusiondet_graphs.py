@@ -27,8 +27,10 @@ from pqk.families.diffusiondet.settings import load_workload
 from pqk.settings.keep import keep_for
 
 WORKLOAD = Path(__file__).parents[2] / "configs" / "diffusiondet" / "workload.yaml"
-SAMPLE = {**WHOLE, "label_state": "sample", "label_diffusion": "d3pm_mask"}
-DIST = {**WHOLE, "label_diffusion": "d3pm_mask"}
+# The sines of a relation are of logarithms times 100: 1e-4 between two runtimes is more than they agree to.
+STEADY = {**WHOLE, "geo_bias_type": "mlp"}
+SAMPLE = {**STEADY, "label_state": "sample", "label_diffusion": "d3pm_mask"}
+DIST = {**STEADY, "label_diffusion": "d3pm_mask"}
 EXTENDED = {"network.quality_head": True, "network.geo_feat": True, "network.classes": 3}
 ASKED = {
     "plain": (TINY, {}),
@@ -119,6 +121,14 @@ def test_shapes_and_names_of_the_graphs(exported):
     maps = {f"p{level}": (1, 16, 64 >> level, 96 >> level) for level in range(2, 6)}
     assert found["backbone"] == {"image": (1, 3, 64, 96), **maps}
     more = {"labels": (1, 12), "whwh": (1, 4), "quality": (1, 12)} if case == "sample" else {}
+    for graph in files.values():  # toolchains that count FLOPs read every shape from the file
+        inferred = onnx.shape_inference.infer_shapes(onnx.load(graph.path), data_prop=True).graph
+        sized = {
+            value.name
+            for value in (*inferred.value_info, *inferred.output)
+            if all(side.dim_value > 0 for side in value.type.tensor_type.shape.dim)
+        }
+        assert all(name in sized for node in inferred.node for name in node.output)
     boxes = {"boxes": (1, 12, 4), "t": (1,), "logits": (1, 12, 3), "refined": (1, 12, 4)}
     assert found["head"] == {**maps, **boxes, **more}
     weights = {parameter.data_ptr() for parameter in model.parameters()}
@@ -129,15 +139,14 @@ def test_the_graphs_run_in_openvino(exported):
     pytest.importorskip("openvino")
     from backends.openvino.engine import OpenVINOEngine
 
-    case, _, specs, files = exported
-    tolerance = 1e-4 if case == "plain" else 5e-4  # sines of logarithms times 100, in the relation of boxes
+    _, _, specs, files = exported
     for name, spec in specs.items():
         with torch.no_grad():
             wanted = spec.module(*spec.inputs.values())
         with OpenVINOEngine(files[name], Precision.F32) as engine:
             found = engine.infer({key: value.numpy() for key, value in spec.inputs.items()})
         for output, value in zip(spec.output_names, wanted, strict=True):
-            np.testing.assert_allclose(found[output], value, atol=tolerance * float(value.abs().max()), err_msg=output)
+            np.testing.assert_allclose(found[output], value, atol=1e-4 * float(value.abs().max()), err_msg=output)
 
 
 def test_what_an_export_computes_is_needed_for_the_last_stage(exported):
@@ -163,7 +172,8 @@ def test_the_last_stage_of_the_head_is_what_the_model_gives(exported):
         last = specs["head"].module(*specs["head"].inputs.values())
         every = parts_of(model, training=True)["head"](*specs["head"].inputs.values())
     for one, whole, all_ in zip(last, wanted, every, strict=True):
-        assert torch.equal(one, whole[-1]) and torch.equal(all_, whole)
+        assert torch.equal(all_, whole)
+        torch.testing.assert_close(one, whole[-1], rtol=1e-4, atol=1e-4)  # boxes are pooled in another form
 
 
 def test_examples_are_varied():
@@ -237,8 +247,10 @@ def test_the_onnx_operator_pools_as_the_head_does():
     boxes = example_boxes(200, 640, 800, random)[None] * 1.2 - 20  # some far outside
     maps = [torch.randn((1, 8, 640 // stride, 800 // stride), generator=random) for stride in STRIDES]
     assert len(box_levels(boxes).unique()) == 4
-    found = pool(pyramid(maps), boxes)[0].numpy()
-    np.testing.assert_allclose(roi_align(maps, boxes), found, atol=1e-4)
+    wanted = roi_align(maps, boxes)
+    for exported in (False, True):
+        found = pool(pyramid(maps, exported), boxes)[0].numpy()
+        np.testing.assert_allclose(found, wanted, atol=1e-4)
 
 
 # ---------------------------------------------------------------- names

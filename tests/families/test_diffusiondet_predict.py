@@ -31,7 +31,7 @@ from pqk.families.diffusiondet.settings import load_workload
 
 WORKLOAD = Path(__file__).parents[2] / "configs" / "diffusiondet" / "workload.yaml"
 HEIGHT, WIDTH, NUMBER = 64, 96, 7
-DIFFUSED = {"label_diffusion": "d3pm_mask"}
+DIFFUSED = {"label_diffusion": "d3pm_mask", "geo_bias_type": "mlp"}
 LABELLED = {"network.classes": 3, "network.quality_head": True, "network.geo_feat": True}
 CASES = {
     "plain": (TINY, {}),
@@ -40,7 +40,7 @@ CASES = {
         {"network.quality_head": True, "sampler.scores": "quality", "sampler.quality_guidance": 0.5},
     ),
     "geometry": (
-        {**TINY, "geo_feat": True, "geo_bias": True, "geo_bias_topk": 5},
+        {**TINY, "geo_feat": True, "geo_bias": True, "geo_bias_type": "mlp", "geo_bias_topk": 5},
         {"network.geo_feat": True},
     ),
     "dist": ({**WHOLE, **DIFFUSED}, {**LABELLED, "network.label_state": "dist"}),
@@ -91,7 +91,7 @@ def test_the_glue_over_torch_modules_is_the_detector(case, steps):
     assert found["logits"].shape == (12, 3) and found["refined"].shape == (12, 4)
     assert len(found["boxes"]) > 1 and found["labels"].dtype == np.int64
     for name, value in wanted.items():
-        np.testing.assert_allclose(found[name], value[:100].numpy(), rtol=1e-5, atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(found[name], value[:100].numpy(), rtol=1e-4, atol=1e-3, err_msg=name)
 
 
 def test_some_boxes_are_carried_on_and_some_renewed():

@@ -67,7 +67,7 @@ class HeadGraph(nn.Module):
         maps = (p2, p3, p4, p5)
         if self.every:
             return self.head(maps, boxes, t, labels, whwh)
-        return self.head.stages(maps, boxes, t, labels, whwh)[-1]
+        return self.head.last(maps, boxes, t, labels, whwh)
 
 
 def rewired(head: Head, neighbours: int) -> Head:

@@ -74,7 +74,8 @@ def batches(
 
 
 def forward(parts: Mapping[str, Any], batch: Images, watched: Any = None) -> dict[str, Any]:
-    """Returns the outputs of all stages for B images: logits (S, B, N, K), boxes (S, B, N, 4), and their start.
+    """Returns the outputs for B images: logits (S, B, N, K), boxes (S, B, N, 4) of all stages, or of the last one where
+    the part gives no other, and what they began with.
 
     Held-out images begin with noise alone at the last time, others with the truth and the noise of a drawn time.
     watched: the maps are kept under 'features'; or ('sampler', steps), and the steps of a sampler without fresh noise
@@ -92,7 +93,7 @@ def forward(parts: Mapping[str, Any], batch: Images, watched: Any = None) -> dic
         kept = {"features": {f"p{level + 2}": each for level, each in enumerate(maps)}}
     start = _from_noise if batch.held or not batch.truthful else _from_truth
     boxes, t, given, labels = start(batch, whwh, sizes)
-    logits, refined, *rest = parts["head"](*fed(sizes, maps, boxes, t, given, whwh))
+    logits, refined, *rest = staged(parts["head"](*fed(sizes, maps, boxes, t, given, whwh)))
     return {
         "logits": logits,
         "boxes": refined,
@@ -113,13 +114,18 @@ def _sampled(head: Any, maps: Sequence[Tensor], batch: Images, whwh: Tensor, ste
 
         def call(boxes: Tensor, t: int, labels: Tensor | None, rows: Any = rows, size: Tensor = size) -> Any:
             at, given = torch.full((1,), t, device=boxes.device), None if labels is None else labels[None]
-            return tuple(each[-1, 0] for each in head(*fed(sizes, rows, boxes[None], at, given, size[None])))
+            return tuple(each[-1, 0] for each in staged(head(*fed(sizes, rows, boxes[None], at, given, size[None]))))
 
         std = size.new_tensor(sizes.noise_std)
         how = replace(Sampling.of(sizes, steps), eta=0.0, renewal=None, ensemble=False)
         start = torch.randn(sizes.proposals, 4, generator=generator(batch, number)).to(size) * std
         found.append(list(sample(call, size, GivenNoise(start / std), how)))
     return found
+
+
+def staged(outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Returns the outputs of the head with stages as the first axis, also where there is the last one alone."""
+    return tuple(outputs) if outputs[0].ndim == 4 else tuple(each[None] for each in outputs)
 
 
 def fed(

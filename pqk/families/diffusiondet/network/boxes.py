@@ -6,14 +6,34 @@ function takes (..., 4) in any floating dtype.
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 DELTA_WEIGHTS = (2.0, 2.0, 1.0, 1.0)
 LARGEST_DELTA = math.log(100_000 / 16)
 """Upper limit of the logarithm of a growth in one stage."""
+
+
+def unseen(function: Callable[P, T]) -> Callable[P, T]:
+    """Hides the operations of a function from tools that follow calls of torch (NNCF); exports and gradients see them.
+
+    Such a tool trains with coordinates rounded to 8 bits, an error of pixels.
+    """
+
+    @functools.wraps(function)
+    def hidden(*args: P.args, **kwargs: P.kwargs) -> T:
+        with torch._C.DisableTorchFunction():
+            return function(*args, **kwargs)
+
+    return hidden
 
 
 def to_centres(corners: Tensor) -> Tensor:
@@ -41,6 +61,7 @@ def from_signal(signal: Tensor, whwh: Tensor, scale: float) -> Tensor:
     return to_corners((signal.clamp(-scale, scale) / scale + 1) / 2) * whwh
 
 
+@unseen
 def apply_deltas(boxes: Tensor, deltas: Tensor) -> Tensor:
     """Returns boxes moved and scaled by deltas dx, dy, dw, dh (Girshick et al. 2014, appendix C).
 

@@ -64,8 +64,8 @@ class DynamicConv(nn.Module):
 
     def forward(self, p: Tensor, features: Tensor) -> Tensor:
         first, second = self.dynamic_layer(p).split(self.dim * self.inner, dim=-1)
-        x = F.relu(self.norm1(features @ first.unflatten(-1, (self.dim, self.inner))))
-        x = F.relu(self.norm2(x @ second.unflatten(-1, (self.inner, self.dim))))
+        x = F.relu(self.norm1(features @ first.reshape(p.shape[0], p.shape[1], self.dim, self.inner)))
+        x = F.relu(self.norm2(x @ second.reshape(p.shape[0], p.shape[1], self.inner, self.dim)))
         return F.relu(self.norm3(self.out_layer(x.flatten(-2))))
 
 
@@ -102,12 +102,13 @@ class Stage(nn.Module):
         time: Tensor,
         whwh: Tensor | None = None,
         added: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        classes: bool = True,
+    ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
         """Returns logits (B, N, K), boxes (B, N, 4), what is known (B, N, C) and the quality logits (B, N) or None.
 
         table: the maps. boxes: corners in pixels. known: of the stage before; None in the first one, which begins with
         the mean of the features in a box. time: embedding (B, 4 C). whwh: sizes of the images (B, 4), which only place
-        features need. added: to what is known at first (B, N, C).
+        features need. added: to what is known at first (B, N, C). classes: False leaves out both kinds of logits.
         """
         features = self.pooler(table, boxes)
         p = features.mean(dim=2) if known is None else known
@@ -120,11 +121,13 @@ class Stage(nn.Module):
         p = self.norm1(p + self.attended(p, boxes)) if self.size.attends else self.norm1(p)
         p = self.norm2(p + self.inst_interact(p, features))
         p = self.norm3(p + self.linear2(F.relu(self.linear1(p))))
-        scale, shift = self.block_time_mlp(time)[:, None].chunk(2, dim=-1)
+        scale, shift = self.block_time_mlp(time)[:, None].split(self.size.dim, dim=-1)
         f = p * (1 + scale) + shift
         boxed = self.reg_module(f)
-        quality = self.quality_logit(boxed)[..., 0] if self.size.quality else None
         refined = self.refine(boxes, self.bboxes_delta(boxed))
+        if not classes:
+            return None, refined, p, None
+        quality = self.quality_logit(boxed)[..., 0] if self.size.quality else None
         return self.class_logits(self.cls_module(f)), refined, p, quality
 
     def attended(self, p: Tensor, boxes: Tensor) -> Tensor:
@@ -177,30 +180,43 @@ class Head(nn.Module):
         None: all masked. whwh: w, h, w, h of the images (B, 4), needed with `geo_feat` alone. Boxes get no gradient
         from one stage to the next.
         """
-        return tuple(torch.stack(each) for each in zip(*self.stages(maps, boxes, t, labels, whwh), strict=True))
+        listed = [maps[name] for name in MAPS] if isinstance(maps, Mapping) else list(maps)
+        return tuple(torch.stack(each) for each in zip(*self.stages(listed, boxes, t, labels, whwh), strict=True))
+
+    def last(
+        self, maps: Sequence[Tensor], boxes: Tensor, t: Tensor, labels: Tensor | None, whwh: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """Returns what `forward` does of the last stage alone, by the operations of an exported graph and no other."""
+        return self.stages(maps, boxes, t, labels, whwh, exported=True)[-1]
 
     def stages(
         self,
-        maps: Sequence[Tensor] | Mapping[str, Tensor],
+        maps: Sequence[Tensor],
         boxes: Tensor,
         t: Tensor | int,
         labels: Tensor | None = None,
         whwh: Tensor | None = None,
+        exported: bool = False,
     ) -> list[tuple[Tensor, ...]]:
-        """Returns what `forward` does, stage by stage: logits (B, N, K), boxes (B, N, 4), quality logits (B, N)."""
-        listed = [maps[name] for name in MAPS] if isinstance(maps, Mapping) else list(maps)
-        table = pyramid(listed)
+        """Returns logits (B, N, K), boxes (B, N, 4) and, where there are some, quality logits (B, N) of each stage.
+
+        Arguments as of `forward`. exported: only the last stage has logits and is returned; see also `Pyramid`.
+        """
+        table = pyramid(maps, exported)
         boxes = boxes.float()
-        times = torch.as_tensor(t, device=boxes.device).reshape(-1).expand(boxes.shape[0])
+        times = torch.as_tensor(t, device=boxes.device).reshape(-1)
+        if len(times) != len(boxes):  # one for all images
+            times = times.expand(len(boxes))
         time = self.time_mlp(times)
         added = self.label_term(labels, boxes)
         known: Tensor | None = None
         found: list[tuple[Tensor, ...]] = []
-        for stage in self.head_series:
-            if stage.skipped:
-                continue
-            logits, refined, known, quality = stage(table, boxes, known, time, whwh, added)
-            found.append((logits, refined) if quality is None else (logits, refined, quality))
+        stages = [stage for stage in self.head_series if not stage.skipped]
+        for number, stage in enumerate(stages, start=1):
+            classes = not exported or number == len(stages)
+            logits, refined, known, quality = stage(table, boxes, known, time, whwh, added, classes)
+            if logits is not None:
+                found.append((logits, refined) if quality is None else (logits, refined, quality))
             boxes, added = refined.detach(), None
         return found
 
