@@ -38,13 +38,14 @@ def export(
     exporter: str = "auto",
     tolerance: float = 1e-4,
     external_above: int = EXTERNAL_ABOVE,
+    more: Sequence[Mapping[str, torch.Tensor]] = (),
 ) -> Graph:
     """Writes `module` as ONNX with static shapes, checks it against torch, and returns its graph.
 
     `example` maps input names to tensors, in the order of the module's positional arguments; the module returns a
     tensor or a tuple of tensors, named by `output_names` in that order. `exporter` 'auto' takes the tracing exporter
     up to `external_above` bytes of weights (one second against nine) and the dynamo exporter beyond (the tracing one
-    writes a file per tensor first). The target appears whole or not at all.
+    writes a file per tensor first). The target appears whole or not at all. more: see `verify`.
     Raises BackendError when the export fails or the file differs from torch by more than `tolerance` (see `verify`).
     """
     import torch
@@ -81,23 +82,29 @@ def export(
         _rewrite(made, large and exporter == "torchscript", list(output_names))
         graph = describe_onnx(made)
         _check_names(graph, list(example), list(output_names), target.name)
-        verify(graph, module, example, tolerance)
+        verify(graph, module, example, tolerance, more)
         move_graph(made, target)
     return Graph(target, graph.inputs, graph.outputs, graph.sha256)
 
 
 def verify(
-    graph: Graph, module: torch.nn.Module, example: Mapping[str, torch.Tensor], tolerance: float = 1e-4
+    graph: Graph,
+    module: torch.nn.Module,
+    example: Mapping[str, torch.Tensor],
+    tolerance: float = 1e-4,
+    more: Sequence[Mapping[str, torch.Tensor]] = (),
 ) -> dict[str, float]:
     """Compares the file in ONNX Runtime (CPU) with torch on two varied draws or more; returns each output's error.
 
     The draws are `example` and what `draws` makes of it: constant inputs would hide attention, and equal ones the order
-    of inputs. The error of an output is max|file - torch| / max|torch|, the largest of all draws. Raises BackendError
+    of inputs. more: other examples in place of those, of a module whose inputs mean nothing in another order: four
+    numbers are no box any more. The error of an output is max|file - torch| / max|torch|, the largest of all draws. Raises BackendError
     when one exceeds `tolerance`, and when the module itself gives values that are not finite.
     """
     from backends.reference import OnnxRuntimeEngine, TorchEngine
 
-    feeds = [{name: tensor.detach().cpu().numpy() for name, tensor in draw.items()} for draw in draws(example)]
+    drawn = [example, *more] if more else draws(example)
+    feeds = [{name: tensor.detach().cpu().numpy() for name, tensor in draw.items()} for draw in drawn]
     feeds = feeds if np.isfinite(tolerance) else feeds[:1]  # then only whether the file runs is asked
     errors: dict[str, float] = {}
     with eval_mode(module), OnnxRuntimeEngine(graph) as engine:

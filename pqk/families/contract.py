@@ -67,13 +67,15 @@ class GraphSpec:
     module: takes the inputs in the order of `input_names` and returns one tensor, or a tuple in the order of
     `output_names`. It shares its weights with the model it was taken from.
     inputs: example inputs: values as the model meets them, random and no two alike, so that a check of an export on
-    them sees every operation.
+    them sees every operation. more: other such examples, for a graph whose inputs mean nothing once their values are
+    shuffled, which the check would do otherwise.
     """
 
     module: nn.Module
     inputs: dict[str, Tensor]
     input_names: tuple[str, ...]
     output_names: tuple[str, ...]
+    more: tuple[dict[str, Tensor], ...] = ()
 
 
 @dataclass(frozen=True)

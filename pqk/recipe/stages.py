@@ -124,7 +124,8 @@ def export_graphs(ctx: Context, experiment: Experiment, model: torch.nn.Module, 
     def make(folder: Path) -> None:
         found = {}
         for name, spec in of.model_part().graphs(model, workload).items():
-            graph = exchange.export(spec.module, spec.inputs, spec.output_names, folder / f"{name}.onnx")
+            target = folder / f"{name}.onnx"
+            graph = exchange.export(spec.module, spec.inputs, spec.output_names, target, more=spec.more)
             found[name] = {**graph_to_json(graph), "path": graph.path.name}
         write_json(folder / "graphs.json", found)
 

@@ -116,7 +116,9 @@ def _settled(
     with tempfile.TemporaryDirectory(prefix=".graphs-", dir=request["scratch"]) as folder:
         of, workload = opened_workload(request)
         graphs = {
-            name: exchange.export(graph.module, graph.inputs, graph.output_names, Path(folder) / f"{name}.onnx")
+            name: exchange.export(
+                graph.module, graph.inputs, graph.output_names, Path(folder) / f"{name}.onnx", more=graph.more
+            )
             for name, graph in of.model_part().graphs(small, workload).items()
         }
         own = {"graphs": graphs_to_json(graphs)}

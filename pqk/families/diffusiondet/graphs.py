@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from pqk.errors import PqkError
 from pqk.families.contract import GraphSpec
 from pqk.families.diffusiondet.model import DiffusionDet
-from pqk.families.diffusiondet.network.backbone import STRIDES
 from pqk.families.diffusiondet.network.configs import DiffusionDetConfig
 from pqk.families.diffusiondet.network.head import MAPS, Head
 
@@ -119,21 +118,33 @@ def check_network(sizes: DiffusionDetConfig, network: Network) -> None:
 def graphs_of(model: DiffusionDet, workload: Workload) -> dict[str, GraphSpec]:
     """Returns both graphs for the input and the number of boxes of a workload, with these weights.
 
-    Example inputs are random, from a fixed seed: a normal image, normal maps, boxes of all sizes, also partly outside
-    of the image, and one of size 0. Raises PqkError for a workload of another network (`check_network`).
+    Example inputs are random, from a fixed seed: normal images, their maps, boxes of all sizes, also partly outside of
+    the image, and one of size 0. Raises PqkError for a workload of another network (`check_network`).
     """
     sizes = model.sizes
     check_network(sizes, workload.network)
-    height, width, many = workload.input.height, workload.input.width, workload.sampler.boxes
+    height, width = workload.input.height, workload.input.width
     random = torch.Generator().manual_seed(0)
-    image = torch.randn((1, 3, height, width), generator=random)
+    images = [torch.randn((1, 3, height, width), generator=random) for _ in range(2)]
+    parts = parts_of(model, neighbours=workload.network.neighbours)
+    with torch.no_grad():
+        first, second = (
+            _fed(sizes, dict(zip(MAPS, parts["backbone"](each), strict=True)), workload, random) for each in images
+        )
     inputs, outputs = head_names(sizes)
-    feeds = {
-        name: torch.randn((1, sizes.stage.dim, height // stride, width // stride), generator=random)
-        for name, stride in zip(MAPS, STRIDES, strict=True)
+    return {
+        "backbone": GraphSpec(parts["backbone"], {"image": images[0]}, ("image",), MAPS),
+        "head": GraphSpec(parts["head"], first, inputs, outputs, (second,)),
     }
-    feeds["boxes"] = example_boxes(many, height, width, random)[None]
-    feeds["t"] = torch.tensor([999.0])
+
+
+def _fed(
+    sizes: DiffusionDetConfig, maps: dict[str, Tensor], workload: Workload, random: torch.Generator
+) -> dict[str, Tensor]:
+    """Returns inputs of the head for the maps of an image: on maps of noise it is badly conditioned."""
+    height, width, many = workload.input.height, workload.input.width, workload.sampler.boxes
+    feeds = {**maps, "boxes": example_boxes(many, height, width, random)[None]}
+    feeds["t"] = torch.randint(0, 1000, (1,), generator=random).float()
     classes = sizes.stage.classes
     if label_state(sizes) == "sample":
         feeds["labels"] = torch.randint(0, classes + 1, (1, many), generator=random).float()
@@ -141,11 +152,7 @@ def graphs_of(model: DiffusionDet, workload: Workload) -> dict[str, GraphSpec]:
         feeds["labels"] = torch.rand((1, many, classes + 1), generator=random).softmax(dim=-1)
     if sizes.stage.geometry:
         feeds["whwh"] = torch.tensor([[width, height] * 2], dtype=torch.float32)
-    parts = parts_of(model, neighbours=workload.network.neighbours)
-    return {
-        "backbone": GraphSpec(parts["backbone"], {"image": image}, ("image",), MAPS),
-        "head": GraphSpec(parts["head"], feeds, inputs, outputs),
-    }
+    return feeds
 
 
 def example_boxes(many: int, height: int, width: int, random: torch.Generator) -> Tensor:
