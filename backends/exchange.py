@@ -98,8 +98,8 @@ def verify(
 
     The draws are `example` and what `draws` makes of it: constant inputs would hide attention, and equal ones the order
     of inputs. more: other examples in place of those, of a module whose inputs mean nothing in another order: four
-    numbers are no box any more. The error of an output is max|file - torch| / max|torch|, the largest of all draws. Raises BackendError
-    when one exceeds `tolerance`, and when the module itself gives values that are not finite.
+    numbers are no box any more. The error of an output is max|file - torch| / max|torch|, the largest of all draws.
+    Raises BackendError when one exceeds `tolerance`, and when the module itself gives values that are not finite.
     """
     from backends.reference import OnnxRuntimeEngine, TorchEngine
 

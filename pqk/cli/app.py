@@ -500,6 +500,22 @@ def bench_growth(
     measure(card, backend, model, over, [int(word) for word in values.split(",")], settings_of(setting or []), out)
 
 
+@bench_app.command("grid")
+def bench_grid(
+    over: Annotated[list[str], typer.Option("--over", help="SETTING=1,4,20, several times: every combination is run")],
+    card: Annotated[str, typer.Option(help="task card that is run for each combination")] = "B1",
+    backend: Annotated[str, typer.Option(help="a backend that runs here, not emulated")] = "openvino",
+    model: Annotated[str | None, typer.Option(help="folder, file or named model; default: the shipped one")] = None,
+    setting: _Setting = None,
+    out: Annotated[Path, typer.Option("-o", "--out", help="the table as .csv")] = Path("reports/grid.csv"),
+) -> None:
+    """Measure the main metric and time over a grid of settings, with its Pareto front; the last line is JSON."""
+    from pqk.bench.grid import bench_grid as measure
+    from pqk.cli.run_output import grid_of, settings_of
+
+    measure(card, backend, model, grid_of(over), settings_of(setting or []), out)
+
+
 @bench_app.command("scene")
 def bench_scene(
     card: Annotated[str | None, typer.Option(help="task card whose candidate is timed; default: the f32 model")] = None,

@@ -55,6 +55,22 @@ _DOING = {
 }
 
 
+def grid_of(items: list[str]) -> dict[str, list[Any]]:
+    """Returns {'workload.sampler.steps': [1, 4]} for `--over workload.sampler.steps=1,4`; values are YAML.
+
+    Raises PqkError as `settings_of` does.
+    """
+    found = {}
+    for item in items:
+        name, sign, values = item.partition("=")
+        if not sign or not values.strip():
+            raise PqkError(f"--over {item}: write it as SETTING=VALUE,VALUE, for example workload.seeds.eval=0,1")
+        if name.strip() in found:
+            raise PqkError(f"--over {name.strip()} is given twice")
+        found |= settings_of([f"{name}=[{values}]"])
+    return found
+
+
 def settings_of(items: list[str]) -> dict[str, Any]:
     """Returns {'quant.ptq.calibration_images': 64} for `--set quant.ptq.calibration_images=64`; values are YAML.
 

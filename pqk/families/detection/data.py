@@ -30,6 +30,8 @@ from pqk.settings.workload import SYNTHETIC
 SEED_DRAWS: Literal["samples", "noise"] = "noise"
 TIMED = 4
 """Images that are timed by default; the sampler does the same work on any."""
+NARROWEST = 96
+"""Pixels that a generated image is wide at least."""
 HELD_OUT = 8
 """One image in so many of a set that is learned from is held out to judge the training."""
 
@@ -61,8 +63,8 @@ def open_split(
 
 
 def _generated(split: str, asked: ImageList, workload: Workload, make: Maker, first: int, count: int) -> SampleSet:
-    """Returns `count` generated images from number `first` on, as large as fits into the network's input."""
-    width = min(workload.input.width, workload.input.height * 4 // 3)
+    """Returns `count` generated images from number `first` on, as large as the network's input takes."""
+    width = max(NARROWEST, min(workload.input.width, workload.input.height * 4 // 3))
     plan = SetPlan(split, asked.seed, count, width, width * 3 // 4, first)
     inputs = {name: getattr(plan, name) for name in ("split", "seed", "images", "width", "height", "first")}
     folder, sha256 = make(split, inputs, _CODE, lambda path: make_set(path, plan))
