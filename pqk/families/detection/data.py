@@ -5,6 +5,7 @@ An eval seed draws the sampler's noise; the images stay the same.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -106,11 +107,13 @@ def _annotated(sample: DetectionSample) -> list[Any]:
 
 
 def _names(samples: Sequence[DetectionSample]) -> tuple[str, ...]:
-    """Returns the names of images: of their files, with folders where two have one name."""
-    short = [sample.image_path.stem for sample in samples]
+    """Returns the names of images: of their files, with the folders that tell them apart where two have one name."""
+    paths = [sample.image_path for sample in samples]
+    short = [path.stem for path in paths]
     if len(set(short)) == len(short):
         return tuple(short)
-    return tuple(sample.image_path.as_posix() for sample in samples)
+    above = os.path.commonpath([path.parent for path in paths])
+    return tuple(path.relative_to(above).as_posix() for path in paths)
 
 
 def _train(workload: Workload, root: Path, given: Given) -> SampleSet:
