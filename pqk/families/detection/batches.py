@@ -226,5 +226,7 @@ def resized(one: Pictured, size: int) -> Pictured:
 
 def generator(batch: Images, number: int) -> torch.Generator:
     """Returns the random numbers of one image of a batch, on the CPU."""
-    state = np.random.SeedSequence((*batch.seed, batch.first + number)).generate_state(1)  # 32 bits: torch ignores all higher ones
+    state = np.random.SeedSequence((*batch.seed, batch.first + number)).generate_state(
+        1
+    )  # 32 bits: torch ignores all higher ones
     return torch.Generator().manual_seed(int(state[0]))

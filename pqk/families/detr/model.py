@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -18,7 +19,8 @@ from pqk.families.defaults import official as official
 from pqk.families.detr.settings import Workload
 
 _OWN = "net."
-_FIXED = {"use_timm_backbone": False, "use_pretrained_backbone": False, "backbone": None, "auxiliary_loss": True}
+_FIXED = {"use_timm_backbone": False, "use_pretrained_backbone": False, "backbone": None, "auxiliary_loss": False}
+"""Where auxiliary_loss is true, the library normalises what goes from layer to layer of the decoder, as DETR does not."""
 _RENAMED = {
     r"\.backbone\.conv_encoder\.": ".backbone.",
     r"\.out_proj\.": ".o_proj.",
@@ -53,19 +55,24 @@ class Detr(nn.Module):
         except Exception as error:  # whatever the library says of a value
             raise PqkError(f"detr configuration: {first_line(error)}") from error
 
-    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns logits (L, B, N, K + 1) and boxes (L, B, N, 4) of each of L layers of the decoder."""
-        found = self.net.model(image, pixel_mask=torch.ones_like(image[:, 0], dtype=torch.int64))
-        hidden = found.intermediate_hidden_states
+    def forward(self, image: Tensor, every: bool = False) -> tuple[Tensor, Tensor]:
+        """Returns logits (B, N, K + 1) and boxes (B, N, 4); every: (L, B, ...), of each of L layers of the decoder."""
+        mask = torch.ones_like(image[:, 0], dtype=torch.int64)
+        found = self.net.model(image, pixel_mask=mask, output_hidden_states=every)
+        hidden = found.last_hidden_state
+        if every:
+            norm = self.net.model.decoder.layernorm
+            hidden = torch.stack([*(norm(each) for each in found.decoder_hidden_states[1:-1]), hidden])
         return self.net.class_labels_classifier(hidden), self.net.bbox_predictor(hidden).sigmoid()
 
     def loss(self, logits: Tensor, boxes: Tensor, labels: list[dict[str, Tensor]]) -> Tensor:
-        """Returns the library's loss of outputs as `forward` gives them, also of the last layer alone: a scalar.
+        """Returns the library's loss, summed over L layers: a scalar. logits (L, B, N, K + 1), boxes (L, B, N, 4).
 
         labels: of each image `class_labels` (G,) and relative `boxes` (G, 4).
         """
-        net = self.net
-        loss: Tensor = net.loss_function(logits[-1], labels, logits.device, boxes[-1], net.config, logits, boxes)[0]
+        config = copy.copy(self.net.config)
+        config.auxiliary_loss = True
+        loss: Tensor = self.net.loss_function(logits[-1], labels, logits.device, boxes[-1], config, logits, boxes)[0]
         return loss
 
 
@@ -85,8 +92,8 @@ class DetectorGraph(nn.Module):
         self.model, self.every = model, every
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        logits, boxes = self.model(image)
-        return (logits, boxes) if self.every else (logits[-1], boxes[-1])
+        found: tuple[Tensor, Tensor] = self.model(image, self.every)
+        return found
 
 
 def build(config: Mapping[str, Any]) -> nn.Module:
