@@ -49,8 +49,9 @@ class Pictured:
 class Images:
     """B images with their truth: pictures, each of its own size. Boxes are in pixels of the picture.
 
-    seed: of the noise that boxes start from; first: number that counts for the first picture. held: boxes start from noise alone, as in an inference of one step; else
-    they are the truth with the noise of a drawn time. truthful: the truth is known.
+    seed: of the noise that boxes start from. held: boxes start from noise alone, as in an inference of one step; else
+    they are the truth with the noise of a drawn time. truthful: the truth is known. first: number of the first picture
+    among those of the seed.
     """
 
     pictures: list[Pictured]

@@ -20,7 +20,7 @@ from pqk.families.detection.learning import UNIT as UNIT
 from pqk.families.detection.learning import Scored, check_classes, evidence, taught
 from pqk.families.detection.learning import complete as complete
 from pqk.families.detection.learning import floor as floor
-from pqk.families.detr.model import Detr, DetectorGraph
+from pqk.families.detr.model import DetectorGraph, Detr
 from pqk.families.detr.predict import boxes_of
 from pqk.families.detr.settings import Workload
 from pqk.settings.training import Training

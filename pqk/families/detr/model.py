@@ -20,7 +20,7 @@ from pqk.families.detr.settings import Workload
 
 _OWN = "net."
 _FIXED = {"use_timm_backbone": False, "use_pretrained_backbone": False, "backbone": None, "auxiliary_loss": False}
-"""Where auxiliary_loss is true, the library normalises what goes from layer to layer of the decoder, as DETR does not."""
+"""With auxiliary_loss the library also normalises what one layer of the decoder gives to the next, as DETR does not."""
 _RENAMED = {
     r"\.backbone\.conv_encoder\.": ".backbone.",
     r"\.out_proj\.": ".o_proj.",
