@@ -68,7 +68,8 @@ def _generated(split: str, asked: ImageList, workload: Workload, make: Maker, fi
     inputs = {name: getattr(plan, name) for name in ("split", "seed", "images", "width", "height", "first")}
     folder, sha256 = make(split, inputs, _CODE, lambda path: make_set(path, plan))
     where = {"folder": str(folder / plan.name)}
-    return SampleSet(where, {"images": None}, _names(opened(where).samples), sha256, truthful=split != "calibration")
+    how = {"images": None, "first": first}
+    return SampleSet(where, how, _names(opened(where).samples), sha256, truthful=split != "calibration")
 
 
 def _listed(asked: ImageList | TrainList, root: Path) -> SampleSet:
@@ -228,6 +229,7 @@ def samples(found: SampleSet, workload: Workload, seed: int) -> Iterator[Sample]
 def _sample(found: SampleSet, workload: Workload, number: int, group: int) -> Sample:
     one, height, width = images_of(found)[number], workload.input.height, workload.input.width
     truth = Truth(one, classes_of(found)) if found.truthful else None
+    number += found.how.get("first", 0)  # what is made later of a set has the noise that it has in a longer one
     return Sample(group, one.image_path.name, fit(one.load_image(), height, width, number), truth)
 
 
