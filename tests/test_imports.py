@@ -15,7 +15,10 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-HEAVY = ("torch", "openvino", "nncf", "onnx", "onnxruntime", "pandas", "scipy", "matplotlib", "openpyxl", "tensorrt")
+HEAVY = (
+    *("torch", "openvino", "nncf", "onnx", "onnxruntime", "pandas", "scipy", "matplotlib", "openpyxl", "tensorrt"),
+    "transformers",
+)
 SOURCES = [path for folder in ("pqk", "backends", "scripts") for path in (REPOSITORY / folder).rglob("*.py")]
 
 

@@ -65,6 +65,7 @@ SMALLER = {
         r"  pairs: \d+\n  size: \d+": "  pairs: 2\n  size: 64",
         r"levels: \[0.25, 0.5, 0.75\]": "levels: [0.5]",
         r"round_to: 8": "round_to: 4",
+        r"rho: 0.15": "rho: 0.05",
         r"  stages:[^\n]*\n(    - [^\n]*\n)+": _STAGES,
         r"validation: \{size: \d+, pairs: \d+\}": "validation: {size: 64, pairs: 4}",
     },

@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -19,7 +20,7 @@ from backends.cpu import cpu_name
 from pqk.compress.train.ahead import Ahead
 from pqk.compress.train.device import pick_device
 from pqk.compress.train.judge import Forward, Judge
-from pqk.compress.train.loop import Progress, Schedule, Trainer, world
+from pqk.compress.train.loop import Progress, Schedule, Trainer, parameter_groups, world
 from pqk.cores import allowed_cores
 from pqk.errors import PqkError, nearest
 from pqk.families.checkpoint import CARD, CONFIG, WEIGHTS
@@ -114,6 +115,7 @@ def _train(
     config = {**of.settings_part().NAMED[spec.model], **spec.network}
     torch.manual_seed(spec.seed)
     model, start = build_model(of.name, config), None
+    _check_rates(model, spec)
     if init is not None:
         _begin_with(model, learning, init, config, spec)
         start = sha256_state(model.state_dict())
@@ -192,15 +194,24 @@ def _train(
     return outcome, trainer.progress
 
 
+def _check_rates(model: nn.Module, spec: TrainSpec) -> None:
+    """Raises PqkError for a pattern of `rates` that no weight has, and where nothing is left to train."""
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in spec.rates:
+        if not any(re.search(pattern, name) for name in names):
+            raise PqkError(f"rates: no weight of {spec.model} has {pattern!r} in its name; the first is {names[0]}")
+    groups = parameter_groups(model, spec.weight_decay, spec.rates)
+    if not any(group["params"] for group in groups):
+        raise PqkError(f"rates: every weight of {spec.model} has the factor 0; there is nothing to train")
+
+
 def _begin_with(model: Any, learning: Any, init: str, config: Mapping[str, Any], spec: TrainSpec) -> None:
     """Fills a fresh model with the weights of `init`; what `spec.network` adds to it keeps its own.
 
     Raises PqkError where they are of another network.
     """
     first = load_model(init)
-    like = first.family == model.family
-    if not spec.network:
-        like = like and learning.same_network(first.config, config)
+    like = first.family == model.family and learning.same_network({**first.config, **spec.network}, config)
     weights, mine = first.state_dict(), model.state_dict()
     fit = like and all(key in mine and mine[key].shape == value.shape for key, value in weights.items())
     if not fit:

@@ -24,7 +24,7 @@ from pqk.settings.training import Training
 POOL = 2048
 """Different generated images of a training; each is changed anew whenever it is drawn."""
 HELD_BATCH = 64
-"""Held-out images of one batch. AP belongs to a set, so that of several batches is the mean of theirs."""
+"""Held-out images of one batch."""
 SMALLEST_CROP = 0.6
 """Share of each side that a crop keeps at least."""
 LEAST_SEEN = 0.3
@@ -50,7 +50,8 @@ class Images:
     """B images with their truth: pictures, each of its own size. Boxes are in pixels of the picture.
 
     seed: of the noise that boxes start from. held: boxes start from noise alone, as in an inference of one step; else
-    they are the truth with the noise of a drawn time. truthful: the truth is known.
+    they are the truth with the noise of a drawn time. truthful: the truth is known. first: number of the first picture
+    among those of the seed.
     """
 
     pictures: list[Pictured]
@@ -59,6 +60,7 @@ class Images:
     device: torch.device
     held: bool = False
     truthful: bool = True
+    first: int = 0
 
     def images(self) -> list[Tensor]:
         """Returns the images, (3, h, w) float32 with values 0 ... 255."""
@@ -154,9 +156,7 @@ class Drawn:
         count, step = min(pairs or self._wanted.pairs, len(source)), batch or HELD_BATCH
         for first in range(0, count, step):
             pictures = [resized(source[k], side) for k in range(first, min(first + step, count))]
-            yield Images(
-                pictures, self._classes, (self._held_seed, first), self._device, held=True, truthful=self.truthful
-            )
+            yield Images(pictures, self._classes, (self._held_seed,), self._device, True, self.truthful, first)
 
 
 def batches_of(asked: Training, device: torch.device, seed: int, held_seed: int, found: SampleSet | None) -> Drawn:
@@ -227,5 +227,7 @@ def resized(one: Pictured, size: int) -> Pictured:
 
 def generator(batch: Images, number: int) -> torch.Generator:
     """Returns the random numbers of one image of a batch, on the CPU."""
-    state = np.random.SeedSequence((*batch.seed, number)).generate_state(1)  # 32 bits: torch ignores all higher ones
+    state = np.random.SeedSequence((*batch.seed, batch.first + number)).generate_state(
+        1
+    )  # 32 bits: torch ignores all higher ones
     return torch.Generator().manual_seed(int(state[0]))

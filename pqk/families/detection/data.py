@@ -5,6 +5,7 @@ An eval seed draws the sampler's noise; the images stay the same.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -69,7 +70,8 @@ def _generated(split: str, asked: ImageList, workload: Workload, make: Maker, fi
     inputs = {name: getattr(plan, name) for name in ("split", "seed", "images", "width", "height", "first")}
     folder, sha256 = make(split, inputs, _CODE, lambda path: make_set(path, plan))
     where = {"folder": str(folder / plan.name)}
-    return SampleSet(where, {"images": None}, _names(opened(where).samples), sha256, truthful=split != "calibration")
+    how = {"images": None, "first": first}
+    return SampleSet(where, how, _names(opened(where).samples), sha256, truthful=split != "calibration")
 
 
 def _listed(asked: ImageList | TrainList, root: Path) -> SampleSet:
@@ -108,11 +110,13 @@ def _annotated(sample: DetectionSample) -> list[Any]:
 
 
 def _names(samples: Sequence[DetectionSample]) -> tuple[str, ...]:
-    """Returns the names of images: of their files, with folders where two have one name."""
-    short = [sample.image_path.stem for sample in samples]
+    """Returns the names of images: of their files, with the folders that tell them apart where two have one name."""
+    paths = [sample.image_path for sample in samples]
+    short = [path.stem for path in paths]
     if len(set(short)) == len(short):
         return tuple(short)
-    return tuple(sample.image_path.as_posix() for sample in samples)
+    above = os.path.commonpath([path.parent for path in paths])
+    return tuple(path.relative_to(above).as_posix() for path in paths)
 
 
 def _train(workload: Workload, root: Path, given: Given) -> SampleSet:
@@ -227,6 +231,7 @@ def samples(found: SampleSet, workload: Workload, seed: int) -> Iterator[Sample]
 def _sample(found: SampleSet, workload: Workload, number: int, group: int) -> Sample:
     one, height, width = images_of(found)[number], workload.input.height, workload.input.width
     truth = Truth(one, classes_of(found)) if found.truthful else None
+    number += found.how.get("first", 0)  # what is made later of a set has the noise that it has in a longer one
     return Sample(group, one.image_path.name, fit(one.load_image(), height, width, number), truth)
 
 

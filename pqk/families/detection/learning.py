@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from pqk.data.detection.sample import DetectionSample
+from pqk.errors import PqkError
 from pqk.families.contract import Sample
 from pqk.families.detection import scoring
 from pqk.families.detection.batches import Images, Pictured
@@ -44,7 +45,7 @@ def _samples(batch: Images) -> list[Sample]:
     batch.targets()  # raises PqkError where there is no truth
     samples = []
     for number, one in enumerate(batch.pictures):
-        name = ".".join(str(part) for part in (*batch.seed, number))
+        name = ".".join(str(part) for part in (*batch.seed, batch.first + number))
         height, width = one.image.shape[:2]
         ignored = np.zeros(len(one.labels), bool)
         truth = DetectionSample(
@@ -54,12 +55,28 @@ def _samples(batch: Images) -> list[Sample]:
     return samples
 
 
-def taught(batch: Images, found: Sequence[Mapping[str, np.ndarray]]) -> Images:
-    """Returns the images with the Teacher's detections, of a score from `scoring.SURE` on, as their truth."""
+def check_classes(batch: Images, classes: int) -> None:
+    """Raises PqkError where a set to learn from has more classes than a network can tell apart."""
+    if len(batch.classes) > classes:
+        raise PqkError(
+            f"the set has {len(batch.classes)} classes ({', '.join(batch.classes[:4])}, ...), and the network tells "
+            f"{classes} apart; train on a set with the network's classes"
+        )
+
+
+def taught(batch: Images, found: Sequence[Mapping[str, np.ndarray]], classes: int) -> Images:
+    """Returns the images with the Teacher's detections, of a score from `scoring.SURE` on, as their truth.
+
+    found: the best first. Of each class at most as many count as COCO's AP looks at. classes: how many the network has,
+    which are named by their numbers.
+    """
     pictures = []
     for one, each in zip(batch.pictures, found, strict=True):
-        sure = each["scores"] >= scoring.SURE
+        sure = np.flatnonzero(each["scores"] >= scoring.SURE)
+        best = [sure[each["labels"][sure] == label][: scoring.MAX_FOUND] for label in range(classes)]
+        sure = np.sort(np.concatenate([np.zeros(0, np.int64), *best]))
         boxes = each["boxes"][sure]
         areas = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1, dtype=np.float64)
         pictures.append(Pictured(one.image, boxes, each["labels"][sure], areas, np.ones(len(boxes), bool)))
-    return replace(batch, pictures=pictures, truthful=True)
+    names = tuple(f"class {label}" for label in range(classes))
+    return replace(batch, pictures=pictures, classes=names, truthful=True)

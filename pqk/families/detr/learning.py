@@ -17,30 +17,22 @@ from pqk.families.detection.inputs import padded
 from pqk.families.detection.learning import REMEDY as REMEDY
 from pqk.families.detection.learning import SOURCE as SOURCE
 from pqk.families.detection.learning import UNIT as UNIT
-from pqk.families.detection.learning import Scored, evidence, taught
+from pqk.families.detection.learning import Scored, check_classes, evidence, taught
 from pqk.families.detection.learning import complete as complete
 from pqk.families.detection.learning import floor as floor
+from pqk.families.detr.model import DetectorGraph, Detr
 from pqk.families.detr.predict import boxes_of
 from pqk.families.detr.settings import Workload
 from pqk.settings.training import Training
 
 TERMS = ("task", "kl", "imitation", "probe")
-
-
-class Part(nn.Module):
-    """The network as a training runs it: with the truth it gives its loss too."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, image: Tensor, labels: Any = None) -> Any:
-        return self.model(image, labels)
+NO_FEATURES = "DETR compares no features; set distill.loss.gamma to 0"
 
 
 def parts(model: nn.Module) -> dict[str, nn.Module]:
-    """Returns the one part."""
-    return {"detector": Part(model)}
+    """Returns the module of the one graph, which shares the model's weights and takes any size."""
+    assert isinstance(model, Detr)
+    return {"detector": DetectorGraph(model, every=True)}
 
 
 def as_exported(parts: Mapping[str, nn.Module], workload: Workload) -> None:
@@ -61,19 +53,27 @@ def batches(
 
 
 def forward(parts: Mapping[str, nn.Module], batch: Images, watched: Any = None) -> dict[str, Any]:
-    """Returns logits (B, N, K + 1), boxes (B, N, 4) relative to the padded input, its shape, and the loss where the
-    truth is known. Raises PqkError for `watched`: no feature of this family is compared.
+    """Returns logits (L, B, N, K + 1) and boxes (L, B, N, 4) relative to the padded input, its shape, and the loss that
+    belongs to them. The exported graph gives the last of L layers alone. Raises PqkError for `watched`: no feature of
+    this family is compared.
     """
     if watched is not None:
-        raise PqkError("DETR compares no features; set distill.loss.gamma to 0")
+        raise PqkError(NO_FEATURES)
     images, _ = padded(batch.images())
-    height, width = images.shape[2:]
-    labels = None
-    if batch.truthful and not batch.held:
-        size = images.new_tensor([width, height, width, height])
-        labels = [{"class_labels": one["labels"], "boxes": _centres(one["boxes"] / size)} for one in batch.targets()]
-    found = parts["detector"](images, labels)
-    return {"logits": found.logits, "boxes": found.pred_boxes, "loss": found.loss, "shape": (height, width)}
+    part: Any = parts["detector"]
+    logits, boxes = part(images)
+    if logits.ndim == 3:
+        logits, boxes = logits[None], boxes[None]
+    check_classes(batch, logits.shape[-1] - 1)
+    return {"logits": logits, "boxes": boxes, "loss": part.model.loss, "shape": tuple(images.shape[2:])}
+
+
+def _task(out: Mapping[str, Any], batch: Images) -> Tensor:
+    height, width = out["shape"]
+    size = out["boxes"].new_tensor([width, height, width, height], dtype=torch.float32)
+    labels = [{"class_labels": one["labels"], "boxes": _centres(one["boxes"] / size)} for one in batch.targets()]
+    loss: Tensor = out["loss"](out["logits"].float(), out["boxes"].float(), labels)
+    return loss
 
 
 def _centres(corners: Tensor) -> Tensor:
@@ -93,18 +93,19 @@ def losses(
     """
     found: dict[str, Tensor] = {}
     if "task" in terms:
-        found["task"] = out["loss"]
+        with torch.autocast(out["logits"].device.type, enabled=False):
+            found["task"] = _task(out, batch)
     if "kl" in terms:
         assert teacher is not None
         warm = options["temperature"]
-        mine, theirs = ((each["logits"].float() / warm).log_softmax(-1) for each in (out, teacher))
+        mine, theirs = ((each["logits"][-1].float() / warm).log_softmax(-1) for each in (out, teacher))
         found["kl"] = F.kl_div(mine, theirs, log_target=True, reduction="none").sum(-1).mean() * warm**2
     if "imitation" in terms:
         assert teacher is not None
         found["imitation"] = _apart(out, teacher).mean()
     if "probe" in terms:
         signs = torch.Generator().manual_seed(0)
-        values = torch.cat((out["logits"].float().softmax(-1), out["boxes"].float()), dim=-1)
+        values = torch.cat((out["logits"][-1].float().softmax(-1), out["boxes"][-1].float()), dim=-1)
         drawn = torch.randint(2, values.shape, generator=signs).to(values) * 2 - 1
         found["probe"] = (drawn * values).sum() / values.numel() ** 0.5
     return found
@@ -112,27 +113,28 @@ def losses(
 
 def _apart(out: Mapping[str, Any], teacher: Mapping[str, Any]) -> Tensor:
     """Returns how far the outputs of each image (B,) are from the Teacher's: classes, and boxes it is sure of."""
-    chances = [each["logits"].float().softmax(-1) for each in (out, teacher)]
+    chances = [each["logits"][-1].float().softmax(-1) for each in (out, teacher)]
     classes = (chances[0] - chances[1]).abs().sum(-1)
-    boxes = (out["boxes"].float() - teacher["boxes"].float()).abs().sum(-1) * (1 - chances[1][..., -1])
+    boxes = (out["boxes"][-1].float() - teacher["boxes"][-1].float()).abs().sum(-1) * (1 - chances[1][..., -1])
     return (classes + 5 * boxes).mean(-1)
 
 
 def features(teacher: nn.Module, student: nn.Module, seed: int) -> tuple[Any, Any, nn.ModuleDict]:
     """Raises PqkError: no feature is compared."""
-    raise PqkError("DETR compares no features; set distill.loss.gamma to 0")
+    raise PqkError(NO_FEATURES)
 
 
 def _found(out: Mapping[str, Any], batch: Images) -> list[dict[str, np.ndarray]]:
     """Returns the detections of each image, in pixels of it."""
     sizes = [(one.image.shape[0], one.image.shape[1]) for one in batch.pictures]
-    ends = zip(out["logits"].detach().float().cpu().numpy(), out["boxes"].detach().float().cpu().numpy(), strict=True)
+    logits, boxes = (out[name][-1].detach().float().cpu().numpy() for name in ("logits", "boxes"))
+    ends = zip(logits, boxes, strict=True)
     return [boxes_of(*end, out["shape"], size, size) for end, size in zip(ends, sizes, strict=True)]
 
 
 def as_truth(batch: Images, out: Mapping[str, Any], config: Mapping[str, Any]) -> Images:
     """Returns the images with the Teacher's sure detections as their truth."""
-    return taught(batch, _found(out, batch))
+    return taught(batch, _found(out, batch), out["logits"].shape[-1] - 1)
 
 
 def score(out: Mapping[str, Any], batch: Images) -> Scored:

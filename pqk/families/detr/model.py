@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pqk.errors import NotBuilt, PqkError
+from pqk.errors import NotBuilt, PqkError, first_line
 from pqk.families.contract import GraphSpec
 from pqk.families.defaults import LAYOUT as LAYOUT
 from pqk.families.defaults import UNDONE as UNDONE
@@ -17,14 +19,22 @@ from pqk.families.defaults import official as official
 from pqk.families.detr.settings import Workload
 
 _OWN = "net."
-_FIXED = {"use_timm_backbone": False, "use_pretrained_backbone": False, "backbone": None, "auxiliary_loss": True}
+_FIXED = {"use_timm_backbone": False, "use_pretrained_backbone": False, "backbone": None, "auxiliary_loss": False}
+"""With auxiliary_loss the library also normalises what one layer of the decoder gives to the next, as DETR does not."""
+_RENAMED = {
+    r"\.backbone\.conv_encoder\.": ".backbone.",
+    r"\.out_proj\.": ".o_proj.",
+    r"\.layers\.(\d+)\.(fc[12])\.": r".layers.\1.mlp.\2.",
+}
+_NORM = {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0}
+"""Buffers of a frozen norm."""
 
 
 class Detr(nn.Module):
     """The library's network of one configuration: normalised images (B, 3, H, W) -> logits, boxes.
 
     Every pixel counts, those of the padding too. Raises NotBuilt without the library, and PqkError for a configuration
-    that it refuses.
+    that it refuses, or one of a backbone of timm.
     """
 
     family = "detr"
@@ -36,30 +46,54 @@ class Detr(nn.Module):
         except ImportError as error:
             raise NotBuilt(f"DETR needs the library transformers, pip install 'pqk[detr]' ({error})") from error
         self.config = {key: value for key, value in config.items() if key != "family"}
-        if "backbone_config" not in self.config or self.config.get("use_timm_backbone"):
+        backbone = self.config.get("backbone_config")
+        timm = self.config.get("use_timm_backbone") or _kind(backbone) == "timm_backbone"
+        if timm or not isinstance(backbone, Mapping):
             raise PqkError("detr configuration: needs a backbone_config of a ResNet of transformers; timm is not used")
         try:
             self.net = DetrForObjectDetection(DetrConfig.from_dict({**self.config, **_FIXED}))
         except Exception as error:  # whatever the library says of a value
-            raise PqkError(f"detr configuration: {str(error).strip().splitlines()[0]}") from error
+            raise PqkError(f"detr configuration: {first_line(error)}") from error
 
-    def forward(self, image: Tensor, labels: list[dict[str, Tensor]] | None = None) -> Any:
-        """Returns what the library's network does; labels: `class_labels` and relative `boxes` of each image."""
-        return self.net(image, pixel_mask=torch.ones_like(image[:, 0], dtype=torch.int64), labels=labels)
+    def forward(self, image: Tensor, every: bool = False) -> tuple[Tensor, Tensor]:
+        """Returns logits (B, N, K + 1) and boxes (B, N, 4); every: (L, B, ...), of each of L layers of the decoder."""
+        mask = torch.ones_like(image[:, 0], dtype=torch.int64)
+        found = self.net.model(image, pixel_mask=mask, output_hidden_states=every)
+        hidden = found.last_hidden_state
+        if every:
+            norm = self.net.model.decoder.layernorm
+            hidden = torch.stack([*(norm(each) for each in found.decoder_hidden_states[1:-1]), hidden])
+        return self.net.class_labels_classifier(hidden), self.net.bbox_predictor(hidden).sigmoid()
+
+    def loss(self, logits: Tensor, boxes: Tensor, labels: list[dict[str, Tensor]]) -> Tensor:
+        """Returns the library's loss, summed over L layers: a scalar. logits (L, B, N, K + 1), boxes (L, B, N, 4).
+
+        labels: of each image `class_labels` (G,) and relative `boxes` (G, 4).
+        """
+        config = copy.copy(self.net.config)
+        config.auxiliary_loss = True
+        loss: Tensor = self.net.loss_function(logits[-1], labels, logits.device, boxes[-1], config, logits, boxes)[0]
+        return loss
+
+
+def _kind(backbone: Any) -> Any:
+    return backbone.get("model_type") if isinstance(backbone, Mapping) else None
 
 
 class DetectorGraph(nn.Module):
-    """Image (1, 3, H, W) -> logits (1, N, K + 1), the last class being none, and refined (1, N, 4): cx, cy, w, h in
+    """Image (B, 3, H, W) -> logits (B, N, K + 1), the last class being none, and refined (B, N, 4): cx, cy, w, h in
     [0, 1] of the input.
+
+    every: of every layer of the decoder, with the layers as the first axis, as a training needs them.
     """
 
-    def __init__(self, model: Detr) -> None:
+    def __init__(self, model: Detr, every: bool = False) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.every = model, every
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        found = self.model(image)
-        return found.logits, found.pred_boxes
+        found: tuple[Tensor, Tensor] = self.model(image, self.every)
+        return found
 
 
 def build(config: Mapping[str, Any]) -> nn.Module:
@@ -67,17 +101,36 @@ def build(config: Mapping[str, Any]) -> nn.Module:
     return Detr(config)
 
 
+@torch.no_grad()
 def initialize(model: nn.Module, generator: torch.Generator | None = None) -> None:
-    """Fills every weight as the library does. generator: seeds it; None: torch's own random numbers."""
+    """Fills every weight as the library does, and the frozen norms of the backbone so that they change nothing.
+
+    generator: seeds it; None: torch's own random numbers.
+    """
     with torch.random.fork_rng(enabled=generator is not None):
         if generator is not None:
             torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
         model.net.apply(model.net._init_weights)  # type: ignore[operator, union-attr]
+    for name, buffer in model.named_buffers():
+        if name.rpartition(".")[2] in _NORM:
+            buffer.fill_(_NORM[name.rpartition(".")[2]])
 
 
 def adapt(weights: Mapping[str, Tensor], expected: Collection[str]) -> dict[str, Tensor]:
-    """Returns the library's weights under the names that they have here."""
-    return {key if key.startswith(_OWN) else f"{_OWN}{key}": value for key, value in weights.items()}
+    """Returns the library's weights under the names that they have here.
+
+    Files keep the names of its first versions, `_RENAMED`, whatever the network calls its parts. The counters of norms
+    are left out.
+    """
+    found = {}
+    for key, value in weights.items():
+        name = key if key.startswith(_OWN) else f"{_OWN}{key}"
+        if name not in expected:
+            for pattern, new in _RENAMED.items():
+                name = re.sub(pattern, new, name)
+        if not name.endswith(".num_batches_tracked"):
+            found[name] = value
+    return found
 
 
 def graphs(model: nn.Module, workload: Workload) -> dict[str, GraphSpec]:

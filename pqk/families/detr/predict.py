@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from pqk.families.contract import Arrays, Call, Sample
+from pqk.families.contract import Call, Sample
 from pqk.families.detr.settings import Workload
 
 MOST = 100
 """Detections of an image that COCO counts."""
 
 
-def predict(call: Call, sample: Sample, workload: Workload, seed: int) -> Arrays:
+def predict(call: Call, sample: Sample, workload: Workload, seed: int) -> dict[str, np.ndarray]:
     """Returns `logits` and `refined` as the graph gives them, and the detections, the best first: `boxes` (D, 4) in
     pixels of the annotated image, `scores` (D,), `labels` (D,).
     """

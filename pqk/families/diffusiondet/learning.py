@@ -17,15 +17,16 @@ from pqk.families.detection.inputs import padded
 from pqk.families.detection.learning import REMEDY as REMEDY
 from pqk.families.detection.learning import SOURCE as SOURCE
 from pqk.families.detection.learning import UNIT as UNIT
-from pqk.families.detection.learning import Scored, evidence, taught
+from pqk.families.detection.learning import Scored, check_classes, evidence, taught
 from pqk.families.detection.learning import complete as complete
 from pqk.families.detection.learning import floor as floor
 from pqk.families.diffusiondet.graphs import label_state, parts_of
 from pqk.families.diffusiondet.network.boxes import from_signal, giou, to_centres
 from pqk.families.diffusiondet.network.configs import DiffusionDetConfig, read_config
+from pqk.families.diffusiondet.predict import MOST
 from pqk.families.diffusiondet.sampling import labels as states
 from pqk.families.diffusiondet.sampling import schedule
-from pqk.families.diffusiondet.sampling.noise import GivenNoise
+from pqk.families.diffusiondet.sampling.noise import DrawnNoise
 from pqk.families.diffusiondet.sampling.sampler import Sampling, Step, sample
 from pqk.families.diffusiondet.sampling.selection import Detections, rescale, select, suppress
 from pqk.families.diffusiondet.settings import Workload
@@ -82,6 +83,7 @@ def forward(parts: Mapping[str, Any], batch: Images, watched: Any = None) -> dic
     are kept under this name, of each image. Where nothing learns, as in a Teacher, those are all.
     """
     sizes: DiffusionDetConfig = parts["head"].sizes
+    check_classes(batch, sizes.stage.classes)
     images, whwh = padded(batch.images())
     maps = parts["backbone"](images)
     kept: dict[str, Any] = {}
@@ -116,10 +118,9 @@ def _sampled(head: Any, maps: Sequence[Tensor], batch: Images, whwh: Tensor, ste
             at, given = torch.full((1,), t, device=boxes.device), None if labels is None else labels[None]
             return tuple(each[-1, 0] for each in staged(head(*fed(sizes, rows, boxes[None], at, given, size[None]))))
 
-        std = size.new_tensor(sizes.noise_std)
         how = replace(Sampling.of(sizes, steps), eta=0.0, renewal=None, ensemble=False)
-        start = torch.randn(sizes.proposals, 4, generator=generator(batch, number)).to(size) * std
-        found.append(list(sample(call, size, GivenNoise(start / std), how)))
+        noise = DrawnNoise(sizes.proposals, 0, generator(batch, number).initial_seed())
+        found.append(list(sample(call, size, noise, how)))
     return found
 
 
@@ -284,16 +285,16 @@ def features(teacher: Any, student: Any, seed: int) -> tuple[Any, Any, nn.Module
 
 def as_truth(batch: Images, out: Mapping[str, Any], config: Mapping[str, Any]) -> Images:
     """Returns the images with the Teacher's sure detections as their truth."""
-    return taught(batch, _arrays(out, batch))
+    return taught(batch, _arrays(out, batch), out["logits"].shape[-1])
 
 
 def detections(out: Mapping[str, Any], batch: Images) -> list[Detections]:
-    """Returns what the last stage finds in each image, in pixels of it, the best first."""
+    """Returns what the last stage finds in each image, in pixels of it: the best `MOST`, the best first."""
     found = []
     for logits, boxes, one in zip(out["logits"][-1].float(), out["boxes"][-1], batch.pictures, strict=True):
         chosen = suppress(select(logits.sigmoid(), boxes.float(), len(boxes)))
         size = (one.image.shape[0], one.image.shape[1])
-        found.append(rescale(chosen, size, size))
+        found.append(rescale(chosen, size, size).of(slice(MOST)))
     return found
 
 

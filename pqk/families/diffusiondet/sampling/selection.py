@@ -21,8 +21,8 @@ class Detections(NamedTuple):
     scores: Tensor
     labels: Tensor
 
-    def of(self, index: Tensor) -> Detections:
-        """Returns the detections at an index or mask."""
+    def of(self, index: Tensor | slice) -> Detections:
+        """Returns the detections at an index, mask or slice."""
         return Detections(self.boxes[index], self.scores[index], self.labels[index])
 
 
