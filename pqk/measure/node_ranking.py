@@ -51,7 +51,8 @@ class _Looked:
 
     def predict(self, call: Call) -> Feeds:
         """Returns the prediction of the sample through `call`."""
-        return dict(self.of.predict_part().predict(call, self.sample, self.workload, 0))
+        found = self.of.predict_part().predict(call, self.sample, self.workload, 0)
+        return {name: found[name] for name in self.of.scoring_part().OUTPUTS}
 
 
 def part_graphs(request: dict[str, Any]) -> dict[str, Any]:
