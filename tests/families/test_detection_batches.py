@@ -202,9 +202,9 @@ def test_a_set_of_the_users(tmp_path):
     made = batches.batches_of(asked(pairs=99, size=40), torch.device("cpu"), 0, 7, found)
     assert made.truthful
     held = [one for batch in made.held_out() for one in batch.pictures]
-    judged = {int(one.image.mean() / 10) for one in held}
+    judged = {round(one.image.mean() / 10) for one in held}
     assert judged == {s.id for s in data.learning_split(found)[1]} and len(judged) == 1
-    learned = {int(round(one.image.mean() / 10)) for index in range(12) for one in made.train(index, 4, 40).pictures}
+    learned = {round(one.image.mean() / 10) for index in range(12) for one in made.train(index, 4, 40).pictures}
     assert learned == set(range(9)) - judged
     batch = next(iter(made.held_out()))
     assert batch.classes == ("cat",) and batch.pictures[0].counted.tolist() == [True, False]

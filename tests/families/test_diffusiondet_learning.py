@@ -290,8 +290,7 @@ def test_rates_freeze_and_scale():
         model = shaken(WHOLE)
         start = {name: value.detach().clone() for name, value in model.named_parameters()}
         trainer = trainer_of(model, {"^backbone": 0.0, "quality|geo_feat": factor})
-        batch = shapes_batch(1)
-        trainer.run(lambda module, step, share: task(module, batch))
+        trainer.run(lambda module, step, share: task(module, shapes_batch(1)))
         moved[factor] = {name: (value.detach() - start[name]).abs() for name, value in model.named_parameters()}
     for name in start:
         slow, fast = moved[1.0][name], moved[25.0][name]

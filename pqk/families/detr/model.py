@@ -54,6 +54,9 @@ class Detr(nn.Module):
             self.net = DetrForObjectDetection(DetrConfig.from_dict({**self.config, **_FIXED}))
         except Exception as error:  # whatever the library says of a value
             raise PqkError(f"detr configuration: {first_line(error)}") from error
+        self.net.requires_grad_(True)  # the library keeps the whole backbone as it is; here `rates` say what is trained
+        for part in (self.net.model.encoder, self.net.model.decoder):
+            part.register_forward_pre_hook(_everywhere, with_kwargs=True)
 
     def forward(self, image: Tensor, every: bool = False) -> tuple[Tensor, Tensor]:
         """Returns logits (B, N, K + 1) and boxes (B, N, 4); every: (L, B, ...), of each of L layers of the decoder."""
@@ -74,6 +77,11 @@ class Detr(nn.Module):
         config.auxiliary_loss = True
         loss: Tensor = self.net.loss_function(logits[-1], labels, logits.device, boxes[-1], config, logits, boxes)[0]
         return loss
+
+
+def _everywhere(module: nn.Module, args: Any, named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Leaves masks of attention out, as every place counts: their operations would only be in the way in an export."""
+    return args, {name: value for name, value in named.items() if not name.endswith("attention_mask")}
 
 
 def _kind(backbone: Any) -> Any:
