@@ -21,8 +21,10 @@ ATTENTION = ("head:/self_attn/MatMul_[12]$",)
 LAST_LAYERS = ("head:/head_series.[0-9]+/(class_logits|bboxes_delta)/",)
 """Keep-list entries of the layers right before classes and boxes."""
 
-POOLING = ("head:/pooler/MatMul$",)
-"""Keep-list entries of the bilinear sums over the maps: products of activations, whose weights say where a box is."""
+POOLING = ("head:/pooler/MatMul$", "head:/pyramid/Concat(_[0-9]+)?$")
+"""Keep-list entries of the bilinear sums over the maps: products of activations, whose weights say where a box is; and
+of the table of maps that they read, which OpenVINO cannot compile in int8 before such a product.
+"""
 
 _BACKBONE = re.compile(r"\b(stem|res[2-5])\b")
 _PYRAMID = re.compile(r"\bfpn_(?:lateral|output)[2-5]\b")

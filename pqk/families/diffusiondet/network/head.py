@@ -17,7 +17,7 @@ from pqk.errors import PqkError
 from pqk.families.diffusiondet.network import attention
 from pqk.families.diffusiondet.network.boxes import apply_deltas
 from pqk.families.diffusiondet.network.configs import DiffusionDetConfig, StageSize
-from pqk.families.diffusiondet.network.roialign import CELLS, Pooler, Pyramid, pyramid
+from pqk.families.diffusiondet.network.roialign import CELLS, Joined, Pooler, Pyramid, pyramid
 
 NORM_EPS = 1e-5
 TIME_BASE = 10_000.0
@@ -160,6 +160,7 @@ class Head(nn.Module):
         dim = sizes.stage.dim
         self.label_state = sizes.label_state
         self.time_mlp = nn.Sequential(TimeWaves(dim), nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, 4 * dim))
+        self.pyramid = Joined()
         self.head_series = nn.ModuleList(Stage(size) for size in sizes.head)
         if sizes.label_state is not None:
             self.label_embed = LabelTable(sizes.stage.classes, dim)
@@ -202,7 +203,7 @@ class Head(nn.Module):
 
         Arguments as of `forward`. exported: only the last stage has logits and is returned; see also `Pyramid`.
         """
-        table = pyramid(maps, exported)
+        table = pyramid(maps, exported, self.pyramid)
         boxes = boxes.float()
         times = torch.as_tensor(t, device=boxes.device).reshape(-1)
         if len(times) != len(boxes):  # one for all images

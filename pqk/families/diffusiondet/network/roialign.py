@@ -48,15 +48,21 @@ class Pyramid(NamedTuple):
         return self.starts[-1] + self.heights[-1] * self.widths[-1]
 
 
-def pyramid(maps: Sequence[Tensor], exported: bool = False) -> Pyramid:
+class Joined(nn.Module):
+    """Maps (B, C, h, w) -> the rows of their table (R, C); a module for its name in a graph, without weights."""
+
+    def forward(self, *maps: Tensor) -> Tensor:
+        return torch.cat([map_.flatten(2).transpose(1, 2) for map_ in maps], dim=1).flatten(0, 1)
+
+
+def pyramid(maps: Sequence[Tensor], exported: bool = False, joined: Joined | None = None) -> Pyramid:
     """Returns the maps p2 ... p5, each (B, C, h, w), as one table. exported: see `Pyramid`."""
     heights, widths = (tuple(int(map_.shape[axis]) for map_ in maps) for axis in (2, 3))  # static in a traced graph
     starts, total = [], 0
     for height, width in zip(heights, widths, strict=True):
         starts.append(total)
         total += height * width
-    rows = torch.cat([map_.flatten(2).transpose(1, 2) for map_ in maps], dim=1)
-    return Pyramid(rows.flatten(0, 1), heights, widths, tuple(starts), exported)
+    return Pyramid((joined or Joined())(*maps), heights, widths, tuple(starts), exported)
 
 
 def box_levels(boxes: Tensor) -> Tensor:
