@@ -191,7 +191,9 @@ class Head(nn.Module):
         listed = [maps[name] for name in MAPS] if isinstance(maps, Mapping) else list(maps)
         table = pyramid(listed)
         boxes = boxes.float()
-        times = torch.as_tensor(t, device=boxes.device).reshape(-1).expand(boxes.shape[0])
+        times = torch.as_tensor(t, device=boxes.device).reshape(-1)
+        if times.shape[0] != boxes.shape[0]:  # an export could not tell the shape
+            times = times.expand(boxes.shape[0])
         time = self.time_mlp(times)
         added = self.label_term(labels, boxes)
         known: Tensor | None = None
