@@ -12,7 +12,8 @@ WORDS = re.compile(
     r"encoder|decoder|tokens_\d|pts3d|\bconf_\d|absrel|abs_rel|chamfer|delta1|reproj|\bause\b|covisib|dust3r"
     r"|lowest_confidence|confidence_loss|symmetricpairs|training_pairs|timed_pair|pairgraph|scene_pairs|symmetrize"
     r"|vggt|aggregator|pose_enc|depth_conf|world_points|camera_token|register_token|pose_miss|\bauc\d|\br[rt]a_?\d"
-    r"|diffusiondet|roi_?align|proposal|renewal|giou|bboxes|class_logits",
+    r"|diffusiondet|roi_?align|proposal|renewal|giou|bboxes|class_logits"
+    r"|\bdetr|object_quer|num_queries|pred_boxes|eos_coef|\bap_?(50|75|small|medium|large)\b",
     re.IGNORECASE,
 )
 """Names of the families' graphs, tensors and metrics, and of what is done with them. `t_pair_*` and `pairs` are not
@@ -45,8 +46,8 @@ def test_no_family_is_named_elsewhere() -> None:
 
 def test_the_walk_sees_something() -> None:
     families = REPOSITORY / "pqk" / "families"
-    for path in (families / "dust3r" / "predict.py", families / "diffusiondet" / "model.py"):
-        assert WORDS.search(path.read_text("utf-8"))
+    for path in ("dust3r/predict.py", "diffusiondet/model.py", "detr/model.py", "detection/scoring.py"):
+        assert WORDS.search((families / path).read_text("utf-8"))
 
 
 def test_family_words_only_shrink() -> None:

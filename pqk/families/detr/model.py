@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Collection, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from pqk.families.defaults import official as official
 from pqk.families.detr.settings import Workload
 
 _OWN = "net."
+_QUERIES = "object_queries_position_embeddings"
+"""What the decoder of the library calls its queries."""
 _FIXED = {"use_timm_backbone": False, "use_pretrained_backbone": False, "backbone": None, "auxiliary_loss": False}
 """With auxiliary_loss the library also normalises what one layer of the decoder gives to the next, as DETR does not."""
 _RENAMED = {
@@ -56,7 +59,7 @@ class Detr(nn.Module):
             raise PqkError(f"detr configuration: {first_line(error)}") from error
         self.net.requires_grad_(True)  # the library keeps the whole backbone as it is; here `rates` say what is trained
         for part in (self.net.model.encoder, self.net.model.decoder):
-            part.register_forward_pre_hook(_everywhere, with_kwargs=True)
+            part.register_forward_pre_hook(partial(_everywhere, self.net.model), with_kwargs=True)
 
     def forward(self, image: Tensor, every: bool = False) -> tuple[Tensor, Tensor]:
         """Returns logits (B, N, K + 1) and boxes (B, N, 4); every: (L, B, ...), of each of L layers of the decoder."""
@@ -79,9 +82,15 @@ class Detr(nn.Module):
         return loss
 
 
-def _everywhere(module: nn.Module, args: Any, named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Leaves masks of attention out, as every place counts: their operations would only be in the way in an export."""
-    return args, {name: value for name, value in named.items() if not name.endswith("attention_mask")}
+def _everywhere(model: Any, module: nn.Module, args: Any, named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Leaves masks of attention out, as every place counts, and gives queries a shape that an export can tell."""
+    named = {name: value for name, value in named.items() if not name.endswith("attention_mask")}
+    if _QUERIES in named:
+        queries = model.query_position_embeddings.weight[None]
+        if named["encoder_hidden_states"].shape[0] != 1:
+            queries = named[_QUERIES]
+        named |= {_QUERIES: queries, "inputs_embeds": torch.zeros_like(queries)}
+    return args, named
 
 
 def _kind(backbone: Any) -> Any:

@@ -206,8 +206,8 @@ class Head(nn.Module):
         table = pyramid(maps, exported, self.pyramid)
         boxes = boxes.float()
         times = torch.as_tensor(t, device=boxes.device).reshape(-1)
-        if len(times) != len(boxes):  # one for all images
-            times = times.expand(len(boxes))
+        if times.shape[0] != boxes.shape[0]:  # an export could not tell the shape
+            times = times.expand(boxes.shape[0])
         time = self.time_mlp(times)
         added = self.label_term(labels, boxes)
         known: Tensor | None = None
