@@ -72,13 +72,12 @@ def run_weights(
     written = (write_comparison if short else write_study)(results, out, title)
     print(report(results, title))
     if methods is not None:
-        from pqk.study.weights.methods import study_methods, table_lines
+        from pqk.study.weights.methods import methods_text, study_methods
 
         found = study_methods(request, root, *methods, on_event, say)
-        lines = [f"Drop in {found['metric']} (%), {found['samples']} samples", *table_lines(found), ""]
         write_json(out / "methods.json", found)
-        write_text(out / "methods.txt", "\n".join(lines))
-        print("\n".join([*lines, "* better than rounding to nearest for sure: its interval excludes 0"]))
+        write_text(out / "methods.txt", methods_text(found))
+        print(methods_text(found))
         written += [out / "methods.json", out / "methods.txt"]
     for path in written:
         print(paths.shown(path))

@@ -93,7 +93,23 @@ def test_the_table_of_methods(studied: Path) -> None:
         [cells[name, "W4A16"]["drop_pct"]["value"] for name in ("round to nearest", "GPTQ")],
     )
     assert gain["value"] == pytest.approx(drops[0] - drops[1], abs=1e-6)
-    assert "(emulated)" in (studied / "out" / "methods.txt").read_text()
+    text = (studied / "out" / "methods.txt").read_text()
+    assert "(emulated)" in text and "with the float model's prediction as the truth" in text
+
+
+def test_methods_are_compared_by_what_rounding_alone_does(studied: Path) -> None:
+    found = json.loads((studied / "out" / "methods.json").read_text())
+    cells = {(cell["method"], cell["column"]): cell for cell in found["cells"]}
+    nearest = cells["round to nearest", "W4A16"]
+    assert nearest["closer_pct"] is None and nearest["error_pct"]["value"] > 0 and found["groups"] >= 2
+    assert cells["round to nearest", "W8A8"]["error_pct"]["value"] < nearest["error_pct"]["value"]
+    for (method, column), cell in cells.items():
+        if method != "round to nearest":
+            base = cells["round to nearest", column]["error_pct"]["value"]
+            smaller = 100 * (1 - cell["error_pct"]["value"] / base)
+            assert cell["closer_pct"]["value"] == pytest.approx(smaller, abs=1e-6), (method, column)
+            assert cell["closer_pct"]["low"] < cell["closer_pct"]["value"] < cell["closer_pct"]["high"]
+    assert cells["round to nearest", "W8A8"]["weights_error"] < nearest["weights_error"] < 0.5
 
 
 def test_the_script_of_the_short_comparison_runs_on_pictures(studied: Path, tiny_model: Path, pictures: Path) -> None:

@@ -163,13 +163,17 @@ def opened_bench(experiment: Experiment, model: nn.Module, found: SampleSet, mos
     return bench
 
 
-def scores_of(bench: Bench, predictions: Iterable[Arrays]) -> dict[str, Any]:
-    """Scores predictions against ground truth, or against those of the float model where there is none."""
+def scores_of(bench: Bench, predictions: Iterable[Arrays], truthful: bool | None = None) -> dict[str, Any]:
+    """Scores predictions against ground truth, or against those of the float model.
+
+    truthful: which of the two; None: against ground truth where there is some.
+    """
+    truthful = bench.found.truthful if truthful is None else truthful
     part, options = bench.of.scoring_part(), bench.experiment.evaluation.quality.model_dump(mode="json")
     options = {name: value for name, value in options.items() if name not in ("main_metric", "metrics")}
     config, rows = dict(getattr(bench.model, "config", {})), []
     for sample, prediction, reference in zip(bench.samples(), predictions, bench.reference, strict=True):
-        truth = sample if bench.found.truthful else part.as_truth(reference, sample, config)
+        truth = sample if truthful else part.as_truth(reference, sample, config)
         evidence = part.score(prediction, truth, options, bench.experiment.workload.seeds.eval)
         if evidence is not None:
             rows.append({"group": sample.group, "sample": sample.name, **evidence})
