@@ -2,7 +2,8 @@
 
 The operator's CPU kernels read packed integers and multiply in float32 (`accuracy_level` 1: "input fp32, accumulator
 fp32"; 4 would round the inputs to int8 in each call). With 4 bits a kernel turns a panel of weights into floats while
-it multiplies; with 8 bits and float inputs the runtime has no such kernel and dequantizes the whole matrix in each call.
+it multiplies; with 8 bits and float inputs the runtime has no such kernel: it dequantizes the whole matrix in each
+call.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from backends.base import BackendError, Graph, first_line
 from backends.onnx_graph import OnnxGraph
 from backends.ort.graph import loaded
 from backends.qdq import tidy, write_graph
+from backends.quantspec import NothingLeft
 
 if TYPE_CHECKING:
     import onnx
@@ -57,7 +59,7 @@ def compress_weights(graph: Graph, spec: WeightSpec, target: Path) -> Graph:
 
     Every product with a constant matrix is packed; convolutions stay in float, as the runtime has no such kernel for
     them. Where the input channels are no multiple of the group, the last one is filled up with zeros. Raises
-    BackendError for settings that MatMulNBits cannot follow and for a graph without weights of its kind.
+    BackendError for settings that MatMulNBits cannot follow, NothingLeft for a graph without weights of its kind.
     """
     spec.check()
     model = loaded(graph)
@@ -65,7 +67,7 @@ def compress_weights(graph: Graph, spec: WeightSpec, target: Path) -> Graph:
     tidy(model)  # exporters store a shared weight once for each of its products
     model = _packed(model, spec, graph.path.name)
     if not any(node.op_type == PACKED for node in model.graph.node):
-        raise BackendError(f"{graph.path.name} holds no weight that MatMulNBits takes")
+        raise NothingLeft(f"{graph.path.name} holds no weight that MatMulNBits takes")
     _drop_unread(model)
     _list_shapes(model, OnnxGraph(graph.path).shapes)
     target.parent.mkdir(parents=True, exist_ok=True)

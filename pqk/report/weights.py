@@ -99,13 +99,24 @@ def _compression(axes: Axes, rows: Sequence[Row]) -> None:
 
 
 def _time(axes: Axes, rows: Sequence[Row]) -> None:
-    engines = [row["engine"] for row in rows]
-    values = [engine and engine["p50_ms"] for engine in engines]
-    spread = [engine and (engine["p25_ms"], engine["p75_ms"]) for engine in engines]
-    label = "time of a sample (ms, p50; bar: p25 to p75)"
-    if any(row["engine"] and row["engine"]["what"].startswith("torch") for row in rows):
-        label += "\nin OpenVINO; PyTorch's own in torch"
-    _bars(axes, values, label, lambda v: f"{v:.4g}", PALETTE[1], spread)
+    """Draws the time of every engine: one kind of marker for each runtime, one line for each row."""
+    timed = [(place, engine) for place, row in enumerate(rows) for engine in row["engines"] if engine["p50_ms"]]
+    runtimes = list(dict.fromkeys(engine["runtime"] for _, engine in timed))
+    for number, runtime in enumerate(runtimes):
+        own = [(place, engine) for place, engine in timed if engine["runtime"] == runtime]
+        shift = 0.5 * ((number + 0.5) / len(runtimes) - 0.5)  # one above the other, so that no marker hides another
+        colour, marker = PALETTE[number % len(PALETTE)], MARKERS[number % len(MARKERS)]
+        for place, engine in own:
+            error_bar(axes, place + shift, (engine["p25_ms"], engine["p75_ms"]), colour)
+        x, y = [engine["p50_ms"] for _, engine in own], [place + shift for place, _ in own]
+        axes.plot(x, y, linestyle="none", marker=marker, color=colour, markersize=4, label=runtime)
+    axes.set_xlim(left=0.0, right=1.15 * max((engine["p75_ms"] for _, engine in timed), default=1.0))
+    axes.set_xlabel("time of a sample (ms, p50; bar: p25 to p75)")
+    plain_numbers(axes.xaxis)
+    if timed:
+        axes.legend(loc="lower left", frameon=False)
+    else:
+        axes.annotate("nothing was timed", (0.5, 0.5), xycoords="axes fraction", ha="center", va="center")
 
 
 def _map_error(axes: Axes, rows: Sequence[Row]) -> None:

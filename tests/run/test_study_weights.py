@@ -60,20 +60,30 @@ def test_fewer_bits_err_more_and_the_float_model_errs_not(results: dict[str, Any
 
 
 def test_engines_compute_what_the_files_hold(results: dict[str, Any]) -> None:
-    rows = {row["name"]: row for row in results["rows"]}
-    assert rows["INT8_Per_Tensor_Symmetric"]["engine"] is None  # no engine has one scale for a whole matrix
-    for name in ("INT8_Per_Channel_Symmetric", "INT4_Group_32"):
-        row, engine = rows[name], rows[name]["engine"]
+    rows = {row["name"]: {engine["runtime"]: engine for engine in row["engines"]} for row in results["rows"]}
+    assert not results["notes"]
+    assert list(rows["Baseline_FP32"]) == ["OpenVINO", "ONNX Runtime"]
+    assert list(rows["INT8_Per_Tensor_Symmetric"]) == ["torch"] and not rows["INT8_Per_Tensor_Asymmetric"]
+    assert list(rows["INT4_Group_32"]) == ["OpenVINO", "ONNX Runtime", "TensorRT", "torch"]
+    for row in results["rows"]:
         worst = max(found["relative_error"] for found in row["outputs"].values())
-        assert engine["rounds"] == 6 and engine["speedup"]["low"] < engine["speedup"]["value"]
-        assert 0.2 * worst < engine["relative_error"] < 5 * worst, name
-    assert rows["Baseline_FP32"]["engine"]["relative_error"] < 1e-4
-    assert "dynamic int8" in rows["PyTorch_Dynamic"]["engine"]["what"]
+        for engine in row["engines"]:
+            if row["name"] == "Baseline_FP32":
+                assert engine["relative_error"] < 1e-4 and engine["speedup"]["value"] == 1.0
+                continue
+            assert 0.2 * worst < engine["relative_error"] < 5 * worst, (row["name"], engine["what"])
+            if engine["runtime"] == "TensorRT":
+                assert (engine["measured"], engine["rounds"], engine["speedup"]) == ("emulated", 0, None)
+            else:
+                assert engine["measured"] == "engine" and engine["rounds"] == 6
+                assert engine["p25_ms"] <= engine["p50_ms"] <= engine["p75_ms"]
+                assert engine["speedup"]["low"] < engine["speedup"]["value"]
+    assert "dynamic int8" in rows["PyTorch_Dynamic"]["torch"]["what"]
 
 
 def test_report_and_charts(studied: Path, results: dict[str, Any]) -> None:
     text = (studied / "out" / "comprehensive_report.txt").read_text()
-    for words in ("Size and time", "pts3d_1: against the float model", "Grades", "edge device", "rule: "):
+    for words in ("Engines", "TensorRT (emulated)", "inputs in float32", "in each call", "pts3d_1: against the float model", "Grades", "edge device", "rule: "):
         assert words in text
     for row in results["rows"]:
         assert row["name"] in text

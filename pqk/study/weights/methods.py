@@ -110,7 +110,7 @@ def study_methods(
     does.
     """
     experiment = asked_experiment(request, root)
-    ctx = context(request, usable_backend("openvino"), root, on_event)
+    ctx = context(request, usable_backend("onnxruntime"), root, on_event)
     _, model = load_teacher(request.model, root)
     model.eval()
     found = open_split(ctx, experiment, "test", root, Given(request.scenes))
