@@ -114,7 +114,7 @@ def _time(axes: Axes, rows: Sequence[Row]) -> None:
     axes.set_xlabel("time of a sample (ms, p50; bar: p25 to p75)")
     plain_numbers(axes.xaxis)
     if timed:
-        axes.legend(loc="lower left", frameon=False)
+        _legend(axes)
     else:
         axes.annotate("nothing was timed", (0.5, 0.5), xycoords="axes fraction", ha="center", va="center")
 
@@ -126,19 +126,35 @@ def _map_error(axes: Axes, rows: Sequence[Row]) -> None:
 
 
 def _relative_errors(axes: Axes, rows: Sequence[Row]) -> None:
+    from matplotlib.ticker import LogLocator, NullLocator
+
     _dots(axes, rows, "relative_error", 100.0, "relative error of each output (%)")
     values = [
         100 * found["relative_error"] for row in rows for found in row["outputs"].values() if found["relative_error"]
     ]
     if values and max(values) / min(values) > 20:
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.xaxis.set_minor_locator(NullLocator())
         plain_numbers(axes.xaxis)
+    else:
+        axes.set_xlim(left=0.0)
+    _legend(axes)
 
 
 def _psnr(axes: Axes, rows: Sequence[Row]) -> None:
     _dots(axes, rows, "psnr", 1.0, "PSNR of each output (dB, higher is closer)")
     axes.set_xlim(left=min(0.0, axes.get_xlim()[0]))
-    axes.legend(loc="center left", frameon=False)  # closeness below 30 dB is rare
+    _legend(axes)
+
+
+def _legend(axes: Axes) -> None:
+    """Places the legend above the panel, where it hides no marker."""
+    count = len(axes.get_legend_handles_labels()[0])
+    if count:
+        columns = count if count <= 3 else math.ceil(count / 2)
+        place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0), "ncols": columns}
+        axes.legend(**place, frameon=False, handletextpad=0.1, columnspacing=1.0, borderaxespad=0.2)
 
 
 def _dots(axes: Axes, rows: Sequence[Row], metric: str, factor: float, label: str) -> None:

@@ -18,7 +18,10 @@ from pqk.compress.weights.layers import unfuse
 from pqk.compress.weights.schemes import Scheme
 from pqk.errors import NotBuilt, PqkError
 
-WHAT = "torchao in torch eager, linear layers; weights stored as int8 and turned into floats in each call"
+WHAT = (
+    "torchao in torch eager: linear layers whose inputs a group divides, weights stored as int8 and turned into floats "
+    "in each call"
+)
 
 
 def torchao_follows(scheme: Scheme) -> bool:
