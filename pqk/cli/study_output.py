@@ -35,15 +35,16 @@ def run_weights(
     max_images: int,
     device: str,
     rounds: int,
-    methods: tuple[int, int] | None,
+    methods: tuple[int, int, Sequence[str]] | None,
     out: Path,
     short: bool = False,
     only: Sequence[str] = (),
 ) -> int:
     """Runs the study, prints the report and the files; returns the exit code.
 
-    methods: samples and calibration images of the table of methods; None: no such table. short: the schemes and file
-    names of compare_quantization.py. only: schemes by name, in place of all and of PyTorch's dynamic quantization.
+    methods: samples, calibration images and columns (none: all) of the table of methods; None: no such table. short:
+    the schemes and file names of compare_quantization.py. only: schemes by name, in place of all and of PyTorch's
+    dynamic quantization.
     """
     from pqk.compress.weights.schemes import SCHEMES
     from pqk.study.weights.run import Asked, study_weights
@@ -56,6 +57,10 @@ def run_weights(
         raise PqkError(
             "--methods compares drops against ground truth, which --images has not; give --scenes or neither"
         )
+    if methods is not None:
+        from pqk.study.weights.methods import chosen_columns
+
+        chosen_columns(methods[2])  # refuses unknown ones before the work
     check_writable(out)
 
     def say(text: str) -> None:

@@ -83,7 +83,16 @@ def test_engines_compute_what_the_files_hold(results: dict[str, Any]) -> None:
 
 def test_report_and_charts(studied: Path, results: dict[str, Any]) -> None:
     text = (studied / "out" / "comprehensive_report.txt").read_text()
-    for words in ("Engines", "TensorRT (emulated)", "inputs in float32", "in each call", "pts3d_1: against the float model", "Grades", "edge device", "rule: "):
+    for words in (
+        "Engines",
+        "TensorRT (emulated)",
+        "inputs in float32",
+        "in each call",
+        "pts3d_1: against the float model",
+        "Grades",
+        "edge device",
+        "rule: ",
+    ):
         assert words in text
     for row in results["rows"]:
         assert row["name"] in text
@@ -144,6 +153,10 @@ def test_the_script_of_the_short_comparison_runs_on_pictures(studied: Path, tiny
         (("--device", "tpu"), "--device tpu: cpu or cuda"),
         (("--only", "INT4_Group_12"), "unknown scheme 'INT4_Group_12' (did you mean 'INT4_Group_128'?); known are"),
         (("--model", "nobody/nothing"), "download model.safetensors and config.json of https://huggingface.co/nobody/"),
+        (
+            ("--methods", "--columns", "W4A6"),
+            "unknown column 'W4A6' (did you mean 'W4A16'?); known are W8A8, W4A16, W4A4",
+        ),
         (("--methods", "--images", "here"), "--methods compares drops against ground truth"),
     ],
 )

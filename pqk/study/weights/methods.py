@@ -23,6 +23,7 @@ from pqk.compress.weights.methods.method import Method
 from pqk.compress.weights.model import quantize_weights, quantized_model
 from pqk.compress.weights.schemes import Scheme
 from pqk.engines.calls import in_torch
+from pqk.errors import PqkError, nearest
 from pqk.families.contract import Call, Family, Given, Metric, Sample
 from pqk.measure.scores import drop_of
 from pqk.recipe.request import Request, asked_experiment, context, load_teacher, usable_backend
@@ -101,14 +102,30 @@ class _Scored:
     weights: float
 
 
+def chosen_columns(names: Sequence[str]) -> list[Column]:
+    """Returns the columns of these names, all without any. Raises PqkError for an unknown one."""
+    known = {column.name: column for column in COLUMNS}
+    for name in names:
+        if name not in known:
+            raise PqkError(f"unknown column {name!r}{nearest(name, known)}; known are {', '.join(known)}")
+    return [known[name] for name in dict.fromkeys(names or known)]
+
+
 def study_methods(
-    request: Request, root: Path, samples: int, calibration: int, on_event: OnEvent, say: Callable[[str], None]
+    request: Request,
+    root: Path,
+    samples: int,
+    calibration: int,
+    columns: Sequence[str],
+    on_event: OnEvent,
+    say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Returns the table as plain data: metric, samples, groups, calibration images, cells (of `Cell.to_json`).
 
-    samples: largest number of test samples. calibration: images for the methods that learn. Raises PqkError as a run
-    does.
+    samples: largest number of test samples. calibration: images for the methods that learn. columns: by name; none:
+    all. Raises PqkError as a run does.
     """
+    asked = chosen_columns(columns)
     experiment = asked_experiment(request, root)
     ctx = context(request, usable_backend("onnxruntime"), root, on_event)
     _, model = load_teacher(request.model, root)
@@ -119,7 +136,7 @@ def study_methods(
     items = experiment.family.data_part().calibration(fed, experiment.workload, calibration)
     learned = {left: _inputs(bench, [items[k] for k in range(len(items))], left) for left in (False, True)}
     cells: list[Cell] = []
-    for column in COLUMNS:
+    for column in asked:
         nearest: _Scored | None = None
         for name, words in METHODS.items():
             say(f"{name}, {column.name}")
@@ -131,7 +148,7 @@ def study_methods(
         "samples": bench.count,
         "groups": len({row["group"] for row in bench.scores["samples"]}),
         "calibration_images": items.images,
-        "columns": {column.name: {"scheme": column.scheme.name, "emulated": column.emulated} for column in COLUMNS},
+        "columns": {column.name: {"scheme": column.scheme.name, "emulated": column.emulated} for column in asked},
         "cells": [cell.to_json() for cell in cells],
     }
 

@@ -332,7 +332,8 @@ def measured_engines(
         with temporary_folder("engines") as folder:
             variants, left = variants_of(tool, schemes, graphs, folder)
             notes += left
-            errors = worst_errors(variants, bench.of, bench.experiment.workload, bench.samples, bench.reference)
+            judged = {name: each for name, each in variants.items() if name != FLOAT or not tool.emulated}
+            errors = worst_errors(judged, bench.of, bench.experiment.workload, bench.samples, bench.reference)
             times = None
             if variants and not tool.emulated:
                 times = sample_times(variants, bench.experiment.fed, bench.found, efficiency)
