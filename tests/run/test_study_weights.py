@@ -129,6 +129,8 @@ def test_methods_are_compared_by_what_rounding_alone_does(studied: Path) -> None
             assert cell["closer_pct"]["value"] == pytest.approx(smaller, abs=1e-6), (method, column)
             assert cell["closer_pct"]["low"] < cell["closer_pct"]["value"] < cell["closer_pct"]["high"]
     assert cells["round to nearest", "W8A8"]["weights_error"] < nearest["weights_error"] < 0.5
+    gptq = cells["GPTQ", "W4A16"]  # moves weights further, so that what layers compute moves less
+    assert gptq["weights_error"] > nearest["weights_error"] and 0 < gptq["layers_error"] < nearest["layers_error"]
 
 
 def test_the_script_of_the_short_comparison_runs_on_pictures(studied: Path, tiny_model: Path, pictures: Path) -> None:

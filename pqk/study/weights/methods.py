@@ -20,7 +20,7 @@ from torch import nn
 from pqk.compress.weights.activations import Activations
 from pqk.compress.weights.methods.inputs import Inputs, capture
 from pqk.compress.weights.methods.method import Method
-from pqk.compress.weights.model import quantize_weights, quantized_model
+from pqk.compress.weights.model import QuantizedWeights, quantize_weights, quantized_model
 from pqk.compress.weights.schemes import Scheme
 from pqk.engines.calls import in_torch
 from pqk.errors import PqkError, nearest
@@ -76,7 +76,7 @@ class Cell:
     one's, in points of percent, paired by sample. error: the main metric with the float model's prediction as the
     truth, its distance from the perfect value in percent; None where that is undefined. closer: by how many percent the
     error is smaller than that of rounding to nearest, paired by sample. weights: the error of all rounded weights as
-    one vector, a ratio.
+    one vector, a ratio. layers: see `layers_error`.
     """
 
     method: str
@@ -86,20 +86,23 @@ class Cell:
     error: Interval | None
     closer: Interval | None
     weights: float
+    layers: float
 
     def to_json(self) -> dict[str, Any]:
         found = {name: _plain(getattr(self, name)) for name in ("drop", "gain", "error", "closer")}
         named = {f"{name}_pct": interval for name, interval in found.items()}
-        return {"method": self.method, "column": self.column, **named, "weights_error": self.weights}
+        errors = {"weights_error": self.weights, "layers_error": self.layers}
+        return {"method": self.method, "column": self.column, **named, **errors}
 
 
 @dataclass(frozen=True)
 class _Scored:
-    """The scores of a method against ground truth and against the float model, and the error of its weights."""
+    """The scores of a method against ground truth and against the float model, and the errors that cause them."""
 
     truth: Mapping[str, Any]
     floats: Mapping[str, Any]
     weights: float
+    layers: float
 
 
 def chosen_columns(names: Sequence[str]) -> list[Column]:
@@ -169,6 +172,9 @@ def methods_text(found: Mapping[str, Any]) -> str:
             c["closer_pct"], c["closer_pct"]
         ),
         "Error of the rounded weights themselves, as one vector (%)": lambda c: f"{100 * c['weights_error']:.2f} %",
+        "Error of what linear layers compute of calibration inputs, mean (%)": lambda c: (
+            f"{100 * c['layers_error']:.2f} %"
+        ),
     }
     lines = [line for head, text in parts.items() for line in (head, *_table(found, text), "")]
     lines.append(
@@ -231,7 +237,27 @@ def _scored(bench: Bench, column: Column, method: Method, inputs: Mapping[str, I
     model = quantized_model(bench.model, weights, compute, asked)  # type: ignore[arg-type]
     predictions = list(predicted(bench, model))
     truth = scores_of(bench, predictions)
-    return _Scored(truth, scores_of(bench, predictions, truthful=False), weights.error(bench.model))
+    floats = scores_of(bench, predictions, truthful=False)
+    return _Scored(truth, floats, weights.error(bench.model), layers_error(bench.model, weights, inputs))
+
+
+def layers_error(model: nn.Module, weights: QuantizedWeights, inputs: Mapping[str, Inputs]) -> float:
+    """Returns the mean over linear layers of the relative error of what a layer computes, by its rounded weight alone.
+
+    inputs: x of the layers, as captured on calibration samples. The error of a layer is |x D^T| / |x W^T| over all of
+    them, D the difference of its rounded weight and W, from their sum of x x^T.
+    """
+    found = []
+    for layer, known in inputs.items():
+        packed = weights.packed.get(f"{layer}.weight")
+        if packed is None:
+            continue
+        weight = model.get_submodule(layer).weight.detach().float()  # type: ignore[operator]
+        wrong = packed.dequantized() - weight
+        lost, total = (float(((one @ known.gram) * one).sum()) for one in (wrong, weight))
+        if total > 0:
+            found.append(max(0.0, lost / total) ** 0.5)
+    return sum(found) / len(found) if found else 0.0
 
 
 def _cell(bench: Bench, name: str, column: Column, scored: _Scored, nearest: _Scored) -> Cell:
@@ -240,7 +266,7 @@ def _cell(bench: Bench, name: str, column: Column, scored: _Scored, nearest: _Sc
     error = drop_of(metric, scored.floats, bench.scores, truthful=False)
     gain = None if drop is None or scored is nearest else _gain(bench, metric, scored.truth, nearest.truth)
     closer = None if error is None or scored is nearest else _closer(metric, scored.floats, nearest.floats)
-    return Cell(name, column.name, drop, gain, error, closer, scored.weights)
+    return Cell(name, column.name, drop, gain, error, closer, scored.weights, scored.layers)
 
 
 def _gain(bench: Bench, metric: Metric, scores: Mapping[str, Any], nearest: Mapping[str, Any]) -> Interval | None:
