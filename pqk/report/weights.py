@@ -116,6 +116,7 @@ def _time(axes: Axes, rows: Sequence[Row]) -> None:
     if timed:
         _legend(axes)
     else:
+        axes.set_xticks([])
         axes.annotate("nothing was timed", (0.5, 0.5), xycoords="axes fraction", ha="center", va="center")
 
 
