@@ -78,11 +78,15 @@ def with_half_range(graph: Graph, target: Path) -> Graph | None:
         return write_graph(model, graph.path.stem, Path(folder), target)
 
 
-def write_graph(model: onnx.ModelProto, name: str, folder: Path, target: Path) -> Graph:
-    """Writes the finished graph, its data file first, and describes it. The same model gives the same bytes."""
+def write_graph(model: onnx.ModelProto, name: str, folder: Path, target: Path, shapes: bool = False) -> Graph:
+    """Writes the finished graph, its data file first, and describes it. The same model gives the same bytes.
+
+    shapes: the shapes of tensors that it lists stay; needed where operators are not those of ONNX.
+    """
     model.producer_name = model.producer_version = model.doc_string = ""
     del model.metadata_props[:]
-    del model.graph.value_info[:]
+    if not shapes:
+        del model.graph.value_info[:]
     made = folder / "out" / f"{name}.onnx"
     made.parent.mkdir()
     if sum(len(tensor.raw_data) for tensor in model.graph.initializer) > EXTERNAL_ABOVE:

@@ -18,6 +18,7 @@ from backends.calibration import CalibrationItems
 from backends.openvino.engine import read_model, write_ir
 from backends.openvino.nncf import _quiet
 from backends.openvino.passes import fold_constants
+from backends.quantspec import NothingLeft
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -60,8 +61,8 @@ def compress_weights(graph: Graph, spec: WeightSpec, target: Path, feeds: Iterab
 
     feeds: calibration items, a collection; needed by every method but 'nearest'. Every weight of a matrix product is
     compressed, the last layers too; where the input channels are no multiple of the group, NNCF takes the largest
-    smaller power of two that divides them. Raises BackendError for settings that NNCF cannot follow and for a graph
-    without weights of its kind.
+    smaller power of two that divides them. Raises BackendError for settings that NNCF cannot follow, NothingLeft for
+    a graph without weights of its kind.
     """
     import nncf
 
@@ -90,7 +91,7 @@ def compress_weights(graph: Graph, spec: WeightSpec, target: Path, feeds: Iterab
         except (nncf.ValidationError, nncf.InternalError, nncf.ParameterNotSupportedError, RuntimeError) as error:
             raise BackendError(f"NNCF cannot compress the weights of {graph.path.name}: {error}") from error
     if not any(op.get_element_type().get_type_name() in PACKED for op in compressed.get_ops()):
-        raise BackendError(f"{graph.path.name} holds no weight that NNCF compresses")
+        raise NothingLeft(f"{graph.path.name} holds no weight that NNCF compresses")
     return write_ir(compressed, target)
 
 

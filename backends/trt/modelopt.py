@@ -34,8 +34,9 @@ FORMATS = ("int8", "fp8", "int4")
 _BITS = {"int8": (8, 8), "fp8": (8, 8), "int4": (4, 16)}
 _HALF = 64  # the largest weight of 7 bits
 _LARGEST_FP8 = 448  # of E4M3
-_BLOCK = 32  # int4 weights of a column that share a scale
 _OPSET = {"int8": 19, "fp8": 19, "int4": 21}
+INT4_BLOCK = 32
+"""int4 weights of a column that share a scale."""
 NO_CORRECTION = "ModelOpt corrects no biases"
 
 
@@ -141,7 +142,7 @@ class ModelOptQuantizer:
         notes = range_notes(half) if number_format == "int8" else []
         if number_format == "int4":
             notes.append(
-                f"int4 weights of matmuls in blocks of {_BLOCK}; convolutions and all arithmetic stay in float"
+                f"int4 weights of matmuls in blocks of {INT4_BLOCK}; convolutions and all arithmetic stay in float"
             )
         if convolutions:
             notes.append("convolutions stay in float: ModelOpt's fp8 ones are inaccurate")
@@ -187,7 +188,7 @@ def _modelopt(graph: Graph, number_format: str, items: CalibrationItems, kept: l
                 output_path=str(made),
                 opset=_OPSET[number_format],
                 log_level="CRITICAL",
-                **({"block_size": _BLOCK} if number_format == "int4" else {}),
+                **({"block_size": INT4_BLOCK} if number_format == "int4" else {}),
             )
         except BackendError:
             raise

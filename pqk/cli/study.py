@@ -28,12 +28,18 @@ def weights(
     ] = False,
     samples: Annotated[int, typer.Option(min=2, help="with --methods: test samples that are scored")] = 26,
     calibration: Annotated[int, typer.Option(min=1, help="with --methods: images that the methods learn from")] = 32,
+    columns: Annotated[
+        str | None, typer.Option(help="with --methods: of W8A8,W4A16,W4A4 those to compute; default: all three")
+    ] = None,
     setting: Annotated[list[str] | None, typer.Option("--set", help="override one value, as in `pqk run`")] = None,
     out: Annotated[Path, typer.Option("-o", "--out", help="folder of the results")] = Path("reports/weights"),
 ) -> None:
     """Round the weights of a model by seven schemes: size on disk, errors of every output, time in real engines."""
     from pqk.cli.study_output import run_weights
 
-    names = [word.strip() for word in (only or "").split(",") if word.strip()]
-    asked = (max_images, device, rounds, (samples, calibration) if methods else None)
-    raise typer.Exit(run_weights(model, scenes, images, setting or [], *asked, out=out, only=names))
+    asked = (max_images, device, rounds, (samples, calibration, _listed(columns)) if methods else None)
+    raise typer.Exit(run_weights(model, scenes, images, setting or [], *asked, out=out, only=_listed(only)))
+
+
+def _listed(text: str | None) -> list[str]:
+    return [word.strip() for word in (text or "").split(",") if word.strip()]

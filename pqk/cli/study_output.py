@@ -35,15 +35,16 @@ def run_weights(
     max_images: int,
     device: str,
     rounds: int,
-    methods: tuple[int, int] | None,
+    methods: tuple[int, int, Sequence[str]] | None,
     out: Path,
     short: bool = False,
     only: Sequence[str] = (),
 ) -> int:
     """Runs the study, prints the report and the files; returns the exit code.
 
-    methods: samples and calibration images of the table of methods; None: no such table. short: the schemes and file
-    names of compare_quantization.py. only: schemes by name, in place of all and of PyTorch's dynamic quantization.
+    methods: samples, calibration images and columns (none: all) of the table of methods; None: no such table. short:
+    the schemes and file names of compare_quantization.py. only: schemes by name, in place of all and of PyTorch's
+    dynamic quantization.
     """
     from pqk.compress.weights.schemes import SCHEMES
     from pqk.study.weights.run import Asked, study_weights
@@ -56,6 +57,10 @@ def run_weights(
         raise PqkError(
             "--methods compares drops against ground truth, which --images has not; give --scenes or neither"
         )
+    if methods is not None:
+        from pqk.study.weights.methods import chosen_columns
+
+        chosen_columns(methods[2])  # refuses unknown ones before the work
     check_writable(out)
 
     def say(text: str) -> None:
@@ -72,13 +77,12 @@ def run_weights(
     written = (write_comparison if short else write_study)(results, out, title)
     print(report(results, title))
     if methods is not None:
-        from pqk.study.weights.methods import study_methods, table_lines
+        from pqk.study.weights.methods import methods_text, study_methods
 
         found = study_methods(request, root, *methods, on_event, say)
-        lines = [f"Drop in {found['metric']} (%), {found['samples']} samples", *table_lines(found), ""]
         write_json(out / "methods.json", found)
-        write_text(out / "methods.txt", "\n".join(lines))
-        print("\n".join([*lines, "* better than rounding to nearest for sure: its interval excludes 0"]))
+        write_text(out / "methods.txt", methods_text(found))
+        print(methods_text(found))
         written += [out / "methods.json", out / "methods.txt"]
     for path in written:
         print(paths.shown(path))

@@ -99,13 +99,25 @@ def _compression(axes: Axes, rows: Sequence[Row]) -> None:
 
 
 def _time(axes: Axes, rows: Sequence[Row]) -> None:
-    engines = [row["engine"] for row in rows]
-    values = [engine and engine["p50_ms"] for engine in engines]
-    spread = [engine and (engine["p25_ms"], engine["p75_ms"]) for engine in engines]
-    label = "time of a sample (ms, p50; bar: p25 to p75)"
-    if any(row["engine"] and row["engine"]["what"].startswith("torch") for row in rows):
-        label += "\nin OpenVINO; PyTorch's own in torch"
-    _bars(axes, values, label, lambda v: f"{v:.4g}", PALETTE[1], spread)
+    """Draws the time of every engine: one kind of marker for each runtime, one line for each row."""
+    timed = [(place, engine) for place, row in enumerate(rows) for engine in row["engines"] if engine["p50_ms"]]
+    runtimes = list(dict.fromkeys(engine["runtime"] for _, engine in timed))
+    for number, runtime in enumerate(runtimes):
+        own = [(place, engine) for place, engine in timed if engine["runtime"] == runtime]
+        shift = 0.5 * ((number + 0.5) / len(runtimes) - 0.5)  # one above the other, so that no marker hides another
+        colour, marker = PALETTE[number % len(PALETTE)], MARKERS[number % len(MARKERS)]
+        for place, engine in own:
+            error_bar(axes, place + shift, (engine["p25_ms"], engine["p75_ms"]), colour)
+        x, y = [engine["p50_ms"] for _, engine in own], [place + shift for place, _ in own]
+        axes.plot(x, y, linestyle="none", marker=marker, color=colour, markersize=4, label=runtime)
+    axes.set_xlim(left=0.0, right=1.15 * max((engine["p75_ms"] for _, engine in timed), default=1.0))
+    axes.set_xlabel("time of a sample (ms, p50; bar: p25 to p75)")
+    plain_numbers(axes.xaxis)
+    if timed:
+        _legend(axes)
+    else:
+        axes.set_xticks([])
+        axes.annotate("nothing was timed", (0.5, 0.5), xycoords="axes fraction", ha="center", va="center")
 
 
 def _map_error(axes: Axes, rows: Sequence[Row]) -> None:
@@ -115,19 +127,35 @@ def _map_error(axes: Axes, rows: Sequence[Row]) -> None:
 
 
 def _relative_errors(axes: Axes, rows: Sequence[Row]) -> None:
+    from matplotlib.ticker import LogLocator, NullLocator
+
     _dots(axes, rows, "relative_error", 100.0, "relative error of each output (%)")
     values = [
         100 * found["relative_error"] for row in rows for found in row["outputs"].values() if found["relative_error"]
     ]
     if values and max(values) / min(values) > 20:
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.xaxis.set_minor_locator(NullLocator())
         plain_numbers(axes.xaxis)
+    else:
+        axes.set_xlim(left=0.0)
+    _legend(axes)
 
 
 def _psnr(axes: Axes, rows: Sequence[Row]) -> None:
     _dots(axes, rows, "psnr", 1.0, "PSNR of each output (dB, higher is closer)")
     axes.set_xlim(left=min(0.0, axes.get_xlim()[0]))
-    axes.legend(loc="center left", frameon=False)  # closeness below 30 dB is rare
+    _legend(axes)
+
+
+def _legend(axes: Axes) -> None:
+    """Places the legend above the panel, where it hides no marker."""
+    count = len(axes.get_legend_handles_labels()[0])
+    if count:
+        columns = count if count <= 3 else math.ceil(count / 2)
+        place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0), "ncols": columns}
+        axes.legend(**place, frameon=False, handletextpad=0.1, columnspacing=1.0, borderaxespad=0.2)
 
 
 def _dots(axes: Axes, rows: Sequence[Row], metric: str, factor: float, label: str) -> None:

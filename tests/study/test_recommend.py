@@ -9,7 +9,9 @@ from pqk.study.weights.text import table
 
 
 def row(name: str, error: float, size: int, seconds: float, speed: tuple[float, float] | None = None) -> dict[str, Any]:
-    engine = None if speed is None else {"speedup": {"value": speed[0], "low": speed[1], "high": 2 * speed[0]}}
+    emulated = {"runtime": "c", "speedup": None}
+    timed = speed and {"runtime": "a", "speedup": {"value": speed[0], "low": speed[1], "high": 2 * speed[0]}}
+    unsure = {"runtime": "b", "speedup": {"value": 9.0, "low": 0.5, "high": 20.0}}  # never decides
     return {
         "name": name,
         "scheme": {},
@@ -17,7 +19,7 @@ def row(name: str, error: float, size: int, seconds: float, speed: tuple[float, 
         "size_bytes": size,
         "compression": 100 / size,
         "quantize_s": seconds,
-        "engine": engine,
+        "engines": [emulated, unsure, timed] if timed else [emulated],
     }
 
 
@@ -48,6 +50,8 @@ def test_a_faster_engine_is_chosen_only_where_it_is_faster_for_sure() -> None:
     )
     assert chosen(small, fast, noisy)["production"] == "fast"
     assert chosen(small, noisy)["production"] == "small"
+    assert recommend([small, fast])[0].why.endswith("1.40x of the float engine in a")
+    assert recommend([small])[0].why.endswith("no engine was timed")
 
 
 def test_nothing_is_recommended_where_nothing_meets_the_rule() -> None:

@@ -1,7 +1,10 @@
-"""Compares methods of rounding weights, `study_methods`: rows are methods, columns are bits, cells are drops.
+"""Compares methods of rounding weights, `study_methods`: rows are methods, columns are bits.
 
-The model is scored on the workload's test samples in torch. W8A8 and W4A4 round the inputs of linear layers as well, in
-float: these columns are emulated. Methods that learn from data see calibration samples, never test ones.
+The model is scored on the workload's test samples in torch, twice: against ground truth (the drop), and against its own
+float predictions (the error). A drop holds the float model's own mistakes, which rounding may undo by chance; the error
+holds those of rounding alone, so it tells methods apart on far fewer samples. W8A8 and W4A4 round the inputs of linear
+layers as well, in float: these columns are emulated. Methods that learn from data see calibration samples, never test
+ones.
 """
 
 from __future__ import annotations
@@ -17,15 +20,16 @@ from torch import nn
 from pqk.compress.weights.activations import Activations
 from pqk.compress.weights.methods.inputs import Inputs, capture
 from pqk.compress.weights.methods.method import Method
-from pqk.compress.weights.model import quantize_weights, quantized_model
+from pqk.compress.weights.model import QuantizedWeights, quantize_weights, quantized_model
 from pqk.compress.weights.schemes import Scheme
 from pqk.engines.calls import in_torch
-from pqk.families.contract import Call, Family, Given, Sample
+from pqk.errors import PqkError, nearest
+from pqk.families.contract import Call, Family, Given, Metric, Sample
 from pqk.measure.scores import drop_of
 from pqk.recipe.request import Request, asked_experiment, context, load_teacher, usable_backend
 from pqk.recipe.stages import open_split
 from pqk.settings.workload import Workload
-from pqk.stats.intervals import Interval, drop_interval
+from pqk.stats.intervals import Interval, difference_interval, drop_interval
 from pqk.store.store import OnEvent
 from pqk.study.weights.run import Bench, main_metric, opened_bench, predicted, scores_of
 
@@ -66,25 +70,67 @@ METHODS: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class Cell:
-    """drop: of the main metric against the float model, in percent. gain: the drop of rounding to nearest minus this
-    one's, in points of percent, paired by sample; None in the first row."""
+    """A method at some bits; all intervals are over scenes. `gain` and `closer` are None in the first row.
+
+    drop: of the main metric against the float model, in percent. gain: the drop of rounding to nearest minus this
+    one's, in points of percent, paired by sample. error: the main metric with the float model's prediction as the
+    truth, its distance from the perfect value in percent; None where that is undefined. closer: by how many percent the
+    error is smaller than that of rounding to nearest, paired by sample. weights: the error of all rounded weights as
+    one vector, a ratio. layers: see `layers_error`.
+    """
 
     method: str
     column: str
     drop: Interval | None
     gain: Interval | None
+    error: Interval | None
+    closer: Interval | None
+    weights: float
+    layers: float
+
+    def to_json(self) -> dict[str, Any]:
+        found = {name: _plain(getattr(self, name)) for name in ("drop", "gain", "error", "closer")}
+        named = {f"{name}_pct": interval for name, interval in found.items()}
+        errors = {"weights_error": self.weights, "layers_error": self.layers}
+        return {"method": self.method, "column": self.column, **named, **errors}
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """The scores of a method against ground truth and against the float model, and the errors that cause them."""
+
+    truth: Mapping[str, Any]
+    floats: Mapping[str, Any]
+    weights: float
+    layers: float
+
+
+def chosen_columns(names: Sequence[str]) -> list[Column]:
+    """Returns the columns of these names, all without any. Raises PqkError for an unknown one."""
+    known = {column.name: column for column in COLUMNS}
+    for name in names:
+        if name not in known:
+            raise PqkError(f"unknown column {name!r}{nearest(name, known)}; known are {', '.join(known)}")
+    return [known[name] for name in dict.fromkeys(names or known)]
 
 
 def study_methods(
-    request: Request, root: Path, samples: int, calibration: int, on_event: OnEvent, say: Callable[[str], None]
+    request: Request,
+    root: Path,
+    samples: int,
+    calibration: int,
+    columns: Sequence[str],
+    on_event: OnEvent,
+    say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Returns the table as plain data: metric, samples, calibration images, cells.
+    """Returns the table as plain data: metric, samples, groups, calibration images, cells (of `Cell.to_json`).
 
-    samples: largest number of test samples. calibration: images for the methods that learn. Raises PqkError as a run
-    does.
+    samples: largest number of test samples. calibration: images for the methods that learn. columns: by name; none:
+    all. Raises PqkError as a run does.
     """
+    asked = chosen_columns(columns)
     experiment = asked_experiment(request, root)
-    ctx = context(request, usable_backend("openvino"), root, on_event)
+    ctx = context(request, usable_backend("onnxruntime"), root, on_event)
     _, model = load_teacher(request.model, root)
     model.eval()
     found = open_split(ctx, experiment, "test", root, Given(request.scenes))
@@ -93,43 +139,69 @@ def study_methods(
     items = experiment.family.data_part().calibration(fed, experiment.workload, calibration)
     learned = {left: _inputs(bench, [items[k] for k in range(len(items))], left) for left in (False, True)}
     cells: list[Cell] = []
-    for column in COLUMNS:
-        nearest: Mapping[str, Any] | None = None
+    for column in asked:
+        nearest: _Scored | None = None
         for name, words in METHODS.items():
             say(f"{name}, {column.name}")
-            scores = _scores(bench, column, Method(words), learned[name == LEFT_OUT])
-            nearest = nearest or scores
-            cells.append(_cell(bench, name, column, scores, nearest))
+            scored = _scored(bench, column, Method(words), learned[name == LEFT_OUT])
+            nearest = nearest or scored
+            cells.append(_cell(bench, name, column, scored, nearest))
     return {
         "metric": main_metric(bench).name,
         "samples": bench.count,
+        "groups": len({row["group"] for row in bench.scores["samples"]}),
         "calibration_images": items.images,
-        "columns": {column.name: {"scheme": column.scheme.name, "emulated": column.emulated} for column in COLUMNS},
-        "cells": [
-            {"method": c.method, "column": c.column, "drop_pct": _plain(c.drop), "gain_pct": _plain(c.gain)}
-            for c in cells
-        ],
+        "columns": {column.name: {"scheme": column.scheme.name, "emulated": column.emulated} for column in asked},
+        "cells": [cell.to_json() for cell in cells],
     }
 
 
-def table_lines(found: Mapping[str, Any]) -> list[str]:
-    """Returns the table as aligned lines; an asterisk marks a method that beats rounding to nearest for sure."""
+def methods_text(found: Mapping[str, Any]) -> str:
+    """Returns the tables of drops, of errors and of their differences to rounding to nearest, as plain text.
+
+    found: of `study_methods`. An asterisk marks a method that beats rounding to nearest for sure, a minus sign behind
+    the interval one that is worse for sure.
+    """
+    metric, count = found["metric"], f"{found['samples']} samples of {found['groups']} scenes"
+    parts = {
+        f"Drop in {metric} against ground truth (%), {count}": lambda c: _text(c["drop_pct"], c["gain_pct"]),
+        f"Error: {metric} with the float model's prediction as the truth (%), {count}": lambda c: _text(
+            c["error_pct"], c["closer_pct"], signed=False
+        ),
+        "By how many % that error is smaller than that of rounding to nearest, paired by sample": lambda c: _text(
+            c["closer_pct"], c["closer_pct"]
+        ),
+        "Error of the rounded weights themselves, as one vector (%)": lambda c: f"{100 * c['weights_error']:.2f} %",
+        "Error of what linear layers compute of calibration inputs, mean (%)": lambda c: (
+            f"{100 * c['layers_error']:.2f} %"
+        ),
+    }
+    lines = [line for head, text in parts.items() for line in (head, *_table(found, text), "")]
+    lines.append(
+        "* better than rounding to nearest for sure: the paired interval of the difference excludes 0; - worse"
+    )
+    return "\n".join(lines) + "\n"
+
+
+def _table(found: Mapping[str, Any], text: Callable[[Mapping[str, Any]], str]) -> list[str]:
     from pqk.study.weights.text import table
 
     columns = list(found["columns"])
     cells = {(cell["method"], cell["column"]): cell for cell in found["cells"]}
     rows = list(dict.fromkeys(cell["method"] for cell in found["cells"]))
     heads = [f"{name}{' (emulated)' if found['columns'][name]['emulated'] else ''}" for name in columns]
-    return table(["method", *heads], [[row, *(_text(cells[row, name]) for name in columns)] for row in rows])
+    return table(["method", *heads], [[row, *(text(cells[row, name]) for name in columns)] for row in rows])
 
 
-def _text(cell: Mapping[str, Any]) -> str:
-    drop, gain = cell["drop_pct"], cell["gain_pct"]
-    if drop is None:
+def _text(shown: Mapping[str, Any] | None, gain: Mapping[str, Any] | None, signed: bool = True) -> str:
+    """Returns '+1.20 % [+0.90, +1.50] *'. gain: of the paired difference, positive is better."""
+    if shown is None:
         return "-"
-    better = " *" if gain is not None and gain["low"] is not None and gain["low"] > 0 else ""
-    ends = "" if drop["low"] is None else f" [{drop['low']:+.2f}, {drop['high']:+.2f}]"
-    return f"{drop['value']:+.2f} %{ends}{better}"
+    sign, mark = "+" if signed else "", ""
+    if gain is not None and gain["low"] is not None:
+        mark = " *" if gain["low"] > 0 else " -" if gain["high"] < 0 else ""
+    ends = "" if shown["low"] is None else f" [{shown['low']:{sign}.2f}, {shown['high']:{sign}.2f}]"
+    return f"{shown['value']:{sign}.2f} %{ends}{mark}"
 
 
 def _plain(found: Interval | None) -> dict[str, float | None] | None:
@@ -158,21 +230,53 @@ def _called(of: Family, model: nn.Module, workload: Workload, left_out: bool) ->
         yield call
 
 
-def _scores(bench: Bench, column: Column, method: Method, inputs: Mapping[str, Inputs]) -> dict[str, Any]:
+def _scored(bench: Bench, column: Column, method: Method, inputs: Mapping[str, Inputs]) -> _Scored:
     weights = quantize_weights(bench.model, column.scheme, method=method, inputs=inputs)
     asked = None if column.inputs is None else Activations(column.inputs)
     compute = "dequantized" if asked is None else "packed"
     model = quantized_model(bench.model, weights, compute, asked)  # type: ignore[arg-type]
-    return scores_of(bench, predicted(bench, model))
+    predictions = list(predicted(bench, model))
+    truth = scores_of(bench, predictions)
+    floats = scores_of(bench, predictions, truthful=False)
+    return _Scored(truth, floats, weights.error(bench.model), layers_error(bench.model, weights, inputs))
 
 
-def _cell(bench: Bench, name: str, column: Column, scores: Mapping[str, Any], nearest: Mapping[str, Any]) -> Cell:
+def layers_error(model: nn.Module, weights: QuantizedWeights, inputs: Mapping[str, Inputs]) -> float:
+    """Returns the mean over linear layers of the relative error of what a layer computes, by its rounded weight alone.
+
+    inputs: x of the layers, as captured on calibration samples. The error of a layer is |x D^T| / |x W^T| over all of
+    them, D the difference of its rounded weight and W, from their sum of x x^T.
+    """
+    found = []
+    for layer, known in inputs.items():
+        packed = weights.packed.get(f"{layer}.weight")
+        if packed is None:
+            continue
+        weight = model.get_submodule(layer).weight.detach().float()  # type: ignore[operator]
+        wrong = packed.dequantized() - weight
+        lost, total = (float(((one @ known.gram) * one).sum()) for one in (wrong, weight))
+        if total > 0:
+            found.append(max(0.0, lost / total) ** 0.5)
+    return sum(found) / len(found) if found else 0.0
+
+
+def _cell(bench: Bench, name: str, column: Column, scored: _Scored, nearest: _Scored) -> Cell:
     metric = main_metric(bench)
-    drop = drop_of(metric, scores, bench.scores, bench.found.truthful)
-    if scores is nearest or drop is None:
-        return Cell(name, column.name, drop, None)
+    drop = drop_of(metric, scored.truth, bench.scores, bench.found.truthful)
+    error = drop_of(metric, scored.floats, bench.scores, truthful=False)
+    gain = None if drop is None or scored is nearest else _gain(bench, metric, scored.truth, nearest.truth)
+    closer = None if error is None or scored is nearest else _closer(metric, scored.floats, nearest.floats)
+    return Cell(name, column.name, drop, gain, error, closer, scored.weights, scored.layers)
+
+
+def _gain(bench: Bench, metric: Metric, scores: Mapping[str, Any], nearest: Mapping[str, Any]) -> Interval | None:
     mine, theirs, base = ([row[metric.name] for row in each["samples"]] for each in (scores, nearest, bench.scores))
     groups = [row["group"] for row in scores["samples"]]
-    # the difference of two drops over one base: sum(nearest - mine) / sum(base)
-    shifted = [b + t - m for b, t, m in zip(base, theirs, mine, strict=True)]
-    return Cell(name, column.name, drop, drop_interval(shifted, base, groups, metric.better == "higher"))
+    return difference_interval(theirs, mine, base, groups, metric.better == "higher") if any(base) else None
+
+
+def _closer(metric: Metric, scores: Mapping[str, Any], nearest: Mapping[str, Any]) -> Interval | None:
+    mine, theirs = ([abs(row[metric.name] - metric.perfect) for row in each["samples"]] for each in (scores, nearest))
+    if not any(theirs):
+        return None
+    return drop_interval(mine, theirs, [row["group"] for row in scores["samples"]], higher_is_better=True)

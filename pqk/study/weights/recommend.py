@@ -32,7 +32,7 @@ def recommend(rows: Sequence[Row]) -> list[Advice]:
     known = [row for row in rows if row["scheme"] is not None and worst_error(row) is not None]
     close = [row for row in known if _error(row) <= CLOSE]
     usable = [row for row in known if _error(row) <= USABLE]
-    faster = [row for row in close if _faster(row)]
+    faster = [row for row in close if _sure(row)]
 
     def size(row: Row) -> float:
         return float(row["size_bytes"])
@@ -40,10 +40,10 @@ def recommend(rows: Sequence[Row]) -> list[Advice]:
     return [
         _advice(
             "production",
-            f"worst relative error at most {CLOSE:.0%}; the fastest engine where one is faster than float for sure "
-            "(interval above 1), else the smallest file",
+            f"worst relative error at most {CLOSE:.0%}; the engine that gains most over its runtime's float "
+            "engine where one is faster for sure (interval above 1), else the smallest file",
             faster or close,
-            (lambda row: -row["engine"]["speedup"]["value"]) if faster else size,
+            (lambda row: -_ratio(_sure(row))) if faster else size,
         ),
         _advice("edge device", f"worst relative error at most {USABLE:.0%}; the smallest file", usable, size),
         _advice("highest precision", "the smallest worst relative error", known, _error),
@@ -60,8 +60,12 @@ def _advice(scenario: str, rule: str, rows: Sequence[Row], key: Callable[[Row], 
     if not rows:
         return Advice(scenario, rule, None, "no scheme meets the rule")
     best = min(rows, key=key)
-    engine = best["engine"]
-    speed = "no engine runs it" if engine is None else f"{engine['speedup']['value']:.2f}x of the float engine"
+    timed = [engine for engine in best["engines"] if engine["speedup"] is not None]
+    shown = _sure(best) or timed
+    speed = "no engine was timed"
+    if shown:
+        engine = max(shown, key=lambda found: _ratio([found]))
+        speed = f"{_ratio([engine]):.2f}x of the float engine in {engine['runtime']}"
     return Advice(
         scenario,
         rule,
@@ -76,6 +80,12 @@ def _error(row: Row) -> float:
     return found
 
 
-def _faster(row: Row) -> bool:
-    engine = row["engine"]
-    return engine is not None and engine["speedup"]["low"] is not None and engine["speedup"]["low"] > 1
+def _sure(row: Row) -> list[Mapping[str, Any]]:
+    """Returns the engines of a row that are faster than their float engine for sure."""
+    found = [engine for engine in row["engines"] if engine["speedup"] is not None]
+    return [engine for engine in found if engine["speedup"]["low"] is not None and engine["speedup"]["low"] > 1]
+
+
+def _ratio(engines: Sequence[Mapping[str, Any]]) -> float:
+    """Returns the largest speed-up."""
+    return max(float(engine["speedup"]["value"]) for engine in engines)

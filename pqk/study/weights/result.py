@@ -35,17 +35,30 @@ _SCHEME = {
     },
 }
 _ENGINE = {
-    "type": ["object", "null"],  # null: no engine here computes this scheme
-    "required": ["what", "size_bytes", "rounds", "p25_ms", "p50_ms", "p75_ms", "speedup", "relative_error"],
+    "type": "object",
+    "required": [
+        "runtime",
+        "what",
+        "measured",
+        "size_bytes",
+        "rounds",
+        "p25_ms",
+        "p50_ms",
+        "p75_ms",
+        "speedup",
+        "relative_error",
+    ],
     "additionalProperties": False,
     "properties": {
+        "runtime": {"type": "string"},
         "what": {"type": "string"},
+        "measured": {"enum": ["engine", "emulated"]},  # emulated: another runtime computed, nothing was timed
         "size_bytes": {"type": "integer", "minimum": 1},
-        "rounds": {"type": "integer", "minimum": 1},
-        "p25_ms": {"type": "number"},
-        "p50_ms": {"type": "number"},
-        "p75_ms": {"type": "number"},
-        "speedup": _INTERVAL,  # against the float engine, paired by round
+        "rounds": {"type": "integer", "minimum": 0},
+        "p25_ms": _NUMBER,
+        "p50_ms": _NUMBER,
+        "p75_ms": _NUMBER,
+        "speedup": _INTERVAL,  # against the float engine of the same runtime, paired by round
         "relative_error": _NUMBER,  # the largest over all outputs, of the engine against the float model in torch
     },
 }
@@ -63,7 +76,7 @@ _ROW = {
         "grades",
         "quality",
         "drop_pct",
-        "engine",
+        "engines",
         "note",
     ],
     "additionalProperties": False,
@@ -79,7 +92,7 @@ _ROW = {
         "grades": {"type": "object", "additionalProperties": {"type": "object"}},
         "quality": {"type": ["object", "null"], "additionalProperties": _NUMBER},  # against ground truth
         "drop_pct": _INTERVAL,
-        "engine": _ENGINE,
+        "engines": {"type": "array", "items": _ENGINE},  # empty: no engine here computes this scheme
         "note": {"type": ["string", "null"]},
     },
 }
@@ -87,10 +100,10 @@ SCHEMA: dict[str, Any] = {
     "$schema": "https://json-schema.org/draft/2020-12/schema",
     "title": "A study of weight quantization",
     "type": "object",
-    "required": ["schema", "made", "commit", "model", "data", "machine", "grades_from", "rows", "advice"],
+    "required": ["schema", "made", "commit", "model", "data", "machine", "grades_from", "rows", "notes", "advice"],
     "additionalProperties": False,
     "properties": {
-        "schema": {"const": "weights-1"},
+        "schema": {"const": "weights-2"},
         "made": {"type": "string"},
         "commit": {"type": ["string", "null"]},
         "model": {
@@ -102,6 +115,7 @@ SCHEMA: dict[str, Any] = {
         "machine": {"type": "object", "required": ["device", "isa", "versions"]},
         "grades_from": {"type": "string"},
         "rows": {"type": "array", "minItems": 1, "items": _ROW},
+        "notes": {"type": "array", "items": {"type": "string"}},  # why a tool or a scheme has no engine
         "advice": {
             "type": "array",
             "items": {"type": "object", "required": ["scenario", "rule", "chosen", "why"]},

@@ -1,8 +1,8 @@
 """Runs the study of weight quantization of one model: `study_weights`.
 
 Each scheme is rounded, packed and written to a file, whose size is what is reported; read back and dequantized, it
-predicts the samples in torch, in f32, so that its errors are those of the weights alone. Where an engine computes a
-scheme with packed weights, it is timed beside the float engine.
+predicts the samples in torch, in f32, so that its errors are those of the weights alone. Every engine that computes a
+scheme with packed weights is timed beside the float engine of its runtime.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from backends.cpu import instruction_sets
 from pqk.compress.weights.files import load_weights, save_weights
 from pqk.compress.weights.model import QuantizedWeights, quantize_weights
 from pqk.compress.weights.schemes import SCHEMES, Scheme
+from pqk.compress.weights.torch_ao import WHAT as TORCHAO
+from pqk.compress.weights.torch_ao import torchao_follows, torchao_model
 from pqk.compress.weights.torch_dynamic import COMPUTE, torch_dynamic
 from pqk.engines.calls import in_torch
 from pqk.errors import NotBuilt, PqkError, nearest
@@ -38,9 +40,17 @@ from pqk.recipe.request import Model, Request, asked_experiment, context, count_
 from pqk.recipe.splits import test_split
 from pqk.recipe.stages import export_graphs
 from pqk.store.store import OnEvent
-from pqk.study.weights import dynamic
+from pqk.study.weights import torch_engines
 from pqk.study.weights.closeness import METRICS, Closeness
-from pqk.study.weights.engines import FLOAT, Timed, timed, variants_of, worst_errors
+from pqk.study.weights.engines import (
+    FLOAT,
+    TOOLS,
+    EngineResult,
+    engines_of,
+    sample_times,
+    variants_of,
+    worst_errors,
+)
 from pqk.study.weights.grades import SOURCE, grade
 from pqk.study.weights.recommend import recommend
 
@@ -93,7 +103,7 @@ def study_weights(asked: Asked, root: Path, out: Path, on_event: OnEvent, say: C
     device = _device(asked.device)
     request = asked.request
     experiment = asked_experiment(request, root)
-    ctx = context(request, usable_backend("openvino"), root, on_event)
+    ctx = context(request, usable_backend("onnxruntime"), root, on_event)
     teacher, model = load_teacher(request.model, root)
     found = test_split(ctx, request, experiment, root)
     model.eval().to(device)
@@ -103,15 +113,15 @@ def study_weights(asked: Asked, root: Path, out: Path, on_event: OnEvent, say: C
         say(f"{name}: rounding, writing, reading back, predicting {bench.count} samples")
         rows.append(_row(bench, name, SCHEMES[name], out / "weights", rows[0]["size_bytes"]))
     if asked.dynamic and device.type == "cpu":
-        say(f"{dynamic.NAME}: predicting {bench.count} samples, timing torch")
+        say(f"{torch_engines.NAME}: predicting {bench.count} samples, timing torch")
         rows.append(_dynamic(bench, rows[0]["size_bytes"], asked.rounds))
+    notes: list[str] = []
     if asked.rounds >= 3:
         graphs = export_graphs(ctx, experiment, model.cpu(), teacher.sha256)
-        say("engines with packed weights: compiling, comparing, timing them in turns")
-        for row, engine in _timings(bench, asked, graphs).items():
-            next(each for each in rows if each["name"] == row)["engine"] = engine.to_json()
+        for name, engine in measured_engines(bench, asked, graphs, notes, say):
+            next(row for row in rows if row["name"] == name)["engines"].append(engine.to_json())
     return {
-        "schema": "weights-1",
+        "schema": "weights-2",
         "made": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
         "commit": ctx.store.commit,
         "model": _about(teacher, experiment, model),
@@ -128,6 +138,7 @@ def study_weights(asked: Asked, root: Path, out: Path, on_event: OnEvent, say: C
         },
         "grades_from": SOURCE,
         "rows": rows,
+        "notes": notes,
         "advice": [asdict(advice) for advice in recommend(rows)],
     }
 
@@ -163,13 +174,17 @@ def opened_bench(experiment: Experiment, model: nn.Module, found: SampleSet, mos
     return bench
 
 
-def scores_of(bench: Bench, predictions: Iterable[Arrays]) -> dict[str, Any]:
-    """Scores predictions against ground truth, or against those of the float model where there is none."""
+def scores_of(bench: Bench, predictions: Iterable[Arrays], truthful: bool | None = None) -> dict[str, Any]:
+    """Scores predictions against ground truth, or against those of the float model.
+
+    truthful: which of the two; None: against ground truth where there is some.
+    """
+    truthful = bench.found.truthful if truthful is None else truthful
     part, options = bench.of.scoring_part(), bench.experiment.evaluation.quality.model_dump(mode="json")
     options = {name: value for name, value in options.items() if name not in ("main_metric", "metrics")}
     config, rows = dict(getattr(bench.model, "config", {})), []
     for sample, prediction, reference in zip(bench.samples(), predictions, bench.reference, strict=True):
-        truth = sample if bench.found.truthful else part.as_truth(reference, sample, config)
+        truth = sample if truthful else part.as_truth(reference, sample, config)
         evidence = part.score(prediction, truth, options, bench.experiment.workload.seeds.eval)
         if evidence is not None:
             rows.append({"group": sample.group, "sample": sample.name, **evidence})
@@ -223,17 +238,17 @@ def _dynamic(bench: Bench, float_bytes: int, rounds: int) -> dict[str, Any]:
     made = torch_dynamic(bench.model)
     seconds = time.perf_counter() - began
     predictions = list(predicted(bench, made))
-    sums, size = _compared(bench, predictions), dynamic.file_bytes(made)
+    sums, size = _compared(bench, predictions), torch_engines.file_bytes(made)
     scores = scores_of(bench, predictions)
-    row = _entry(dynamic.NAME, dynamic.SCHEME, COMPUTE, size, None, seconds, sums, bench, scores, float_bytes)
+    name, scheme = torch_engines.NAME, torch_engines.SCHEME
+    row = _entry(name, scheme, COMPUTE, size, None, seconds, sums, bench, scores, float_bytes)
     if rounds >= 3:
-        sample, workload = next(bench.samples()), bench.experiment.workload
-        took = dynamic.timed_in_torch({FLOAT: bench.model, "own": made}, bench.of, workload, sample, rounds)
-        row["engine"] = dynamic.engine_entry(took[FLOAT], took["own"], size, _worst(sums))
+        row["engines"].append(_in_torch(bench, torch_engines.WHAT, made, rounds, worst(sums)).to_json())
     return row
 
 
-def _worst(sums: Mapping[str, Mapping[str, float | None]]) -> float | None:
+def worst(sums: Mapping[str, Mapping[str, float | None]]) -> float | None:
+    """Returns the largest relative error over the outputs."""
     return max((each["relative_error"] for each in sums.values() if each["relative_error"] is not None), default=None)
 
 
@@ -266,7 +281,7 @@ def _entry(
         },
         "quality": dict(scores["summary"]) if bench.found.truthful and scores["samples"] else None,
         "drop_pct": None if drop is None else {"value": drop.value, "low": drop.low, "high": drop.high},
-        "engine": None,
+        "engines": [],
         "note": None,
     }
 
@@ -299,14 +314,52 @@ def _compared(bench: Bench, predictions: Sequence[Arrays]) -> dict[str, dict[str
     return {name: each.result() for name, each in sums.items()}
 
 
-def _timings(bench: Bench, asked: Asked, graphs: Mapping[str, Any]) -> dict[str, Timed]:
+def measured_engines(
+    bench: Bench, asked: Asked, graphs: Mapping[str, Any], notes: list[str], say: Callable[[str], None]
+) -> Iterator[tuple[str, EngineResult]]:
+    """Yields the name of a row and a result of it, for every tool that is installed and every scheme that it follows.
+
+    Why a tool or a scheme is missing is added to `notes`.
+    """
+    schemes = {name: SCHEMES[name] for name in asked.schemes}
     efficiency = bench.experiment.evaluation.efficiency.model_dump(mode="json")
     efficiency |= {"min_rounds": asked.rounds, "min_seconds": 0, "max_seconds": 30, "enough_pct": None}
-    with temporary_folder("engines") as folder:
-        variants = variants_of({name: SCHEMES[name] for name in asked.schemes}, graphs, folder)
-        errors = worst_errors(variants, bench.of, bench.experiment.workload, bench.samples, bench.reference)
-        found = timed(variants, bench.experiment.fed, bench.found, efficiency, errors)
-    return {BASELINE if name == FLOAT else name: engine for name, engine in found.items()}
+    for tool in TOOLS:
+        if missing := tool.missing():
+            notes.append(f"{tool.runtime}: no engine, {', '.join(missing)} not installed")
+            continue
+        say(f"{tool.runtime}: packing, comparing{'' if tool.emulated else ', timing in turns'}")
+        with temporary_folder("engines") as folder:
+            variants, left = variants_of(tool, schemes, graphs, folder)
+            notes += left
+            judged = {name: each for name, each in variants.items() if name != FLOAT or not tool.emulated}
+            errors = worst_errors(judged, bench.of, bench.experiment.workload, bench.samples, bench.reference)
+            times = None
+            if variants and not tool.emulated:
+                times = sample_times(variants, bench.experiment.fed, bench.found, efficiency)
+            for name, engine in engines_of(tool, variants, schemes, times, errors).items():
+                yield BASELINE if name == FLOAT else name, engine
+    for name, scheme in schemes.items():
+        if not torchao_follows(scheme):
+            continue
+        say(f"torchao: {name}")
+        try:
+            made = torchao_model(bench.model, scheme)
+        except NotBuilt as reason:
+            notes.append(f"torch: no engine, {reason}")
+            return
+        except PqkError as reason:
+            notes.append(f"torch, {name}: {reason}")
+            continue
+        error = worst(_compared(bench, list(predicted(bench, made))))
+        yield name, _in_torch(bench, TORCHAO, made, asked.rounds, error)
+
+
+def _in_torch(bench: Bench, what: str, made: nn.Module, rounds: int, error: float | None) -> EngineResult:
+    """Times a model in torch in turns with the float one."""
+    sample, workload = next(bench.samples()), bench.experiment.workload
+    took = torch_engines.timed_in_torch({FLOAT: bench.model, "own": made}, bench.of, workload, sample, rounds)
+    return torch_engines.torch_result(what, took[FLOAT], took["own"], torch_engines.file_bytes(made), error)
 
 
 @contextmanager

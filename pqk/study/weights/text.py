@@ -31,9 +31,11 @@ def report(results: Mapping[str, Any], title: str) -> str:
         f"machine  {machine['device']}, {' '.join(machine['isa'])}",
         f"made     {results['made']}, commit {results['commit'] or DASH}",
         "",
-        *_section("Size and time", _sizes(rows)),
-        *_notes(rows),
+        *_section("Size", _sizes(rows)),
     ]
+    if any(row["engines"] for row in rows):
+        lines += _section("Engines", _engines(rows))
+    lines += _notes(rows, results["notes"])
     for output in next((row["outputs"] for row in rows if row["outputs"]), {}):
         lines += _section(f"{output}: against the float model", _closeness(rows, output))
     if any(row["quality"] for row in rows):
@@ -68,10 +70,10 @@ def _section(title: str, lines: Sequence[str]) -> list[str]:
 
 
 def _sizes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    head = ["scheme", "MiB", "smaller", "of theory", "quantized in s", "engine p50 ms", "spread", "x float engine"]
+    head = ["scheme", "MiB", "smaller", "of theory", "quantized in s"]
     body = []
     for row in rows:
-        engine, theory = row["engine"], row["theory_bytes"]
+        theory = row["theory_bytes"]
         body.append(
             [
                 row["name"],
@@ -79,18 +81,40 @@ def _sizes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
                 f"{row['compression']:.2f}x",
                 DASH if theory is None else f"{row['size_bytes'] / theory:.4f}",
                 _number(row["quantize_s"], ".2f"),
-                DASH if engine is None else f"{engine['p50_ms']:.1f}",
-                DASH if engine is None else f"{engine['p25_ms']:.1f} to {engine['p75_ms']:.1f}",
-                DASH if engine is None else _interval(engine["speedup"]),
             ]
         )
     return table(head, body)
 
 
-def _notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def _engines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Returns a line for each engine of each row; ratios are against the float engine of the same runtime."""
+    head = ["scheme", "runtime", "MiB", "p50 ms", "p25 to p75", "x its float engine", "worst rel. error"]
+    body = []
+    for row in rows:
+        for engine in row["engines"]:
+            timed = engine["p50_ms"] is not None
+            body.append(
+                [
+                    row["name"],
+                    engine["runtime"] + (" (emulated)" if engine["measured"] == "emulated" else ""),
+                    f"{engine['size_bytes'] / 2**20:.2f}",
+                    _number(engine["p50_ms"], ".1f"),
+                    f"{engine['p25_ms']:.1f} to {engine['p75_ms']:.1f}" if timed else DASH,
+                    _interval(engine["speedup"]),
+                    DASH if engine["relative_error"] is None else f"{100 * engine['relative_error']:.3g} %",
+                ]
+            )
+    return table(head, body)
+
+
+def _notes(rows: Sequence[Mapping[str, Any]], notes: Sequence[str]) -> list[str]:
     said = [f"{row['name']}: {row['compute']}" + (f"; {row['note']}" if row["note"] else "") for row in rows]
-    engines = [f"{row['name']}: timed as {row['engine']['what']}" for row in rows if row["engine"]]
-    return ["Computed as", *(f"  {line}" for line in [*said, *engines]), ""]
+    by_what: dict[str, list[str]] = {}
+    for row in rows:
+        for engine in row["engines"]:
+            by_what.setdefault(f"engine {engine['runtime']}: {engine['what']}", []).append(row["name"])
+    engines = [f"{what} ({', '.join(names)})" for what, names in by_what.items()]
+    return ["Computed as", *(f"  {line}" for line in [*said, *engines, *notes]), ""]
 
 
 def _closeness(rows: Sequence[Mapping[str, Any]], output: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Measures PyTorch's own dynamic quantization for a study: the only scheme here whose engine is torch itself."""
+"""Measures what torch itself computes, for a study: PyTorch's dynamic quantization, and torchao's packed weights."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,8 +14,11 @@ from torch import nn
 from pqk.engines.calls import in_torch
 from pqk.families.contract import Family, Sample
 from pqk.settings.workload import Workload
+from pqk.stats.latency import speedup
+from pqk.study.weights.engines import EngineResult
 
 NAME = "PyTorch_Dynamic"
+WHAT = "torch eager with dynamic int8 linear layers"
 SCHEME = {
     "quant_type": "pytorch_dynamic",
     "bits": 8,
@@ -52,10 +54,6 @@ def timed_in_torch(
     return taken
 
 
-def engine_entry(base_ms: list[float], own_ms: list[float], size: int, error: float | None) -> dict[str, Any]:
-    """Returns the entry `engine` of the row; the speed-up is against torch in f32, not against a compiled engine."""
-    from pqk.stats.latency import speedup
-    from pqk.study.weights.engines import Timed
-
-    what = "torch eager with dynamic int8 linear layers; x against torch eager in f32"
-    return Timed(what, size, tuple(own_ms), speedup(base_ms, own_ms), error).to_json()
+def torch_result(what: str, base_ms: list[float], own_ms: list[float], size: int, error: float | None) -> EngineResult:
+    """Returns the result of a model in torch; the speed-up is against torch in f32, not against a compiled engine."""
+    return EngineResult("torch", what, "engine", size, tuple(own_ms), speedup(base_ms, own_ms), error)
