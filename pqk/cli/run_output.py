@@ -60,7 +60,7 @@ def grid_of(items: list[str]) -> dict[str, list[Any]]:
 
     Raises PqkError as `settings_of` does.
     """
-    found = {}
+    found: dict[str, Any] = {}
     for item in items:
         name, sign, values = item.partition("=")
         if not sign or not values.strip():

@@ -44,7 +44,7 @@ SMALLER = {
         r"  pairs: 12": "  pairs: 2",
     },
     "quant.yaml": {
-        r"calibration_images: 64": "calibration_images: 4",
+        r"calibration_images: 512": "calibration_images: 4",
         r"  epochs: 12": "  epochs: 2",
         r"steps_per_epoch: \d+": "steps_per_epoch: 2",
         r"  stages:[^\n]*\n(    - [^\n]*\n)+": _STAGES,

@@ -127,7 +127,8 @@ def initialize(model: nn.Module, generator: torch.Generator | None = None) -> No
     with torch.random.fork_rng(enabled=generator is not None):
         if generator is not None:
             torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
-        model.net.apply(model.net._init_weights)  # type: ignore[operator, union-attr]
+        net: Any = model.net
+        net.apply(net._init_weights)
     for name, buffer in model.named_buffers():
         if name.rpartition(".")[2] in _NORM:
             buffer.fill_(_NORM[name.rpartition(".")[2]])

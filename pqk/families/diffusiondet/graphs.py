@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import json
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -75,8 +75,8 @@ def rewired(head: Head, neighbours: int) -> Head:
     other._modules = dict(head._modules)
     stages = []
     for stage in head.head_series:
-        new = copy.copy(stage)
-        new.size = replace(stage.size, nearest=neighbours, attends=neighbours > 0)
+        new: Any = copy.copy(stage)
+        new.size = replace(new.size, nearest=neighbours, attends=neighbours > 0)
         stages.append(new)
     other.head_series = nn.ModuleList(stages)
     return other
