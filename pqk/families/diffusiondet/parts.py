@@ -24,6 +24,11 @@ LAST_LAYERS = ("head:/head_series.[0-9]+/(class_logits|bboxes_delta)/",)
 POOLING = ("head:/pooler/MatMul$",)
 """Keep-list entries of the bilinear sums over the maps: products of activations, whose weights say where a box is."""
 
+DYNAMIC = ("head:/inst_interact/MatMul",)
+"""Keep-list entries of the products with matrices that are made of what is known of a box. NNCF (2.x) can prepare the
+head for training (QAT) only where they stay in float.
+"""
+
 _BACKBONE = re.compile(r"\b(stem|res[2-5])\b")
 _PYRAMID = re.compile(r"\bfpn_(?:lateral|output)[2-5]\b")
 _STAGE = re.compile(r"\bhead_series\.(\d+)[./](\w+)")

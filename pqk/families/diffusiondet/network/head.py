@@ -64,8 +64,9 @@ class DynamicConv(nn.Module):
 
     def forward(self, p: Tensor, features: Tensor) -> Tensor:
         first, second = self.dynamic_layer(p).split(self.dim * self.inner, dim=-1)
-        x = F.relu(self.norm1(features @ first.unflatten(-1, (self.dim, self.inner))))
-        x = F.relu(self.norm2(x @ second.unflatten(-1, (self.inner, self.dim))))
+        many = p.shape[:2]  # not by unflatten, whose shapes an export cannot tell
+        x = F.relu(self.norm1(features @ first.reshape(many[0], many[1], self.dim, self.inner)))
+        x = F.relu(self.norm2(x @ second.reshape(many[0], many[1], self.inner, self.dim)))
         return F.relu(self.norm3(self.out_layer(x.flatten(-2))))
 
 
@@ -120,7 +121,7 @@ class Stage(nn.Module):
         p = self.norm1(p + self.attended(p, boxes)) if self.size.attends else self.norm1(p)
         p = self.norm2(p + self.inst_interact(p, features))
         p = self.norm3(p + self.linear2(F.relu(self.linear1(p))))
-        scale, shift = self.block_time_mlp(time)[:, None].chunk(2, dim=-1)
+        scale, shift = self.block_time_mlp(time)[:, None].split(self.linear2.out_features, dim=-1)
         f = p * (1 + scale) + shift
         boxed = self.reg_module(f)
         quality = self.quality_logit(boxed)[..., 0] if self.size.quality else None
