@@ -9,7 +9,7 @@ from typing import Any
 
 from pqk import paths
 from pqk.errors import PqkError
-from pqk.families.evidence import completed
+from pqk.families.contract import completed
 from pqk.files import write_json
 from pqk.measure.scores import metric_intervals
 from pqk.recipe.candidate import Candidate, make

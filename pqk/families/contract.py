@@ -581,3 +581,12 @@ class Family:
         if self.view is None:
             raise NotBuilt(f"predictions of the family {self.name} cannot be drawn here: it has no view part")
         return cast(ViewPart, import_module(self.view))
+
+
+def completed(part: ScoringPart | LearningPart, evidence: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the evidence of all samples of a set with the metrics that only the set as a whole has.
+
+    These are the columns of `complete`, where the part has that function.
+    """
+    complete = getattr(part, "complete", None)
+    return [dict(row) for row in evidence] if complete is None else complete(evidence)

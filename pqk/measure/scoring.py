@@ -12,8 +12,7 @@ import numpy as np
 
 from pqk.cores import allowed_cores
 from pqk.errors import PqkError
-from pqk.families.contract import Sample, SampleSet, ScoringPart
-from pqk.families.evidence import completed
+from pqk.families.contract import Sample, SampleSet, ScoringPart, completed
 from pqk.families.registry import family
 from pqk.measure.predict import opened
 from pqk.measure.predictions import Predictions

@@ -16,8 +16,7 @@ from torch import nn
 
 from pqk.compress.train.judge import Judge
 from pqk.errors import PqkError
-from pqk.families.contract import Metric
-from pqk.families.evidence import completed
+from pqk.families.contract import Metric, completed
 from pqk.measure.scores import drop_of, together
 from pqk.measure.scoring import scored
 from pqk.record.pair_scores import files_of, scores_here, scores_in

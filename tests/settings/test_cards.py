@@ -65,8 +65,13 @@ def test_the_shipped_cards(project: Path) -> None:
 def test_every_point_of_the_shipped_matrix_is_an_experiment(project: Path) -> None:
     card = load_card("H1")
     shared = ["loss", "keep-list", "calibration"]
-    assert list(card.matrix) == [*shared, "pair-graph", "input", "frames", "size"]
-    for name, own in (("dust3r", ["pair-graph", "input"]), ("vggt", ["frames", "size"])):
+    assert list(card.matrix) == [*shared, "pair-graph", "input", "frames", "size", "steps", "boxes", "topology"]
+    owns = {
+        "dust3r": ["pair-graph", "input"],
+        "vggt": ["frames", "size"],
+        "diffusiondet": ["steps", "boxes", "topology"],
+    }
+    for name, own in owns.items():
         points = card.points(name)
         assert list(dict.fromkeys(axis for axis, _ in points)) == [*shared, *own]
         seen = set()
@@ -75,7 +80,8 @@ def test_every_point_of_the_shipped_matrix_is_an_experiment(project: Path) -> No
             assert (mine.recipe, mine.combo, mine.matrix) == (card.matrix[axis].recipe or ("Q",), "Ablation", {})
             found = resolve(mine, of=family(name), settings=card.matrix[axis].points[point], origin="a point")
             seen.add(tuple(getattr(found, part).sha256 for part in ("workload", "quant", "distill")))
-        assert len(seen) == len(points) - 4  # every axis holds the default once
+        axes = len(shared) + len(own)
+        assert len(seen) == len(points) - axes + 1  # every axis holds the default once
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,8 @@ from pqk.compress.cut.refit import Moments, refit
 from pqk.compress.cut.units import Slot, silenced
 from pqk.compress.train.data import TrainingData
 from pqk.errors import PqkError
+from pqk.families.contract import completed
 from pqk.families.cutting import Plan
-from pqk.families.evidence import completed
 from pqk.settings.prune import Prune
 
 

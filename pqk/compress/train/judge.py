@@ -13,8 +13,7 @@ import torch
 from torch import nn
 
 from pqk.errors import PqkError
-from pqk.families.contract import Batches, Family, LearningPart, Metric
-from pqk.families.evidence import completed
+from pqk.families.contract import Batches, Family, LearningPart, Metric, completed
 from pqk.stats.intervals import Interval, drop_interval, mean_interval
 
 Rows = list[list[dict[str, Any]]]
@@ -113,7 +112,7 @@ class Judge:
         return self._completed(rows), distances
 
     def _completed(self, rows: Rows) -> Rows:
-        """Returns the rows with the metrics of the whole set; see `pqk.families.evidence`."""
+        """Returns the rows with the metrics of the whole set; see `completed`."""
         flat = iter(completed(self._learning, [row for of_sample in rows for row in of_sample]))
         return [[next(flat) for _ in of_sample] for of_sample in rows]
 

@@ -16,9 +16,9 @@ from pqk.families.detection.settings import load_evaluation as load_evaluation
 from pqk.families.diffusiondet.network.configs import LARGEST_PROPOSALS
 from pqk.families.diffusiondet.network.configs import NAMED as NAMED
 from pqk.families.diffusiondet.parts import ATTENTION as ATTENTION
+from pqk.families.diffusiondet.parts import DYNAMIC, POOLING
 from pqk.families.diffusiondet.parts import KINDS as KINDS
 from pqk.families.diffusiondet.parts import LAST_LAYERS as LAST_LAYERS
-from pqk.families.diffusiondet.parts import POOLING
 from pqk.families.diffusiondet.parts import part_of as part_of
 from pqk.settings import quant
 from pqk.settings.yamlfile import Section, config_loader
@@ -104,14 +104,15 @@ class Workload(settings.Workload):
 class Ptq(quant.Ptq):
     """Post-training quantization.
 
-    Groups for the keep-list: the layers right before classes and boxes, the products inside attention, and the sums
-    over the maps in which boxes are pooled.
+    Groups for the keep-list: the layers right before classes and boxes, the products inside attention, the sums
+    over the maps in which boxes are pooled, and the products of dynamic convolutions.
     """
 
     GROUPS: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "LastLayers": LAST_LAYERS,
         "AttentionProducts": ATTENTION,
         "Pooling": POOLING,
+        "DynamicConvolutions": DYNAMIC,
     }
 
 
