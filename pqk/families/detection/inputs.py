@@ -55,7 +55,7 @@ def fit(picture: np.ndarray, height: int, width: int, number: int) -> Fed:
     size = fitted_size(original, height, width)
     if size != original:
         picture = np.asarray(Image.fromarray(picture).resize((size[1], size[0]), Image.Resampling.BILINEAR))
-    pixels = (picture.astype(np.float32) - np.float32(MEAN)) / np.float32(STD)
+    pixels = (picture.astype(np.float32) - np.array(MEAN, np.float32)) / np.array(STD, np.float32)
     image = np.zeros((1, 3, height, width), dtype=np.float32)
     image[0, :, : size[0], : size[1]] = pixels.transpose(2, 0, 1)
     return Fed(image, size, original, number)
