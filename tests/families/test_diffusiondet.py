@@ -17,7 +17,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from pqk.bench.vectors import run_case
-from pqk.errors import NotBuilt
 from pqk.families.build import build_model, empty_model
 from pqk.families.checkpoint import load_model, save_model
 from pqk.families.detection import inputs
@@ -31,7 +30,7 @@ from pqk.families.diffusiondet.sampling import sampler, schedule
 from pqk.families.diffusiondet.training import losses, matcher, targets
 from pqk.families.identify import family_of
 from pqk.families.official import read_pickle
-from pqk.families.registry import BUILT_IN, MODELS, family, names
+from pqk.families.registry import BUILT_IN, family, names
 from pqk.recipe.experiment import experiment_family
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -218,7 +217,7 @@ def test_a_saved_model_comes_back(tmp_path):
         model = made(config)
         folder = save_model(model, tmp_path / str(number))
         again = load_model(folder)
-        assert family_of(folder) == again.family == "diffusiondet" and again.config == config
+        assert family_of(folder) == again.family == "diffusiondet" and again.config == {**config, "norm": "frozen"}
         assert all(
             torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True)
         )
@@ -249,7 +248,7 @@ def test_official_files(tmp_path):
     for name in ("model_only.pth", "model_final.pth", "bare.pth", "bare.safetensors"):
         model = load_model(tmp_path / name, nheads=4, num_proposals=12)
         assert family_of(tmp_path / name) == model.family == "diffusiondet" and not model.training
-        assert model.config == TINY | {"num_cls": 1, "num_reg": 3}
+        assert model.config == {**TINY, "norm": "frozen"} | {"num_cls": 1, "num_reg": 3}
         assert all(torch.equal(value, plain.state_dict()[key]) for key, value in model.state_dict().items())
     config, weights = averaged(read_pickle(tmp_path / "model_final.pth"))
     model = build_model("diffusiondet", {**config, "nheads": 4}, weights)
@@ -332,17 +331,13 @@ def test_a_backbone_file_that_is_none(tmp_path):
     assert str(tmp_path / "absent") in sentence_of(read_backbone, tmp_path / "absent")
 
 
-# ---------------------------------------------------------------- a family without recipes
+# ---------------------------------------------------------------- recipes
 
 
-def test_it_is_loaded_and_not_offered_to_recipes(tmp_path):
+def test_it_is_offered_to_recipes(tmp_path):
     folder = save_model(made(), tmp_path / "net")
-    assert "diffusiondet" in MODELS and "diffusiondet" not in BUILT_IN and "diffusiondet" in names()
-    with pytest.raises(NotBuilt, match="not run in recipes yet: the family has no part data or scoring"):
-        experiment_family(str(folder), Path.cwd())
-    for part in ("predict_part", "data_part", "scoring_part", "learning_part"):
-        with pytest.raises(NotBuilt, match="the family"):
-            getattr(family("diffusiondet"), part)()
+    assert "diffusiondet" in BUILT_IN and "diffusiondet" in names()
+    assert experiment_family(str(folder), Path.cwd()).name == "diffusiondet"
     for name in BUILT_IN:
         family(name).check_runs()
 
