@@ -52,7 +52,8 @@ class Joined(nn.Module):
     """Maps (B, C, h, w) -> the rows of their table (R, C); a module for its name in a graph, without weights."""
 
     def forward(self, *maps: Tensor) -> Tensor:
-        return torch.cat([map_.flatten(2).transpose(1, 2) for map_ in maps], dim=1).flatten(0, 1)
+        rows = torch.cat([map_.flatten(2).transpose(1, 2) for map_ in maps], dim=1)
+        return rows.reshape(-1, int(maps[0].shape[1]))  # as Flatten, ModelOpt would round it
 
 
 def pyramid(maps: Sequence[Tensor], exported: bool = False, joined: Joined | None = None) -> Pyramid:
