@@ -27,9 +27,7 @@ of the table of maps that they read, which OpenVINO cannot compile in int8 befor
 """
 
 DYNAMIC = ("head:/inst_interact/MatMul",)
-"""Keep-list entries of the products with matrices that are made of what is known of a box. NNCF (2.x) can prepare the
-head for training (QAT) only where they stay in float.
-"""
+"""Keep-list entries of the products with matrices that are made of what is known of a box."""
 
 _BACKBONE = re.compile(r"\b(stem|res[2-5])\b")
 _PYRAMID = re.compile(r"\bfpn_(?:lateral|output)[2-5]\b")
