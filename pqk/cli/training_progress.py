@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 import sys
 import time
@@ -71,7 +70,9 @@ def run_train_teacher(
             report=report,
             command=command,
         )
-    best = "no validation yet" if math.isinf(progress.best) else f"best validation {metrics[0]} {progress.best:.4f}"
+    best = "no validation yet"
+    if kept := min(progress.history, key=lambda entry: entry["score"], default=None):
+        best = f"best validation {metrics[0]} {kept[metrics[0]]:.4f}"
     if train.world()[0] == 0:
         paused = "no weights written yet; the same command continues"
         left = paused if outcome == "paused" else f"weights and card in {out}"
