@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from pqk.errors import nearest
 from pqk.families.contract import Metric
+from pqk.families.scenes import settings as scenes
 from pqk.settings import evaluation, workload
 from pqk.settings.workload import SYNTHETIC, BaseSeed
 from pqk.settings.yamlfile import Section, config_loader
 
 PATCH = 32
 """Sides of the network's input are multiples of it: the stride of the coarsest map."""
-
-LONGEST = 2048
-"""Pixels of a side, at most."""
 
 METRICS = (
     Metric("ap", "", "higher", 100.0, drops=True),
@@ -29,26 +27,10 @@ METRICS = (
 """What `pqk.families.detection.scoring.summarise` gives, 0 to 100, the default main metric first."""
 
 
-class Input(Section):
+class Input(scenes.Input):
     """The static shape that images are fitted into, padded at the right and below; sides are multiples of 32."""
 
-    shape: Annotated[tuple[int, ...], Field(strict=False)]
-
-    @field_validator("shape")
-    @classmethod
-    def _multiples(cls, shape: tuple[int, ...]) -> tuple[int, ...]:
-        right = len(shape) == 4 and shape[:2] == (1, 3)
-        if not right or any(side % PATCH or not PATCH <= side <= LONGEST for side in shape[2:]):
-            raise ValueError(f"must be [1, 3, H, W] with H and W multiples of {PATCH} from {PATCH} to {LONGEST}")
-        return shape
-
-    @property
-    def height(self) -> int:
-        return self.shape[2]
-
-    @property
-    def width(self) -> int:
-        return self.shape[3]
+    PATCH = PATCH
 
 
 class ImageList(Section):
