@@ -365,6 +365,7 @@ def test_the_teacher_against_itself_is_perfect_and_another_drops(seed):
     def rows(mine):
         made = []
         for place, (found, taught) in enumerate(zip(mine, predictions, strict=True)):
+            taught = {**taught, scoring.LOGITS: np.zeros((1, 3))}
             sample = scoring.as_truth(taught, Sample(place, str(place), None), config)
             made.append({"group": place, "sample": str(place), **scoring.score(found, sample, {}, 0)})
         return scored(scoring, made)
@@ -387,6 +388,7 @@ def test_what_a_teacher_finds_as_truth():
         "boxes": np.array([[0, 0, 4, 5], [1, 1, 9, 9], [3, 3, 3, 8], [0, 0, 2, 2.0]]),
         "scores": np.array([0.5, 0.49, 0.9, 0.7], np.float32),
         "labels": np.array([2, 0, 1, 0]),
+        scoring.LOGITS: np.zeros((4, 3)),
     }
     truth = scoring.as_truth(found, Sample(0, "street", None), TINY).truth
     assert truth.classes == ("class 0", "class 1", "class 2")
@@ -394,10 +396,12 @@ def test_what_a_teacher_finds_as_truth():
     assert truth.sample.labels.tolist() == [0, 2] and truth.sample.areas.tolist() == [4, 20]
     assert not truth.sample.crowd.any() and truth.sample.id == "street"
     many = {"boxes": np.tile([0, 0, 9.0, 9], (120, 1)), "scores": np.full(120, 0.9), "labels": np.zeros(120, int)}
+    many[scoring.LOGITS] = np.zeros((120, 3))
     assert len(scoring.as_truth(many, Sample(0, "a", None), TINY).truth.sample.labels) == 100
     broken = {**found, "boxes": np.full((4, 4), np.nan)}
     assert sentence_of(scoring.as_truth, broken, Sample(0, "a", None), TINY).startswith("NaN refused")
-    assert "label 2" in sentence_of(scoring.as_truth, found, Sample(0, "a", None), {**TINY, "num_classes": 2})
+    fewer = {**found, scoring.LOGITS: np.zeros((4, 2))}
+    assert "label 2" in sentence_of(scoring.as_truth, fewer, Sample(0, "a", None), TINY)
 
 
 def test_the_floor_looks_at_nothing():

