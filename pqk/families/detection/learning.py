@@ -8,19 +8,40 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import nn
 
 from pqk.data.detection.sample import DetectionSample
 from pqk.errors import PqkError
-from pqk.families.contract import Sample
+from pqk.families.contract import Batches, Sample, SampleSet
 from pqk.families.detection import scoring
-from pqk.families.detection.batches import Images, Pictured
+from pqk.families.detection.batches import Images, Pictured, batches_of
 from pqk.families.detection.scoring import complete as complete
+from pqk.families.detection.settings import Workload
+from pqk.settings.training import Training
 
 UNIT = "images"
 SOURCE = "images of procedural rooms rendered as they are needed (pqk.data.detection), split 'train'"
 REMEDY = "use images with objects"
 
 Scored = list[list[dict[str, Any]]]
+
+
+def as_exported(parts: Mapping[str, nn.Module], workload: Workload) -> None:
+    """Does nothing: no module of a detector holds a size."""
+
+
+def batches(
+    asked: Training,
+    device: torch.device,
+    *,
+    seed: int,
+    held_seed: int,
+    found: SampleSet | None = None,
+    workload: Workload | None = None,
+) -> Batches:
+    """Returns batches of generated images, or of the user's own set or photographs; see `LearningPart`."""
+    return batches_of(asked, device, seed, held_seed, found)
 
 
 def evidence(found: Sequence[Mapping[str, np.ndarray]], batch: Images) -> Scored:

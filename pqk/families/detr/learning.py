@@ -11,19 +11,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pqk.errors import PqkError
-from pqk.families.contract import Batches, SampleSet
-from pqk.families.detection.batches import Images, batches_of
+from pqk.families.detection.batches import Images
 from pqk.families.detection.inputs import padded
 from pqk.families.detection.learning import REMEDY as REMEDY
 from pqk.families.detection.learning import SOURCE as SOURCE
 from pqk.families.detection.learning import UNIT as UNIT
 from pqk.families.detection.learning import Scored, check_classes, evidence, taught
+from pqk.families.detection.learning import as_exported as as_exported
+from pqk.families.detection.learning import batches as batches
 from pqk.families.detection.learning import complete as complete
 from pqk.families.detection.learning import floor as floor
 from pqk.families.detr.model import DetectorGraph, Detr
 from pqk.families.detr.predict import boxes_of
-from pqk.families.detr.settings import Workload
-from pqk.settings.training import Training
 
 TERMS = ("task", "kl", "imitation", "probe")
 NO_FEATURES = "DETR compares no features; set distill.loss.gamma to 0"
@@ -33,23 +32,6 @@ def parts(model: nn.Module) -> dict[str, nn.Module]:
     """Returns the module of the one graph, which shares the model's weights and takes any size."""
     assert isinstance(model, Detr)
     return {"detector": DetectorGraph(model, every=True)}
-
-
-def as_exported(parts: Mapping[str, nn.Module], workload: Workload) -> None:
-    """Does nothing: no module holds a size."""
-
-
-def batches(
-    asked: Training,
-    device: torch.device,
-    *,
-    seed: int,
-    held_seed: int,
-    found: SampleSet | None = None,
-    workload: Workload | None = None,
-) -> Batches:
-    """Returns batches of generated images, or of the user's own set or photographs; see `LearningPart`."""
-    return batches_of(asked, device, seed, held_seed, found)
 
 
 def forward(parts: Mapping[str, nn.Module], batch: Images, watched: Any = None) -> dict[str, Any]:

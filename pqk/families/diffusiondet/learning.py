@@ -11,13 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pqk.families.contract import Batches, SampleSet
-from pqk.families.detection.batches import Images, batches_of, generator
+from pqk.families.detection.batches import Images, generator
 from pqk.families.detection.inputs import padded
 from pqk.families.detection.learning import REMEDY as REMEDY
 from pqk.families.detection.learning import SOURCE as SOURCE
 from pqk.families.detection.learning import UNIT as UNIT
 from pqk.families.detection.learning import Scored, check_classes, evidence, taught
+from pqk.families.detection.learning import as_exported as as_exported
+from pqk.families.detection.learning import batches as batches
 from pqk.families.detection.learning import complete as complete
 from pqk.families.detection.learning import floor as floor
 from pqk.families.diffusiondet.graphs import label_state, parts_of
@@ -29,7 +30,6 @@ from pqk.families.diffusiondet.sampling import schedule
 from pqk.families.diffusiondet.sampling.noise import DrawnNoise
 from pqk.families.diffusiondet.sampling.sampler import Sampling, Step, sample
 from pqk.families.diffusiondet.sampling.selection import Detections, rescale, select, suppress
-from pqk.families.diffusiondet.settings import Workload
 from pqk.families.diffusiondet.training import targets as starts
 from pqk.families.diffusiondet.training.distill import chosen_boxes, class_distance, distill_terms
 from pqk.families.diffusiondet.training.losses import (
@@ -42,7 +42,6 @@ from pqk.families.diffusiondet.training.losses import (
 )
 from pqk.families.layers import initialize
 from pqk.families.losses import feature_loss
-from pqk.settings.training import Training
 
 SAMPLER = "sampler"
 TERMS = ("task", "kl", "features", "imitation", "probe", SAMPLER)
@@ -55,23 +54,6 @@ TAUGHT = 50
 def parts(model: Any) -> dict[str, nn.Module]:
     """Returns the modules of both graphs, which share the model's weights and take any size."""
     return parts_of(model, training=True)
-
-
-def as_exported(parts: Mapping[str, Any], workload: Workload) -> None:
-    """Does nothing: no module holds a size."""
-
-
-def batches(
-    asked: Training,
-    device: torch.device,
-    *,
-    seed: int,
-    held_seed: int,
-    found: SampleSet | None = None,
-    workload: Workload | None = None,
-) -> Batches:
-    """Returns batches of generated images, or of the user's own set or photographs; see `LearningPart`."""
-    return batches_of(asked, device, seed, held_seed, found)
 
 
 def forward(parts: Mapping[str, Any], batch: Images, watched: Any = None) -> dict[str, Any]:
