@@ -17,7 +17,7 @@ from pqk.errors import PqkError
 from pqk.settings.distill import Distill
 
 SAMPLER = "sampler"
-"""The loss of families that have a sampler, and what their `forward` watches for it, with a number of steps."""
+"""The loss of families that have a sampler; their `forward` watches `SamplerLoss.watched` for it."""
 
 
 def distill(
@@ -51,7 +51,7 @@ def distill(
     if spec.sampler is not None:
         if SAMPLER not in data.learning.TERMS:
             raise PqkError(f"models of the family {data.family.name} have no sampler; leave distill.sampler out")
-        watched = (SAMPLER, spec.sampler.teacher_steps), (SAMPLER, spec.sampler.student_steps)
+        watched = spec.sampler.watched
         options[SAMPLER] = spec.sampler.model_dump()
     if loss.gamma > 0:
         *watched, options["bridges"] = data.learning.features(teacher, student, seed)  # type: ignore[assignment]

@@ -113,7 +113,7 @@ class SampleSet:
     where: the files that `samples` opens; how: what else decides which samples they are. Both are plain JSON that only
     the family reads. groups: their names, in order. sha256: of everything that is read. truthful: the samples carry
     ground truth that a model is scored against. own: they are the user's, as opposed to generated. drawn: what the
-    evaluation seed drew, in words.
+    evaluation seed drew, in words; empty: nothing.
     """
 
     where: Mapping[str, Any]
@@ -395,7 +395,7 @@ class LearningPart(Protocol):
 
     # names of the losses: task, kl, features, imitation; probe: what is cut by without truth; match, where a family has
     # it: what attention finds in other frames, for which `forward` watches 'match'; sampler: what a sampler of many
-    # steps finds, for which `forward` watches ('sampler', steps)
+    # steps finds, for which `forward` watches `SamplerLoss.watched`
     TERMS: tuple[str, ...]
     UNIT: str  # what a batch holds, in the plural
     SOURCE: str  # of generated batches, for the card of a model that was trained on them

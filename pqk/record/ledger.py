@@ -224,7 +224,7 @@ def read_rows(path: Path) -> list[Row]:
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
     """Writes rows in order: by card, engine, train seed, eval seed. Atomic."""
     rows = sorted(rows, key=_order)
-    write_table(path, columns_of(rows), rows)
+    write_table(path, columns_of(rows), rows, REQUIRED)
 
 
 def _order(row: Mapping[str, Any]) -> tuple[Any, ...]:

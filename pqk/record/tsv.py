@@ -85,15 +85,20 @@ def _character(match: re.Match[str]) -> str:
     return chr(int(short or long, 16))
 
 
-def write_table(path: Path, columns: Mapping[str, Kind], rows: Iterable[Mapping[str, Any]]) -> None:
+def write_table(
+    path: Path, columns: Mapping[str, Kind], rows: Iterable[Mapping[str, Any]], required: Sequence[str] = ()
+) -> None:
     """Writes a table atomically: a line with the names of the columns, then a line per row.
 
-    Raises PqkError for a value of the wrong kind, and for a number that is not finite.
+    Raises PqkError for a value of the wrong kind, for a number that is not finite, and for an empty cell in a column
+    that is `required`, which `read_table` would refuse.
     """
-    write_text(path, table_text(columns, rows, str(path)))
+    write_text(path, table_text(columns, rows, str(path), required))
 
 
-def table_text(columns: Mapping[str, Kind], rows: Iterable[Mapping[str, Any]], where: str) -> str:
+def table_text(
+    columns: Mapping[str, Kind], rows: Iterable[Mapping[str, Any]], where: str, required: Sequence[str] = ()
+) -> str:
     """Returns the text that `write_table` writes."""
     types: dict[str, tuple[type, ...]] = {"text": (str,), "int": (int,), "float": (int, float)}
     lines = ["\t".join(columns)]
@@ -101,6 +106,8 @@ def table_text(columns: Mapping[str, Kind], rows: Iterable[Mapping[str, Any]], w
         cells = []
         for name, kind in columns.items():
             value = row.get(name)
+            if name in required and value in (None, ""):
+                raise PqkError(f"{where}: {name} is empty, so the row is not written")
             if value is not None and (isinstance(value, bool) or not isinstance(value, types[kind])):
                 raise PqkError(f"{where}: {name} must be a {kind}, not {value!r}")
             try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
@@ -66,15 +66,35 @@ Weight = Annotated[float, Field(ge=0, le=100)]
 class SamplerLoss(Section):
     """How a student learns to find in fewer steps of a sampler what its Teacher finds in many.
 
-    teacher_steps: a multiple of student_steps; both run without fresh noise. best: how many of the Teacher's best boxes
-    are compared. classes, boxes: weights of their distances, beside loss.alpha of the task.
+    kind: steps: from the same noise, each of the student's steps is held against the Teacher's at the same time;
+    teacher_steps is a multiple of student_steps, and both run without fresh noise. consistency: from the truth with
+    noise, the student at one of the Teacher's times is held against itself at the next, where a step of the Teacher
+    leads. best: how many boxes are compared, the Teacher's (for consistency the student's own) best. classes, boxes:
+    weights of their distances, beside loss.alpha of the task.
     """
 
+    kind: Literal["steps", "consistency"] = "steps"
     teacher_steps: Steps
     student_steps: Steps = 1
     best: Annotated[int, Field(ge=1, le=10_000)] = 100
     classes: Weight = 1.0
     boxes: Weight = 1.0
+
+    @property
+    def watched(self) -> tuple[tuple[str, int], tuple[str, int]]:
+        """Returns what the family's `forward` keeps of Teacher and student: the kind and a number of steps."""
+        return (self.kind, self.teacher_steps), (self.kind, self.student_steps)
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leaves out the kind where it is the first, so that settings without one keep their former sha256."""
+        return {name: value for name, value in handler(self).items() if name != "kind" or value != "steps"}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.kind == "consistency" and (self.student_steps != 1 or self.teacher_steps < 2):
+            raise ValueError("of kind consistency must have student_steps 1 and teacher_steps of at least 2")
+        return self
 
     @model_validator(mode="after")
     def _a_multiple(self) -> Self:

@@ -181,6 +181,7 @@ class Bench:
         result: for a recipe's own quantized result, whose digest includes the recipe and its methods.
         """
         config: dict[str, Any] = {"precision": precision, "quantizer": quantizer, "options": self.options}
+        config["feeding"] = self.experiment.workload.feeding
         if quantizer is not None:
             config["quant"] = self.experiment.quant.sha256
             config["calibration"] = split_digest(self.ctx, self.experiment, "calibration", self.root)
@@ -236,7 +237,7 @@ class Bench:
             "drop_pct": None if drop is None else drop.value,
             "fps": None if emulated or not timed else self._fps(experiment, variant, found),
             "pairs": len(scores["samples"]),
-            "scenes": found.drawn,
+            "scenes": found.drawn or f"all {len(found.groups)}",
             "scenes_sha256": found.sha256,
             "measured": scores["measured"],
             "commit": commit_of(),

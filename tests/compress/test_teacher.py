@@ -303,17 +303,21 @@ def torchrun(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([str(c) for c in command], env=environment, capture_output=True, text=True, timeout=240)
 
 
+DETECTOR = SPEC.replace("dust3r", "diffusiondet").replace("size: 32", "size: 64").replace("min_covisible: 0.0\n", "")
+
+
 @pytest.mark.slow
-def test_two_processes_from_the_command_line(tmp_path):
+@pytest.mark.parametrize("spec", [SPEC, DETECTOR], ids=["dust3r", "diffusiondet"])
+def test_two_processes_from_the_command_line(tmp_path, spec):
     config, out = tmp_path / "t.yaml", tmp_path / "out"
-    config.write_text(SPEC)
+    config.write_text(spec)
     ran = torchrun("-m", "pqk.cli", "train", "teacher", "--config", config, "-o", out, "--device", "cpu")
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.count("done: 2 steps") == 1
     card = json.loads((out / "model_card.json").read_text())
     assert card["sha256"] == sha256_file(out / "model.safetensors")
     assert card["steps"] == 2 and len(card["history"]) == 2
-    assert load_model(out).sizes.enc_dim == 384
+    assert card["name"] == load_training(config).model and load_model(out).sizes
     assert not list(out.glob(".*"))
 
 

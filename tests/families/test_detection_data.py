@@ -13,6 +13,7 @@ from pqk.errors import PqkError
 from pqk.families.contract import Given, SampleSet
 from pqk.families.detection import data
 from pqk.families.detr.settings import Workload
+from pqk.families.diffusiondet import settings as diffusiondet
 
 BASE = {
     "version": "1.0",
@@ -362,3 +363,20 @@ def test_the_digest_says_what_is_fed():
     moved = workload()
     moved = Workload.model_validate({**moved.model_dump(), "seeds": {"train": 0, "eval": 7}})
     assert data.digest("test", moved, never) == base
+
+
+def test_what_finds_the_objects_is_not_what_is_fed():
+    """So that one step stands beside twenty, and a DETR beside both."""
+    values = workload().model_dump()
+    found = {
+        data.digest("test", diffusiondet.Workload.model_validate(values | {"sampler": {"steps": n, "boxes": 9}}), never)
+        for n in (1, 20)
+    }
+    assert found == {data.digest("test", workload(), never)}
+
+
+def test_an_eval_seed_is_told_in_words(tmp_path):
+    coco(tmp_path / "a", 2)
+    asked = workload(test={"source": "a"}).model_dump()
+    found = opened("test", Workload.model_validate({**asked, "seeds": {"train": 0, "eval": 3}}), tmp_path)
+    assert found.drawn == "2 images, eval seed 3"

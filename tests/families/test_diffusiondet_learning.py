@@ -188,8 +188,8 @@ def test_maps_of_other_widths_are_compared_through_bridges():
 
 def sampled(student, teacher, batch, steps=(1, 4), **weights):
     options = {"sampler": {**OPTIONS["sampler"], **weights}}
-    aim = ran(teacher, batch, ("sampler", steps[1]))
-    out = learning.forward(learning.parts(student), batch, ("sampler", steps[0]))
+    aim = ran(teacher, batch, ("steps", steps[1]))
+    out = learning.forward(learning.parts(student), batch, ("steps", steps[0]))
     return learning.losses(out, batch, aim, ("sampler",), options)["sampler"]
 
 
@@ -205,7 +205,7 @@ def test_equal_samplers_are_nothing_apart(steps, state):
 def test_classes_of_equal_samplers_are_at_their_least():
     """The cross-entropy of a network with itself is the entropy of its scores: no other network is nearer."""
     model, other, batch = shaken(), shaken(seed=1), shapes_batch(1)
-    logits = ran(model, batch, ("sampler", 1))["sampler"][0][-1].logits
+    logits = ran(model, batch, ("steps", 1))["sampler"][0][-1].logits
     entropy = torch.nn.functional.binary_cross_entropy_with_logits(logits, logits.sigmoid(), reduction="none")
     own, apart = (sampled(student, model, batch, (1, 1), boxes=0.0, best=100).detach() for student in (model, other))
     assert float(own) == pytest.approx(float(entropy.sum(1).mean()), rel=0.05) and float(apart) > float(own) + 0.01
@@ -213,11 +213,11 @@ def test_classes_of_equal_samplers_are_at_their_least():
 
 def test_the_teacher_gives_its_steps_alone_and_each_image_its_own():
     model, batch = shaken(), shapes_batch(2)
-    found = ran(model, batch, ("sampler", 4))
+    found = ran(model, batch, ("steps", 4))
     assert set(found) == {"sampler", "whwh"} and [len(steps) for steps in found["sampler"]] == [4, 4]
     first, second = (steps[0].x for steps in found["sampler"])
     assert not torch.equal(first, second)
-    again = ran(model, batch, ("sampler", 2))["sampler"]
+    again = ran(model, batch, ("steps", 2))["sampler"]
     assert torch.equal(again[0][0].x, first)  # the same noise, however many steps
 
 
@@ -231,6 +231,38 @@ def test_a_sampler_of_one_step_learns():
     assert losses[-1] < losses[0]
     assert all(p.grad is None for p in teacher.parameters())
     assert student.backbone.fpn_lateral5.weight.grad.abs().sum() > 0
+
+
+def inconsistent(student, teacher, batch, **options):
+    aim = ran(teacher, batch, ("consistency", 5))
+    out = learning.forward(learning.parts(student), batch, ("consistency", 1))
+    asked = {"kind": "consistency", "teacher_steps": 5, **OPTIONS["sampler"], **options}
+    return learning.losses(out, batch, aim, ("sampler",), {"sampler": asked})["sampler"]
+
+
+@pytest.mark.parametrize("state", [None, "dist", "sample"])
+def test_consistency_is_learned_by_the_student_alone(state):
+    extra = {"label_state": state, "label_diffusion": "d3pm_mask"} if state else {}
+    batch, teacher, student = shapes_batch(2), shaken({**TINY, **extra}), shaken({**TINY, **extra})
+    losses = stepped(student, lambda model: inconsistent(model, teacher, batch), steps=8, rate=1e-3)
+    assert losses[-1] < losses[0]
+    assert all(p.grad is None for p in teacher.parameters())
+    assert student.backbone.fpn_lateral5.weight.grad.abs().sum() > 0
+
+
+def test_what_always_finds_the_same_is_consistent(monkeypatch):
+    """Boxes of a network that finds the same at every time and from every start are nothing apart."""
+    batch, model = shapes_batch(2), shaken()
+    logits, corners = torch.randn(model.sizes.proposals, 3), torch.tensor([1.0, 2.0, 9.0, 12.0])
+    boxes = corners.repeat(model.sizes.proposals, 1)
+    monkeypatch.setattr(learning, "_calls", lambda head, maps, whwh: [lambda *given: (logits, boxes)] * len(whwh))
+    assert float(inconsistent(model, model, batch, classes=0.0).detach()) == pytest.approx(0, abs=1e-5)
+
+
+def test_consistency_can_do_without_the_truth():
+    batch = shapes_batch(2, classes=())
+    batch.truthful = False
+    assert float(inconsistent(shaken(), shaken(seed=1), batch).detach()) > 0
 
 
 # ---------------------------------------------------------------- scores

@@ -108,6 +108,16 @@ def test_wrong_tables_are_told_by_line(tmp_path: Path, text: str, sentence: str)
         read_table(path, COLUMNS, ("name",))
 
 
+@pytest.mark.parametrize("value", ["", None])
+def test_what_could_not_be_read_again_is_not_written(tmp_path: Path, value: str | None) -> None:
+    path = tmp_path / "t.tsv"
+    write_table(path, COLUMNS, [{"name": "a", "count": 1, "score": 2.0}], ("name",))
+    before = path.read_bytes()
+    with pytest.raises(PqkError, match="name is empty"):
+        write_table(path, COLUMNS, [{"name": value, "count": 1, "score": 2.0}], ("name",))
+    assert path.read_bytes() == before
+
+
 def test_bytes_that_are_no_text(tmp_path: Path) -> None:
     path = tmp_path / "t.tsv"
     path.write_bytes(b"name\xff")

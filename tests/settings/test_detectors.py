@@ -75,6 +75,17 @@ def test_a_sampler_of_few_steps_has_a_section_of_its_own():
             distilled(loss={**loss, name: 1.0}, sampler=SAMPLER)
 
 
+def test_consistency_ends_in_one_step():
+    loss = {"alpha": 0.1, "beta_start": 0.0, "beta_end": 0.0, "temperature": 1.0, "gamma": 0.0, "task_share": 0.5}
+    spec = distilled(loss=loss, sampler={"kind": "consistency", "teacher_steps": 20})
+    assert spec.sampler.watched == (("consistency", 20), ("consistency", 1))
+    assert spec.model_dump(mode="json")["sampler"]["kind"] == "consistency"
+    assert "kind" not in distilled(loss=loss, sampler=SAMPLER).model_dump(mode="json")["sampler"]  # its sha256 stays
+    for wrong in ({"student_steps": 2}, {"teacher_steps": 1}):
+        with pytest.raises(ValueError, match="student_steps 1 and teacher_steps of at least 2"):
+            distilled(loss=loss, sampler={"kind": "consistency", "teacher_steps": 20, **wrong})
+
+
 def test_without_a_sampler_nothing_is_written_of_it():
     plain = load_distill(REPOSITORY / "configs" / "distill.yaml", {})
     assert plain.sampler is None and "sampler" not in plain.model_dump(mode="json")

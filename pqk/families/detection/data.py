@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -56,11 +57,17 @@ def open_split(
     if split == "train":
         return _train(workload, root, given)
     if split == "test" and (given.scenes or given.images):
-        return _given(given.scenes, given.images, ("--scenes", "--images"))
-    asked: ImageList = workload.calibration if split == "calibration" else getattr(workload.sets, split)
-    if asked.source == SYNTHETIC:
-        return _generated(split, asked, workload, make, first, asked.images or 0 if count is None else count)
-    return _listed(asked, root)
+        found = _given(given.scenes, given.images, ("--scenes", "--images"))
+    else:
+        asked: ImageList = workload.calibration if split == "calibration" else getattr(workload.sets, split)
+        if asked.source == SYNTHETIC:
+            many = asked.images or 0 if count is None else count
+            found = _generated(split, asked, workload, make, first, many)
+        else:
+            found = _listed(asked, root)
+    if split == "test":
+        found = replace(found, drawn=f"{len(found.groups)} images, eval seed {workload.seeds.eval}")
+    return found
 
 
 def _generated(split: str, asked: ImageList, workload: Workload, make: Maker, first: int, count: int) -> SampleSet:
@@ -135,7 +142,7 @@ def _train(workload: Workload, root: Path, given: Given) -> SampleSet:
     learned, held = learning_split(found)
     what = "images with boxes" if found.truthful else "photographs"
     drawn = f"{len(learned)} {what}, judged on {len(held)} other{'s' if len(held) > 1 else ''}"
-    return SampleSet(found.where, found.how, found.groups, found.sha256, found.truthful, True, drawn)
+    return replace(found, own=True, drawn=drawn)
 
 
 def learning_split(found: SampleSet) -> tuple[list[DetectionSample], list[DetectionSample]]:
@@ -295,7 +302,7 @@ def refuse_overlap(sets: Mapping[str, SampleSet]) -> None:
 
 
 def digest(split: str, workload: Workload, sha256: Callable[[], str]) -> str:
-    """Returns a sha256 of what a split is fed, seeds aside. test: input shape, sampler, and the images."""
+    """Returns a sha256 of what a split is fed, seeds aside. test: input shape, and the images."""
     if split == "calibration":
         asked = workload.calibration
         return sha256_json(asked.model_dump(mode="json")) if asked.source == SYNTHETIC else sha256()
@@ -303,7 +310,7 @@ def digest(split: str, workload: Workload, sha256: Callable[[], str]) -> str:
     images: dict[str, Any] = test.model_dump(mode="json")
     if test.source != SYNTHETIC:
         images = {"sha256": sha256()}
-    return sha256_json({**workload.feeding, "images": images})
+    return sha256_json({"shape": [workload.input.height, workload.input.width], "images": images})
 
 
 def _under(root: Path, source: str) -> Path:

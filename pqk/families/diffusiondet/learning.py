@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,10 +29,16 @@ from pqk.families.diffusiondet.predict import MOST
 from pqk.families.diffusiondet.sampling import labels as states
 from pqk.families.diffusiondet.sampling import schedule
 from pqk.families.diffusiondet.sampling.noise import DrawnNoise
-from pqk.families.diffusiondet.sampling.sampler import Sampling, Step, sample
+from pqk.families.diffusiondet.sampling.sampler import HeadCall, Sampling, Step, sample
 from pqk.families.diffusiondet.sampling.selection import Detections, rescale, select, suppress
 from pqk.families.diffusiondet.training import targets as starts
-from pqk.families.diffusiondet.training.distill import chosen_boxes, class_distance, distill_terms
+from pqk.families.diffusiondet.training.distill import (
+    Terms,
+    chosen_boxes,
+    class_distance,
+    consistency_terms,
+    distill_terms,
+)
 from pqk.families.diffusiondet.training.losses import (
     BOX_WEIGHT,
     GIOU_WEIGHT,
@@ -61,8 +68,9 @@ def forward(parts: Mapping[str, Any], batch: Images, watched: Any = None) -> dic
     the part gives no other, and what they began with.
 
     Held-out images begin with noise alone at the last time, others with the truth and the noise of a drawn time.
-    watched: the maps are kept under 'features'; or ('sampler', steps), and the steps of a sampler without fresh noise
-    are kept under this name, of each image. Where nothing learns, as in a Teacher, those are all.
+    watched: the maps are kept under 'features'; or what is kept of each image under 'sampler', where it is all that a
+    Teacher returns: ('steps', n), the n steps of a sampler without fresh noise; ('consistency', n), the head, to be
+    called on boxes at a time.
     """
     sizes: DiffusionDetConfig = parts["head"].sizes
     check_classes(batch, sizes.stage.classes)
@@ -70,9 +78,12 @@ def forward(parts: Mapping[str, Any], batch: Images, watched: Any = None) -> dic
     maps = parts["backbone"](images)
     kept: dict[str, Any] = {}
     if isinstance(watched, tuple):
-        kept = {SAMPLER: _sampled(parts["head"], maps, batch, whwh, watched[1])}
+        kind, steps = watched
+        calls = _calls(parts["head"], maps, whwh)
+        kept = {SAMPLER: calls if kind == "consistency" else _sampled(calls, sizes, batch, whwh, steps)}
         if not torch.is_grad_enabled():
             return {**kept, "whwh": whwh}
+        kept["sizes"] = sizes
     elif watched is not None:
         kept = {"features": {f"p{level + 2}": each for level, each in enumerate(maps)}}
     start = _from_noise if batch.held or not batch.truthful else _from_truth
@@ -89,21 +100,26 @@ def forward(parts: Mapping[str, Any], batch: Images, watched: Any = None) -> dic
     }
 
 
-def _sampled(head: Any, maps: Sequence[Tensor], batch: Images, whwh: Tensor, steps: int) -> list[list[Step]]:
+def _calls(head: Any, maps: Sequence[Tensor], whwh: Tensor) -> list[HeadCall]:
+    """Returns the head as a function of each image: boxes, a time and class states -> what its last stage finds."""
+
+    def called(rows: Sequence[Tensor], size: Tensor, boxes: Tensor, t: int, labels: Tensor | None) -> Any:
+        at, given = torch.full((1,), t, device=boxes.device), None if labels is None else labels[None]
+        found = staged(head(*fed(head.sizes, rows, boxes[None], at, given, size[None])))
+        return tuple(each[-1, 0] for each in found)
+
+    rows = ([each[number : number + 1] for each in maps] for number in range(len(whwh)))
+    return [partial(called, own, size) for own, size in zip(rows, whwh, strict=True)]
+
+
+def _sampled(
+    calls: Sequence[HeadCall], sizes: DiffusionDetConfig, batch: Images, whwh: Tensor, steps: int
+) -> list[list[Step]]:
     """Returns the steps of a deterministic sampler from each image's noise, without renewal: box n stays box n."""
-    sizes: DiffusionDetConfig = head.sizes
-    found = []
-    for number, size in enumerate(whwh):
-        rows = [each[number : number + 1] for each in maps]
-
-        def call(boxes: Tensor, t: int, labels: Tensor | None, rows: Any = rows, size: Tensor = size) -> Any:
-            at, given = torch.full((1,), t, device=boxes.device), None if labels is None else labels[None]
-            return tuple(each[-1, 0] for each in staged(head(*fed(sizes, rows, boxes[None], at, given, size[None]))))
-
-        how = replace(Sampling.of(sizes, steps), eta=0.0, renewal=None, ensemble=False)
-        noise = DrawnNoise(sizes.proposals, 0, generator(batch, number).initial_seed())
-        found.append(list(sample(call, size, noise, how)))
-    return found
+    how = replace(Sampling.of(sizes, steps), eta=0.0, renewal=None, ensemble=False)
+    seeds = (generator(batch, number).initial_seed() for number in range(len(whwh)))
+    noises = (DrawnNoise(sizes.proposals, 0, seed) for seed in seeds)
+    return [list(sample(*each, how)) for each in zip(calls, whwh, noises, strict=True)]
 
 
 def staged(outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -189,20 +205,45 @@ def losses(
             found["probe"] = probe(out)
         if SAMPLER in terms:
             assert teacher is not None
-            found[SAMPLER] = _few_steps(out, teacher, options[SAMPLER])
+            asked = options[SAMPLER]
+            apart_of = _inconsistent if asked.get("kind") == "consistency" else _few_steps
+            found[SAMPLER] = apart_of(out, teacher, batch, asked)
     if "features" in terms:
         assert teacher is not None
         found["features"] = feature_loss(teacher["features"], out["features"], options["bridges"])
     return found
 
 
-def _few_steps(out: Mapping[str, Any], teacher: Mapping[str, Any], options: Mapping[str, Any]) -> Tensor:
+def _few_steps(out: Mapping[str, Any], teacher: Mapping[str, Any], batch: Images, options: Mapping[str, Any]) -> Tensor:
     """Returns how far the student's steps are from the Teacher's at the same times, mean over images; see `distill`."""
-    total = []
-    for mine, theirs, whwh in zip(out[SAMPLER], teacher[SAMPLER], out["whwh"], strict=True):
-        terms = distill_terms(mine, theirs, whwh, options["best"])
-        total.append(options["classes"] * terms.classes + options["boxes"] * terms.boxes)
-    return torch.stack(total).mean()
+    ends = zip(out[SAMPLER], teacher[SAMPLER], out["whwh"], strict=True)
+    return _mean([distill_terms(mine, theirs, whwh, options["best"]) for mine, theirs, whwh in ends], options)
+
+
+def _inconsistent(
+    out: Mapping[str, Any], teacher: Mapping[str, Any], batch: Images, options: Mapping[str, Any]
+) -> Tensor:
+    """Returns how far the student at a time is from itself at the next one of the Teacher's, mean over images.
+
+    Its own values there have no gradient and no average over the training (Song and Dhariwal 2023, section 3.2).
+    """
+    sizes: DiffusionDetConfig = out["sizes"]
+    pairs = schedule.time_pairs(options["teacher_steps"])[:-1]  # the last one leads to no time
+    found = []
+    for number, (mine, theirs, whwh) in enumerate(zip(out[SAMPLER], teacher[SAMPLER], out["whwh"], strict=True)):
+        random = generator(batch, number)
+        truths = to_centres(batch.targets()[number]["boxes"] / whwh) if batch.truthful else whwh.new_zeros(0, 4)
+        drawn = starts.draw(sizes.proposals, len(truths), random)
+        pair = pairs[int(torch.randint(len(pairs), (), generator=random))]
+        x0 = starts.noisy_boxes(truths, drawn, sizes.scale).x0
+        noise = drawn.noise.to(x0) * x0.new_tensor(sizes.noise_std)
+        found.append(consistency_terms(mine, mine, theirs, x0, noise, pair, whwh, sizes.scale, options["best"])[0])
+    return _mean(found, options)
+
+
+def _mean(found: Sequence[Terms], options: Mapping[str, Any]) -> Tensor:
+    """Returns the mean over images of the weighted terms."""
+    return torch.stack([options["classes"] * one.classes + options["boxes"] * one.boxes for one in found]).mean()
 
 
 def softened(out: Mapping[str, Any], teacher: Mapping[str, Any], temperature: float) -> Tensor:
