@@ -43,7 +43,7 @@ def distill(
     terms = ["task"] if data.truthful else []
     terms += ["kl"] if max(loss.beta_start, loss.beta_end) > 0 else []
     terms += ["features"] if loss.gamma > 0 else []
-    terms += [SAMPLER] if spec.sampler is not None else []
+    terms += [SAMPLER] if spec.sampler is not None and spec.sampler.guided else []
     if not terms:
         raise PqkError("without ground truth K learns from the Teacher alone: set distill.loss.beta_start or gamma")
     options: dict[str, Any] = {"alpha": spec.train.alpha, "temperature": loss.temperature}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
@@ -63,6 +63,16 @@ Steps = Annotated[int, Field(ge=1, le=1000)]
 Weight = Annotated[float, Field(ge=0, le=100)]
 
 
+class Watched(NamedTuple):
+    """What a family's `forward` keeps for a loss of samplers: the kind, a number of steps (0: nothing is kept), and
+    where the task begins; see `SamplerLoss`.
+    """
+
+    kind: str
+    steps: int
+    start: str = "truth"
+
+
 class SamplerLoss(Section):
     """How a student learns to find in fewer steps of a sampler what its Teacher finds in many.
 
@@ -70,7 +80,9 @@ class SamplerLoss(Section):
     teacher_steps is a multiple of student_steps, and both run without fresh noise. consistency: from the truth with
     noise, the student at one of the Teacher's times is held against itself at the next, where a step of the Teacher
     leads. best: how many boxes are compared, the Teacher's (for consistency the student's own) best. classes, boxes:
-    weights of their distances, beside loss.alpha of the task.
+    weights of their distances, beside loss.alpha of the task; where both are 0 the Teacher does not run.
+    start: where the task begins: truth: with the truth and the noise of a drawn time, as a Teacher learns; noise: with
+    noise alone, which is all that a student of one step meets.
     """
 
     kind: Literal["steps", "consistency"] = "steps"
@@ -79,16 +91,24 @@ class SamplerLoss(Section):
     best: Annotated[int, Field(ge=1, le=10_000)] = 100
     classes: Weight = 1.0
     boxes: Weight = 1.0
+    start: Literal["truth", "noise"] = "truth"
 
     @property
-    def watched(self) -> tuple[tuple[str, int], tuple[str, int]]:
-        """Returns what the family's `forward` keeps of Teacher and student: the kind and a number of steps."""
-        return (self.kind, self.teacher_steps), (self.kind, self.student_steps)
+    def guided(self) -> bool:
+        """Returns whether the Teacher is asked."""
+        return max(self.classes, self.boxes) > 0
+
+    @property
+    def watched(self) -> tuple[Watched, Watched]:
+        """Returns what is kept of Teacher and student."""
+        steps = self.student_steps if self.guided else 0
+        return Watched(self.kind, self.teacher_steps), Watched(self.kind, steps, self.start)
 
     @model_serializer(mode="wrap")
     def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leaves out the kind where it is the first, so that settings without one keep their former sha256."""
-        return {name: value for name, value in handler(self).items() if name != "kind" or value != "steps"}
+        """Leaves out later keys with their first values, so that settings without them keep their former sha256."""
+        first = {"kind": "steps", "start": "truth"}
+        return {name: value for name, value in handler(self).items() if first.get(name) != value}
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -19,6 +19,7 @@ from pqk.families.detection import scoring
 from pqk.families.diffusiondet import learning
 from pqk.families.diffusiondet.build import build
 from pqk.families.registry import family
+from pqk.settings.distill import Watched
 
 BATCHED = {**TINY, "norm": "batch"}
 OPTIONS = {"temperature": 2.0, "sampler": {"best": 8, "classes": 1.0, "boxes": 1.0}}
@@ -188,8 +189,8 @@ def test_maps_of_other_widths_are_compared_through_bridges():
 
 def sampled(student, teacher, batch, steps=(1, 4), **weights):
     options = {"sampler": {**OPTIONS["sampler"], **weights}}
-    aim = ran(teacher, batch, ("steps", steps[1]))
-    out = learning.forward(learning.parts(student), batch, ("steps", steps[0]))
+    aim = ran(teacher, batch, Watched("steps", steps[1]))
+    out = learning.forward(learning.parts(student), batch, Watched("steps", steps[0]))
     return learning.losses(out, batch, aim, ("sampler",), options)["sampler"]
 
 
@@ -205,7 +206,7 @@ def test_equal_samplers_are_nothing_apart(steps, state):
 def test_classes_of_equal_samplers_are_at_their_least():
     """The cross-entropy of a network with itself is the entropy of its scores: no other network is nearer."""
     model, other, batch = shaken(), shaken(seed=1), shapes_batch(1)
-    logits = ran(model, batch, ("steps", 1))["sampler"][0][-1].logits
+    logits = ran(model, batch, Watched("steps", 1))["sampler"][0][-1].logits
     entropy = torch.nn.functional.binary_cross_entropy_with_logits(logits, logits.sigmoid(), reduction="none")
     own, apart = (sampled(student, model, batch, (1, 1), boxes=0.0, best=100).detach() for student in (model, other))
     assert float(own) == pytest.approx(float(entropy.sum(1).mean()), rel=0.05) and float(apart) > float(own) + 0.01
@@ -213,11 +214,11 @@ def test_classes_of_equal_samplers_are_at_their_least():
 
 def test_the_teacher_gives_its_steps_alone_and_each_image_its_own():
     model, batch = shaken(), shapes_batch(2)
-    found = ran(model, batch, ("steps", 4))
+    found = ran(model, batch, Watched("steps", 4))
     assert set(found) == {"sampler", "whwh"} and [len(steps) for steps in found["sampler"]] == [4, 4]
     first, second = (steps[0].x for steps in found["sampler"])
     assert not torch.equal(first, second)
-    again = ran(model, batch, ("steps", 2))["sampler"]
+    again = ran(model, batch, Watched("steps", 2))["sampler"]
     assert torch.equal(again[0][0].x, first)  # the same noise, however many steps
 
 
@@ -233,9 +234,21 @@ def test_a_sampler_of_one_step_learns():
     assert student.backbone.fpn_lateral5.weight.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_task_may_begin_where_a_sampler_does(steps):
+    model, batch = shaken(), shapes_batch(2)
+    out = learning.forward(learning.parts(model), batch, Watched("steps", steps, "noise"))
+    batch.held = True
+    held = learning.forward(learning.parts(model), batch)
+    assert torch.equal(out["boxes"], held["boxes"]) and ("sampler" in out) == bool(steps)
+    batch.held = False
+    assert not torch.equal(out["boxes"], learning.forward(learning.parts(model), batch)["boxes"])
+    assert float(learning.losses(out, batch, None, ("task",), OPTIONS)["task"].detach()) > 0
+
+
 def inconsistent(student, teacher, batch, **options):
-    aim = ran(teacher, batch, ("consistency", 5))
-    out = learning.forward(learning.parts(student), batch, ("consistency", 1))
+    aim = ran(teacher, batch, Watched("consistency", 5))
+    out = learning.forward(learning.parts(student), batch, Watched("consistency", 1))
     asked = {"kind": "consistency", "teacher_steps": 5, **OPTIONS["sampler"], **options}
     return learning.losses(out, batch, aim, ("sampler",), {"sampler": asked})["sampler"]
 

@@ -12,7 +12,7 @@ from pqk.errors import PqkError
 from pqk.families.build import empty_model
 from pqk.families.registry import family
 from pqk.recipe.experiment import config_file, config_loaders
-from pqk.settings.distill import Distill, load_distill
+from pqk.settings.distill import Distill, Watched, load_distill
 from pqk.settings.training import load_training
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -78,12 +78,18 @@ def test_a_sampler_of_few_steps_has_a_section_of_its_own():
 def test_consistency_ends_in_one_step():
     loss = {"alpha": 0.1, "beta_start": 0.0, "beta_end": 0.0, "temperature": 1.0, "gamma": 0.0, "task_share": 0.5}
     spec = distilled(loss=loss, sampler={"kind": "consistency", "teacher_steps": 20})
-    assert spec.sampler.watched == (("consistency", 20), ("consistency", 1))
+    assert spec.sampler.watched == (Watched("consistency", 20), Watched("consistency", 1))
     assert spec.model_dump(mode="json")["sampler"]["kind"] == "consistency"
     assert "kind" not in distilled(loss=loss, sampler=SAMPLER).model_dump(mode="json")["sampler"]  # its sha256 stays
     for wrong in ({"student_steps": 2}, {"teacher_steps": 1}):
         with pytest.raises(ValueError, match="student_steps 1 and teacher_steps of at least 2"):
             distilled(loss=loss, sampler={"kind": "consistency", "teacher_steps": 20, **wrong})
+
+
+def test_without_weights_the_teacher_does_not_run():
+    loss = {"alpha": 1.0, "beta_start": 0.0, "beta_end": 0.0, "temperature": 1.0, "gamma": 0.0, "task_share": 0.5}
+    alone = distilled(loss=loss, sampler={"teacher_steps": 20, "classes": 0.0, "boxes": 0.0, "start": "noise"})
+    assert not alone.sampler.guided and alone.sampler.watched[1] == Watched("steps", 0, "noise")
 
 
 def test_without_a_sampler_nothing_is_written_of_it():

@@ -49,6 +49,7 @@ from pqk.families.diffusiondet.training.losses import (
 )
 from pqk.families.layers import initialize
 from pqk.families.losses import feature_loss
+from pqk.settings.distill import Watched
 
 SAMPLER = "sampler"
 TERMS = ("task", "kl", "features", "imitation", "probe", SAMPLER)
@@ -67,26 +68,24 @@ def forward(parts: Mapping[str, Any], batch: Images, watched: Any = None) -> dic
     """Returns the outputs for B images: logits (S, B, N, K), boxes (S, B, N, 4) of all stages, or of the last one where
     the part gives no other, and what they began with.
 
-    Held-out images begin with noise alone at the last time, others with the truth and the noise of a drawn time.
-    watched: the maps are kept under 'features'; or what is kept of each image under 'sampler', where it is all that a
-    Teacher returns: ('steps', n), the n steps of a sampler without fresh noise; ('consistency', n), the head, to be
-    called on boxes at a time.
+    Held-out images, and all where `watched.start` says so, begin with noise alone at the last time, others with the
+    truth and the noise of a drawn time. watched: the maps are kept under 'features'; or a `Watched`: of each image is
+    kept under 'sampler', which is all that a Teacher returns, what its kind says: the steps of a sampler without fresh
+    noise, or the head, to be called on boxes at a time.
     """
     sizes: DiffusionDetConfig = parts["head"].sizes
     check_classes(batch, sizes.stage.classes)
     images, whwh = padded(batch.images())
     maps = parts["backbone"](images)
     kept: dict[str, Any] = {}
-    if isinstance(watched, tuple):
-        kind, steps = watched
-        calls = _calls(parts["head"], maps, whwh)
-        kept = {SAMPLER: calls if kind == "consistency" else _sampled(calls, sizes, batch, whwh, steps)}
+    noisy = batch.held or not batch.truthful
+    if isinstance(watched, Watched):
+        kept, noisy = _watched(watched, parts["head"], maps, batch, whwh), noisy or watched.start == "noise"
         if not torch.is_grad_enabled():
             return {**kept, "whwh": whwh}
-        kept["sizes"] = sizes
     elif watched is not None:
         kept = {"features": {f"p{level + 2}": each for level, each in enumerate(maps)}}
-    start = _from_noise if batch.held or not batch.truthful else _from_truth
+    start = _from_noise if noisy else _from_truth
     boxes, t, given, labels = start(batch, whwh, sizes)
     logits, refined, *rest = staged(parts["head"](*fed(sizes, maps, boxes, t, given, whwh)))
     return {
@@ -94,10 +93,22 @@ def forward(parts: Mapping[str, Any], batch: Images, watched: Any = None) -> dic
         "boxes": refined,
         "quality": rest[0] if rest else None,
         "whwh": whwh,
+        "sizes": sizes,
         "labels": labels,
-        "options": LossOptions.of(sizes),
         **kept,
     }
+
+
+def _watched(
+    watched: Watched, head: Any, maps: Sequence[Tensor], batch: Images, whwh: Tensor
+) -> dict[str, list[HeadCall] | list[list[Step]]]:
+    """Returns what is kept for a loss of samplers; see `forward`."""
+    if not watched.steps:
+        return {}
+    calls = _calls(head, maps, whwh)
+    if watched.kind == "consistency":
+        return {SAMPLER: calls}
+    return {SAMPLER: _sampled(calls, head.sizes, batch, whwh, watched.steps)}
 
 
 def _calls(head: Any, maps: Sequence[Tensor], whwh: Tensor) -> list[HeadCall]:
@@ -193,7 +204,9 @@ def losses(
     with torch.autocast(out["logits"].device.type, enabled=False):
         if "task" in terms:
             sized = [{**one, "whwh": size} for one, size in zip(batch.targets(), out["whwh"], strict=True)]
-            parts = set_losses(out["logits"], out["boxes"], sized, out["options"], out["quality"], out["labels"])
+            parts = set_losses(
+                out["logits"], out["boxes"], sized, LossOptions.of(out["sizes"]), out["quality"], out["labels"]
+            )
             found["task"] = torch.stack(list(parts.values())).sum()
         if "kl" in terms:
             assert teacher is not None
