@@ -34,8 +34,8 @@ def bench_grid(
     """Runs a card for every combination of values, and shows the main metric, time and Pareto front of every row.
 
     over: settings and their values. Each combination is a run of its own: times of two are milliseconds of different
-    timings, which `disturbed` marks. `parts`: what the calls of all graphs take together, by their medians, as a share
-    of the whole time; what is missing to 1 is the work between them. Writes `out` (.csv) and a figure beside it; prints
+    timings, which `disturbed` marks. `graphs`: median time of a call of each graph, and calls in a sample. `parts`: what
+    these calls take together, as a share of the whole time; what is missing to 1 is the work between them. Writes `out` (.csv) and a figure beside it; prints
     the table, with JSON as the last line. All combinations are read before the first run; when one fails later, the
     rows before it stay in `out`. Raises PqkError for fewer than two combinations, and as `run` does.
     """
@@ -74,7 +74,11 @@ def _measured(point: Mapping[str, Any], request: Request, root: Path) -> list[Ro
         metric = record["main_metric"]
         samples = record["samples"]
         rounds, whole = len(samples["pair"]), record["t_pair_p50_ms"]
-        parts = sum(percentile(times, 50) * len(times) / rounds for name, times in samples.items() if name != "pair")
+        graphs = {
+            name: {"p50_ms": percentile(times, 50), "calls": len(times) / rounds}
+            for name, times in samples.items()
+            if name != "pair"
+        }
         told = record["metrics"].get(metric, {})
         rows.append(
             {
@@ -86,7 +90,8 @@ def _measured(point: Mapping[str, Any], request: Request, root: Path) -> list[Ro
                 "high": (told.get("interval") or [None, None])[1],
                 "better": told.get("better"),
                 "p50_ms": whole,
-                "parts": parts / whole,
+                "graphs": graphs,
+                "parts": sum(each["p50_ms"] * each["calls"] for each in graphs.values()) / whole,
                 "size_MB": record["size_MB"],
                 "disturbed": record["disturbed"],
                 "front": None,

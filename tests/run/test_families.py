@@ -159,6 +159,22 @@ def test_its_checkpoint_is_scored_under_several_seeds(project: Project, ran: Out
     assert [row["eval_seed"] for row in found] == ["0", "1"] and found[0]["error"] != found[1]["error"]
 
 
+def test_a_grid_of_its_settings(project: Project, ran: Outcome) -> None:
+    over = ("--over", "quant.ptq.calibration_images=3,4", "-o", "reports/toy.csv")
+    rows = project.pqk("bench", "grid", *over, "--model", "models/toy", *OWN[:2]).record
+    assert [row["quant.ptq.calibration_images"] for row in rows] == [3, 3, 4, 4]
+    assert [row["row"] for row in rows] == ["teacher f32", "candidate int8"] * 2
+    for row in rows:
+        assert list(row["graphs"]) == ["net"] and row["graphs"]["net"]["calls"] == 1.0
+        assert row["parts"] == row["graphs"]["net"]["p50_ms"] / row["p50_ms"] <= 1.05
+        assert row["low"] < row["value"] < row["high"] and row["better"] == "lower"
+    assert any(row["front"] for row in rows)
+    assert len((project.root / "reports" / "toy.csv").read_text().splitlines()) == 5
+    assert (project.root / "reports" / "toy.png").read_bytes().startswith(b"\x89PNG")
+    twice = ("--over", "quant.ptq.calibration_images=4", "-o", "reports/toy.csv")
+    project.pqk("bench", "grid", *twice, "--model", "models/toy", code=2)
+
+
 def test_what_it_cannot_do_is_refused_at_once(project: Project) -> None:
     """Training needs parts that the toy lacks."""
     for card, what in (("A1", "distillation (K)"), ("C1", "structured pruning (P)"), ("G1", "joint")):
