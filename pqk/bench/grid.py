@@ -34,10 +34,11 @@ def bench_grid(
     """Runs a card for every combination of values, and shows the main metric, time and Pareto front of every row.
 
     over: settings and their values. Each combination is a run of its own: times of two are milliseconds of different
-    timings, which `disturbed` marks. `graphs`: median time of a call of each graph, and calls in a sample. `parts`: what
-    these calls take together, as a share of the whole time; what is missing to 1 is the work between them. Writes `out` (.csv) and a figure beside it; prints
-    the table, with JSON as the last line. All combinations are read before the first run; when one fails later, the
-    rows before it stay in `out`. Raises PqkError for fewer than two combinations, and as `run` does.
+    timings, which `disturbed` marks. `graphs`: median time of a call of each graph, and calls in a sample. `parts`:
+    what these calls take together, as a share of the whole time; what is missing to 1 is the work between them. Writes
+    `out` (.csv) and a figure beside it; prints the table, with JSON as the last line. All combinations are read before
+    the first run; when one fails later, the rows before it stay in `out`. Raises PqkError for fewer than two
+    combinations, and as `run` does.
     """
     points = [dict(zip(over, values, strict=True)) for values in product(*over.values())]
     if len(points) < 2 or len({json.dumps(point) for point in points}) < len(points):
