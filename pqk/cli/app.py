@@ -368,15 +368,15 @@ def table(
 
 @app.command()
 def show(
-    images: Annotated[Path, typer.Option(help="folder of pictures of one scene, in the order of their names")],
+    images: Annotated[Path, typer.Option(help="folder of pictures, taken in the order of their names")],
     out: Annotated[Path, typer.Option("-o", "--out", help="folder of the figures; older ones in it are replaced")],
     model: _Model = None,
     against: Annotated[
         str | None, typer.Option(help="another model of the family, or a file of quantized weights, drawn beside it")
     ] = None,
-    max_images: Annotated[int, typer.Option(min=2, help="take the first pictures only")] = 4,
+    max_images: Annotated[int, typer.Option(min=1, help="take the first pictures only")] = 4,
 ) -> None:
-    """Draw what a model predicts of pictures: depth, points (also as PLY) and cameras, beside another model.
+    """Draw what a model predicts of pictures, beside another model: depth, points (also as PLY) and cameras, or boxes.
 
     Exit codes: 0 ok, 2 wrong input, 3 predictions of this family cannot be drawn.
     """

@@ -21,8 +21,8 @@ def show_pictures(model: str | None, against: str | None, images: Path, most: in
     """
     drawn = show(model, against, images, most, out, paths.project_root(), lambda line: print(line, file=sys.stderr))
     found = drawn.comparison
-    if found is not None and found.mean is not None:
-        print(f"depth differs by {100 * found.mean:.3g} % on average, lengths by the factor {found.scale:.4g}")
+    if found is not None and found.sentence is not None:
+        print(found.sentence)
     for file in drawn.files:
         print(paths.shown(file))
     return EXIT_OK
@@ -31,18 +31,18 @@ def show_pictures(model: str | None, against: str | None, images: Path, most: in
 def visualize(argv: Sequence[str] | None = None) -> int:
     """Runs scripts/visualize_results.py: `pqk show`, same exit codes."""
     keep_sources()
-    parser = argparse.ArgumentParser("visualize_results.py", description="Draw depth, points and cameras of pictures.")
+    parser = argparse.ArgumentParser("visualize_results.py", description="Draw what a model predicts of pictures.")
     parser.add_argument("--model_name", help="folder or file of a model; default: the shipped model")
     parser.add_argument("--against", help="another model of the family, drawn beside it")
-    parser.add_argument("--image_folder", type=Path, required=True, help="pictures of one scene")
+    parser.add_argument("--image_folder", type=Path, required=True, help="folder of pictures")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs") / "show", help="default: %(default)s")
     parser.add_argument("--max_images", type=int, default=4, help="take the first pictures only; default: %(default)s")
     parser.add_argument("--device", choices=("cpu",), default="cpu", help="torch predicts them on the CPU")
     asked = parser.parse_args(argv)
 
     def work() -> int:
-        if asked.max_images < 2:
-            raise PqkError(f"--max_images {asked.max_images}: at least 2 pictures are shown")
+        if asked.max_images < 1:
+            raise PqkError(f"--max_images {asked.max_images}: at least 1 picture is shown")
         return show_pictures(asked.model_name, asked.against, asked.image_folder, asked.max_images, asked.output_dir)
 
     return told(reported(work))

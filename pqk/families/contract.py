@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from pqk.data.scenes.scene import Scene
     from pqk.families.cutting import CuttingPart
     from pqk.families.reducing import ReducingPart
-    from pqk.families.viewing import Geometry
+    from pqk.families.viewing import Boxes, Geometry
     from pqk.settings.evaluation import Evaluation
     from pqk.settings.quant import Quant
     from pqk.settings.training import Training
@@ -500,12 +500,12 @@ class ViewPart(Protocol):
     def samples(self, scene: Scene, workload: Any, most: int) -> tuple[Any, list[Sample]]:
         """Returns samples that together show the first `most` pictures of a scene, and the workload that feeds them.
 
-        The workload is the given one, or differs in how many pictures are fed at once. Raises PqkError for fewer than
-        two pictures, and for what their files raise.
+        The workload is the given one, or differs in how many pictures are fed at once. Raises PqkError for fewer
+        pictures than can be shown, two where they are seen in depth, and for what their files raise.
         """
         ...
 
-    def view(self, samples: Sequence[Sample], predictions: Sequence[Mapping[str, np.ndarray]]) -> Geometry:
+    def view(self, samples: Sequence[Sample], predictions: Sequence[Mapping[str, np.ndarray]]) -> Geometry | Boxes:
         """Returns what the predictions of `samples` say. Raises PqkError where nothing can be seen in them."""
         ...
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -19,13 +19,14 @@ from pqk.errors import PqkError
 from pqk.families.identify import RANDOM, family_of, model_name
 from pqk.families.metrics.geometry import align_scale
 from pqk.families.registry import family
-from pqk.families.viewing import Geometry
+from pqk.families.viewing import Boxes, Geometry
 from pqk.files import check_writable, temporary_folder, write_json
 from pqk.measure.predictions import Predictions
 from pqk.recipe.experiment import config_file, config_loaders, teacher_path
 from pqk.report.show.cloud import draw_cloud
 from pqk.report.show.depth import MOST_ROWS, draw_depth, relative_difference
 from pqk.report.show.trajectory import draw_trajectory, rotation_differences
+from pqk.show.boxes import Agreement, draw_found
 from pqk.store.worker import call
 
 SURE = 20
@@ -37,7 +38,7 @@ class Side:
     """A model by the name that figures give it, and what it says of the pictures."""
 
     label: str
-    geometry: Geometry
+    seen: Geometry | Boxes
 
 
 @dataclass(frozen=True)
@@ -58,13 +59,20 @@ class Comparison:
         known = [value for value in self.depth if value is not None]
         return float(np.mean(known)) if known else None
 
+    @property
+    def sentence(self) -> str | None:
+        """Returns the comparison in words; None where nothing could be compared."""
+        if self.mean is None:
+            return None
+        return f"depth differs by {100 * self.mean:.3g} % on average, lengths by the factor {self.scale:.4g}"
+
 
 @dataclass(frozen=True)
 class Drawn:
     """The files that were written, and the comparison where there were two sides."""
 
     files: tuple[Path, ...]
-    comparison: Comparison | None
+    comparison: Comparison | Agreement | None
 
 
 def show(
@@ -80,8 +88,8 @@ def show(
 
     model, against: as `load_model` takes them, or names in the hub's cache; default of model: the project's Teacher.
     against may also be a file of quantized weights of the model (`save_weights`): they are dequantized. Raises PqkError
-    for models of two families, a folder of several scenes or of fewer than two pictures, and NotBuilt (exit code 3) for
-    a family without a view.
+    for models of two families, a folder of several scenes or of fewer pictures than the family shows, and NotBuilt
+    (exit code 3) for a family without a view.
     """
     first = teacher_path(model, root)
     if against is not None and holds_weights(against):
@@ -151,17 +159,20 @@ def dequantized(model: str, weights: Path, folder: Path) -> Path:
 def draw(scene: str, sides: Sequence[Side], out: Path) -> Drawn:
     """Draws one or two sides of the same pictures into the folder `out`, each file as a whole, and replaces older ones.
 
-    depth.png: pictures, depth maps, and their relative difference. cloud.png, cloud.ply (of the second side
-    cloud-against.ply): the points. trajectory.png: the cameras. show.json: the comparison in numbers. The second side
-    is brought to the scale of the first: the ratio of the median depths. Raises PqkError for sides of other pictures or
-    shapes, and where no scale can be found.
+    Both are of one kind. Of boxes: `draw_found`. Of geometry: depth.png: pictures, depth maps, and their relative
+    difference. cloud.png, cloud.ply (of the second side cloud-against.ply): the points. trajectory.png: the cameras.
+    show.json: the comparison in numbers. The second side is brought to the scale of the first: the ratio of the median
+    depths. Raises PqkError for sides of other pictures or shapes, and where no scale can be found.
     """
-    first = sides[0].geometry
+    labels, seen = [side.label for side in sides], [side.seen for side in sides]
+    if isinstance(seen[0], Boxes):
+        return Drawn(*draw_found(scene, labels, cast("list[Boxes]", seen), out))
+    geometries = cast("list[Geometry]", seen)
+    first = geometries[0]
     comparison = None
-    if len(sides) > 1:
-        scaled, comparison = compare(first, sides[1].geometry)
-        sides = [sides[0], replace(sides[1], geometry=scaled)]
-    labels, geometries = [side.label for side in sides], [side.geometry for side in sides]
+    if len(geometries) > 1:
+        scaled, comparison = compare(first, geometries[1])
+        geometries = [first, scaled]
     head = f"{scene}: {labels[0]}" + (f" against {labels[1]}" if len(labels) > 1 else "")
     note = (
         ""
@@ -187,7 +198,7 @@ def draw(scene: str, sides: Sequence[Side], out: Path) -> Drawn:
         files.append(out / name)
     if len(clouds) == 1:
         (out / "cloud-against.ply").unlink(missing_ok=True)  # of an older drawing
-    write_json(files[3], _numbers(scene, sides, comparison))
+    write_json(files[3], _numbers(scene, labels, first.names, comparison))
     return Drawn(tuple(files), comparison)
 
 
@@ -242,12 +253,12 @@ def _mean_rotation(comparison: Comparison) -> float:
     return float(np.mean(comparison.rotation[1:] or (0.0,)))
 
 
-def _numbers(scene: str, sides: Sequence[Side], comparison: Comparison | None) -> dict[str, Any]:
+def _numbers(scene: str, labels: Sequence[str], names: Sequence[str], comparison: Comparison | None) -> dict[str, Any]:
     """Returns what show.json holds."""
     return {
         "scene": scene,
-        "pictures": list(sides[0].geometry.names),
-        "models": [side.label for side in sides],
+        "pictures": list(names),
+        "models": list(labels),
         "comparison": None
         if comparison is None
         else {

@@ -17,13 +17,14 @@ from pqk.data.scenes.open import open_scene
 from pqk.errors import NotBuilt, PqkError
 from pqk.families.contract import Family, Sample
 from pqk.families.metrics.resection import focal_length, resect
-from pqk.families.registry import BUILT_IN, family
+from pqk.families.registry import family
 from pqk.families.vggt.geometry import extri_intri_to_pose_encoding, unproject_depth
 from pqk.recipe.experiment import config_file, config_loaders
 
 REPOSITORY = Path(__file__).parents[2]
 SHAPES = {"dust3r": [1, 3, 48, 64], "vggt": [1, 3, 42, 56]}
-DRAWN = sorted(name for name in BUILT_IN if family(name).view is not None)
+DRAWN = sorted(SHAPES)
+"""The families whose pictures are seen in depth."""
 FOCAL = 60.0
 
 
@@ -149,8 +150,11 @@ def test_pictures_come_back_as_they_were_fed(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("name", DRAWN)
 def test_one_picture_is_too_few(tmp_path: Path, name: str) -> None:
     of = family(name)
+    (tmp_path / "one").mkdir()
     with pytest.raises(PqkError, match="needs at least 2 images, found 1"):
-        of.view_part().samples(open_scene(pictures(tmp_path, 1)), workload(of), 4)
+        of.view_part().samples(open_scene(pictures(tmp_path / "one", 1)), workload(of), 4)
+    with pytest.raises(PqkError, match="needs at least 2 images, 1 of its 3 asked for"):
+        of.view_part().samples(open_scene(pictures(tmp_path, 3)), workload(of), 1)
 
 
 def test_a_family_without_a_view_says_so() -> None:

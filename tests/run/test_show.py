@@ -16,10 +16,12 @@ from pqk.cli.show_output import visualize
 from pqk.compress.weights.files import save_weights
 from pqk.compress.weights.model import quantize_weights
 from pqk.compress.weights.schemes import SCHEMES
+from pqk.data.detection.generate import SetPlan, make_set
 from pqk.errors import NotBuilt, PqkError
+from pqk.families.metrics.detection_ap import overlaps
 from pqk.families.registry import family
 from pqk.measure.shown import predict
-from pqk.models import build_model, save_model
+from pqk.models import build_model, load_model, save_model
 from pqk.show import show as module
 from pqk.show.show import show
 
@@ -84,7 +86,9 @@ def test_the_script_and_a_model_beside_another_one(
     )
     assert capsys.readouterr().out.startswith(expected)
     assert visualize([*words, "--max_images", "1"]) == 2
-    assert capsys.readouterr().err.endswith("pqk: --max_images 1: at least 2 pictures are shown\n")
+    assert capsys.readouterr().err.endswith("scene: a scene needs at least 2 images, 1 of its 3 asked for\n")
+    assert visualize([*words, "--max_images", "0"]) == 2
+    assert capsys.readouterr().err.endswith("pqk: --max_images 0: at least 1 picture is shown\n")
 
 
 def test_quantized_weights_beside_the_float_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,6 +109,46 @@ def test_quantized_weights_beside_the_float_model(tmp_path: Path, monkeypatch: p
         show(str(tmp_path / "wider"), str(path), tmp_path / name, 2, tmp_path / "never", REPOSITORY)
 
 
+def test_boxes_in_a_single_picture(project: Path, tmp_path: Path) -> None:
+    """The shipped detector, in a process of its own, on a generated room."""
+    make_set(tmp_path / "set", SetPlan("test", 0, 1))
+    folder = tmp_path / "set" / "test-0" / "images"
+    shipped = REPOSITORY / "models" / "diffusiondet-tiny"
+    done = pqk(project, "show", "--model", shipped, "--images", folder, "-o", "seen", "--max-images", "1")
+    assert (done.code, done.out.splitlines()) == (0, ["seen/boxes.png", "seen/show.json"]), done.err
+    about = json.loads((project / "seen" / "show.json").read_text())
+    assert (about["pictures"], about["sizes"]) == (["000000.jpg"], [[320, 240]])
+    (found,) = about["found"][0]
+    truth = json.loads((folder.parent / "annotations.json").read_text())["annotations"]
+    true = np.array([[x, y, x + w, y + h] for x, y, w, h in (each["bbox"] for each in truth)])
+    boxes = np.array([each["box"] for each in found])
+    overlap = overlaps(boxes, true, np.zeros(len(true), bool)).max(axis=1)
+    assert len(found) == len(true) == 3 and (np.sort(overlap) > [0.4, 0.9, 0.9]).all()  # one is half hidden
+
+
+@pytest.mark.parametrize("name", ["diffusiondet-tiny", "random:detr-tiny"])
+def test_quantized_boxes_beside_the_float_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Pictures of any size. A random DETR is hardly sure of anything, so less is asked of it."""
+    monkeypatch.setattr(module, "call", lambda task, request: predict(request))
+    monkeypatch.setattr("pqk.show.boxes.LEAST_SCORE", 0.1)
+    path = name if name.startswith("random:") else str(REPOSITORY / "models" / name)
+    images = pictures(tmp_path / "scene", 2)
+    Image.new("RGB", (1200, 90), (200, 80, 10)).save(images / "wide.jpg")
+    quantized = quantize_weights(load_model(path), SCHEMES["INT8_Per_Channel_Symmetric"])
+    weights = save_weights(quantized, tmp_path / "int8.safetensors")
+    drawn = show(path, str(weights), images, 3, tmp_path / "out", REPOSITORY)
+    assert [file.name for file in drawn.files] == ["boxes.png", "show.json"]
+    about = json.loads((tmp_path / "out" / "show.json").read_text())
+    assert about["models"] == [Path(path).name, "int8"] and about["sizes"] == [[96, 72], [96, 72], [1200, 90]]
+    agreed = about["comparison"]
+    assert sum(first for first, _ in agreed["boxes"]) > 0
+    assert agreed["share_of_first_in_second"] > 0.5 and 0.8 < agreed["mean_iou"] < 1
+    for each in about["found"]:
+        for (width, height), found in zip(about["sizes"], each, strict=True):
+            boxes = np.array([one["box"] for one in found]).reshape(-1, 4)
+            assert (boxes >= 0).all() and (boxes <= [width, height] * 2).all()
+
+
 def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = [str(REPOSITORY / "models" / name) for name in ("dust3r-tiny", "vggt-tiny")]
     out = tmp_path / "out"
@@ -118,6 +162,16 @@ def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         show(tiny[0], str(tmp_path / "none"), images, 3, out, REPOSITORY)
     with pytest.raises(PqkError, match="needs at least 2 images, found 1"):
         show(tiny[1], None, pictures(tmp_path / "one", 1), 3, out, REPOSITORY)
+    shipped = str(REPOSITORY / "models" / "diffusiondet-tiny")
+    with pytest.raises(PqkError, match=r"of the family diffusiondet, and .* of vggt: compare two of one"):
+        show(shipped, tiny[1], images, 3, out, REPOSITORY)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(PqkError, match="empty: no scene here"):
+        show(shipped, None, tmp_path / "empty", 3, out, REPOSITORY)
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.png").write_text("no picture")
+    with pytest.raises(PqkError, match=r"a\.png: not an image"):
+        show(shipped, None, tmp_path / "text", 3, out, REPOSITORY)
     monkeypatch.setattr(module, "family", lambda name: replace(family(name), view=None))
     with pytest.raises(NotBuilt, match="predictions of the family vggt cannot be drawn here"):
         show(tiny[1], None, images, 3, out, REPOSITORY)

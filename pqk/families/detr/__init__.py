@@ -10,4 +10,5 @@ FAMILY = Family(
     data="pqk.families.detection.data",
     scoring="pqk.families.detection.scoring",
     learning="pqk.families.detr.learning",
+    view="pqk.families.detection.view",
 )

@@ -16,4 +16,5 @@ FAMILY = Family(
     cutting="pqk.families.diffusiondet.cutting",
     export="pqk.families.diffusiondet.export",
     vectors="pqk.families.diffusiondet.vectors",
+    view="pqk.families.detection.view",
 )

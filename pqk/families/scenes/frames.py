@@ -65,7 +65,9 @@ def load_frames(
     """
     chosen = scene.views[:views] if views else scene.views
     if len(chosen) < least:
-        raise PqkError(f"{scene.root}: a scene needs at least {least} images, found {len(chosen)}")
+        all_taken = len(chosen) == len(scene.views)
+        found = f"found {len(chosen)}" if all_taken else f"{len(chosen)} of its {len(scene.views)} asked for"
+        raise PqkError(f"{scene.root}: a scene needs at least {least} images, {found}")
     return Frames(scene, chosen, height, width, seed, patch)
 
 

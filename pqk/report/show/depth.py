@@ -75,7 +75,7 @@ def _figure(
         axes = [figure.add_subplot(grid[row, column]) for column in range(columns)]
         panels.append(axes)
         axes[0].imshow(images[row])
-        axes[0].set_ylabel(_short(name), fontsize=8)
+        axes[0].set_ylabel(short(name), fontsize=8)
         for place, depth in enumerate(depths):
             shown = axes[1 + place].imshow(_masked(depth[row]), cmap=_colours(_DEPTHS), vmin=low, vmax=high)
         if errors is not None:
@@ -89,7 +89,7 @@ def _figure(
         for panel in axes:
             panel.set_xticks([])
             panel.set_yticks([])
-    heads = ["picture", *(f"depth, {_short(label, 30)}" for label in labels)]
+    heads = ["picture", *(f"depth, {short(label, 30)}" for label in labels)]
     for panel, head in zip(panels[0], [*heads, "relative difference"], strict=False):
         panel.set_title(head, fontsize=9)
     _bar(figure, panels[-1][1 : 1 + len(depths)], shown, f"depth [{UNIT}]", "both")
@@ -129,6 +129,6 @@ def _colours(name: str) -> Any:
     return colormaps[name].with_extremes(bad=_NOTHING)
 
 
-def _short(text: str, most: int = 24) -> str:
+def short(text: str, most: int = 24) -> str:
     """Returns a text cut in the middle."""
     return text if len(text) <= most else f"{text[: most // 2 - 1]}…{text[-(most // 2) :]}"
