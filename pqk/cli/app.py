@@ -375,6 +375,7 @@ def show(
         str | None, typer.Option(help="another model of the family, or a file of quantized weights, drawn beside it")
     ] = None,
     max_images: Annotated[int, typer.Option(min=1, help="take the first pictures only")] = 4,
+    setting: _Setting = None,
 ) -> None:
     """Draw what a model predicts of pictures, beside another model: depth, points (also as PLY) and cameras, or boxes.
 
@@ -382,7 +383,7 @@ def show(
     """
     from pqk.cli.show_output import show_pictures
 
-    raise typer.Exit(show_pictures(model, against, images, max_images, out))
+    raise typer.Exit(show_pictures(model, against, images, max_images, out, setting or []))
 
 
 @app.command()

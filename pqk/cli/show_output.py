@@ -8,18 +8,23 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pqk import paths
+from pqk.cli.run_output import settings_of
 from pqk.errors import EXIT_OK, PqkError, told
 from pqk.result import reported
 from pqk.show.show import show
 from pqk.store.sources import keep_sources
 
 
-def show_pictures(model: str | None, against: str | None, images: Path, most: int, out: Path) -> int:
+def show_pictures(
+    model: str | None, against: str | None, images: Path, most: int, out: Path, settings: Sequence[str] = ()
+) -> int:
     """Draws predictions into `out`, and prints the files and the comparison; returns the exit code.
 
-    Raises PqkError and NotBuilt as `pqk.show.show.show` does.
+    settings: values of the workload, as 'workload.sampler.steps=4'. Raises PqkError and NotBuilt as
+    `pqk.show.show.show` does.
     """
-    drawn = show(model, against, images, most, out, paths.project_root(), lambda line: print(line, file=sys.stderr))
+    root, asked = paths.project_root(), settings_of(list(settings))
+    drawn = show(model, against, images, most, out, root, lambda line: print(line, file=sys.stderr), asked)
     found = drawn.comparison
     if found is not None and found.sentence is not None:
         print(found.sentence)

@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import numpy as np
@@ -83,19 +84,21 @@ def show(
     out: Path,
     root: Path,
     say: Callable[[str], object] = lambda sentence: None,
+    settings: Mapping[str, Any] = MappingProxyType({}),
 ) -> Drawn:
     """Predicts the first `most` pictures of a folder in float, in a process of their own, and draws them into `out`.
 
     model, against: as `load_model` takes them, or names in the hub's cache; default of model: the project's Teacher.
-    against may also be a file of quantized weights of the model (`save_weights`): they are dequantized. Raises PqkError
-    for models of two families, a folder of several scenes or of fewer pictures than the family shows, and NotBuilt
-    (exit code 3) for a family without a view.
+    against may also be a file of quantized weights of the model (`save_weights`): they are dequantized. settings:
+    values of the workload, as of `pqk run`: {"workload.sampler.steps": 4}. Raises PqkError for wrong ones, for models
+    of two families, a folder of several scenes or of fewer pictures than the family shows, and NotBuilt (exit code 3)
+    for a family without a view.
     """
     first = teacher_path(model, root)
     if against is not None and holds_weights(against):
         with temporary_folder("dequantized") as folder:
             made = dequantized(first, Path(against), folder / Path(against).stem)
-            return show(first, str(made), images, most, out, root, say)
+            return show(first, str(made), images, most, out, root, say, settings)
     asked = [first, *([against] if against is not None else [])]
     kinds = [family_of(path) for path in asked]
     if len(set(kinds)) > 1:
@@ -105,7 +108,11 @@ def show(
     of = family(kinds[0])
     part = of.view_part()
     scene = _one_scene(images)
-    workload = config_loaders(of)["workload"](config_file(root, of, "workload"))
+    others = [name for name in settings if name.partition(".")[0] != "workload"]
+    if others:
+        raise PqkError(f"--set {others[0]}: pqk show reads workload.yaml alone; its keys begin with workload.")
+    own = {name.partition(".")[2]: value for name, value in settings.items()}
+    workload = config_loaders(of)["workload"](config_file(root, of, "workload"), own, "--set")
     fed = {"family": of.name, "workload": workload.model_dump(mode="json")}
     _, samples = part.samples(scene, workload, most)
     check_writable(out)

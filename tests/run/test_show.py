@@ -140,6 +140,10 @@ def test_quantized_boxes_beside_the_float_model(tmp_path: Path, monkeypatch: pyt
     assert [file.name for file in drawn.files] == ["boxes.png", "show.json"]
     about = json.loads((tmp_path / "out" / "show.json").read_text())
     assert about["models"] == [Path(path).name, "int8"] and about["sizes"] == [[96, 72], [96, 72], [1200, 90]]
+    if name == "diffusiondet-tiny":
+        alone = show(path, None, images, 1, tmp_path / "more", REPOSITORY, settings={"workload.sampler.boxes": 30})
+        (fewer,) = json.loads(alone.files[1].read_text())["found"]
+        assert len(fewer[0]) < len(about["found"][0][0])
     agreed = about["comparison"]
     assert sum(first for first, _ in agreed["boxes"]) > 0
     assert agreed["share_of_first_in_second"] > 0.5 and 0.8 < agreed["mean_iou"] < 1
@@ -165,6 +169,9 @@ def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     shipped = str(REPOSITORY / "models" / "diffusiondet-tiny")
     with pytest.raises(PqkError, match=r"of the family diffusiondet, and .* of vggt: compare two of one"):
         show(shipped, tiny[1], images, 3, out, REPOSITORY)
+    for key, said in (("quant.seed", "keys begin with workload"), ("workload.sampler.step", "mean 'steps'")):
+        with pytest.raises(PqkError, match=said):
+            show(shipped, None, images, 3, out, REPOSITORY, settings={key: 4})
     (tmp_path / "empty").mkdir()
     with pytest.raises(PqkError, match="empty: no scene here"):
         show(shipped, None, tmp_path / "empty", 3, out, REPOSITORY)
