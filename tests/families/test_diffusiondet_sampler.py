@@ -93,6 +93,11 @@ def test_suppression_is_the_greedy_one_in_blocks_of_any_size(seed, count, block)
     assert all(torch.equal(a, b) for a, b in zip(kept, want, strict=True))
     again = suppress(kept)
     assert all(torch.equal(a, b) for a, b in zip(again, kept, strict=True))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(selection, "BLOCK", block)
+        first = suppress(found, enough=lambda best: len(best.scores) >= 3)
+    assert len(first.scores) >= min(3, len(kept.scores))
+    assert all(torch.equal(a, b[: len(a)]) for a, b in zip(first, kept, strict=True))
 
 
 def test_selection_and_the_way_to_the_picture():

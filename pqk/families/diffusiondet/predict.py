@@ -13,7 +13,7 @@ from pqk.families.detection.inputs import Fed
 from pqk.families.diffusiondet.network.head import MAPS
 from pqk.families.diffusiondet.sampling import sampler
 from pqk.families.diffusiondet.sampling.noise import DrawnNoise, Noise
-from pqk.families.diffusiondet.sampling.selection import rescale
+from pqk.families.diffusiondet.sampling.selection import Detections, rescale
 
 if TYPE_CHECKING:
     from pqk.families.diffusiondet.settings import Network, Workload
@@ -38,13 +38,17 @@ def predict_with(call: Call, fed: Fed, workload: Workload, noise: Noise) -> dict
     """Returns what `predict` does, of one image and given noise."""
     how = sampler.Sampling.asked(workload)
     steps = list(sampler.sample(head_call(call, fed, workload), torch.from_numpy(fed.whwh), noise, how))
-    found = rescale(sampler.detect(steps, how), fed.size, fed.original)
+
+    def shown(found: Detections) -> Detections:
+        return rescale(found, fed.size, fed.original).of(slice(MOST))
+
+    found = shown(sampler.detect(steps, how, lambda best: len(shown(best).scores) == MOST))
     return {
         "logits": steps[-1].logits.numpy(),
         "refined": steps[-1].boxes.numpy(),
-        "boxes": found.boxes[:MOST].numpy(),
-        "scores": found.scores[:MOST].numpy(),
-        "labels": found.labels[:MOST].numpy(),
+        "boxes": found.boxes.numpy(),
+        "scores": found.scores.numpy(),
+        "labels": found.labels.numpy(),
     }
 
 

@@ -81,7 +81,8 @@ def iou_and_union(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
     """Returns IoU in [0, 1] and union of boxes that broadcast with each other; two empty boxes have IoU 0."""
     low = torch.maximum(one[..., :2], other[..., :2])
     high = torch.minimum(one[..., 2:], other[..., 2:])
-    shared = (high - low).clamp(min=0).prod(dim=-1)
+    width, height = (high - low).clamp(min=0).unbind(dim=-1)
+    shared = width * height
     union = areas(one) + areas(other) - shared
     return torch.where(union > 0, shared / torch.where(union > 0, union, 1.0), 0.0), union
 

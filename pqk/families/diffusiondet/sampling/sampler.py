@@ -141,17 +141,17 @@ def sample(call: HeadCall, whwh: Tensor, noise: Noise, how: Sampling) -> Iterato
             x = moved
 
 
-def detect(steps: Iterable[Step], how: Sampling) -> Detections:
+def detect(steps: Iterable[Step], how: Sampling, enough: Callable[[Detections], bool] | None = None) -> Detections:
     """Returns the detections of a sampler's steps, sorted by score, in pixels of the network's input, not clipped.
 
     Of several steps all but the last one are pooled, without the last as in the published code; without the ensemble
-    only the last one counts.
+    only the last one counts. enough: see `suppress`.
     """
     pool: list[Detections] = []
     for step in steps:
         if how.steps == 1 or (step.after >= 0 if how.ensemble else step.after < 0):
             pool.append(select(scores_of(step.logits, step.quality, how), step.boxes, how.proposals))
-    return suppress(joined(pool), how.largest_iou)
+    return suppress(joined(pool), how.largest_iou, enough)
 
 
 def scores_of(logits: Tensor, quality: Tensor | None, how: Sampling) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -9,8 +10,10 @@ from torch import Tensor
 
 from pqk.families.diffusiondet.network.boxes import iou_and_union
 
-BLOCK = 1024
-"""Boxes that are compared with all kept ones at once: bounds the memory."""
+BLOCK = 128
+"""Boxes that are compared with each other and with all kept ones at once. So few that torch starts no threads, which
+would wait for those of an engine, and that no more are looked at than are needed.
+"""
 LARGEST_IOU = 0.5
 
 
@@ -42,17 +45,21 @@ def joined(parts: list[Detections]) -> Detections:
     return Detections(*(torch.cat(each) for each in zip(*parts, strict=True)))
 
 
-def suppress(found: Detections, most: float = LARGEST_IOU) -> Detections:
+def suppress(
+    found: Detections, most: float = LARGEST_IOU, enough: Callable[[Detections], bool] | None = None
+) -> Detections:
     """Returns the detections without those that overlap a better one of their class by an IoU above `most`.
 
     Sorted by score, of equal scores the first one first. Boxes are not clipped before; empty ones overlap nothing.
+    enough: asked of the best ones that stay; True ends the search, and no later ones are returned.
     """
     found = found.of(found.scores.argsort(descending=True, stable=True))
     kept = torch.zeros(0, dtype=torch.int64, device=found.boxes.device)
     for start in range(0, len(found.scores), BLOCK):
         block = torch.arange(start, min(start + BLOCK, len(found.scores)), device=kept.device)
         block = block[~_overlap(found, kept, block, most).any(dim=0)]
-        inside = _overlap(found, block, block, most).triu(1)  # only a better one suppresses
+        better = block[:, None] < block[None]  # only a better one suppresses
+        inside = _overlap(found, block, block, most) & better
         stays = torch.ones(len(block), dtype=torch.bool, device=kept.device)
         while True:  # a round settles at least one more box, from the best one on
             again = ~(inside & stays[:, None]).any(dim=0)
@@ -60,6 +67,8 @@ def suppress(found: Detections, most: float = LARGEST_IOU) -> Detections:
                 break
             stays = again
         kept = torch.cat((kept, block[stays]))
+        if enough is not None and enough(found.of(kept)):
+            break
     return found.of(kept)
 
 
