@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import os
 import shutil
 import tempfile
 import warnings
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 EXTERNAL_ABOVE = 1_800_000_000
 SHARED_ABOVE = 1024  # bytes
+STDOUT = 1
+"""Its number as a file."""
 EXPORTERS = ("auto", "torchscript", "dynamo")
 
 
@@ -333,9 +336,29 @@ def _quiet() -> Iterator[None]:
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), _nothing_on_stdout():
             warnings.simplefilter("ignore")
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _nothing_on_stdout() -> Iterator[None]:
+    """Sends what C++ code writes to stdout nowhere: of an operator that it cannot write, torch prints the whole graph.
+
+    A command prints its result there. Where stdout is closed, nothing is done.
+    """
+    try:
+        before = os.dup(STDOUT)
+    except OSError:
+        yield
+        return
+    with Path(os.devnull).open("wb") as nowhere:
+        os.dup2(nowhere.fileno(), STDOUT)
+    try:
+        yield
+    finally:
+        os.dup2(before, STDOUT)
+        os.close(before)

@@ -15,7 +15,11 @@ import pytest
 import typer
 
 from pqk.cli.app import app
-from pqk.settings.card import Overrides, list_cards
+from pqk.cli.run_output import settings_of
+from pqk.errors import PqkError
+from pqk.families.registry import family
+from pqk.recipe.experiment import resolve
+from pqk.settings.card import Overrides, list_cards, load_card
 
 ROOT = Path(__file__).resolve().parents[1]
 READMES = [ROOT / "README.md", ROOT / "README.zh-CN.md"]
@@ -62,9 +66,39 @@ def test_every_command_parses(page: str, line: str) -> None:
     verb, parameters = parse(shlex.split(line))
     if verb == "run" and parameters:
         assert parameters["card"] in list_cards(ROOT), f"{page} names a card that is not there"
-        for item in parameters["setting"] or ():
-            key, sign, _ = item.partition("=")
-            assert sign and key.split(".")[0] in Overrides.model_fields
+    for item in parameters.get("setting") or ():
+        key, sign, _ = item.partition("=")
+        assert sign and key.split(".")[0] in Overrides.model_fields
+    for word in shlex.split(line):
+        if re.match(r"(configs|schedule)/", word):
+            assert (ROOT / word).exists(), f"{page} names {word}"
+
+
+def settled(page: str) -> list[tuple[str, list[str]]]:
+    """Card and settings of every command that has both."""
+    found = [parse(shlex.split(line))[1] for line in commands(page)]
+    return [(one["card"], list(one["setting"])) for one in found if one.get("card") and one.get("setting")]
+
+
+DETECTION = ROOT / "docs" / "howto-detection.md"
+
+
+@pytest.mark.parametrize(("card", "items"), settled(DETECTION.read_text("utf-8")))
+def test_settings_of_the_detectors_go_together(card: str, items: list[str]) -> None:
+    """Such as a quality head where scores come from it."""
+    settings = settings_of(items)
+    found = resolve(load_card(card, ROOT), ROOT, of=family("diffusiondet"), settings=settings)
+    for key, value in settings.items():
+        part: Any = found
+        for name in key.split("."):
+            part = getattr(part, name)
+        assert part == value or isinstance(value, list)
+
+
+def test_settings_that_do_not_go_together_are_noticed() -> None:
+    (case,) = settled("`pqk ledger eval OUT --card S1 --set workload.sampler.scores=quality`")
+    with pytest.raises(PqkError, match="quality_head"):
+        test_settings_of_the_detectors_go_together(*case)
 
 
 def test_a_wrong_command_is_noticed() -> None:
@@ -197,7 +231,6 @@ def test_examples_that_change_the_config_hold(tmp_path: Path) -> None:
 
 
 def test_the_example_card_is_a_card(tmp_path: Path) -> None:
-    from pqk.recipe.experiment import resolve
     from pqk.settings.card import read_card
 
     page = (ROOT / "docs" / "howto-add-a-task-card.md").read_text("utf-8")

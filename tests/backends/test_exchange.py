@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 
 import onnx
 import pytest
@@ -98,6 +99,20 @@ def test_a_file_that_disagrees_is_not_written_and_an_older_one_survives(tmp_path
 class Unexportable(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.cartesian_prod(x, x)
+
+
+class Sorting(nn.Module):
+    """Made of an operator that the exporter finds only when it writes the graph, which it then prints from C++."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.argsort(stable=True).float()
+
+
+def test_what_cannot_be_exported_is_not_printed(tmp_path, capfd):
+    with pytest.raises(BackendError, match=r"the torchscript exporter cannot write x\.onnx"):
+        export(Sorting(), {"x": torch.rand(3)}, ["y"], tmp_path / "x.onnx", exporter="torchscript")
+    os.write(1, b"still there")
+    assert capfd.readouterr() == ("still there", "")
 
 
 def test_bad_requests(tmp_path):

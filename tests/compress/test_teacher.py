@@ -382,8 +382,17 @@ def test_init_starts_from_given_weights(tmp_path, monkeypatch):
     card = json.loads((tmp_path / "more" / "model_card.json").read_text())
     assert card["init"]["card"]["sha256"] == sha256_file(tmp_path / "first" / "model.safetensors")
     monkeypatch.setitem(NAMED, "tiny-for-tests", {**TINY, "enc_depth": 2})
-    with pytest.raises(PqkError, match="has another configuration than tiny-for-tests"):
+    said = r"has another configuration than tiny-for-tests; .* unless the training file has network: \{enc_depth: 1\}$"
+    with pytest.raises(PqkError, match=said):
         train_teacher(still, tmp_path / "other", device="cpu", init=str(tmp_path / "first"))
+    as_said = still.model_copy(update={"network": {"enc_depth": 1}})
+    train_teacher(as_said, tmp_path / "other", device="cpu", init=str(tmp_path / "first"))
+    monkeypatch.setitem(NAMED, "tiny-for-tests", TINY)
+    detector = TrainSpec.model_validate(
+        {**still.model_dump(), "model": "diffusiondet-tiny", "stages": [{"size": 64, "batch": 2, "until": 1.0}]}
+    )
+    with pytest.raises(PqkError, match=r"than diffusiondet-tiny; training cannot start from it$"):
+        train_teacher(detector, tmp_path / "third", device="cpu", init=str(tmp_path / "first"))
 
 
 def test_two_trainings_in_one_folder_are_refused(tmp_path: Path) -> None:

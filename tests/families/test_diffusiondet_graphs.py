@@ -1,6 +1,8 @@
 """DiffusionDet's two graphs: what is fed, what is exported, and which of its nodes are named how."""
 
+import shlex
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +19,12 @@ from PIL import Image
 from backends.base import Precision, QuantSpec, Source
 from backends.exchange import export
 from backends.onnx_graph import OnnxGraph, kept_nodes
+from pqk.cli.run_output import settings_of
 from pqk.families.detection.inputs import fit, fitted_size, padded
 from pqk.families.diffusiondet import parts
 from pqk.families.diffusiondet.build import graphs
 from pqk.families.diffusiondet.graphs import example_boxes, parts_of
+from pqk.families.diffusiondet.network.attention import nearest_mask
 from pqk.families.diffusiondet.network.backbone import STRIDES
 from pqk.families.diffusiondet.network.roialign import FIRST_LEVEL, box_levels, pool, pyramid
 from pqk.families.diffusiondet.settings import load_workload
@@ -184,25 +188,70 @@ def test_examples_are_varied():
 
 
 @pytest.mark.parametrize(
-    ("config", "changes", "said"),
+    ("config", "changes", "lacking"),
     [
-        ({"snr_scale": 1.0}, {}, "network.signal_scale of the workload is 2.0, but the model has 1.0"),
-        ({"noise_std": [1, 1, 0.5, 0.5]}, {}, "is [1.0, 1.0, 1.0, 1.0], but the model has [1.0, 1.0, 0.5, 0.5]"),
-        ({"quality_head": True}, {}, "network.quality_head of the workload is false, but the model has true"),
-        ({}, {"network.geo_feat": True}, "network.geo_feat of the workload is true, but the model has false"),
-        ({}, {"network.label_state": "dist", "network.classes": 3}, 'network.label_state of the workload is "dist"'),
-        ({"label_state": "sample", "label_diffusion": "d3pm_mask"}, {}, 'is null, but the model has "sample"'),
-        (DIST, {**ASKED["dist"][1], "network.classes": 4}, "network.classes of the workload is 4, but the model has 3"),
-        (DIST, {**ASKED["dist"][1], "network.label_schedule": "cosine"}, "network.label_schedule of the workload"),
+        ({"snr_scale": 1.0}, {}, ["signal_scale=1.0"]),
+        ({"noise_std": [1, 1, 0.5, 0.5]}, {}, ["noise_std=[1.0, 1.0, 0.5, 0.5]"]),
+        ({"quality_head": True, "geo_feat": True}, {}, ["quality_head=true", "geo_feat=true"]),
+        ({}, {"network.geo_feat": True}, ["geo_feat=false"]),
+        ({}, {"network.label_state": "dist", "network.classes": 3}, ["label_state=null", "classes=null"]),
+        ({"label_state": "sample", "label_diffusion": "d3pm_mask"}, {}, ["label_state=sample", "classes=3"]),
+        (DIST, {**ASKED["dist"][1], "network.classes": 4}, ["classes=3"]),
+        (DIST, {**ASKED["dist"][1], "network.label_schedule": "cosine"}, ["label_schedule=linear"]),
     ],
 )
-def test_a_workload_of_another_network_is_refused(config, changes, said):
-    assert said in sentence_of(graphs, made({**TINY, **config}), workload(changes))
+def test_a_workload_of_another_network_is_refused_with_all_that_it_lacks(config, changes, lacking):
+    """As arguments that a shell takes; with them the network is taken."""
+    model = made({**TINY, **config})
+    said = sentence_of(graphs, model, workload(changes))
+    words = shlex.split(said)
+    asked = [word for before, word in pairwise(words) if before == "--set"]
+    assert asked == [f"workload.network.{setting}" for setting in lacking]
+    graphs(model, workload({**changes, **settings_of([word.removeprefix("workload.") for word in asked])}))
 
 
 def test_a_class_table_that_is_not_diffused_is_no_label_state():
     spec = graphs(made({**TINY, "label_state": "dist"}), workload())["head"]
     assert "labels" not in spec.input_names
+
+
+# ---------------------------------------------------------------- neighbours
+
+
+@settings(max_examples=100)
+@given(st.integers(0, 2**32), st.integers(1, 30), st.integers(1, 40), st.booleans())
+def test_the_nearest_boxes_of_equally_near_ones_the_first(seed, many, nearest, tied):
+    random = torch.Generator().manual_seed(seed)
+    boxes = torch.randint(0, 4, (2, many, 4), generator=random).float()
+    boxes = boxes if tied else boxes + torch.rand(boxes.shape, generator=random)
+    middle = (boxes[..., :2] + boxes[..., 2:]) / 2
+    distance = (middle[:, :, None] - middle[:, None]).square().sum(dim=-1)
+    rank = distance.argsort(dim=-1, stable=True).argsort(dim=-1)
+    assert torch.equal(nearest_mask(boxes, nearest), rank < nearest)
+
+
+MLP, RELATION = {"geo_bias": True, "geo_bias_type": "mlp"}, {"geo_bias": True, "geo_bias_type": "relation"}
+
+
+@pytest.mark.parametrize(("config", "neighbours"), [({}, 0), ({}, 1), ({}, 50), (MLP, 5), (RELATION, 5)])
+def test_a_network_among_neighbours_is_exported(config, neighbours, tmp_path):
+    """Of its training or of the workload; the export compares the file with torch."""
+    pytest.importorskip("openvino")
+    from backends.openvino.engine import OpenVINOEngine
+
+    model, trained = network({**TINY, **config}), network({**TINY, **config, "geo_bias_topk": neighbours})
+    spec = graphs(model, workload({"network.neighbours": neighbours}))["head"]
+    with torch.no_grad():
+        wanted = spec.module(*spec.inputs.values())
+        own = graphs(trained, workload())["head"].module(*spec.inputs.values())
+        free = graphs(model, workload())["head"].module(*spec.inputs.values())
+    assert torch.equal(wanted[0], own[0]) == (neighbours > 0)  # geo_bias_topk: 0 is no limit
+    assert torch.equal(wanted[0], free[0]) == (neighbours > 12)
+    graph = export(spec.module, spec.inputs, spec.output_names, tmp_path / "head.onnx", more=spec.more)
+    with OpenVINOEngine(graph, Precision.F32) as engine:
+        found = engine.infer({name: value.numpy() for name, value in spec.inputs.items()})
+    for name, value in zip(spec.output_names, wanted, strict=True):
+        np.testing.assert_allclose(found[name], value, atol=1e-4 * float(value.abs().max()))
 
 
 # ---------------------------------------------------------------- pooling
@@ -263,6 +312,7 @@ def test_every_weight_belongs_to_a_part_but_those_of_all_stages():
     assert alone == {"time_mlp", "label_embed"}
     found = {part for name in names if (part := parts.part_of(name))}
     assert {kind for _, kind in found} == set(parts.KINDS) - {"pooling"}
+    assert not {part for part, _ in found} & set(parts.KINDS)  # tables tell a kind from a part by its name
     assert ("head.1.attention", "attention among boxes") in found and ("backbone.res4", "backbone") in found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from pqk.bench.whole import export_whole, images_of
 from pqk.compress.cut.cost import Costs
 from pqk.compress.cut.units import cut, groups_of, slots_of
 from pqk.compress.joint import float_weights, names_in
+from pqk.compress.train.judge import forward_of
 from pqk.engines.calls import in_torch
 from pqk.errors import PqkError
 from pqk.families.contract import Family, Sample, completed
@@ -342,6 +344,32 @@ def test_one_forward_teaches_every_weight(of: Family) -> None:
     still = [name for name, p in model.named_parameters() if p.grad is None or not bool(p.grad.any())]
     assert all(of.model_part().may_lack(name) or re.search(TOYS[of.name].still, name) for name in still), still
     assert torch.isfinite(loss)
+
+
+@pytest.mark.slow
+def test_a_step_under_torch_compile_is_the_plain_step(of: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is traced gives the same loss and gradients; how the compiler writes its kernels is torch's own affair."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    model, learning = toy(of), of.learning_part()  # as in evaluation: dropout draws other numbers
+    batch = batches(of).train(0, 2, TOYS[of.name].size)
+
+    def stepped(compiled: bool) -> tuple[float, dict[str, Tensor]]:
+        out = forward_of(learning, learning.parts(model), compiled=compiled)(batch)
+        loss = learning.losses(out, batch, None, ("task",), {"alpha": 0.2})["task"]
+        names, weights = zip(*((name, p) for name, p in model.named_parameters() if p.requires_grad), strict=True)
+        found = torch.autograd.grad(loss, weights, allow_unused=True)
+        return float(loss.detach()), {
+            name: value for name, value in zip(names, found, strict=True) if value is not None
+        }
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    (wanted, gradients), (loss, found) = stepped(False), stepped(True)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    torch._dynamo.reset()
+    assert loss == pytest.approx(wanted, rel=1e-4) and found.keys() == gradients.keys()
+    for name, value in gradients.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-2, atol=1e-3 * float(value.abs().max()) + 1e-6)
 
 
 def test_losses_against_the_own_outputs_are_nothing(of: Family) -> None:

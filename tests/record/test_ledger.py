@@ -152,12 +152,20 @@ def test_two_processes_add_to_one_file(tmp_path: Path) -> None:
         ([row(), row()], r"a\.tsv:3: the same run is already in line 2"),
         ([row(main_metric="speed")], r"a\.tsv:2: main_metric is 'speed'"),
         ([row(absrel=None)], r"a\.tsv:2: main_metric is 'absrel', and the row has no value"),
-        ([row(checkpoint_sha256=None)], r"a\.tsv:2: checkpoint_sha256 is empty"),
     ],
 )
 def test_wrong_ledgers(results: Results, rows: list[Row], sentence: str) -> None:
     with pytest.raises(PqkError, match=sentence):
         read_rows(results(a=rows) / "a.tsv")
+
+
+def test_a_row_without_its_checkpoint(results: Results) -> None:
+    path = results(a=[row()]) / "a.tsv"
+    path.write_text(path.read_text().replace(row()["checkpoint_sha256"], ""))
+    with pytest.raises(PqkError, match=r"a\.tsv:2: checkpoint_sha256 is empty"):
+        read_rows(path)
+    with pytest.raises(PqkError, match="checkpoint_sha256 is empty, so the row is not written"):
+        results(b=[row(checkpoint_sha256=None)])
 
 
 def test_a_ledger_of_an_older_version(results: Results) -> None:

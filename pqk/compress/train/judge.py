@@ -31,6 +31,17 @@ class Forward(nn.Module):
         return self._learning.forward(self.parts, batch, self._watched)  # type: ignore[arg-type]
 
 
+def forward_of(
+    learning: LearningPart, parts: Mapping[str, nn.Module], watched: Any = None, compiled: bool = False
+) -> nn.Module:
+    """Returns `Forward`; compiled: under torch.compile, the whole or, where the family asks for it, each part alone."""
+    if not compiled:
+        return Forward(learning, parts, watched)
+    if of_parts := getattr(learning, "compiled", None):
+        return Forward(learning, of_parts(parts), watched)
+    return torch.compile(Forward(learning, parts, watched), dynamic=False)  # type: ignore[return-value]
+
+
 def parts_of(learning: LearningPart, model: nn.Module) -> Mapping[str, nn.Module]:
     """Returns the modules of the graphs of a model, which may already be given as these modules (nn.ModuleDict)."""
     return dict(model.items()) if isinstance(model, nn.ModuleDict) else learning.parts(model)

@@ -19,7 +19,7 @@ from torch import nn
 from backends.cpu import cpu_name
 from pqk.compress.train.ahead import Ahead
 from pqk.compress.train.device import pick_device
-from pqk.compress.train.judge import Forward, Judge
+from pqk.compress.train.judge import Judge, forward_of
 from pqk.compress.train.loop import Progress, Schedule, Trainer, parameter_groups, world
 from pqk.cores import allowed_cores
 from pqk.errors import PqkError, nearest
@@ -149,9 +149,8 @@ def _train(
     batches = learning.batches(spec, where, seed=spec.seed, held_seed=spec.seed)
     if where.type == "cpu":
         batches = Ahead(batches, processes)
-    wrapped: nn.Module = Forward(learning, learning.parts(trainer.model), None if spec.match is None else "match")
-    if compiled:
-        wrapped = torch.compile(wrapped, dynamic=False)  # type: ignore[assignment]
+    watched = None if spec.match is None else "match"
+    wrapped = forward_of(learning, learning.parts(trainer.model), watched, compiled)
     judge = Judge(of, batches, lambda: torch.autocast(where.type, dtype=torch.bfloat16, enabled=autocast))
 
     def loss_of(module: nn.Module, step: int, share: float) -> torch.Tensor:
@@ -211,12 +210,29 @@ def _begin_with(model: Any, learning: Any, init: str, config: Mapping[str, Any],
     Raises PqkError where they are of another network.
     """
     first = load_model(init)
-    like = first.family == model.family and learning.same_network({**first.config, **spec.network}, config)
     weights, mine = first.state_dict(), model.state_dict()
-    fit = like and all(key in mine and mine[key].shape == value.shape for key, value in weights.items())
-    if not fit:
-        raise PqkError(f"{init} has another configuration than {spec.model}; training cannot start from it")
+    merged = {**first.config, **spec.network}
+    like = first.family == model.family and learning.same_network(merged, config)
+    if not like or any(key not in mine or mine[key].shape != value.shape for key, value in weights.items()):
+        others = [] if like or first.family != model.family else _other_keys(learning, merged, config)
+        lacking = ", ".join(f"{key}: {json.dumps(merged[key])}" for key in others)
+        raise PqkError(
+            f"{init} has another configuration than {spec.model}; training cannot start from it"
+            + (f", unless the training file has network: {{{lacking}}}" if lacking else "")
+        )
     model.load_state_dict({**mine, **weights})
+
+
+def _other_keys(learning: Any, first: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
+    """Returns the keys whose values in the first configuration make a network of the second one another network."""
+
+    def same(key: str) -> bool:
+        try:
+            return bool(learning.same_network({**config, key: first[key]}, config))
+        except PqkError:  # of keys that need each other
+            return False
+
+    return [key for key in first if not same(key)]
 
 
 def family_of_named(name: str) -> Family:

@@ -31,6 +31,11 @@ def as_exported(parts: Mapping[str, nn.Module], workload: Workload) -> None:
     """Does nothing: no module of a detector holds a size."""
 
 
+def compiled(parts: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Returns the parts under torch.compile; what makes their inputs of pictures of many sizes cannot be traced."""
+    return {name: torch.compile(part) for name, part in parts.items()}  # type: ignore[misc]
+
+
 def batches(
     asked: Training,
     device: torch.device,

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shlex
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -101,18 +102,20 @@ def parts_of(model: DiffusionDet, training: bool = False, neighbours: int | None
 
 
 def check_network(sizes: DiffusionDetConfig, network: Network) -> None:
-    """Raises PqkError where the section `network` of a workload says something else than the model's configuration."""
+    """Raises PqkError where the section `network` of a workload says something else than the model's configuration.
+
+    It names all that is to be set, as arguments of a command.
+    """
     state = label_state(sizes)
-    known: dict[str, object] = {"signal_scale": sizes.scale, "noise_std": sizes.noise_std, "label_state": state}
+    known: dict[str, Any] = {"signal_scale": sizes.scale, "noise_std": list(sizes.noise_std), "label_state": state}
+    known["classes"] = None if state is None else sizes.stage.classes
     if state is not None:
-        known |= {"label_schedule": sizes.label_schedule, "classes": sizes.stage.classes}
+        known["label_schedule"] = sizes.label_schedule
     known |= {"quality_head": sizes.stage.quality, "geo_feat": sizes.stage.geometry}
-    for key, own in known.items():
-        asked = getattr(network, key)
-        if asked != own:
-            raise PqkError(
-                f"network.{key} of the workload is {_shown(asked)}, but the model has {_shown(own)}; set it to that"
-            )
+    said = network.model_dump(mode="json")
+    if wrong := [f"workload.network.{key}={_shown(own)}" for key, own in known.items() if said[key] != own]:
+        asked = " ".join(f"--set {shlex.quote(setting)}" for setting in wrong)
+        raise PqkError(f"the workload tells of another network than the model has; give {asked}")
 
 
 def graphs_of(model: DiffusionDet, workload: Workload) -> dict[str, GraphSpec]:
@@ -165,4 +168,5 @@ def example_boxes(many: int, height: int, width: int, random: torch.Generator) -
 
 
 def _shown(value: object) -> str:
-    return json.dumps(value)
+    """Returns a value as `--set` takes it."""
+    return value if isinstance(value, str) else json.dumps(value)

@@ -20,6 +20,7 @@ from pqk.families.detection.learning import UNIT as UNIT
 from pqk.families.detection.learning import Scored, check_classes, evidence, taught
 from pqk.families.detection.learning import as_exported as as_exported
 from pqk.families.detection.learning import batches as batches
+from pqk.families.detection.learning import compiled as compiled
 from pqk.families.detection.learning import complete as complete
 from pqk.families.detection.learning import floor as floor
 from pqk.families.diffusiondet.graphs import label_state, parts_of

@@ -60,7 +60,7 @@ def part_of(name: str) -> tuple[str, str] | None:
         part = _PARTS.get(found[2])
         return None if part is None else (f"head.{found[1]}.{part[0]}", part[1])
     if _PYRAMID.search(name):
-        return "pyramid", "pyramid"
+        return "backbone.pyramid", "pyramid"
     if found := _BACKBONE.search(name):
         return f"backbone.{found[1]}", "backbone"
     return None

@@ -102,12 +102,15 @@ def bias_of(layers: nn.Sequential, boxes: Tensor) -> Tensor:
 def nearest_mask(boxes: Tensor, nearest: int) -> Tensor:
     """Returns which boxes each box attends to: (B, N, N), True for the `nearest` ones.
 
-    Nearest by the distance of centres in pixels, itself included; of equally near ones the first.
+    Nearest by the distance of centres in pixels, itself included; of equally near ones the first. By operators that
+    every toolchain has: a stable sort cannot be exported.
     """
     middle = to_centres(boxes)[..., :2]
     distance = (middle[:, :, None] - middle[:, None]).square().sum(dim=-1)
-    rank = distance.argsort(dim=-1, stable=True).argsort(dim=-1)
-    return rank < nearest
+    furthest = distance.topk(min(nearest, distance.shape[-1]), dim=-1, largest=False).values[..., -1:]
+    nearer, level = distance < furthest, distance == furthest
+    room = nearest - nearer.float().sum(dim=-1, keepdim=True)
+    return nearer | (level & (level.float().cumsum(dim=-1) <= room))
 
 
 @torch.no_grad()
