@@ -145,6 +145,14 @@ class Workload(Spec):
         return self.static
 
     @property
+    def calling(self) -> dict[str, Any]:
+        """Returns the settings that decide how often, and on what of their own making, the graphs are called.
+
+        In the ledger they belong to the engine and not to its data; by default there are none.
+        """
+        return {}
+
+    @property
     def calibration_images(self) -> int | None:
         """Returns how many images are available for calibration; None where this depends on the data."""
         return None

@@ -181,7 +181,8 @@ class Bench:
         result: for a recipe's own quantized result, whose digest includes the recipe and its methods.
         """
         config: dict[str, Any] = {"precision": precision, "quantizer": quantizer, "options": self.options}
-        config["feeding"] = self.experiment.workload.feeding
+        if calling := self.experiment.workload.calling:
+            config["feeding"] = calling
         if quantizer is not None:
             config["quant"] = self.experiment.quant.sha256
             config["calibration"] = split_digest(self.ctx, self.experiment, "calibration", self.root)

@@ -10,7 +10,7 @@ import yaml
 from pqk.compress.train.teacher import family_of_named
 from pqk.errors import PqkError
 from pqk.families.build import empty_model
-from pqk.families.registry import family
+from pqk.families.registry import families, family
 from pqk.recipe.experiment import config_file, config_loaders
 from pqk.settings.distill import Distill, Watched, load_distill
 from pqk.settings.training import load_training
@@ -95,3 +95,14 @@ def test_without_weights_the_teacher_does_not_run():
 def test_without_a_sampler_nothing_is_written_of_it():
     plain = load_distill(REPOSITORY / "configs" / "distill.yaml", {})
     assert plain.sampler is None and "sampler" not in plain.model_dump(mode="json")
+
+
+def test_a_sampler_belongs_to_the_engine_and_not_to_the_data():
+    load = config_loaders(family("diffusiondet"))["workload"]
+    one, many = (
+        load(config_file(REPOSITORY, family("diffusiondet"), "workload"), {"sampler.steps": n}) for n in (1, 20)
+    )
+    assert one.calling != many.calling
+    others = [name for name in ("dust3r", "vggt", "detr") if name in {of.name for of in families()}]
+    for of in map(family, others):
+        assert config_loaders(of)["workload"](config_file(REPOSITORY, of, "workload")).calling == {}

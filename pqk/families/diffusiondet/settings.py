@@ -100,6 +100,11 @@ class Workload(settings.Workload):
         """The sampler decides how often the head runs, and on which boxes."""
         return {**self.static, "sampler": self.sampler.model_dump(mode="json")}
 
+    @property
+    def calling(self) -> dict[str, Any]:
+        """Samplers of all kinds are compared on the same images."""
+        return self.feeding
+
 
 class Ptq(quant.Ptq):
     """Post-training quantization.
