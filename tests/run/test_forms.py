@@ -68,7 +68,8 @@ def test_the_faster_form_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.keys() == {"b"} and json.loads(json.dumps(found)) == found
     about = found["b"]
     assert about["form"] == FORM and about["options"] == {"seconds": 0.001, "nodes": ["n"]}
-    assert 1 < about["low"] <= about["speedup"] <= about["high"] < 5 and about["rounds"] >= LEAST_ROUNDS
+    assert 1 < about["low"] <= about["speedup"] <= about["high"] and about["rounds"] >= LEAST_ROUNDS
+    assert 2 < about["speedup"] < 8  # 4 by the toy's sleeps, which a loaded machine makes longer
     assert {name for name, _ in backend.compiled} == {"b.xml"}
 
 
