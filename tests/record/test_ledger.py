@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import random
 import re
@@ -18,9 +17,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from scipy import stats
 
 from pqk.errors import PqkError
 from pqk.families.dust3r.settings import METRICS as KNOWN
@@ -36,14 +32,12 @@ from pqk.record.ledger import (
     measured_in,
     read_results,
     read_rows,
-    stat,
     summarise_files,
     telling,
     write_rows,
 )
 from pqk.record.tsv import Row, read_table
 from pqk.report.runs import draw_runs
-from pqk.settings.seeds import parse_seeds, seeds_text
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ABOUT = described_metrics(KNOWN)
@@ -233,54 +227,6 @@ def test_a_column_that_is_no_metric_is_refused(results: Results) -> None:
     path.write_text(path.read_text().replace("\tabsrel\t", "\tAbsRel\t"))
     with pytest.raises(PqkError, match=r"a\.tsv:1: unknown column 'AbsRel'"):
         read_rows(path)
-
-
-@settings(deadline=None)
-@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=30))
-def test_statistics(values: list[float]) -> None:
-    found = stat(values)
-    assert found.n == len(values)
-    assert found.mean == pytest.approx(np.mean(values), rel=1e-12, abs=1e-9)
-    if len(values) == 1:
-        assert found.std is None
-    else:
-        assert found.std == pytest.approx(np.std(values, ddof=1), rel=1e-9, abs=1e-9)
-        assert found == stat(values[::-1])
-        twice = stat([2 * v for v in values])
-        # the mean of numbers near 5e-324 is rounded to 0
-        assert twice.mean == pytest.approx(2 * (found.mean or 0), rel=1e-12, abs=1e-300)
-        assert twice.std == pytest.approx(2 * (found.std or 0), rel=1e-12)
-
-
-@settings(deadline=None)
-@given(st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=20))
-def test_the_interval_is_scipys(values: list[float]) -> None:
-    found = t_interval(values)
-    assert found.low <= found.mean <= found.high
-    if np.std(values) > 1e-6:
-        low, high = stats.ttest_rel(values, [0.0] * len(values)).confidence_interval(0.95)
-        assert (found.low, found.high) == pytest.approx((low, high), rel=1e-6, abs=1e-9)
-
-
-def test_the_interval_covers_as_often_as_it_says() -> None:
-    """Of intervals over 5 normal differences around 1, 95 % hold 1: with 2000 draws, 94 to 96 within three sigma."""
-    random_state = np.random.default_rng(0)
-    intervals = [t_interval(list(random_state.normal(1.0, 3.0, 5))) for _ in range(2000)]
-    share = sum(i.low <= 1.0 <= i.high for i in intervals) / 2000
-    assert abs(share - 0.95) < 3 * math.sqrt(0.95 * 0.05 / 2000)
-
-
-@settings(deadline=None)
-@given(st.sets(st.integers(0, 1023), min_size=1))
-def test_seeds_as_text(seeds: set[int]) -> None:
-    assert set(parse_seeds(seeds_text(seeds))) == seeds
-
-
-def test_seeds_that_are_wrong() -> None:
-    assert parse_seeds("0..2, 7") == (0, 1, 2, 7)
-    for text in ("", "1..", "..3", "4..1", "a", "-1", "1..2..3", "1024", "0..9999999999", "²"):
-        with pytest.raises(PqkError, match="seed"):
-            parse_seeds(text)
 
 
 # Manifest
