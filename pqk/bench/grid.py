@@ -14,7 +14,7 @@ from pqk.files import write_text
 from pqk.recipe.request import Request, asked_experiment
 from pqk.recipe.runner import run
 from pqk.report.cells import csv_text
-from pqk.report.style import BESIDE, MARKERS, PALETTE, blank_figure, write_figure
+from pqk.report.style import BESIDE, MARKERS, PALETTE, blank_figure, logarithmic, write_figure
 from pqk.stats.latency import percentile
 
 if TYPE_CHECKING:
@@ -135,14 +135,19 @@ def _figure(rows: Sequence[Row], over: Sequence[str]) -> Figure:
     for number, name in enumerate(dict.fromkeys(row["row"] for row in rows)):
         mine = [row for row in rows if row["row"] == name]
         colour, x = PALETTE[number % len(PALETTE)], [row["p50_ms"] for row in mine]
-        axes.scatter(x, [row["value"] for row in mine], color=colour, marker=MARKERS[number % len(MARKERS)], label=name)
+        faces = ["white" if row["disturbed"] else colour for row in mine]
+        marker = MARKERS[number % len(MARKERS)]
+        axes.scatter(x, [row["value"] for row in mine], c=faces, edgecolors=colour, marker=marker, label=name, zorder=2)
         for row in mine:
             if row["low"] is not None:
                 axes.vlines(row["p50_ms"], row["low"], row["high"], color=colour, linewidth=1, alpha=0.6)
             text = ", ".join(str(row[each]) for each in over)
-            axes.annotate(text, (row["p50_ms"], row["value"]), xytext=(5, 4), textcoords="offset points", fontsize=7)
-    axes.set_xscale("log")
-    axes.set_xlabel(f"median time of a sample (ms); labels: {', '.join(name.rpartition('.')[2] for name in over)}")
+            beside = {"xytext": (-5, -9), "ha": "right"} if number % 2 else {"xytext": (5, 4)}
+            axes.annotate(text, (row["p50_ms"], row["value"]), textcoords="offset points", fontsize=7, **beside)
+    logarithmic(axes)
+    hollow = "; hollow: disturbed" if any(row["disturbed"] for row in rows) else ""
+    named = ", ".join(name.rpartition(".")[2] for name in over)
+    axes.set_xlabel(f"median time of a sample (ms); labels: {named}{hollow}")
     axes.set_ylabel(rows[0]["metric"])
     axes.legend(**BESIDE)
     return figure

@@ -33,7 +33,7 @@ from pqk.report.style import (
     error_bar,
     grid,
     label_rows,
-    plain_numbers,
+    logarithmic,
     write_figure,
 )
 
@@ -421,12 +421,7 @@ def _log_time(axes: Axes, times: Sequence[float]) -> bool:
     """Makes the axis of time logarithmic where the times differ by much; returns whether it did."""
     if not (min(times) > 0 and max(times) / min(times) > _LOG_RATIO):
         return False
-    from matplotlib.ticker import LogLocator, NullFormatter
-
-    axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    plain_numbers(axes.xaxis)
+    logarithmic(axes)
     axes.margins(x=0.08)
     return True
 

@@ -71,6 +71,16 @@ def plain_numbers(axis: Axis) -> None:
     axis.set_major_formatter(FuncFormatter(text))
 
 
+def logarithmic(axes: Axes) -> None:
+    """Makes the x axis logarithmic, with plain numbers at 1, 2 and 5 of each power of ten."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    plain_numbers(axes.xaxis)
+
+
 def grid(axes: Axes, horizontal: bool = True) -> None:
     """Draws faint lines behind everything; without `horizontal` only vertical ones."""
     axes.grid(True, axis="both" if horizontal else "x", color="#DDDDDD", linewidth=0.7)

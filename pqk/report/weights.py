@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pqk.report.cells import DASH
-from pqk.report.style import MARKERS, PALETTE, error_bar, grid, label_rows, plain_numbers, write_figure
+from pqk.report.style import MARKERS, PALETTE, error_bar, grid, label_rows, logarithmic, plain_numbers, write_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -127,17 +127,12 @@ def _map_error(axes: Axes, rows: Sequence[Row]) -> None:
 
 
 def _relative_errors(axes: Axes, rows: Sequence[Row]) -> None:
-    from matplotlib.ticker import LogLocator, NullLocator
-
     _dots(axes, rows, "relative_error", 100.0, "relative error of each output (%)")
     values = [
         100 * found["relative_error"] for row in rows for found in row["outputs"].values() if found["relative_error"]
     ]
     if values and max(values) / min(values) > 20:
-        axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axes.xaxis.set_minor_locator(NullLocator())
-        plain_numbers(axes.xaxis)
+        logarithmic(axes)
     else:
         axes.set_xlim(left=0.0)
     _legend(axes)

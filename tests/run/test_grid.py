@@ -1,10 +1,10 @@
-"""`pqk bench grid` on a toy family: every combination is run, the front is the front, and bad input runs nothing."""
+"""`pqk bench grid`: its front, its values and its figure; test_families.py runs it on a toy family."""
 
 from __future__ import annotations
 
 import pytest
 
-from pqk.bench.grid import on_front
+from pqk.bench.grid import _figure, on_front
 from pqk.cli.run_output import grid_of
 from pqk.errors import PqkError
 
@@ -26,3 +26,16 @@ def test_values_are_read() -> None:
     for wrong in (["a.b"], ["a.b="], ["a=1,2", "a=3"]):
         with pytest.raises(PqkError):
             grid_of(wrong)
+
+
+def test_the_figure_has_plain_numbers_and_marks_disturbed_times() -> None:
+    row = {"row": "teacher f32", "metric": "ap", "better": "higher", "low": None, "high": None, "front": True}
+    points = zip((1, 4, 20), (40.0, 90.0, 500.0), (False, True, False), strict=True)
+    rows = [{**row, "s.steps": n, "value": 48.0 + n, "p50_ms": ms, "disturbed": off} for n, ms, off in points]
+    (axes,) = _figure(rows, ["s.steps"]).axes
+    axes.figure.draw_without_rendering()
+    shown = [label.get_text() for label in axes.get_xticklabels(which="both")]
+    assert "100" in shown and all(text.replace(".", "").isdigit() for text in shown if text)
+    assert axes.get_xlabel().endswith("labels: steps; hollow: disturbed")
+    faces = axes.collections[0].get_facecolors()
+    assert [tuple(face) == (1, 1, 1, 1) for face in faces] == [False, True, False]
