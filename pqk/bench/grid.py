@@ -145,6 +145,7 @@ def _figure(rows: Sequence[Row], over: Sequence[str]) -> Figure:
             beside = {"xytext": (-5, -9), "ha": "right"} if number % 2 else {"xytext": (5, 4)}
             axes.annotate(text, (row["p50_ms"], row["value"]), textcoords="offset points", fontsize=7, **beside)
     logarithmic(axes)
+    axes.margins(x=0.14)
     hollow = "; hollow: disturbed" if any(row["disturbed"] for row in rows) else ""
     named = ", ".join(name.rpartition(".")[2] for name in over)
     axes.set_xlabel(f"median time of a sample (ms); labels: {named}{hollow}")
