@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import preloaded
 import psutil
 import pytest
 from run_toys import Outcome, environment, pqk, start
@@ -40,27 +40,24 @@ def command(model: Path) -> tuple[str | Path, ...]:
     return ("run", "B1", "--backend", "openvino", "--model", model, "--json")
 
 
-def kill(process: subprocess.Popen[str]) -> None:
-    """SIGKILL, and wait until no descendant lives; a survivor fails the test."""
-    process.send_signal(signal.SIGSTOP)  # so that no child is born between the look and the kill
-    try:
-        descendants = psutil.Process(process.pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        descendants = []
+def kill(process: subprocess.Popen[str], root: Path) -> None:
+    """SIGKILL, and wait until no process works in the project's folder; a survivor fails the test."""
     process.kill()
     process.communicate()
-    _, alive = psutil.wait_procs(descendants, timeout=20)
-    assert not [p.cmdline() for p in alive if p.status() != psutil.STATUS_ZOMBIE]
+    deadline = time.monotonic() + 20
+    while alive := [found for found in psutil.process_iter(["cwd"]) if found.info["cwd"] == str(root)]:
+        assert time.monotonic() < deadline, alive
+        time.sleep(0.02)
 
 
 def kill_at(root: Path, model: Path, line: str, delay: float) -> bool:
     """Start a run, kill it `delay` seconds after stderr says that `line` begins; whether it came that far."""
-    process = start(command(model), root)
+    process = start(command(model), root, preloaded.python())
     assert process.stderr is not None
     for said in iter(process.stderr.readline, ""):
         if f"… {line}" in said:
             time.sleep(delay)
-            kill(process)
+            kill(process, root)
             return True
     process.communicate()
     return False
@@ -116,12 +113,12 @@ def half(copy_of: Callable[[], Path]) -> Iterator[Path]:
 
 @pytest.mark.slow
 def test_killed_at_random_moments(half: Path, finished: Finished, tiny_model: Path) -> None:
-    """Also while compiled models, artifacts and records are being written."""
+    """Also while compiled models, artifacts and records are being written; the first one imports what a user's does."""
     moments = random.Random(1)
-    for _ in range(2):
-        process = start(command(tiny_model), half)
-        time.sleep(moments.uniform(2.0, 7.0))
-        kill(process)
+    for python, first, last_s in ((sys.executable, 2.0, 7.0), (preloaded.python(), 0.3, 3.0)):
+        process = start(command(tiny_model), half, python)
+        time.sleep(moments.uniform(first, last_s))
+        kill(process, half)
         whole(half)
     last = pqk(half, *command(tiny_model))
     assert last.code in (0, 1, 4), last.err
@@ -130,7 +127,7 @@ def test_killed_at_random_moments(half: Path, finished: Finished, tiny_model: Pa
 
 @pytest.mark.slow
 def test_two_at_once(half: Path, finished: Finished, tiny_model: Path) -> None:
-    processes = [start(command(tiny_model), half) for _ in range(2)]
+    processes = [start(command(tiny_model), half, preloaded.python()) for _ in range(2)]
     outcomes = []
     for process in processes:
         out, err = process.communicate(timeout=240)
