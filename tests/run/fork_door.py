@@ -1,8 +1,9 @@
-"""Run as a program: asks `forks.py` for a fork that runs a module of pqk, and ends as the fork does.
+"""Run as a program: asks `forks.py` for a fork that runs a program of pqk, and ends as the fork does.
 
     fork_door.py SOCKET ARGUMENTS      ARGUMENTS: those of Python
 
-Where they are not `-m pqk.cli` or a worker, it becomes Python itself. It dies with its parent, and the fork with it.
+A program is a module of `MODULES` or a file of scripts/; for anything else it becomes Python itself. It dies with its
+parent, and the fork with it.
 """
 
 import ctypes
@@ -12,12 +13,13 @@ import signal
 import socket
 import sys
 
+MODULES = ("pqk.cli", "pqk.store.worker", "pqk.bench.engine_child")
 _PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
     address, *arguments = sys.argv[1:]
-    if arguments[arguments[:1] == ["-P"] :][:2] not in (["-m", "pqk.cli"], ["-m", "pqk.store.worker"]):
+    if not is_program(arguments[arguments[:1] == ["-P"] :]):
         os.execv(sys.executable, [sys.executable, *arguments])
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as forks:
@@ -28,6 +30,14 @@ def main() -> None:
     if code < 0:
         os.kill(os.getpid(), -code)
     os._exit(code)
+
+
+def is_program(arguments):
+    """Tells whether a fork runs this."""
+    if arguments[:1] == ["-m"]:
+        return arguments[1] in MODULES
+    scripts = os.path.realpath(f"{__file__}/../../../scripts")  # to import pathlib would take as long as all else
+    return arguments[0].endswith(".py") and os.path.realpath(arguments[0]).startswith(f"{scripts}/")
 
 
 main()

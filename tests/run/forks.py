@@ -3,7 +3,8 @@
     forks.py SOCKET PYTHON      PYTHON: what the forks take for Python when they start processes
 
 Prints a line when it can be asked, and ends when its stdin does. A fork has the descriptors, the folder, the variables
-and the arguments of the door, and runs the module that is asked for. It is killed when the door is.
+and the arguments of the door, and runs the module or script that is asked for. It is killed when the door is.
+Loads of other processes are looked at for a tenth of a second: each timing waits for two of these looks.
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ LIBRARIES = (
 ROOTS = ("pqk", "backends")
 REPOSITORY = Path(__file__).resolve().parents[2]
 WORKER = "pqk.store.worker"
+MAINS = (WORKER, "pqk.bench.engine_child")  # run as the main module
+LOOK_S = 0.1
 
 
 def main() -> None:
@@ -62,10 +65,10 @@ def main() -> None:
         listening.bind(address)
         listening.listen()
         print("ready", flush=True)
-        module = asked_module(listening)
-    if module:
+        program = asked_program(listening)
+    if program:
         sys.executable = python
-        os._exit(exit_code(module))  # to take the libraries down, too, costs a second
+        os._exit(exit_code(program))  # to take the libraries down, too, costs a second
 
 
 def import_pqk() -> None:
@@ -73,10 +76,12 @@ def import_pqk() -> None:
     sys.path.insert(0, str(REPOSITORY))
     for root in ROOTS:
         for module in pkgutil.walk_packages([str(REPOSITORY / root)], f"{root}."):
-            if module.name != WORKER and not module.name.endswith("__main__"):  # run as the main module
+            if module.name not in MAINS and not module.name.endswith("__main__"):
                 with suppress(ImportError):
                     importlib.import_module(module.name)
     importlib.import_module("pqk.store.code").loaded()
+    noise = importlib.import_module("pqk.measure.noise")
+    noise.load_now.__defaults__ = (LOOK_S, noise.read_clocks)
     sys.path.pop(0)
 
 
@@ -89,11 +94,14 @@ def forget_other_pqk() -> None:
                 del sys.modules[name]
 
 
-def exit_code(module: str) -> int:
-    """Runs a module as a program, and what it wants done at its end; returns the exit code."""
+def exit_code(program: str) -> int:
+    """Runs a module or a script as a program, and what it wants done at its end; returns the exit code."""
     code: object = 0
     try:
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        if program.endswith(".py"):
+            runpy.run_path(program, run_name="__main__")
+        else:
+            runpy.run_module(program, run_name="__main__", alter_sys=True)
     except SystemExit as end:
         code = end.code or 0
     except BaseException:
@@ -106,15 +114,15 @@ def exit_code(module: str) -> int:
     return code
 
 
-def asked_module(listening: socket.socket) -> str | None:
-    """In this process None, once stdin has ended; in each fork the name of the module that it has to run."""
+def asked_program(listening: socket.socket) -> str | None:
+    """In this process None, once stdin has ended; in each fork the name of what it has to run."""
     while sys.stdin not in (ready := select.select([listening, sys.stdin], [], [])[0]):
         assert listening in ready
         door, _ = listening.accept()
         with door:
-            module = forked(door) if os.fork() == 0 else None
-        if module:
-            return module
+            program = forked(door) if os.fork() == 0 else None
+        if program:
+            return program
         with suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
@@ -122,7 +130,7 @@ def asked_module(listening: socket.socket) -> str | None:
 
 
 def forked(door: socket.socket) -> str:
-    """Forks once more: the fork is set up and returns its module, this process waits for it and tells the door."""
+    """Forks once more: the fork is set up and returns its program, this process waits for it and tells the door."""
     message, descriptors, _, _ = socket.recv_fds(door, 1 << 20, 4)
     child = os.fork()
     if child == 0:
@@ -139,7 +147,7 @@ def forked(door: socket.socket) -> str:
 
 
 def become(arguments: list[str], variables: dict[str, str], *descriptors: int) -> str:
-    """Takes what the door sent: arguments and variables, standard streams and current folder; returns the module."""
+    """Takes what the door sent: arguments and variables, standard streams and current folder; returns the program."""
     *streams, folder = descriptors
     for number, descriptor in enumerate(streams):
         os.dup2(descriptor, number)
@@ -154,17 +162,22 @@ def become(arguments: list[str], variables: dict[str, str], *descriptors: int) -
     sys.dont_write_bytecode = "PYTHONDONTWRITEBYTECODE" in variables
     safe = arguments[0] == "-P"
     places = [place for place in variables.get("PYTHONPATH", "").split(os.pathsep) if place]
-    sys.path[:0] = [*([] if safe else [str(Path.cwd())]), *places]
-    _, module, *rest = arguments[safe:]
-    if module == WORKER:
+    program, *rest = arguments[safe:]
+    if program == "-m":
+        program, *rest = rest
+        here = Path.cwd()
+    else:
+        here = Path(program).parent
+    sys.path[:0] = [*([] if safe else [str(here)]), *places]
+    if program == WORKER:
         rest[-1] = str(os.getppid())  # a worker dies with the parent that it is told
-    sys.argv[:] = [module, *rest]
+    sys.argv[:] = [program, *rest]
     importlib.invalidate_caches()
     forget_other_pqk()
     sys.modules.pop("sitecustomize", None)
     with suppress(ImportError):  # as when Python starts
         importlib.import_module("sitecustomize")
-    return module
+    return program
 
 
 if __name__ == "__main__":

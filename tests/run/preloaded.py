@@ -21,7 +21,7 @@ HERE = Path(__file__).parent
 
 @cache
 def python() -> str:
-    """A program that takes the arguments of Python's; for `-m pqk.cli` and workers it asks for forks (`fork_door`)."""
+    """A program that takes the arguments of Python's; for programs of pqk it asks for forks (`fork_door`)."""
     if sys.platform != "linux":  # no descriptors of processes
         return sys.executable
     folder = tempfile.TemporaryDirectory(prefix="forks-")

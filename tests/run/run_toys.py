@@ -10,6 +10,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from pqk.recipe.experiment import Experiment
 
 import preloaded
+import psutil
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -142,6 +144,23 @@ def pqk(root: Path, *arguments: str | Path) -> Outcome:
     process = start(arguments, root, preloaded.python())
     out, err = process.communicate(timeout=240)
     return Outcome(process.returncode, out, err)
+
+
+def script(root: Path, name: str, *arguments: str | Path) -> Outcome:
+    """Run scripts/NAME.py in `root` to its end."""
+    command = [preloaded.python(), str(REPOSITORY / "scripts" / f"{name}.py"), *map(str, arguments)]
+    done = subprocess.run(command, cwd=root, env=environment(), capture_output=True, text=True, check=False)
+    return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+def kill(process: subprocess.Popen[str], root: Path) -> None:
+    """Sends SIGKILL, and waits until no process works in the project's folder; a survivor fails the test."""
+    process.kill()
+    process.communicate()
+    deadline = time.monotonic() + 20
+    while alive := [found for found in psutil.process_iter(["cwd"]) if found.info["cwd"] == str(root)]:
+        assert time.monotonic() < deadline, alive
+        time.sleep(0.02)
 
 
 def many(

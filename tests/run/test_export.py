@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from run_toys import REPOSITORY, environment, pqk, small_experiment
+from run_toys import pqk, script, small_experiment
 
 from backends import registry
 from backends.base import BackendError, Precision
@@ -193,9 +193,8 @@ def test_a_failure_leaves_nothing_behind(project: Path, tiny_model: Path, monkey
 def test_the_door_of_the_lab(exported: Path, tiny_model: Path, tmp_path: Path) -> None:
     """scripts/export_onnx_trt.py, here on a backend that every machine has."""
     root = shutil.copytree(exported, tmp_path / "project", symlinks=True)
-    command = [sys.executable, REPOSITORY / "scripts" / "export_onnx_trt.py", "--ckpt", tiny_model]
-    command += ["--workload", "configs/workload.yaml", "--backend", "reference", "--precision", "f32"]
-    done = subprocess.run(command, cwd=root, env=environment(), capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (0, "outputs/export/trt\n"), done.stderr
+    words = ("--workload", "configs/workload.yaml", "--backend", "reference", "--precision", "f32")
+    done = script(root, "export_onnx_trt", "--ckpt", tiny_model, *words)
+    assert (done.code, done.out) == (0, "outputs/export/trt\n"), done.err
     found = manifest(root / "outputs" / "export" / "trt")
     assert found["graphs"]["encoder"]["sha256"] == manifest(root / "onnx")["graphs"]["encoder"]["sha256"]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import preloaded
 import pytest
-from run_toys import Outcome, make_project, pqk, start, times_as_fast, written
+from run_toys import Outcome, kill, make_project, pqk, start, times_as_fast, written
 
 from pqk.files import sha256_file
 from pqk.models import load_model
@@ -73,12 +73,11 @@ def test_killed_in_both_phases_and_started_again(
     shutil.rmtree(root / "outputs" / "store" / "joint")
     scratch = root / "outputs" / "store" / ".scratch"
     for phase in ("gates", "settle"):
-        process = start((*COMMAND, "--model", tiny_model), root)
+        process = start((*COMMAND, "--model", tiny_model), root, preloaded.python())
         deadline = time.monotonic() + 200
         while not list(scratch.glob(f"joint-*/{phase}/checkpoint.pt")) and time.monotonic() < deadline:
             time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+        kill(process, root)
         assert list(scratch.glob(f"joint-*/{phase}/checkpoint.pt")), phase
         assert not list((root / "outputs" / "store" / "joint").glob("[0-9a-f]*")), phase
     outcome = pqk(root, *COMMAND, "--model", tiny_model)

@@ -15,7 +15,7 @@ from typing import Any
 import preloaded
 import psutil
 import pytest
-from run_toys import Outcome, environment, pqk, start
+from run_toys import Outcome, environment, kill, pqk, start
 
 from pqk.record.log import read_records
 from pqk.record.schema import columns
@@ -38,16 +38,6 @@ def lasting(record: dict[str, Any]) -> dict[str, Any]:
 
 def command(model: Path) -> tuple[str | Path, ...]:
     return ("run", "B1", "--backend", "openvino", "--model", model, "--json")
-
-
-def kill(process: subprocess.Popen[str], root: Path) -> None:
-    """SIGKILL, and wait until no process works in the project's folder; a survivor fails the test."""
-    process.kill()
-    process.communicate()
-    deadline = time.monotonic() + 20
-    while alive := [found for found in psutil.process_iter(["cwd"]) if found.info["cwd"] == str(root)]:
-        assert time.monotonic() < deadline, alive
-        time.sleep(0.02)
 
 
 def kill_at(root: Path, model: Path, line: str, delay: float) -> bool:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import preloaded
 import pytest
 import torch
-from run_toys import TINY, make_project, start
+from run_toys import TINY, kill, make_project, start
 
 from pqk.cli import legacy_scripts as doors
 from pqk.cli.app import app
@@ -337,13 +337,12 @@ def test_killed_in_the_middle_it_goes_on(evaluated: Path, tmp_path: Path, pqk: P
     root = shutil.copytree(evaluated, tmp_path / "project")
     shutil.rmtree(root / "outputs" / "store" / "scores")
     command = ("ledger", "eval", "tiny", "--eval-seeds", "0..1", "--backend", "reference", "--no-timing", "-o", "k.tsv")
-    process = start(command, root)
+    process = start(command, root, preloaded.python())
     assert process.stderr is not None
     for line in iter(process.stderr.readline, ""):
         if line.startswith("eval seed 0:"):
             break
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    kill(process, root)
     (first,) = read_rows(root / "k.tsv")
     code, _, err = pqk(root, *command)
     assert code == 0 and err.count("(there already)") == 1

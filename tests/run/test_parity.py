@@ -9,9 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import preloaded
 import pytest
 from openpyxl import load_workbook
-from run_toys import Outcome, pqk, start
+from run_toys import Outcome, kill, pqk, start
 
 from backends import registry
 from backends.cpu import saturates
@@ -107,15 +108,14 @@ def check_explained(found: dict[str, Any], root: Path) -> None:
 
 def killed_while_ranking(root: Path, *command: str | Path) -> tuple[list[str], float]:
     """Kill `pqk` when some errors are measured, change one of those it kept, and return its nodes and the new value."""
-    process = start(command, root)
+    process = start(command, root, preloaded.python())
     kept: dict[str, float] = {}
     deadline = time.monotonic() + 120
     while len(kept) < 3 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
         for path in (root / "outputs" / "store" / ".scratch").glob("ranking-*/encoder.json"):
             kept = json.loads(path.read_text())
-    process.kill()
-    process.communicate()
+    kill(process, root)
     (path,) = (root / "outputs" / "store" / ".scratch").glob("ranking-*/encoder.json")
     kept = json.loads(path.read_text())
     nodes = max(kept, key=len)  # those of a whole part

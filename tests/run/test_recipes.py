@@ -6,14 +6,14 @@ import csv
 import json
 import re
 import shutil
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import preloaded
 import pytest
-from run_toys import Outcome, pqk, start, times_as_fast, written
+from run_toys import Outcome, kill, pqk, start, times_as_fast, written
 
 from pqk.files import sha256_file
 from pqk.models import load_model
@@ -199,13 +199,13 @@ def test_killed_in_training_and_started_again(
     """
     root = copied()
     shutil.rmtree(root / "outputs" / "store" / "distilled")
-    process = start(("run", "A1", "--backend", "openvino", "--model", tiny_model, "--json", "--no-rollback"), root)
+    command = ("run", "A1", "--backend", "openvino", "--model", tiny_model, "--json", "--no-rollback")
+    process = start(command, root, preloaded.python())
     saved = root / "outputs" / "store" / ".scratch"
     deadline = time.monotonic() + 120
     while not list(saved.glob("distilled-*/checkpoint.pt")) and time.monotonic() < deadline:
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    kill(process, root)
     assert list(saved.glob("distilled-*/checkpoint.pt")) and not list(
         (root / "outputs/store/distilled").glob("[0-9a-f]*")
     )

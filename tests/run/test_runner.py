@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from run_toys import REPOSITORY, Outcome, environment, pqk, times_as_fast, written
+from run_toys import REPOSITORY, Outcome, environment, pqk, script, times_as_fast, written
 
 from pqk.data.scenes.open import open_scene
 from pqk.files import sha256_json
@@ -255,29 +255,28 @@ def test_a_point_that_fails_leaves_the_others_alone(copy_of: Copy, tiny_model: P
     )
 
 
-@pytest.mark.parametrize("script", ["run_quant", "run_eval", "baseline_eval"])
-def test_the_doors_of_the_lab(script: str, finished: Finished, copy_of: Copy, tiny_model: Path) -> None:
+@pytest.mark.parametrize("door", ["run_quant", "run_eval", "baseline_eval"])
+def test_the_doors_of_the_lab(door: str, finished: Finished, copy_of: Copy, tiny_model: Path) -> None:
     root = copy_of()
     for old in (root / "logs").glob("B1-*.json"):
         old.unlink()
     log = root / "logs" / "B1_log.json"
     configs = ("--workload", "configs/workload.yaml", "--eval", "configs/eval.yaml", "--cfg", "configs/quant.yaml")
-    command = [sys.executable, REPOSITORY / "scripts" / f"{script}.py", *configs, "--ckpt", tiny_model, "--log", log]
-    done = subprocess.run(command, cwd=root, env=environment(), capture_output=True, text=True, check=False)
+    done = script(root, door, *configs, "--ckpt", tiny_model, "--log", log)
     content = json.loads(log.read_text())
-    if script == "run_quant":
-        assert done.returncode == finished[1].code, done.stderr
+    if door == "run_quant":
+        assert done.code == finished[1].code, done.err
         # the script decides nothing between PTQ and QAT
         same(content, finished[1].record, "datetime", "wall_s", "run_id", "validation_drop_pct")
     else:
-        assert done.returncode == 0, done.stderr
+        assert done.code == 0, done.err
         assert content[0]["precision"] == "f32"
-        assert {r["role"] for r in content} == {"teacher" if script == "baseline_eval" else "baseline"}
+        assert {r["role"] for r in content} == {"teacher" if door == "baseline_eval" else "baseline"}
         assert all(r["quantizer"] is None for r in content)
     from pqk.report.table import ordered
 
     # The same record in two logs is one row.
-    rows = len(written(finished[0])) if script == "run_quant" else len(content)
+    rows = len(written(finished[0])) if door == "run_quant" else len(content)
     assert len(ordered(item.record for item in read_records(root / "logs"))) == rows
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,7 @@ from typing import Any
 import jsonschema
 import pytest
 from PIL import Image
-from run_toys import REPOSITORY, Outcome, environment, pqk
+from run_toys import Outcome, pqk, script
 
 from pqk.compress.weights.files import load_weights
 from pqk.compress.weights.schemes import SCHEMES
@@ -134,12 +132,9 @@ def test_methods_are_compared_by_what_rounding_alone_does(studied: Path) -> None
 
 
 def test_the_script_of_the_short_comparison_runs_on_pictures(studied: Path, tiny_model: Path, pictures: Path) -> None:
-    command = [sys.executable, REPOSITORY / "scripts" / "compare_quantization.py", "--model_name", tiny_model]
-    words = ["--image_folder", pictures, "--max_images", "2", "--output_dir", "short"]
-    done = subprocess.run(
-        [*map(str, command), *map(str, words)], cwd=studied, env=environment(), capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    words = ("--image_folder", pictures, "--max_images", "2", "--output_dir", "short")
+    done = script(studied, "compare_quantization", "--model_name", tiny_model, *words)
+    assert done.code == 0, done.err
     found = json.loads((studied / "short" / "comparison_report.json").read_text())
     jsonschema.validate(found, SCHEMA)
     assert not found["data"]["truthful"] and found["rows"][1]["quality"] is None
