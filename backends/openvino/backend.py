@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib import metadata
 from typing import Any, ClassVar
 
@@ -106,6 +107,12 @@ class OpenVINOBackend:
         return OpenVINOPieces()
 
     def _require(self) -> None:
-        found = self.availability()
+        found = _found_once()
         if not found.available:
             raise Unavailable(f"backend 'openvino' cannot run: {found.reason}; {found.remedy}")
+
+
+@cache
+def _found_once() -> Availability:
+    """Returns what `availability` does, looked for once per process: each graph that is compiled asks."""
+    return OpenVINOBackend().availability()

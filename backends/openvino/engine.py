@@ -10,6 +10,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from datetime import timedelta
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Self
@@ -29,7 +30,7 @@ from backends.base import (
     sha256_files,
 )
 from backends.files import write_whole
-from backends.openvino.flops import executed_kernels, planned_flops
+from backends.openvino.flops import Node, Work, executed_kernels, nodes_of, planned_flops, works
 from backends.openvino.linear import as_convolutions
 
 OPTIONS: dict[str, Any] = {
@@ -222,7 +223,13 @@ class OpenVINOEngine(Engine):
         else:
             found = self.node_times({t.name: np.zeros(t.shape, t.dtype) for t in self.inputs}, _PROFILED_RUNS)
             spent = {name: max(0.0, microseconds) for name, microseconds in found.items()}
-        return executed_kernels(self.runtime_model(), spent, self._read(), str(self.rest))
+        nodes, todo = self._described
+        return executed_kernels(nodes, spent, todo, str(self.rest))
+
+    @cached_property
+    def _described(self) -> tuple[list[Node], list[Work]]:
+        """Returns the nodes that are executed, and the work of the source model; who profiles asks in each round."""
+        return nodes_of(self.runtime_model()), works(self._read())
 
     def node_times(self, feeds: Feeds, runs: int) -> dict[str, float]:
         """Runs the model and returns the mean microseconds of these runs by node; compiles as `kernels` does.

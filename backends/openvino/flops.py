@@ -24,7 +24,7 @@ be exchanged there, so such kernels are marked `matched="size"`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -151,16 +151,26 @@ def executed_precision_of(primitive: str, runtime: str) -> str:
     return _PRECISIONS.get(chosen, chosen or "unknown")
 
 
-def executed_kernels(runtime_model: ov.Model, spent: Mapping[str, float], source: ov.Model, rest: str) -> list[Kernel]:
+Node = Mapping[str, Any]
+"""A node of a runtime model as plain data; see `nodes_of`."""
+
+
+def nodes_of(runtime_model: ov.Model) -> list[Node]:
+    """Returns the nodes of a runtime model: name, place in the order, originals, implementation, precision, shapes."""
+    return [_node(op) for op in runtime_model.get_ordered_ops()]
+
+
+def executed_kernels(
+    executed: Sequence[Node], spent: Mapping[str, float], todo: Sequence[Work], rest: str
+) -> list[Kernel]:
     """Returns the kernels of a compiled model after inference with PERF_COUNT, in the order in which they run.
 
-    `spent` has the microseconds of the nodes that inference ran (`profiling_info`): the runtime model also lists
-    reorders of weights, which ran once while compiling. `rest` is the float precision that was compiled.
+    executed: `nodes_of` its runtime model. `spent` has the microseconds of the nodes that inference ran
+    (`profiling_info`): the runtime model also lists reorders of weights, which ran once while compiling. todo: `works`
+    of the source model. `rest` is the float precision that was compiled.
     """
-    nodes = [_node(op) for op in runtime_model.get_ordered_ops()]
-    nodes = [{**node, "time": spent[node["name"]]} for node in nodes if node["name"] in spent]
+    nodes = [{**node, "time": spent[node["name"]]} for node in executed if node["name"] in spent]
     nodes.sort(key=lambda node: (node["order"], node["name"]))
-    todo = works(source)
     claims, by_size = _claim(nodes, todo)
     claimed = {id(work) for claimed_works in claims for work in claimed_works}
     kernels: list[Kernel] = []
@@ -173,7 +183,7 @@ def executed_kernels(runtime_model: ov.Model, spent: Mapping[str, float], source
     return kernels
 
 
-def _node(op: ov.Node) -> dict[str, Any]:
+def _node(op: ov.Node) -> Node:
     info = op.get_rt_info()
     keys = ("layerType", "originalLayersNames", "primitiveType", "runtimePrecision")
     text = {key: str(info[key].astype(str)) for key in keys}
@@ -187,7 +197,7 @@ def _node(op: ov.Node) -> dict[str, Any]:
     }
 
 
-def _claim(nodes: list[dict[str, Any]], todo: list[Work]) -> tuple[list[list[Work]], set[int]]:
+def _claim(nodes: Sequence[Node], todo: Sequence[Work]) -> tuple[list[list[Work]], set[int]]:
     """Returns the works that each executed node did: by name first, then matmul-like nodes without work by equal FLOPs.
 
     Also the positions of the nodes that were matched by FLOPs.
@@ -214,7 +224,7 @@ def _claim(nodes: list[dict[str, Any]], todo: list[Work]) -> tuple[list[list[Wor
     return claims, by_size
 
 
-def _node_flops(node: dict[str, Any]) -> float:
+def _node_flops(node: Node) -> float:
     """FLOPs that the shapes of an executed FullyConnected or convolution imply; 0 for other nodes."""
     kind, shapes, out = node["layerType"], node["shapes"], node["out"]
     if len(shapes) < 2 or not out:
@@ -229,7 +239,7 @@ def _node_flops(node: dict[str, Any]) -> float:
     return 0.0
 
 
-def _kernels_of(node: dict[str, Any], claim: list[Work], rest: str, matched: str) -> list[Kernel]:
+def _kernels_of(node: Node, claim: list[Work], rest: str, matched: str) -> list[Kernel]:
     """Returns one kernel per executed node; two for a Subgraph with two precisions: the first has the time."""
     precision = executed_precision_of(node["primitiveType"], node["runtimePrecision"])
     groups: dict[str, list[Work]] = {}

@@ -445,7 +445,7 @@ def test_attention_flops_of_a_fused_operation():
     request = compiled.create_infer_request()
     request.infer({i: np.ones(p.get_shape(), np.float32) for i, p in enumerate((q, k, v))})
     spent = {p.node_name: 1.0 for p in request.profiling_info}
-    kernels = work.executed_kernels(compiled.get_runtime_model(), spent, model, "f32")
+    kernels = work.executed_kernels(work.nodes_of(compiled.get_runtime_model()), spent, work.works(model), "f32")
     assert executed_precision(kernels) == {"f32": 1.0}
 
 
@@ -457,7 +457,7 @@ def test_work_that_no_kernel_claims_is_reported_as_unknown(source):
     request = compiled.create_infer_request()
     request.infer({"image": image().numpy()})
     spent = {p.node_name: 1.0 for p in request.profiling_info if "conv1" not in p.node_name}
-    kernels = work.executed_kernels(compiled.get_runtime_model(), spent, model, "f32")
+    kernels = work.executed_kernels(work.nodes_of(compiled.get_runtime_model()), spent, work.works(model), "f32")
     share = executed_precision(kernels)
     assert share["unknown"] == pytest.approx(2 * 16 * 16 * 64 * 64 * 9 / toy_flops())
     assert sum(k.flops for k in kernels) == toy_flops()
@@ -477,7 +477,8 @@ def test_work_that_only_its_size_tells_is_marked_with_its_share(source, monkeypa
     aliases = work._aliases
     with OpenVINOEngine(source.graph, Precision.F32) as engine:
         assert matched_by_size(engine.kernels()) == 0.0
-        monkeypatch.setattr(work, "_aliases", lambda op: () if "fc1/MatMul" in op.get_friendly_name() else aliases(op))
+    monkeypatch.setattr(work, "_aliases", lambda op: () if "fc1/MatMul" in op.get_friendly_name() else aliases(op))
+    with OpenVINOEngine(source.graph, Precision.F32) as engine:
         kernels = engine.kernels()
     by_size = [k for k in kernels if k.matched == "size"]
     assert len(by_size) == 2

@@ -2,8 +2,8 @@
 
     fork_door.py SOCKET ARGUMENTS      ARGUMENTS: those of Python
 
-A program is a module of `MODULES` or a file of scripts/; for anything else it becomes Python itself. It dies with its
-parent, and the fork with it.
+A program is a module of `MODULES`, a file of scripts/, or `many_commands.py`; for anything else it becomes Python
+itself. It dies with its parent, and the fork with it.
 """
 
 import ctypes
@@ -36,8 +36,9 @@ def is_program(arguments):
     """Tells whether a fork runs this."""
     if arguments[:1] == ["-m"]:
         return arguments[1] in MODULES
-    scripts = os.path.realpath(f"{__file__}/../../../scripts")  # to import pathlib would take as long as all else
-    return arguments[0].endswith(".py") and os.path.realpath(arguments[0]).startswith(f"{scripts}/")
+    here = os.path.realpath(f"{__file__}/..")  # to import pathlib would take as long as all else
+    scripts, path = os.path.realpath(f"{here}/../../scripts"), os.path.realpath(arguments[0])
+    return path == f"{here}/many_commands.py" or (path.endswith(".py") and path.startswith(f"{scripts}/"))
 
 
 main()

@@ -4,7 +4,7 @@
 
 Prints a line when it can be asked, and ends when its stdin does. A fork has the descriptors, the folder, the variables
 and the arguments of the door, and runs the module or script that is asked for. It is killed when the door is.
-Loads of other processes are looked at for a tenth of a second: each timing waits for two of these looks.
+What only makes times surer is done less, see `measure_briefly`.
 """
 
 from __future__ import annotations
@@ -49,7 +49,6 @@ ROOTS = ("pqk", "backends")
 REPOSITORY = Path(__file__).resolve().parents[2]
 WORKER = "pqk.store.worker"
 MAINS = (WORKER, "pqk.bench.engine_child")  # run as the main module
-LOOK_S = 0.1
 
 
 def main() -> None:
@@ -72,7 +71,7 @@ def main() -> None:
 
 
 def import_pqk() -> None:
-    """Imports every module of pqk and of backends, and parses their sources for the keys of artifacts."""
+    """Imports every module of pqk and of backends, parses their sources for keys of artifacts, and makes textures."""
     sys.path.insert(0, str(REPOSITORY))
     for root in ROOTS:
         for module in pkgutil.walk_packages([str(REPOSITORY / root)], f"{root}."):
@@ -80,9 +79,18 @@ def import_pqk() -> None:
                 with suppress(ImportError):
                     importlib.import_module(module.name)
     importlib.import_module("pqk.store.code").loaded()
-    noise = importlib.import_module("pqk.measure.noise")
-    noise.load_now.__defaults__ = (LOOK_S, noise.read_clocks)
+    importlib.import_module("pqk.data.render.synthetic").texture_bank()
+    measure_briefly()
     sys.path.pop(0)
+
+
+def measure_briefly() -> None:
+    """Looks at the load of other processes for a tenth of a second, twice in each timing; times parts in few rounds."""
+    from pqk.measure import noise, pieces
+    from pqk.recipe import block_profile
+
+    noise.load_now.__defaults__ = (0.1, noise.read_clocks)
+    pieces.ROUNDS, block_profile.ROUNDS = 5, 2
 
 
 def forget_other_pqk() -> None:

@@ -169,7 +169,8 @@ def many(
     """Exit code and stderr of many commands of pqk, run by one process; see `many_commands`."""
     asked = scratch / "cases.json"
     asked.write_text(json.dumps(cases))
-    command = [*prefix, sys.executable, str(Path(__file__).with_name("many_commands.py")), str(root), str(asked)]
+    python = sys.executable if prefix else preloaded.python()  # forks do not see what the prefix changes
+    command = [*prefix, python, str(Path(__file__).with_name("many_commands.py")), str(root), str(asked)]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return [(code, said) for code, said in json.loads(done.stdout.splitlines()[-1])]

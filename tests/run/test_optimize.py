@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
-from run_toys import TINY, Outcome, make_project, pqk
+from run_toys import TINY, Outcome, pqk
 
 from pqk.bench.predict_speed import Unpredictable
 from pqk.cli.run_output import seconds_of
@@ -144,11 +144,11 @@ def test_budgets() -> None:
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def project(tmp_path_factory: pytest.TempPathFactory, begun: Callable[[Path], Path]) -> Path:
     """A project with a toy that has DPT heads, whose points lie in front of the camera."""
     import torch
 
-    root = make_project(tmp_path_factory.mktemp("optimize") / "project")
+    root = begun(tmp_path_factory.mktemp("optimize") / "project")
     dpt = {"feature_dim": 32, "last_dim": 16, "layer_dims": [16, 32, 32, 32]}
     sizes = {**TINY, "head_type": "dpt", "dec_depth": 3, "dpt": dpt}
     net = build_model("dust3r", sizes, generator=torch.Generator().manual_seed(1))

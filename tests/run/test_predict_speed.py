@@ -17,6 +17,7 @@ from pqk.bench.predict_speed import Predictor, Unpredictable
 from pqk.recipe.request import Request, asked_experiment
 
 pytest.importorskip("nncf")
+pytestmark = pytest.mark.usefixtures("forked_workers")
 
 
 @pytest.fixture(scope="module")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from run_toys import TINY, make_project, pqk, written
+from run_toys import TINY, pqk, written
 
 from pqk.models import build_model, load_model, save_model
 
@@ -38,8 +39,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(net, tmp_path_factory.mktemp("models") / "dpt")
 
 
-def test_all_letters_in_one_recipe(tmp_path: Path, model: Path) -> None:
-    root = make_project(tmp_path / "project")
+def test_all_letters_in_one_recipe(tmp_path: Path, begun: Callable[[Path], Path], model: Path) -> None:
+    root = begun(tmp_path / "project")
     (root / "schedule" / "TaskCards" / "X1.md").write_text(CARD)
     outcome = pqk(root, "run", "X1", "--backend", "openvino", "--model", model, "--json", "--no-rollback")
     assert outcome.code in (0, 1, 4), outcome.err

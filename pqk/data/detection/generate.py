@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
 from pqk.cores import allowed_cores
@@ -115,18 +114,14 @@ def _rendered(plan: SetPlan, jobs: int) -> Iterator[tuple[bytes, dict[str, Any]]
     yield from in_processes(partial(render_image, plan), plan.indices, jobs, "images", chunk=8)
 
 
-_banks: list[torch.Tensor] = []
-
-
 def render_image(plan: SetPlan, index: int) -> tuple[bytes, dict[str, Any]]:
     """Returns the JPEG file of one image of a set, and `labels`, `boxes` and `areas` of its objects as lists.
 
     boxes: x1, y1, x2, y2 in pixels. areas: visible pixels.
     """
-    if not _banks:  # once per process
-        _banks.append(texture_bank())
     filling = FILLINGS[index % len(FILLINGS)]
-    picture = render_picture(split_seed(plan.split, plan.seed, index), filling, plan.width, plan.height, _banks[0])
+    seed = split_seed(plan.split, plan.seed, index)
+    picture = render_picture(seed, filling, plan.width, plan.height, texture_bank())
     buffer = io.BytesIO()
     Image.fromarray(picture.pixels).save(buffer, format="JPEG", quality=JPEG_QUALITY, subsampling=0)
     labels = [CLASSES.index(picture.names[k]) for k in picture.seen]

@@ -145,7 +145,7 @@ def write_scene(out: Path, plan: ScenePlan) -> Path:
     """Renders one scene into `out`/<name>; the folder is written whole or not at all."""
     scene, pose, fov, generator, shares = find_scene(plan)
     size, target = plan.size, out / plan.name
-    images, depth, focal = render(scene, pose, fov, size, size, _bank(), generator, band=BAND)
+    images, depth, focal = render(scene, pose, fov, size, size, texture_bank(), generator, band=BAND)
     to_cam = torch.linalg.inv(pose[0].double()).numpy()
     temporary = out / f".{plan.name}.{os.getpid()}.tmp"
     with clear_write_errors(target):
@@ -188,16 +188,6 @@ def write_scene(out: Path, plan: ScenePlan) -> Path:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     return target
-
-
-_banks: list[torch.Tensor] = []
-
-
-def _bank() -> torch.Tensor:
-    """Returns the texture bank, made once per process."""
-    if not _banks:
-        _banks.append(texture_bank())
-    return _banks[0]
 
 
 def _intrinsics(focal: float, size: int) -> np.ndarray:

@@ -8,6 +8,7 @@ constant in metres, moderate focal lengths, no object nearer than `NEAREST` to a
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import numpy as np
 import torch
@@ -21,8 +22,12 @@ N_TEXTURES, TEXTURE_SIZE = 32, 256
 KINDS = (BOX,) * 8 + (ELLIPSOID,) * 3 + (CYLINDER,) * 3
 
 
+@cache
 def texture_bank(seed: int = 7) -> torch.Tensor:
-    """Returns tileable grey patterns (T,R,R) in [0,1]: coloured noise, bricks, checks, planks and speckle."""
+    """Returns tileable grey patterns (T,R,R) in [0,1]: coloured noise, bricks, checks, planks and speckle.
+
+    They are made once per process; whoever gets them only reads them.
+    """
     rng = np.random.default_rng(seed)
     size = TEXTURE_SIZE
     fy, fx = np.meshgrid(np.fft.fftfreq(size) * size, np.fft.fftfreq(size) * size, indexing="ij")
