@@ -10,17 +10,27 @@ from typing import Any
 
 @contextlib.contextmanager
 def quick_matching() -> Iterator[None]:
-    """Compares the types of two nodes before their neighbours, within this context.
+    """Looks at the types of nodes before anything else, within this context.
 
     NNCF searches a graph for some hundred patterns with networkx, which asks first whether the neighbours of two nodes
     can fit, and then whether the nodes do. The second question is the quicker one and mostly answered with no: asked
-    first, the search takes a third of the time. Both must hold, so what is found, and its order, stay the same.
+    first, the search takes a third of the time. Both must hold, so what is found, and its order, stay the same. Most
+    patterns have a node of a type that the graph lacks: they are not searched for.
     """
     from nncf.common.graph import graph_matching
+    from nncf.common.graph.graph import NNCFNode
 
     before = graph_matching.ism
 
     class Matcher(before.MultiDiGraphMatcher):  # type: ignore[name-defined]
+        def subgraph_isomorphisms_iter(self) -> Iterator[dict[str, str]]:
+            kinds = {  # what `node_match` looks at
+                (node.get(NNCFNode.NODE_TYPE_ATTR), node.get(NNCFNode.METATYPE_ATTR)): node
+                for node in self.G1.nodes.values()
+            }.values()
+            if all(any(self.node_match(kind, wanted) for kind in kinds) for wanted in self.G2.nodes.values()):
+                yield from super().subgraph_isomorphisms_iter()
+
         def syntactic_feasibility(self, node: Any, of_pattern: Any) -> bool:
             fits = self.node_match(self.G1.nodes[node], self.G2.nodes[of_pattern])
             return bool(fits and super().syntactic_feasibility(node, of_pattern))

@@ -12,7 +12,7 @@ from __future__ import annotations
 import atexit
 import gc
 import importlib
-import json
+import marshal
 import os
 import pkgutil
 import runpy
@@ -142,7 +142,7 @@ def forked(door: socket.socket) -> str:
     message, descriptors, _, _ = socket.recv_fds(door, 1 << 20, 4)
     child = os.fork()
     if child == 0:
-        return become(*json.loads(message), *descriptors)
+        return become(*marshal.loads(message), *descriptors)
     for descriptor in descriptors:
         os.close(descriptor)
     process = os.pidfd_open(child)
