@@ -96,6 +96,33 @@ def test_a_file_that_disagrees_is_not_written_and_an_older_one_survives(tmp_path
     assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
 
 
+class Cancelling(nn.Module):
+    """Sums of thousands of terms cancel in the columns behind `exact`: their rounding is left, and `small`."""
+
+    def __init__(self, small: float, exact: int, terms: float = 10.0) -> None:
+        super().__init__()
+        self.small, self.exact = small, exact
+        generator = torch.Generator().manual_seed(0)
+        weight = terms * torch.randn((4096, 32 - exact), generator=generator)
+        self.order = torch.randperm(4096, generator=generator)
+        self.one, self.other = nn.Parameter(weight), nn.Parameter(weight[self.order])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        left = x @ self.one - x[:, self.order] @ self.other
+        return torch.cat((x[:, : self.exact], left + self.small * x[:, self.exact : 32]), dim=1)
+
+
+def test_a_module_that_multiplies_rounding_is_held_against_double_precision(tmp_path):
+    example = {"x": torch.randn((8, 4096), generator=torch.Generator().manual_seed(1))}
+    graph = export(Cancelling(0.5, 28), example, ["y"], tmp_path / "c.onnx")
+    assert 1e-4 < verify(graph, Cancelling(0.5, 28), example)["y"] < 1e-2
+    # A file of other weights is found all the same, and so is one of whose values most are rounding.
+    with pytest.raises(BackendError, match="differs from torch"):
+        verify(graph, Cancelling(0.4, 28), example)
+    with pytest.raises(BackendError, match=r"0\.0001 is allowed"):
+        export(Cancelling(0.5, 2, 1000.0), example, ["y"], tmp_path / "d.onnx")
+
+
 class Unexportable(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.cartesian_prod(x, x)

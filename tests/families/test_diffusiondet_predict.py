@@ -98,7 +98,7 @@ def test_some_boxes_are_carried_on_and_some_renewed():
     """So the steps of the tests above see both."""
     fed, one = workload(4, {}), sample_of(picture()).inputs
     call = head_call(in_torch(graphs(detector(TINY), fed)), one, fed)
-    steps = sampler.sample(call, torch.from_numpy(one.whwh), DrawnNoise(12, 11, NUMBER), Sampling.asked(fed))
+    steps = sampler.sample(call, one.whwh, DrawnNoise(12, 11, NUMBER), Sampling.asked(fed))
     kept = [int(step.keep.sum()) for step in steps]
     assert all(0 < many < 12 for many in kept), kept
 

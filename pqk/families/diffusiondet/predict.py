@@ -33,22 +33,19 @@ def predict(call: Call, sample: Sample, workload: Workload, seed: int) -> dict[s
     return predict_with(call, fed, workload, DrawnNoise(workload.sampler.boxes, seed, fed.number))
 
 
-@torch.inference_mode()
 def predict_with(call: Call, fed: Fed, workload: Workload, noise: Noise) -> dict[str, np.ndarray]:
     """Returns what `predict` does, of one image and given noise."""
     how = sampler.Sampling.asked(workload)
-    steps = list(sampler.sample(head_call(call, fed, workload), torch.from_numpy(fed.whwh), noise, how))
+    steps = list(sampler.sample(head_call(call, fed, workload), fed.whwh, noise, how))
 
     def shown(found: Detections) -> Detections:
         return rescale(found, fed.size, fed.original).of(slice(MOST))
 
     found = shown(sampler.detect(steps, how, lambda best: len(shown(best).scores) == MOST))
     return {
-        "logits": steps[-1].logits.numpy(),
-        "refined": steps[-1].boxes.numpy(),
-        "boxes": found.boxes.numpy(),
-        "scores": found.scores.numpy(),
-        "labels": found.labels.numpy(),
+        "logits": steps[-1].logits,
+        "refined": steps[-1].boxes,
+        **found._asdict(),
     }
 
 
@@ -61,13 +58,13 @@ def head_call(call: Call, fed: Fed, workload: Workload) -> sampler.HeadCall:
         fixed["whwh"] = fed.whwh[None]
     outputs = ("logits", "refined", "quality") if network.quality_head else ("logits", "refined")
 
-    def run(boxes: Tensor, t: int, labels: Tensor | None) -> tuple[Tensor, ...]:
-        feeds = {**fixed, "boxes": boxes.numpy()[None], "t": np.array([t], dtype=np.float32)}
+    def run(boxes: np.ndarray, t: int, labels: Tensor | None) -> tuple[np.ndarray, ...]:
+        feeds = {**fixed, "boxes": boxes[None], "t": np.array([t], dtype=np.float32)}
         if network.label_state is not None:
             given = masked(network, len(boxes)) if labels is None else labels
             feeds["labels"] = given.float().numpy()[None]
         found = call("head", feeds)
-        return tuple(torch.from_numpy(found[name])[0] for name in outputs)
+        return tuple(found[name][0] for name in outputs)
 
     return run
 

@@ -1,21 +1,25 @@
 """Codes boxes as signals and deltas, and compares them.
 
 Corners are x1, y1, x2, y2; centres are cx, cy, w, h. A signal is a box in [-s, s], as the diffusion moves it. Every
-function takes (..., 4) in any floating dtype.
+function takes (..., 4) in any floating dtype; those that the sampler calls take tensors or numpy's arrays: on a hundred
+boxes torch needs five times as long for an operation.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 P = ParamSpec("P")
 T = TypeVar("T")
+A = TypeVar("A", Tensor, np.ndarray)
+"""A tensor, or an array of numpy."""
 
 DELTA_WEIGHTS = (2.0, 2.0, 1.0, 1.0)
 LARGEST_DELTA = math.log(100_000 / 16)
@@ -36,19 +40,34 @@ def unseen(function: Callable[P, T]) -> Callable[P, T]:
     return hidden
 
 
-def to_centres(corners: Tensor) -> Tensor:
+def library_of(array: Tensor | np.ndarray) -> Any:
+    """Returns torch or numpy, whose functions take the array. Both have those of the array API by the same names."""
+    return torch if isinstance(array, Tensor) else np
+
+
+def joined(parts: Sequence[A], axis: int) -> A:
+    """Returns tensors or arrays as one, side by side along an axis."""
+    return torch.cat(list(parts), axis) if isinstance(parts[0], Tensor) else np.concatenate(parts, axis)
+
+
+def widened(values: Tensor) -> Tensor:
+    """Returns values in float32, or in float64 where they are: half precision is too coarse for places."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def to_centres(corners: A) -> A:
     """Returns x1, y1, x2, y2 as cx, cy, w, h."""
     low, high = corners[..., :2], corners[..., 2:]
-    return torch.cat(((low + high) / 2, high - low), dim=-1)
+    return joined(((low + high) / 2, high - low), -1)
 
 
-def to_corners(centres: Tensor) -> Tensor:
+def to_corners(centres: A) -> A:
     """Returns cx, cy, w, h as x1, y1, x2, y2."""
     middle, half = centres[..., :2], centres[..., 2:] / 2
-    return torch.cat((middle - half, middle + half), dim=-1)
+    return joined((middle - half, middle + half), -1)
 
 
-def as_signal(corners: Tensor, whwh: Tensor, scale: float) -> Tensor:
+def as_signal(corners: A, whwh: A, scale: float) -> A:
     """Returns boxes in pixels as signals: (2 b - 1) s with b = cx, cy, w, h over the image's w, h, w, h.
 
     Not limited; the sampler limits to [-s, s] (Chen et al. 2023, section 3.3).
@@ -56,9 +75,9 @@ def as_signal(corners: Tensor, whwh: Tensor, scale: float) -> Tensor:
     return (to_centres(corners / whwh) * 2 - 1) * scale
 
 
-def from_signal(signal: Tensor, whwh: Tensor, scale: float) -> Tensor:
+def from_signal(signal: A, whwh: A, scale: float) -> A:
     """Returns signals as boxes in pixels, after limiting them to [-s, s]. Corners can lie outside of the image."""
-    return to_corners((signal.clamp(-scale, scale) / scale + 1) / 2) * whwh
+    return to_corners((signal.clip(-scale, scale) / scale + 1) / 2) * whwh
 
 
 @unseen
@@ -72,19 +91,20 @@ def apply_deltas(boxes: Tensor, deltas: Tensor) -> Tensor:
     return to_corners(torch.cat((middle + size * shift, size * growth.clamp(max=LARGEST_DELTA).exp()), dim=-1))
 
 
-def areas(corners: Tensor) -> Tensor:
+def areas(corners: A) -> A:
     """Returns the areas (...)."""
     return (corners[..., 2] - corners[..., 0]) * (corners[..., 3] - corners[..., 1])
 
 
-def iou_and_union(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+def iou_and_union(one: A, other: A) -> tuple[A, A]:
     """Returns IoU in [0, 1] and union of boxes that broadcast with each other; two empty boxes have IoU 0."""
-    low = torch.maximum(one[..., :2], other[..., :2])
-    high = torch.minimum(one[..., 2:], other[..., 2:])
-    width, height = (high - low).clamp(min=0).unbind(dim=-1)
-    shared = width * height
+    of = library_of(one)
+    low = of.maximum(one[..., :2], other[..., :2])
+    high = of.minimum(one[..., 2:], other[..., 2:])
+    size = (high - low).clip(0)
+    shared = size[..., 0] * size[..., 1]
     union = areas(one) + areas(other) - shared
-    return torch.where(union > 0, shared / torch.where(union > 0, union, 1.0), 0.0), union
+    return of.where(union > 0, shared / of.where(union > 0, union, 1.0), 0.0), union
 
 
 def giou(one: Tensor, other: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pqk.errors import PqkError
 from pqk.families.diffusiondet.network import attention
-from pqk.families.diffusiondet.network.boxes import apply_deltas
+from pqk.families.diffusiondet.network.boxes import apply_deltas, widened
 from pqk.families.diffusiondet.network.configs import DiffusionDetConfig, StageSize
 from pqk.families.diffusiondet.network.roialign import CELLS, Joined, Pooler, Pyramid, pyramid
 
@@ -27,8 +27,9 @@ MAPS = ("p2", "p3", "p4", "p5")
 def time_waves(t: Tensor, dim: int) -> Tensor:
     """Returns sines, then cosines of times t (B,): (B, dim). Frequencies 10000^(-i / (dim / 2 - 1)), i from 0."""
     count = dim // 2
-    rate = torch.exp(torch.arange(count, device=t.device) * (-math.log(TIME_BASE) / max(1, count - 1)))
-    angle = t[:, None].float() * rate
+    t = widened(t)
+    rate = torch.exp(torch.arange(count, device=t.device, dtype=t.dtype) * (-math.log(TIME_BASE) / max(1, count - 1)))
+    angle = t[:, None] * rate
     return torch.cat((angle.sin(), angle.cos()), dim=-1)
 
 
@@ -47,7 +48,7 @@ class Refine(nn.Module):
     """`apply_deltas` as a module, so that the nodes of an exported graph are named after it."""
 
     def forward(self, boxes: Tensor, deltas: Tensor) -> Tensor:
-        return apply_deltas(boxes, deltas.float())  # growth times width is too large for float16
+        return apply_deltas(boxes, widened(deltas))  # growth times width is too large for float16
 
 
 class DynamicConv(nn.Module):
@@ -204,7 +205,7 @@ class Head(nn.Module):
         Arguments as of `forward`. exported: only the last stage has logits and is returned; see also `Pyramid`.
         """
         table = pyramid(maps, exported, self.pyramid)
-        boxes = boxes.float()
+        boxes = widened(boxes)
         times = torch.as_tensor(t, device=boxes.device).reshape(-1)
         if times.shape[0] != boxes.shape[0]:  # an export could not tell the shape
             times = times.expand(boxes.shape[0])

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pqk.families.diffusiondet.network.backbone import STRIDES
-from pqk.families.diffusiondet.network.boxes import unseen
+from pqk.families.diffusiondet.network.boxes import unseen, widened
 
 CELLS, SAMPLES = 7, 2
 """Cells of a box in each direction, and samples of a cell in each direction."""
@@ -68,7 +68,7 @@ def pyramid(maps: Sequence[Tensor], exported: bool = False, joined: Joined | Non
 
 def box_levels(boxes: Tensor) -> Tensor:
     """Returns the level 2 ... 5 of boxes (..., 4), int64: floor(4 + log2(sqrt(w h) / 224 + 1e-8)), limited."""
-    boxes = boxes.detach().float()
+    boxes = widened(boxes.detach())
     area = (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
     level = torch.floor(CANONICAL_LEVEL + torch.log2(area.sqrt() / CANONICAL_SIDE + 1e-8))
     return torch.where(level.isnan(), FIRST_LEVEL, level).clamp(FIRST_LEVEL, LAST_LEVEL).long()
@@ -88,7 +88,7 @@ def pool(table: Pyramid, boxes: Tensor) -> Tensor:
 @unseen
 def _taps_of(table: Pyramid, boxes: Tensor) -> tuple[Tensor, Tensor]:
     """Returns which rows of the table each cell of boxes (B, N, 4) reads, and their weights: (B * N * 49, 16)."""
-    boxes = boxes.detach().float()
+    boxes = widened(boxes.detach())
     level = box_levels(boxes) - FIRST_LEVEL
     stride, height, width, start = (
         torch.tensor(values, device=boxes.device)[level]

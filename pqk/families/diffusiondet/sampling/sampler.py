@@ -1,24 +1,27 @@
 """Runs the sampler: noisy boxes go through the head, and what it finds becomes the start of the next step.
 
 Song et al. 2021 (DDIM); Chen et al. 2023, section 3.4 (box renewal, ensemble of steps). One image at a time; float64
-between calls of the head. Nothing here knows what the head runs on: it is called as a function.
+between calls of the head. Nothing here knows what the head runs on: it is called as a function. Everything is tensors,
+or arrays of numpy, as the image's size is: over engines a step in torch would take a tenth of the head's time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from pqk.families.diffusiondet.network.boxes import as_signal, from_signal
+from pqk.families.diffusiondet.network.boxes import A, as_signal, from_signal, joined, library_of
 from pqk.families.diffusiondet.network.configs import DiffusionDetConfig
 from pqk.families.diffusiondet.sampling import labels as states
 from pqk.families.diffusiondet.sampling import schedule
 from pqk.families.diffusiondet.sampling.noise import Noise
-from pqk.families.diffusiondet.sampling.selection import LARGEST_IOU, Detections, joined, select, suppress
+from pqk.families.diffusiondet.sampling.selection import LARGEST_IOU, Detections, pooled, select, suppress
 
 if TYPE_CHECKING:
     from pqk.families.diffusiondet.settings import Workload
@@ -26,7 +29,7 @@ if TYPE_CHECKING:
 RENEWAL = 0.5
 """Score that a box must exceed to be carried to the next step."""
 
-HeadCall = Callable[[Tensor, int, Tensor | None], tuple[Tensor, ...]]
+HeadCall = Callable[[Any, int, Tensor | None], tuple[Any, ...]]
 """Boxes (N, 4) float32, a time and class states or None -> the last stage's logits (N, K) and boxes (N, 4), and the
 quality logits (N,) of a network that has them."""
 
@@ -91,7 +94,7 @@ class Sampling:
 
 
 class Step(NamedTuple):
-    """What one pair of times did: (N, 4) where no other shape is named.
+    """What one pair of times did: tensors or arrays, (N, 4) where no other shape is named.
 
     x: the noisy boxes as signals. logits (N, K), boxes, quality (N,): of the head's last stage. x0: its boxes as
     limited signals. noise: estimated in x. keep (N,): boxes that are carried on. x_next: the next noisy boxes; None at
@@ -100,45 +103,57 @@ class Step(NamedTuple):
 
     t: int
     after: int
-    x: Tensor
-    logits: Tensor
-    boxes: Tensor
-    quality: Tensor | None
-    x0: Tensor
-    noise: Tensor
-    keep: Tensor
-    x_next: Tensor | None
+    x: Any
+    logits: Any
+    boxes: Any
+    quality: Any
+    x0: Any
+    noise: Any
+    keep: Any
+    x_next: Any
 
 
-def sample(call: HeadCall, whwh: Tensor, noise: Noise, how: Sampling) -> Iterator[Step]:
+def sample(call: HeadCall, whwh: A, noise: Noise, how: Sampling) -> Iterator[Step]:
     """Yields the steps of the sampler for one image. whwh: its w, h, w, h (4,), without padding.
 
     Kept boxes come first in the next step, in their order, fresh ones after them. No gradient goes from one step to the
     next.
     """
-    whwh = whwh.double()
-    std = whwh.new_tensor(how.noise_std)
-    x = noise.start().to(whwh) * std
-    state = _StateOfLabels(how, whwh.device)
+    of = library_of(whwh)
+    single, double = of.float32, of.float64
+    whwh = of.asarray(whwh, dtype=double)
+    std = of.asarray(how.noise_std, dtype=double, device=whwh.device)
+
+    def drawn(rows: Tensor) -> Any:
+        """Returns rows of noise as boxes' signals begin with them."""
+        return (rows.to(whwh) if isinstance(whwh, Tensor) else rows.numpy().astype(double)) * std
+
+    x = drawn(noise.start())
+    state = _StateOfLabels(how, torch.device(whwh.device))
     for pair, (t, after) in enumerate(schedule.time_pairs(how.steps)):
-        logits, boxes, *rest = call(from_signal(x, whwh, how.scale).float(), t, state.given)
+        logits, boxes, *rest = call(of.asarray(from_signal(x, whwh, how.scale), dtype=single), t, state.given)
         quality = rest[0] if rest else None
-        x0 = as_signal(boxes.detach().double(), whwh, how.scale).clamp(-how.scale, how.scale)
+        x0 = as_signal(of.asarray(_alone(boxes), dtype=double), whwh, how.scale).clip(-how.scale, how.scale)
         found = schedule.noise_in(x, x0, t)
-        keep = _kept(logits.detach(), quality, how)
+        keep = _kept(_alone(logits), quality, how)
         moved = None
         if after >= 0:
             many = int(keep.sum())
             clean, add, fresh = schedule.ddim_coefficients(t, after, how.eta)
             moved = clean * x0[keep] + add * found[keep]
             if how.eta:
-                moved = moved + fresh * noise.step(pair, many).to(whwh) * std
-            state.advance(logits.detach(), keep, t, after, lambda count, pair=pair: noise.uniform(pair, count))  # type: ignore[misc]
+                moved = moved + fresh * drawn(noise.step(pair, many))
+            state.advance(_alone(logits), keep, t, after, partial(noise.uniform, pair))
             if many < len(keep):
-                moved = torch.cat((moved, noise.renew(pair, len(keep) - many).to(whwh) * std))
+                moved = joined((moved, drawn(noise.renew(pair, len(keep) - many))), 0)
         yield Step(t, after, x, logits, boxes, quality, x0, found, keep, moved)
         if moved is not None:
             x = moved
+
+
+def _alone(values: A) -> A:
+    """Returns a tensor without its gradient."""
+    return values.detach() if isinstance(values, Tensor) else values
 
 
 def detect(steps: Iterable[Step], how: Sampling, enough: Callable[[Detections], bool] | None = None) -> Detections:
@@ -151,25 +166,33 @@ def detect(steps: Iterable[Step], how: Sampling, enough: Callable[[Detections], 
     for step in steps:
         if how.steps == 1 or (step.after >= 0 if how.ensemble else step.after < 0):
             pool.append(select(scores_of(step.logits, step.quality, how), step.boxes, how.proposals))
-    return suppress(joined(pool), how.largest_iou, enough)
+    return suppress(pooled(pool), how.largest_iou, enough)
 
 
-def scores_of(logits: Tensor, quality: Tensor | None, how: Sampling) -> Tensor:
+def scores_of(logits: A, quality: A | None, how: Sampling) -> A:
     """Returns the scores (N, K) that detections are chosen by: of classes, or their geometric mean with the quality."""
-    p = logits.float().sigmoid()
+    p = _sigmoid(logits)
     if not how.quality_scores or quality is None:
         return p
-    return (p * quality.float().sigmoid()[:, None]).sqrt()
+    return (p * _sigmoid(quality)[:, None]) ** 0.5
 
 
-def _kept(logits: Tensor, quality: Tensor | None, how: Sampling) -> Tensor:
+def _kept(logits: A, quality: A | None, how: Sampling) -> A:
     """Returns which boxes (N,) are carried to the next step: those whose best class has more than the score asked."""
+    of = library_of(logits)
     if how.renewal is None:
-        return torch.ones(len(logits), dtype=torch.bool, device=logits.device)
-    p = logits.float().sigmoid().amax(dim=1)
+        return of.ones(len(logits), dtype=of.bool, device=logits.device)
+    p = _sigmoid(of.amax(logits, 1))
     if how.quality_guidance and quality is not None:
-        p = p * quality.float().sigmoid() ** how.quality_guidance
+        p = p * _sigmoid(quality) ** how.quality_guidance
     return p > how.renewal
+
+
+def _sigmoid(values: A) -> A:
+    """Returns the sigmoid in float32, by torch, so that no score depends on the kind of the array."""
+    if isinstance(values, Tensor):
+        return values.float().sigmoid()
+    return torch.from_numpy(np.asarray(values, dtype=np.float32)).sigmoid().numpy()
 
 
 class _StateOfLabels:
@@ -179,11 +202,12 @@ class _StateOfLabels:
         self._how, self._device = how, device
         self.given: Tensor | None = None
 
-    def advance(self, logits: Tensor, keep: Tensor, t: int, after: int, uniform: Callable[[int], Tensor]) -> None:
+    def advance(self, logits: Any, keep: Any, t: int, after: int, uniform: Callable[[int], Tensor]) -> None:
         """Moves the states of kept boxes to the next time; fresh ones are masked."""
         how, (many, classes) = self._how, logits.shape
         if how.label_state is None or not how.label_diffusion:
             return
+        logits, keep = torch.as_tensor(logits), torch.as_tensor(keep)
         clean = states.clean_distribution(logits.float())
         if how.label_state == "dist":
             moved = states.mixed(clean, states.share_at(how.label_schedule, after).to(clean.device))

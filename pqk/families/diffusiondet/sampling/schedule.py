@@ -9,10 +9,13 @@ from __future__ import annotations
 import math
 from functools import lru_cache
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from pqk.families.diffusiondet.network.boxes import A
 
 TIMES = 1000
 OFFSET, LARGEST_BETA = 0.008, 0.999
@@ -57,6 +60,7 @@ def at(name: str, t: Tensor | int) -> Tensor:
     return torch.from_numpy(tables()[name]).to(place.device)[place]
 
 
+@lru_cache(maxsize=16)
 def time_pairs(steps: int) -> list[tuple[int, int]]:
     """Returns the times of a sampler, each with the next: from 999 down to -1 in equal steps, cut to integers."""
     return list(pairwise(torch.linspace(-1, TIMES - 1, steps + 1).int().tolist()[::-1]))
@@ -68,10 +72,13 @@ def diffuse(x0: Tensor, t: Tensor | int, noise: Tensor) -> Tensor:
     return keep * x0 + add * noise
 
 
-def noise_in(x: Tensor, x0: Tensor, t: Tensor | int) -> Tensor:
+def noise_in(x: A, x0: A, t: Tensor | int) -> A:
     """Returns the noise that turns x0 into x at time t: (x / sqrt(abar_t) - x0) / sqrt(1 / abar_t - 1), float64."""
-    grow, scale = (_beside(at(name, t), x) for name in ("sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod"))
-    return (grow * x - x0) / scale
+
+    def factor(name: str) -> Any:
+        return float(tables()[name][t]) if isinstance(t, int) else _beside(at(name, t), torch.as_tensor(x))
+
+    return (factor("sqrt_recip_alphas_cumprod") * x - x0) / factor("sqrt_recipm1_alphas_cumprod")
 
 
 def ddim_coefficients(t: int, after: int, eta: float) -> tuple[float, float, float]:

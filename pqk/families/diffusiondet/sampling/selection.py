@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
-
-from pqk.families.diffusiondet.network.boxes import iou_and_union
+from pqk.families.diffusiondet.network.boxes import A, iou_and_union, joined, library_of
 
 BLOCK = 128
 """Boxes that are compared with each other and with all kept ones at once. So few that torch starts no threads, which
@@ -18,31 +15,38 @@ LARGEST_IOU = 0.5
 
 
 class Detections(NamedTuple):
-    """Detections of one image, the best first: boxes (D, 4) corners in pixels, scores (D,), labels (D,) int64."""
+    """Detections of one image, the best first: boxes (D, 4) corners in pixels, scores (D,), labels (D,) int64.
 
-    boxes: Tensor
-    scores: Tensor
-    labels: Tensor
+    Tensors, or arrays of numpy.
+    """
 
-    def of(self, index: Tensor | slice) -> Detections:
+    boxes: Any
+    scores: Any
+    labels: Any
+
+    def of(self, index: Any) -> Detections:
         """Returns the detections at an index, mask or slice."""
         return Detections(self.boxes[index], self.scores[index], self.labels[index])
 
 
-def select(scores: Tensor, boxes: Tensor, most: int) -> Detections:
+def select(scores: A, boxes: A, most: int) -> Detections:
     """Returns the best `most` of all pairs of proposal and class. scores: (N, K), boxes: (N, 4).
 
     Of equal scores the first proposal, then the first class, comes first. No score is too low.
     """
-    classes = scores.shape[1]
-    best, index = scores.flatten().sort(descending=True, stable=True)
-    best, index = best[:most], index[:most]
-    return Detections(boxes[index // classes], best, index % classes)
+    classes, flat = scores.shape[1], scores.reshape(-1)
+    index = _best_first(flat)[:most]
+    return Detections(boxes[index // classes], flat[index], index % classes)
 
 
-def joined(parts: list[Detections]) -> Detections:
+def _best_first(scores: A) -> A:
+    """Returns the order of scores from the best on, of equal ones the first one first."""
+    return (-scores).argsort(stable=True)
+
+
+def pooled(parts: list[Detections]) -> Detections:
     """Returns the detections of several steps as one set, in their order."""
-    return Detections(*(torch.cat(each) for each in zip(*parts, strict=True)))
+    return Detections(*(joined(each, 0) for each in zip(*parts, strict=True)))
 
 
 def suppress(
@@ -53,20 +57,21 @@ def suppress(
     Sorted by score, of equal scores the first one first. Boxes are not clipped before; empty ones overlap nothing.
     enough: asked of the best ones that stay; True ends the search, and no later ones are returned.
     """
-    found = found.of(found.scores.argsort(descending=True, stable=True))
-    kept = torch.zeros(0, dtype=torch.int64, device=found.boxes.device)
+    of, device = library_of(found.boxes), found.boxes.device
+    found = found.of(_best_first(found.scores))
+    kept = of.zeros(0, dtype=of.int64, device=device)
     for start in range(0, len(found.scores), BLOCK):
-        block = torch.arange(start, min(start + BLOCK, len(found.scores)), device=kept.device)
-        block = block[~_overlap(found, kept, block, most).any(dim=0)]
+        block = of.arange(start, min(start + BLOCK, len(found.scores)), device=device)
+        block = block[~_overlap(found, kept, block, most).any(0)]
         better = block[:, None] < block[None]  # only a better one suppresses
         inside = _overlap(found, block, block, most) & better
-        stays = torch.ones(len(block), dtype=torch.bool, device=kept.device)
+        stays = of.ones(len(block), dtype=of.bool, device=device)
         while True:  # a round settles at least one more box, from the best one on
-            again = ~(inside & stays[:, None]).any(dim=0)
-            if torch.equal(again, stays):
+            again = ~(inside & stays[:, None]).any(0)
+            if bool((again == stays).all()):
                 break
             stays = again
-        kept = torch.cat((kept, block[stays]))
+        kept = joined((kept, block[stays]), 0)
         if enough is not None and enough(found.of(kept)):
             break
     return found.of(kept)
@@ -74,13 +79,16 @@ def suppress(
 
 def rescale(found: Detections, size: tuple[int, int], output: tuple[int, int]) -> Detections:
     """Returns boxes scaled from a `size` to an `output` (height, width), clipped to it, without empty ones."""
-    factor = found.boxes.new_tensor([output[1] / size[1], output[0] / size[0]] * 2)
-    limit = found.boxes.new_tensor([output[1], output[0]] * 2)
-    boxes = torch.minimum((found.boxes * factor).clamp(min=0), limit)
-    return found._replace(boxes=boxes).of((boxes[:, 2:] > boxes[:, :2]).all(dim=1))
+    of = library_of(found.boxes)
+    factor, limit = (
+        of.asarray(two * 2, dtype=found.boxes.dtype, device=found.boxes.device)
+        for two in ([output[1] / size[1], output[0] / size[0]], [output[1], output[0]])
+    )
+    boxes = of.minimum((found.boxes * factor).clip(0), limit)
+    return found._replace(boxes=boxes).of((boxes[:, 2:] > boxes[:, :2]).all(1))
 
 
-def _overlap(found: Detections, one: Tensor, other: Tensor, most: float) -> Tensor:
+def _overlap(found: Detections, one: A, other: A, most: float) -> Any:
     """Returns whether detections at `one` and at `other` have one class and an IoU above `most`."""
     iou, _ = iou_and_union(found.boxes[one][:, None], found.boxes[other][None])
     return (iou > most) & (found.labels[one][:, None] == found.labels[other][None])
