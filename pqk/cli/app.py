@@ -507,14 +507,18 @@ def bench_grid(
     card: Annotated[str, typer.Option(help="task card that is run for each combination")] = "B1",
     backend: Annotated[str, typer.Option(help="a backend that runs here, not emulated")] = "openvino",
     model: Annotated[str | None, typer.Option(help="folder, file or named model; default: the shipped one")] = None,
+    also: Annotated[
+        list[str] | None, typer.Option(help='one more point, such as "model=DIR workload.sampler.steps=1"')
+    ] = None,
     setting: _Setting = None,
     out: Annotated[Path, typer.Option("-o", "--out", help="the table as .csv")] = Path("reports/grid.csv"),
 ) -> None:
     """Measure the main metric and time over a grid of settings, with its Pareto front; the last line is JSON."""
     from pqk.bench.grid import bench_grid as measure
-    from pqk.cli.run_output import grid_of, settings_of
+    from pqk.cli.run_output import grid_of, point_of, settings_of
 
-    measure(card, backend, model, grid_of(over), settings_of(setting or []), out)
+    points = [point_of(text) for text in also or []]
+    measure(card, backend, model, grid_of(over), points, settings_of(setting or []), out)
 
 
 @bench_app.command("scene")

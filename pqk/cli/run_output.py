@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -68,6 +69,21 @@ def grid_of(items: list[str]) -> dict[str, list[Any]]:
         if name.strip() in found:
             raise PqkError(f"--over {name.strip()} is given twice")
         found |= settings_of([f"{name}=[{values}]"])
+    return found
+
+
+def point_of(text: str) -> dict[str, Any]:
+    """Returns {'model': 'DIR', 'workload.sampler.steps': 1} for `--also "model=DIR workload.sampler.steps=1"`.
+
+    Raises PqkError as `settings_of` does, and for quotes that do not close.
+    """
+    try:
+        items = shlex.split(text)
+    except ValueError as error:
+        raise PqkError(f"--also {text}: {error}") from None
+    found = settings_of(items)
+    if not isinstance(found.get("model", ""), str) or not found:
+        raise PqkError(f"--also {text}: write it as KEY=VALUE KEY=VALUE, of which one may be model=DIR")
     return found
 
 

@@ -49,7 +49,12 @@ def opened(request: Mapping[str, Any]) -> tuple[Family, Workload, SampleSet]:
 def opened_workload(request: Mapping[str, Any]) -> tuple[Family, Workload]:
     """Returns family and workload of a request."""
     found = family(request["family"])
-    return found, found.settings_part().Workload.model_validate_json(json.dumps(request["workload"]))
+    return found, workload_of(found, request["workload"])
+
+
+def workload_of(of: Family, asked: Mapping[str, Any]) -> Workload:
+    """Returns a workload from plain data."""
+    return of.settings_part().Workload.model_validate_json(json.dumps(asked))
 
 
 def run_samples(request: Mapping[str, Any], take: Take) -> dict[str, Any]:

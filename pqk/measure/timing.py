@@ -14,7 +14,7 @@ from pqk.engines.calls import Engines, Remembering, Stopwatch, compiled
 from pqk.engines.variant import Variant
 from pqk.families.contract import Call
 from pqk.measure.noise import Clocks, drift_pct, load_between, load_now, read_clocks
-from pqk.measure.predict import opened
+from pqk.measure.predict import opened, workload_of
 from pqk.stats.latency import speedup
 
 ORDER_SEED = 0
@@ -31,36 +31,38 @@ def time_variants(request: dict[str, Any], read: Callable[[], Clocks] = read_clo
     """Returns raw times in milliseconds per variant: of a sample, of each call by graph, and of the device where the
     engines measure it.
 
-    Request: family, workload, samples, variants, efficiency (see `why_to_end`), groups (False: no whole group is timed,
-    and `group_s` is empty). The inputs are the family's `timed`
-    samples. Times with the same index are of the same round and the same input. group_s: seconds of the whole group,
-    where outputs that its samples share are computed once; measured twice, in two rounds. `timing`: rounds, seconds,
-    the condition that ended it, seed of the order, drift in percent (of the variant that drifted most), and loads in
-    cores (`pqk.measure.noise`).
+    Request: family, workload, samples, variants, efficiency (see `why_to_end`), workloads (one for each variant;
+    absent: all are fed by `workload`), groups (False: no whole group is timed, and `group_s` is empty; so it must be
+    where workloads differ). The inputs are the family's `timed` samples. Times with the same index are of the same
+    round and the same input. group_s: seconds of the whole group, where outputs that its samples share are computed
+    once; measured twice, in two rounds. `timing`: rounds, seconds, the condition that ended it, seed of the order,
+    drift in percent (of the variant that drifted most), and loads in cores (`pqk.measure.noise`).
     """
     of, workload, found = opened(request)
     variants = [Variant.from_json(v) for v in request["variants"]]
-    samples = of.data_part().timed(found, workload)
+    fed = [workload_of(of, asked) for asked in request.get("workloads", ())] or [workload] * len(variants)
+    timed = {id(each): of.data_part().timed(found, each) for each in fed}
+    samples = timed[id(fed[0])]
     run = of.predict_part().predict
     efficiency, names = request["efficiency"], [variant.name for variant in variants]
     engines = [compiled(variant) for variant in variants]
     watches = [Stopwatch(each) for each in engines]
     taken: dict[str, dict[str, Any]] = {name: {"sample": [], "graphs": defaultdict(list)} for name in names}
     for _ in range(max(1, efficiency["warmup"])):
-        for each in engines:
-            run(each, samples[0], workload, 0)
+        for each, own in zip(engines, fed, strict=True):
+            run(each, timed[id(own)][0], own, 0)
     random = np.random.default_rng(ORDER_SEED)
     before = load_now(read=read)
     gc.collect()
     gc.disable()
     begin, began, rounds, ended = read(), time.monotonic(), 0, None
     while ended is None:
-        sample = samples[rounds % len(samples)]
         for which in random.permutation(len(engines)):
-            watch, kept = watches[which], taken[names[which]]
+            watch, kept, own = watches[which], taken[names[which]], fed[which]
+            sample = timed[id(own)][rounds % len(timed[id(own)])]
             watch.reset()
             start = time.perf_counter_ns()
-            run(watch, sample, workload, 0)
+            run(watch, sample, own, 0)
             kept["sample"].append((time.perf_counter_ns() - start) / 1e6)
             for graph, times in watch.graphs.items():
                 kept["graphs"][graph].extend(times)
@@ -78,8 +80,8 @@ def time_variants(request: dict[str, Any], read: Callable[[], Clocks] = read_clo
         for sample in samples:
             run(remembering, sample, workload, 0)
 
-    timed = request.get("groups", True)
-    groups = _group_times(dict(zip(names, engines, strict=True)), whole, limit_s, random) if timed else {}
+    grouped = request.get("groups", True)
+    groups = _group_times(dict(zip(names, engines, strict=True)), whole, limit_s, random) if grouped else {}
     gc.enable()
     drifts = [drift for name in names if (drift := drift_pct(taken[name]["sample"])) is not None]
     return {

@@ -161,15 +161,19 @@ def test_its_checkpoint_is_scored_under_several_seeds(project: Project, ran: Out
 
 def test_a_grid_of_its_settings(project: Project, ran: Outcome) -> None:
     over = ("--over", "quant.ptq.calibration_images=3,4", "-o", "reports/toy.csv")
-    rows = project.pqk("bench", "grid", *over, "--model", "models/toy", *OWN[:2]).record
-    assert [row["quant.ptq.calibration_images"] for row in rows] == [3, 3, 4, 4]
-    assert [row["row"] for row in rows] == ["teacher f32", "candidate int8"] * 2
-    for row in rows:
+    also = ("--also", "model=models/toy workload.seeds.eval=1")
+    rounds = ("--set", "eval.efficiency.min_rounds=8", "--set", "eval.efficiency.max_seconds=60")  # of an interval
+    rows = project.pqk("bench", "grid", *over, *also, "--model", "models/toy", *OWN[:2], *rounds).record
+    assert [row["quant.ptq.calibration_images"] for row in rows] == [3, 3, 4, 4, None, None]
+    assert [(row["model"], row["workload.seeds.eval"]) for row in rows] == [(None, None)] * 4 + [("models/toy", 1)] * 2
+    assert [row["row"] for row in rows] == ["teacher f32", "candidate int8"] * 3
+    for number, row in enumerate(rows):
         assert list(row["graphs"]) == ["net"] and row["graphs"]["net"]["calls"] == 1.0
-        assert row["parts"] == row["graphs"]["net"]["p50_ms"] / row["p50_ms"] <= 1.05
+        assert 0 < row["parts"] < 1
         assert row["low"] < row["value"] < row["high"] and row["better"] == "lower"
+        assert row["speed_low"] <= row["speed"] <= row["speed_high"] if number else row["speed"] == 1.0
     assert any(row["front"] for row in rows)
-    assert len((project.root / "reports" / "toy.csv").read_text().splitlines()) == 5
+    assert len((project.root / "reports" / "toy.csv").read_text().splitlines()) == 7
     assert (project.root / "reports" / "toy.png").read_bytes().startswith(b"\x89PNG")
     twice = ("--over", "quant.ptq.calibration_images=4", "-o", "reports/toy.csv")
     project.pqk("bench", "grid", *twice, "--model", "models/toy", code=2)

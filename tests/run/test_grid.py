@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from pqk.bench.grid import _figure, on_front
-from pqk.cli.run_output import grid_of
+from pqk.bench.grid import _figure, on_front, share_in_graphs
+from pqk.cli.run_output import grid_of, point_of
 from pqk.errors import PqkError
 
 
@@ -28,6 +28,13 @@ def test_values_are_read() -> None:
             grid_of(wrong)
 
 
+def test_a_point_is_read() -> None:
+    assert point_of("model='a b' c.d=[1, 2]".replace(", ", ",")) == {"model": "a b", "c.d": [1, 2]}
+    for wrong in ("", "a", "model=1", "a='"):
+        with pytest.raises(PqkError):
+            point_of(wrong)
+
+
 def test_the_figure_has_plain_numbers_and_marks_disturbed_times() -> None:
     row = {"row": "teacher f32", "metric": "ap", "better": "higher", "low": None, "high": None, "front": True}
     points = zip((1, 4, 20), (40.0, 90.0, 500.0), (False, True, False), strict=True)
@@ -39,3 +46,9 @@ def test_the_figure_has_plain_numbers_and_marks_disturbed_times() -> None:
     assert axes.get_xlabel().endswith("labels: steps; hollow: disturbed")
     faces = axes.collections[0].get_facecolors()
     assert [tuple(face) == (1, 1, 1, 1) for face in faces] == [False, True, False]
+
+
+def test_the_share_of_the_graphs_is_taken_round_by_round() -> None:
+    samples = {"pair": [10.0, 100.0, 20.0], "a": [4.0, 50.0, 8.0], "b": [2.0, 3.0, 20.0, 10.0, 4.0, 6.0]}
+    assert share_in_graphs(samples) == 0.9  # of 0.9, 0.8 and 0.9
+    assert share_in_graphs({"pair": [10.0, 10.0], "a": [1.0, 2.0, 3.0]}) is None
