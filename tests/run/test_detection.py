@@ -182,6 +182,7 @@ def test_the_axes_of_the_family_run(project: Path) -> None:
         with (project / "reports" / "ablation" / "H1" / f"{axis}.csv").open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
         assert [row["status"] for row in rows] == ["ok"] * 3, rows
+        assert all(float(row["pairs_per_sec"]) > 0 for row in rows)
 
 
 def test_wrong_words_are_one_sentence(project: Path) -> None:
