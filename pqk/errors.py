@@ -17,6 +17,11 @@ EXIT_CHECK_FAILED = 1
 EXIT_USAGE = 2
 EXIT_UNAVAILABLE = 3
 EXIT_UNDECIDED = 4  # the measurement is too coarse to tell whether a threshold held
+# of `pqk verify`, one for each rule of a deliverable; where several are broken, the highest of them is returned
+EXIT_FILE_CHANGED = 10  # a file is not the one that was frozen
+EXIT_NUMBER_WRONG = 11  # a number does not follow from what it was computed from
+EXIT_SEED_MISSING = 12  # the grid of train and eval seeds has a hole
+EXIT_RECORD_INVALID = 13  # a record or table that no schema allows
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
 EXIT_CRASH = 70  # a defect of pqk itself: never to be mistaken for a failed threshold
 

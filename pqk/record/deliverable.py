@@ -112,27 +112,48 @@ def check_files(folder: Path) -> tuple[list[str], list[Row]]:
 
     Raises PqkError when there is no such deliverable, or its manifest cannot be read.
     """
+    changed, stated = changed_files(folder)
+    said = list(changed.values())
+    if said:
+        return said, []
+    runs = read_runs(folder / RUNS, {"file": "text"})
+    return unlisted_checkpoints(stated, runs), runs
+
+
+def changed_files(folder: Path) -> tuple[dict[str, str], list[Row]]:
+    """Hashes every file of a deliverable again. Returns a sentence per changed file by its name, and the manifest.
+
+    Raises PqkError when there is no such deliverable, or its manifest cannot be read.
+    """
     if not (folder / MANIFEST).is_file():
         raise PqkError(f"{folder} is not a deliverable: it has no {MANIFEST}")
     stated = read_table(folder / MANIFEST, MANIFEST_COLUMNS, ("kind", "path", "sha256"))
     files = {row["path"]: row for row in stated if row["kind"] == "file"}
     there = {row["path"]: row for row in _files(folder) if row["path"] != MANIFEST}
-    said = [f"{name} is missing" for name in files if name not in there]
-    said += [f"{name} is not in the manifest" for name in there if name not in files]
-    said += [
-        f"{name} was changed: its sha256 is {there[name]['sha256']}, frozen was {row['sha256']}"
-        for name, row in files.items()
-        if name in there and there[name]["sha256"] != row["sha256"]
-    ]
+    said = {name: f"{name} is missing" for name in files if name not in there}
+    said |= {name: f"{name} is not in the manifest" for name in there if name not in files}
+    for name, row in files.items():
+        now = there.get(name, row)
+        if now["sha256"] != row["sha256"]:
+            said[name] = f"{name} was changed: its sha256 is {now['sha256']}, frozen was {row['sha256']}"
+        elif now["bytes"] != row["bytes"]:
+            said[name] = f"{name} has {now['bytes']} bytes, the manifest says {row['bytes']}"
     if RUNS not in files:
-        said.append(f"the manifest does not list {RUNS}")
-    if said:
-        return said, []
-    runs = read_runs(folder / RUNS, {"file": "text"})
-    listed = {row["sha256"] for row in stated if row["kind"] == "checkpoint"}
-    used = {row["checkpoint_sha256"]: row["checkpoint"] for row in runs}
-    said += [f"checkpoint {name} is not in the manifest" for digest, name in used.items() if digest not in listed]
-    return said, runs
+        said[RUNS] = f"the manifest does not list {RUNS}"
+    return said, stated
+
+
+def unlisted_checkpoints(stated: Sequence[Row], runs: Sequence[Row]) -> list[str]:
+    """Returns a sentence per checkpoint of the runs whose sha256 the manifest does not list, or under another name."""
+    listed = {row["sha256"]: row["path"] for row in stated if row["kind"] == "checkpoint"}
+    used: dict[str, set[str]] = {}
+    for row in runs:
+        used.setdefault(row["checkpoint_sha256"], set()).add(row["checkpoint"])
+    return [
+        f"checkpoint {' or '.join(sorted(names))} is not in the manifest"
+        for digest, names in used.items()
+        if listed.get(digest) not in names
+    ]
 
 
 def differences(row: Row, again: Row, tolerance: float) -> list[str]:

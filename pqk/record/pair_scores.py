@@ -47,13 +47,17 @@ def scores_in(deliverable: Path) -> Scores:
     """Returns a function that finds scores in a deliverable."""
 
     def find(row: Row) -> list[Row] | None:
-        name = _name_of(row)
-        path = None if name is None else deliverable / name
-        if path is None or not path.is_file():
-            return None
-        return _checked(row, _read(path), path)
+        samples = samples_in(deliverable, row)
+        return None if samples is None else _checked(row, samples, deliverable / str(_name_of(row)))
 
     return find
+
+
+def samples_in(deliverable: Path, row: Row) -> list[Row] | None:
+    """Returns the scores that a deliverable has under a row's name, whether or not they give the row's numbers."""
+    name = _name_of(row)
+    path = None if name is None else deliverable / name
+    return None if path is None or not path.is_file() else _read(path)
 
 
 def files_of(rows: Sequence[Row], root: Path) -> tuple[dict[str, bytes], list[str]]:

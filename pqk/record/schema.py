@@ -62,6 +62,10 @@ class Column:
     metric: bool
 
 
+class Contradiction(PqkError):
+    """Two numbers of a record that must be equal are not."""
+
+
 def schema_path() -> Path:
     """Finds the schema in the nearest of the current folder and its parents, else in the repository of this package.
 
@@ -140,7 +144,8 @@ def validate(record: Any, where: str = "record") -> None:
 
     Raises PqkError with the exact field, its value and the allowed values: an unknown field (with the nearest known
     one), a missing field, a wrong type or value, NaN or infinity, a timing in an emulated record, shares of executed
-    precision that add up to more than 1, a day that does not exist.
+    precision that add up to more than 1, a day that does not exist. Raises Contradiction for a metric whose column is
+    not its value in `metrics`.
     """
     if not isinstance(record, dict):
         raise PqkError(f"{where}: a record must be a JSON object, got {_show(record)}")
@@ -152,9 +157,11 @@ def validate(record: Any, where: str = "record") -> None:
         problems = list(dict.fromkeys(_sentence(error, record, schema) for error in errors))
     if not problems:
         problems = list(_beyond_schema(record))
-    if problems:
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise PqkError(f"{where}: {problems[0]}{more}")
+    unequal = [] if problems else list(_unequal(record))
+    if problems or unequal:
+        first, *others = problems or unequal
+        more = f" (and {len(others)} more)" if others else ""
+        raise (PqkError if problems else Contradiction)(f"{where}: {first}{more}")
 
 
 @lru_cache(maxsize=4)
@@ -219,12 +226,17 @@ def _beyond_schema(record: dict[str, Any]) -> Iterator[str]:
     if metrics is not None and main is not None and main not in metrics:
         yield f"main_metric must be one of {', '.join(metrics)}, got {_show(main)}{nearest(main, metrics)}"
     for column in columns():
-        about = (metrics or {}).get(column.name)
-        if about is not None and not column.metric:
+        if column.name in (metrics or {}) and not column.metric:
             yield f"metrics.{column.name} has the name of another field"
-        elif about is not None and about["value"] != record[column.name]:
+
+
+def _unequal(record: dict[str, Any]) -> Iterator[str]:
+    """Finds metrics whose column holds another value than `metrics`."""
+    metrics = record.get("metrics") or {}
+    for column in columns():
+        if column.name in metrics and metrics[column.name]["value"] != record[column.name]:
             value = _show(record[column.name])
-            yield f"{column.name} is {value} and must be as in metrics, {_show(about['value'])}"
+            yield f"{column.name} is {value} and must be as in metrics, {_show(metrics[column.name]['value'])}"
 
 
 def _rank(error: ValidationError) -> tuple[int, str]:
