@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import configparser
 import importlib.util
+import json
 import re
 import shlex
 import subprocess
@@ -211,13 +212,39 @@ def test_the_table_of_fields_is_up_to_date(monkeypatch: pytest.MonkeyPatch, tmp_
     assert describe.renewed(page) == page, "run python scripts/describe_record.py"
     old = tmp_path / "page.md"
     old.write_text(page.replace("`absrel`", "`abs_rel`"), "utf-8")
-    monkeypatch.setattr("sys.argv", ["describe_record.py", "--page", str(old), "--check"])
+    schema = tmp_path / "schema" / "record.schema.json"
+    words = ["describe_record.py", "--page", str(old), "--schema", str(schema)]
+    monkeypatch.setattr("sys.argv", [*words, "--check"])
     assert describe.main() == 1
-    monkeypatch.setattr("sys.argv", ["describe_record.py", "--page", str(old)])
+    assert not schema.exists()
+    monkeypatch.setattr("sys.argv", words)
+    assert describe.main() == 0
+    assert schema.read_bytes() == describe.SCHEMA.read_bytes()
+    monkeypatch.setattr("sys.argv", [*words, "--check"])
     assert describe.main() == 0
     assert old.read_text("utf-8").count("| `absrel` | number |") == 1
     old.write_text("no marks", "utf-8")
     assert describe.main() == 2
+
+
+def test_the_published_schema_is_that_of_the_code_and_judges_as_it_does(make_record: Any) -> None:
+    from jsonschema import Draft202012Validator
+
+    from pqk.record.log import read_records
+    from pqk.record.schema import columns, schema_version
+
+    describe = script()
+    text = describe.SCHEMA.read_text("utf-8")
+    assert text == describe.published(), "run python scripts/describe_record.py"
+    schema = json.loads(text)
+    Draft202012Validator.check_schema(schema)
+    assert schema["$id"] == f"urn:pqk:record:{schema_version()}"
+    assert list(schema["properties"]) == [column.name for column in columns()]
+    judge = Draft202012Validator(schema)
+    records = [item.record for item in read_records(ROOT / "deliverables" / "results-3" / "records")]
+    assert len(records) > 30 and all(judge.is_valid(record) for record in records)
+    for wrong in ({"absrell": 1.0}, {"absrel": -1.0}, {"role": "boss"}, {"measured": "emulated", "t_pair_p50_ms": 1.0}):
+        assert judge.is_valid(make_record()) and not judge.is_valid(make_record(**wrong))
 
 
 def test_examples_that_change_the_config_hold(tmp_path: Path) -> None:
