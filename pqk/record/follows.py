@@ -28,8 +28,9 @@ from pqk.files import matching
 from pqk.oserrors import cannot_read
 from pqk.record.deliverable import label, mean_std
 from pqk.record.ledger import COLUMNS, SUMMARY, VARIANT, grouped, identity, is_higher_better, metrics_of, stat, telling
-from pqk.record.pair_scores import samples_in
+from pqk.record.pair_scores import samples_in, scores_name
 from pqk.record.tsv import Kind, Row, header_of, markdown_cell, read_table
+from pqk.settings.seeds import parse_seeds
 from pqk.stats.intervals import median_interval
 from pqk.stats.latency import percentile, speedup
 
@@ -62,19 +63,23 @@ def read_summary(path: Path) -> list[Row]:
     """Reads a summary. Raises PqkError."""
     names = [*SUMMARY, *(name for name in header_of(path) if re.search(r"_(mean|std)$", name))]
     columns: dict[str, Kind] = {name: SUMMARY.get(name, "float") for name in names}
-    return read_table(path, columns, ("scope", "n", "eval_seeds"))
+    rows = read_table(path, columns, ("scope", "n", "eval_seeds"))
+    for row in rows:
+        parse_seeds(row["eval_seeds"])
+    return rows
 
 
-def scores_of(folder: Path, runs: Sequence[Row]) -> tuple[int, list[str]]:
-    """Returns how many runs have the scores of their samples, and a sentence for each number that they do not give."""
-    found, said = 0, []
+def scores_of(folder: Path, runs: Sequence[Row]) -> tuple[int, list[str], dict[str, PqkError]]:
+    """Returns how many runs have the scores of their samples, a sentence for each number that these do not give, and
+    the errors of tables that cannot be read, by name."""
+    found, said, unread = 0, list[str](), dict[str, PqkError]()
     for number, row in enumerate(runs, 1):
         try:
             scores = samples_in(folder, row)
         except PqkError as error:
-            said.append(str(error).replace(f"{folder}/", ""))
+            unread[scores_name(row) or ""] = error
             continue
-        if scores is None:
+        if not scores:
             continue
         found += 1
         where = _where(number, row)
@@ -92,7 +97,7 @@ def scores_of(folder: Path, runs: Sequence[Row]) -> tuple[int, list[str]]:
             if row.get(f"{name}_p95") is not None:
                 tail = float(np.percentile(values, 95))
                 said += _unequal(where, f"{name}_p95", row[f"{name}_p95"], tail, "that of its scores")
-    return found, said
+    return found, said, unread
 
 
 def drops(runs: Sequence[Row]) -> list[str]:
@@ -180,7 +185,7 @@ def _times(name: str, dated: Dated, run: Sequence[Mapping[str, Any]]) -> Iterato
     record = dated.record
     samples = record["samples"] or {}
     own = samples.get("pair")
-    if not own or min(own) <= 0:
+    if not own or min(map(min, filter(None, samples.values()))) <= 0:
         return
     medians = {"t_pair_p50_ms": "pair", "t_pair_device_p50_ms": "device"}
     medians |= {f"t_{graph}_p50_ms": graph for graph in samples if graph not in ("pair", "device")}

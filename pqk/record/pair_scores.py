@@ -48,14 +48,14 @@ def scores_in(deliverable: Path) -> Scores:
 
     def find(row: Row) -> list[Row] | None:
         samples = samples_in(deliverable, row)
-        return None if samples is None else _checked(row, samples, deliverable / str(_name_of(row)))
+        return None if samples is None else _checked(row, samples, deliverable / str(scores_name(row)))
 
     return find
 
 
 def samples_in(deliverable: Path, row: Row) -> list[Row] | None:
     """Returns the scores that a deliverable has under a row's name, whether or not they give the row's numbers."""
-    name = _name_of(row)
+    name = scores_name(row)
     path = None if name is None else deliverable / name
     return None if path is None or not path.is_file() else _read(path)
 
@@ -65,7 +65,7 @@ def files_of(rows: Sequence[Row], root: Path) -> tuple[dict[str, bytes], list[st
     files: dict[str, bytes] = {}
     find, gone = scores_here(root), 0
     for row in rows:
-        name = _name_of(row)
+        name = scores_name(row)
         found = find(row) if name is not None else None
         if name is None or found is None:
             gone += 1
@@ -106,7 +106,8 @@ def paired(runs: Sequence[Sequence[Row]], metric: str, scores: Scores) -> tuple[
     return (values, scenes) if values else None
 
 
-def _name_of(row: Mapping[str, Any]) -> str | None:
+def scores_name(row: Mapping[str, Any]) -> str | None:
+    """Returns the name of a row's scores in a deliverable; None where the row names none."""
     name = Path(row["output"] or "").name
     return f"{SCORES}/{name}.tsv" if _NAME.fullmatch(name) else None
 

@@ -96,16 +96,14 @@ def verify(folder: Path) -> Verified:
     records: dict[str, follows.Dated] = {}
     for path in matching(folder / "records", "*.json"):
         name = f"records/{path.name}"
-        record = read(name, lambda path=path: read_records(path)[0].record)  # type: ignore[misc]
-        if record is not None:
-            records[name] = follows.Dated(record, str(json.loads(path.read_bytes())["schema_version"]))
+        records |= read(name, lambda path=path, name=name: _dated(path, name)) or {}  # type: ignore[misc]
     found.runs, found.records = len(runs), len(records)
 
     missing = _holes(runs, summary or [], plan, records)
     fault("seed", missing)
-    scored, wrong = follows.scores_of(folder, runs)
-    found.scored = scored
+    found.scored, wrong, unread = follows.scores_of(folder, runs)
     fault("number", wrong)
+    fault("record", [_short(error, folder) for name, error in unread.items() if name not in changed])
     fault("number", follows.records(records, runs))
     fault("number", follows.drops(runs))
     if summary is not None and raw is not None:
@@ -125,6 +123,19 @@ def _changed(folder: Path) -> tuple[dict[str, str], list[Row]]:
         return changed_files(folder)
     except PqkError as error:
         return {MANIFEST: _short(error, folder)}, []
+
+
+def _dated(path: Path, name: str) -> dict[str, follows.Dated]:
+    """Returns the records of a file, by its name and for further ones a number. Raises PqkError."""
+    read = read_records(path)
+    raw = json.loads(path.read_bytes())
+    versions = [str(item["schema_version"]) for item in (raw if isinstance(raw, list) else [raw])]
+    if not read:
+        raise PqkError(f"{path} holds no record")
+    return {
+        name if number == 0 else f"{name}, record {number + 1}": follows.Dated(item.record, version)
+        for number, (item, version) in enumerate(zip(read, versions, strict=True))
+    }
 
 
 def _short(error: PqkError, folder: Path) -> str:

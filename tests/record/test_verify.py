@@ -297,6 +297,32 @@ def test_what_no_schema_allows_is_found(
     assert re.search(said, found.faults[0].sentence)
 
 
+def test_tables_beside_the_runs_must_be_readable_too(copy: Callable[[str], Path]) -> None:
+    folder = copy("detection")
+    edit(folder, "summary.tsv", cell(1, "eval_seeds", "4..x"))
+    edit(folder, "scores/0725edf13fce00ec.tsv", cell(5, "ap", "high"))
+    found = verify(folder)
+    assert found.exit_code == 10  # a damaged table is explained by its sha256
+    freeze_again(folder)
+    said = [fault.sentence for fault in verify(folder).faults if fault.rule == "record"]
+    assert len(said) == 2
+    assert any("scores/0725edf13fce00ec.tsv:6: ap: 'high' is not a number" in sentence for sentence in said)
+
+
+def test_a_file_of_several_records_is_read_whole(copy: Callable[[str], Path]) -> None:
+    folder = copy("results-3")
+    record = json.loads((folder / A1).read_text())
+    other = json.loads((folder / D1).read_text())
+    (folder / D1).write_text(json.dumps([other, {**record, "params_M": 7.0}]))
+    freeze_again(folder)
+    found = verify(folder)
+    assert (found.exit_code, found.records) == (11, 33)
+    assert any(fault.sentence.startswith(f"{D1}, record 2: params_M is 7") for fault in found.faults)
+    (folder / D1).write_text("[]")
+    freeze_again(folder)
+    assert verify(folder).exit_code == 13
+
+
 # The command
 
 
