@@ -319,9 +319,14 @@ def export(
 @app.command()
 def plan(
     name: Annotated[
-        str, typer.Argument(help="minimal, medium, best, results or your own (schedule/plans); or: status")
+        str,
+        typer.Argument(
+            help="minimal, medium, best, results or your own (schedule/plans); or: status, schedule, review"
+        ),
     ],
-    of: Annotated[str | None, typer.Argument(help="after status: the plan; default: all")] = None,
+    of: Annotated[
+        str | None, typer.Argument(help="after status, schedule and review: the plan; default: all, not for schedule")
+    ] = None,
     rate: Annotated[float | None, typer.Option(min=0, help="dollars per hour; default: the plan's, 6.88")] = None,
     device: Annotated[str | None, typer.Option(help="hours on H100 or A100; default: the plan's device")] = None,
     execute: Annotated[bool, typer.Option("--run", help="run the plan, or resume it; finished runs are kept")] = False,
@@ -330,16 +335,24 @@ def plan(
     keep_going: Annotated[
         bool, typer.Option("--keep-going", help="with --run: also run experiments whose requirement failed thresholds")
     ] = False,
+    days: Annotated[
+        int | None, typer.Option(min=1, help="of schedule: its length, default 30; of review: how far back, default 7")
+    ] = None,
+    write: Annotated[
+        bool, typer.Option("--write", help="with review of a plan: also put it into the plan's schedule")
+    ] = False,
     json_line: Annotated[bool, typer.Option("--json", help="print one JSON object, last line")] = False,
 ) -> None:
     """Show several task cards in order, with hours, cost and dependencies; --run runs or resumes the plan.
+
+    `schedule` writes a plan as days with boxes into schedule/, `review` says what ran in the last week.
 
     Exit codes of --run: 0 all done, 1 an experiment failed or was stopped, 2 an error, 3 only unavailable ones are
     left, 4 one is undecided.
     """
     from pqk.cli.plan_output import plan as planned
 
-    raise typer.Exit(planned(name, of, rate, device, execute, backend, model, keep_going, json_line))
+    raise typer.Exit(planned(name, of, rate, device, execute, backend, model, keep_going, json_line, days, write))
 
 
 @app.command()

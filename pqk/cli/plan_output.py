@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,18 @@ from rich.markup import escape
 
 from pqk import paths
 from pqk.errors import EXIT_OK, PqkError, nearest
-from pqk.settings.plan import DEVICES, STATUS, list_plans, load_plan, ordered
-from pqk.study.execute_plan import Asked, exit_code, folder_of, progress, run_plan
+from pqk.settings.plan import (
+    DEVICES,
+    RESERVED,
+    REVIEW,
+    SCHEDULE,
+    STATUS,
+    TEACHER_CARD,
+    list_plans,
+    load_plan,
+    ordered,
+)
+from pqk.study.execute_plan import Asked, exit_code, folder_of, past_attempts, progress, run_plan
 from pqk.study.plan_table import plan_data, print_plan, print_status, print_statuses, status_data
 
 
@@ -27,17 +38,28 @@ def plan(
     model: str | None,
     keep_going: bool,
     as_json: bool,
+    days: int | None = None,
+    write: bool = False,
 ) -> int:
-    """Runs `pqk plan`: shows a plan, runs it, or prints its progress (name 'status'). Returns the exit code."""
+    """Runs `pqk plan`: shows a plan, runs it, prints its progress, writes its schedule or reviews a week.
+
+    name: of a plan, or one of RESERVED. Returns the exit code.
+    """
     root = paths.project_root()
+    if execute and name in RESERVED:
+        raise PqkError("run a plan by its name: `pqk plan NAME --run`")
+    if (days is not None and name not in (SCHEDULE, REVIEW)) or (write and name != REVIEW):
+        raise PqkError("--days goes with `pqk plan schedule` and `pqk plan review`, --write with `pqk plan review`")
     if device is not None and device not in DEVICES:
         raise PqkError(f"--device {device}: hours are known for {', '.join(DEVICES)}{nearest(device, DEVICES)}")
     if not execute and (backend or model or keep_going):
         raise PqkError("--backend, --model and --keep-going need --run")
     if name == STATUS:
-        if execute:
-            raise PqkError("run a plan by its name: `pqk plan NAME --run`")
         return _show_status(of, rate, as_json, root)
+    if name == SCHEDULE:
+        return _write_schedule(of, days, as_json, root)
+    if name == REVIEW:
+        return _review(of, rate, days, write, as_json, root)
     if of is not None:
         raise PqkError(f"{of!r} is one word too many: `pqk plan {name}`, or `pqk plan status {name}`")
     if execute:
@@ -61,6 +83,47 @@ def _show_status(of: str | None, rate: float | None, as_json: bool, root: Path) 
         print(json.dumps(every, ensure_ascii=False))
     else:
         print_statuses(every, Console())
+    return EXIT_OK
+
+
+def _write_schedule(of: str | None, days: int | None, as_json: bool, root: Path) -> int:
+    """Writes the schedule of a plan; its path is the last line of stdout."""
+    from pqk.recipe.experiment import resolve
+    from pqk.settings.card import load_card
+    from pqk.study.schedule import DAYS, write_schedule
+
+    if of is None:
+        raise PqkError(f"name the plan: `pqk plan schedule NAME`, one of {', '.join(list_plans(root))}")
+    found = load_plan(of, root)
+    standard = resolve(load_card(TEACHER_CARD, root), root)
+    now, done = datetime.now(UTC), progress(found, ordered(found, root), root)
+    path, changed = write_schedule(found, done, standard, days or DAYS, root, now)
+    Console(stderr=True, highlight=False).print(escape(changed or "nothing changed since the last one"))
+    print(json.dumps({"path": paths.shown(path), "changed": changed or None}) if as_json else paths.shown(path))
+    return EXIT_OK
+
+
+def _review(of: str | None, rate: float | None, days: int | None, write: bool, as_json: bool, root: Path) -> int:
+    """Prints what ran in the last days; `write` puts it into the schedule of the named plan."""
+    from pqk.study.review import print_review, review_data, review_text
+    from pqk.study.schedule import add_review
+
+    if write and of is None:
+        raise PqkError("--write needs the plan: `pqk plan review NAME --write`")
+    every, console = [], Console(stderr=as_json)
+    for name in list_plans(root) if of is None else [of]:
+        found = load_plan(name, root)
+        past = past_attempts(found, ordered(found, root), root)
+        data = review_data(found, past, datetime.now(UTC), days or 7, rate)
+        if past or of is not None:
+            every.append(data)
+            print_review(data, console)
+        if write:
+            console.print(f"written to {escape(paths.shown(add_review(found, review_text(data), root)))}")
+    if not every:
+        console.print("no plan ran yet")
+    if as_json:
+        print(json.dumps(every if of is None else every[0], ensure_ascii=False))
     return EXIT_OK
 
 

@@ -23,6 +23,7 @@ from pqk.files import check_writable
 from pqk.recipe.request import Request
 from pqk.recipe.runner import run
 from pqk.record.log import record_filename, write_record, write_records
+from pqk.report.baseline import write_baseline
 from pqk.report.parts import print_parts, write_parts
 from pqk.report.table import print_table
 from pqk.result import note
@@ -152,6 +153,9 @@ def run_card(
         write_record(log, candidate)
     elif log is not None:
         write_records(log, records)
+    if candidate["role"] == "teacher":
+        report = write_baseline(records, root / "reports" / "baseline_report.md")
+        errors.print(f"  [green]✓[/] {escape(str(paths.shown(report)))}")
     _note(candidate, root)
     console = Console(stderr=as_json)
     print_table(records, console)

@@ -21,7 +21,8 @@ from pqk.settings.yamlfile import Section, Spec, load_spec
 DEVICES = ("H100", "A100")
 A100_FACTOR = (1.7, 2.2)
 """Training speed of an H100 divided by that of an A100, from the lab's schedule: a range, not a measurement."""
-STATUS = "status"  # `pqk plan status` is no plan
+STATUS, SCHEDULE, REVIEW = "status", "schedule", "review"
+RESERVED = (STATUS, SCHEDULE, REVIEW)  # `pqk plan status` is no plan
 BASELINE = "Baseline"
 TRAIN_SEED = "workload.seeds.train"
 TEACHER_CARD = "B1"  # whose workload the Teacher is evaluated on
@@ -99,6 +100,7 @@ class Plan(Spec):
 
     rollback: false for a campaign, which reports failures without repairing them: no recipe is run again by the
     rollback table, a recipe that missed its thresholds is a result like any other, and cards that require it run.
+    document: name of the plan's schedule in schedule/, without .md.
     """
 
     version: Annotated[str, Field(pattern=r"^\d+\.\d+$")]
@@ -108,6 +110,7 @@ class Plan(Spec):
     device: Literal["H100", "CPU"]
     rate: Annotated[float, Field(ge=0, le=10_000)]
     rollback: bool = True
+    document: Annotated[str, Field(pattern=r"^\w[\w-]{0,79}$")] | None = None
     experiments: Annotated[tuple[PlannedExperiment, ...], Field(strict=False, min_length=1)]
     targets: Annotated[tuple[Target, ...], Field(strict=False)] = ()
 
@@ -166,7 +169,7 @@ def list_plans(root: Path | None = None) -> list[str]:
     """Returns the names of the plans in schedule/plans, sorted."""
     base = root or paths.project_root()
     stems = sorted(path.stem for path in matching(plans_folder(base), "*.yaml") if re.match(ID_PATTERN, path.stem))
-    return [stem for stem in stems if stem != STATUS]
+    return [stem for stem in stems if stem not in RESERVED]
 
 
 def load_plan(name: str, root: Path | None = None) -> Plan:
@@ -174,7 +177,7 @@ def load_plan(name: str, root: Path | None = None) -> Plan:
     base = root or paths.project_root()
     known = list_plans(base)
     if name not in known:
-        where, near = paths.shown(plans_folder(base)), nearest(name, [*known, STATUS])
+        where, near = paths.shown(plans_folder(base)), nearest(name, [*known, *RESERVED])
         raise PqkError(f"there is no plan {name!r} in {where}{near}; plans: {', '.join(known) or 'none'}")
     return load_spec(Plan, plans_folder(base) / f"{name}.yaml", None, "", "plan")
 

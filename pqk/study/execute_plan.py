@@ -73,6 +73,20 @@ class Progressed:
     hours: float | None
 
 
+@dataclass(frozen=True)
+class Past:
+    """An attempt of an experiment: when it began (seconds since 1970), its wall hours, and how it ended.
+
+    status and detail: as in `Progressed`; done also where the inputs have changed since.
+    """
+
+    step: Step
+    began: float
+    hours: float
+    status: str
+    detail: str
+
+
 def folder_of(plan: str, root: Path) -> Path:
     """Returns the folder with a plan's state and the output of its experiments."""
     return root / "outputs" / "plans" / plan
@@ -96,6 +110,20 @@ def progress(plan: Plan, steps: Sequence[Step], root: Path) -> list[Progressed]:
         seconds = [_seconds(attempt, folder, step.id) for attempt in attempts]
         found.append(Progressed(step, status, detail, sum(seconds) / 3600 if seconds else None))
     return found
+
+
+def past_attempts(plan: Plan, steps: Sequence[Step], root: Path) -> list[Past]:
+    """Returns all attempts of a plan, in the order in which they began. Raises PqkError as `progress` does."""
+    folder = folder_of(plan.name, root)
+    live, state = is_locked(folder / ".lock"), _read(folder)
+    found = []
+    for step in steps:
+        own = state["attempts"].get(step.id, [])
+        for number, attempt in enumerate(own, 1):
+            until = own[number]["began"] if number < len(own) else None
+            status, detail = _status(step, [attempt], attempt["key"], live and number == len(own), root, until)
+            found.append(Past(step, float(attempt["began"]), _seconds(attempt, folder, step.id) / 3600, status, detail))
+    return sorted(found, key=lambda past: past.began)
 
 
 def asked_backend(plan: Plan, root: Path) -> str | None:
@@ -294,8 +322,10 @@ def _read_result(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _status(step: Step, attempts: Sequence[Attempt], key: str | None, live: bool, root: Path) -> tuple[str, str]:
-    """Returns status and reason from the last attempt. `live`: the plan is running now."""
+def _status(
+    step: Step, attempts: Sequence[Attempt], key: str | None, live: bool, root: Path, until: float | None = None
+) -> tuple[str, str]:
+    """Returns status and reason from the last attempt. live: the plan is running. until: when the next one began."""
     if not attempts:
         return "waiting", ""
     last = attempts[-1]
@@ -307,7 +337,7 @@ def _status(step: Step, attempts: Sequence[Attempt], key: str | None, live: bool
     if code == EXIT_OK:
         return ("done", "") if last["key"] == key else ("waiting", "done, but its inputs have changed since")
     if code == EXIT_CHECK_FAILED:
-        why = _stopped_by(step, last["began"], root)
+        why = _stopped_by(step, last["began"], until, root)
         return ("stopped", why) if why else ("failed", said)
     if code == EXIT_UNDECIDED:
         return "undecided", said
@@ -317,13 +347,18 @@ def _status(step: Step, attempts: Sequence[Attempt], key: str | None, live: bool
     return "error", said or how
 
 
-def _stopped_by(step: Step, began: float, root: Path) -> str:
+def _stopped_by(step: Step, began: float, until: float | None, root: Path) -> str:
     """Returns the reason of a stop-loss: the 'why' of a 'stop' at the end of the attempt's run log; else ''."""
     if step.card is None:
         return ""
-    since = datetime.fromtimestamp(int(began), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    entries = [entry for entry in RunLog(root, step.card.id).read() if str(entry.get("time")) >= since]
+    entries = [entry for entry in RunLog(root, step.card.id).read() if str(entry.get("time")) >= _utc(began)]
+    if until is not None:
+        entries = [entry for entry in entries if str(entry.get("time")) < _utc(until)]
     return str(entries[-1].get("why") or "stop-loss") if entries and entries[-1].get("event") == "stop" else ""
+
+
+def _utc(seconds: float) -> str:
+    return datetime.fromtimestamp(int(seconds), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def _listed(names: Sequence[str], statuses: Mapping[str, str]) -> str:
