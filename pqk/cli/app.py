@@ -75,6 +75,14 @@ def run(
     max_scenes: Annotated[int, typer.Option(min=2, help="with --decide: largest number of test scenes")] = 832,
     fresh: _Fresh = False,
     retime: _Retime = False,
+    trackers: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--track",
+            metavar="TRACKER",
+            help="also send the records to mlflow[:URI] or trackio[:PROJECT]; can be repeated",
+        ),
+    ] = None,
     json_line: Annotated[bool, typer.Option("--json", help="print the candidate's record as the last line")] = False,
 ) -> None:
     """Run a task card: Teacher in every float precision, the recipe, quality, timing, one record each.
@@ -101,7 +109,9 @@ def run(
         train_images=train_images,
     )
     limit = max_scenes if decide else None
-    raise typer.Exit(run_card(request, json_line, axes=axis or (), rollback=rollback, decide=limit))
+    raise typer.Exit(
+        run_card(request, json_line, axes=axis or (), rollback=rollback, decide=limit, track=trackers or ())
+    )
 
 
 @app.command()

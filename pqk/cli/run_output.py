@@ -30,6 +30,8 @@ from pqk.result import note
 from pqk.settings.card import Card, load_card
 from pqk.settings.yamlfile import parse_yaml
 from pqk.store.store import OnEvent
+from pqk.track.track import Tracker, open_tracker
+from pqk.track.track import track as send
 
 _CODES = {"pass": EXIT_OK, None: EXIT_OK, "fail": EXIT_CHECK_FAILED, "undecided": EXIT_UNDECIDED}
 _DOING = {
@@ -123,12 +125,13 @@ def run_card(
     axes: Sequence[str] = (),
     rollback: bool = False,
     decide: int | None = None,
+    track: Sequence[str] = (),
 ) -> int:
     """Runs a card, reports progress on stderr and prints the table; returns the exit code.
 
     The exit code is 1 for the verdict 'fail', 4 for 'undecided'. `axes`: run only these of a card with a matrix.
     `rollback`: let the rollback table act on a failed recipe. `decide`: add test scenes up to this number until the
-    drop is decided.
+    drop is decided. `track`: trackers that get the records too, as in `pqk.track.track`.
     `log`: a .json file that gets the candidate's record too, or without a recipe the list of the float records.
     Raises PqkError, before anything long runs, when that file cannot be written or holds another record.
     """
@@ -142,10 +145,11 @@ def run_card(
 
     errors.print(f"[bold]{escape(request.card)}[/] on {escape(request.backend)}")
     card = load_card(request.card, root)
+    trackers = {name: open_tracker(name, root) for name in track}
     if card.matrix or axes:
         if decide is not None:
             raise PqkError(f"--decide: card {card.id} is a matrix of experiments; decide single ones")
-        return _run_matrix(card, request, axes, as_json, errors, began, root)
+        return _run_matrix(card, request, axes, as_json, errors, began, root, trackers)
     outcome = run(request, root, _progress(errors), _sayer(errors), log, rollback, decide)
     records = outcome.records
     candidate = records[-1]
@@ -159,11 +163,14 @@ def run_card(
     _note(candidate, root)
     console = Console(stderr=as_json)
     print_table(records, console)
+    reports = []
     if outcome.parts:
         console.print()
         print_parts(outcome.parts, console)
         written = write_parts(outcome.parts, root / "reports" / "parts" / f"{card.id}-{request.backend}.csv")
+        reports.append(written)
         errors.print(f"  [green]✓[/] {escape(str(paths.shown(written)))}")
+    send(trackers, records, root, _sayer(errors), reports)
     if candidate["verdict_reasons"]:
         colour = {"pass": "green", "fail": "red"}.get(candidate["verdict"] or "", "yellow")
         console.print(f"verdict: [bold {colour}]{candidate['verdict'] or 'not judged'}[/]")
@@ -189,7 +196,14 @@ def _note(candidate: Mapping[str, Any], root: Path) -> None:
 
 
 def _run_matrix(
-    card: Card, request: Request, axes: Sequence[str], as_json: bool, errors: Console, began: float, root: Path
+    card: Card,
+    request: Request,
+    axes: Sequence[str],
+    as_json: bool,
+    errors: Console,
+    began: float,
+    root: Path,
+    trackers: Mapping[str, Tracker],
 ) -> int:
     """Runs every point of a matrix, and writes reports/ablation/CARD; returns 1 when a point failed to run."""
     from pqk.recipe.ablation import print_matrix, write_matrix
@@ -199,6 +213,8 @@ def _run_matrix(
     check_writable(folder)
     result = run_matrix(card, request, list(axes), root, _progress(errors), _teller(errors))
     print_matrix(result, Console(stderr=as_json))
+    measured = [record for points in result.records.values() for record in points.values() if record is not None]
+    send(trackers, measured, root, _sayer(errors))
     data = {"card": card.id, "axes": result.records} if as_json else None
     _finish(errors, began, write_matrix(result, folder), data)
     if result.failures:
