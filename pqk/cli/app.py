@@ -75,6 +75,12 @@ def run(
     max_scenes: Annotated[int, typer.Option(min=2, help="with --decide: largest number of test scenes")] = 832,
     fresh: _Fresh = False,
     retime: _Retime = False,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help="settings by name (configs/presets), such as quick: a shortened run, with what it should give"
+        ),
+    ] = None,
     trackers: Annotated[
         list[str] | None,
         typer.Option(
@@ -110,7 +116,15 @@ def run(
     )
     limit = max_scenes if decide else None
     raise typer.Exit(
-        run_card(request, json_line, axes=axis or (), rollback=rollback, decide=limit, track=trackers or ())
+        run_card(
+            request,
+            json_line,
+            axes=axis or (),
+            rollback=rollback,
+            decide=limit,
+            track=trackers or (),
+            preset=preset,
+        )
     )
 
 

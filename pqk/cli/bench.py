@@ -145,6 +145,21 @@ def bench_teacher(
     measure(model, write, "pqk " + " ".join(sys.argv[1:]))
 
 
+@app.command("expect")
+def bench_expect(
+    card: Annotated[str, typer.Argument(help="task card that was run with the preset")] = "B1",
+    preset: Annotated[str, typer.Option(help="name in configs/presets")] = "quick",
+    backend: Annotated[str, typer.Option(help="backend of the runs")] = "openvino",
+    logs: Annotated[
+        list[Path] | None, typer.Option(help="folder of records; can be repeated, a run each; default: logs/")
+    ] = None,
+) -> None:
+    """Write what a preset gives on this kind of machine, from records of measured runs, for `pqk run --preset`."""
+    from pqk.cli.presets import expect
+
+    raise typer.Exit(expect(card, preset, backend, logs or []))
+
+
 def _numbers(option: str, text: str, such_as: str) -> list[int]:
     """Returns whole numbers from 1 of a text. Raises PqkError that names the option."""
     from pqk.errors import PqkError

@@ -17,6 +17,7 @@ from pqk.families.registry import family, names
 from pqk.recipe.experiment import config_file, config_loaders, resolve
 from pqk.settings.card import TEMPLATE, Card, list_cards, load_card, read_card
 from pqk.settings.plan import list_plans, load_plan, ordered
+from pqk.settings.preset import list_presets, load_expected, load_preset
 from pqk.settings.quant import Quant
 from pqk.settings.teacher import load_teacher_settings
 from pqk.settings.workload import Workload
@@ -92,6 +93,12 @@ def _problems(root: Path) -> Iterator[str]:
     for name in list_plans(root):
         try:
             ordered(load_plan(name, root), root)
+        except PqkError as error:
+            yield from _each(error)
+    for name in list_presets(root):
+        try:
+            load_preset(name, root)
+            load_expected(name, root)
         except PqkError as error:
             yield from _each(error)
     yield from _virtual_record(root)

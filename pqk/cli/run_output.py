@@ -18,6 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 
 from pqk import paths
+from pqk.cli.presets import laid_under, show_expected
 from pqk.errors import EXIT_CHECK_FAILED, EXIT_OK, EXIT_UNDECIDED, PqkError
 from pqk.files import check_writable
 from pqk.recipe.request import Request
@@ -126,12 +127,13 @@ def run_card(
     rollback: bool = False,
     decide: int | None = None,
     track: Sequence[str] = (),
+    preset: str | None = None,
 ) -> int:
     """Runs a card, reports progress on stderr and prints the table; returns the exit code.
 
     The exit code is 1 for the verdict 'fail', 4 for 'undecided'. `axes`: run only these of a card with a matrix.
     `rollback`: let the rollback table act on a failed recipe. `decide`: add test scenes up to this number until the
-    drop is decided. `track`: trackers that get the records too, as in `pqk.track.track`.
+    drop is decided. `track`: trackers that get the records too, as in `pqk.track.track`. `preset`: settings by name.
     `log`: a .json file that gets the candidate's record too, or without a recipe the list of the float records.
     Raises PqkError, before anything long runs, when that file cannot be written or holds another record.
     """
@@ -146,6 +148,8 @@ def run_card(
     errors.print(f"[bold]{escape(request.card)}[/] on {escape(request.backend)}")
     card = load_card(request.card, root)
     trackers = {name: open_tracker(name, root) for name in track}
+    if preset is not None:
+        request = laid_under(request, preset, root)
     if card.matrix or axes:
         if decide is not None:
             raise PqkError(f"--decide: card {card.id} is a matrix of experiments; decide single ones")
@@ -170,6 +174,8 @@ def run_card(
         written = write_parts(outcome.parts, root / "reports" / "parts" / f"{card.id}-{request.backend}.csv")
         reports.append(written)
         errors.print(f"  [green]✓[/] {escape(str(paths.shown(written)))}")
+    if preset is not None:
+        show_expected(preset, records, root, console)
     send(trackers, records, root, _sayer(errors), reports)
     if candidate["verdict_reasons"]:
         colour = {"pass": "green", "fail": "red"}.get(candidate["verdict"] or "", "yellow")
