@@ -12,6 +12,7 @@ import typer
 from pqk.cli.bench import app as bench_app
 from pqk.cli.help import finish, group
 from pqk.cli.ledger import app as ledger_app
+from pqk.cli.report import report
 from pqk.cli.study import app as study_app
 
 app = group("A bench for compressing feed-forward 3D transformers.")
@@ -417,6 +418,9 @@ def table(
     given = {"--logs": logs, "--reports": reports}
     arguments = [word for name, path in given.items() if path for word in (name, str(path))]
     raise typer.Exit(aggregate(arguments, paths.project_root()))
+
+
+app.command()(report)
 
 
 @app.command()

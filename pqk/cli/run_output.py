@@ -19,6 +19,7 @@ from rich.table import Column
 
 from pqk import paths
 from pqk.cli.presets import laid_under, show_expected
+from pqk.cli.report_file import report_after
 from pqk.errors import EXIT_CHECK_FAILED, EXIT_OK, EXIT_UNDECIDED, PqkError
 from pqk.files import check_writable
 from pqk.recipe.request import Request
@@ -183,6 +184,7 @@ def run_card(
         for reason in candidate["verdict_reasons"]:
             console.print(f"  {escape(reason)}", highlight=False)
     errors.print(f"{time.monotonic() - began:.0f} s in all", style="dim")
+    report_after(card.id, root, errors)
     if as_json:
         print(json.dumps(candidate, allow_nan=False, ensure_ascii=False))
     return _CODES[candidate["verdict"]]

@@ -351,7 +351,7 @@ def summarise_files(tables: Sequence[tuple[Path, Sequence[Row]]]) -> tuple[list[
             digest = sha256_file(path)
             by_seed = grouped(own, ("train_seed",))
             parts = [("train_seed", same) for same in by_seed.values()] + [("file", own)]
-            summary += [_line(scope, part) | {"file": path.name, "file_sha256": digest} for scope, part in parts]
+            summary += [line_of(scope, part) | {"file": path.name, "file_sha256": digest} for scope, part in parts]
     for files in everywhere.values():
         if len(files) < 2:
             continue
@@ -360,7 +360,7 @@ def summarise_files(tables: Sequence[tuple[Path, Sequence[Row]]]) -> tuple[list[
         if clash:
             notes.append(f"not pooled: {', '.join(path.name for path in files)}: {clash}")
         else:
-            summary.append(_line("pooled", list(unique.values())))
+            summary.append(line_of("pooled", list(unique.values())))
     return summary, notes
 
 
@@ -389,7 +389,8 @@ def _clash(rows: Sequence[Row]) -> str:
     return ""
 
 
-def _line(scope: str, rows: Sequence[Row]) -> Row:
+def line_of(scope: str, rows: Sequence[Row]) -> Row:
+    """Returns mean and sample standard deviation of every metric over the runs of one variant."""
     shared = {name: rows[0][name] for name in (*VARIANT, *DIGESTS)}
     line: Row = dict.fromkeys(SUMMARY) | shared | {"scope": scope, "n": len(rows)}
     line["train_seed"] = rows[0]["train_seed"] if scope == "train_seed" else None

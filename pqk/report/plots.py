@@ -127,7 +127,7 @@ def tradeoff(records: Sequence[Record], thresholds: Thresholds | None = None, sa
     dots, and only the front and the newest are named.
     """
     time = _column("t_pair_p50_ms")
-    quality = _quality_axis([record for record in records if record[time.name] is not None] or records)
+    quality = quality_axis([record for record in records if record[time.name] is not None] or records)
     scored = [record for record in records if value_of(record, quality.name) is not None]
     rows = [record for record in scored if record[time.name] is not None]
     if not rows:
@@ -161,15 +161,15 @@ def tradeoff(records: Sequence[Record], thresholds: Thresholds | None = None, sa
             markeredgewidth=1.6,
             linestyle="none",
         )
-    lines = _quality_lines(rows, quality, thresholds)
+    lines = quality_lines(rows, quality, thresholds)
     for number, (_, value) in enumerate(lines):
         dashes = (0, (1 + 2 * number, 2))
         handles.append(axes.axhline(value, color=THRESHOLD_COLOUR, linewidth=1.3, linestyle=dashes, zorder=1.6))
     relative = quality.unit == "%"
-    axes.set_ylim(_limits([*ends, *(value for _, value in lines), *([0.0] if relative else [])], relative))
+    axes.set_ylim(span([*ends, *(value for _, value in lines), *([0.0] if relative else [])], relative))
     times = [x for x, _ in points]
     if not _log_time(axes, times):
-        axes.set_xlim(_limits(times))
+        axes.set_xlim(span(times))
     axes.set_xlabel(axis_label(time) + _caution(rows))
     axes.set_ylabel(axis_label(quality))
     grid(axes)
@@ -186,7 +186,8 @@ def tradeoff(records: Sequence[Record], thresholds: Thresholds | None = None, sa
     return figure
 
 
-def _quality_axis(rows: Sequence[Record]) -> Column:
+def quality_axis(rows: Sequence[Record]) -> Column:
+    """Returns the column that quality is drawn by: the drop where any record has its interval, else the main metric."""
     if any(interval_of(record, _DROP) and record[_DROP] is not None for record in rows):
         return _column(_DROP)
     known = {column.name: column for column in columns_of(rows)}
@@ -202,7 +203,7 @@ def _named(rows: Sequence[Record], front: Sequence[int]) -> list[int]:
     return sorted([*front, *newest][:SHOWN])
 
 
-def _quality_lines(rows: Sequence[Record], quality: Column, thresholds: Thresholds | None) -> list[Line]:
+def quality_lines(rows: Sequence[Record], quality: Column, thresholds: Thresholds | None) -> list[Line]:
     """Returns the allowed drops, on an axis of drops or, where all rows have the same Teacher, of the metric."""
     drops = drop_lines(rows, thresholds)
     if quality.name == _DROP:
@@ -236,7 +237,7 @@ def latency(records: Sequence[Record], thresholds: Thresholds | None = None, say
     if not rows:
         return f"no record has {p50.name}"
     rows = _newest(rows, "latency", say)
-    speeds = [column for column in map(_column, _SPEEDS) if any(_compared(record, column) for record in rows)]
+    speeds = [column for column in map(_column, _SPEEDS) if any(compared(record, column) for record in rows)]
     figure, panels = _bars(rows, 2 if speeds else 1)
     axes = panels[0]
     times = [record[p50.name] for record in rows]
@@ -265,7 +266,7 @@ def latency(records: Sequence[Record], thresholds: Thresholds | None = None, say
     return figure
 
 
-def _compared(record: Record, column: Column) -> bool:
+def compared(record: Record, column: Column) -> bool:
     """Returns whether a speedup compares a row with another row: a row in f32 is its own f32."""
     mine = record["precision"] == "f32" and (record["role"] == "teacher" or column.name != "speedup_vs_teacher_f32")
     return record[column.name] is not None and not mine
@@ -273,16 +274,11 @@ def _compared(record: Record, column: Column) -> bool:
 
 def _speeds(axes: Axes, rows: Sequence[Record], speeds: Sequence[Column], thresholds: Thresholds | None) -> None:
     """Draws each row's speedups as marks with their intervals, and their thresholds as lines."""
-    asked: dict[str, Line] = {}
-    if thresholds is not None and any(record["quantizer"] for record in rows):
-        reduction, slack = thresholds.t_pair_p50_reduction_pct, thresholds.not_slower_than_best_float_pct
-        asked["speedup_vs_own_f32"] = (f"limit: {reduction:g} % below own f32", 1 / (1 - reduction / 100))
-        text = f"limit: {slack:g} % slower than best float" if slack else "limit: not slower than best float"
-        asked["speedup_vs_best_float"] = (text, 1 / (1 + slack / 100))
+    asked = speed_limits(rows, thresholds)
     seen = [1.0]
     for number, column in enumerate(speeds):
         colour, place = PALETTE[number], 0.22 * (number - (len(speeds) - 1) / 2)
-        own = [(index + place, record) for index, record in enumerate(rows) if _compared(record, column)]
+        own = [(index + place, record) for index, record in enumerate(rows) if compared(record, column)]
         values = [record[column.name] for _, record in own]
         axes.plot(values, [y for y, _ in own], MARKERS[number], color=colour, markersize=5, label=f" {column.short}")
         seen += values
@@ -295,9 +291,21 @@ def _speeds(axes: Axes, rows: Sequence[Record], speeds: Sequence[Column], thresh
             what, value = asked[column.name]
             axes.axvline(value, color=colour, linewidth=1.3, linestyle=(0, (1 + 2 * number, 2)), label=f" {what}")
             seen.append(value)
-    axes.set_xlim(_limits(seen))
+    axes.set_xlim(span(seen))
     axes.set_xlabel("speed (x), higher is better; bars: 95 % interval")
     axes.legend(**BESIDE)
+
+
+def speed_limits(rows: Sequence[Record], thresholds: Thresholds | None) -> dict[str, Line]:
+    """Returns the least speedups that quantized rows must reach, by column; empty where no row is quantized."""
+    if thresholds is None or not any(record["quantizer"] for record in rows):
+        return {}
+    reduction, slack = thresholds.t_pair_p50_reduction_pct, thresholds.not_slower_than_best_float_pct
+    text = f"limit: {slack:g} % slower than best float" if slack else "limit: not slower than best float"
+    return {
+        "speedup_vs_own_f32": (f"limit: {reduction:g} % below own f32", 1 / (1 - reduction / 100)),
+        "speedup_vs_best_float": (text, 1 / (1 + slack / 100)),
+    }
 
 
 def precision(records: Sequence[Record], thresholds: Thresholds | None = None, say: Say = _unheard) -> Figure | str:
@@ -375,13 +383,13 @@ def bars_of(axis: Axes, rows: Sequence[Record | None], column: Column, colour: s
         axis.axvline(value, color=THRESHOLD_COLOUR, linewidth=1.3, linestyle=":", label=f" {what}")
     if lines:
         axis.legend(**ABOVE)
-    low, high = _limits([*seen, *(value for _, value in lines)], column.unit == "%")
+    low, high = span([*seen, *(value for _, value in lines)], column.unit == "%")
     share = min(0.6, 0.024 * max(map(len, texts)))  # of the panel, for the texts
     axis.set_xlim(low if min(seen) < 0 else 0.0, high + (high - low) * share / (1 - share))
     axis.set_xlabel(axis_label(column))
 
 
-def _limits(values: Sequence[float], relative: bool = False) -> tuple[float, float]:
+def span(values: Sequence[float], relative: bool = False) -> tuple[float, float]:
     """Returns the ends of an axis: all values and a margin, at least so wide that noise does not fill the plot.
 
     relative: the values are drops in percent.
