@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pqk import paths
-from pqk.errors import PqkError
+from pqk.errors import first_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,7 +25,7 @@ def report_after(card: str, root: Path, errors: Console) -> None:
     place = default_place(card, root)
     try:
         write_html(card, place, root)
-    except PqkError as error:
-        errors.print(f"no report: {error}", style="yellow", markup=False)
+    except Exception as error:  # whatever it is: the records are written, and the exit code is that of the run
+        errors.print(f"no report: {first_line(error)}", style="yellow", markup=False, soft_wrap=True)
     else:
-        errors.print(f"report: {paths.shown(place)} (open it in a browser)", markup=False)
+        errors.print(f"report: {paths.shown(place)} (open it in a browser)", markup=False, soft_wrap=True)

@@ -144,12 +144,17 @@ def tradeoff(records: Sequence[Record], thresholds: Thresholds | None = None, sa
         axes.plot(*zip(*(points[i] for i in front), strict=True), **FRONT)
     handles = []
     ends: list[float] = [y for _, y in points]
+    across: list[float] = [x for x, _ in points]
     for number, index in enumerate(named):
         record, colour = rows[index], PALETTE[number % len(PALETTE)]
         interval = interval_of(record, quality.name)
         if interval is not None:
             error_bar(axes, points[index][0], interval, colour, upright=True)
             ends += interval
+        of_time = interval_of(record, time.name)
+        if of_time is not None:
+            error_bar(axes, points[index][1], of_time, colour)
+            across += of_time
         handles += axes.plot(
             *points[index],
             MARKERS[number % len(MARKERS)],
@@ -167,13 +172,12 @@ def tradeoff(records: Sequence[Record], thresholds: Thresholds | None = None, sa
         handles.append(axes.axhline(value, color=THRESHOLD_COLOUR, linewidth=1.3, linestyle=dashes, zorder=1.6))
     relative = quality.unit == "%"
     axes.set_ylim(span([*ends, *(value for _, value in lines), *([0.0] if relative else [])], relative))
-    times = [x for x, _ in points]
-    if not _log_time(axes, times):
-        axes.set_xlim(span(times))
+    if not _log_time(axes, across):
+        axes.set_xlim(span(across))
     axes.set_xlabel(axis_label(time) + _caution(rows))
     axes.set_ylabel(axis_label(quality))
     grid(axes)
-    bars = "; bars: 95 % interval" if len(ends) > len(points) else ""
+    bars = "; bars: 95 % interval" if len(ends) + len(across) > 2 * len(points) else ""
     axes.set_title(
         f"quality against time (hollow: failed its verdict; half: undecided; dashed: Pareto front{bars})",
         fontsize=9,

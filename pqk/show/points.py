@@ -93,11 +93,16 @@ def _seen(candidate: Candidate, variant: Variant, most: int, say: Callable[[str]
     experiment = candidate.experiment
     part = experiment.family.view_part()
     scene, _ = _scene(candidate)
+    fed, samples = part.samples(open_scene(scene), experiment.workload, most)
+    if fed != experiment.workload:
+        raise PqkError(
+            f"--show {most}: the engines of this candidate are fed another number of pictures at once; give the number "
+            "that its workload has"
+        )
     say(f"predicting {most} pictures with {variant.name}")
     with temporary_folder("show") as folder:
         asked = {**experiment.fed, "scene": str(scene), "most": most, "out": str(folder), "variant": variant.to_json()}
         call("shown", asked)
-        _, samples = part.samples(open_scene(scene), experiment.workload, most)
         with Predictions(folder) as kept:
             found = part.view(samples, [kept.arrays(place) for place in range(len(kept.samples))])
     if not isinstance(found, Geometry):

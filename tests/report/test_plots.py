@@ -236,6 +236,15 @@ def test_intervals_and_limits_are_drawn(close, limits):
     assert ablated.texts[0].get_text() == "-0.03 ±0.48" and ablated.get_xlim()[1] > 1.0
 
 
+def test_the_interval_of_a_time_is_drawn_and_widens_the_axis(close):
+    """Two medians a thousandth apart, each known to a tenth: the axis shows the tenth."""
+    close[1]["intervals"] = {"t_pair_p50_ms": [1050.0, 1270.0]}
+    axes = tradeoff(close).axes[0]
+    ((start, end),) = error_bars(axes)
+    assert (start[0], end[0]) == pytest.approx((1050.0, 1270.0))
+    assert axes.get_xlim()[0] < 1050.0 and axes.get_xlim()[1] > 1270.0 and "95 % interval" in axes.get_title(loc="left")
+
+
 @pytest.mark.parametrize("draw", [tradeoff, latency, precision, ablation])
 def test_no_text_overlaps_with_intervals(twelve, limits, draw):
     for number, record in enumerate(twelve):

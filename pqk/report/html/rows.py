@@ -130,7 +130,7 @@ def _cell(text: str, sort: Any = None, below: str = "", best: bool = False, kind
 def _value(record: Record, column: Column, best: bool, t: Words) -> Cell:
     value = value_of(record, column.name)
     if column.name == "verdict":
-        return _cell(t[value] if value else DASH, value or "", kind="verdict" if value else "text")
+        return _cell(t[value] if value else DASH, kind="verdict" if value else "text") | {"sort": value}
     if column.name == "executed_precision":
         shares = sorted((value or {}).items(), key=lambda item: -item[1])
         cell = _cell(cell_text(value, column), (value or {}).get("int8", 0.0), kind="shares")
