@@ -16,6 +16,10 @@ _WORDS: dict[str, tuple[str, str]] = {
     "theme": ("Dark / light", "深色 / 浅色"),
     "contents": ("Contents", "目录"),
     "missing": ("Not there.", "暂无。"),
+    "missing_points": (
+        "Not there. Of models that predict points; make it:",
+        "暂无。仅适用于预测点的模型；生成命令：",
+    ),
     "not_frozen": ("Not part of this deliverable.", "该交付物中没有。"),
     "make_it": ("Make it:", "生成命令："),
     "skip": ("Skip to the table", "跳到表格"),
