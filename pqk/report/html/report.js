@@ -54,6 +54,7 @@
     };
     form.addEventListener("submit", (event) => event.preventDefault());
     form.addEventListener("input", filter);
+    form.addEventListener("change", filter);
     byId("words").addEventListener("keydown", (event) => {
       if (event.key === "Escape") {
         byId("words").value = "";
