@@ -64,7 +64,7 @@ def scene_of(maps: PointMaps, name: str) -> dict[str, Any]:
     most = max(float(np.percentile(known, _PERCENTILE)), 1e-6) if known.size else 1.0
     about = maps.about
     low, high = np.percentile(maps.points[0], (1, 99), axis=0)
-    margin = 0.05 * np.maximum(high - low, 1e-6)
+    margin = 0.05 * max(float((high - low).max()), 1e-6)  # of the widest side: a wall is flat
     inside = ((maps.points >= low - margin) & (maps.points <= high + margin)).all(axis=2)
     sides = [
         {
