@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import product
@@ -209,8 +210,8 @@ def _print(rows: Sequence[Row], over: Sequence[str]) -> None:
 
 
 def _shown(value: Any) -> str:
-    """Returns a value of a point; of a path only its name."""
-    return DASH if value is None else str(value).rpartition("/")[2]
+    """Returns a value of a point; of a path only its name, without the digits of a checkpoint's hash."""
+    return DASH if value is None else re.sub(r"-[0-9a-f]{8}$", "", str(value).rpartition("/")[2])
 
 
 def _figure(rows: Sequence[Row], over: Sequence[str]) -> Figure:

@@ -62,7 +62,8 @@ def suppress(
     kept = of.zeros(0, dtype=of.int64, device=device)
     for start in range(0, len(found.scores), BLOCK):
         block = of.arange(start, min(start + BLOCK, len(found.scores)), device=device)
-        block = block[~_overlap(found, kept, block, most).any(0)]
+        if len(kept):
+            block = block[~_overlap(found, kept, block, most).any(0)]
         better = block[:, None] < block[None]  # only a better one suppresses
         inside = _overlap(found, block, block, most) & better
         stays = of.ones(len(block), dtype=of.bool, device=device)
