@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from pqk.data.fetch.unpack import Limits, Member, check, unpack
@@ -178,6 +178,7 @@ def test_damaged_and_foreign_files(tmp_path: Path) -> None:
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, 2**31), st.integers(0, 255))
+@example(129923, 0)  # a member without a name
 def test_a_changed_byte_is_noticed_or_harmless(tmp_path: Path, place: int, byte: int) -> None:
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:

@@ -274,8 +274,8 @@ def test_the_doors_of_the_lab(door: str, finished: Finished, copy_of: Copy, tiny
         assert {r["role"] for r in content} == {"teacher" if door == "baseline_eval" else "baseline"}
         assert all(r["quantizer"] is None for r in content)
         report = root / "reports" / "baseline_report.md"
-        assert report.is_file() == (script == "baseline_eval")  # the Teacher's alone
-        if script == "baseline_eval":
+        assert report.is_file() == (door == "baseline_eval")  # the Teacher's alone
+        if door == "baseline_eval":
             row = next(line for line in report.read_text("utf-8").splitlines() if line.startswith("| `absrel` "))
             assert f"{content[0]['absrel']:.4f}" in row
     from pqk.report.table import ordered

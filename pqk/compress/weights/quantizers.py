@@ -38,6 +38,7 @@ def grid_of(matrix: Tensor, scheme: Scheme, dtype: torch.dtype | None = None) ->
 
     Their shape is () for one block, (rows,) for rows and (rows, groups) for groups. Zero points are uint8. Scales are
     of `dtype`; None: float32, and float16 of groups, unless the largest one is outside its normal range, 6.1e-5..65504.
+    float16 tells smaller scales to 2^-25: values of such a block may be off by 2^-21 more than half a step.
     Raises PqkError when a value is NaN or infinite.
     """
     low, high = _ranges(matrix, scheme)

@@ -217,7 +217,7 @@ class _Zip:
             return Member(info.filename, info.file_size, "link")
         if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
             return Member(info.filename, info.file_size, "device")
-        folder = info.is_dir() or kind == stat.S_IFDIR
+        folder = info.filename.endswith("/") or kind == stat.S_IFDIR  # is_dir() ends in an error for an empty name
         return Member(info.filename, 0 if folder else info.file_size, "folder" if folder else "file")
 
     def extract(self, sink: Callable[[str], Sink]) -> None:

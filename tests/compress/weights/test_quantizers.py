@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -59,11 +59,13 @@ def steps(matrix: Tensor, scheme: Scheme) -> Tensor:
     st.sampled_from([1e-20, 1e-6, 1e-3, 1.0, 1e6]),
     st.sampled_from([-5.0, 0.0, 0.5, 5.0]),
 )
+@example(Scheme(4, False, "group", 32), 2, 1, 1746, 1e-3, 0.0)  # the scale of a row is below those of float16
 def test_no_value_is_off_by_more_than_half_a_step(
     scheme: Scheme, rows: int, cols: int, seed: int, size: float, shift: float
 ) -> None:
     matrix = (gaussian(rows, cols, seed) + shift) * size
-    off = (there_and_back(matrix, scheme) - matrix).abs() / steps(matrix, scheme)
+    halves = 2.0**-21 if grid_of(matrix, scheme)[0].dtype == torch.float16 else 0.0  # whose least unit is 2^-24
+    off = ((there_and_back(matrix, scheme) - matrix).abs() - halves).clamp(min=0) / steps(matrix, scheme)
     assert float(off.max()) <= 0.51
 
 
