@@ -212,6 +212,7 @@ def test_graphs_exported_alone_give_what_the_network_gives(of: Family, tmp_path:
         assert all(of.settings_part().part_of(f"/{key}/MatMul") is not None for key in _blocks(spec.module))
 
 
+@pytest.mark.slow
 def test_every_graph_can_be_trained_in_int8(of: Family, tmp_path: Path) -> None:
     """NNCF traces the modules; the engine of what it prepared computes what the prepared module does."""
     pytest.importorskip("nncf")

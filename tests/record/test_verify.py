@@ -116,6 +116,7 @@ def test_a_flipped_byte_is_a_changed_file(copy: Callable[[str], Path], name: str
     assert re.fullmatch(rf"{re.escape(name)} was changed: its sha256 is \w{{64}}, frozen was \w{{64}}", fault.sentence)
 
 
+@pytest.mark.slow
 def test_any_flipped_byte_is_found(copy: Callable[[str], Path]) -> None:
     folder = copy("detection")
     files = sorted(path for path in folder.rglob("*") if path.is_file())
