@@ -6,15 +6,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
-
-from pqk.errors import NotBuilt
 
 if TYPE_CHECKING:
     import numpy as np
-
-    from pqk.families.contract import SampleSet
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,11 +44,3 @@ class Boxes:
     """What a model finds in pictures."""
 
     pictures: tuple[BoxedPicture, ...]
-
-
-def first_scene(found: SampleSet) -> Path:
-    """Returns the folder of the first scene of a split. Raises NotBuilt (exit code 3) where samples are no scenes."""
-    folders = found.where.get("folders")
-    if not folders:
-        raise NotBuilt("the samples of this family are single pictures, not scenes: there are no points to show")
-    return Path(folders[0])

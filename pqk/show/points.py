@@ -15,7 +15,7 @@ import numpy as np
 from pqk.data.scenes.open import open_scene
 from pqk.engines.variant import Variant
 from pqk.errors import NotBuilt, PqkError
-from pqk.families.viewing import Geometry, first_scene
+from pqk.families.viewing import Geometry
 from pqk.files import check_writable, sha256_json, temporary_folder
 from pqk.measure.predictions import Predictions
 from pqk.recipe.candidate import Candidate
@@ -86,7 +86,10 @@ def point_maps(
 
 def _scene(candidate: Candidate) -> tuple[Path, str]:
     """Returns folder and name of the first test scene. Raises NotBuilt where samples are no scenes."""
-    return first_scene(candidate.test), candidate.test.groups[0]
+    folders = candidate.test.where.get("folders")
+    if not folders:
+        raise NotBuilt("the samples of this family are single pictures, not scenes: there are no points to show")
+    return Path(folders[0]), candidate.test.groups[0]
 
 
 def _seen(candidate: Candidate, variant: Variant, most: int, say: Callable[[str], object]) -> Geometry:
