@@ -24,7 +24,7 @@ run: $(STAMP)
 	@$(BIN)/pqk run B1 --backend openvino || { code=$$?; \
 	  case $$code in 1) echo "a threshold failed, see the verdict above";; \
 	  4) echo "undecided, see the verdict above";; *) exit $$code;; esac; }
-	@echo "the report: reports/B1.html (open it in a browser)"
+	@[ ! -f reports/B1.html ] || echo "the report: reports/B1.html (open it in a browser)"
 
 test: lint
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder

@@ -220,6 +220,10 @@ def test_point_maps_come_back_and_damaged_ones_are_left_out(tmp_path: Path) -> N
     assert scene["drawn"] == 2000 and scene["pictures"][0]["mean"] == 1.5 and scene["pictures"][1]["mean"] is None
     (tmp_path / "b.npz").write_bytes(b"PK not a file")
     assert read_points(tmp_path / "b.npz") is None
+    whole = (tmp_path / "a.npz").read_bytes()
+    for damaged in (b"", whole[:100], whole[:-100], whole[:200] + bytes(64) + whole[264:]):
+        (tmp_path / "c.npz").write_bytes(damaged)
+        assert read_points(tmp_path / "c.npz") is None
 
 
 def test_point_maps_of_another_candidate_are_not_shown(root: Path, records: list[dict[str, Any]]) -> None:

@@ -12,6 +12,8 @@ from __future__ import annotations
 import base64
 import io
 import json
+import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,7 +55,7 @@ def read_points(path: Path) -> PointMaps | None:
         with np.load(path, allow_pickle=False) as kept:
             about = json.loads(str(kept["about"]))
             arrays = {name: kept[name] for name in _ARRAYS}
-    except (OSError, ValueError, KeyError, EOFError):
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
         return None
     return PointMaps(**arrays, about=about) if isinstance(about, dict) else None
 
