@@ -29,7 +29,12 @@ def weights(
     samples: Annotated[int, typer.Option(min=2, help="with --methods: test samples that are scored")] = 26,
     calibration: Annotated[int, typer.Option(min=1, help="with --methods: images that the methods learn from")] = 32,
     columns: Annotated[
-        str | None, typer.Option(help="with --methods: of W8A8,W4A16,W4A4 those to compute; default: all three")
+        str | None,
+        typer.Option(help="with --methods: of W8A8,W4A16,W4A4,W4A16-32 those to compute; default: the first three"),
+    ] = None,
+    rows: Annotated[
+        str | None,
+        typer.Option(help="with --methods: of smooth,hadamard,awq,gptq,left_out,hadamard+gptq; default: all"),
     ] = None,
     setting: Annotated[list[str] | None, typer.Option("--set", help="override one value, as in `pqk run`")] = None,
     out: Annotated[Path, typer.Option("-o", "--out", help="folder of the results")] = Path("reports/weights"),
@@ -37,7 +42,7 @@ def weights(
     """Round the weights of a model by seven schemes: size on disk, errors of every output, time in real engines."""
     from pqk.cli.study_output import run_weights
 
-    asked = (max_images, device, rounds, (samples, calibration, _listed(columns)) if methods else None)
+    asked = (max_images, device, rounds, (samples, calibration, _listed(columns), _listed(rows)) if methods else None)
     raise typer.Exit(run_weights(model, scenes, images, setting or [], *asked, out=out, only=_listed(only)))
 
 

@@ -35,14 +35,14 @@ def run_weights(
     max_images: int,
     device: str,
     rounds: int,
-    methods: tuple[int, int, Sequence[str]] | None,
+    methods: tuple[int, int, Sequence[str], Sequence[str]] | None,
     out: Path,
     short: bool = False,
     only: Sequence[str] = (),
 ) -> int:
     """Runs the study, prints the report and the files; returns the exit code.
 
-    methods: samples, calibration images and columns (none: all) of the table of methods; None: no such table. short:
+    methods: samples, calibration images, columns and rows (none: all) of the table of methods; None: no table. short:
     the schemes and file names of compare_quantization.py. only: schemes by name, in place of all and of PyTorch's
     dynamic quantization.
     """
@@ -58,9 +58,10 @@ def run_weights(
             "--methods compares drops against ground truth, which --images has not; give --scenes or neither"
         )
     if methods is not None:
-        from pqk.study.weights.methods import chosen_columns
+        from pqk.study.weights.methods import chosen_columns, chosen_rows
 
-        chosen_columns(methods[2])  # refuses unknown ones before the work
+        chosen_columns(methods[2])  # both refuse unknown ones before the work
+        chosen_rows(methods[3])
     check_writable(out)
 
     def say(text: str) -> None:

@@ -14,6 +14,7 @@ from run_toys import Outcome, pqk, script
 
 from pqk.compress.weights.files import load_weights
 from pqk.compress.weights.schemes import SCHEMES
+from pqk.study.weights.methods import LEFT_OUT, METHODS, chosen_rows
 from pqk.study.weights.result import SCHEMA
 
 pytest.importorskip("skimage")
@@ -114,6 +115,12 @@ def test_the_table_of_methods(studied: Path) -> None:
     assert "(emulated)" in text and "with the float model's prediction as the truth" in text
 
 
+def test_rows_are_chosen_by_their_words() -> None:
+    assert chosen_rows(["gptq"]) == ["round to nearest", "GPTQ"]
+    assert chosen_rows(["hadamard+gptq", "left_out"]) == ["round to nearest", LEFT_OUT, "Hadamard + GPTQ"]
+    assert chosen_rows([]) == list(METHODS)
+
+
 def test_methods_are_compared_by_what_rounding_alone_does(studied: Path) -> None:
     found = json.loads((studied / "out" / "methods.json").read_text())
     cells = {(cell["method"], cell["column"]): cell for cell in found["cells"]}
@@ -154,6 +161,7 @@ def test_the_script_of_the_short_comparison_runs_on_pictures(studied: Path, tiny
             ("--methods", "--columns", "W4A6"),
             "unknown column 'W4A6' (did you mean 'W4A16'?); known are W8A8, W4A16, W4A4",
         ),
+        (("--methods", "--rows", "gptw"), "unknown row 'gptw' (did you mean 'gptq'?); known are rtn, smooth, hadamard"),
         (("--methods", "--images", "here"), "--methods compares drops against ground truth"),
     ],
 )

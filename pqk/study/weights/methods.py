@@ -21,6 +21,7 @@ from pqk.compress.weights.activations import Activations
 from pqk.compress.weights.methods.inputs import Inputs, capture
 from pqk.compress.weights.methods.method import Method
 from pqk.compress.weights.model import QuantizedWeights, quantize_weights, quantized_model
+from pqk.compress.weights.quantizers import as_matrix
 from pqk.compress.weights.schemes import Scheme
 from pqk.engines.calls import in_torch
 from pqk.errors import PqkError, nearest
@@ -56,6 +57,8 @@ COLUMNS = (
     Column("W4A16", Scheme(4, True, "group", GROUP), None),
     Column("W4A4", Scheme(4, True, "group", GROUP), 4),
 )
+FINER = Column("W4A16-32", Scheme(4, True, "group", 32), None)
+"""Computed only where it is asked for."""
 METHODS: Mapping[str, str] = {
     "round to nearest": "rtn",
     "SmoothQuant": "smooth",
@@ -106,12 +109,26 @@ class _Scored:
 
 
 def chosen_columns(names: Sequence[str]) -> list[Column]:
-    """Returns the columns of these names, all without any. Raises PqkError for an unknown one."""
-    known = {column.name: column for column in COLUMNS}
+    """Returns the columns of these names, `COLUMNS` without any. Raises PqkError for an unknown one."""
+    known = {column.name: column for column in (*COLUMNS, FINER)}
     for name in names:
         if name not in known:
             raise PqkError(f"unknown column {name!r}{nearest(name, known)}; known are {', '.join(known)}")
-    return [known[name] for name in dict.fromkeys(names or known)]
+    return [known[name] for name in dict.fromkeys(names)] or list(COLUMNS)
+
+
+def chosen_rows(words: Sequence[str]) -> list[str]:
+    """Returns rounding to nearest and the rows of `METHODS` with these words; all without any.
+
+    left_out is the word of the row that leaves special tokens out. Raises PqkError for an unknown one.
+    """
+    known = {"left_out" if row == LEFT_OUT else word: row for row, word in METHODS.items()}
+    for word in words:
+        if word not in known:
+            raise PqkError(f"unknown row {word!r}{nearest(word, known)}; known are {', '.join(known)}")
+    first, *others = METHODS
+    asked = {known[word] for word in words or known}
+    return [first, *(row for row in others if row in asked)]
 
 
 def study_methods(
@@ -120,15 +137,16 @@ def study_methods(
     samples: int,
     calibration: int,
     columns: Sequence[str],
+    rows: Sequence[str],
     on_event: OnEvent,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Returns the table as plain data: metric, samples, groups, calibration images, cells (of `Cell.to_json`).
 
-    samples: largest number of test samples. calibration: images for the methods that learn. columns: by name; none:
-    all. Raises PqkError as a run does.
+    samples: largest number of test samples. calibration: images for the methods that learn. columns, rows: by name;
+    none: see `chosen_columns` and `chosen_rows`. Raises PqkError as a run does.
     """
-    asked = chosen_columns(columns)
+    asked, named = chosen_columns(columns), chosen_rows(rows)
     experiment = asked_experiment(request, root)
     ctx = context(request, usable_backend("onnxruntime"), root, on_event)
     _, model = load_teacher(request.model, root)
@@ -137,13 +155,13 @@ def study_methods(
     bench = opened_bench(experiment, model, found, samples, images=None)
     fed = open_split(ctx, experiment, "calibration", root)
     items = experiment.family.data_part().calibration(fed, experiment.workload, calibration)
-    learned = {left: _inputs(bench, [items[k] for k in range(len(items))], left) for left in (False, True)}
+    learned = {left: _inputs(bench, [items[k] for k in range(len(items))], left) for left in {False, LEFT_OUT in named}}
     cells: list[Cell] = []
     for column in asked:
         nearest: _Scored | None = None
-        for name, words in METHODS.items():
+        for name in named:
             say(f"{name}, {column.name}")
-            scored = _scored(bench, column, Method(words), learned[name == LEFT_OUT])
+            scored = _scored(bench, column, Method(METHODS[name]), learned[name == LEFT_OUT])
             nearest = nearest or scored
             cells.append(_cell(bench, name, column, scored, nearest))
     return {
@@ -172,9 +190,7 @@ def methods_text(found: Mapping[str, Any]) -> str:
             c["closer_pct"], c["closer_pct"]
         ),
         "Error of the rounded weights themselves, as one vector (%)": lambda c: f"{100 * c['weights_error']:.2f} %",
-        "Error of what linear layers compute of calibration inputs, mean (%)": lambda c: (
-            f"{100 * c['layers_error']:.2f} %"
-        ),
+        "Error of what layers compute of calibration inputs, mean (%)": lambda c: f"{100 * c['layers_error']:.2f} %",
     }
     lines = [line for head, text in parts.items() for line in (head, *_table(found, text), "")]
     lines.append(
@@ -209,7 +225,7 @@ def _plain(found: Interval | None) -> dict[str, float | None] | None:
 
 
 def _inputs(bench: Bench, items: Sequence[Sample], left_out: bool) -> dict[str, Inputs]:
-    """Captures the inputs of the linear layers on calibration samples. left_out: as the family's `calibrated` says."""
+    """Captures the inputs of the layers on calibration samples. left_out: as the family's `calibrated` says."""
 
     def run(model: nn.Module, sample: Sample) -> object:
         with _called(bench.of, model, bench.experiment.workload, left_out) as call:
@@ -242,7 +258,7 @@ def _scored(bench: Bench, column: Column, method: Method, inputs: Mapping[str, I
 
 
 def layers_error(model: nn.Module, weights: QuantizedWeights, inputs: Mapping[str, Inputs]) -> float:
-    """Returns the mean over linear layers of the relative error of what a layer computes, by its rounded weight alone.
+    """Returns the mean over layers of the relative error of what a layer computes, by its rounded weight alone.
 
     inputs: x of the layers, as captured on calibration samples. The error of a layer is |x D^T| / |x W^T| over all of
     them, D the difference of its rounded weight and W, from their sum of x x^T.
@@ -253,8 +269,8 @@ def layers_error(model: nn.Module, weights: QuantizedWeights, inputs: Mapping[st
         if packed is None:
             continue
         weight = model.get_submodule(layer).weight.detach().float()  # type: ignore[operator]
-        wrong = packed.dequantized() - weight
-        lost, total = (float(((one @ known.gram) * one).sum()) for one in (wrong, weight))
+        pair = [as_matrix(one, packed.axis) for one in (packed.dequantized() - weight, weight)]
+        lost, total = (float(((one @ known.gram) * one).sum()) for one in pair)
         if total > 0:
             found.append(max(0.0, lost / total) ** 0.5)
     return sum(found) / len(found) if found else 0.0

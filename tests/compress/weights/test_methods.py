@@ -200,7 +200,7 @@ def test_what_cannot_be_captured() -> None:
         capture(model, [])
     with pytest.raises(PqkError, match="0: a calibration input is NaN"):
         capture(model, [torch.full((2, 32), float("nan"))])
-    with pytest.raises(PqkError, match="no linear layer is named '1'"):
+    with pytest.raises(PqkError, match="no linear layer or convolution is named '1'"):
         capture(model, [random(2, 32)], layers=["1"])
 
 

@@ -5,7 +5,7 @@ Smoothing comes first, then rotation, then rounding; each may be left out. `rtn`
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -20,6 +20,7 @@ from pqk.errors import PqkError, nearest
 
 WORDS = ("rtn", "smooth", "awq", "hadamard", "gptq")
 NEED_INPUTS = frozenset({"smooth", "awq", "gptq"})
+SCALE_FEATURES = frozenset({"smooth", "awq"})
 
 
 @dataclass(frozen=True)
@@ -68,10 +69,10 @@ class Method:
         """Returns whether it needs captured inputs."""
         return bool(self.words & NEED_INPUTS)
 
-    def without_inputs(self) -> Method:
-        """Returns what is left of it for a weight whose inputs are not known."""
-        kept = [word for word in self.name.split("+") if word not in NEED_INPUTS]
-        return Method("+".join(kept) or "rtn", seed=self.seed)
+    def without(self, words: frozenset[str]) -> Method:
+        """Returns what is left of it when some words are left out."""
+        kept = [word for word in self.name.split("+") if word not in words]
+        return replace(self, name="+".join(kept) or "rtn")
 
 
 RTN = Method()
@@ -83,11 +84,13 @@ def pack_weight(
     """Returns the rounded weight; its `method` says what was done.
 
     axis: the dimension of the output channels. inputs: those of the layer; without them words that need them are
-    left out (convolutions, layers that no calibration batch reached).
+    left out (layers that no calibration batch reached). Convolutions leave out those that scale features.
     Raises PqkError when the weight holds NaN or infinite numbers, or inputs of another width are given.
     """
-    if inputs is None and method.needs_inputs:
-        method = method.without_inputs()
+    if inputs is None:
+        method = method.without(NEED_INPUTS)
+    elif inputs.convolved:
+        method = method.without(SCALE_FEATURES)
     matrix, words = matrix_of(weight, axis), method.words
     if inputs is not None and inputs.largest.shape[0] != matrix.shape[1]:
         raise PqkError(f"inputs of {inputs.largest.shape[0]} features do not fit a weight of {matrix.shape[1]} columns")
