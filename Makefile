@@ -9,13 +9,14 @@ STAMP := $(VENV)/installed
 TORCH := torch==2.13.0
 
 .DEFAULT_GOAL := help
-.PHONY: help run test quick lint install clean
+.PHONY: help run test quick lint docs install clean
 
 help:
 	@echo "make run      install, then: pqk run B1 --backend openvino"
 	@echo "make test     install, then: lint and the whole test suite"
 	@echo "make quick    install, then: lint and the tests without whole runs, engines and trainings"
 	@echo "make lint     install, then: ruff, mypy and import-linter"
+	@echo "make docs     install, then: the documentation site, in site/"
 	@echo "make install  make $(VENV) and install pqk with both toolchains and the development tools"
 	@echo "make clean    delete $(VENV) and caches; results in logs/, outputs/ and reports/ stay"
 
@@ -39,6 +40,9 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+docs: $(STAMP)
+	$(BIN)/python scripts/build_site.py
+
 install: $(STAMP)
 
 $(STAMP): setup.cfg pyproject.toml constraints.txt
@@ -46,9 +50,9 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 	@echo "installing into $(VENV): a few minutes the first time"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q $(TORCH)
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[openvino,inc,trt,study,eth3d,detr,frame,mlflow,dev]"
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[openvino,inc,trt,study,eth3d,detr,frame,mlflow,docs,dev]"
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find pqk backends tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -24,7 +24,7 @@ from pqk.settings.card import Overrides, list_cards, load_card
 
 ROOT = Path(__file__).resolve().parents[1]
 READMES = [ROOT / "README.md", ROOT / "README.zh-CN.md"]
-OURS = [*READMES, *sorted((ROOT / "docs").glob("*.md"))]
+OURS = [*READMES, *sorted((ROOT / "docs").rglob("*.md"))]
 PAGES = [*OURS, *sorted((ROOT / "schedule" / "TaskCards").glob("*.md"))]
 PAGES += [ROOT / folder / "README.md" for folder in ("logs", "reports", "outputs")]
 TABLE = "<!-- table: pqk run B1 --backend openvino -->"
@@ -114,6 +114,37 @@ def test_the_commands_of_the_guides_are_found() -> None:
     assert len(cases()) > 25
     verbs = {line.split()[0] for _, line in cases()}
     assert {"run", "check", "table", "env", "data", "train", "bench"} <= verbs
+
+
+def verbs_of(line: str) -> tuple[str, ...]:
+    """The verbs of a command line: ("ledger", "eval")."""
+    command: Any = typer.main.get_command(app)
+    found: list[str] = []
+    for word in shlex.split(line):
+        command = getattr(command, "commands", {}).get(word)
+        if command is None:
+            break
+        found.append(word)
+    return tuple(found)
+
+
+IN_PROCESS = {("bench", "teacher"): "bench_teacher(", ("ledger", "page"): "write_page("}
+"""Verbs whose tests call the function behind them."""
+
+
+@pytest.mark.parametrize("verbs", sorted({verbs_of(line) for _, line in cases()} - {()}), ids=" ".join)
+def test_every_verb_of_the_guides_is_run_by_a_test(verbs: tuple[str, ...]) -> None:
+    called = re.compile(r"[(\[*]\s*(?:\w+,\s*)?" + r",\s*".join(f'"{verb}"' for verb in verbs))
+    tests = [path.read_text("utf-8") for path in (ROOT / "tests").rglob("test_*.py")]
+    assert any(called.search(text) or IN_PROCESS.get(verbs, "no test") in text for text in tests)
+
+
+def test_the_conventions_have_a_command_each() -> None:
+    rows = re.findall(
+        r"^\| ([^|]+) \| ([^|]+) \| [^|]+ \|$", (ROOT / "docs" / "conventions.md").read_text("utf-8"), re.M
+    )
+    assert len(rows[2:]) == 20 and len({name for name, _ in rows}) == len(rows)
+    assert all(re.match(r"`(pqk|make|pip) [^`]+`$", command) for _, command in rows[2:])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -49,7 +49,9 @@ class Design:
     expected: float
 
 
-def bench_sampling(card: str, backend: str, views: Sequence[int], scenes: int, out: Path) -> list[Design]:
+def bench_sampling(
+    card: str, backend: str, views: Sequence[int], scenes: int, model: str | None, out: Path
+) -> list[Design]:
     """Measures the drop of a card's candidate on scenes of each number of views, and how many the budget allows.
 
     Prints a table, with JSON as the last line, and writes `out` (.csv). Raises PqkError for fewer than two scenes or
@@ -58,7 +60,7 @@ def bench_sampling(card: str, backend: str, views: Sequence[int], scenes: int, o
     if scenes < 2 or min(views) < 2:
         raise PqkError("bench sampling needs at least 2 scenes of at least 2 views")
     root = paths.project_root()
-    candidate = run(Request(card, backend, qat=False), root, lambda *_: None, print)
+    candidate = run(Request(card, backend, model=model, qat=False), root, lambda *_: None, print)
     wanted = dict.fromkeys((BASIS[1], *views))
     found = {number: _measured(candidate, number, scenes, root) for number in wanted}
     budget = BASIS[0] * found[BASIS[1]][2]

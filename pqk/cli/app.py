@@ -10,12 +10,14 @@ from typing import Annotated, Literal
 import typer
 
 from pqk.cli.bench import app as bench_app
+from pqk.cli.command import given_command
 from pqk.cli.help import finish, group
 from pqk.cli.ledger import app as ledger_app
 from pqk.cli.report import report
 from pqk.cli.study import app as study_app
 
-app = group("A bench for compressing feed-forward 3D transformers.")
+_ABOUT = "A bench for compressing feed-forward 3D transformers."
+app = group(_ABOUT)
 train_app = group("Train models.")
 data_app = group("Make scenes and sets of images with boxes.")
 app.add_typer(train_app, name="train")
@@ -23,6 +25,22 @@ app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
 app.add_typer(ledger_app, name="ledger")
 app.add_typer(study_app, name="study")
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        from pqk import __version__
+
+        print(f"pqk {__version__}")
+        raise typer.Exit
+
+
+@app.callback(help=_ABOUT)
+def _pqk(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None: ...
 
 
 _Quantizer = Annotated[str | None, typer.Option(help="quantizer of the backend; default: its first")]
@@ -114,6 +132,7 @@ def run(
         retime=retime,
         train_scenes=train_scenes,
         train_images=train_images,
+        command=given_command(),
     )
     limit = max_scenes if decide else None
     raise typer.Exit(
@@ -172,6 +191,7 @@ def parity(
         retime=retime,
         train_scenes=train_scenes,
         train_images=train_images,
+        command=given_command(),
     )
     raise typer.Exit(run_parity(request, names or [], tools, explain, json_line))
 
@@ -222,6 +242,7 @@ def tune(
         settings=settings_of(setting or []),
         train_scenes=train_scenes,
         train_images=train_images,
+        command=given_command(),
     )
     raise typer.Exit(run_tune(request, aim, max_drop, max_evaluations, out, json_line))
 
@@ -269,6 +290,7 @@ def optimize(
         settings=settings_of(setting or []),
         train_scenes=train_scenes,
         train_images=train_images,
+        command=given_command(),
     )
     asked = None if letters is None else [letter.strip() for letter in letters.split(",")]
     raise typer.Exit(run_optimize(request, asked, max_drop, seconds, out, max_scenes if decide else None, json_line))
@@ -337,6 +359,7 @@ def export(
         qat=qat,
         train_scenes=train_scenes,
         train_images=train_images,
+        command=given_command(),
     )
     raise typer.Exit(export_card(request, precision, out, rollback))
 

@@ -32,6 +32,7 @@ def bench_sampling(
     backend: Annotated[str, typer.Option(help="a backend that runs here, not emulated")] = "openvino",
     views: Annotated[str, typer.Option(help="views of a scene to try, separated by commas")] = "2,3,4,6",
     scenes: Annotated[int, typer.Option(min=2, help="scenes per number of views")] = 48,
+    model: Annotated[str | None, typer.Option(help="folder, file or named model; default: the shipped one")] = None,
     out: Annotated[Path, typer.Option("-o", "--out", help="the table as .csv")] = Path("reports/sampling.csv"),
 ) -> None:
     """Measure a drop with many scenes of few views, or few scenes of many, at equal cost; the last line is JSON."""
@@ -40,7 +41,7 @@ def bench_sampling(
 
     if not all(word.strip().isdigit() for word in views.split(",")):
         raise PqkError(f"--views {views}: give whole numbers separated by commas, such as 2,3,4,6")
-    measure(card, backend, [int(word) for word in views.split(",")], scenes, out)
+    measure(card, backend, [int(word) for word in views.split(",")], scenes, model, out)
 
 
 @app.command("growth")

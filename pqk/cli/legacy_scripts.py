@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pqk.cli.command import given_command
 from pqk.cli.run_output import export_card, run_card
 from pqk.errors import told
 from pqk.recipe.request import Request
@@ -108,6 +109,7 @@ def _request(asked: argparse.Namespace, cfg: str = "quant", **fields: Any) -> Re
         model=asked.ckpt,
         workload=asked.workload,
         evaluation=asked.eval,
+        command=given_command(),
         **{cfg: asked.cfg},
         **fields,
     )

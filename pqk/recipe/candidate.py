@@ -202,7 +202,7 @@ def make(
     }
     commit = commit_of()
     common = common_columns(experiment, tools.backend.name, ctx.machine, teacher.name, truthful, commit, hashes)
-    common["run_id"] = request.run_id
+    common |= {"run_id": request.run_id, "command": request.command}
     planned = _planned(request, recipe, tools, teacher, common)
     if log is not None:
         refuse_to_lose(log, planned)

@@ -91,6 +91,7 @@ class Request:
     retime: bool = False  # measure only time and memory again
     train_scenes: Path | None = None
     train_images: Path | None = None
+    command: str | None = field(default=None, compare=False)  # as it was given, for the records
     run_id: str = field(default_factory=new_run_id, compare=False)  # shared by all records of this request
 
 

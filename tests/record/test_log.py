@@ -142,22 +142,22 @@ def test_bytes_that_are_no_text_and_missing_files(tmp_path):
 
 
 def test_versions(tmp_path, monkeypatch, make_record):
-    """A project whose schema has grown to 2.1.0 reads a log of 2.0.0; one of 2.0.0 refuses a log of 2.1.0."""
+    """A project whose schema has grown to 2.2.0 reads a log of 2.1.0; one of 2.1.0 refuses a log of 2.2.0."""
     old = make_record(absrel=0.25)
     path = write_record(tmp_path / "old.json", old)
     path_new = tmp_path / "new.json"
-    path_new.write_text(json.dumps({**old, "schema_version": "2.1.0", "cost_usd": 1.0}))
-    with pytest.raises(PqkError, match=r"new\.json: schema_version 2\.1\.0 is newer than 2\.0\.0, .*; update pqk"):
+    path_new.write_text(json.dumps({**old, "schema_version": "2.2.0", "cost_usd": 1.0}))
+    with pytest.raises(PqkError, match=r"new\.json: schema_version 2\.2\.0 is newer than 2\.1\.0, .*; update pqk"):
         read_records(path_new)
 
     schema = json.loads(schema_path().read_text())
-    schema["properties"]["schema_version"]["const"] = "2.1.0"
+    schema["properties"]["schema_version"]["const"] = "2.2.0"
     schema["properties"]["cost_usd"] = {"type": ["number", "null"], "description": "Money.", "x-group": "resources"}
     schema["required"].append("cost_usd")
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "unified_log_schema.json").write_text(json.dumps(schema))
     monkeypatch.chdir(tmp_path)
-    assert read_records(path)[0].record == {**old, "schema_version": "2.1.0", "cost_usd": None}
+    assert read_records(path)[0].record == {**old, "schema_version": "2.2.0", "cost_usd": None}
     assert read_records(path_new)[0].record["cost_usd"] == 1.0
     with pytest.raises(PqkError, match=r"old\.json: unknown field \"colour\""):
         path.write_text(json.dumps({**old, "colour": 1}))
@@ -166,7 +166,7 @@ def test_versions(tmp_path, monkeypatch, make_record):
     with pytest.raises(PqkError, match=r"schema_version 0\.9\.0 is older than 1\.0\.0"):
         read_records(path)
     path.write_text(json.dumps({**old, "schema_version": "latest"}))
-    with pytest.raises(PqkError, match=r'schema_version must be "2\.1\.0", got "latest"'):
+    with pytest.raises(PqkError, match=r'schema_version must be "2\.2\.0", got "latest"'):
         read_records(path)
 
 
@@ -211,7 +211,7 @@ def test_a_log_of_1_1_gets_its_family_and_metrics(tmp_path, make_record):
         del old["family"], old["metrics"]
         (tmp_path / "old.json").write_text(json.dumps(old))
         record = read_records(tmp_path / "old.json")[0].record
-        assert (record["schema_version"], record["family"], record["metrics"]) == ("2.0.0", "dust3r", metrics)
+        assert (record["schema_version"], record["family"], record["metrics"]) == ("2.1.0", "dust3r", metrics)
         assert {name: record[name] for name in row} == row
 
 

@@ -97,7 +97,7 @@ IOU = {"value": 0.5, "unit": "", "better": "higher"}
             {"datetime": "2025-02-30T12:00:00Z"},
             'run.json: datetime must be a day that exists, got "2025-02-30T12:00:00Z"',
         ),
-        ({"schema_version": "2.0"}, 'run.json: schema_version must be "2.0.0", got "2.0"'),
+        ({"schema_version": "2.0"}, 'run.json: schema_version must be "2.1.0", got "2.0"'),
         ({"metrics": {"iou": {"value": 1, "unit": ""}}}, "run.json: metrics.iou: 'better' is a required property"),
         (
             {"metrics": {"iou": {"value": 1, "unit": "", "better": "more"}}},

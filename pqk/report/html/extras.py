@@ -260,7 +260,9 @@ def evidence_of(
 
 
 def command_of(record: Record) -> str:
-    """Returns the command of a record's run, as far as the record tells: card, toolchain, and seeds other than 0."""
+    """Returns the command that made a record; of one before schema 2.1 what it tells: card, toolchain, seeds."""
+    if record["command"] is not None:
+        return printable(record["command"])
     words = ["pqk", "run", record["exp_id"]]
     words += ["--backend", record["backend"]] if record["backend"] else []
     words += ["--quantizer", record["quantizer"]] if record["quantizer"] else []
