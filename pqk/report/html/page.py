@@ -24,6 +24,7 @@ from pqk.report.drops import Drop, drop_of_record
 from pqk.report.files import thresholds_of
 from pqk.report.html.charts import charts_of, intervals
 from pqk.report.html.extras import ablations_of, blocks_of, environments_of, evidence_of, parity_of, table
+from pqk.report.html.reasons import in_language
 from pqk.report.html.rows import Words, labels_of, table_of
 from pqk.report.html.scene import read_points, scene_of
 from pqk.report.html.sources import Found, find, tables_below
@@ -151,7 +152,7 @@ def _verdicts(records: Sequence[Record], labels: Sequence[str], t: Words) -> lis
                 "word": t.get(word, printable(word)),
                 "kind": record["verdict"] or "undecided",
                 "facts": facts,
-                "reasons": [printable(reason) for reason in record["verdict_reasons"] or ()],
+                "reasons": [printable(in_language(each, t["language"])) for each in record["verdict_reasons"] or ()],
                 "date": record["measured_at"] or record["datetime"],
             }
         )

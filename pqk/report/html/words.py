@@ -8,6 +8,7 @@ LANGUAGES = ("en", "zh")
 
 _WORDS: dict[str, tuple[str, str]] = {
     # page
+    "language": ("en", "zh"),
     "report": ("Report", "报告"),
     "all_records": ("all records", "全部记录"),
     "records": ("records", "条记录"),
