@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import stat
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -75,6 +76,20 @@ def is_locked(path: Path) -> bool:
         return not lock(handle, path, wait=False)
     finally:
         os.close(handle)
+
+
+def machine_folder() -> Path:
+    """Returns the folder of this user's locks on this machine, which shared disks and a job's own TMPDIR do not move.
+
+    Raises PqkError where it belongs to somebody else.
+    """
+    path = Path("/tmp") / f"pqk-{os.getuid()}"
+    with _one_sentence(path):
+        path.mkdir(mode=0o700, exist_ok=True)
+        found = path.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+        raise PqkError(f"{path} is no folder of this user; remove it")
+    return path
 
 
 @contextlib.contextmanager

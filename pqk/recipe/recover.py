@@ -30,6 +30,7 @@ from pqk.recipe.rollback import (
 )
 from pqk.recipe.verdict import drop_limit
 from pqk.record.runlog import RunLog
+from pqk.result import note
 from pqk.settings.keep import keep_patterns
 from pqk.stats.intervals import Interval
 from pqk.store.store import OnEvent
@@ -52,6 +53,7 @@ def choose(
     names its moves. Attempts, moves and their cost are in logs/runs/CARD.jsonl. A model that is not judged by ground
     truth is made once. Raises the same errors as `pqk.recipe.candidate.make`.
     """
+    note(stopped=None)
     best: tuple[Choice, Request] | None = None
     tried: tuple[str, ...] = ()
     hours: dict[str, float] = {}  # of each stage, in its last attempt
@@ -89,6 +91,7 @@ def choose(
             say(f"{failed[1]}; the rollback table has no {'further ' if tried else ''}move for it")
             if _stopped(candidate):
                 history.append("stop", why=failed[1])
+                note(stopped=failed[1])
             return best
         history.append("move", **move.as_data())
         say(f"rollback {move.name}: {move.why} (cost: {move.cost})")

@@ -1,52 +1,47 @@
 """Runs a plan: each experiment is `pqk run CARD` in a process of its own, and its outcome is kept.
 
 Where the plan has eval seeds for an experiment, `pqk ledger eval` and `pqk ledger finalize` of its result follow.
+Experiments run here one after another, or on the machines of a cluster (`pqk.launch`) as soon as what they require is
+done.
 
-    outputs/plans/NAME/state.json       every attempt: start, duration, exit code and reason
+    outputs/plans/NAME/state.json       every attempt: see `pqk.study.plan_state`
+    outputs/plans/NAME/machine.json     the kind of machine that the plan began on
     outputs/plans/NAME/ID.log           the output of the experiment, for a reader; the plan does not use it
     outputs/plans/NAME/ID.result.json   the result of its last command as data: see `pqk.result`
-    outputs/plans/NAME/.lock            held (flock) while the plan runs
 
-An attempt is noted before it begins, and state.json is replaced in one step. So after a kill, the next call knows which
-attempt was running. Experiments die with their plan; the stages that they finished are in the artifact store.
+An attempt is noted before it begins. Experiments die with their plan; the stages that they finished are in the artifact
+store.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import shlex
-import subprocess
+import heapq
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from pqk import paths
-from pqk.errors import EXIT_CHECK_FAILED, EXIT_OK, EXIT_UNAVAILABLE, EXIT_UNDECIDED, EXIT_USAGE, PqkError
-from pqk.files import check_writable, clear_write_errors, sha256_json, write_json
-from pqk.locks import is_locked, locked
-from pqk.oserrors import cannot_read, says_nothing
+from pqk.errors import EXIT_CHECK_FAILED, EXIT_OK, EXIT_UNAVAILABLE, EXIT_UNDECIDED, EXIT_USAGE
+from pqk.files import check_writable, sha256_json
+from pqk.launch.cell import Cell, Done
+from pqk.launch.launch import LOCAL, launcher, run
+from pqk.launch.machine import KIND_FILE, difference, read_kind
+from pqk.launch.needs import Needs
+from pqk.locks import is_locked
 from pqk.recipe.experiment import default_teacher, resolve
 from pqk.record.runlog import RunLog
-from pqk.result import VARIABLE
 from pqk.settings.card import load_card
 from pqk.settings.plan import TEACHER_CARD, Plan, Step
-from pqk.store.worker import _die_with_parent, _environment
+from pqk.study.plan_state import Attempt, Journal, only_run, read_state, seconds_of
 
 STATUSES = ("done", "failed", "undecided", "stopped", "error", "unavailable", "running", "waiting")
 _WITHOUT_SUCCESS = ("failed", "undecided")
-_VERSION = 1
-_SAID = 300  # characters of an experiment's reason that are kept
-_JUDGED = {EXIT_CHECK_FAILED: "fail", EXIT_UNDECIDED: "undecided"}
-"""Verdicts by exit code, for runs that were measured to their end without success."""
 
 CommandsOf = Callable[[Step], Sequence[Sequence[str]]]
-Attempt = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -93,10 +88,14 @@ def folder_of(plan: str, root: Path) -> Path:
 
 
 def progress(plan: Plan, steps: Sequence[Step], root: Path) -> list[Progressed]:
-    """Returns the progress of every experiment, from files only. Raises PqkError when the state is damaged."""
+    """Returns the progress of every experiment, from files only. Raises PqkError when the state is damaged.
+
+    The detail of one that was done on another kind of machine than the plan's first says so: its times are not to be
+    compared with the others'.
+    """
     folder = folder_of(plan.name, root)
-    state = _read(folder)
-    live = is_locked(folder / ".lock")
+    state = read_state(folder)
+    live, plans_kind = is_locked(folder / ".lock"), read_kind(folder / KIND_FILE)
     keys = _keys(plan, steps, Asked(**state["asked"]), root) if state["asked"] else {}
     found = []
     statuses: dict[str, str] = {}
@@ -107,7 +106,10 @@ def progress(plan: Plan, steps: Sequence[Step], root: Path) -> list[Progressed]:
         if status == "waiting":
             lacking = [other for other in step.requires if statuses[other] not in ("done", "waiting", "running")]
             detail = detail or (f"for {_listed(lacking, statuses)}" if lacking else "")
-        seconds = [_seconds(attempt, folder, step.id) for attempt in attempts]
+        elif plans_kind and attempts and attempts[-1].get("machine") and attempts[-1].get("measured"):
+            other = difference(attempts[-1]["machine"], plans_kind)
+            detail = "; ".join(filter(None, (detail, f"times of {other}" if other else "")))
+        seconds = [seconds_of(attempt, folder, step.id) for attempt in attempts]
         found.append(Progressed(step, status, detail, sum(seconds) / 3600 if seconds else None))
     return found
 
@@ -115,20 +117,22 @@ def progress(plan: Plan, steps: Sequence[Step], root: Path) -> list[Progressed]:
 def past_attempts(plan: Plan, steps: Sequence[Step], root: Path) -> list[Past]:
     """Returns all attempts of a plan, in the order in which they began. Raises PqkError as `progress` does."""
     folder = folder_of(plan.name, root)
-    live, state = is_locked(folder / ".lock"), _read(folder)
+    live, state = is_locked(folder / ".lock"), read_state(folder)
     found = []
     for step in steps:
         own = state["attempts"].get(step.id, [])
         for number, attempt in enumerate(own, 1):
             until = own[number]["began"] if number < len(own) else None
             status, detail = _status(step, [attempt], attempt["key"], live and number == len(own), root, until)
-            found.append(Past(step, float(attempt["began"]), _seconds(attempt, folder, step.id) / 3600, status, detail))
+            found.append(
+                Past(step, float(attempt["began"]), seconds_of(attempt, folder, step.id) / 3600, status, detail)
+            )
     return sorted(found, key=lambda past: past.began)
 
 
 def asked_backend(plan: Plan, root: Path) -> str | None:
     """Returns the backend of a plan's last run; None when it never ran."""
-    asked = _read(folder_of(plan.name, root))["asked"]
+    asked = read_state(folder_of(plan.name, root))["asked"]
     return str(asked["backend"]) if asked else None
 
 
@@ -142,6 +146,8 @@ def run_plan(
     *,
     keep_going: bool = False,
     commands_of: CommandsOf | None = None,
+    on: str = LOCAL,
+    needs: Needs = Needs(),  # noqa: B008
 ) -> list[Progressed]:
     """Runs the experiments that are not done yet, in order, and returns the progress of all.
 
@@ -150,55 +156,138 @@ def run_plan(
     rollback, a requirement that failed its thresholds or was undecided counts as done, because it has a result. In a
     plan without rollback, such an experiment is not run again either.
     `commands_of`: the command lines of a step, instead of `commands`. `say` gets a line for every event, `echo` every
-    line that the experiments print.
+    line that experiments on this machine print. on, needs: see `pqk.launch.launch.launcher`.
     Raises PqkError when another process runs this plan, or when the disk cannot be written. KeyboardInterrupt is noted
     as an interrupted attempt and raised again.
     """
     folder = folder_of(plan.name, root)
     check_writable(folder)
     commands_of = commands_of or (lambda step: commands(step, asked, plan.rollback, root))
-    with _lock(folder, plan.name):
-        state = _read(folder)
-        _close_interrupted(state, folder)
-        state["asked"] = {"backend": asked.backend, "model": asked.model}
+    with only_run(folder, plan.name):
+        journal = Journal(folder)
+        journal.begin({"backend": asked.backend, "model": asked.model})
         keys = _keys(plan, steps, asked, root)
-        _write(folder, state)
-        now: dict[str, str] = {}
-        for step in steps:
-            attempts = state["attempts"].setdefault(step.id, [])
-            now[step.id], _ = _status(step, attempts, keys[step.id], False, root)
-            if now[step.id] == "done":
-                say(f"{step.id}: done before")
-                continue
-            if now[step.id] in _WITHOUT_SUCCESS and not plan.rollback and _measured(attempts, keys[step.id]):
-                say(f"{step.id}: measured before, {now[step.id]} ({attempts[-1]['said']})")
-                continue
-            good = {name for name, status in now.items() if status == "done"}
-            good |= {name for name, status in now.items() if status in _WITHOUT_SUCCESS and keep_going}
-            if not plan.rollback:  # a verdict is a result; a training whose hours ran out left none
-                good |= {name for name in now if _measured(state["attempts"][name], keys[name])}
-            lacking = [other for other in step.requires if other not in good]
-            if lacking:
-                now[step.id] = "waiting"
-                say(f"{step.id}: waits for {_listed(lacking, now)}")
-                continue
-            began = time.time()
-            attempt: Attempt = {"key": keys[step.id], "began": began, "seconds": None, "exit_code": None, "said": ""}
-            attempts.append(attempt)
-            _write(folder, state)
-            say(f"{step.id}: begins, {datetime.now(UTC).strftime('%Y-%m-%d %H:%M')} UTC")
-            clock = time.monotonic()
+        board = _Board(plan, steps, root, journal, keys, keep_going, say)
+
+        def more(places: int) -> Iterator[Cell]:
+            for step in board.free(places):
+                board.begin(step)
+                log = folder / f"{step.id}.log"
+                yield Cell(step.id, tuple(map(tuple, commands_of(step))), root, log, folder / KIND_FILE)
+
+        with launcher(on, needs, folder, echo, say) as launched:
             try:
-                attempt |= _carry_out(commands_of(step), root, folder / f"{step.id}.log", echo)
-            except KeyboardInterrupt:
-                attempt |= {"interrupted": True}
+                for done in run(lambda places: list(more(places)), launched):
+                    board.end(done)
+            except BaseException as error:
+                board.stop(interrupted=isinstance(error, KeyboardInterrupt))
                 raise
-            finally:
-                attempt["seconds"] = round(time.monotonic() - clock, 3)
-                _write(folder, state)
-            now[step.id], detail = _status(step, attempts, keys[step.id], False, root)
-            say(f"{step.id}: {now[step.id]}{f' ({detail})' if detail else ''}, {attempt['seconds']:.0f} s")
+        journal.fold()
     return progress(plan, steps, root)
+
+
+class _Board:
+    """The experiments of a plan that is running: which of them may begin, and what became of the others."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        steps: Sequence[Step],
+        root: Path,
+        journal: Journal,
+        keys: Mapping[str, str],
+        keep_going: bool,
+        say: Callable[[str], None],
+    ) -> None:
+        self._rollback, self._keep_going, self._say = plan.rollback, keep_going, say
+        self._root, self._journal, self._keys = root, journal, keys
+        self._steps = {step.id: step for step in steps}
+        self._place = {step.id: place for place, step in enumerate(steps)}
+        self._open = {step.id: len(step.requires) for step in steps}  # requirements that are not settled
+        self._behind: dict[str, list[str]] = {step.id: [] for step in steps}
+        for step in steps:
+            for other in step.requires:
+                self._behind[other].append(step.id)
+        self._now: dict[str, str] = {}
+        self._ready: list[int] = []
+        self._order = [step.id for step in steps]
+        self._running: set[str] = set()
+        for step in steps:
+            if not step.requires and self._look_at(step.id):
+                self._settle(step.id, self._now[step.id])
+
+    def free(self, most: int) -> Iterator[Step]:
+        """Yields at most so many experiments that may begin, the first ones of the plan's order."""
+        while most > 0 and self._ready:
+            most -= 1
+            yield self._steps[self._order[heapq.heappop(self._ready)]]
+
+    def begin(self, step: Step) -> None:
+        """Notes that an experiment begins."""
+        attempt: Attempt = {"key": self._keys[step.id], "began": time.time(), "seconds": None}
+        self._journal.attempts(step.id).append(attempt | {"exit_code": None, "said": ""})
+        self._journal.note(step.id)
+        self._running.add(step.id)
+        self._say(f"{step.id}: begins, {datetime.now(UTC).strftime('%Y-%m-%d %H:%M')} UTC")
+
+    def end(self, done: Done) -> None:
+        """Notes the end of an experiment, and looks at those that wait for it."""
+        attempts = self._journal.attempts(done.name)
+        attempts[-1] |= {**done.outcome, "began": done.began, "seconds": round(done.seconds, 3)}
+        attempts[-1] |= {"machine": done.machine, "node": done.node}
+        self._journal.note(done.name)
+        self._running.discard(done.name)
+        step = self._steps[done.name]
+        status, detail = _status(step, attempts, self._keys[step.id], False, self._root)
+        self._say(f"{step.id}: {status}{f' ({detail})' if detail else ''}, {done.seconds:.0f} s")
+        if status == "error" and not attempts[-1]["said"]:
+            for line in done.tail[-3:]:
+                self._say(f"{step.id}: | {line}")
+        self._settle(step.id, status)
+
+    def stop(self, interrupted: bool) -> None:
+        """Notes the experiments that run as stopped."""
+        for name in sorted(self._running):
+            attempt = self._journal.attempts(name)[-1]
+            attempt["seconds"] = round(time.time() - attempt["began"], 3)
+            if interrupted:
+                attempt["interrupted"] = True
+            self._journal.note(name)
+
+    def _settle(self, name: str, status: str) -> None:
+        """Sets what became of an experiment, and looks at those whose last open requirement it was."""
+        self._now[name] = status
+        settled = deque([name])
+        while settled:
+            for other in self._behind[settled.popleft()]:
+                self._open[other] -= 1
+                if not self._open[other] and other not in self._now and self._look_at(other):
+                    settled.append(other)
+
+    def _look_at(self, name: str) -> bool:
+        """Puts an experiment among those that may begin; returns True where it is settled without."""
+        step, attempts = self._steps[name], self._journal.attempts(name)
+        status, _ = _status(step, attempts, self._keys[name], False, self._root)
+        if status == "done":
+            self._say(f"{name}: done before")
+        elif status in _WITHOUT_SUCCESS and not self._rollback and _measured(attempts, self._keys[name]):
+            self._say(f"{name}: measured before, {status} ({attempts[-1]['said']})")
+        else:
+            lacking = [other for other in step.requires if not self._good(other)]
+            if not lacking:
+                heapq.heappush(self._ready, self._place[name])
+                return False
+            status = "waiting"
+            self._say(f"{name}: waits for {_listed(lacking, self._now)}")
+        self._now[name] = status
+        return True
+
+    def _good(self, name: str) -> bool:
+        """Returns whether what requires this experiment may begin."""
+        if self._now[name] == "done" or (self._keep_going and self._now[name] in _WITHOUT_SUCCESS):
+            return True
+        # a verdict is a result; a training whose hours ran out left none
+        return not self._rollback and _measured(self._journal.attempts(name), self._keys[name])
 
 
 def exit_code(found: Sequence[Progressed]) -> int:
@@ -251,75 +340,9 @@ def commands(step: Step, asked: Asked, rollback: bool = True, root: Path | None 
     return [[*python, "-m", "pqk.cli", *words] for words in found]
 
 
-def _carry_out(lines: Sequence[Sequence[str]], root: Path, log: Path, echo: Callable[[str], None]) -> dict[str, Any]:
-    """Runs the command lines of an experiment, and returns the fields of its attempt.
-
-    They are the exit code, the reason, whether it was measured to its end, and for a measured one run_id, verdict and
-    record.
-    The first command decides: after a verdict, also 'fail' and 'undecided', the other commands run; after anything else
-    the experiment ends.
-    """
-    code, result = _execute(lines[0], root, log, echo)
-    judged = code == EXIT_OK or (code in _JUDGED and result.get("verdict") == _JUDGED[code])
-    outcome = {"exit_code": code, "said": _reason(result), "measured": judged}
-    outcome |= {name: result.get(name) for name in ("run_id", "verdict", "record")}
-    for words in lines[1:] if judged else ():
-        code, result = _execute(words, root, log, echo)
-        if code != EXIT_OK:
-            return outcome | {"exit_code": code, "said": _reason(result), "measured": False}
-    return outcome
-
-
-def _reason(result: Mapping[str, Any]) -> str:
-    """Returns the reason for a command's end in one sentence: its error, or the deciding threshold; '' for none."""
-    return str(result.get("error") or result.get("why") or "")[:_SAID]
-
-
 def _measured(attempts: Sequence[Attempt], key: str) -> bool:
     """Returns whether the last attempt was measured to its end with the present inputs."""
     return bool(attempts) and attempts[-1]["key"] == key and attempts[-1].get("measured") is True
-
-
-def _execute(words: Sequence[str], root: Path, log: Path, echo: Callable[[str], None]) -> tuple[int, dict[str, Any]]:
-    """Runs a command to its end; its output goes to `log` and to `echo`, and is not interpreted.
-
-    Returns its exit code and its result (see `pqk.result`), which is empty when there is none, as after a kill.
-    """
-    parent = os.getpid()
-    answer = log.with_suffix(".result.json")
-    with clear_write_errors(answer):
-        answer.unlink(missing_ok=True)
-    with clear_write_errors(log), log.open("ab", buffering=0) as kept:
-        kept.write(f"== {datetime.now(UTC).isoformat(timespec='seconds')}: {shlex.join(words)}\n".encode())
-        process = subprocess.Popen(
-            list(words),
-            cwd=root,
-            env={**_environment(), VARIABLE: str(answer)},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            preexec_fn=lambda: _die_with_parent(parent),
-        )
-        assert process.stdout is not None
-        try:
-            for raw in process.stdout:
-                kept.write(raw)
-                echo(raw.decode("utf-8", errors="replace").rstrip())
-        except BaseException:
-            process.kill()
-            raise
-        finally:
-            code = process.wait()
-    return code, _read_result(answer)
-
-
-def _read_result(path: Path) -> dict[str, Any]:
-    """Returns the result file of a command as data; empty when there is none, or an invalid one."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _status(
@@ -333,11 +356,11 @@ def _status(
     if code is None:
         if live and last["seconds"] is None:
             return "running", ""
-        return "stopped", "interrupted"
+        return "stopped", said or "interrupted"
     if code == EXIT_OK:
         return ("done", "") if last["key"] == key else ("waiting", "done, but its inputs have changed since")
     if code == EXIT_CHECK_FAILED:
-        why = _stopped_by(step, last["began"], until, root)
+        why = last["stopped"] if "stopped" in last else _stopped_by(step, last["began"], until, root)
         return ("stopped", why) if why else ("failed", said)
     if code == EXIT_UNDECIDED:
         return "undecided", said
@@ -384,52 +407,3 @@ def _keys(plan: Plan, steps: Sequence[Step], asked: Asked, root: Path) -> dict[s
             }
         )
     return keys
-
-
-def _read(folder: Path) -> dict[str, Any]:
-    path = folder / "state.json"
-    try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-        if state["version"] != _VERSION:
-            raise ValueError(f"version {state['version']}")
-        if state["asked"] is not None and state["asked"].keys() != {"backend", "model"}:
-            raise ValueError("asked is not backend and model")
-        for attempts in state["attempts"].values():
-            for attempt in attempts:
-                if not {"key", "began", "seconds", "exit_code", "said"} <= attempt.keys():
-                    raise ValueError("an attempt lacks a field")
-    except FileNotFoundError:
-        return {"version": _VERSION, "asked": None, "attempts": {}}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, OSError) and says_nothing(error):
-            raise PqkError(cannot_read(path, error)) from error
-        raise PqkError(f"{path}: not the state of a plan ({error}); remove it to start over") from error
-    return dict(state)
-
-
-def _write(folder: Path, state: Mapping[str, Any]) -> None:
-    write_json(folder / "state.json", state)
-
-
-def _seconds(attempt: Attempt, folder: Path, name: str) -> float:
-    """Returns the wall seconds of an attempt; for a running or killed one, up to the last line that it printed."""
-    if attempt["seconds"] is not None:
-        return float(attempt["seconds"])
-    with contextlib.suppress(OSError):
-        return max(0.0, (folder / f"{name}.log").stat().st_mtime - float(attempt["began"]))
-    return 0.0
-
-
-def _close_interrupted(state: Mapping[str, Any], folder: Path) -> None:
-    """Sets the time of attempts whose plan was killed, before their log grows again."""
-    for name, attempts in state["attempts"].items():
-        for attempt in attempts:
-            attempt["seconds"] = round(_seconds(attempt, folder, name), 3)
-
-
-@contextlib.contextmanager
-def _lock(folder: Path, name: str) -> Iterator[None]:
-    with locked(folder / ".lock", timeout=0.5) as free:  # `pqk plan status` may be looking at it
-        if not free:
-            raise PqkError(f"plan {name} is running already; see `pqk plan status {name}`")
-        yield
