@@ -50,7 +50,7 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 	@echo "installing into $(VENV): a few minutes the first time"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q $(TORCH)
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[openvino,inc,trt,study,eth3d,detr,frame,mlflow,docs,dev]"
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[openvino,inc,trt,study,eth3d,detr,frame,mlflow,docs,ray,slurm,dev]"
 	@touch $@
 
 clean:

@@ -49,6 +49,12 @@ _Setting = Annotated[list[str] | None, typer.Option("--set", help="override one 
 _Json = Annotated[bool, typer.Option("--json", help="print everything as one JSON object, last line")]
 _Scenes = Annotated[Path | None, typer.Option(help="folder of scenes with ground truth")]
 _Images = Annotated[Path | None, typer.Option(help="folder of photographs")]
+_On = Annotated[
+    str | None, typer.Option("--on", help="local (the default), ray[:ADDRESS], slurm[:PARTITION] or slurm-local")
+]
+_Each = Annotated[
+    str | None, typer.Option("--each", help="with --on: what each cell needs, such as cores=8,gpus=1,retries=3")
+]
 _Fresh = Annotated[bool, typer.Option(help="make everything again, reuse nothing")]
 _Retime = Annotated[bool, typer.Option("--retime", help="measure time and memory again; reuse the rest")]
 _TrainScenes = Annotated[
@@ -108,6 +114,11 @@ def run(
             help="also send the records to mlflow[:URI] or trackio[:PROJECT]; can be repeated",
         ),
     ] = None,
+    point: Annotated[
+        str | None, typer.Option(help="with one --axis: run only this point of it, write no table")
+    ] = None,
+    on: _On = None,
+    each: _Each = None,
     json_line: Annotated[bool, typer.Option("--json", help="print the candidate's record as the last line")] = False,
 ) -> None:
     """Run a task card: Teacher in every float precision, the recipe, quality, timing, one record each.
@@ -116,6 +127,7 @@ def run(
     is too coarse to decide whether a threshold held.
     """
     from pqk.cli.run_output import choose_backend, run_card, settings_of
+    from pqk.cli.spread import spread_of
     from pqk.recipe.request import Request
 
     request = Request(
@@ -144,6 +156,8 @@ def run(
             decide=limit,
             track=trackers or (),
             preset=preset,
+            point=point,
+            spread=spread_of(on, each),
         )
     )
 
@@ -383,6 +397,8 @@ def plan(
     keep_going: Annotated[
         bool, typer.Option("--keep-going", help="with --run: also run experiments whose requirement failed thresholds")
     ] = False,
+    on: _On = None,
+    each: _Each = None,
     days: Annotated[
         int | None, typer.Option(min=1, help="of schedule: its length, default 30; of review: how far back, default 7")
     ] = None,
@@ -399,8 +415,12 @@ def plan(
     left, 4 one is undecided.
     """
     from pqk.cli.plan_output import plan as planned
+    from pqk.cli.spread import spread_of
 
-    raise typer.Exit(planned(name, of, rate, device, execute, backend, model, keep_going, json_line, days, write))
+    spread = spread_of(on, each)
+    raise typer.Exit(
+        planned(name, of, rate, device, execute, backend, model, keep_going, json_line, days, write, spread)
+    )
 
 
 @app.command()

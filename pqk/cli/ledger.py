@@ -72,6 +72,8 @@ def evaluate(
     model: Annotated[str | None, typer.Option(help="without CKPT: the Teacher, as in `pqk run`")] = None,
     train_scenes: Annotated[Path | None, typer.Option(help="without CKPT: as in `pqk run`")] = None,
     train_images: Annotated[Path | None, typer.Option(help="without CKPT: as in `pqk run`")] = None,
+    on: Annotated[str | None, typer.Option("--on", help="as in `pqk run`: every eval seed runs by itself")] = None,
+    each: Annotated[str | None, typer.Option("--each", help="with --on: as in `pqk run`")] = None,
 ) -> None:
     """Evaluate a fixed checkpoint under several eval seeds, one row each. Existing rows are kept.
 
@@ -80,6 +82,7 @@ def evaluate(
     Exit codes: 0 ok, 1 a kept node ran in int8, 2 wrong input, 3 backend unavailable.
     """
     from pqk.cli.ledger_output import evaluate as work
+    from pqk.cli.spread import spread_of
 
     raise typer.Exit(
         work(
@@ -97,6 +100,7 @@ def evaluate(
             model,
             train_scenes,
             train_images,
+            spread_of(on, each),
         )
     )
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
 
-from pqk import paths
+from pqk import paths, result
+from pqk.cli.spread import Spread
 from pqk.errors import EXIT_CHECK_FAILED, EXIT_OK, PqkError
 from pqk.files import check_writable, sha256_file
+from pqk.launch.cell import placed
 from pqk.record import comparison, ledger
 from pqk.record import deliverable as freeze
 from pqk.record.pair_scores import files_of, scores_here
@@ -20,6 +23,9 @@ from pqk.report.cells import printable
 from pqk.report.drops import drop_of
 from pqk.report.runs import draw_runs
 from pqk.settings.seeds import parse_seeds
+
+if TYPE_CHECKING:
+    from pqk.study.ledger_eval import Asked
 
 
 def finalize(
@@ -81,9 +87,12 @@ def evaluate(
     model: str | None,
     train_scenes: Path | None,
     train_images: Path | None,
+    spread: Spread | None = None,
 ) -> int:
     """Runs `pqk ledger eval`: a line per run, mean and std; the last line of stdout is the file (or rows as JSON)."""
     from pqk.cli.run_output import _progress, choose_backend, settings_of
+    from pqk.study.checkpoints import plain_name
+    from pqk.study.ledger_cells import evaluate_on
     from pqk.study.ledger_eval import Asked, evaluate_seeds
 
     root = paths.project_root()
@@ -115,7 +124,14 @@ def evaluate(
             f"{speed}{how}{f' [dim]({note})[/]' if note else ''}"
         )
 
-    file = evaluate_seeds(asked, out, root, _progress(errors), say, _teller(errors))
+    if spread is None:
+        file = evaluate_seeds(asked, out, root, _progress(errors), say, _teller(errors))
+        result.note(ledger=str(file), rows=rows)
+    else:
+        words = _cell_words(asked, settings, out)
+        name = plain_name(Path(checkpoint).name if checkpoint else str(card))
+        file = evaluate_on(name, words, asked.eval_seeds, root, *spread, lambda row: say(row, ""), _teller(errors))
+        rows.sort(key=lambda row: row["eval_seed"])
     for name in ledger.headline(rows):
         found = ledger.stat([row[name] for row in rows if row.get(name) is not None])
         errors.print(f"{name} {found.mean:.5g}{freeze.spread(found.std)} (mean ± sample std, n = {found.n})")
@@ -128,6 +144,24 @@ def evaluate(
 
 def _teller(errors: Console) -> Callable[[str], None]:
     return lambda text: errors.print(f"  [green]✓[/] {escape(text)}")
+
+
+def _cell_words(asked: Asked, settings: Sequence[str], out: Path | None) -> list[str]:
+    """Returns the words of `pqk ledger eval` that measure one eval seed, without the seed."""
+    given = {
+        "--backend": asked.backend,
+        "--precision": asked.precision,
+        "--quantizer": asked.quantizer,
+        "--card": asked.card,
+        "--train-seed": asked.train_seed,
+        "--out": None if out is None else out.resolve(),
+        "--model": placed(asked.model),
+        "--train-scenes": placed(asked.train_scenes),
+        "--train-images": placed(asked.train_images),
+    }
+    words = [] if asked.checkpoint is None else [str(placed(asked.checkpoint))]
+    words += [word for name, value in given.items() if value is not None for word in (name, str(value))]
+    return [*words, *(word for item in settings for word in ("--set", item)), *([] if asked.timed else ["--no-timing"])]
 
 
 def manifest(results: Path | None, out: Path | None) -> int:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from pqk import paths
+from pqk.cli.spread import Spread
 from pqk.errors import EXIT_OK, PqkError, nearest
 from pqk.settings.plan import (
     DEVICES,
@@ -40,6 +41,7 @@ def plan(
     as_json: bool,
     days: int | None = None,
     write: bool = False,
+    spread: Spread | None = None,
 ) -> int:
     """Runs `pqk plan`: shows a plan, runs it, prints its progress, writes its schedule or reviews a week.
 
@@ -52,8 +54,9 @@ def plan(
         raise PqkError("--days goes with `pqk plan schedule` and `pqk plan review`, --write with `pqk plan review`")
     if device is not None and device not in DEVICES:
         raise PqkError(f"--device {device}: hours are known for {', '.join(DEVICES)}{nearest(device, DEVICES)}")
-    if not execute and (backend or model or keep_going):
-        raise PqkError("--backend, --model and --keep-going need --run")
+    if not execute and (backend or model or keep_going or spread):
+        words = "--on" if spread else "--backend, --model and --keep-going"
+        raise PqkError(f"{words} need{'s' * bool(spread)} --run")
     if name == STATUS:
         return _show_status(of, rate, as_json, root)
     if name == SCHEDULE:
@@ -63,7 +66,7 @@ def plan(
     if of is not None:
         raise PqkError(f"{of!r} is one word too many: `pqk plan {name}`, or `pqk plan status {name}`")
     if execute:
-        return _carry_out(name, rate, backend, model, keep_going, as_json, root)
+        return _carry_out(name, rate, backend, model, keep_going, as_json, root, spread)
     found = load_plan(name, root)
     if device is not None and found.device == "CPU":
         raise PqkError(f"--device {device}: the hours of plan {name} are those of a CPU")
@@ -128,7 +131,14 @@ def _review(of: str | None, rate: float | None, days: int | None, write: bool, a
 
 
 def _carry_out(
-    name: str, rate: float | None, backend: str | None, model: str | None, keep_going: bool, as_json: bool, root: Path
+    name: str,
+    rate: float | None,
+    backend: str | None,
+    model: str | None,
+    keep_going: bool,
+    as_json: bool,
+    root: Path,
+    spread: Spread | None,
 ) -> int:
     found = load_plan(name, root)
     steps = ordered(found, root)
@@ -144,6 +154,7 @@ def _carry_out(
             lambda text: errors.print(f"[bold]▸ {escape(text)}[/]", soft_wrap=True),
             lambda line: errors.print(f"  {escape(line)}", style="dim", soft_wrap=True),
             keep_going=keep_going,
+            **(spread._asdict() if spread else {}),
         )
     except KeyboardInterrupt:
         errors.print(f"interrupted; `pqk plan {name} --run` continues from here")

@@ -20,6 +20,7 @@ from rich.table import Column
 from pqk import paths
 from pqk.cli.presets import laid_under, show_expected
 from pqk.cli.report_file import report_after
+from pqk.cli.spread import Spread
 from pqk.errors import EXIT_CHECK_FAILED, EXIT_OK, EXIT_UNDECIDED, PqkError
 from pqk.files import check_writable
 from pqk.recipe.request import Request
@@ -129,12 +130,15 @@ def run_card(
     decide: int | None = None,
     track: Sequence[str] = (),
     preset: str | None = None,
+    point: str | None = None,
+    spread: Spread | None = None,
 ) -> int:
     """Runs a card, reports progress on stderr and prints the table; returns the exit code.
 
     The exit code is 1 for the verdict 'fail', 4 for 'undecided'. `axes`: run only these of a card with a matrix.
     `rollback`: let the rollback table act on a failed recipe. `decide`: add test scenes up to this number until the
     drop is decided. `track`: trackers that get the records too, as in `pqk.track.track`. `preset`: settings by name.
+    `point`: run this one of the one axis. `spread`: where the points of a matrix run, None: here.
     `log`: a .json file that gets the candidate's record too, or without a recipe the list of the float records.
     Raises PqkError, before anything long runs, when that file cannot be written or holds another record.
     """
@@ -151,10 +155,16 @@ def run_card(
     trackers = {name: open_tracker(name, root) for name in track}
     if preset is not None:
         request = laid_under(request, preset, root)
-    if card.matrix or axes:
+    if point is not None:
+        if len(axes) != 1:
+            raise PqkError(f"--point {point} needs the one --axis that it is of")
+        request, rollback = replace(request, point=(axes[0], point)), False
+    if spread is not None and (point is not None or not card.matrix):
+        raise PqkError(f"--on {spread.on}: only a card with a matrix has several experiments; card {card.id} is one")
+    if point is None and (card.matrix or axes):
         if decide is not None:
             raise PqkError(f"--decide: card {card.id} is a matrix of experiments; decide single ones")
-        return _run_matrix(card, request, axes, as_json, errors, began, root, trackers)
+        return _run_matrix(card, request, axes, as_json, errors, began, root, trackers, spread)
     outcome = run(request, root, _progress(errors), _sayer(errors), log, rollback, decide)
     records = outcome.records
     candidate = records[-1]
@@ -212,14 +222,18 @@ def _run_matrix(
     began: float,
     root: Path,
     trackers: Mapping[str, Tracker],
+    spread: Spread | None,
 ) -> int:
     """Runs every point of a matrix, and writes reports/ablation/CARD; returns 1 when a point failed to run."""
     from pqk.recipe.ablation import print_matrix, write_matrix
-    from pqk.recipe.matrix import run_matrix
+    from pqk.recipe.matrix import run_matrix, run_matrix_on
 
     folder = root / "reports" / "ablation" / card.id
     check_writable(folder)
-    result = run_matrix(card, request, list(axes), root, _progress(errors), _teller(errors))
+    if spread is None:
+        result = run_matrix(card, request, list(axes), root, _progress(errors), _teller(errors))
+    else:
+        result = run_matrix_on(card, request, list(axes), root, *spread, _teller(errors))
     print_matrix(result, Console(stderr=as_json))
     measured = [record for points in result.records.values() for record in points.values() if record is not None]
     send(trackers, measured, root, _sayer(errors))

@@ -12,6 +12,7 @@ import os
 import platform
 import shlex
 import subprocess
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -62,8 +63,8 @@ class Done:
 
     outcome: exit_code (None: its machine or its process was lost), said (the reason, one sentence), measured (to its
     end: with a verdict, also a bad one), and of what the first command noted run_id, verdict, record and stopped.
-    began: seconds since 1970; seconds: wall time of its last attempt. tail: its last lines. refused: its machine is of
-    another kind, and nothing ran.
+    began: seconds since 1970; seconds: wall time of its last attempt. tail: its last lines. result: what its last
+    command noted (`pqk.result`). refused: its machine is of another kind, and nothing ran.
     """
 
     name: str
@@ -73,7 +74,26 @@ class Done:
     machine: Kind | None = None
     node: str | None = None
     tail: tuple[str, ...] = ()
+    result: Mapping[str, Any] = field(default_factory=dict)
     refused: bool = False
+
+
+def pqk_command(*words: str) -> tuple[str, ...]:
+    """Returns the command line of `pqk WORDS`, for a cell."""
+    # -P: the project's folder, in which it runs, may hold another pqk or a random.py
+    return (sys.executable, "-P", "-m", "pqk.cli", *words)
+
+
+def placed(given: Path | str | None) -> str | None:
+    """Returns a path as a cell, which runs in the project's folder, can take it; a name that is no path unchanged."""
+    if given is None:
+        return None
+    return str(Path(given).resolve()) if Path(given).exists() else str(given)
+
+
+def why_not(done: Done) -> str:
+    """Returns why a cell has no result, in one sentence."""
+    return str(done.outcome["said"] or next(reversed(done.tail), "") or f"exit code {done.outcome['exit_code']}")
 
 
 def lost(cell: Cell, why: str, began: float) -> Done:
@@ -89,6 +109,8 @@ def carry_out(cell: Cell, echo: Echo = lambda line: None) -> Done:
     """
     began, clock = time.time(), time.monotonic()
     tail: deque[str] = deque(maxlen=_TAIL)
+    outcome: dict[str, Any]
+    result: dict[str, Any] = {}
 
     def heard(line: str) -> None:
         tail.append(line)
@@ -102,12 +124,12 @@ def carry_out(cell: Cell, echo: Echo = lambda line: None) -> Done:
             said = f"refused: {platform.node()} is {other}, which the others run on; {cell.kind} names that kind"
             outcome = {"exit_code": EXIT_UNAVAILABLE, "said": said[:_SAID], "measured": False}
         else:
-            outcome = _outcome(cell, cores, heard)
+            outcome, result = _outcome(cell, cores, heard)
     seconds = round(time.monotonic() - clock, 3)
-    return Done(cell.name, outcome, began, seconds, here, platform.node(), tuple(tail), refused)
+    return Done(cell.name, outcome, began, seconds, here, platform.node(), tuple(tail), result, refused)
 
 
-def _outcome(cell: Cell, cores: Iterable[int], echo: Echo) -> dict[str, Any]:
+def _outcome(cell: Cell, cores: Iterable[int], echo: Echo) -> tuple[dict[str, Any], dict[str, Any]]:
     code, result = execute(cell, cell.commands[0], cores, echo)
     judged = code == EXIT_OK or (code in _JUDGED and result.get("verdict") == _JUDGED[code])
     outcome = {"exit_code": code, "said": _reason(result), "measured": judged}
@@ -115,8 +137,8 @@ def _outcome(cell: Cell, cores: Iterable[int], echo: Echo) -> dict[str, Any]:
     for words in cell.commands[1:] if judged else ():
         code, result = execute(cell, words, cores, echo)
         if code != EXIT_OK:
-            return outcome | {"exit_code": code, "said": _reason(result), "measured": False}
-    return outcome
+            return outcome | {"exit_code": code, "said": _reason(result), "measured": False}, result
+    return outcome, result
 
 
 def _reason(result: Mapping[str, Any]) -> str:

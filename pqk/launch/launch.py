@@ -75,6 +75,15 @@ def run(more: More, launched: Launcher) -> Iterator[Done]:
             yield done
 
 
+def check_on(on: str) -> None:
+    """Raises PqkError where `on` names no place that cells can run, before anything else is done."""
+    name, colon, where = on.partition(":")
+    if name not in PLACES or (colon and (not where or name in (LOCAL, SLURM_LOCAL))):
+        raise PqkError(
+            f"--on {on}: it is local, ray[:ADDRESS], slurm[:PARTITION] or slurm-local{nearest(name, PLACES)}"
+        )
+
+
 def launcher(
     on: str, needs: Needs, folder: Path, echo: Echo, say: Callable[[str], None]
 ) -> AbstractContextManager[Any]:
@@ -83,15 +92,14 @@ def launcher(
     folder: for the files of SLURM's jobs. echo: gets the output of cells that run here; say: a line about the cluster.
     Raises PqkError for another name, NotBuilt where the extra is not installed, PqkError where no cluster answers.
     """
+    check_on(on)
     name, _, where = on.partition(":")
-    if name == LOCAL and not where:
+    if name == LOCAL:
         return Here(echo)
     if name == RAY:
         from pqk.launch.on_ray import OnRay
 
         return OnRay(where, needs, say)
-    if name == SLURM or (name == SLURM_LOCAL and not where):
-        from pqk.launch.on_slurm import OnSlurm
+    from pqk.launch.on_slurm import OnSlurm
 
-        return OnSlurm(where, needs, folder, here=name == SLURM_LOCAL)
-    raise PqkError(f"--on {on}: it is local, ray[:ADDRESS], slurm[:PARTITION] or slurm-local{nearest(name, PLACES)}")
+    return OnSlurm(where, needs, folder, here=name == SLURM_LOCAL)

@@ -58,12 +58,17 @@ class Experiment:
         return {"family": self.family.name, "workload": self.workload.model_dump(mode="json")}
 
     @property
-    def sha256(self) -> str:
-        """Returns one sha256 over the card and its resolved configs."""
+    def hashes(self) -> dict[str, str]:
+        """Returns the sha256 of the card and of each of its resolved configs that it may use."""
         names = ["card", "workload", "evaluation", "quant", "distill", "prune", "joint"]
         if "T" in self.card.recipe:
             names.append("reduce")
-        return sha256_json({name: getattr(self, name).sha256 for name in names})
+        return {name: getattr(self, name).sha256 for name in names}
+
+    @property
+    def sha256(self) -> str:
+        """Returns one sha256 over the card and its resolved configs."""
+        return sha256_json(self.hashes)
 
 
 def default_teacher(root: Path) -> DefaultTeacher:

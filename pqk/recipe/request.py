@@ -30,6 +30,7 @@ from pqk.recipe.stages import Context
 from pqk.settings.card import load_card
 from pqk.settings.recipe import combo_of
 from pqk.store.code import code_of
+from pqk.store.mirror import mirror
 from pqk.store.store import OnEvent, Store
 
 if TYPE_CHECKING:
@@ -215,7 +216,7 @@ def context(request: Request, backend: Backend, root: Path, on_event: OnEvent) -
         "cpu_quota": cpu_quota(),
         **_gpu(details),
     }
-    return Context(Store(paths.store(root), request.fresh, commit_of()), on_event, machine, request.retime)
+    return Context(Store(paths.store(root), request.fresh, commit_of(), mirror()), on_event, machine, request.retime)
 
 
 def _device(details: Mapping[str, str]) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import heapq
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,7 +128,7 @@ class Plan(Spec):
     @model_validator(mode="after")
     def _each_once(self) -> Self:
         names = [experiment.id for experiment in self.experiments]
-        twice = next((name for name in names if names.count(name) > 1), None)
+        twice = next((name for name, count in Counter(names).items() if count > 1), None)
         if twice is not None:
             raise ValueError(f"lists the experiment {twice!r} twice")
         return self
@@ -194,18 +196,27 @@ def ordered(plan: Plan, root: Path | None = None) -> list[Step]:
     where = paths.shown(plan.source)
     seeds = {experiment.id: experiment.train_seeds for experiment in plan.experiments}
     steps = [step for experiment in plan.experiments for step in _steps(experiment, seeds, where, base)]
-    twice = next((step.id for number, step in enumerate(steps) if step.id in {s.id for s in steps[:number]}), None)
+    twice = next((name for name, count in Counter(step.id for step in steps).items() if count > 1), None)
     if twice is not None:
         raise PqkError(f"{where}: {twice} is the name of two experiments")
+    ranked = sorted(steps, key=_rank)
+    missing = [len(set(step.requires)) for step in ranked]
+    behind: dict[str, list[int]] = {step.id: [] for step in ranked}
+    for place, step in enumerate(ranked):
+        for other in set(step.requires):
+            behind[other].append(place)
+    free = [place for place, count in enumerate(missing) if not count]  # a heap, as it is sorted
     done: list[Step] = []
-    waiting = sorted(steps, key=_rank)
-    while waiting:
-        have = {step.id for step in done}
-        free = next((step for step in waiting if have.issuperset(step.requires)), None)
-        if free is None:
-            raise PqkError(f"{where}: these cards require each other: {', '.join(step.id for step in waiting)}")
-        waiting.remove(free)
-        done.append(free)
+    while free:
+        step = ranked[heapq.heappop(free)]
+        done.append(step)
+        for place in behind[step.id]:
+            missing[place] -= 1
+            if not missing[place]:
+                heapq.heappush(free, place)
+    if len(done) < len(ranked):
+        left = [step.id for step, count in zip(ranked, missing, strict=True) if count]
+        raise PqkError(f"{where}: these cards require each other: {', '.join(left)}")
     return done
 
 

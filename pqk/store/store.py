@@ -30,6 +30,7 @@ from pqk.errors import PqkError
 from pqk.files import below, clear_write_errors, fsync_folder, sha256_file, sha256_json, write_json
 from pqk.locks import locked
 from pqk.oserrors import says_nothing
+from pqk.store.mirror import Mirror
 
 MANIFEST = "manifest.json"
 _STAGE = re.compile(r"[a-z][a-z0-9_-]{0,47}")
@@ -62,10 +63,14 @@ class Store:
 
     A stored artifact is reused when the sha256 of every file is that of the manifest. fresh: make every artifact again
     the first time this store is asked for it. commit: written into the manifests of new artifacts, part of no key.
+    mirror: where other machines find them, and this one theirs.
     """
 
-    def __init__(self, root: Path, fresh: bool = False, commit: str | None = None) -> None:
+    def __init__(
+        self, root: Path, fresh: bool = False, commit: str | None = None, mirror: Mirror | None = None
+    ) -> None:
         self.root = Path(root)
+        self._mirror = mirror
         self.fresh = fresh
         self.commit = commit
         self._made: set[str] = set()
@@ -103,6 +108,8 @@ class Store:
             self._sweep(stage, key[:16])
             target = self.root / stage / key[:16]
             manifest = _intact(target, stage, key)
+            if manifest is None and self._mirror is not None and not self.fresh:
+                manifest = self._fetch(self._mirror, target, stage, key)
             again = manifest is not None and key not in self._made and (self.fresh or stale(target))
             if manifest is not None and not again:
                 tell("reuse", stage, key, float(manifest["seconds"]))
@@ -116,6 +123,8 @@ class Store:
                 tell("failed", stage, key, 0.0)
                 raise
             self._made.add(key)
+            if self._mirror is not None:
+                self._mirror.send(stage, key[:16], target)
             tell("done", stage, key, float(manifest["seconds"]))
             return Artifact(target, key, stage, False, manifest)
 
@@ -187,6 +196,28 @@ class Store:
             ):  # the new one is in place; the next sweep removes the rest of the old one
                 _delete(old)
         return manifest
+
+    def _fetch(self, mirror: Mirror, target: Path, stage: str, key: str) -> dict[str, Any] | None:
+        """Returns the manifest of a fetched artifact; None where there is none, or not a whole one."""
+        with clear_write_errors(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            temporary = self._temporary(target)
+            temporary.mkdir()
+        try:
+            if not mirror.fetch(stage, key[:16], temporary):
+                return None
+            if _intact(temporary, stage, key) is None:
+                mirror.drop(stage, key[:16])
+                return None
+            with clear_write_errors(target):
+                old = self._put(temporary, target)
+                fsync_folder(target.parent)
+            if old is not None:
+                with contextlib.suppress(OSError):
+                    _delete(old)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        return _intact(target, stage, key)
 
     def _put(self, new: Path, target: Path) -> Path | None:
         """Renames `new` to `target`; returns the new place of the old artifact, None when there was none.

@@ -6,6 +6,7 @@ dies with its parent, so that a killed run leaves no process that would disturb 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import importlib
@@ -15,12 +16,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from pqk.errors import CheckFailed, NotBuilt, PqkError
 from pqk.files import clear_write_errors, temporary_folder
+from pqk.locks import locked, machine_folder
 from pqk.oserrors import refusal
 from pqk.store.code import hashed, known, loaded, refuse_other, remember
 from pqk.store.progress import PREFIX
@@ -50,7 +52,8 @@ def call(task: str, request: dict[str, Any], on_progress: Callable[[dict[str, An
             asked.write_text(json.dumps({"request": request, "code": hashed(), "known": known()}))
         # -P: the current folder may hold a random.py of the user's.
         command = [sys.executable, "-P", "-m", "pqk.store.worker", task, str(asked), str(answered), str(os.getpid())]
-        code, said = _run(command, folder / "stderr", on_progress)
+        with _alone(task):
+            code, said = _run(command, folder / "stderr", on_progress)
         if not answered.exists():
             raise _no_answer(task, code, said)
         answer = json.loads(answered.read_text())
@@ -60,6 +63,16 @@ def call(task: str, request: dict[str, Any], on_progress: Callable[[dict[str, An
     refuse_other(task, hashed(), answer["code"])
     result: Result = answer["result"]
     return result
+
+
+@contextlib.contextmanager
+def _alone(task: str) -> Iterator[None]:
+    """Lets one process of this user on this machine measure times at once, whichever project or cell it belongs to."""
+    if task not in _TIMED:
+        yield
+        return
+    with locked(machine_folder() / "timing.lock"):
+        yield
 
 
 def _run(command: list[str], errors: Path, on_progress: Callable[[dict[str, Any]], None] | None) -> tuple[int, str]:
@@ -115,6 +128,8 @@ def _no_answer(task: str, code: int, said: str) -> Exception:
     how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
     return WorkerCrashed(f"the {task} process ended with {how}:\n{said or 'it printed no error'}")
 
+
+_TIMED = ("timing", "parts", "pieces", "forms")
 
 TASKS = {
     "predictions": "pqk.measure.predict:predict",

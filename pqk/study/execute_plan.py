@@ -32,10 +32,11 @@ from pqk.launch.launch import LOCAL, launcher, run
 from pqk.launch.machine import KIND_FILE, difference, read_kind
 from pqk.launch.needs import Needs
 from pqk.locks import is_locked
-from pqk.recipe.experiment import default_teacher, resolve
+from pqk.recipe.experiment import Experiment, default_teacher, resolve
 from pqk.record.runlog import RunLog
 from pqk.settings.card import load_card
 from pqk.settings.plan import TEACHER_CARD, Plan, Step
+from pqk.settings.workload import Workload
 from pqk.study.plan_state import Attempt, Journal, only_run, read_state, seconds_of
 
 STATUSES = ("done", "failed", "undecided", "stopped", "error", "unavailable", "running", "waiting")
@@ -393,12 +394,19 @@ def _keys(plan: Plan, steps: Sequence[Step], asked: Asked, root: Path) -> dict[s
     hashes of its requirements.
     """
     keys: dict[str, str] = {}
+    known: dict[str, tuple[Experiment, dict[str, str]]] = {}  # of each card: to read the configs takes milliseconds
     for step in steps:  # in order: requirements come first
-        experiment = resolve(step.card or load_card(TEACHER_CARD, root), root, settings=step.settings)
-        of = {"workload": experiment.workload.sha256, "eval": experiment.evaluation.sha256}
+        card = step.card or load_card(TEACHER_CARD, root)
+        if card.id not in known:
+            first = resolve(card, root)
+            known[card.id] = (first, first.hashes)
+        experiment, hashes = known[card.id]
+        if step.train_seed is not None:
+            hashes = hashes | {"workload": _seeded(experiment, step.train_seed).sha256}
+        of = {"workload": hashes["workload"], "eval": hashes["evaluation"]}
         keys[step.id] = sha256_json(
             {
-                "asked": experiment.sha256 if step.card is not None else of,
+                "asked": sha256_json(hashes) if step.card is not None else of,
                 "backend": asked.backend,
                 "model": asked.model,
                 "rollback": plan.rollback,
@@ -407,3 +415,9 @@ def _keys(plan: Plan, steps: Sequence[Step], asked: Asked, root: Path) -> dict[s
             }
         )
     return keys
+
+
+def _seeded(experiment: Experiment, train_seed: int) -> Workload:
+    """Returns the workload with another train seed, as `resolve` with that setting does."""
+    seeds = experiment.workload.seeds.model_copy(update={"train": train_seed})
+    return experiment.workload.model_copy(update={"seeds": seeds})
