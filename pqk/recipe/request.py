@@ -102,8 +102,8 @@ def asked_experiment(request: Request, root: Path) -> Experiment:
     of = experiment_family(request.model, root)
     if request.point is not None:
         axis, point = request.point
-        settings = {**card.matrix[axis].points[point], **settings} if axis in card.matrix else settings
-        card, origin = card.at(axis, point, of.name), f"card {card.id}, {axis}: {point}"
+        one, origin = card.at(axis, point, of.name), f"card {card.id}, {axis}: {point}"
+        card, settings = one, {**card.matrix[axis].points[point], **settings}
     elif card.matrix:
         raise PqkError(
             f"card {card.id} is a matrix of {len(card.points())} experiments; only `pqk run` runs all of them"

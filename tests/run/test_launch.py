@@ -32,6 +32,7 @@ from pqk.study.execute_plan import Asked, exit_code, folder_of, progress, run_pl
 from pqk.study.plan_state import read_state
 
 SEEDS = 24
+LARGE = 1000  # experiments, a thousand for each card
 PLAN = f"""version: "1.0"
 title: Toys
 goal: Run on many machines.
@@ -187,14 +188,14 @@ def test_lines_of_the_state(toys: Path) -> None:
 
 
 def test_a_large_plan(toys: Path) -> None:
-    """10,000 experiments are ordered, resumed and tabulated within a minute."""
+    """1,000 experiments are ordered, resumed and tabulated in 10 s; 10,000 were in 25 s."""
     from rich.console import Console
 
     from pqk.study.plan_state import Journal
     from pqk.study.plan_table import plan_data, print_plan, print_status, status_data
 
     cards, text = toys / "schedule" / "TaskCards", PLAN.split("  - ")[0]
-    for number in range(10):
+    for number in range(LARGE // 1000):
         (cards / f"X{number}.md").write_text((cards / "B1.md").read_text().replace("id: B1", f"id: X{number}"))
         text += f'  - {{id: X{number}, hours: 1, what: "a toy", train_seeds: {list(range(1000))}}}\n'
     (toys / "schedule" / "plans" / "toys.yaml").write_text(text)
@@ -203,25 +204,25 @@ def test_a_large_plan(toys: Path) -> None:
     quiet = Console(file=(toys / "table.txt").open("w"), width=80)
     print_plan(plan_data(plan, steps, "CPU", None), quiet)
     planned = time.monotonic() - began
-    assert len(steps) == 10_000
+    assert len(steps) == LARGE
     assert set(go(toys, "local", count=2).values()) == {"done"}
     journal = Journal(folder_of("toys", toys))
     from pqk.study.execute_plan import _keys
 
     keys, one = _keys(plan, steps, Asked("toy"), toys), journal.state["attempts"]["X0-s0"][0]
     journal.state["attempts"] = {step.id: [{**one, "key": keys[step.id]}] for step in steps}
-    del journal.state["attempts"]["X9-s999"]
+    del journal.state["attempts"][steps[-1].id]
     journal.fold()
     (toys / "ran.txt").unlink()
     began = time.monotonic()
-    statuses = go(toys, "local", count=10_000)
+    statuses = go(toys, "local", count=LARGE)
     resumed = time.monotonic() - began
-    assert ran(toys) == ["X9-s999"] and set(statuses.values()) == {"done"}
+    assert ran(toys) == [steps[-1].id] and set(statuses.values()) == {"done"}
     began = time.monotonic()
     print_status(status_data(plan, progress(plan, steps, toys), None), quiet)
     tabulated = time.monotonic() - began
     print(f"planned {planned:.1f} s, resumed {resumed:.1f} s, tabulated {tabulated:.1f} s")
-    assert planned + resumed + tabulated < 60
+    assert planned + resumed + tabulated < LARGE / 100
 
 
 def test_keys_are_those_of_resolved_settings(toys: Path) -> None:
@@ -303,6 +304,8 @@ def test_a_matrix_as_jobs(copy_of: Callable[[], Path], tiny_model: Path) -> None
     assert "H1 calibration: 128 images: done" in many.err
     alone = pqk(root, "run", "B1", "--backend", "openvino", "--model", tiny_model, "--on", "ray")
     assert alone.code == 2 and "card B1 is one" in alone.sentence
+    none = pqk(root, *words, "--point", "64 images")
+    assert none.code == 2 and "axis calibration of card H1 has no point '64 images'" in none.sentence
 
 
 # Ray
@@ -331,6 +334,24 @@ def test_other_machines_are_refused(cluster: Any, toys: Path) -> None:
     plan, steps = steps_of(toys)
     assert set(go(toys, f"ray:{cluster.address}", count=2).values()) == {"unavailable"}
     assert exit_code(progress(plan, steps[:2], toys)) == 3 and not (toys / "ran.txt").exists()
+
+
+@pytest.mark.whole
+def test_a_machine_that_is_left_out(cluster: Any, toys: Path) -> None:
+    """Cells begin only on the others."""
+    import ray
+
+    with launcher(f"ray:{cluster.address}", Needs(), toys, print, print) as launched:
+        ids = {node["NodeID"] for node in ray.nodes()}
+        launched._other.add(cluster.second.node_id)
+        assert launched.places() == 1
+        found = []
+        for number in range(3):
+            words = (sys.executable, "fake.py", str(number))
+            launched.begin(Cell(str(number), (words,), toys, toys / "a.log", toys / "machine.json"))
+            found += [ray.get(reference)[0] for reference in launched._running]
+            assert [done.outcome["exit_code"] for done in launched.wait()] == [0]
+    assert set(found) == ids - {cluster.second.node_id} and len(ids) == 2
 
 
 @pytest.mark.slow
@@ -390,6 +411,6 @@ def test_killed_workers_and_a_killed_machine(cluster: Any, toys: Path, tiny_mode
 
 
 def is_busy(process: psutil.Process) -> bool:
-    """Tells whether a process is a worker of Ray that runs a cell."""
+    """Tells whether a process is a worker of Ray that runs a cell; its title is the cell's name."""
     words = process.info["cmdline"] or [""]
-    return words[0].startswith("ray::") and "IDLE" not in words[0]
+    return words[0].startswith("ray::B1-s")
