@@ -160,7 +160,8 @@ def run_card(
             raise PqkError(f"--point {point} needs the one --axis that it is of")
         request, rollback = replace(request, point=(axes[0], point)), False
     if spread is not None and (point is not None or not card.matrix):
-        raise PqkError(f"--on {spread.on}: only a card with a matrix has several experiments; card {card.id} is one")
+        one = f"--point {point}" if point is not None else f"card {card.id}"
+        raise PqkError(f"--on {spread.on}: only a card with a matrix has several experiments; {one} is one")
     if point is None and (card.matrix or axes):
         if decide is not None:
             raise PqkError(f"--decide: card {card.id} is a matrix of experiments; decide single ones")
