@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from pqk.families.diffusiondet.network.boxes import A, iou_and_union, joined, library_of
+from pqk.families.diffusiondet.network.boxes import A, areas, joined, library_of
 
 BLOCK = 128
 """Boxes that are compared with each other and with all kept ones at once. So few that torch starts no threads, which
@@ -90,6 +90,18 @@ def rescale(found: Detections, size: tuple[int, int], output: tuple[int, int]) -
 
 
 def _overlap(found: Detections, one: A, other: A, most: float) -> Any:
-    """Returns whether detections at `one` and at `other` have one class and an IoU above `most`."""
-    iou, _ = iou_and_union(found.boxes[one][:, None], found.boxes[other][None])
-    return (iou > most) & (found.labels[one][:, None] == found.labels[other][None])
+    """Returns whether detections at `one` and at `other` have one class and an IoU above `most`.
+
+    The IoU is that of `iou_and_union`, of each coordinate by itself: arrays of numpy with a last axis of 2 take twice
+    the time.
+    """
+    of, mine, others = library_of(found.boxes), found.boxes[one], found.boxes[other]
+    left, top, right, bottom = (
+        pick(mine[:, None, side], others[None, :, side])
+        for side, pick in enumerate((of.maximum, of.maximum, of.minimum, of.minimum))
+    )
+    shared = (right - left).clip(0) * (bottom - top).clip(0)
+    union = areas(mine)[:, None] + areas(others)[None] - shared
+    real = union > 0
+    over = real & (shared / of.where(real, union, 1.0) > most)
+    return over & (found.labels[one][:, None] == found.labels[other][None])
