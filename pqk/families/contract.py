@@ -464,7 +464,8 @@ class LearningPart(Protocol):
         ...
 
     # Optional: complete, that of the scoring part; `score` and `floor` then return evidence of this form. compiled: the
-    # parts under torch.compile, of a family whose `forward` cannot be traced as a whole.
+    # parts under torch.compile, of a family whose `forward` cannot be traced as a whole. borrowed: by the name of
+    # another family, a function from the weights of its networks to those that a training of this one can begin with.
 
     def shift(self, out: Mapping[str, Any], uncut: Mapping[str, Any], batch: Any) -> float:
         """Returns the mean relative distance of a cut network's outputs to those of the uncut one, over a batch."""

@@ -159,6 +159,118 @@ def test_what_the_library_refuses_is_one_sentence(library, changes):
     assert sentence_of(build_model, "detr", {**TINY, **changes}).startswith("detr configuration: ")
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"num_querys": 5}, "num_querys is unknown (did you mean 'num_queries'?)"),
+        ({"backbone_norms": "batch"}, "backbone_norms is unknown (did you mean 'backbone_norm'?)"),
+        (
+            {"backbone_config": {**TINY["backbone_config"], "depth": [1]}},
+            "backbone_config.depth is unknown (did you mean 'depths'?)",
+        ),
+        ({"backbone_norm": "group"}, "backbone_norm must be frozen or batch, not 'group'"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_the_nearest_one(library, tmp_path, changes, said):
+    assert sentence_of(build_model, "detr", {**TINY, **changes}) == f"detr configuration: {said}"
+    save_model(made(), tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"family": "detr", **TINY, **changes}))
+    assert sentence_of(load_model, tmp_path) == f"{tmp_path}: detr configuration: {said}"
+
+
+def test_keys_of_old_files_are_known(library):
+    """Those of published checkpoints, and of a ResNet that a version 4 of the library wrote in full."""
+    old = {
+        "classifier_dropout": 0.0,
+        "max_position_embeddings": 1024,
+        "scale_embedding": False,
+        "torch_dtype": "float32",
+    }
+    resnet = {**TINY["backbone_config"], "top_k": 50, "torchscript": False, "out_indices": [4]}
+    build_model("detr", {**TINY, **old, "num_hidden_layers": 1, "backbone_config": resnet})
+
+
+LEARNING: dict[str, Any] = {
+    **TINY,
+    "backbone_norm": "batch",
+    "backbone_config": {
+        **TINY["backbone_config"],
+        "hidden_sizes": [8, 16, 32],
+        "depths": [1, 1, 1],
+        "out_features": ["stage3"],
+    },
+}
+"""With norms that learn, and a stride of 16."""
+
+
+def test_every_query_begins_with_a_box_of_its_own(library):
+    """With weights as small as the library fills them all boxes were one, up to 2e-5 of the image."""
+    model = build_model("detr", LEARNING, generator=torch.Generator().manual_seed(0)).eval()
+    with torch.no_grad():
+        _, boxes = model(picture())
+    assert float(boxes.std(1).min()) > 5e-4
+
+
+def test_a_batch_is_learned_by_heart(library):
+    """Four pictures in 200 steps. With heads as the library fills them the loss is above 4, and AP below 40."""
+    learning, batch, steps = family("detr").learning_part(), shapes_batch(4), 200
+    model = build_model("detr", LEARNING, generator=torch.Generator().manual_seed(0)).train()
+    parts, optimizer = learning.parts(model), torch.optim.AdamW(model.parameters(), 3e-3)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 20) * (1 - step / steps)
+        optimizer.zero_grad()
+        loss = learning.losses(learning.forward(parts, batch), batch, None, ("task",), {})["task"]
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    model.eval()
+    with torch.no_grad():
+        rows = learning.score(learning.forward(parts, batch), batch)
+    done = learning.complete([row for of_image in rows for row in of_image])
+    assert float(loss.detach()) < 1 and scoring.summarise(done)["ap"] > 90
+
+
+def test_norms_that_learn_do_and_come_back(library, tmp_path):
+    learning, batch = family("detr").learning_part(), shapes_batch(2)
+    model = build_model("detr", LEARNING, generator=torch.Generator().manual_seed(0)).train()
+    before = {name: value.clone() for name, value in model.state_dict().items() if ".normalization." in name}
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    learning.losses(learning.forward(learning.parts(model), batch), batch, None, ("task",), {})["task"].backward()
+    optimizer.step()
+    after = model.state_dict()
+    assert before and not any(torch.equal(value, after[name]) for name, value in before.items())
+    save_model(model, tmp_path / "mine")
+    with torch.no_grad():
+        for x, y in zip(model.eval()(picture()), load_model(tmp_path / "mine")(picture()), strict=True):
+            assert torch.equal(x, y)
+
+
+def test_a_training_begins_with_the_resnet_of_the_shipped_detector(library, tmp_path):
+    from pqk.compress.train.teacher import train_teacher
+    from pqk.families.detection.inputs import padded
+
+    detector = load_model(REPOSITORY / "models/diffusiondet-tiny")
+    rates = {r"\.backbone\.": 0}
+    spec = asked(pairs=1, size=64, steps=1, model="detr-tiny", rates=rates)
+    train_teacher(spec, tmp_path, device="cpu", init=str(REPOSITORY / "models/diffusiondet-tiny"))
+    card = json.loads((tmp_path / "model_card.json").read_text())
+    assert card["init"]["card"]["name"] == "diffusiondet-tiny"
+    found = load_model(tmp_path)
+    mine, theirs = dict(found.named_parameters()), dict(detector.named_parameters())
+    first = "net.model.backbone.model.encoder.stages.2.layers.1.layer.2.convolution.weight"
+    assert torch.equal(mine[first], theirs["backbone.bottom_up.res4.1.conv3.weight"])
+    from pqk.families.detr.model import resnet_of
+
+    state = found.state_dict()
+    taken = resnet_of(detector.state_dict())
+    assert set(taken) == {name for name in state if ".backbone." in name}
+    found.load_state_dict({**state, **taken})
+    images, _ = padded(shapes_batch(2).images())
+    with torch.no_grad():
+        (one,) = found.net.model.backbone.model(images).feature_maps
+        torch.testing.assert_close(one, detector.backbone.bottom_up(images)[2], rtol=1e-4, atol=1e-4)
+
+
 def test_the_exported_graph_gives_what_the_network_gives(library, tmp_path):
     from backends.exchange import export
     from backends.reference import OnnxRuntimeEngine

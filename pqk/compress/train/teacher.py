@@ -207,12 +207,16 @@ def _check_rates(model: nn.Module, spec: TrainSpec) -> None:
 def _begin_with(model: Any, learning: Any, init: str, config: Mapping[str, Any], spec: TrainSpec) -> None:
     """Fills a fresh model with the weights of `init`; what `spec.network` adds to it keeps its own.
 
-    Raises PqkError where they are of another network.
+    Of a network of another family those are taken that `LearningPart.borrowed` gives. Raises PqkError where they are of
+    another network.
     """
     first = load_model(init)
     weights, mine = first.state_dict(), model.state_dict()
     merged = {**first.config, **spec.network}
-    like = first.family == model.family and learning.same_network(merged, config)
+    borrowed = getattr(learning, "borrowed", {}).get(first.family)
+    if borrowed is not None:
+        weights = borrowed(weights)
+    like = borrowed is not None or (first.family == model.family and learning.same_network(merged, config))
     if not like or any(key not in mine or mine[key].shape != value.shape for key, value in weights.items()):
         others = [] if like or first.family != model.family else _other_keys(learning, merged, config)
         lacking = ", ".join(f"{key}: {json.dumps(merged[key])}" for key in others)

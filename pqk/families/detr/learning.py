@@ -22,10 +22,11 @@ from pqk.families.detection.learning import batches as batches
 from pqk.families.detection.learning import compiled as compiled
 from pqk.families.detection.learning import complete as complete
 from pqk.families.detection.learning import floor as floor
-from pqk.families.detr.model import DetectorGraph, Detr
+from pqk.families.detr.model import DetectorGraph, Detr, resnet_of
 from pqk.families.detr.predict import boxes_of
 
 TERMS = ("task", "kl", "imitation", "probe")
+borrowed = {"diffusiondet": resnet_of}
 NO_FEATURES = "DETR compares no features; set distill.loss.gamma to 0"
 
 

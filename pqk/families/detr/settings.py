@@ -23,21 +23,24 @@ GRAPHS = (GraphUse("detector", unit="images"),)
 
 ATTENTION = ("attn/MatMul(_1)?$",)
 
+# a stride of 16, as objects of the generated images are small, and the ResNet of diffusiondet-tiny up to there
 NAMED: Mapping[str, Mapping[str, Any]] = {
     "detr-tiny": {
         "backbone_config": {
             "model_type": "resnet",
             "embedding_size": 16,
-            "hidden_sizes": [32, 64, 128, 256],
-            "depths": [1, 1, 1, 1],
-            "layer_type": "basic",
-            "out_features": ["stage4"],
+            "hidden_sizes": [64, 128, 256],
+            "depths": [2, 2, 2],
+            "layer_type": "bottleneck",
+            "out_features": ["stage3"],
         },
+        "backbone_norm": "batch",
         "num_labels": 3,
-        "num_queries": 50,
+        "num_queries": 40,
+        "dropout": 0.0,
         "d_model": 64,
         "encoder_layers": 2,
-        "decoder_layers": 2,
+        "decoder_layers": 3,
         "encoder_attention_heads": 4,
         "decoder_attention_heads": 4,
         "encoder_ffn_dim": 256,
