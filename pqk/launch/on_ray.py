@@ -26,6 +26,8 @@ class OnRay:
 
     def __init__(self, address: str, needs: Needs, say: Callable[[str], None]) -> None:
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # Ray would report its use to its makers
+        if not address:  # its own cluster is found at 127.0.0.1 alone, as Ray's own are outside Linux
+            os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
         try:
             import ray
         except ImportError:
@@ -38,7 +40,7 @@ class OnRay:
     def __enter__(self) -> OnRay:
         known: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         if not self._address:
-            known |= {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+            known |= {"include_dashboard": False}
         try:
             self._ray.init(address=self._address or "local", **known)
         except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:

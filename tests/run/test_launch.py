@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import textwrap
 import threading
@@ -18,7 +19,7 @@ from typing import Any
 import preloaded
 import psutil
 import pytest
-from run_toys import pqk
+from run_toys import environment, pqk
 
 from pqk.errors import NotBuilt, PqkError
 from pqk.launch.cell import Cell, carry_out
@@ -308,6 +309,22 @@ def test_a_matrix_as_jobs(copy_of: Callable[[], Path], tiny_model: Path) -> None
     assert none.code == 2 and "axis calibration of card H1 has no point '64 images'" in none.sentence
 
 
+@pytest.mark.whole
+def test_a_ledger_as_jobs(toys: Path, tiny_model: Path) -> None:
+    """Each eval seed is a command of its own; all rows are in one file, and a seed that fails is one sentence."""
+    pytest.importorskip("submitit", reason="the extra slurm is not installed")
+    finalize(tiny_model, toys, "tiny", train_seed=4, task_card="A1")
+    words = ("ledger", "eval", "tiny", "--backend", "reference", "--no-timing", "--json", "--on", "slurm-local")
+    done = pqk(toys, *words, "-o", "results/a.tsv", "--eval-seeds", "0..1")
+    assert done.code == 0, done.err
+    rows = read_rows(toys / "results" / "a.tsv")
+    assert [row["eval_seed"] for row in rows] == [0, 1] and "eval seed 1: " in done.err
+    assert [row["eval_seed"] for row in json.loads(done.out.splitlines()[-1])] == [0, 1]
+    wrong = pqk(toys, *words, "--set", "workload.scenes.test.seed=1020", "--eval-seeds", "5")
+    assert wrong.code == 2 and "1 of 1 eval seeds have no row, first seed-5: " in wrong.sentence
+    assert "would be 1025, above 1023" in wrong.sentence
+
+
 # Ray
 
 
@@ -334,6 +351,27 @@ def test_other_machines_are_refused(cluster: Any, toys: Path) -> None:
     plan, steps = steps_of(toys)
     assert set(go(toys, f"ray:{cluster.address}", count=2).values()) == {"unavailable"}
     assert exit_code(progress(plan, steps[:2], toys)) == 3 and not (toys / "ran.txt").exists()
+
+
+@pytest.mark.whole
+def test_a_cluster_of_its_own_listens_here_alone(tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="the extra ray is not installed")
+    program = textwrap.dedent("""
+        import psutil
+        from pathlib import Path
+        from pqk.launch.launch import launcher
+        from pqk.launch.needs import Needs
+
+        with launcher("ray", Needs(), Path.cwd(), print, print) as launched:
+            own = [psutil.Process(), *psutil.Process().children(recursive=True)]
+            heard = {c.laddr.ip for p in own for c in p.net_connections() if c.status == "LISTEN"}
+            print(*heard, launched.places() > 0)
+        """)
+    words = [sys.executable, "-P", "-c", program]
+    done = subprocess.run(words, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120)
+    addresses = done.stdout.splitlines()[-1].split()
+    assert addresses.pop() == "True" and addresses, done.stderr
+    assert all(ip.startswith("127.") or ip in ("::1", "::ffff:127.0.0.1") for ip in addresses)
 
 
 @pytest.mark.whole
