@@ -394,6 +394,7 @@ def test_a_machine_that_is_left_out(cluster: Any, toys: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.whole
+@pytest.mark.timeout(600)
 def test_killed_workers_and_a_killed_machine(cluster: Any, toys: Path, tiny_model: Path, tmp_path: Path) -> None:
     """20 random kill -9 of workers and one of a machine: no finished stage is made twice, the ledger is the same."""
     path = toys / "configs" / "workload.yaml"
