@@ -10,11 +10,11 @@ from typing import Annotated, Literal
 import typer
 
 from pqk.cli.bench import app as bench_app
-from pqk.cli.command import given_command
 from pqk.cli.help import finish, group
 from pqk.cli.ledger import app as ledger_app
 from pqk.cli.report import report
 from pqk.cli.study import app as study_app
+from pqk.command import given_command
 
 _ABOUT = "A bench for compressing feed-forward 3D transformers."
 app = group(_ABOUT)

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pqk.cli.command import given_command
 from pqk.cli.run_output import export_card, run_card
+from pqk.command import given_command
 from pqk.errors import told
 from pqk.recipe.request import Request
 from pqk.result import reported

@@ -13,7 +13,7 @@ from rich.markup import escape
 from pqk import paths
 from pqk.errors import EXIT_OK, PqkError
 from pqk.files import write_text
-from pqk.recipe.experiment import Experiment, resolve
+from pqk.recipe.experiment import Experiment, experiment_family, resolve
 from pqk.recipe.request import Request
 from pqk.record.log import read_records
 from pqk.report.expected import expected_text, key_of, matching_entry, print_expected, ranges_of
@@ -24,8 +24,14 @@ Record = dict[str, Any]
 
 
 def laid_under(request: Request, preset: str, root: Path) -> Request:
-    """Returns the request with the preset's settings below its own. Raises PqkError for a preset that is not there."""
-    return replace(request, settings={**load_preset(preset, root).settings, **request.settings})
+    """Returns the request with the preset's settings below its own.
+
+    Raises PqkError for a preset that is not there, or not for the model's family.
+    """
+    found, of = load_preset(preset, root), experiment_family(request.model, root).name
+    if of not in found.families:
+        raise PqkError(f"preset {preset} is for {' and '.join(found.families)}; the model is of the family {of}")
+    return replace(request, settings={**found.settings, **request.settings})
 
 
 def show_expected(preset: str, records: Sequence[Record], root: Path, console: Console) -> None:

@@ -23,10 +23,11 @@ Text = Annotated[str, Field(min_length=1, max_length=200)]
 
 
 class Preset(Spec):
-    """Settings of a run by dotted names; those of the command line go over them."""
+    """Settings of a run by dotted names; those of the command line go over them. families: that have them all."""
 
     version: Annotated[str, Field(pattern=r"^\d+\.\d+$")]
     title: Text
+    families: Annotated[tuple[Text, ...], Field(strict=False, min_length=1)]
     settings: Annotated[dict[str, Any], Field(min_length=1)]
 
     @property

@@ -129,6 +129,9 @@ def test_a_preset_lies_under_the_settings_of_the_command_line(project: Path) -> 
     assert replace(found, settings=request.settings) == request
     with pytest.raises(PqkError, match=r"no preset 'quik' .*did you mean 'quick'.*; presets: quick"):
         presets.laid_under(request, "quik", project)
+    detector = replace(request, model="random:diffusiondet-r50")
+    with pytest.raises(PqkError, match="preset quick is for dust3r and vggt; the model is of the family diffusiondet"):
+        presets.laid_under(detector, "quick", project)
 
 
 def test_a_damaged_file_of_ranges_spoils_no_run(project: Path) -> None:

@@ -267,7 +267,8 @@ def test_the_doors_of_the_lab(door: str, finished: Finished, copy_of: Copy, tiny
     if door == "run_quant":
         assert done.code == finished[1].code, done.err
         # the script decides nothing between PTQ and QAT
-        same(content, finished[1].record, "datetime", "wall_s", "run_id", "validation_drop_pct")
+        same(content, finished[1].record, "datetime", "wall_s", "run_id", "validation_drop_pct", "command")
+        assert content["command"].startswith("python scripts/run_quant.py --workload configs/workload.yaml")
     else:
         assert done.code == 0, done.err
         assert content[0]["precision"] == "f32"

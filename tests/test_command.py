@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pqk.cli.command import given_command
+from pqk.command import given_command
 
 
 @pytest.fixture(autouse=True)
