@@ -370,6 +370,10 @@ class ScoringPart(Protocol):
     # metric per sample, whose mean is that of the set (`pqk.stats.jackknife`). Values of an earlier call are replaced.
 
 
+Join = Callable[..., "Tensor"]
+"""(values, axis=0, orders=1) -> those of the whole batch. axis: of the samples, which come `orders` times in a row."""
+
+
 class Batches(Protocol):
     """The batches of one training. Each can be asked for at any time: a resumed run sees what an undisturbed one would.
 
@@ -466,6 +470,8 @@ class LearningPart(Protocol):
     # Optional: complete, that of the scoring part; `score` and `floor` then return evidence of this form. compiled: the
     # parts under torch.compile, of a family whose `forward` cannot be traced as a whole. borrowed: by the name of
     # another family, a function from the weights of its networks to those that a training of this one can begin with.
+    # For trainings in several processes: samples(batch) -> their number; share(batch, first, last) -> a batch of these
+    # samples for `forward`, without a truth that it does not need; joined(out, join: Join) -> those of the whole batch.
 
     def shift(self, out: Mapping[str, Any], uncut: Mapping[str, Any], batch: Any) -> float:
         """Returns the mean relative distance of a cut network's outputs to those of the uncut one, over a batch."""

@@ -19,7 +19,8 @@ from pqk.compress.train.ahead import Ahead
 from pqk.compress.train.data import TrainingData
 from pqk.compress.train.device import pick_device
 from pqk.compress.train.judge import Forward, Judge, parts_of
-from pqk.compress.train.loop import Progress, Schedule, Trainer
+from pqk.compress.train.loop import Progress, Schedule, Trainer, world
+from pqk.compress.train.shared import Shared, average_gradients, check_processes, connect, equalize
 from pqk.settings.training import Fit
 
 Outputs = Mapping[str, Any]
@@ -83,13 +84,18 @@ def fit(
     device and is not changed. guided: the loss needs the Teacher's outputs. watched: the layers of Teacher and model
     whose outputs are kept as features, see `LearningPart.features`. extra: a module whose parameters are trained too,
     such as projections of features. nearest: the best weights are those nearest to the Teacher (`Judge`). stop: see
-    `Trainer.run`; called after every step.
-    Raises PqkError for a device that is not available, a damaged checkpoint, a training that diverges to NaN, and
-    errors of the data.
+    `Trainer.run`; called after every step. Several processes, as torchrun starts them, share every batch (`Shared`);
+    only the first one has the best weights and the history.
+    Raises PqkError for a batch that they cannot share, a device that is not available, a damaged checkpoint, a training
+    that diverges to NaN, and errors of the data.
     """
     where = pick_device(device)
     autocast, learning = where.type == "cuda", data.learning
+    processes = world()[1]
+    check_processes(data.family, spec, processes, "train")
+    connect()
     together = _Together(model, extra).to(where)
+    equalize(together)
     trainer = Trainer(
         together,
         Schedule(spec.steps, spec.learning_rate, spec.final_rate, spec.warmup),
@@ -108,17 +114,22 @@ def fit(
         batches = Ahead(batches)
     if teacher is not None:
         teacher = teacher.to(where)
-    judge = Judge(
-        data.family,
-        batches,
-        lambda: torch.autocast(where.type, dtype=torch.bfloat16, enabled=autocast),
-        teacher,
-        {"alpha": spec.alpha} if nearest else None,
-    )
-    guide = None
+    judge: Judge | None = None
+    if trainer.rank == 0:
+        judge = Judge(
+            data.family,
+            batches,
+            lambda: torch.autocast(where.type, dtype=torch.bfloat16, enabled=autocast),
+            teacher,
+            {"alpha": spec.alpha} if nearest else None,
+        )
+    guide: nn.Module | None = None
     if guided:
         assert teacher is not None
         guide = Forward(learning, learning.parts(teacher), watched[0]).eval()
+    wrapped: nn.Module = Forward(learning, parts_of(learning, together.model), watched[1])
+    if processes > 1:
+        wrapped, guide = Shared(wrapped, learning), None if guide is None else Shared(guide, learning).eval()
 
     def loss(module: nn.Module, step: int, share: float) -> Tensor:
         stage = spec.stage_at(share)
@@ -131,14 +142,15 @@ def fit(
         return loss_of(module, batch, aim, share)
 
     def validate(weights: dict[str, Tensor]) -> dict[str, Any]:
+        assert judge is not None
         frozen.load_state_dict(weights)
         return judge(frozen.model)
 
-    if trainer.progress.step == 0 and not trainer.progress.history:
+    if trainer.rank == 0 and trainer.progress.step == 0 and not trainer.progress.history:
         trainer.judge(validate)  # a model that starts close to its Teacher must not get worse
     outcome = trainer.run(
         loss,
-        wrapped=Forward(learning, parts_of(learning, together.model), watched[1]),
+        wrapped=wrapped,
         validate=validate,
         every=spec.steps_per_epoch,
         patience=spec.epochs + 1,  # `stop` decides when to give up
@@ -146,6 +158,7 @@ def fit(
         report=report,
         batch_of=lambda share: spec.stage_at(share).batch,
         stop=stop,
+        exchange=lambda: average_gradients(together.parameters()),
     )
     frozen.load_state_dict(trainer.best_averaged())
     last = {k.removeprefix("model."): v.cpu() for k, v in trainer.averaged().items() if k.startswith("model.")}

@@ -206,9 +206,12 @@ class Trainer:
         report: Callable[[Progress], None] | None = None,
         batch_of: Callable[[float], int] | None = None,
         stop: Callable[[Progress], str | None] | None = None,
+        exchange: Callable[[], None] | None = None,
     ) -> str:
         """Trains until the schedule ends, the score stops improving, `stop` gives a reason, or `pause_after_s` is over.
 
+        `exchange` is called after each backward pass to bring the gradients of all processes together; without it that
+        is left to DDP.
         `stop` is called after every step; it returns the reason, which `progress.reason` keeps, or None to continue.
         Returns 'done', 'early', 'stopped' or 'paused'. The checkpoint is written during the run and at the end. When
         the schedule has ended, the last weights are validated too.
@@ -217,7 +220,7 @@ class Trainer:
         if p.reason is not None:  # a resumed run that had been stopped
             return "stopped"
         module: nn.Module = self.model if wrapped is None else wrapped
-        if self.world > 1:
+        if self.world > 1 and exchange is None:
             # a model may have weights that no output depends on, as official files do
             module = nn.parallel.DistributedDataParallel(module, find_unused_parameters=True)
         module.train()
@@ -235,6 +238,8 @@ class Trainer:
             with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast):
                 loss = loss_of(module, p.step, p.share)
             loss.backward()
+            if exchange:
+                exchange()
             norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
             if bool(torch.isfinite(norm)):
                 self.optimizer.step()

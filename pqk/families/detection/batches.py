@@ -51,7 +51,8 @@ class Images:
 
     seed: of the noise that boxes start from. held: boxes start from noise alone, as in an inference of one step; else
     they are the truth with the noise of a drawn time. truthful: the truth is known. first: number of the first picture
-    among those of the seed.
+    among those of the seed. least: height and width that they are padded to at least, those of a whole batch for a part
+    of it.
     """
 
     pictures: list[Pictured]
@@ -61,6 +62,7 @@ class Images:
     held: bool = False
     truthful: bool = True
     first: int = 0
+    least: tuple[int, int] = (0, 0)
 
     def images(self) -> list[Tensor]:
         """Returns the images, (3, h, w) float32 with values 0 ... 255."""

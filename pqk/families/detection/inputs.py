@@ -62,18 +62,20 @@ def fit(picture: np.ndarray, height: int, width: int, number: int) -> Fed:
     return Fed(image, size, original, number)
 
 
-def padded(images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def padded(images: Sequence[Tensor], least: tuple[int, int] = (0, 0)) -> tuple[Tensor, Tensor]:
     """Returns normalised images as one batch (B, 3, H, W), and their own sizes w, h, w, h (B, 4), both float32.
 
     images: (3, h, w) each, values 0 ... 255. Zeros are added at the right and at the bottom, to multiples of 32 that
-    hold every image. Raises PqkError for what is no such image.
+    hold every image and have at least the height and width of `least`. Raises PqkError for what is no such image.
     """
     if not len(images):
         raise PqkError("there are no images to prepare")
     for image in images:
         if image.ndim != 3 or image.shape[0] != 3 or not image.numel():
             raise PqkError(f"an image must have the shape (3, height, width), got {tuple(image.shape)}")
-    height, width = (-(-max(image.shape[axis] for image in images) // PATCH) * PATCH for axis in (1, 2))
+    height, width = (
+        -(-max(least[axis], *(image.shape[axis + 1] for image in images)) // PATCH) * PATCH for axis in (0, 1)
+    )
     batch = torch.zeros(len(images), 3, height, width, device=images[0].device)
     mean, std = (torch.tensor(values, device=batch.device)[:, None, None] for values in (MEAN, STD))
     for place, image in zip(batch, images, strict=True):

@@ -61,6 +61,17 @@ def _scored(found: Mapping[str, np.ndarray], sample: Sample) -> dict[str, Any]:
     return scored
 
 
+def samples(batch: Images) -> int:
+    """Returns the number of images."""
+    return len(batch.pictures)
+
+
+def share(batch: Images, first: int, last: int) -> Images:
+    """Returns some of the images, with the noise and the padding that they have in the whole batch."""
+    height, width = (max(one.image.shape[axis] for one in batch.pictures) for axis in (0, 1))
+    return replace(batch, pictures=batch.pictures[first:last], first=batch.first + first, least=(height, width))
+
+
 def floor(batch: Images) -> Scored:
     """Returns the evidence of a predictor that ignores its input; see `scoring.floor`."""
     return [[found] for sample in _samples(batch) if (found := scoring.floor(sample, {})) is not None]

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pqk.errors import PqkError
+from pqk.families.contract import Join
 from pqk.families.detection.batches import Images
 from pqk.families.detection.inputs import padded
 from pqk.families.detection.learning import REMEDY as REMEDY
@@ -22,6 +23,8 @@ from pqk.families.detection.learning import batches as batches
 from pqk.families.detection.learning import compiled as compiled
 from pqk.families.detection.learning import complete as complete
 from pqk.families.detection.learning import floor as floor
+from pqk.families.detection.learning import samples as samples
+from pqk.families.detection.learning import share as share
 from pqk.families.detr.model import DetectorGraph, Detr, resnet_of
 from pqk.families.detr.predict import boxes_of
 
@@ -43,13 +46,18 @@ def forward(parts: Mapping[str, nn.Module], batch: Images, watched: Any = None) 
     """
     if watched is not None:
         raise PqkError(NO_FEATURES)
-    images, _ = padded(batch.images())
+    images, _ = padded(batch.images(), batch.least)
     part: Any = parts["detector"]
     logits, boxes = part(images)
     if logits.ndim == 3:
         logits, boxes = logits[None], boxes[None]
     check_classes(batch, logits.shape[-1] - 1)
     return {"logits": logits, "boxes": boxes, "loss": part.model.loss, "shape": tuple(images.shape[2:])}
+
+
+def joined(out: Mapping[str, Any], join: Join) -> dict[str, Any]:
+    """Returns the outputs for the whole batch; see `LearningPart`."""
+    return {**out, "logits": join(out["logits"], 1), "boxes": join(out["boxes"], 1)}
 
 
 def _task(out: Mapping[str, Any], batch: Images) -> Tensor:

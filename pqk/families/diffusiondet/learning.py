@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pqk.errors import PqkError
+from pqk.families.contract import Join
 from pqk.families.detection.batches import Images, generator
 from pqk.families.detection.inputs import padded
 from pqk.families.detection.learning import REMEDY as REMEDY
@@ -23,6 +25,8 @@ from pqk.families.detection.learning import batches as batches
 from pqk.families.detection.learning import compiled as compiled
 from pqk.families.detection.learning import complete as complete
 from pqk.families.detection.learning import floor as floor
+from pqk.families.detection.learning import samples as samples
+from pqk.families.detection.learning import share as share
 from pqk.families.diffusiondet.graphs import label_state, parts_of
 from pqk.families.diffusiondet.network.boxes import from_signal, giou, to_centres
 from pqk.families.diffusiondet.network.configs import DiffusionDetConfig, read_config
@@ -76,7 +80,7 @@ def forward(parts: Mapping[str, Any], batch: Images, watched: Any = None) -> dic
     """
     sizes: DiffusionDetConfig = parts["head"].sizes
     check_classes(batch, sizes.stage.classes)
-    images, whwh = padded(batch.images())
+    images, whwh = padded(batch.images(), batch.least)
     maps = parts["backbone"](images)
     kept: dict[str, Any] = {}
     noisy = batch.held or not batch.truthful
@@ -98,6 +102,25 @@ def forward(parts: Mapping[str, Any], batch: Images, watched: Any = None) -> dic
         "labels": labels,
         **kept,
     }
+
+
+def joined(out: Mapping[str, Any], join: Join) -> dict[str, Any]:
+    """Returns the outputs for the whole batch; see `LearningPart`. Raises PqkError for the steps of a sampler,
+    and for norms over the images of a batch, of which a process sees its share.
+    """
+    if SAMPLER in out:
+        raise PqkError("distill.sampler is trained in one process; leave --processes out")
+    if out["sizes"].backbone.learns and torch.is_grad_enabled():
+        raise PqkError("a network with norm: batch is trained in one process; leave --processes out")
+    found = {**out, "whwh": join(out["whwh"])}
+    for name in ("logits", "boxes", "quality"):
+        if out.get(name) is not None:
+            found[name] = join(out[name], 1)
+    if out.get("labels") is not None:
+        found["labels"] = LabelStates(*(join(each) for each in out["labels"]))
+    if "features" in out:
+        found["features"] = {name: join(each) for name, each in out["features"].items()}
+    return found
 
 
 def _watched(

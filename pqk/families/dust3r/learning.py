@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pqk.errors import PqkError
-from pqk.families.contract import Batches, SampleSet
+from pqk.families.contract import Batches, Join, SampleSet
 from pqk.families.dust3r.batches import Pairs, PicturePairs, Rendered, own
 from pqk.families.dust3r.configs import lowest_confidence, read_config
 from pqk.families.dust3r.losses import confidence_loss, imitation_loss, output_probe, softened_kl
@@ -75,6 +75,29 @@ def forward(parts: Mapping[str, Any], batch: Pairs, watched: Sequence[int] | Non
         a, b = tokens[:, 0], tokens[:, 1]
         out = dict(zip(OUTPUTS, decoder(torch.cat([a, b]), torch.cat([b, a])), strict=True))
     return out if watched is None else {**out, "features": features}
+
+
+def samples(batch: Pairs) -> int:
+    """Returns the number of pairs."""
+    return len(batch.images)
+
+
+def share(batch: Pairs, first: int, last: int) -> PicturePairs:
+    """Returns the pictures of some of the pairs."""
+    return PicturePairs(batch.images[first:last])
+
+
+def joined(out: Mapping[str, Any], join: Join) -> dict[str, Any]:
+    """Returns the outputs for the whole batch; see `LearningPart`. Those of the decoder are in both orders."""
+    found: dict[str, Any] = {name: join(out[name], 0, 2) for name in OUTPUTS}
+    if "features" in out:  # of the encoder: of both pictures, pair by pair
+        features = {
+            name: each.unflatten(0, (-1, 2)) if name == "tokens" else each for name, each in out["features"].items()
+        }
+        found["features"] = {
+            name: join(each).flatten(0, 1) if name == "tokens" else join(each, 0, 2) for name, each in features.items()
+        }
+    return found
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pqk.errors import PqkError
-from pqk.families.contract import Batches, SampleSet
+from pqk.families.contract import Batches, Join, SampleSet
 from pqk.families.layers import initialize
 from pqk.families.losses import feature_loss
 from pqk.families.vggt.batches import Rendered, Sets, own
@@ -85,6 +85,26 @@ def forward(parts: Mapping[str, Any], batch: Sets, watched: Sequence[int] | str 
     with _watching(parts, watched or ()) as features:
         out = behind_encoder(parts, tokens, special, batch.mapped, batch.gain)
     return out if watched is None else {**out, "features": {"tokens": tokens, **features} if watched else features}
+
+
+def samples(batch: Sets) -> int:
+    """Returns the number of sets."""
+    return len(batch.images)
+
+
+def share(batch: Sets, first: int, last: int) -> Sets:
+    """Returns the images of some of the sets. Only a Teacher's training computes the maps of a part of them."""
+    assert batch.mapped is None
+    return Sets(batch.images[first:last], gain=batch.gain)
+
+
+def joined(out: Mapping[str, Any], join: Join) -> dict[str, Any]:
+    """Returns the outputs for the whole batch; see `LearningPart`."""
+    found: dict[str, Any] = {name: join(each) for name, each in out.items() if name not in ("rounds", "features")}
+    found["rounds"] = [join(each) for each in out["rounds"]]
+    if "features" in out:
+        found["features"] = {name: join(each) for name, each in out["features"].items()}
+    return found
 
 
 def behind_encoder(
