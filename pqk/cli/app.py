@@ -100,6 +100,9 @@ def run(
     max_scenes: Annotated[int, typer.Option(min=2, help="with --decide: largest number of test scenes")] = 832,
     fresh: _Fresh = False,
     retime: _Retime = False,
+    processes: Annotated[
+        int, typer.Option(min=1, help="how many processes share each training and its batches, such as one per GPU")
+    ] = 1,
     preset: Annotated[
         str | None,
         typer.Option(
@@ -144,6 +147,7 @@ def run(
         retime=retime,
         train_scenes=train_scenes,
         train_images=train_images,
+        processes=processes,
         command=given_command(),
     )
     limit = max_scenes if decide else None

@@ -41,7 +41,7 @@ from pqk.recipe.request import (
 )
 from pqk.recipe.splits import check_apart, test_split, train_split
 from pqk.recipe.stages import ENGINE_VARIANTS, Context, open_split
-from pqk.recipe.training import TRAINS, Trained, check_family, method_columns, train_stages
+from pqk.recipe.training import TRAINS, Trained, check_family, check_sharing, method_columns, train_stages
 from pqk.recipe.verdict import drop_limit
 from pqk.record.log import refuse_to_lose
 from pqk.settings.recipe import JOINT, quantizes
@@ -288,6 +288,7 @@ def _tools(request: Request, experiment: Experiment, recipe: Sequence[str], root
     """Returns the requested backend and quantizer. Raises PqkError or NotBuilt where they cannot run the recipe."""
     card, ptq = experiment.card, experiment.quant.ptq
     check_family(experiment, recipe)
+    check_sharing(experiment, recipe, request.processes)
     check_reducing(experiment.family, card.id, recipe)
     backend = usable_backend(request.backend)
     quantizer = chosen_quantizer(backend, request.quantizer, ptq) if quantizes(recipe) else None

@@ -119,7 +119,7 @@ def join(
                 running.keep()
                 ctx.tell(_STAGE, news)
 
-            result = worker.call("joint", request, on_news)
+            result = worker.call("joint", request, on_news, ctx.processes)
             result["device_s"] = running.seconds
         del result["seconds"]
         keep_graphs(folder, result.pop("graphs"))

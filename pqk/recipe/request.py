@@ -92,6 +92,7 @@ class Request:
     retime: bool = False  # measure only time and memory again
     train_scenes: Path | None = None
     train_images: Path | None = None
+    processes: int = field(default=1, compare=False)  # that share a training; the result is the same
     command: str | None = field(default=None, compare=False)  # as it was given, for the records
     run_id: str = field(default_factory=new_run_id, compare=False)  # shared by all records of this request
 
@@ -216,7 +217,8 @@ def context(request: Request, backend: Backend, root: Path, on_event: OnEvent) -
         "cpu_quota": cpu_quota(),
         **_gpu(details),
     }
-    return Context(Store(paths.store(root), request.fresh, commit_of(), mirror()), on_event, machine, request.retime)
+    store = Store(paths.store(root), request.fresh, commit_of(), mirror())
+    return Context(store, on_event, machine, request.processes, request.retime)
 
 
 def _device(details: Mapping[str, str]) -> str:

@@ -40,6 +40,7 @@ class Context:
     store: Store
     on_event: OnEvent
     machine: Mapping[str, Any]  # device name and tool versions: part of the key of everything that an engine computes
+    processes: int = 1  # that share a training
     retime: bool = False  # time and memory are measured again, once by this context's store
 
     def make(
@@ -218,7 +219,7 @@ def quantize(
                     running.keep()
                     ctx.tell(stage, news)
 
-                result = worker.call("qat", request, on_news)
+                result = worker.call("qat", request, on_news, ctx.processes)
                 result["device_s"] = running.seconds
         keep_graphs(folder, result.pop("graphs"))
         write_json(folder / "about.json", result)

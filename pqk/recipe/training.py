@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 
+from pqk.compress.train.shared import check_processes
 from pqk.compress.train.stop_rules import StopRules
 from pqk.compress.train.trained import MODEL
 from pqk.errors import NotBuilt, PqkError
@@ -93,6 +95,28 @@ def check_family(experiment: Experiment, recipe: Sequence[str]) -> None:
         )
 
 
+def check_sharing(experiment: Experiment, recipe: Sequence[str], processes: int) -> None:
+    """Raises PqkError where so many processes cannot share the trainings of a recipe, or torchrun started this one."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise PqkError("torchrun: this command starts the processes of its trainings itself; use --processes instead")
+    if processes == 1:
+        return
+    cards = torch.cuda.device_count()
+    if torch.cuda.is_available() and cards < processes:
+        raise PqkError(f"--processes {processes}: each process needs a GPU of its own, and torch sees {cards}")
+    specs: dict[str, tuple[str, Any]] = {
+        "P": ("prune", experiment.prune),
+        "K": ("distill", experiment.distill),
+        "PQK": ("joint", experiment.joint),
+    }
+    for stage in recipe:
+        if stage in specs:
+            name, spec = specs[stage]
+            check_processes(experiment.family, spec.train, processes, f"{name}.train")
+    if "K" in recipe and experiment.distill.sampler is not None and experiment.distill.sampler.guided:
+        raise PqkError("distill.sampler is trained in one process; leave --processes out")
+
+
 def train_stages(ctx: Context, experiment: Experiment, teacher: Model, train: SampleSet | None) -> list[Trained]:
     """Makes or reuses the stages P and K of the card in their order; none for a recipe without them.
 
@@ -121,7 +145,8 @@ def _train(
 ) -> Trained:
     card, data = experiment.card, learned_from(experiment, train)
     spec = experiment.prune if method == "P" else experiment.distill
-    rules = rules_of(experiment, method, spec.train.steps_per_epoch, spec.train.warmup, spent_hours)
+    devices = ctx.processes if torch.cuda.is_available() else 1
+    rules = rules_of(experiment, method, spec.train.steps_per_epoch, spec.train.warmup, spent_hours, devices)
     asked: dict[str, Any] = {
         "method": method,
         "teacher": teacher.sha256,
@@ -163,8 +188,8 @@ def _train(
                 running.keep()
                 ctx.tell(f"{_STAGE[method]} {label}".strip(), news)
 
-            result = worker.call(_TASK[method], request, on_news)
-            result["device_s"] = running.seconds
+            result = worker.call(_TASK[method], request, on_news, ctx.processes)
+            result["device_s"] = running.seconds * devices
         del result["seconds"]
         write_json(folder / "trained.json", result)
 
@@ -196,9 +221,12 @@ def data_note(train: SampleSet | None) -> str | None:
 
 
 def rules_of(
-    experiment: Experiment, method: str, steps_per_epoch: int, warmup: float, spent_hours: float = 0.0
+    experiment: Experiment, method: str, steps_per_epoch: int, warmup: float, spent_hours: float = 0.0, devices: int = 1
 ) -> StopRules:
-    """Returns the stop-loss rules of a method of the card. warmup: see `StopRules`. spent_hours: of earlier stages."""
+    """Returns the stop-loss rules of a method of the card. warmup: see `StopRules`. spent_hours: of earlier stages.
+
+    devices: how many work at once.
+    """
     card = experiment.card
     return StopRules.of(
         experiment.evaluation,
@@ -207,6 +235,7 @@ def rules_of(
         card.recipe,
         steps_per_epoch=steps_per_epoch,
         spent_hours=spent_hours,
+        devices=devices,
         warmup=warmup,
     )
 

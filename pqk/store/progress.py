@@ -6,6 +6,7 @@ A module of its own, because everything that a task imports is part of the keys 
 from __future__ import annotations
 
 import json
+import os
 from typing import Any
 
 PREFIX = "pqk-progress "
@@ -13,5 +14,9 @@ PREFIX = "pqk-progress "
 
 
 def tell(news: dict[str, Any]) -> None:
-    """Reports the progress of this worker: 'text', and the 'share' done. The parent may ignore it."""
-    print(PREFIX + json.dumps(news), flush=True)
+    """Reports the progress of this worker: 'text', and the 'share' done. The parent may ignore it.
+
+    Of processes that share a training (`pqk.store.ranks`) only the first one reports.
+    """
+    if os.environ.get("RANK", "0") == "0":
+        print(PREFIX + json.dumps(news), flush=True)

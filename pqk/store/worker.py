@@ -38,9 +38,15 @@ class WorkerCrashed(Exception):
     """Error for a worker that ended without an answer: a defect, so no PqkError. Its text has the worker's stderr."""
 
 
-def call(task: str, request: dict[str, Any], on_progress: Callable[[dict[str, Any]], None] | None = None) -> Result:
+def call(
+    task: str,
+    request: dict[str, Any],
+    on_progress: Callable[[dict[str, Any]], None] | None = None,
+    processes: int = 1,
+) -> Result:
     """Runs a task in a fresh process and returns its result.
 
+    processes: how many processes share the task, a training, if more than one; see `pqk.store.ranks`.
     on_progress: gets the reports that the task sends with `tell` while it works.
     A PqkError or BackendError of the worker is raised here with its sentence. Raises PqkError when the worker was
     killed (SIGKILL), when the disk of the temporary files is full, and when the worker ran other code than this process
@@ -51,7 +57,9 @@ def call(task: str, request: dict[str, Any], on_progress: Callable[[dict[str, An
         with clear_write_errors(asked):
             asked.write_text(json.dumps({"request": request, "code": hashed(), "known": known()}))
         # -P: the current folder may hold a random.py of the user's.
-        command = [sys.executable, "-P", "-m", "pqk.store.worker", task, str(asked), str(answered), str(os.getpid())]
+        shared = [str(processes)] if processes > 1 else []
+        command = [sys.executable, "-P", "-m", "pqk.store.worker", task, str(asked), str(answered), *shared]
+        command.append(str(os.getpid()))
         with _alone(task):
             code, said = _run(command, folder / "stderr", on_progress)
         if not answered.exists():
@@ -164,8 +172,16 @@ def _die_with_parent(parent: int) -> None:
 
 def main() -> None:
     """Runs a worker; see the module."""
-    task, asked, answered, parent = sys.argv[1:5]
+    task, asked, answered, *shared, parent = sys.argv[1:]
     _die_with_parent(int(parent))
+    if shared:
+        from pqk.store.ranks import run_shared
+
+        lost = run_shared(["-P", "-m", "pqk.store.worker", task, asked, answered, str(os.getpid())], int(shared[0]))
+        if lost:
+            print(f"the {task} training: {lost}", file=sys.stderr, flush=True)
+        os._exit(_CANNOT_WRITE if lost else 0)
+    first = os.environ.get("RANK", "0") == "0"
     keep_sources()
     began = time.monotonic()
     try:
@@ -176,6 +192,8 @@ def main() -> None:
         refuse_other(task, given["code"], loaded())  # before hours of work
         result = work(given["request"])
         result["seconds"] = time.monotonic() - began
+        if not first:
+            os._exit(0)
         answer = {"result": result, "code": loaded()}
     except Exception as error:
         code, said = getattr(error, "exit_code", None), str(error)
@@ -185,7 +203,7 @@ def main() -> None:
         if not isinstance(code, int):
             raise
         answer = {"error": said, "exit_code": code}
-    temporary = Path(answered + ".tmp")
+    temporary = Path(f"{answered}.{os.getpid()}.tmp")  # of several processes each may have an error to tell
     text = json.dumps(answer, allow_nan=False)
     try:
         with clear_write_errors(answered):

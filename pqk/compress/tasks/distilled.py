@@ -13,6 +13,7 @@ from pqk.compress.cut.student import make_student
 from pqk.compress.distill import distill
 from pqk.compress.train.data import opened_training
 from pqk.compress.train.progress import tell_training
+from pqk.compress.train.shared import is_first
 from pqk.compress.train.stop_rules import stopper
 from pqk.compress.train.trained import finish
 from pqk.models import build_model, load_model
@@ -37,4 +38,4 @@ def train_distilled(request: Mapping[str, Any]) -> dict[str, Any]:
         student = build_model(data.family.name, *less).eval()
     report = tell_training(data.family)
     fitted = distill(teacher, student, distilling, data, seed=seed, scratch=scratch, stop=stop, report=report)
-    return finish(fitted, request, "K", {})
+    return finish(fitted, request, "K", {}) if is_first() else {}

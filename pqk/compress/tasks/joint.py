@@ -18,6 +18,7 @@ from pqk.compress.train.data import opened_training
 from pqk.compress.train.fit import Fitted
 from pqk.compress.train.loop import Progress
 from pqk.compress.train.progress import tell_training
+from pqk.compress.train.shared import is_first, wait
 from pqk.compress.train.stop_rules import StopRules, best_checkpoint, stopper, untold_drop
 from pqk.compress.train.trained import save_trained
 from pqk.engines.variant import graphs_to_json
@@ -43,6 +44,7 @@ def train_joint(request: Mapping[str, Any]) -> dict[str, Any]:
     cut = scratch / "cut"
     if not (cut / "report.json").exists():  # written last: without it a killed run resumes phase 1
         _gates(request, spec, teacher, cut)
+    wait()
     about = json.loads((cut / "report.json").read_text())
     small = load_model(cut)
     told: dict[str, Any] = {
@@ -59,6 +61,8 @@ def train_joint(request: Mapping[str, Any]) -> dict[str, Any]:
     }
     if not told["failed"]:
         told, small = _settled(request, spec, teacher, small, told, StopRules(**rules))
+    if not is_first():
+        return {}
     facts = {name: value for name, value in told.items() if name != "graphs"}
     save_trained(small, request, "PQK", facts)
     return told
@@ -69,13 +73,13 @@ def _gates(request: Mapping[str, Any], spec: Joint, teacher: Any, cut: Path) -> 
     scratch, seed = Path(request["scratch"]), request["seed"]
     tell({"text": "importance of heads and MLP units", "share": 0.0})
     kept = scratch / "importance.pt"
-    known = torch.load(kept, weights_only=True) if kept.exists() else None
     data = opened_training(request)
-    plan = GatePlan(teacher, spec, data, seed=seed, importance=known)
-    if known is None:
+    if is_first() and not kept.exists():
         part = kept.with_suffix(".tmp")
-        torch.save(plan.importance, part)
+        torch.save(GatePlan(teacher, spec, data, seed=seed).importance, part)
         part.replace(kept)
+    wait()
+    plan = GatePlan(teacher, spec, data, seed=seed, importance=torch.load(kept, weights_only=True))
     tell({"text": "ranges of the network with gates", "share": 0.0})
     ptq = request["ptq"]
     few = {**ptq, "calibration_images": min(ptq["calibration_images"], spec.gates.calibration_images)}
@@ -92,6 +96,8 @@ def _gates(request: Mapping[str, Any], spec: Joint, teacher: Any, cut: Path) -> 
         stop=_whole_stop(phase, request["rules"]),
         report=lambda p: tell_phase(phase(p)),
     )
+    if not is_first():
+        return
     tell({"text": "cutting the units with shut gates", "share": spec.gates.epochs / spec.train.epochs})
     small, report = cut_gates(teacher, weights, plan, gated)
     save_model(small, cut)
@@ -135,6 +141,8 @@ def _settled(
             stop=_whole_stop(phase, request["rules"]),
             report=lambda p: tell_phase(phase(p)),
         )
+        if not is_first():
+            return told, small
         end = phase(_progress(fitted))
         at_end = rules.at_end(end)
         best = best_checkpoint(end.history) or {}

@@ -11,6 +11,7 @@ from pqk.compress.cut.prune import prune
 from pqk.compress.finetune import finetune
 from pqk.compress.train.data import opened_training
 from pqk.compress.train.progress import tell_training
+from pqk.compress.train.shared import is_first, wait
 from pqk.compress.train.stop_rules import stopper
 from pqk.compress.train.trained import finish
 from pqk.files import write_json
@@ -30,13 +31,14 @@ def train_pruned(request: Mapping[str, Any]) -> dict[str, Any]:
     start = load_model(request["before"]) if request["before"] else teacher
     pruning = Prune.model_validate_json(json.dumps(request["spec"]))
     kept = scratch / "pruned"
-    if not (kept / "report.json").exists():  # written last: without it a killed run prunes again
+    if is_first() and not (kept / "report.json").exists():  # written last: without it a killed run prunes again
         small, found = prune(start, pruning, data, seed=seed, report=lambda line: tell({"text": line, "share": 0.0}))
         save_model(small, kept)
         write_json(kept / "report.json", found.as_dict())
+    wait()
     cut = json.loads((kept / "report.json").read_text())
     small = load_model(kept)
     stop = stopper(request["rules"])
     report = tell_training(data.family)
     fitted = finetune(small, teacher, pruning, data, seed=seed, scratch=scratch, stop=stop, report=report)
-    return finish(fitted, request, "P", cut)
+    return finish(fitted, request, "P", cut) if is_first() else {}

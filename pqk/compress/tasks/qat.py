@@ -11,6 +11,7 @@ from pqk.compress.qat import qat
 from pqk.compress.tasks.quantize import Calibrated, Each
 from pqk.compress.train.data import opened_training
 from pqk.compress.train.progress import tell_training
+from pqk.compress.train.shared import is_first
 from pqk.compress.train.stop_rules import best_checkpoint, stopper, untold_drop
 from pqk.engines.variant import graphs_to_json
 from pqk.heap import trim
@@ -75,6 +76,8 @@ def train_quantized(request: Mapping[str, Any]) -> dict[str, Any]:
         stop=stopper(request["rules"]),
         report=tell_training(data.family),
     )
+    if not is_first():
+        return {}
     made = finished(job, fitted.model)
     best = best_checkpoint(fitted.history) or {}
     return {
