@@ -135,6 +135,7 @@ def _words(request: Request, axis: str, point: str) -> list[str]:
         "--train-scenes": placed(request.train_scenes),
         "--train-images": placed(request.train_images),
         "--seed": request.seed,
+        "--processes": request.processes if request.processes > 1 else None,
     }
     words += [word for name, value in given.items() if value is not None for word in (name, str(value))]
     words += [word for name, value in request.settings.items() for word in ("--set", f"{name}={json.dumps(value)}")]

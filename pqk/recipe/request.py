@@ -218,7 +218,7 @@ def context(request: Request, backend: Backend, root: Path, on_event: OnEvent) -
         **_gpu(details),
     }
     store = Store(paths.store(root), request.fresh, commit_of(), mirror())
-    return Context(store, on_event, machine, request.processes, request.retime)
+    return Context(store, on_event, machine, request.retime, request.processes)
 
 
 def _device(details: Mapping[str, str]) -> str:

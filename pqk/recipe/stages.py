@@ -40,8 +40,8 @@ class Context:
     store: Store
     on_event: OnEvent
     machine: Mapping[str, Any]  # device name and tool versions: part of the key of everything that an engine computes
-    processes: int = 1  # that share a training
     retime: bool = False  # time and memory are measured again, once by this context's store
+    processes: int = 1  # that share a training
 
     def make(
         self,
