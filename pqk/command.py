@@ -44,14 +44,17 @@ def given_command(argv: Sequence[str] | None = None) -> str | None:
 def _placed(word: str) -> str:
     """Returns a word with its path, alone or behind an =, as seen from the project's folder."""
     option, sign, value = word.partition("=")
-    if not option.startswith("--") or "/" not in value:
+    if not sign or not _is_path(value):
         option, sign, value = "", "", word
-    value = value.strip()
-    here = "/" in value and Path(value).exists()
-    if "://" in value or not (here or value.startswith(("/", "~"))):
+    if not _is_path(value):
         return word
     path, root = Path(os.path.normpath(Path(value).expanduser().absolute())), paths.project_root()
     for inside, base in ((path, root), (path.resolve(), root.resolve())):
         if inside.is_relative_to(base):
             return option + sign + inside.relative_to(base).as_posix()
     return f"{option}{sign}{OUTSIDE}/{path.name}"
+
+
+def _is_path(text: str) -> bool:
+    """Returns whether a text is an absolute path, or leads to something that is there."""
+    return "://" not in text and (text.startswith(("/", "~")) or ("/" in text and Path(text).exists()))

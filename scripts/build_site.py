@@ -72,6 +72,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("-o", "--out", type=Path, default=ROOT / "site", help="folder of the site (default: site)")
     out = parser.parse_args().out.resolve()
+    if out.exists() and not (out / "sitemap.xml").is_file():
+        print(f"{out}: this is there and is no site of an earlier call; give another folder", file=sys.stderr)
+        return 2
     with tempfile.TemporaryDirectory(prefix="pqk-site-") as name:
         folder = Path(name)
         prepare(folder / "pages")

@@ -27,6 +27,11 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("run B1 --model {root}/models/mine", "run B1 --model models/mine"),
         ("run B1 --model={root}/models/mine", "run B1 --model=models/mine"),
         ("run B1 --model /somewhere/else/weights.pth", "run B1 --model OUTSIDE/weights.pth"),
+        (
+            "run B1 --set workload.scenes.train.folder=/some/where",
+            "run B1 --set workload.scenes.train.folder=OUTSIDE/where",
+        ),
+        ("run B1 --set a.b={root}/models/mine", "run B1 --set a.b=models/mine"),
         ("run B1 --images ~/photos", "run B1 --images OUTSIDE/photos"),
         ("run B1 --images ../photos", "run B1 --images ../photos"),  # not there: nothing to place
         ("run B1 --scenes ..", "run B1 --scenes .."),

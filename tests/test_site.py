@@ -71,6 +71,14 @@ def test_nothing_comes_from_another_host_and_links_lead_somewhere(site: Path) ->
                 assert (page.parent / path).exists(), f"{page.name} leads to {link}"
 
 
+def test_another_folder_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").touch()
+    command = [sys.executable, str(ROOT / "scripts" / "build_site.py"), "-o", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "is no site of an earlier call" in done.stderr
+    assert (tmp_path / "mine.txt").exists()
+
+
 def test_the_api_is_there(site: Path) -> None:
     for page, name in (
         ("models", "pqk.families.checkpoint.load_model"),
