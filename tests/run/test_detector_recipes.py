@@ -114,10 +114,15 @@ def test_every_file_of_a_detector_is_here() -> None:
     assert found == set(FILES) and len(WARM) >= 5
 
 
+def network(spec: TrainSpec) -> Any:
+    """The network that a file trains; the model that it ends with may have its norms folded."""
+    of = teacher.family_of_named(spec.model)
+    return build_model(of.name, {**of.settings_part().NAMED[spec.model], **spec.network})
+
+
 def with_gradient(spec: TrainSpec, out: Path) -> set[str]:
     """The names of the weights that a training had a gradient for."""
-    of = teacher.family_of_named(spec.model)
-    model = build_model(of.name, {**of.settings_part().NAMED[spec.model], **spec.network})
+    model = network(spec)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     groups = parameter_groups(model, 0.0, spec.rates)
     order = [names[id(parameter)] for group in groups for parameter in group["params"]]
@@ -139,7 +144,7 @@ def test_a_file_trains(file: Path, trained: Trained) -> None:
         assert bool(new) == any(key in spec.network for key in ("label_state", "quality_head", "geo_feat", "geo_bias"))
     else:
         held = [rate for rate, factor in spec.rates.items() if not factor]
-        free = {name for name, _ in model.named_parameters() if not any(re.search(rate, name) for rate in held)}
+        free = {name for name, _ in network(spec).named_parameters() if not any(re.search(rate, name) for rate in held)}
         assert learned <= free and len(learned) > 0.9 * len(free)
     now = torch.load(out / "checkpoint.pt", weights_only=True)["model"]
     still = [name for name in start if any(re.search(rate, name) for rate, factor in spec.rates.items() if not factor)]
