@@ -41,7 +41,19 @@ def test_no_english_is_left() -> None:
         said = in_language(sentence, "zh")
         left = set(re.findall(r"[A-Za-z]+\d*", said)) - NAMES
         assert not left, f"{sentence} -> {said}"
+        assert re.match("(通过|未通过|未定|未测量)：[^：]*", said) and not re.search(
+            "(通过|未定|未测量)：.*(通过|未定|未测量)：", said
+        ), said
         assert sorted(NUMBER.findall(said)) == sorted(NUMBER.findall(sentence)), said
+
+
+def test_what_a_drop_is_over() -> None:
+    assert [in_language(over, "zh") for over in ("52 scenes", "1 scene", "5 draws")] == [
+        "52 个场景",
+        "1 个场景",
+        "5 次抽样",
+    ]
+    assert in_language("52 scenes", "en") == "52 scenes"
 
 
 @pytest.mark.parametrize("sentence", ["ok: what nobody knows yet 3 %", "FAILED: <b>x</b>"])

@@ -169,7 +169,8 @@ def _drop_text(drop: Drop | None, t: Words) -> str:
     low, high = drop.interval.low, drop.interval.high
     if low is None or high is None:
         return f"{drop.interval.value:+.2f} % ({t['no_interval']})"
-    return f"{drop.interval.value:+.2f} % [{low:+.2f}, {high:+.2f}], {t['over'].format(drop.over)}"
+    over = t["over"].format(in_language(drop.over, t["language"]))
+    return f"{drop.interval.value:+.2f} % [{low:+.2f}, {high:+.2f}], {over}"
 
 
 def _recipe(recipe: Recipe, t: Words) -> dict[str, Any]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 
 _FRAMES: tuple[tuple[str, str], ...] = (
+    (r"^(\d+) scenes?$", r"\1 个场景"),
+    (r"^(\d+) draws?$", r"\1 次抽样"),
     (r"^ok: ", "通过："),
     (r"^FAILED: ", "未通过："),
     (r"^undecided: ", "未定："),
@@ -26,16 +28,16 @@ _FRAMES: tuple[tuple[str, str], ...] = (
         r"t_pair p50 (\S+) % above the model's own f32 \(at least (\S+) % below\)",
         r"t_pair p50 比自身 f32 高 \1 %（至少低 \2 %）",
     ),
-    (r"(\S+)x the speed of the best float precision \(not slower\)", r"速度为最佳浮点精度的 \1 倍（不慢于）"),
+    (r"([\d.]+)x the speed of the best float precision \(not slower\)", r"速度为最佳浮点精度的 \1 倍（不慢于）"),
     (
-        r"(\S+)x the speed of the best float precision \(at most (\S+) % slower\)",
+        r"([\d.]+)x the speed of the best float precision \(at most (\S+) % slower\)",
         r"速度为最佳浮点精度的 \1 倍（至多慢 \2 %）",
     ),
-    (r"(\S+)x the speed of the Teacher in f32 \(not slower\)", r"速度为 Teacher f32 的 \1 倍（不慢于）"),
+    (r"([\d.]+)x the speed of the Teacher in f32 \(not slower\)", r"速度为 Teacher f32 的 \1 倍（不慢于）"),
     (r"files (\S+)x smaller \(at least (\S+)x\)", r"文件缩小 \1 倍（至少 \2 倍）"),
     (r"files (\S+) % smaller \(at least (\S+) %\)", r"文件缩小 \1 %（至少 \2 %）"),
     (r"no kernel ran, so the share of (\S+) kernels was not measured", r"没有内核运行，因此未测量 \1 内核的占比"),
-    (r"(\S+) % of matmul and convolution FLOPs ran in (\S+) kernels", r"\1 % 的矩阵乘与卷积 FLOPs 在 \2 内核中运行"),
+    (r"([\d.]+) % of matmul and convolution FLOPs ran in (\S+) kernels", r"\1 % 的矩阵乘与卷积 FLOPs 在 \2 内核中运行"),
     (r" \(the backend does not tell how many were planned\)", "（该后端不报告计划占比）"),
     (r", (\S+) % were planned \(at least (\S+) % of them\)", r"，计划 \1 %（至少达到其 \2 %）"),
     (r" \(at least (\S+) %\)$", r"（至少 \1 %）"),
