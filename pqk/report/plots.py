@@ -252,18 +252,19 @@ def latency(records: Sequence[Record], thresholds: Thresholds | None = None, say
         whiskers = [[0.0] * len(long), [tails[index] - times[index] for index in long]]
         at = [times[index] for index in long]
         axes.errorbar(at, long, xerr=whiskers, fmt="none", ecolor="#333333", capsize=3, linewidth=1.2)
-    for index, (record, tail) in enumerate(zip(rows, tails, strict=True)):
-        interval = interval_of(record, p50.name)
+    intervals = [interval_of(record, p50.name) for record in rows]
+    ends = [tail if each is None else max(tail, each[1]) for tail, each in zip(tails, intervals, strict=True)]
+    for index, (record, end, interval) in enumerate(zip(rows, ends, intervals, strict=True)):
         if interval is not None:
             error_bar(axes, index, interval, PALETTE[0])
         axes.annotate(
             cell_text(record[p50.name], p50) + _speed(record, "  ", False),
-            (tail, index),
+            (end, index),  # behind whisker and interval
             xytext=(6, 0),
             textcoords="offset points",
             va="center",
         )
-    axes.set_xlim(0, max(tails) * (1.4 if speeds else 1.15) or 1.0)
+    axes.set_xlim(0, max(ends) * (1.4 if speeds else 1.15) or 1.0)
     axes.set_xlabel(f"{axis_label(p50)}{f', whisker: {p95.name}' if long else ''}{_caution(rows)}")
     if speeds:
         _speeds(panels[1], rows, speeds, thresholds)

@@ -118,6 +118,12 @@ def test_speed_is_told_as_the_ratio_of_one_run(make_record):
     assert "own run" in axes.get_xlabel()
 
 
+def test_a_number_stands_behind_its_interval(make_record):
+    row = make_record(backend="openvino", t_pair_p50_ms=700.0, intervals={"t_pair_p50_ms": [690.0, 790.0]})
+    axes = latency([row]).axes[0]
+    assert axes.texts[0].xy == (790.0, 0) and axes.get_xlim()[1] > 790.0
+
+
 def test_labels_are_data_not_formulas(tmp_path, make_record):
     rows = [
         make_record(exp_id=name, absrel=0.1, main_metric="absrel", t_pair_p50_ms=3.0)
