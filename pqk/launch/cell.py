@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -32,6 +33,10 @@ _TAIL = 20  # lines of its output that are handed back
 _JUDGED = {EXIT_CHECK_FAILED: "fail", EXIT_UNDECIDED: "undecided"}
 """Verdicts by exit code, for runs that were measured to their end without success."""
 _NOTED = ("run_id", "verdict", "record", "stopped")
+_FROM_OUTSIDE = (
+    -signal.SIGKILL,
+    -signal.SIGTERM,
+)  # exit codes; a crash is a fault of the command, and would come again
 
 Echo = Callable[[str], None]
 
@@ -77,6 +82,11 @@ class Done:
     result: Mapping[str, Any] = field(default_factory=dict)
     refused: bool = False
 
+    @property
+    def killed(self) -> bool:
+        """Whether its command was killed from outside, such as by a kernel that is short of memory."""
+        return self.outcome["exit_code"] in _FROM_OUTSIDE
+
 
 def pqk_command(*words: str) -> tuple[str, ...]:
     """Returns the command line of `pqk WORDS`, for a cell."""
@@ -93,6 +103,8 @@ def placed(given: Path | str | None) -> str | None:
 
 def why_not(done: Done) -> str:
     """Returns why a cell has no result, in one sentence."""
+    if done.killed:
+        return f"its command was killed by signal {-done.outcome['exit_code']}"
     return str(done.outcome["said"] or next(reversed(done.tail), "") or f"exit code {done.outcome['exit_code']}")
 
 

@@ -1,8 +1,8 @@
 """Runs cells as tasks of a Ray cluster: an existing one, or one that is started on this machine for as long as needed.
 
 Ray queues nothing here: as many cells begin as the machines have room for, so that what the plan calls running does
-run. Where a worker process or a machine dies, Ray begins the cell again; its finished stages are in the
-store.
+run. Where a worker process or a machine dies, Ray begins the cell again, and where only its command is killed, this
+module does; its finished stages are in the store.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 from pqk.errors import PqkError, first_line
-from pqk.launch.cell import Cell, Done, carry_out, lost
+from pqk.launch.cell import Cell, Done, carry_out, lost, why_not
 from pqk.launch.needs import Needs, missing
 
 _LOOK_S = 5.0  # between two looks at the machines while cells run
@@ -34,7 +34,7 @@ class OnRay:
             raise missing("Ray", "ray") from None
         self._ray: Any = ray
         self._address, self._needs, self._say = address, needs, say
-        self._running: dict[Any, tuple[Cell, float]] = {}
+        self._running: dict[Any, tuple[Cell, float, int]] = {}  # cell, begin, and how often its command was killed
         self._other: set[str] = set()  # ids of machines of another kind than the plan's
 
     def __enter__(self) -> OnRay:
@@ -79,9 +79,12 @@ class OnRay:
         return most - len(self._running)
 
     def begin(self, cell: Cell) -> None:
+        self._begin(cell, time.time(), killed=0)
+
+    def _begin(self, cell: Cell, began: float, killed: int) -> None:
         nodes = [node for node in self._nodes() if node["NodeID"] not in self._other] or self._nodes()
         cores = self._cores(nodes)
-        options: dict[str, Any] = {"num_cpus": cores, "max_retries": self._needs.retries, "name": cell.name}
+        options: dict[str, Any] = {"num_cpus": cores, "max_retries": self._needs.retries - killed, "name": cell.name}
         if self._needs.gpus:
             options["num_gpus"] = self._needs.gpus
         if self._needs.memory_gb:
@@ -89,21 +92,20 @@ class OnRay:
         if self._other and len(self._other) < len(self._nodes()):
             options["label_selector"] = {"ray.io/node-id": f"!in({','.join(sorted(self._other))})"}
         reference = self._task.options(**options).remote(replace(cell, cores=cores, gpus=self._needs.gpus))
-        self._running[reference] = (cell, time.time())
+        self._running[reference] = (cell, began, killed)
 
     def wait(self) -> list[Done]:
         ended: list[Done] = []
         while self._running and not ended:
             ready, _ = self._ray.wait(list(self._running), timeout=_LOOK_S)
             for reference in ready:
-                cell, began = self._running.pop(reference)
-                done = self._end(reference, cell, began)
+                done = self._end(reference, *self._running.pop(reference))
                 if done is not None:
                     ended.append(done)
         return ended
 
-    def _end(self, reference: Any, cell: Cell, began: float) -> Done | None:
-        """Returns the end of a cell; None where it begins again on a machine of the right kind."""
+    def _end(self, reference: Any, cell: Cell, began: float, killed: int) -> Done | None:
+        """Returns the end of a cell; None where it begins again: after a kill, or on a machine of the right kind."""
         try:
             node, done = self._ray.get(reference)
         except self._ray.exceptions.RayError as error:
@@ -112,8 +114,13 @@ class OnRay:
             self._other.add(node)
             if {found["NodeID"] for found in self._nodes()} - self._other:
                 self._say(f"{done.node} is left out: {done.outcome['said']}")
-                self.begin(cell)
+                self._begin(cell, began, killed)
                 return None
+        if done.killed:
+            if killed == self._needs.retries:
+                return lost(cell, why_not(done), began)
+            self._begin(cell, began, killed + 1)
+            return None
         found: Done = done
         return found
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from pqk.cores import allowed_cores
 from pqk.errors import PqkError, first_line
-from pqk.launch.cell import Cell, Done, carry_out, lost
+from pqk.launch.cell import Cell, Done, carry_out, lost, why_not
 from pqk.launch.needs import Needs, missing
 
 _MOST_QUEUED = 1000  # jobs at once; SLURM's own limit for a user is often near it
@@ -88,13 +88,18 @@ class OnSlurm:
         return ended
 
     def _end(self, job: _Job) -> Done | None:
-        """Returns the end of a job; None where it was lost and is sent again."""
+        """Returns the end of a job; None where it, or its command, was killed and is sent again."""
+        failed = self._submitit.core.utils.FailedJobError
+        why, again = "", True
         try:
             found: Done = job.job.result()
-            return found
-        except (self._submitit.core.utils.UncompletedJobError, self._submitit.core.utils.FailedJobError) as error:
-            if job.tried <= self._needs.retries and not isinstance(error, self._submitit.core.utils.FailedJobError):
-                job.tried += 1
-                job.job = self._submit(job.cell)
-                return None
-            return lost(job.cell, f"its job was lost: {first_line(error)}", job.began)
+            if not found.killed:
+                return found
+            why = why_not(found)
+        except (self._submitit.core.utils.UncompletedJobError, failed) as error:
+            why, again = f"its job was lost: {first_line(error)}", not isinstance(error, failed)
+        if again and job.tried <= self._needs.retries:
+            job.tried += 1
+            job.job = self._submit(job.cell)
+            return None
+        return lost(job.cell, why, job.began)

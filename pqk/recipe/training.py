@@ -113,8 +113,6 @@ def check_sharing(experiment: Experiment, recipe: Sequence[str], processes: int)
         if stage in specs:
             name, spec = specs[stage]
             check_processes(experiment.family, spec.train, processes, f"{name}.train")
-    if "K" in recipe and experiment.distill.sampler is not None and experiment.distill.sampler.guided:
-        raise PqkError("distill.sampler is trained in one process; leave --processes out")
 
 
 def train_stages(ctx: Context, experiment: Experiment, teacher: Model, train: SampleSet | None) -> list[Trained]:

@@ -21,11 +21,17 @@ from pqk.compress.train.fit import Fitted
 from pqk.compress.train.loop import world
 from pqk.errors import PqkError
 from pqk.families.registry import family
+from pqk.families.vectors import Case
 from pqk.models import build_model
 from pqk.settings.distill import load_distill
 from pqk.settings.prune import load_prune
 from pqk.settings.training import Rounded
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "families"))
+from diffusiondet_toys import TINY
+from test_detr import TINY as DETR
+
+GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 POINTS = {
     "head_type": "linear",
@@ -37,6 +43,7 @@ POINTS = {
     "dec_num_heads": 2,
 }
 NARROW = {**POINTS, "enc_embed_dim": 16, "dec_embed_dim": 16, "dec_depth": 1}
+LAST_ALONE = {"loss.beta_start": 0.0, "loss.beta_end": 0.0, "loss.gamma": 0.0}
 TRAIN = {
     "stages": [{"size": 32, "batch": 3, "until": 0.5}, {"size": 48, "batch": 2, "until": 1.0}],
     "epochs": 2,
@@ -93,23 +100,53 @@ def quantized(scratch: Path, report: Any) -> Fitted:
     return qat(prepared("nncf", teacher, graphs), teacher, spec, data, seed=0, scratch=scratch, report=report)
 
 
-def detector(scratch: Path, report: Any) -> Fitted:
-    """Distils a detector, with features, on images that are padded to the largest of the batch."""
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "families"))
-    from diffusiondet_toys import TINY
-
-    train = {**TRAIN, "stages": [{"size": 64, "batch": 3, "until": 1.0}], "validation": {"size": 64, "pairs": 2}}
-    spec = load_distill(CONFIGS / "distill.yaml", {"train": train, "loss.gamma": 0.1})
+def of_family(name: str, config: dict[str, Any], scratch: Path, report: Any, **asked: Any) -> Fitted:
+    """Distils a model of a family, on what its generated samples are padded to; asked: of distill.yaml."""
+    train = {**TRAIN, "epochs": 1, "stages": [{"size": 64, "batch": 3, "until": 1.0}]}
+    train |= {"validation": {"size": 64, "pairs": 2}, **asked.pop("train", {})}
+    spec = load_distill(CONFIGS / "distill.yaml", {"train": train, **asked})
     teacher, mine = (
-        build_model("diffusiondet", TINY, generator=torch.Generator().manual_seed(seed)).eval()
-        for seed in (0, 1 + world()[0])
+        build_model(name, config, generator=torch.Generator().manual_seed(seed)).eval() for seed in (0, 1 + world()[0])
     )
-    data = TrainingData(family("diffusiondet"))
+    data = TrainingData(family(name))
     return distill(teacher, mine, spec, data, seed=0, scratch=scratch, device="cpu", report=report)
 
 
+def detector(scratch: Path, report: Any) -> Fitted:
+    """Distils a detector, with features, on images that are padded to the largest of the batch."""
+    return of_family("diffusiondet", TINY, scratch, report, **{"loss.gamma": 0.1})
+
+
+def few_steps(scratch: Path, report: Any) -> Fitted:
+    """Teaches a sampler of one step two steps of another; its norms learn the statistics of the whole batch.
+
+    Slowly: such norms of few pixels make much of the last bit of a sum, 0.1 % of a loss in five steps at a usual rate.
+    """
+    asked: dict[str, Any] = {"sampler": {"teacher_steps": 2, "best": 5}, "train": {"learning_rate": 1e-4}}
+    return of_family("diffusiondet", {**TINY, "norm": "batch"}, scratch, report, **LAST_ALONE, **asked)
+
+
+def consistent(scratch: Path, report: Any) -> Fitted:
+    """Teaches a detector to find the same from two times of a sampler."""
+    sampler = {"kind": "consistency", "teacher_steps": 4, "best": 5}
+    return of_family("diffusiondet", TINY, scratch, report, **LAST_ALONE, sampler=sampler)
+
+
+def frames(scratch: Path, report: Any) -> Fitted:
+    """Distils a network of frames, with features."""
+    config = Case(GOLDEN / "vggt_conv_s2_56x70").need("config")
+    train = {"stages": [{"size": 56, "batch": 2, "until": 1.0}], "validation": {"size": 56, "pairs": 2}}
+    return of_family("vggt", config, scratch, report, train=train, **{"loss.gamma": 0.1})
+
+
+def detr(scratch: Path, report: Any) -> Fitted:
+    """Distils a detector of the library's, without dropout, which draws other numbers in every process."""
+    return of_family("detr", DETR, scratch, report)
+
+
 METHODS: dict[str, Callable[[Path, Any], Fitted]] = {
-    one.__name__: one for one in (pruned, distilled, too_small, quantized, detector)
+    one.__name__: one
+    for one in (pruned, distilled, too_small, quantized, detector, few_steps, consistent, frames, detr)
 }
 
 

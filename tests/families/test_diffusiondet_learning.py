@@ -216,10 +216,10 @@ def test_the_teacher_gives_its_steps_alone_and_each_image_its_own():
     model, batch = shaken(), shapes_batch(2)
     found = ran(model, batch, Watched("steps", 4))
     assert set(found) == {"sampler", "whwh"} and [len(steps) for steps in found["sampler"]] == [4, 4]
-    first, second = (steps[0].x for steps in found["sampler"])
+    first, second = (steps[0].boxes for steps in found["sampler"])
     assert not torch.equal(first, second)
     again = ran(model, batch, Watched("steps", 2))["sampler"]
-    assert torch.equal(again[0][0].x, first)  # the same noise, however many steps
+    assert torch.equal(again[0][0].boxes, first)  # the same noise, however many steps
 
 
 def test_steps_that_are_no_multiple_are_refused():
@@ -268,7 +268,7 @@ def test_what_always_finds_the_same_is_consistent(monkeypatch):
     batch, model = shapes_batch(2), shaken()
     logits, corners = torch.randn(model.sizes.proposals, 3), torch.tensor([1.0, 2.0, 9.0, 12.0])
     boxes = corners.repeat(model.sizes.proposals, 1)
-    monkeypatch.setattr(learning, "_calls", lambda head, maps, whwh: [lambda *given: (logits, boxes)] * len(whwh))
+    monkeypatch.setattr(learning, "_heads", lambda head, maps, whwh: [lambda *given: (logits, boxes)] * len(whwh))
     assert float(inconsistent(model, model, batch, classes=0.0).detach()) == pytest.approx(0, abs=1e-5)
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from pqk.families.dust3r.settings import load_evaluation
 from pqk.recipe.verdict import Measured, Rise, judge_float, judge_quantized
 from pqk.report.html.reasons import in_language
+from pqk.report.plots import drop_lines, quality_lines, speed_limits
 from pqk.stats.intervals import Interval
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,6 +48,30 @@ def test_no_english_is_left() -> None:
             "(通过|未定|未测量)：.*(通过|未定|未测量)：", said
         ), said
         assert sorted(NUMBER.findall(said)) == sorted(NUMBER.findall(sentence)), said
+
+
+def limits() -> Iterator[str]:
+    """What the lines of a chart are called, for each kind of recipe and each threshold."""
+    rows: list[Any] = [
+        {"role": "candidate", "combo": combo, "quantizer": "nncf"} for combo in ("Q-only", "P-only", "H")
+    ]
+    quality: Any = SimpleNamespace(name="absrel", better="lower")
+    taught = {"role": "teacher", "precision": "f32", "absrel": 0.1, "quality_reference": "truth"}
+    for slack in (0.0, 2.0):
+        thresholds = LIMITS.model_copy(update={"not_slower_than_best_float_pct": slack})
+        yield from (what for what, _ in drop_lines(rows, thresholds))
+        yield from (what for what, _ in speed_limits(rows, thresholds).values())
+    same = [{**row, "quality_reference": "truth"} for row in rows]
+    yield from (what for what, _ in quality_lines([taught, *same], quality, LIMITS))
+
+
+def test_limits_are_chinese() -> None:
+    found = set(limits())
+    assert len(found) >= 7
+    for name in found:
+        said = in_language(name, "zh")
+        assert not set(re.findall(r"[A-Za-z]+", said.replace("-only", ""))) - {"Q", "P", "f", "Teacher"}, said
+        assert said.startswith("阈值：") and sorted(NUMBER.findall(said)) == sorted(NUMBER.findall(name)), said
 
 
 def test_what_a_drop_is_over() -> None:

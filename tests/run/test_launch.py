@@ -290,6 +290,27 @@ def test_a_lost_job_is_sent_again(toys: Path) -> None:
     assert "its job was lost" in read_state(folder_of("toys", toys))["attempts"]["B1-s0"][0]["said"]
 
 
+@pytest.mark.whole
+def test_a_job_whose_command_is_killed_is_sent_again(toys: Path) -> None:
+    pytest.importorskip("submitit", reason="the extra slurm is not installed")
+    commands_are_killed(toys, "slurm-local")
+
+
+def commands_are_killed(toys: Path, on: str) -> None:
+    """Kills a command once, then always; what runs it lives, as when the kernel is short of memory."""
+    kill = "\nif len(open('ran.txt').readlines()) < {}:\n    os.kill(os.getpid(), 9)\n"
+    (toys / "fake.py").write_text(FAKE + kill.format(2))
+    assert go(toys, on, Needs(retries=1), count=1) == {"B1-s0": "done"}
+    assert ran(toys) == ["B1-s0"] * 2
+    (toys / "fake.py").write_text(FAKE + kill.format(9))
+    (toys / "ran.txt").unlink()
+    plan, steps = steps_of(toys)
+    assert go(toys, on, Needs(retries=1), count=2) == {"B1-s0": "done", "B1-s1": "stopped"}
+    assert ran(toys) == ["B1-s1"] * 2
+    (stopped,) = (item for item in progress(plan, steps[:2], toys) if item.status == "stopped")
+    assert stopped.detail == "its command was killed by signal 9"
+
+
 @pytest.mark.slow
 def test_a_matrix_as_jobs(copy_of: Callable[[], Path], tiny_model: Path) -> None:
     """Each point is a command of its own; the tables are those of one command."""
@@ -341,6 +362,11 @@ def test_a_plan_on_two_machines(cluster: Any, toys: Path) -> None:
     assert [state[step.id][0]["run_id"] for step in steps[:12]] == [step.id for step in steps[:12]]
     assert "this is B1-s3" in (folder_of("toys", toys) / "B1-s3.log").read_text()
     assert {a["machine"]["cores"] for (a,) in state.values()} == {1}
+
+
+@pytest.mark.whole
+def test_a_cell_whose_command_is_killed_begins_again(cluster: Any, toys: Path) -> None:
+    commands_are_killed(toys, f"ray:{cluster.address}")
 
 
 @pytest.mark.whole
@@ -433,7 +459,9 @@ def test_killed_workers_and_a_killed_machine(cluster: Any, toys: Path, tiny_mode
     finally:
         over.set()
         killer.join()
-    assert set(found.values()) == {"done"} and len(kills) == 20
+    state = read_state(folder_of("toys", toys))["attempts"]
+    assert set(found.values()) == {"done"}, [state[name] for name, end in found.items() if end != "done"]
+    assert len(kills) == 20
     rows, others = ({row["eval_seed"]: row for row in read_rows(root / "results" / "a.tsv")} for root in (toys, calm))
     times = ("datetime", "output", "commit")
     assert len(rows) == SEEDS

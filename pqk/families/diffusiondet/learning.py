@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pqk.errors import PqkError
 from pqk.families.contract import Join
 from pqk.families.detection.batches import Images, generator
 from pqk.families.detection.inputs import padded
@@ -34,10 +33,11 @@ from pqk.families.diffusiondet.predict import MOST
 from pqk.families.diffusiondet.sampling import labels as states
 from pqk.families.diffusiondet.sampling import schedule
 from pqk.families.diffusiondet.sampling.noise import DrawnNoise
-from pqk.families.diffusiondet.sampling.sampler import HeadCall, Sampling, Step, sample
+from pqk.families.diffusiondet.sampling.sampler import HeadCall, Sampling, sample
 from pqk.families.diffusiondet.sampling.selection import Detections, rescale, select, suppress
 from pqk.families.diffusiondet.training import targets as starts
 from pqk.families.diffusiondet.training.distill import (
+    End,
     Terms,
     chosen_boxes,
     class_distance,
@@ -104,14 +104,20 @@ def forward(parts: Mapping[str, Any], batch: Images, watched: Any = None) -> dic
     }
 
 
-def joined(out: Mapping[str, Any], join: Join) -> dict[str, Any]:
-    """Returns the outputs for the whole batch; see `LearningPart`. Raises PqkError for the steps of a sampler,
-    and for norms over the images of a batch, of which a process sees its share.
+class Calls(NamedTuple):
+    """What a loss needs that calls the head itself: the head of each image, the B images, and their sizes (B, 4).
+
+    join: puts values (B, ...) among those of all images, where other processes have the others.
     """
-    if SAMPLER in out:
-        raise PqkError("distill.sampler is trained in one process; leave --processes out")
-    if out["sizes"].backbone.learns and torch.is_grad_enabled():
-        raise PqkError("a network with norm: batch is trained in one process; leave --processes out")
+
+    heads: list[HeadCall]
+    images: Images
+    whwh: Tensor
+    join: Join | None = None
+
+
+def joined(out: Mapping[str, Any], join: Join) -> dict[str, Any]:
+    """Returns the outputs for the whole batch; see `LearningPart`. A loss calls the head for own images alone."""
     found = {**out, "whwh": join(out["whwh"])}
     for name in ("logits", "boxes", "quality"):
         if out.get(name) is not None:
@@ -120,22 +126,32 @@ def joined(out: Mapping[str, Any], join: Join) -> dict[str, Any]:
         found["labels"] = LabelStates(*(join(each) for each in out["labels"]))
     if "features" in out:
         found["features"] = {name: join(each) for name, each in out["features"].items()}
+    if isinstance(out.get(SAMPLER), Calls):
+        found[SAMPLER] = out[SAMPLER]._replace(join=join)
+    elif SAMPLER in out:
+        found[SAMPLER] = _joined_steps(out[SAMPLER], join)
     return found
+
+
+def _joined_steps(images: Sequence[Sequence[End]], join: Join) -> list[list[End]]:
+    """Returns the steps of each image of the whole batch from those of some; all have as many."""
+    steps = [
+        End(*(join(torch.stack(values)) for values in zip(*one, strict=True))) for one in zip(*images, strict=True)
+    ]
+    return [[End(step.logits[n], step.boxes[n]) for step in steps] for n in range(len(steps[0].logits))]
 
 
 def _watched(
     watched: Watched, head: Any, maps: Sequence[Tensor], batch: Images, whwh: Tensor
-) -> dict[str, list[HeadCall] | list[list[Step]]]:
+) -> dict[str, Calls | list[list[End]]]:
     """Returns what is kept for a loss of samplers; see `forward`."""
     if not watched.steps:
         return {}
-    calls = _calls(head, maps, whwh)
-    if watched.kind == "consistency":
-        return {SAMPLER: calls}
-    return {SAMPLER: _sampled(calls, head.sizes, batch, whwh, watched.steps)}
+    calls = Calls(_heads(head, maps, whwh), batch, whwh)
+    return {SAMPLER: calls if watched.kind == "consistency" else _sampled(calls, head.sizes, watched.steps)}
 
 
-def _calls(head: Any, maps: Sequence[Tensor], whwh: Tensor) -> list[HeadCall]:
+def _heads(head: Any, maps: Sequence[Tensor], whwh: Tensor) -> list[HeadCall]:
     """Returns the head as a function of each image: boxes, a time and class states -> what its last stage finds."""
 
     def called(rows: Sequence[Tensor], size: Tensor, boxes: Tensor, t: int, labels: Tensor | None) -> Any:
@@ -147,14 +163,13 @@ def _calls(head: Any, maps: Sequence[Tensor], whwh: Tensor) -> list[HeadCall]:
     return [partial(called, own, size) for own, size in zip(rows, whwh, strict=True)]
 
 
-def _sampled(
-    calls: Sequence[HeadCall], sizes: DiffusionDetConfig, batch: Images, whwh: Tensor, steps: int
-) -> list[list[Step]]:
+def _sampled(calls: Calls, sizes: DiffusionDetConfig, steps: int) -> list[list[End]]:
     """Returns the steps of a deterministic sampler from each image's noise, without renewal: box n stays box n."""
     how = replace(Sampling.of(sizes, steps), eta=0.0, renewal=None, ensemble=False)
-    seeds = (generator(batch, number).initial_seed() for number in range(len(whwh)))
+    seeds = (generator(calls.images, number).initial_seed() for number in range(len(calls.whwh)))
     noises = (DrawnNoise(sizes.proposals, 0, seed) for seed in seeds)
-    return [list(sample(*each, how)) for each in zip(calls, whwh, noises, strict=True)]
+    each = zip(calls.heads, calls.whwh, noises, strict=True)
+    return [[End(step.logits, step.boxes) for step in sample(*one, how)] for one in each]
 
 
 def staged(outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -244,30 +259,29 @@ def losses(
             assert teacher is not None
             asked = options[SAMPLER]
             apart_of = _inconsistent if asked.get("kind") == "consistency" else _few_steps
-            found[SAMPLER] = apart_of(out, teacher, batch, asked)
+            found[SAMPLER] = apart_of(out, teacher, asked)
     if "features" in terms:
         assert teacher is not None
         found["features"] = feature_loss(teacher["features"], out["features"], options["bridges"])
     return found
 
 
-def _few_steps(out: Mapping[str, Any], teacher: Mapping[str, Any], batch: Images, options: Mapping[str, Any]) -> Tensor:
+def _few_steps(out: Mapping[str, Any], teacher: Mapping[str, Any], options: Mapping[str, Any]) -> Tensor:
     """Returns how far the student's steps are from the Teacher's at the same times, mean over images; see `distill`."""
     ends = zip(out[SAMPLER], teacher[SAMPLER], out["whwh"], strict=True)
-    return _mean([distill_terms(mine, theirs, whwh, options["best"]) for mine, theirs, whwh in ends], options)
+    return _mean(_values([distill_terms(mine, theirs, whwh, options["best"]) for mine, theirs, whwh in ends]), options)
 
 
-def _inconsistent(
-    out: Mapping[str, Any], teacher: Mapping[str, Any], batch: Images, options: Mapping[str, Any]
-) -> Tensor:
+def _inconsistent(out: Mapping[str, Any], teacher: Mapping[str, Any], options: Mapping[str, Any]) -> Tensor:
     """Returns how far the student at a time is from itself at the next one of the Teacher's, mean over images.
 
     Its own values there have no gradient and no average over the training (Song and Dhariwal 2023, section 3.2).
     """
     sizes: DiffusionDetConfig = out["sizes"]
+    heads, batch, sides, join = out[SAMPLER]
     pairs = schedule.time_pairs(options["teacher_steps"])[:-1]  # the last one leads to no time
     found = []
-    for number, (mine, theirs, whwh) in enumerate(zip(out[SAMPLER], teacher[SAMPLER], out["whwh"], strict=True)):
+    for number, (mine, theirs, whwh) in enumerate(zip(heads, teacher[SAMPLER].heads, sides, strict=True)):
         random = generator(batch, number)
         truths = to_centres(batch.targets()[number]["boxes"] / whwh) if batch.truthful else whwh.new_zeros(0, 4)
         drawn = starts.draw(sizes.proposals, len(truths), random)
@@ -275,12 +289,18 @@ def _inconsistent(
         x0 = starts.noisy_boxes(truths, drawn, sizes.scale).x0
         noise = drawn.noise.to(x0) * x0.new_tensor(sizes.noise_std)
         found.append(consistency_terms(mine, mine, theirs, x0, noise, pair, whwh, sizes.scale, options["best"])[0])
-    return _mean(found, options)
+    values = _values(found)
+    return _mean(values if join is None else join(values), options)
 
 
-def _mean(found: Sequence[Terms], options: Mapping[str, Any]) -> Tensor:
-    """Returns the mean over images of the weighted terms."""
-    return torch.stack([options["classes"] * one.classes + options["boxes"] * one.boxes for one in found]).mean()
+def _values(found: Sequence[Terms]) -> Tensor:
+    """Returns the terms of B images as (B, 2)."""
+    return torch.stack([torch.stack((one.classes, one.boxes)) for one in found])
+
+
+def _mean(values: Tensor, options: Mapping[str, Any]) -> Tensor:
+    """Returns the mean over images of the weighted terms (B, 2)."""
+    return (options["classes"] * values[:, 0] + options["boxes"] * values[:, 1]).mean()
 
 
 def softened(out: Mapping[str, Any], teacher: Mapping[str, Any], temperature: float) -> Tensor:

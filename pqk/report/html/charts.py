@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pqk.record.schema import columns
 from pqk.report.cells import Record, cell_text, interval_of, value_of
+from pqk.report.html.reasons import in_language
 from pqk.report.html.rows import Words
 from pqk.report.plots import (
     PRECISION_COLOURS,
@@ -127,7 +128,7 @@ def pareto(records: Sequence[Record], labels: Sequence[str], thresholds: Thresho
         "xaxis": {**axis, "title": {"text": t["ratio_axis"] if relative else t["time_axis"]}},
         "yaxis": {"range": [low, high], "title": {"text": html.escape(title)}, "tickformat": "~g", "zeroline": drop},
         "shapes": [_limit("y", value) for _, value in limits],
-        "annotations": [_limit_text("y", value, what) for what, value in limits],
+        "annotations": [_limit_text("y", value, in_language(what, t["language"])) for what, value in limits],
         "showlegend": True,
     }
     note = t["pareto_note"] + ("" if relative else " " + t["caution"])
@@ -211,7 +212,7 @@ def speeds(records: Sequence[Record], labels: Sequence[str], thresholds: Thresho
             seen.append(value)
             shapes.append(_limit("x", value, colour))
             line = {"color": colour, "dash": "dot", "width": 1.5}
-            data.append(_line([None], [None], html.escape(what), line))
+            data.append(_line([None], [None], html.escape(in_language(what, t["language"])), line))
     shapes.append({**_limit("x", 1.0, "@muted"), "line": {"color": "@muted", "width": 1}})
     layout = {
         "xaxis": {"range": list(span(seen)), "title": {"text": t["speeds_axis"]}, "tickformat": "~r"},

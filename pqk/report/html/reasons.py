@@ -1,4 +1,7 @@
-"""Says the sentences of a verdict in Chinese: `in_language`. Numbers, units and names stay as they were recorded."""
+"""Says the sentences of a verdict, and the names of limits, in Chinese: `in_language`.
+
+Numbers, units and names stay as they were recorded.
+"""
 
 from __future__ import annotations
 
@@ -50,12 +53,18 @@ _FRAMES: tuple[tuple[str, str], ...] = (
     (r"compiled, not timed: there is no float precision to compare with", "已编译，未计时：没有可比较的浮点精度"),
     (r"compiled, not timed: there is no t_pair to judge", "已编译，未计时：没有可评判的 t_pair"),
     (r"compiled, not timed: there is no Teacher to compare with", "已编译，未计时：没有可比较的 Teacher"),
+    (r"^limit: drop of (\S+) % \((.*)\)", r"阈值：下降 \1 %（\2）"),
+    (r"^(阈值：.*)mainline", r"\1主线"),
+    (r"^(阈值：.*) on the Teacher$", r"\1，相对 Teacher"),
+    (r"^limit: (\S+) % slower than best float$", r"阈值：比最佳浮点慢 \1 %"),
+    (r"^limit: not slower than best float$", "阈值：不慢于最佳浮点"),
+    (r"^limit: (\S+) % below own f32$", r"阈值：比自身 f32 低 \1 %"),
 )
-"""What `pqk.recipe.verdict` says, piece by piece; what no piece matches stays English."""
+"""What `pqk.recipe.verdict` and the limits of `pqk.report.plots` say, piece by piece; the rest stays English."""
 
 
 def in_language(reason: str, language: str) -> str:
-    """Returns a sentence of `verdict_reasons` in a language of the report, "en" or "zh"."""
+    """Returns a sentence of `verdict_reasons`, or a limit's name, in a language of the report, "en" or "zh"."""
     if language != "zh":
         return reason
     for pattern, words in _FRAMES:

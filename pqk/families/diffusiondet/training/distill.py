@@ -22,6 +22,13 @@ from pqk.families.diffusiondet.sampling.sampler import HeadCall, Sampling, Step,
 from pqk.families.diffusiondet.training.losses import BOX_WEIGHT, GIOU_WEIGHT, corner_distance
 
 
+class End(NamedTuple):
+    """What the last stage of the head found in one step: logits (N, K) and boxes (N, 4)."""
+
+    logits: Tensor
+    boxes: Tensor
+
+
 class Terms(NamedTuple):
     """Losses of classes and of boxes, each a scalar, and which boxes they were taken over: an index for each pair."""
 
@@ -43,7 +50,7 @@ def chosen_boxes(logits: Tensor, boxes: Tensor, most: int) -> Tensor:
     return real[best].sort().values
 
 
-def distill_terms(student: Sequence[Step], teacher: Sequence[Step], whwh: Tensor, most: int) -> Terms:
+def distill_terms(student: Sequence[Step | End], teacher: Sequence[Step | End], whwh: Tensor, most: int) -> Terms:
     """Returns the mean over the student's steps of what sets it apart from the teacher at the end of the same interval.
 
     Step k of S is compared with the teacher's pair (k + 1) T / S - 1, of T. Classes: binary cross-entropy with the
