@@ -9,7 +9,7 @@ STAMP := $(VENV)/installed
 TORCH := torch==2.13.0
 
 .DEFAULT_GOAL := help
-.PHONY: help run test quick lint docs install clean
+.PHONY: help run test quick suite lint docs install clean
 
 help:
 	@echo "make run      install, then: pqk run B1 --backend openvino"
@@ -27,12 +27,15 @@ run: $(STAMP)
 	  4) echo "undecided, see the verdict above";; *) exit $$code;; esac; }
 	@[ ! -f reports/B1.html ] || echo "the report: reports/B1.html (open it in a browser)"
 
-test: lint
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# The checks of `lint` take one core, so the tests begin beside them.
+test: $(STAMP)
+	@$(MAKE) --no-print-directory -j 2 lint suite
 
-quick: lint
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not whole and not slow" \
-	  --ignore tests/backends --ignore tests/compress
+quick: $(STAMP)
+	@$(MAKE) --no-print-directory -j 2 lint suite CHOSEN='-m "not whole and not slow" --ignore tests/backends --ignore tests/compress'
+
+suite: $(STAMP)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(CHOSEN)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -8,6 +8,7 @@ import json
 import re
 import shlex
 import subprocess
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -46,9 +47,20 @@ def commands(page: str) -> list[str]:
     return [match[1] for match in matches if match]
 
 
+@cache
+def whole() -> Any:
+    """The command `pqk`; to build it takes a tenth of a second, and the pages have hundreds of lines."""
+    return typer.main.get_command(app)
+
+
+@cache
+def tests() -> list[str]:
+    return [path.read_text("utf-8") for path in (ROOT / "tests").rglob("test_*.py")]
+
+
 def parse(arguments: list[str]) -> tuple[str, dict[str, Any]]:
     """Resolve the verb and parse its options without running it; typer raises for what it does not know."""
-    command: Any = typer.main.get_command(app)
+    command = whole()
     context = command.make_context("pqk", list(arguments))
     while hasattr(command, "resolve_command"):
         name, command, rest = command.resolve_command(context, [*context._protected_args, *context.args])
@@ -118,7 +130,7 @@ def test_the_commands_of_the_guides_are_found() -> None:
 
 def verbs_of(line: str) -> tuple[str, ...]:
     """The verbs of a command line: ("ledger", "eval")."""
-    command: Any = typer.main.get_command(app)
+    command = whole()
     found: list[str] = []
     for word in shlex.split(line):
         command = getattr(command, "commands", {}).get(word)
@@ -135,8 +147,7 @@ IN_PROCESS = {("bench", "teacher"): "bench_teacher(", ("ledger", "page"): "write
 @pytest.mark.parametrize("verbs", sorted({verbs_of(line) for _, line in cases()} - {()}), ids=" ".join)
 def test_every_verb_of_the_guides_is_run_by_a_test(verbs: tuple[str, ...]) -> None:
     called = re.compile(r"[(\[*]\s*(?:\w+,\s*)?" + r",\s*".join(f'"{verb}"' for verb in verbs))
-    tests = [path.read_text("utf-8") for path in (ROOT / "tests").rglob("test_*.py")]
-    assert any(called.search(text) or IN_PROCESS.get(verbs, "no test") in text for text in tests)
+    assert any(called.search(text) or IN_PROCESS.get(verbs, "no test") in text for text in tests())
 
 
 def test_the_conventions_have_a_command_each() -> None:

@@ -6,10 +6,10 @@ import json
 import os
 import socket
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import preloaded
 import pytest
 import torch
 
@@ -28,7 +28,7 @@ def trained(folder: Path, processes: int, *names: str) -> list[str]:
     for rank in map(str, range(processes)):
         environment = {**os.environ, **alone, **meeting, "RANK": rank, "LOCAL_RANK": rank}
         environment["PYTHONPATH"] = os.pathsep.join(map(str, (HERE, HERE.parents[1])))
-        command = [sys.executable, str(HERE / "shared_toys.py"), str(folder), *names]
+        command = [preloaded.python(), str(HERE / "shared_toys.py"), str(folder), *names]
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         ranks.append(subprocess.Popen(command, env=environment, **pipes))
     said = [rank.communicate(timeout=240) for rank in ranks]

@@ -281,9 +281,10 @@ def test_a_plan_as_jobs(toys: Path) -> None:
 
 
 @pytest.mark.whole
-def test_a_lost_job_is_sent_again(toys: Path) -> None:
+def test_a_lost_job_is_sent_again(toys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A job that is killed without an answer begins again, as often as asked, and then is an interrupted attempt."""
     pytest.importorskip("submitit", reason="the extra slurm is not installed")
+    monkeypatch.setattr("submitit.core.core.Job._results_timeout_s", 1)  # 15, for folders of other machines
     (toys / "fake.py").write_text(FAKE + "\nos.kill(os.getppid(), 9)\ntime.sleep(60)\n")
     assert go(toys, "slurm-local", Needs(retries=1), count=1) == {"B1-s0": "stopped"}
     assert ran(toys) == ["B1-s0"] * 2
