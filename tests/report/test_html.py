@@ -111,6 +111,14 @@ def test_a_section_without_data_names_its_command(tmp_path: Path, records: list[
     command.get_command(None, verb).make_context(verb, rest)
 
 
+def test_commands_are_as_given_where_the_record_has_them(tmp_path: Path, records: list[dict[str, Any]]) -> None:
+    for number, given in enumerate((None, "pqk run B1 --model OUTSIDE/mine")):
+        root = project_of(tmp_path / str(number), [{**each, "command": given} for each in records])
+        text = render(gather(find("B1", root), root, T), "en")
+        assert ("Records before schema 2.1" in text) is (given is None)
+        assert ("<code>pqk run B1 --model OUTSIDE/mine</code>" in text) is (given is not None)
+
+
 def test_names(root: Path, records: list[dict[str, Any]]) -> None:
     assert find("B1", root).cards == ("B1",)
     assert find(None, root).cards is None

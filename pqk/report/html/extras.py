@@ -252,6 +252,7 @@ def evidence_of(
             {
                 "label": label,
                 "command": command_of(record),
+                "given": record["command"] is not None,
                 "checkout": _checkout(record),
                 "facts": [(name, printable(str(value))) for name, value in facts if value is not None],
             }

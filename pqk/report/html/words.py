@@ -156,9 +156,13 @@ _WORDS: dict[str, tuple[str, str]] = {
     # evidence
     "again": ("How to make each row again", "如何重现每一行"),
     "again_note": (
-        "A record does not hold the options --model, --scenes, --images and --set of its run. Give the same, and the "
-        "hashes below come out again.",
-        "记录中不含运行时的 --model、--scenes、--images 与 --set 选项；选项相同时，会得到下列相同的哈希值。",
+        "Each command as it was given; OUTSIDE stands for a folder outside of the project. The same inputs give the "
+        "hashes below again.",
+        "命令与运行时给出的相同；OUTSIDE 代表项目之外的文件夹。输入相同时，会得到下列相同的哈希值。",
+    ),
+    "again_old": (
+        "Records before schema 2.1 do not hold the options --model, --scenes, --images and --set of their run.",
+        "schema 2.1 之前的记录不含运行时的 --model、--scenes、--images 与 --set 选项。",
     ),
     "command": ("command", "命令"),
     "evidence": ("evidence", "证据"),
