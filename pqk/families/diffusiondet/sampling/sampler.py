@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -93,12 +93,12 @@ class Sampling:
         )
 
 
-class Step(NamedTuple):
+@dataclass
+class Step:
     """What one pair of times did: tensors or arrays, (N, 4) where no other shape is named.
 
-    x: the noisy boxes as signals. logits (N, K), boxes, quality (N,): of the head's last stage. x0: its boxes as
-    limited signals. noise: estimated in x. keep (N,): boxes that are carried on. x_next: the next noisy boxes; None at
-    the end.
+    x: the noisy boxes as signals. logits (N, K), boxes, quality (N,): of the head's last stage. x_next: the next noisy
+    boxes; None at the end. The others are computed where they are asked for: at the end nobody needs them.
     """
 
     t: int
@@ -107,10 +107,32 @@ class Step(NamedTuple):
     logits: Any
     boxes: Any
     quality: Any
-    x0: Any
-    noise: Any
-    keep: Any
-    x_next: Any
+    whwh: Any
+    how: Sampling
+    x_next: Any = None
+
+    @cached_property
+    def x0(self) -> Any:
+        """The boxes of the head's last stage as limited signals."""
+        of, scale = library_of(self.whwh), self.how.scale
+        return as_signal(of.asarray(_alone(self.boxes), dtype=of.float64), self.whwh, scale).clip(-scale, scale)
+
+    @cached_property
+    def noise(self) -> Any:
+        """The noise that x0 leaves in x."""
+        return schedule.noise_in(self.x, self.x0, self.t)
+
+    @cached_property
+    def keep(self) -> Any:
+        """Which boxes (N,) are carried to the next step: those whose best class has more than the score asked."""
+        logits, how = _alone(self.logits), self.how
+        of = library_of(logits)
+        if how.renewal is None:
+            return of.ones(len(logits), dtype=of.bool, device=logits.device)
+        p = _sigmoid(of.amax(logits, 1))
+        if how.quality_guidance and self.quality is not None:
+            p = p * _sigmoid(self.quality) ** how.quality_guidance
+        return p > how.renewal
 
 
 def sample(call: HeadCall, whwh: A, noise: Noise, how: Sampling) -> Iterator[Step]:
@@ -132,23 +154,19 @@ def sample(call: HeadCall, whwh: A, noise: Noise, how: Sampling) -> Iterator[Ste
     state = _StateOfLabels(how, torch.device(whwh.device))
     for pair, (t, after) in enumerate(schedule.time_pairs(how.steps)):
         logits, boxes, *rest = call(of.asarray(from_signal(x, whwh, how.scale), dtype=single), t, state.given)
-        quality = rest[0] if rest else None
-        x0 = as_signal(of.asarray(_alone(boxes), dtype=double), whwh, how.scale).clip(-how.scale, how.scale)
-        found = schedule.noise_in(x, x0, t)
-        keep = _kept(_alone(logits), quality, how)
-        moved = None
+        step = Step(t, after, x, logits, boxes, rest[0] if rest else None, whwh, how)
         if after >= 0:
+            keep = step.keep
             many = int(keep.sum())
             clean, add, fresh = schedule.ddim_coefficients(t, after, how.eta)
-            moved = clean * x0[keep] + add * found[keep]
+            x = clean * step.x0[keep] + add * step.noise[keep]
             if how.eta:
-                moved = moved + fresh * drawn(noise.step(pair, many))
+                x = x + fresh * drawn(noise.step(pair, many))
             state.advance(_alone(logits), keep, t, after, partial(noise.uniform, pair))
             if many < len(keep):
-                moved = joined((moved, drawn(noise.renew(pair, len(keep) - many))), 0)
-        yield Step(t, after, x, logits, boxes, quality, x0, found, keep, moved)
-        if moved is not None:
-            x = moved
+                x = joined((x, drawn(noise.renew(pair, len(keep) - many))), 0)
+            step.x_next = x
+        yield step
 
 
 def _alone(values: A) -> A:
@@ -175,17 +193,6 @@ def scores_of(logits: A, quality: A | None, how: Sampling) -> A:
     if not how.quality_scores or quality is None:
         return p
     return (p * _sigmoid(quality)[:, None]) ** 0.5
-
-
-def _kept(logits: A, quality: A | None, how: Sampling) -> A:
-    """Returns which boxes (N,) are carried to the next step: those whose best class has more than the score asked."""
-    of = library_of(logits)
-    if how.renewal is None:
-        return of.ones(len(logits), dtype=of.bool, device=logits.device)
-    p = _sigmoid(of.amax(logits, 1))
-    if how.quality_guidance and quality is not None:
-        p = p * _sigmoid(quality) ** how.quality_guidance
-    return p > how.renewal
 
 
 def _sigmoid(values: A) -> A:
