@@ -13,7 +13,7 @@ class Needs:
     """What each cell needs.
 
     cores: None is all cores of a machine, so that nothing disturbs its timings. gpus, memory_gb: of a machine. hours:
-    after which SLURM ends it. retries: how often a cell is begun again when its process or its machine was lost.
+    after which SLURM ends it. retries: how often a cell is begun again when its process was killed or its machine lost.
     """
 
     cores: int | None = None

@@ -178,7 +178,7 @@ def _page(plan: Plan, found: Sequence[Progressed], standard: Experiment, days: i
         f"# {document_of(plan, root).stem.replace('_', ' ')} ({version})",
         "",
         f"> 由 `pqk plan schedule {plan.name}` 写成，重新运行即更新；勾选、用时与花费来自 `outputs/plans/{plan.name}`。"
-        "“周复盘”与“变更记录”可手写补充。",
+        "“周复盘”与“变更记录”可手写补充。章节编号沿用实验任务表，由人写的章节从略。",
         "",
         f"- **方案**：{plan.name}，{markdown_cell(plan.title)}",
         f"- **目标**：{markdown_cell(plan.goal)}",

@@ -141,7 +141,8 @@ def frames(scratch: Path, report: Any) -> Fitted:
 
 def detr(scratch: Path, report: Any) -> Fitted:
     """Distils a detector of the library's, without dropout, which draws other numbers in every process."""
-    return of_family("detr", DETR, scratch, report)
+    asked: dict[str, Any] = {"train": {"learning_rate": 1e-4}}  # as in few_steps
+    return of_family("detr", {**DETR, "backbone_norm": "batch"}, scratch, report, **asked)
 
 
 METHODS: dict[str, Callable[[Path, Any], Fitted]] = {

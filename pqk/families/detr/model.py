@@ -18,6 +18,7 @@ from pqk.families.defaults import LAYOUT as LAYOUT
 from pqk.families.defaults import UNDONE as UNDONE
 from pqk.families.defaults import may_lack as may_lack
 from pqk.families.defaults import official as official
+from pqk.families.detection.norm import EPS, batch_norm
 from pqk.families.detr.settings import Workload
 
 _OWN = "net."
@@ -41,8 +42,6 @@ _BORROWED = {
 """What a ResNet of DiffusionDet calls its weights, and the library."""
 _NORM = {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0}
 """What a norm of the backbone begins with."""
-_MOMENTUM = 0.05
-"""Share of a batch in the averaged statistics of norms that learn."""
 _NORMS = ("frozen", "batch")
 _OLD = (
     *("num_labels", "use_timm_backbone", "use_pretrained_backbone", "backbone", "backbone_kwargs", "torch_dtype"),
@@ -65,9 +64,8 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         state: Any = self
-        return F.batch_norm(
-            x, state.running_mean, state.running_var, self.weight, self.bias, self.training, _MOMENTUM, 1e-5
-        )
+        kept = (state.running_mean, state.running_var, self.weight, self.bias)
+        return batch_norm(x, *kept) if self.training else F.batch_norm(x, *kept, eps=EPS)
 
 
 class Detr(nn.Module):

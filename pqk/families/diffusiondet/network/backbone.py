@@ -7,15 +7,12 @@ those of the official checkpoints.
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pqk.families.detection.norm import EPS, batch_norm
 from pqk.families.diffusiondet.network.configs import BackboneSize
 
-NORM_EPS = 1e-5
-MOMENTUM = 0.05
-"""Share of a batch in the averaged statistics of norms that learn."""
 STRIDES = (4, 8, 16, 32)
 """Of the maps p2, p3, p4 and p5 in pixels; sides of an image are multiples of the last one."""
 FROZEN = ("stem", "res2")
@@ -46,29 +43,10 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.learns and self.training:
-            if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-                return self._over_processes(x)
-            return F.batch_norm(
-                x, self.running_mean, self.running_var, self.weight, self.bias, True, MOMENTUM, NORM_EPS
-            )
-        scale = self.weight * (self.running_var + NORM_EPS).rsqrt()
+            return batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias)
+        scale = self.weight * (self.running_var + EPS).rsqrt()
         shift = self.bias - self.running_mean * scale
         return x * scale[:, None, None] + shift[:, None, None]
-
-    def _over_processes(self, x: Tensor) -> Tensor:
-        """Normalizes by the statistics of the images of all processes; torch's own module for it needs CUDA."""
-        from torch.distributed.nn.functional import all_reduce  # not in every build of torch
-
-        values = x.float()
-        count = all_reduce(values.new_tensor(values.numel() / values.shape[1]))
-        mean = all_reduce(values.sum((0, 2, 3))) / count
-        apart = values - mean[:, None, None]
-        var = all_reduce(apart.square().sum((0, 2, 3))) / count
-        with torch.no_grad():
-            self.running_mean.lerp_(mean.to(self.running_mean), MOMENTUM)
-            self.running_var.lerp_((var * count / (count - 1)).to(self.running_var), MOMENTUM)
-        scale = self.weight * (var + NORM_EPS).rsqrt()
-        return (apart * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
 
 
 class NormedConv(nn.Conv2d):
