@@ -1,9 +1,9 @@
-"""Lets NNCF find the patterns of its quantizer in a graph sooner, with the same result: `quick_matching`."""
+"""Steers NNCF's search for patterns: found sooner with the same result, and attention in int8 where it may be."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -40,3 +40,27 @@ def quick_matching() -> Iterator[None]:
         yield
     finally:
         graph_matching.ism = before
+
+
+@contextlib.contextmanager
+def attention_where_allowed(keep: Collection[str]) -> Iterator[None]:
+    """Lets NNCF round the product of attention weights and values, within this context, unless `keep` has Softmax.
+
+    For transformers NNCF leaves that product in float, whatever the keep-list says. Where a CPU multiplies int8 faster
+    than bf16, it is faster rounded.
+    """
+    from nncf.common.graph.patterns.patterns import IgnoredPatternNames
+    from nncf.openvino.quantization.ignored_patterns import OPENVINO_IGNORED_PATTERNS
+    from nncf.torch.quantization.ignored_patterns import PT_IGNORED_PATTERNS
+
+    known = [registry.registry_dict for registry in (OPENVINO_IGNORED_PATTERNS, PT_IGNORED_PATTERNS)]
+    before = [dict(patterns) for patterns in known]
+    if "Softmax" not in keep:
+        for patterns in known:
+            del patterns[IgnoredPatternNames.MULTIHEAD_ATTENTION_OUTPUT]
+    try:
+        yield
+    finally:
+        for patterns, all_of_them in zip(known, before, strict=True):
+            patterns.clear()
+            patterns.update(all_of_them)  # in their order

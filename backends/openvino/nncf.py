@@ -19,7 +19,7 @@ from backends.cpu import half_range, weight_range_notes
 from backends.openvino.engine import read_model, write_ir
 from backends.openvino.flops import CONVOLUTIONS, MATMULS, live_operations
 from backends.openvino.keep import kept_nodes, name_nodes
-from backends.openvino.matching import quick_matching
+from backends.openvino.matching import attention_where_allowed, quick_matching
 from backends.openvino.nncf_settings import Report, advanced_parameters, check_correction, check_spec, preset
 from backends.openvino.passes import fold_constants, share_constants, split_tables
 from backends.openvino.statistics import watched, weight_magnitudes
@@ -67,7 +67,7 @@ class NNCFQuantizer:
         check_left(source.name, (op.get_friendly_name() for op in heavy), kept, spec.keep)
         before = weight_magnitudes(model)
         items = CalibrationItems(calibration, source.graph.inputs, spec.calibration_samples)
-        with _quiet(self.progress), watched(items), quick_matching():
+        with _quiet(self.progress), watched(items), quick_matching(), attention_where_allowed(spec.keep):
             try:
                 quantized = nncf.quantize(
                     model,

@@ -31,7 +31,7 @@ from backends.keep import GROUPS
 from backends.openvino.engine import read_model, write_ir
 from backends.openvino.flops import CONVOLUTIONS, MATMULS, is_quantized
 from backends.openvino.keep import kept_nodes, name_nodes
-from backends.openvino.matching import quick_matching
+from backends.openvino.matching import attention_where_allowed, quick_matching
 from backends.openvino.nncf_settings import Report, advanced_parameters, check_spec, preset
 from backends.openvino.passes import fold_constants, share_constants, split_tables
 from backends.quantspec import check_left, lost_channels, module_of, nothing_left
@@ -160,7 +160,7 @@ def prepare(source: Source, spec: QuantSpec, calibration: Iterable[Feeds]) -> tu
 
     # biases are trained, and the range of weights is halved below
     plain = dataclasses.replace(spec, bias_correction="none", weight_range="full")
-    with quiet(), quick_matching():
+    with quiet(), quick_matching(), attention_where_allowed(spec.keep):
         try:
             prepared: nn.Module = nncf.quantize(
                 module,

@@ -1,8 +1,9 @@
-"""Finds the layers of an int8 model that are faster in float here: `pqk tune CARD --for speed`.
+"""Finds where int8 is the faster precision here, and where float is: `pqk tune CARD --for speed`.
 
-Equal layers of all blocks are one region. Each region alone goes back to float and is timed beside plain int8, in
-turns; those that are faster with their whole interval are joined, and the joined model is quantized anew, timed and
-scored. Every graph and every timing is an artifact of the store, so a killed search goes on and chooses the same.
+The products of attention, which a keep-list leaves in float, are tried in int8. Then equal layers of all blocks are one
+region: each alone goes back to float and is timed beside plain int8, in turns; those that are faster with their whole
+interval are joined, and the joined model is quantized anew, timed and scored. Every graph and every timing is an
+artifact of the store, so a killed search goes on and chooses the same.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from pqk import paths
 from pqk.engines.variant import Variant
+from pqk.files import temporary_folder
 from pqk.recipe.candidate import Candidate
 from pqk.recipe.experiment import quant_loader
 from pqk.recipe.ranking import MIXED, quantized_nodes, times_beside, with_floats
@@ -23,11 +25,13 @@ from pqk.recipe.verdict import UNDECIDED, judge_drop
 from pqk.stats.intervals import Interval
 from pqk.stats.latency import speedup
 from pqk.store.store import OnEvent
-from pqk.tune.search import write_quant_yaml
+from pqk.tune.search import write_quant_yaml, write_without
 from pqk.tune.tune_card import by_graph, score_final, start, use_command
 
 Nodes = Mapping[str, tuple[str, ...]]
 """Names of nodes, `GRAPH:NODE`, by the name of their region."""
+ATTENTION = ("Softmax", "AttentionScales")
+"""Groups of a keep-list that leave the products of attention in float."""
 
 
 @dataclass(frozen=True)
@@ -44,17 +48,32 @@ class Timed:
 
 
 @dataclass(frozen=True)
+class Attention:
+    """The products of attention in int8, and how many times as fast as plain int8 the model is with them.
+
+    drop: on validation samples, in percent; None where it is not surely faster. taken: they stay in int8, and are part
+    of plain int8 in all that is timed after.
+    """
+
+    faster: Interval
+    drop: float | None
+    taken: bool
+
+
+@dataclass(frozen=True)
 class Placed:
     """The result of `pqk tune --for speed`.
 
-    tried: in the order of timing. winner: None where no region is faster in float. again: the winner, quantized anew
-    with `quant_yaml`, against plain int8; against_float: that model against its own best float precision. drop: its
-    drop on validation samples in percent; final: on the test samples. verdict: 'pass', 'fail' or 'undecided'.
+    attention: None where the keep-list does not leave it in float, or its products stay there all the same. tried: in
+    the order of timing. winner: None where no region is faster in float. again: the winner, quantized anew with
+    `quant_yaml`, against plain int8; against_float: that model against its own best float precision. drop: its drop
+    on validation samples in percent; final: on the test samples. verdict: 'pass', 'fail' or 'undecided'.
     """
 
     card: str
     metric: str
     max_drop: float
+    attention: Attention | None
     regions: Nodes
     tried: tuple[Timed, ...]
     winner: Timed | None
@@ -82,6 +101,57 @@ def place(
     Raises PqkError as `pqk.tune.tune_card.tune` does.
     """
     base, candidate, _ = start(request, max_drop, max_evaluations, out, root, on_event, say)
+    with temporary_folder("tune") as folder:
+        attention, fuller = _attention(request, candidate, base, max_drop, folder / base.name, root, say)
+        if fuller is not None:
+            base, candidate = folder / base.name, fuller
+            request = replace(request, quant=base)
+        return _placed(request, candidate, base, attention, max_drop, max_evaluations, out, root, say)
+
+
+def _attention(
+    request: Request,
+    plain: Candidate,
+    base: Path,
+    max_drop: float,
+    without: Path,
+    root: Path,
+    say: Callable[[str], None],
+) -> tuple[Attention | None, Candidate | None]:
+    """Times the card with the products of attention in int8 too; returns it where it is faster within `max_drop`.
+
+    Its quant.yaml is written to `without`.
+    """
+    load = quant_loader(plain.experiment.family)
+    if not set(ATTENTION) & set(load(base).ptq.keep_list):
+        return None, None
+    write_without(base, ATTENTION, without, load)
+    asked = replace(request, quant=without)
+    candidate = choose(asked, root, plain.ctx.on_event, say, rollback=False)[0].candidate
+    variant = candidate.variants[-1]
+    if variant.hashes == plain.variants[-1].hashes:
+        return None, None
+    faster = speedup(*times_beside(plain, replace(variant, name=MIXED)))
+    sure = (faster.low or 0.0) > 1
+    found = candidate.drop(variant) if sure else None
+    drop = found.value if found else None
+    taken = drop is not None and drop <= max_drop
+    say(f"attention in int8: {spoken(faster)} the speed of plain int8{'' if drop is None else f', drop {drop:.2f} %'}")
+    return Attention(faster, drop, taken), candidate if taken else None
+
+
+def _placed(
+    request: Request,
+    candidate: Candidate,
+    base: Path,
+    attention: Attention | None,
+    max_drop: float,
+    max_evaluations: int,
+    out: Path,
+    root: Path,
+    say: Callable[[str], None],
+) -> Placed:
+    """Returns the result for regions of `candidate`, whose quant.yaml is `base`."""
     found = quantized_nodes(candidate)
     regions = regions_of(found)
 
@@ -110,6 +180,7 @@ def place(
         candidate.experiment.card.id,
         candidate.metric,
         max_drop,
+        attention,
         regions,
         tried,
         winner,
@@ -120,7 +191,7 @@ def place(
         out,
         final,
         verdict,
-        (_told(winner, len(nodes), again, best, against, out), told, use),
+        (*_told_attention(attention, max_drop), _told(winner, len(nodes), again, best, against, out), told, use),
     )
 
 
@@ -201,6 +272,17 @@ def _judged(chosen: Candidate, drop: Interval, max_drop: float) -> tuple[Interva
     ok, sentence = judge_drop(final, max_drop)
     verdict = "pass" if ok is True else UNDECIDED if ok == UNDECIDED else "fail"
     return final, verdict, f"on the test samples, {verdict}: {sentence}"
+
+
+def _told_attention(found: Attention | None, max_drop: float) -> list[str]:
+    if found is None:
+        return []
+    told = f"the products of attention in int8: {spoken(found.faster)} the speed of plain int8"
+    if found.drop is None:
+        return [f"{told}; they stay in float"]
+    if not found.taken:
+        return [f"{told}, but the drop is {found.drop:.2f} %, above {max_drop:g} %: they stay in float"]
+    return [f"{told}, drop {found.drop:.2f} % on validation samples: taken, and part of plain int8 from here on"]
 
 
 def _told(winner: Timed | None, nodes: int, again: Interval | None, best: str, against: Interval, out: Path) -> str:

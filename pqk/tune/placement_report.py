@@ -30,6 +30,13 @@ def as_data(placed: Placed) -> dict[str, Any]:
         "test_drop_pct": placed.final.value if placed.final else None,
         "test_drop_interval": placed.final.ends() if placed.final else None,
         "quant_yaml": paths.shown(placed.quant_yaml),
+        "attention_in_int8": None
+        if placed.attention is None
+        else {
+            **_numbers("speedup_vs_int8", placed.attention.faster),
+            "validation_drop_pct": placed.attention.drop,
+            "taken": placed.attention.taken,
+        },
         "rows": [
             {
                 "regions": list(one.regions),

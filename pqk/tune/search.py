@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -146,13 +146,46 @@ def write_quant_yaml(
     return load(out)
 
 
-def _insert(text: str, entries: Sequence[str]) -> str:
-    """Returns a quant.yaml with entries added after the last one of its ptq.keep_list."""
+def write_without(
+    base: Path | str, entries: Collection[str], out: Path, load: Callable[[Path | str], Quant] = load_quant
+) -> Quant:
+    """Writes `base` to `out` with `entries` taken out of ptq.keep_list; returns the file as read back.
+
+    load: the family's reader of quant.yaml. The rest of the file is unchanged, comments included. Raises PqkError as
+    `write_quant_yaml` does.
+    """
+    left = tuple(entry for entry in load(base).ptq.keep_list if entry not in entries)
+    text = read_text(base)
+    node, _ = _keep_list(text)
+    for item in reversed([item for item in node.value if item.value in entries]):
+        start, end = item.start_mark.index, item.end_mark.index
+        before, after = text[:start].rstrip(), text[end:].lstrip(" ")
+        if not node.flow_style:
+            text = before.removesuffix("-").rstrip() + "\n" + text[end:].partition("\n")[2]
+        elif after.startswith(","):
+            text = text[:start] + after[1:].lstrip(" ")
+        else:
+            text = before.removesuffix(",") + text[end:]
+    with atomic_path(out) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+        if load(temporary).ptq.keep_list != left:
+            raise PqkError(f"{shown(base)}: nothing can be taken out of its ptq.keep_list; write it as a plain list")
+    return load(out)
+
+
+def _keep_list(text: str) -> tuple[Any, int]:
+    """Returns the YAML node of ptq.keep_list in a quant.yaml, and the column of its name."""
     node: Any = yaml.compose(text, Loader=yaml.SafeLoader)
     column = 0
     for key in ("ptq", "keep_list"):
         name_node, node = next(pair for pair in node.value if pair[0].value == key)
         column = name_node.start_mark.column
+    return node, column
+
+
+def _insert(text: str, entries: Sequence[str]) -> str:
+    """Returns a quant.yaml with entries added after the last one of its ptq.keep_list."""
+    node, column = _keep_list(text)
     quoted = ["'" + entry.replace("'", "''") + "'" for entry in entries]
     place = node.value[-1].end_mark.index if node.value else node.start_mark.index + 1
     if node.flow_style:

@@ -96,6 +96,16 @@ def test_keep_list_is_honoured_by_the_executed_kernels(kept):
     assert {precision[name] for name in scores} == {str(best_float())}
 
 
+def test_products_of_attention_run_in_int8_where_nothing_keeps_them(free, source, tmp_path):
+    def planned(graph):
+        with OpenVINOEngine(graph, Precision.INT8) as engine:
+            return engine.planned_flops() / toy_flops()
+
+    scores, both = planned(quantize(source, tmp_path, keep=("Softmax",))[0]), planned(free)
+    assert scores < both == 1  # Softmax in float leaves what it multiplies in float
+    assert planned(quantize(source, tmp_path / "kept", keep=("Softmax", "AttentionScales"))[0]) < scores
+
+
 def test_the_keep_check_can_fail(free):
     with OpenVINOEngine(free, Precision.INT8) as engine:
         kernels = engine.kernels()

@@ -16,8 +16,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from run_toys import Outcome, pqk
 
+from pqk.recipe.request import Request
 from pqk.settings.quant import load_quant
 from pqk.stats.intervals import Interval
+from pqk.tune import placement
 from pqk.tune.placement import Timed, regions_of, search
 
 NAMES = [f"net:layer{number}" for number in range(6)]
@@ -93,7 +95,13 @@ def test_a_card_is_placed_and_the_search_goes_on_from_what_is_kept(root: Path, t
     assert found["test_drop_pct"] is not None
     listed = load_quant(root / found["quant_yaml"]).ptq.keep_list
     winner = [row for row in found["rows"] if row["winner"]]
-    assert len(listed) - 3 == sum(row["float_nodes"] for row in winner)
+    attention = found["attention_in_int8"]
+    assert attention["taken"] == ((attention["speedup_vs_int8_interval"] or [0])[0] > 1)
+    assert (attention["validation_drop_pct"] is not None) == attention["taken"]
+    assert "the products of attention in int8: " in found["sentences"][0]
+    groups = ("LayerNorm",) if attention["taken"] else ("LayerNorm", "Softmax", "AttentionScales")
+    assert listed[: len(groups)] == groups
+    assert len(listed) - len(groups) == sum(row["float_nodes"] for row in winner)
     assert (found["again"]["speedup_vs_int8"] is None) == (not winner)
     rows = list(csv.DictReader((root / "reports" / "tune" / "B1.speed.csv").open()))
     assert [row["regions"] for row in rows] == [" ".join(row["regions"]) for row in found["rows"]]
@@ -104,3 +112,20 @@ def test_a_card_is_placed_and_the_search_goes_on_from_what_is_kept(root: Path, t
     again = json.loads(strict.out.splitlines()[-1])
     assert again["rows"] == found["rows"] and again["test_drop_pct"] is None
     assert "… timing" not in strict.err  # only "kept from before"
+
+
+def test_attention_that_is_faster_in_int8_is_taken_and_regions_are_searched_in_it(
+    root: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = iter([([2.0, 2.1, 2.2] * 10, [1.0, 1.1, 1.2] * 10), *[([1.0, 1.1, 1.2] * 10,) * 2] * 9])
+    monkeypatch.setattr(placement, "times_beside", lambda *_: next(times))
+    monkeypatch.chdir(root)
+    request = Request("B1", "openvino", model=str(tiny_model))
+    said: list[str] = []
+    out = tmp_path / "quant.yaml"
+    placed = placement.place(request, 1000, 2, out, root, lambda *_: None, said.append)
+    assert placed.attention is not None and placed.attention.taken and placed.attention.faster.value > 1.5
+    assert load_quant(out).ptq.keep_list == ("LayerNorm",) and placed.winner is None
+    assert any("attn/MatMul_1" in name for name in placed.regions)  # the products are nodes that may go back to float
+    assert "taken, and part of plain int8" in placed.sentences[0] and len(placed.tried) == 2
+    assert load_quant(root / "configs" / "quant.yaml").ptq.keep_list == ("LayerNorm", "Softmax", "AttentionScales")

@@ -16,7 +16,7 @@ from pqk.errors import PqkError
 from pqk.settings.keep import keep_patterns
 from pqk.settings.quant import load_quant
 from pqk.tune.report import draw_pareto
-from pqk.tune.search import SAME_TIME, TuneResult, search, write_quant_yaml
+from pqk.tune.search import SAME_TIME, TuneResult, search, write_quant_yaml, write_without
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 QUANT = REPOSITORY / "configs" / "quant.yaml"
@@ -229,3 +229,36 @@ def test_the_plot(limit, tmp_path):
     with Image.open(path) as picture:
         assert picture.format == "PNG" and picture.width > 900
     assert path.read_bytes() == draw_pareto(result, tmp_path / "again.png").read_bytes()
+
+
+PLAIN_LIST = " [LayerNorm, Softmax, AttentionScales]"
+
+
+@pytest.mark.parametrize(
+    ("listed", "left", "kept"),
+    [
+        (" [LayerNorm, Softmax, AttentionScales]  # why", " [LayerNorm]  # why", ("LayerNorm",)),
+        (" [Softmax, LayerNorm, AttentionScales]", " [LayerNorm]", ("LayerNorm",)),
+        (" [Softmax,\n    AttentionScales, 'a/b']", " [\n    'a/b']", ("a/b",)),
+        (" [Softmax]", " []", ()),
+        (" [LayerNorm]", " [LayerNorm]", ("LayerNorm",)),
+        ("\n    - Softmax  # one\n    # two\n    - LayerNorm", "\n    # two\n    - LayerNorm", ("LayerNorm",)),
+        ("\n    - LayerNorm  # one\n    - 'Softmax'", "\n    - LayerNorm  # one", ("LayerNorm",)),
+    ],
+)
+def test_entries_are_taken_out_of_a_list_in_any_style(
+    listed: str, left: str, kept: tuple[str, ...], tmp_path: Path
+) -> None:
+    text = QUANT.read_text().replace(PLAIN_LIST, listed)
+    base, out = tmp_path / "base.yaml", tmp_path / "out.yaml"
+    base.write_text(text)
+    assert write_without(base, ("Softmax", "AttentionScales"), out).ptq.keep_list == kept
+    assert out.read_text() == QUANT.read_text().replace(PLAIN_LIST, left)
+
+
+def test_a_list_that_would_be_none_without_its_entries_is_refused(tmp_path: Path) -> None:
+    base, out = tmp_path / "base.yaml", tmp_path / "out.yaml"
+    base.write_text(QUANT.read_text().replace("[LayerNorm, Softmax, AttentionScales]", "\n    - Softmax"))
+    with pytest.raises(PqkError, match=r"keep_list"):
+        write_without(base, ("Softmax",), out)
+    assert not out.exists()
