@@ -30,6 +30,15 @@ class Rope(NamedTuple):
     bias: Tensor | None = None
 
 
+def per_head(bias: Tensor | None, heads: int) -> Tensor | None:
+    """Returns a bias of keys (1, 1, 1, N) as (1, heads, 1, N), the same numbers for each head; None: there is none.
+
+    OpenVINO's CPU plugin (2026.4, AVX-512 with bf16) fuses attention in bf16 wrongly where one row is added for all
+    heads and queries: the outputs are off by as much as their size. A row for each head it computes rightly.
+    """
+    return None if bias is None else torch.cat([bias] * heads, dim=1)
+
+
 def grid_positions(rows: int, cols: int) -> np.ndarray:
     """Integer (row, column) of every token of a grid, row by row: (rows * cols, 2) int64."""
     return np.stack(np.meshgrid(np.arange(rows), np.arange(cols), indexing="ij"), axis=-1).reshape(-1, 2)

@@ -174,6 +174,8 @@ def _placed(
     against, best = _against_float(candidate, variant)
     final, verdict, told = _judged(chosen, drop, max_drop)
     use = f"to use it: {use_command(request, out, root)}"
+    shorter = attention is not None and attention.taken
+    placement = _told(winner, len(nodes), again, best, against, out, shorter)
     if against.high is not None and against.high < 1:
         verdict, use = "fail", f"the fastest model here is the float one, in {best}"
     return Placed(
@@ -191,7 +193,7 @@ def _placed(
         out,
         final,
         verdict,
-        (*_told_attention(attention, max_drop), _told(winner, len(nodes), again, best, against, out), told, use),
+        (*_told_attention(attention, max_drop), placement, told, use),
     )
 
 
@@ -285,10 +287,19 @@ def _told_attention(found: Attention | None, max_drop: float) -> list[str]:
     return [f"{told}, drop {found.drop:.2f} % on validation samples: taken, and part of plain int8 from here on"]
 
 
-def _told(winner: Timed | None, nodes: int, again: Interval | None, best: str, against: Interval, out: Path) -> str:
+def _told(
+    winner: Timed | None,
+    nodes: int,
+    again: Interval | None,
+    best: str,
+    against: Interval,
+    out: Path,
+    shorter: bool,
+) -> str:
     beside = f"{spoken(against)} the speed of {best}"
     if winner is None or again is None:
-        return f"no region is faster in float: int8 as it is runs at {beside}; {paths.shown(out)} is the unchanged file"
+        changed = "has the shorter keep-list" if shorter else "is the unchanged file"
+        return f"no region is faster in float: int8 as it is runs at {beside}; {paths.shown(out)} {changed}"
     return (
         f"{len(winner.regions)} regions with {nodes} nodes in float, quantized again with {paths.shown(out)}: "
         f"{spoken(again)} the speed of plain int8, {beside}"

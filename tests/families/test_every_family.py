@@ -212,6 +212,32 @@ def test_graphs_exported_alone_give_what_the_network_gives(of: Family, tmp_path:
         assert all(of.settings_part().part_of(f"/{key}/MatMul") is not None for key in _blocks(spec.module))
 
 
+@pytest.mark.parametrize("spared", [False, True])
+def test_graphs_in_bf16_compute_what_they_do_in_f32(of: Family, spared: bool, tmp_path: Path) -> None:
+    """A runtime may fuse wrongly in one precision alone; rounding changes these graphs by less than a hundredth."""
+    pytest.importorskip("openvino")
+    from backends.openvino.engine import OpenVINOEngine, best_float
+
+    if best_float() is not Precision.BF16:
+        pytest.skip("this CPU has no bf16 arithmetic")
+    model = toy(of)
+    if spared:
+        if of.reducing is None:
+            pytest.skip(f"{of.name} has no letter T")
+        kind: Any = model
+        config, weights = of.reducing_part().reduced(kind.config, model.state_dict(), "quarter", 0.5)
+        model = build_model(of.name, config, weights).eval()
+    for name, spec in of.model_part().graphs(model, workload(of)).items():
+        graph = export(spec.module, spec.inputs, spec.output_names, tmp_path / f"{name}.onnx")
+        feeds = {key: np.asarray(value) for key, value in spec.inputs.items()}
+        with OpenVINOEngine(graph, Precision.F32) as engine:
+            want = engine.infer(feeds)
+        with OpenVINOEngine(graph, Precision.BF16) as engine:
+            found = engine.infer(feeds)
+        for output, value in want.items():
+            assert np.abs(found[output] - value).mean() < 0.05 * np.abs(value).mean(), (name, output)
+
+
 @pytest.mark.slow
 def test_every_graph_can_be_trained_in_int8(of: Family, tmp_path: Path) -> None:
     """NNCF traces the modules; the engine of what it prepared computes what the prepared module does."""

@@ -16,7 +16,7 @@ from backends import exchange
 from backends.reference import OnnxRuntimeEngine
 from pqk.errors import PqkError
 from pqk.families.dust3r.reduce import keep, reduced
-from pqk.families.layers import grid_rope
+from pqk.families.layers import grid_rope, per_head
 from pqk.families.merging import CELL, cells_to_merge, grid_cells
 from pqk.families.reducing import folded
 from pqk.models import build_model
@@ -104,6 +104,14 @@ def test_a_merged_key_counts_as_the_four_equal_tokens_that_it_stands_for() -> No
     whole = F.scaled_dot_product_attention(queries, x, x)
     less = F.scaled_dot_product_attention(queries, merged.tokens, merged.tokens, attn_mask=merged.rope.bias[0])
     assert torch.allclose(whole, less, atol=1e-6) and merged.rope.bias.max() == pytest.approx(math.log(4))
+
+
+def test_a_bias_has_a_row_for_each_head() -> None:
+    """OpenVINO's fused attention in bf16 is wrong where one row serves all heads."""
+    bias = torch.arange(5.0)[None, None, None]
+    rows = per_head(bias, 3)
+    assert rows is not None and rows.shape == (1, 3, 1, 5) and torch.equal(rows, bias.expand(1, 3, 1, 5))
+    assert per_head(None, 3) is None
 
 
 @pytest.mark.parametrize(("coarser", "every"), [(1, 1), (2, 1), (4, 1), (1.75, 4), (3.5, 2)])

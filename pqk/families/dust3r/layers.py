@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pqk.families.layers import Mlp, Rope, apply_rope
+from pqk.families.layers import Mlp, Rope, apply_rope, per_head
 from pqk.families.sizes import BlockSize
 
 LAYER_NORM_EPS = 1e-6
@@ -31,7 +31,8 @@ class _Attention(nn.Module):
         q = apply_rope(self._split_heads(q, q_rope.tokens), q_rope, self.head_dim)
         k = apply_rope(self._split_heads(k, k_rope.tokens), k_rope, self.head_dim)
         v = self._split_heads(v, k_rope.tokens)
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=k_rope.bias, scale=self.head_dim**-0.5)
+        bias = per_head(k_rope.bias, self.heads)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.head_dim**-0.5)
         return mixed.transpose(1, 2).reshape(-1, q_rope.tokens, self.inner)
 
     def _split_heads(self, x: Tensor, tokens: int) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pqk.families.layers import Mlp, Rope, apply_rope
+from pqk.families.layers import Mlp, Rope, apply_rope, per_head
 from pqk.families.merging import Cells
 from pqk.families.sizes import BlockSize
 from pqk.families.vggt.network.configs import DINO_REGISTERS
@@ -67,6 +67,7 @@ class Attention(nn.Module):
         """
         q, k, v = (self._split_heads(part, tokens) for part in (q, k, v))
         q, k = self.turned(q, k, rope)
+        bias = per_head(bias, self.heads)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.head_dim**-0.5)
         return mixed.transpose(1, 2).reshape(-1, tokens, self.inner)
 
