@@ -10,6 +10,7 @@ from typing import Any
 
 from backends.base import BackendError, Precision
 from pqk import paths
+from pqk.engines.variant import Variant
 from pqk.errors import PqkError
 from pqk.measure.noise import warning
 from pqk.measure.scores import drop_of, rise_of
@@ -20,7 +21,7 @@ from pqk.recipe.columns import Measurements, judged, judged_float, measured_reco
 from pqk.recipe.final import Final, check_decide, score_final
 from pqk.recipe.recover import choose
 from pqk.recipe.request import Request, asked_experiment
-from pqk.recipe.verdict import Rise
+from pqk.recipe.verdict import Rise, wrongly_computed
 from pqk.record.log import write_record
 from pqk.record.schema import validate
 from pqk.store.store import OnEvent
@@ -87,6 +88,9 @@ def _measured(
         elif record["role"] == "candidate":
             lost = candidate.trained[-1].reason if candidate.trained[-1].failed else None
             record |= judged_float(record, evaluation.thresholds, recipe, lost, rises)
+        if (wrong := _wrong(candidate, variant, final)) is not None:
+            say(f"warning: {record['model']}: {wrong}")
+            record["notes"] = "; ".join(filter(None, (record["notes"], wrong)))
         if record["role"] == "candidate":
             record["wall_s"] = round(time.monotonic() - began, 1)
             notes = [record["notes"], clause(candidate.parts), final.note, *request.moves]
@@ -97,6 +101,16 @@ def _measured(
         write_record(root / "logs", record)
     say(f"{len(candidate.records)} records in {paths.shown(root / 'logs')}")
     return candidate
+
+
+def _wrong(candidate: Candidate, variant: Variant, final: Final) -> str | None:
+    """Returns a warning where the runtime computes a float precision wrongly, seen against f32 of the same network."""
+    same = (v for v in candidate.variants if v.precision is Precision.F32 and v.hashes == variant.hashes)
+    if (own := next(same, variant)) is variant:
+        return None
+    metric = candidate.experiment.metrics[candidate.metric]
+    drop = drop_of(metric, final.scored[variant.name], final.scored[own.name], candidate.truthful)
+    return wrongly_computed(str(variant.precision), drop)
 
 
 def _rises(candidate: Candidate, mine: Mapping[str, Any], teacher: Mapping[str, Any]) -> list[Rise]:

@@ -197,3 +197,17 @@ def _verdict(checks: Sequence[Check]) -> Verdict:
 def _against(reduction_pct: float) -> str:
     """Returns '57.1 % below' or '33.0 % above'."""
     return f"{abs(reduction_pct):.1f} % {'below' if reduction_pct >= 0 else 'above'}"
+
+
+WRONG_PCT = 10.0
+"""Drop of a float precision against f32 of the same network, in percent, above which it is not only coarser."""
+
+
+def wrongly_computed(precision: str, drop_pct: Interval | None) -> str | None:
+    """Returns a warning where a float precision loses more than `WRONG_PCT` for sure against the network's own f32."""
+    if drop_pct is None or (drop_pct.low if drop_pct.low is not None else drop_pct.value) <= WRONG_PCT:
+        return None
+    return (
+        f"{precision} drops {drop_pct.value:.1f} % against f32 of the same network: this is no rounding, the runtime "
+        f"computes it wrongly here; int8 leaves its rest in {precision}, too, and --set quant.float_rest=f32 in f32"
+    )

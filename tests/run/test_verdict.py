@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from backends.base import Graph, Precision
+from pqk.engines.variant import Variant
 from pqk.families.dust3r.settings import Thresholds, load_evaluation
-from pqk.recipe.verdict import Measured, Rise, judge_drop, judge_quantized
+from pqk.families.registry import family
+from pqk.recipe.runner import _wrong
+from pqk.recipe.verdict import Measured, Rise, judge_drop, judge_quantized, wrongly_computed
 from pqk.stats.intervals import Interval
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -166,3 +171,44 @@ def test_a_better_measurement_never_fails_where_a_worse_one_passed(m: Measured, 
         speedup_vs_own_f32=Interval(speed.value * faster, speed.low * faster, speed.high * faster, 30),
     )
     assert judge_quantized(better, LIMITS)[0] == "pass"
+
+
+@pytest.mark.parametrize(
+    ("drop", "told"),
+    [
+        (None, False),
+        (Interval(0.1, 0.0, 0.2, 52), False),
+        (Interval(30.0, 5.0, 55.0, 52), False),  # not for sure
+        (Interval(207.2, 170.7, 243.7, 52), True),
+        (Interval(207.2, None, None, 1), True),
+    ],
+)
+def test_a_float_precision_that_is_far_from_f32_is_told(drop: Interval | None, told: bool) -> None:
+    found = wrongly_computed("bf16", drop)
+    assert (found is not None) == told
+    if found is not None:
+        assert "bf16 drops 207.2 % against f32 of the same network" in found and "quant.float_rest=f32" in found
+
+
+def test_a_precision_is_held_against_f32_of_the_same_network() -> None:
+    def variant(name: str, precision: Precision, path: str) -> Variant:
+        return Variant(name, "openvino", precision, {"net": Graph(Path(path), (), (), path)})
+
+    def scores(factor: float) -> dict[str, Any]:
+        rows = [{"group": f"g{k}", "sample": str(k), "absrel": factor * (1 + 0.01 * (k % 3))} for k in range(12)]
+        return {"samples": rows}
+
+    other, own = variant("a", Precision.F32, "teacher"), variant("b", Precision.F32, "student")
+    coarse, of_other = variant("c", Precision.BF16, "student"), variant("d", Precision.BF16, "alone")
+    known = {each.name: each for each in family("dust3r").settings_part().METRICS}
+    candidate: Any = SimpleNamespace(
+        variants=[other, own, coarse, of_other],
+        experiment=SimpleNamespace(metrics=known),
+        metric="absrel",
+        truthful=True,
+    )
+    final: Any = SimpleNamespace(scored={"a": scores(1.0), "b": scores(2.0), "c": scores(2.01), "d": scores(9.0)})
+    assert _wrong(candidate, own, final) is None and _wrong(candidate, coarse, final) is None
+    assert _wrong(candidate, of_other, final) is None  # nothing to hold it against
+    final.scored["c"] = scores(4.0)
+    assert "bf16 drops 100.0 %" in (_wrong(candidate, coarse, final) or "")
