@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from pqk.stats.intervals import Interval
-    from pqk.tune.placement import Placed
+    from pqk.tune.placement import Placed, Timed
 
 
 def as_data(placed: Placed) -> dict[str, Any]:
@@ -65,6 +65,9 @@ def write_placed(placed: Placed, folder: Path) -> list[Path]:
     write_json(made[0], data)
     names = ("regions", "float_nodes", "speedup_vs_int8", "low", "high", "winner")
     rows: list[list[Any]] = [list(names)]
+    if (found := data["attention_in_int8"]) is not None:
+        low, high = found["speedup_vs_int8_interval"] or ("", "")
+        rows.append(["attention in int8", 0, found["speedup_vs_int8"], low, high, found["taken"]])
     for row in data["rows"]:
         low, high = row["speedup_vs_int8_interval"] or ("", "")
         rows.append([" ".join(row["regions"]), row["float_nodes"], row["speedup_vs_int8"], low, high, row["winner"]])
@@ -101,16 +104,22 @@ def print_placed(placed: Placed, console: Console) -> None:
 
 
 def _figure(placed: Placed) -> Figure:
-    tried = sorted(placed.tried, key=lambda one: -one.faster.value)
-    figure, (axes,) = blank_figure(7.0, 1.2 + 0.3 * len(tried))
+    rows: list[tuple[str, Interval, bool, Timed | None]] = [
+        (one.regions[0] if len(one.regions) == 1 else f"{len(one.regions)} regions together", one.faster, one.sure, one)
+        for one in sorted(placed.tried, key=lambda one: -one.faster.value)
+    ]
+    if placed.attention is not None:
+        found = placed.attention
+        rows.insert(0, ("both products of attention, in int8", found.faster, found.drop is not None, None))
+    figure, (axes,) = blank_figure(7.0, 1.2 + 0.3 * len(rows))
     grid(axes, horizontal=False)
-    for place, one in enumerate(tried):
-        ends = one.faster.ends() or [one.faster.value, one.faster.value]
-        colour = PALETTE[2] if one.sure else PALETTE[0]
+    for place, (_, faster, sure, one) in enumerate(rows):
+        ends = faster.ends() or [faster.value, faster.value]
+        colour = PALETTE[2] if sure else PALETTE[0]
+        best = one is placed.winner if one is not None else placed.winner is None and sure
         axes.plot(ends, [place, place], "-", color=colour, linewidth=1.5)
-        axes.plot(one.faster.value, place, "*" if one is placed.winner else "o", color=colour, markersize=7)
-    names = [one.regions[0] if len(one.regions) == 1 else f"{len(one.regions)} regions together" for one in tried]
-    label_rows(axes, names)
+        axes.plot(faster.value, place, "*" if best else "o", color=colour, markersize=7)
+    label_rows(axes, [name for name, *_ in rows])
     axes.axvline(1.0, color=THRESHOLD_COLOUR, linewidth=1.2)
-    axes.set_xlabel("times as fast as plain int8, with the 95 % interval; right of the line: faster in float")
+    axes.set_xlabel("times as fast as plain int8, with the 95 % interval; regions are back in float")
     return figure
