@@ -15,6 +15,9 @@ import pytest
 import yaml
 from run_toys import REPOSITORY, Outcome, environment, make_project
 
+from backends.base import Precision
+from backends.openvino.engine import best_float
+
 pytestmark = pytest.mark.whole
 OWN = ("--set", "quant.ptq.keep_list=[]", "--set", "quant.ptq.calibration_images=4")
 CARD = ("B1", "--backend", "openvino", "--model", "models/toy", *OWN)
@@ -164,16 +167,19 @@ def test_a_grid_of_its_settings(project: Project, ran: Outcome) -> None:
     also = ("--also", "model=models/toy workload.seeds.eval=1")
     rounds = ("--set", "eval.efficiency.min_rounds=8", "--set", "eval.efficiency.max_seconds=60")  # of an interval
     rows = project.pqk("bench", "grid", *over, *also, "--model", "models/toy", *OWN[:2], *rounds).record
-    assert [row["quant.ptq.calibration_images"] for row in rows] == [3, 3, 4, 4, None, None]
-    assert [(row["model"], row["workload.seeds.eval"]) for row in rows] == [(None, None)] * 4 + [("models/toy", 1)] * 2
-    assert [row["row"] for row in rows] == ["teacher f32", "candidate int8"] * 3
+    each = ["teacher f32", *(["teacher bf16"] if best_float() is Precision.BF16 else []), "candidate int8"]
+    many = len(each)
+    assert [row["row"] for row in rows] == each * 3
+    assert [row["quant.ptq.calibration_images"] for row in rows] == [3] * many + [4] * many + [None] * many
+    assert [(row["model"], row["workload.seeds.eval"]) for row in rows[2 * many :]] == [("models/toy", 1)] * many
+    assert {(row["model"], row["workload.seeds.eval"]) for row in rows[: 2 * many]} == {(None, None)}
     for number, row in enumerate(rows):
         assert list(row["graphs"]) == ["net"] and row["graphs"]["net"]["calls"] == 1.0
         assert 0 < row["parts"] < 1
         assert row["low"] < row["value"] < row["high"] and row["better"] == "lower"
         assert row["speed_low"] <= row["speed"] <= row["speed_high"] if number else row["speed"] == 1.0
     assert any(row["front"] for row in rows)
-    assert len((project.root / "reports" / "toy.csv").read_text().splitlines()) == 7
+    assert len((project.root / "reports" / "toy.csv").read_text().splitlines()) == 1 + len(rows)
     assert (project.root / "reports" / "toy.png").read_bytes().startswith(b"\x89PNG")
     twice = ("--over", "quant.ptq.calibration_images=4", "-o", "reports/toy.csv")
     project.pqk("bench", "grid", *twice, "--model", "models/toy", code=2)
