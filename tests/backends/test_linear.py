@@ -44,7 +44,7 @@ def toy(request, source, tmp_path_factory) -> Graph:
 
 
 def run(graph: Graph, names: tuple[str, ...] = ()) -> tuple[dict[str, np.ndarray], list[Kernel]]:
-    with OpenVINOEngine(graph, Precision.INT8, {"as_convolutions": names}) as engine:
+    with OpenVINOEngine(graph, Precision.INT8, {"as_convolutions": names, "rest": "f32"}) as engine:
         return dict(engine.infer(FEEDS)), engine.kernels()
 
 

@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 from run_toys import TINY, Outcome, pqk
 
+from backends.base import Precision
+from backends.openvino.engine import best_float
 from pqk.bench.predict_speed import Unpredictable
 from pqk.cli.run_output import seconds_of
 from pqk.errors import PqkError
@@ -167,13 +169,17 @@ def test_a_search_from_checkpoint_to_bundle(project: Path) -> None:
     """A second call finds all of it in the store."""
     outcome = optimized(project, "--max-drop", "50", "--set", "eval.thresholds.guard_drop_pct=5", "-o", "bundle")
     data = json.loads(outcome.out.splitlines()[-1])
-    assert data["verdict"] in ("accept", "undecided", "regression"), outcome.err
-    assert outcome.code == {"accept": 0, "undecided": 4}.get(data["verdict"], 1)
     shares = [row["settings"]["reduce.tokens"] for row in data["points"]]
     ruled_out = [row for row in data["not_measured"] if row["status"] == "ruled out by prediction"]
     assert shares[0] == 0.5 and {*shares, *(row["settings"]["reduce.tokens"] for row in ruled_out)} == {0.5, 0.3, 0.0}
     assert all(row["predicted_speedup"] > 0 for row in (*data["points"], *ruled_out))
     within = [row for row in data["points"] if row["within"] and row["speedup_vs_best_float"] > 1]
+    if not within:  # T in f32 need not be faster than bf16
+        assert best_float() is Precision.BF16 and data["verdict"] == "infeasible" and outcome.code == 1
+        assert data["winner"] is None and not (project / "bundle").exists()
+        return
+    assert data["verdict"] in ("accept", "undecided", "regression"), outcome.err
+    assert outcome.code == {"accept": 0, "undecided": 4}.get(data["verdict"], 1)
     assert data["winner"] == max(within, key=lambda row: row["speedup_vs_teacher_f32"])
     assert data["test"]["combo"] == "T-only" and data["test"]["quality_drop_pct"] is not None
     manifest = json.loads((project / "bundle" / "manifest.json").read_text())

@@ -67,7 +67,7 @@ def test_it_runs_a_card_and_is_compared(root: Path, tiny_model: Path) -> None:
         assert 1e-4 < row["pts3d_1.relative"] < 0.5, "int8 differs from f32, and is no nonsense"
     judged = {v["level"]: v for v in found["verdicts"]}
     assert judged["float"]["verdict"] == "agree"
-    assert judged["shared"]["verdict"] in ("agree", "differ")
+    assert judged["shared"]["verdict"] in ("agree", "differ", "undecided")
     assert len(judged["shared"]["sentences"]) == 2
     assert len(judged["recipe"]["sentences"]) == 1
 
